@@ -1,0 +1,76 @@
+"""The three layouts of block scales and the ways between them.
+
+For R rows of C = K/16 scales each:
+
+    linear   row-major [R, C]
+    128x4    rows padded to 128, columns to 4;
+             offset(r, c) = ((r/128 * C4/4) + c/4) * 512 + (r%32) * 16 + (r%128/32) * 4 + c%4
+    8x4      rows padded to 8, columns to 4;
+             offset(r, c) = ((r/8 * C4/4) + c/4) * 32 + (r%8) * 4 + c%4
+
+with C4 the padded columns and all divisions rounding down (FlashInfer 0.7.2,
+`quantization_utils.cuh:995` and `:1026`). Padding is zero. The swizzled layouts are returned as
+[padded rows, padded columns], the shape FlashInfer gives the buffer; it is not an index.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from .recipe import SfLayout
+
+_ROW_TILE = {SfLayout.layout_128x4: 128, SfLayout.layout_8x4: 8, SfLayout.layout_linear: 1}
+_COLUMN_TILE = {SfLayout.layout_128x4: 4, SfLayout.layout_8x4: 4, SfLayout.layout_linear: 1}
+
+
+def padded_shape(rows: int, columns: int, layout: SfLayout) -> tuple[int, int]:
+    """Rows and columns of the buffer that holds [rows, columns] scales."""
+    row_tile, column_tile = _ROW_TILE[layout], _COLUMN_TILE[layout]
+    return -(-rows // row_tile) * row_tile, -(-columns // column_tile) * column_tile
+
+
+def from_linear(scales: torch.Tensor, layout: SfLayout) -> torch.Tensor:
+    """[..., R, C] scales of any dtype to the layout's [..., padded R, padded C], padding zero."""
+    *batch, rows, columns = scales.shape
+    padded_rows, padded_columns = padded_shape(rows, columns, layout)
+    padded = scales.new_zeros((*batch, padded_rows, padded_columns))
+    padded[..., :rows, :columns] = scales
+    if layout == SfLayout.layout_128x4:
+        tiles = padded.reshape(-1, padded_rows // 128, 4, 32, padded_columns // 4, 4)
+        padded = tiles.permute(0, 1, 4, 3, 2, 5).reshape(padded.shape)
+    elif layout == SfLayout.layout_8x4:
+        tiles = padded.reshape(-1, padded_rows // 8, 8, padded_columns // 4, 4)
+        padded = tiles.permute(0, 1, 3, 2, 4).reshape(padded.shape)
+    return padded
+
+
+def to_linear(scales: torch.Tensor, rows: int, columns: int, layout: SfLayout) -> torch.Tensor:
+    """The layout's [..., padded R, padded C] (or flat) to [..., rows, columns], padding dropped.
+
+    Raises:
+        ValueError: the buffer is not a whole number of padded matrices.
+    """
+    padded_rows, padded_columns = padded_shape(rows, columns, layout)
+    size = padded_rows * padded_columns
+    tail = scales.shape[-2:].numel() if scales.dim() > 1 else scales.numel()
+    if tail != size:
+        raise ValueError(
+            f"scales of shape {tuple(scales.shape)} do not hold [{rows}, {columns}] in "
+            f"{layout.name}, which takes {padded_rows} x {padded_columns}"
+        )
+    batch = scales.shape[:-2]
+    flat = scales.reshape(-1, size)
+    if layout == SfLayout.layout_128x4:
+        tiles = flat.reshape(-1, padded_rows // 128, padded_columns // 4, 32, 4, 4)
+        flat = tiles.permute(0, 1, 4, 3, 2, 5)
+    elif layout == SfLayout.layout_8x4:
+        tiles = flat.reshape(-1, padded_rows // 8, padded_columns // 4, 8, 4)
+        flat = tiles.permute(0, 1, 3, 2, 4)
+    matrix = flat.reshape(*batch, padded_rows, padded_columns)
+    return matrix[..., :rows, :columns].contiguous()
+
+
+def convert(
+    scales: torch.Tensor, rows: int, columns: int, source: SfLayout, target: SfLayout
+) -> torch.Tensor:
+    """Scales of [rows, columns] from one layout to another, padding zero in the result."""
+    return from_linear(to_linear(scales, rows, columns, source), target)

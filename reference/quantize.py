@@ -1,0 +1,343 @@
+"""The NVFP4 quantizers, in PyTorch, to the bit: the specification.
+
+    value of an element = e2m1 code * e4m3 block scale * fp32 scale (one a row, or one a tensor)
+
+With A = largest |x| of the row, V = of the block of 16, enc the fp32 encode scale:
+
+                   fast                                exact
+    per-token      A * g                               1 / enc
+    enc            rcp(A * g), 0 if A * g is 0         min((1/g) / A, FLT_MAX), 1 if that is 0
+    block scale    enc * (V * rcp(6))                  V * (enc * (1/6))             to e4m3
+    output scale   rcp(sf * rcp(enc))                  min(1 / (sf * (1/enc)), FLT_MAX)
+    code           x * output scale                    the same                      to e2m1
+
+Two details are load-bearing: every operation rounds on its own, in this order, and the builds differ
+in what they do to subnormals and zeros (`fp32.py`, and the conditions below). A NaN loses in every
+maximum: a block of NaN alone has V = NaN, a row of NaN alone A = 0. Sources, in flashinfer-python
+0.7.2.post1: `quantization.cuh:761-906` (CUDA, per token), `quantization_utils.cuh:431-690` (blocks),
+`quantization/kernels/nvfp4_quantize.py:952` and `quantization_cute_dsl_utils.py:1755-1895` (CuTe-DSL).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from . import e2m1, e4m3
+from .fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
+from .layouts import from_linear, to_linear
+from .recipe import BLOCK_SIZE, NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
+
+_LINEAR = SfLayout.layout_linear
+_SIXTH = 1.0 / 6.0  # rounds to the fp32 0x3e2aaaab, which is also rcp.approx(6)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized [M, K] matrix.
+
+    `steps` holds the intermediates when they were asked for, in the order they arise: fp32 tensors
+    of one value a row, a block ([M, K/16]) or an element, in linear order.
+    """
+
+    codes: torch.Tensor  # [M, K/2] uint8, even column in the low nibble
+    block_scales: torch.Tensor  # uint8 e4m3, the layout's [padded M, padded K/16]
+    per_token_scale: torch.Tensor | None = None  # [M] fp32 decode scale, per-token mode only
+    steps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def quantize_per_token(
+    x: torch.Tensor,
+    base_scale_inv: float | torch.Tensor,
+    recipe: Recipe,
+    layout: SfLayout = _LINEAR,
+    *,
+    row_index: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    keep_steps: bool = False,
+) -> Quantized:
+    """Quantize every row with an fp32 scale of its own.
+
+    Contract: bitwise FlashInfer's `nvfp4_quantize(..., per_token_activation=True)` of the recipe's
+    build. fp32 input follows another rule, that of FlashInfer's unexposed kernel
+    (`quantization.cuh:908`), and has fast math and the CUDA build only.
+
+    Args:
+        x: [M, K] fp16, bf16 or fp32, K a multiple of 16.
+        base_scale_inv: g, 1/2688 (`recipe.base_scale_inv`), a float or one fp32 element.
+        row_index: int32 [>= M]; row r = row_index[b], b < M, of `x` gives row r of the result. Entries
+            outside 0..M-1 are skipped; rows that no entry names are zero.
+        out_scale: one fp32 element that multiplies the returned per-token scale, last.
+
+    Raises:
+        ValueError: fp32 input with exact math, 4over6 or the cute-dsl build.
+    """
+    if row_index is not None:
+        rows = row_index[: x.shape[0]]
+        rows = rows[(rows >= 0) & (rows < x.shape[0])].long()
+        part = quantize_per_token(
+            x[rows], base_scale_inv, recipe, out_scale=out_scale, keep_steps=keep_steps
+        )
+        return _scatter_rows(part, rows, x.shape[0], layout)
+
+    ar = Arithmetic(ftz=recipe.build == "cuda")
+    g = torch.as_tensor(base_scale_inv, dtype=torch.float32, device=x.device).reshape(1)
+    if x.dtype == torch.float32:
+        result = _fp32_per_token(x, g, recipe, ar)
+    else:
+        amax = ar.flush(_max_ignoring_nan(x).nan_to_num(nan=0.0, posinf=torch.inf).float())
+        encode, scale = _row_scales(amax, g, recipe, ar)
+        blocks = _blocks(x.float(), _max_ignoring_nan(_split(x)).float(), encode, amax, recipe, ar)
+        steps = {"row amax": amax, "encode scale": encode, **blocks.steps}
+        result = replace(blocks, per_token_scale=scale, steps=steps)
+    if out_scale is not None:
+        assert result.per_token_scale is not None
+        scaled = ar.mul(result.per_token_scale, out_scale.float().reshape(1))
+        result = replace(result, per_token_scale=scaled)
+    return _finish(result, layout, keep_steps)
+
+
+def quantize_global_scale(
+    x: torch.Tensor,
+    global_scale: torch.Tensor | float | None,
+    recipe: Recipe,
+    layout: SfLayout = _LINEAR,
+    *,
+    inverse: bool = False,
+    keep_steps: bool = False,
+) -> Quantized:
+    """Quantize with an encode scale from the caller, 448 * 6 / amax usually.
+
+    Contract: bitwise FlashInfer's `fp4_quantize` of the recipe's build. Not proven on FlashInfer,
+    derived from its source: one scale a row (`quantization.cuh:282`), `inverse`
+    (`quantization.cuh:268`), 4over6 here, and e4m3 input (`quantization_utils.cuh:766`,
+    `quantization_cute_dsl_utils.py:2356`).
+
+    Args:
+        x: [M, K] fp16, bf16 or float8_e4m3fn, K a multiple of 16. The CUDA build's kernel for e4m3
+            knows no exact math, nor do we with it.
+        global_scale: one fp32 element or M of them; None counts as 1. Not checked for 0, inf or NaN.
+        inverse: `global_scale` is the decode scale.
+
+    Raises:
+        ValueError: 4over6 with e4m3 input.
+    """
+    ar = Arithmetic(ftz=recipe.build == "cuda")
+    if global_scale is None:
+        global_scale = 1.0
+    encode = torch.as_tensor(global_scale, dtype=torch.float32, device=x.device).reshape(-1)
+    if inverse:
+        encode = ar.div(1.0, encode) if recipe.math == "exact" else rcp_approx_ftz(encode)
+    encode = ar.flush(encode).expand(x.shape[0])
+    if x.dtype == torch.float8_e4m3fn:
+        result = _e4m3_blocks(x, encode, recipe, ar)
+    else:
+        amax = _max_ignoring_nan(_split(x)).float()
+        result = _blocks(x.float(), amax, encode, None, recipe, ar)
+    result = replace(result, steps={"encode scale": encode, **result.steps})
+    return _finish(result, layout, keep_steps)
+
+
+def dequantize(
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    scale: torch.Tensor | float,
+    layout: SfLayout = _LINEAR,
+) -> torch.Tensor:
+    """[M, K] fp32 values of codes [M, K/2]: (e2m1 * block scale), exact, times `scale`, one rounding.
+
+    Args:
+        block_scales: uint8 in `layout`.
+        scale: fp32 decode scale, one element or one a row.
+    """
+    rows, half = codes.shape
+    linear = to_linear(block_scales, rows, half * 2 // BLOCK_SIZE, layout)
+    values = _split(e2m1.decode(e2m1.unpack(codes))) * e4m3.decode(linear)[..., None]
+    column = torch.as_tensor(scale, dtype=torch.float32, device=codes.device).reshape(-1, 1)
+    return values.flatten(-2) * column
+
+
+def _split(x: torch.Tensor) -> torch.Tensor:
+    """[M, K] to blocks [M, K/16, 16]."""
+    return x.unflatten(-1, (-1, BLOCK_SIZE))
+
+
+def _max_ignoring_nan(x: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude along the last dimension; NaN where there is nothing but NaN."""
+    a = x.abs()
+    top = a.masked_fill(a.isnan(), -1.0).amax(-1)  # torch's own maxima let a NaN through
+    return top.masked_fill(top < 0, torch.nan)
+
+
+def _row_scales(
+    amax: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithmetic
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(encode scale, per-token scale), [M] each, of rows with the given maxima."""
+    zero_row_encode = 0.0 if recipe.four_over_six else FLT_MAX
+    if recipe.math == "exact":
+        encode = ar.min_flt_max(ar.div(ar.div(1.0, g).expand_as(amax), amax))
+        encode = torch.where(encode == 0, 1.0, encode)
+        encode = torch.where(amax == 0, zero_row_encode, encode)
+        return encode, torch.where(amax == 0, 0.0, ar.div(1.0, encode))
+    scale = ar.mul(amax, g)
+    encode = rcp_approx_ftz(scale)
+    if recipe.build == "cuda":
+        return torch.where(scale == 0, 0.0, encode), scale
+    return torch.where(amax == 0, zero_row_encode, encode), scale
+
+
+def _blocks(
+    values: torch.Tensor,
+    amax: torch.Tensor,
+    encode: torch.Tensor,
+    row_amax: torch.Tensor | None,
+    recipe: Recipe,
+    ar: Arithmetic,
+) -> Quantized:
+    """Quantize blocks of values [M, K] with maxima [M, K/16] and encode scales [M]."""
+    values, amax = ar.flush(_split(values)), ar.flush(amax)
+    encode = encode[:, None]
+    if recipe.four_over_six is not None:
+        return _four_over_six_blocks(
+            values, amax, encode, row_amax, recipe, recipe.four_over_six, ar
+        )
+    if recipe.math == "exact":
+        unrounded = torch.where(amax == 0, 0.0, ar.mul(amax, ar.mul(encode, _SIXTH)))
+    else:
+        unrounded = ar.mul(encode, ar.mul(amax, _SIXTH))
+    scale_bytes = e4m3.encode(unrounded)
+    output_scale = _output_scale(scale_bytes, encode, recipe, ar)
+    # The CuTe-DSL kernel's fast path tests the rounded scale, all others the maximum.
+    rounded = recipe.math == "fast" and recipe.build == "cute-dsl"
+    zero = e4m3.decode(scale_bytes) == 0 if rounded else amax == 0
+    output_scale = torch.where(zero, 0.0, output_scale)
+    codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
+    steps = {"block amax": amax, "block scale": unrounded, "output scale": output_scale}
+    return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
+
+
+def _output_scale(
+    scale_bytes: torch.Tensor, encode: torch.Tensor, recipe: Recipe, ar: Arithmetic
+) -> torch.Tensor:
+    """What a block's elements are multiplied by before e2m1."""
+    scale = e4m3.decode(scale_bytes)
+    if recipe.math == "exact":
+        return ar.min_flt_max(ar.div(1.0, ar.mul(scale, ar.div(1.0, encode))))
+    return rcp_approx_ftz(ar.mul(scale, rcp_approx_ftz(encode)))
+
+
+def _four_over_six_blocks(
+    values: torch.Tensor,
+    amax: torch.Tensor,
+    encode: torch.Tensor,
+    row_amax: torch.Tensor | None,
+    recipe: Recipe,
+    config: NVFP44Over6Config,
+    ar: Arithmetic,
+) -> Quantized:
+    """Both candidates of every block; the one with the maximum at 4 only if its error is smaller."""
+    if recipe.math == "exact":
+        unrounded6 = ar.mul(ar.div(amax, e2m1.MAX), encode)
+        decode = ar.div(1.0, encode)
+    else:
+        unrounded6 = ar.mul(encode, ar.mul(amax, _SIXTH))
+        decode = rcp_approx_ftz(encode)
+    unrounded4 = ar.mul(unrounded6, 1.5)
+
+    def candidate(unrounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale_bytes = e4m3.encode(unrounded)
+        output_scale = _output_scale(scale_bytes, encode, recipe, ar)
+        codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
+        scaled = e2m1.decode(codes) * e4m3.decode(scale_bytes)[..., None]  # exact
+        if config.err_use_fast_math:
+            difference = ar.sub(scaled, ar.mul(values, encode[..., None]))
+        else:
+            dequantized = ar.mul(scaled, decode[..., None])
+            if row_amax is not None:
+                row = row_amax[:, None, None]
+                by_row = ar.div(ar.mul(scaled, row), e2m1.MAX * config.e4m3_max)
+                dequantized = torch.where(row > 0, by_row, dequantized)
+            difference = ar.sub(dequantized, values)
+        mse = config.err_mode == NVFP44Over6ErrMode.MSE
+        term = ar.mul(difference, difference) if mse else difference.abs()
+        error = term[..., 0]
+        for i in range(1, BLOCK_SIZE):  # the order of the sum decides near ties
+            error = ar.add(error, term[..., i])
+        return scale_bytes, codes, error
+
+    bytes4, codes4, error4 = candidate(unrounded4)
+    bytes6, codes6, error6 = candidate(unrounded6)
+    take4 = error4 < error6
+    zero = amax == 0
+    scale_bytes = torch.where(take4, bytes4, bytes6).masked_fill(zero, 0)
+    codes = torch.where(take4[..., None], codes4, codes6).masked_fill(zero[..., None], 0)
+    steps = {"block amax": amax, "block scale": unrounded6, "error of 4": error4}
+    steps |= {"error of 6": error6}
+    return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
+
+
+def _e4m3_blocks(
+    x: torch.Tensor, encode: torch.Tensor, recipe: Recipe, ar: Arithmetic
+) -> Quantized:
+    """e4m3 input is first rescaled into fp16; the CUDA kernel then has an output scale of its own."""
+    if recipe.four_over_six is not None:
+        raise ValueError("x is float8_e4m3fn; 4over6 needs fp16 or bf16")
+    exact = recipe.math == "exact" and recipe.build == "cute-dsl"
+    prescale = ar.mul(ar.div(1.0, encode) if exact else rcp_approx_ftz(encode), e2m1.MAX)
+    values = ar.mul(x.float(), prescale[:, None]).half()
+    amax = _max_ignoring_nan(_split(values)).float()
+    if recipe.build == "cute-dsl":
+        return _blocks(values.float(), amax, encode, None, recipe, ar)
+    unrounded = ar.mul(encode[:, None], ar.mul(amax, _SIXTH))
+    scale_bytes = e4m3.encode(unrounded)
+    output_scale = ar.mul(rcp_approx_ftz(e4m3.decode(scale_bytes)), encode[:, None])
+    output_scale = torch.where(unrounded == 0, 0.0, output_scale)
+    codes = e2m1.encode(ar.mul(_split(values.float()), output_scale[..., None]))
+    steps = {"block amax": amax, "block scale": unrounded, "output scale": output_scale}
+    return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
+
+
+def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithmetic) -> Quantized:
+    """fp32 input: codes from the block's own maximum, the block scale from both afterwards."""
+    if recipe != Recipe():
+        raise ValueError(f"x is fp32; its recipe must be fast, without 4over6, build cuda: {recipe}")
+    values = ar.flush(_split(x))
+    amax = _max_ignoring_nan(values).nan_to_num(nan=0.0, posinf=torch.inf)
+    row_amax = amax.amax(-1)
+    scale = ar.mul(row_amax, g)
+    output_scale = torch.where(amax == 0, 0.0, ar.mul(rcp_approx_ftz(amax), e2m1.MAX))
+    denominator = ar.mul(scale[:, None], output_scale)
+    unrounded = torch.where(denominator == 0, 0.0, rcp_approx_ftz(denominator))
+    codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
+    steps = {
+        "row amax": row_amax,
+        "block amax": amax,
+        "output scale": output_scale,
+        "block scale": unrounded,
+    }
+    return Quantized(e2m1.pack(codes.flatten(-2)), e4m3.encode(unrounded), scale, steps)
+
+
+def _scatter_rows(part: Quantized, rows: torch.Tensor, m: int, layout: SfLayout) -> Quantized:
+    """The quantized rows at their places among M, zeros elsewhere."""
+
+    def place(t: torch.Tensor) -> torch.Tensor:
+        full = t.new_zeros((m, *t.shape[1:]))
+        full[rows] = t
+        return full
+
+    assert part.per_token_scale is not None
+    return Quantized(
+        place(part.codes),
+        from_linear(place(part.block_scales), layout),
+        place(part.per_token_scale),
+        {name: place(step) for name, step in part.steps.items()},
+    )
+
+
+def _finish(result: Quantized, layout: SfLayout, keep_steps: bool) -> Quantized:
+    return replace(
+        result,
+        block_scales=from_linear(result.block_scales, layout),
+        steps=result.steps if keep_steps else {},
+    )

@@ -1,0 +1,142 @@
+"""What can be chosen about NVFP4 arithmetic, as values: math, 4over6, build, and their integer code.
+
+Names, fields and values of `SfLayout`, `NVFP44Over6ErrMode` and `NVFP44Over6Config` are those of
+flashinfer-python 0.7.2 (`tllm_enums.py`, `quantization/nvfp4_quantization_utils.py`), so that its
+own objects can stand in their place.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal, get_args
+
+Math = Literal["fast", "exact"]
+Build = Literal["cuda", "cute-dsl"]
+
+BLOCK_SIZE = 16
+"""Elements that share one block scale."""
+
+
+class SfLayout(IntEnum):
+    """Where a block scale lies in memory; `layouts.py` has the formulas."""
+
+    layout_128x4 = 0
+    layout_8x4 = 1
+    layout_linear = 2
+
+
+class NVFP44Over6ErrMode(IntEnum):
+    """The error that chooses between the two block scales of 4over6."""
+
+    MAE = 0
+    MSE = 1
+
+
+@dataclass(frozen=True)
+class NVFP44Over6Config:
+    """4over6: each block is quantized with its maximum at 6 and at 4, the smaller error is kept.
+
+    Args:
+        e4m3_max: 448 or 256, the largest block scale; the base scale is 1 / (6 * e4m3_max).
+        err_mode: sum of absolute (MAE) or squared (MSE) differences; a name is accepted.
+        err_use_fast_math: differences in the scaled domain instead of the input's.
+
+    Raises:
+        ValueError: another e4m3_max or err_mode.
+    """
+
+    e4m3_max: int = 448
+    err_mode: NVFP44Over6ErrMode | str = NVFP44Over6ErrMode.MAE
+    err_use_fast_math: bool = False
+
+    def __post_init__(self) -> None:
+        if self.e4m3_max not in (256, 448):
+            raise ValueError(f"e4m3_max is {self.e4m3_max!r}; it must be 448 or 256")
+        try:
+            mode = (
+                NVFP44Over6ErrMode[self.err_mode.upper()]
+                if isinstance(self.err_mode, str)
+                else NVFP44Over6ErrMode(self.err_mode)
+            )
+        except (KeyError, ValueError):
+            raise ValueError(f"err_mode is {self.err_mode!r}; it must be MAE or MSE") from None
+        object.__setattr__(self, "err_mode", mode)
+
+    @classmethod
+    def of(cls, other: Any) -> "NVFP44Over6Config":
+        """This class's copy of any object with the three fields (FlashInfer's own, say)."""
+        return cls(other.e4m3_max, int(other.err_mode), bool(other.err_use_fast_math))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One arithmetic: everything that decides the bits, besides the tensors.
+
+    Args:
+        math: "fast" (FlashInfer's default) or "exact" (IEEE divisions).
+        four_over_six: a config, or None for off.
+        build: whose edge cases: FlashInfer's "cuda" kernels or its "cute-dsl" ones.
+
+    Raises:
+        ValueError: another math or build.
+    """
+
+    math: Math = "fast"
+    four_over_six: NVFP44Over6Config | None = None
+    build: Build = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.math not in get_args(Math):
+            raise ValueError(f"math is {self.math!r}; it must be one of {get_args(Math)}")
+        if self.build not in get_args(Build):
+            raise ValueError(f"build is {self.build!r}; it must be one of {get_args(Build)}")
+
+    @property
+    def e4m3_max(self) -> int:
+        return 448 if self.four_over_six is None else self.four_over_six.e4m3_max
+
+    @property
+    def base_scale_inv(self) -> float:
+        """The `a_global_sf` of per-token mode: 1/2688, or 1/1536 with e4m3_max 256."""
+        return 1.0 / (6.0 * self.e4m3_max)
+
+    @property
+    def code(self) -> int:
+        """Bits 0 to 4: FlashInfer's wire code of 4over6 (`nvfp4Recipe.h`); 5: exact; 6: cute-dsl."""
+        f = self.four_over_six
+        code = 0
+        if f is not None:
+            code = 1 | (f.e4m3_max == 256) << 1 | int(f.err_mode) << 2 | f.err_use_fast_math << 4
+        return code | (self.math == "exact") << 5 | (self.build == "cute-dsl") << 6
+
+    @classmethod
+    def from_code(cls, code: int) -> "Recipe":
+        """The inverse of `code`; ValueError for an integer that is no recipe's code."""
+        f = None
+        if code & 1:
+            mode = code >> 2 & 3
+            f = NVFP44Over6Config(256 if code & 2 else 448, mode, bool(code & 16))  # type: ignore[arg-type]
+        recipe = cls("exact" if code & 32 else "fast", f, "cute-dsl" if code & 64 else "cuda")
+        if recipe.code != code:
+            raise ValueError(f"code {code} is not the code of a recipe")
+        return recipe
+
+    def __str__(self) -> str:
+        f = self.four_over_six
+        parts = [self.math]
+        if f is not None:
+            error = NVFP44Over6ErrMode(f.err_mode).name.lower()
+            parts.append(f"4over6-{f.e4m3_max}-{error}{'-fasterr' if f.err_use_fast_math else ''}")
+        return "-".join([*parts, self.build])
+
+
+def all_recipes() -> list[Recipe]:
+    """Every recipe there is: 2 maths x (no 4over6 + 8 of it) x 2 builds."""
+    fours: list[NVFP44Over6Config | None] = [None]
+    fours += [
+        NVFP44Over6Config(e, m, fast)
+        for e in (448, 256)
+        for m in NVFP44Over6ErrMode
+        for fast in (False, True)
+    ]
+    return [Recipe(m, f, b) for b in get_args(Build) for m in get_args(Math) for f in fours]
