@@ -1,0 +1,206 @@
+"""The arithmetic that NVFP4 kernels are made of, each operation rounding once, in Triton.
+
+Every function takes ARCH (10 * major + minor, or 0 in the interpreter, which has neither inline
+assembly nor a right e4m3 cast) and picks the GPU's own instruction where there is one: e4m3 from
+sm_89, e2m1 from sm_100. Elsewhere the same bits come from integer arithmetic. FTZ makes an operation
+flush subnormal inputs and results, as FlashInfer's CUDA build does. `reference/` is the
+specification; the assembly also keeps the compiler from fusing a multiply into an add.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+FLT_MAX = tl.constexpr(3.4028234663852886e38)
+SIXTH = tl.constexpr(0.16666667163372039794921875)  # fp32 of 1/6, which is also rcp.approx(6)
+_MIN_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _flushed(x):
+    """Subnormals to zero of the same sign, without assembly."""
+    return tl.where(tl.abs(x) < _MIN_NORMAL, x * 0.0, x)
+
+
+@triton.jit
+def flush(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """What an operation of the build reads where x is stored."""
+    if FTZ:
+        if ARCH == 0:
+            return _flushed(x)
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.f32 $0, $1, 0f3F800000;", "=f,f", [x], tl.float32, True, 1
+        )
+    return x
+
+
+@triton.jit
+def mul(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(_flushed(a) * _flushed(b))
+        return a * b
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def sub(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(_flushed(a) - _flushed(b))
+        return a - b
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "sub.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def add(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(_flushed(a) + _flushed(b))
+        return a + b
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "add.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def div(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """Correctly rounded a / b."""
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(tl.div_rn(_flushed(a), _flushed(b)))
+        return tl.div_rn(a, b)
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "div.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
+    """`rcp.approx.ftz.f32`; `rcp_delta_ptr` is the reference's table, read in the interpreter only."""
+    if ARCH == 0:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        significand = magnitude & 0x007FFFFF
+        unit = (significand | 0x3F800000).to(tl.float32, bitcast=True)
+        delta = tl.load(rcp_delta_ptr + significand).to(tl.int32)
+        scaled = tl.div_rn(1.0, unit).to(tl.int32, bitcast=True) + delta
+        scaled -= ((magnitude >> 23) - 127) << 23
+        scaled = tl.where(scaled < 0x00800000, 0, scaled)
+        scaled = tl.where(magnitude < 0x00800000, 0x7F800000, scaled)
+        scaled = tl.where(magnitude == 0x7F800000, 0, scaled)
+        scaled = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, scaled | (bits ^ magnitude))
+        return scaled.to(tl.float32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def e4m3_encode(x, ARCH: tl.constexpr):
+    """fp32 >= 0 or NaN to its e4m3 byte, int32."""
+    if ARCH >= 89:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1;"
+            " cvt.u32.u16 $0, pair; }",
+            "=r,f",
+            [x],
+            tl.int32,
+            True,
+            1,
+        )
+    bits = x.to(tl.int32, bitcast=True)
+    # Round the significand to 3 bits, ties to even, and move the exponent's bias from 127 to 7.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    # An addend whose ulp is the subnormals' step leaves the byte in its low bits.
+    subnormal = (x + 16384.0).to(tl.int32, bitcast=True) & 15
+    byte = tl.where(x < 0.015625, subnormal, tl.minimum(normal, 0x7E))
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7F, byte)
+
+
+@triton.jit
+def e4m3_decode(byte):
+    """e4m3 byte (int32, sign allowed) to fp32, exactly."""
+    magnitude = byte & 0x7F
+    value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    value = tl.where(byte >= 128, -value, value)
+    return tl.where(magnitude == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def columns(x):
+    """[R, NB, N, 8] as its eight columns [R, NB, N], first to last."""
+    shape: tl.constexpr = (x.shape[0], x.shape[1], x.shape[2], 2, 2)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 4, 2)))
+    x04, x26 = tl.split(tl.reshape(even, shape))
+    x15, x37 = tl.split(tl.reshape(odd, shape))
+    x0, x4 = tl.split(x04)
+    x2, x6 = tl.split(x26)
+    x1, x5 = tl.split(x15)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def e2m1_encode(y, ARCH: tl.constexpr):
+    """fp32 [R, NB, 16] to packed e2m1 codes, int32 [R, NB, 2], element 0 in the lowest nibble."""
+    groups = tl.reshape(y, (y.shape[0], y.shape[1], 2, 8))
+    if ARCH >= 100:
+        y0, y1, y2, y3, y4, y5, y6, y7 = columns(groups)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b8 b0, b1, b2, b3;"
+            " cvt.rn.satfinite.e2m1x2.f32 b0, $2, $1;"
+            " cvt.rn.satfinite.e2m1x2.f32 b1, $4, $3;"
+            " cvt.rn.satfinite.e2m1x2.f32 b2, $6, $5;"
+            " cvt.rn.satfinite.e2m1x2.f32 b3, $8, $7;"
+            " mov.b32 $0, {b0, b1, b2, b3}; }",
+            "=r,f,f,f,f,f,f,f,f",
+            [y0, y1, y2, y3, y4, y5, y6, y7],
+            tl.int32,
+            True,
+            1,
+        )
+    a = tl.abs(groups)
+    # Each addition rounds to the step of one binade of e2m1 (1/2, 1, 2), ties to even, and leaves
+    # the count of steps in its low bits: the code is the smallest of the three, at most 7. Unsigned,
+    # so that NaN stays above all.
+    halves = tl.fma(a, 2.0, 8388608.0).to(tl.uint32, bitcast=True)
+    ones = (a + 8388608.0).to(tl.uint32, bitcast=True) + 2
+    twos = tl.fma(a, 0.5, 8388608.0).to(tl.uint32, bitcast=True) + 4
+    code = tl.minimum(tl.minimum(tl.minimum(halves, ones), twos), 0x4B000007)
+    sign = (groups.to(tl.uint32, bitcast=True) >> 31) << 3
+    if ARCH == 0:  # a GPU's arithmetic makes positive NaN only; the host's does not
+        sign = tl.where(a == a, sign, 0)
+    shift = (tl.arange(0, 8) * 4)[None, None, None, :].to(tl.uint32)
+    # 0x4b000000, which every code still carries, sums to 0xfb000000 modulo 2^32.
+    word = tl.sum((code + sign) << shift, 3) - 0xFB000000
+    return word.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def e2m1_magnitudes(word):
+    """Packed codes [R, NB, 2] to the elements' magnitudes, fp32 [R, NB, 16]."""
+    shift = (tl.arange(0, 8) * 4)[None, None, None, :]
+    magnitude = (word[:, :, :, None] >> shift) & 7
+    half = (magnitude << 9).to(tl.int16).to(tl.float16, bitcast=True)  # the value times 2^-14
+    return tl.reshape(half.to(tl.float32) * 16384.0, (word.shape[0], word.shape[1], 16))

@@ -1,0 +1,359 @@
+"""The quantizer kernel: every recipe, input type and layout of NVFP4 in one Triton function.
+
+A program owns ROWS rows of NBP blocks of 16 (NBP a power of two >= the row's blocks, unless the row
+is longer and the program walks along it twice). Words of memory are laid out so that one thread
+holds whole blocks: two 16-byte loads, no exchange between threads but for the row's maximum, one
+8-byte store. `reference/quantize.py` explains the arithmetic; names are the same here.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+from .leaves import (
+    FLT_MAX,
+    SIXTH,
+    add,
+    columns,
+    div,
+    e2m1_encode,
+    e2m1_magnitudes,
+    e4m3_decode,
+    e4m3_encode,
+    flush,
+    mul,
+    rcp,
+    sub,
+)
+
+BF16 = tl.constexpr(0)
+FP16 = tl.constexpr(1)
+E4M3 = tl.constexpr(2)
+FP32 = tl.constexpr(3)
+
+PER_TOKEN = tl.constexpr(0)
+GLOBAL_SCALE = tl.constexpr(1)
+ROW_SCALES = tl.constexpr(2)  # global scales, one a row
+
+LAYOUT_128X4 = tl.constexpr(0)
+LAYOUT_8X4 = tl.constexpr(1)
+LAYOUT_LINEAR = tl.constexpr(2)
+
+
+@triton.jit
+def _load_words(x_ptr, row, block, mask, NB, FIRST: tl.constexpr, WORDS: tl.constexpr):
+    """Four 32-bit words of each block, [ROWS, NBP, 4], from word FIRST of the block's WORDS."""
+    word = (row * NB + block)[:, :, None] * WORDS + FIRST + tl.arange(0, 4)[None, None, :]
+    return tl.load(x_ptr + word, mask[:, :, None], other=0)
+
+
+@triton.jit
+def _load(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
+    """Blocks of x as fp32, [ROWS, NBP, 16], element order kept; zero outside the mask."""
+    R: tl.constexpr = row.shape[0]
+    NBP: tl.constexpr = block.shape[1]
+    if DTYPE == FP32:
+        a = _load_words(x_ptr, row, block, mask, NB, 0, 16)
+        b = _load_words(x_ptr, row, block, mask, NB, 4, 16)
+        c = _load_words(x_ptr, row, block, mask, NB, 8, 16)
+        d = _load_words(x_ptr, row, block, mask, NB, 12, 16)
+        x = tl.join(tl.join(a, b), tl.join(c, d))  # [.., word, 2, 2], the last index the major
+        x = tl.permute(x, (0, 1, 4, 3, 2)).to(tl.float32, bitcast=True)
+        return tl.reshape(x, (R, NBP, 16))
+    if DTYPE == E4M3:
+        w = _load_words(x_ptr, row, block, mask, NB, 0, 4)
+        byte = (w[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]) & 0xFF
+        return tl.reshape(e4m3_decode(byte), (R, NBP, 16))
+    w = tl.join(
+        _load_words(x_ptr, row, block, mask, NB, 0, 8),
+        _load_words(x_ptr, row, block, mask, NB, 4, 8),
+    )
+    if DTYPE == BF16:
+        even = (w << 16).to(tl.float32, bitcast=True)
+        odd = (w & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 2, 4)), (R, NBP, 16))
+
+
+@triton.jit
+def _row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
+    """(encode scale, per-token scale) of rows with the given maxima."""
+    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    zero_encode: tl.constexpr = 0.0 if RECIPE & 1 else FLT_MAX
+    if RECIPE & 32:
+        encode = tl.minimum(div(div(1.0, g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX)
+        encode = tl.where(encode == 0, 1.0, encode)
+        encode = tl.where(amax == 0, zero_encode, encode)
+        return encode, tl.where(amax == 0, 0.0, div(1.0, encode, FTZ, ARCH))
+    scale = mul(amax, g, FTZ, ARCH)
+    encode = rcp(scale, rcp_delta_ptr, ARCH)
+    if FTZ:
+        return tl.where(scale == 0, 0.0, encode), scale
+    return tl.where(amax == 0, zero_encode, encode), scale
+
+
+@triton.jit
+def _output_scale(sf, encode, rcp_delta_ptr, EXACT: tl.constexpr, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if EXACT:
+        decode = div(1.0, encode, FTZ, ARCH)
+        return tl.minimum(div(1.0, mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX)
+    decode = rcp(encode, rcp_delta_ptr, ARCH)
+    return rcp(mul(sf, decode, FTZ, ARCH), rcp_delta_ptr, ARCH)
+
+
+@triton.jit
+def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """[R, NB, 16] summed left to right: the order decides near ties."""
+    R: tl.constexpr = terms.shape[0]
+    NB: tl.constexpr = terms.shape[1]
+    halves = tl.permute(tl.reshape(terms, (R, NB, 2, 8)), (0, 1, 3, 2))
+    first, second = tl.split(halves)
+    a0, a1, a2, a3, a4, a5, a6, a7 = columns(tl.reshape(first, (R, NB, 1, 8)))
+    b0, b1, b2, b3, b4, b5, b6, b7 = columns(tl.reshape(second, (R, NB, 1, 8)))
+    total = add(add(add(a0, a1, FTZ, ARCH), a2, FTZ, ARCH), a3, FTZ, ARCH)
+    total = add(add(add(total, a4, FTZ, ARCH), a5, FTZ, ARCH), a6, FTZ, ARCH)
+    total = add(add(add(total, a7, FTZ, ARCH), b0, FTZ, ARCH), b1, FTZ, ARCH)
+    total = add(add(add(total, b2, FTZ, ARCH), b3, FTZ, ARCH), b4, FTZ, ARCH)
+    total = add(add(add(total, b5, FTZ, ARCH), b6, FTZ, ARCH), b7, FTZ, ARCH)
+    return tl.reshape(total, (R, NB))
+
+
+@triton.jit
+def _candidate(
+    x, unrounded, encode, decode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(scale byte, packed codes, error) of one of 4over6's two block scales."""
+    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    byte = e4m3_encode(unrounded, ARCH)
+    sf = e4m3_decode(byte)
+    output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE & 32, FTZ, ARCH)
+    words = e2m1_encode(mul(x, output_scale[:, :, None], FTZ, ARCH), ARCH)
+    # Magnitudes have the same differences as signed values, and round alike.
+    scaled = e2m1_magnitudes(words) * sf[:, :, None]
+    a = tl.abs(x)
+    if RECIPE & 16:
+        difference = sub(scaled, mul(a, encode[:, :, None], FTZ, ARCH), FTZ, ARCH)
+    else:
+        if MODE == PER_TOKEN:
+            E4M3_MAX: tl.constexpr = 256 if RECIPE & 2 else 448
+            # A row maximum of 0 leaves blocks of zeros and of NaN, and both candidates the same.
+            by_row = mul(scaled, row_amax[:, :, None], FTZ, ARCH)
+            dequantized = div(by_row, 6.0 * E4M3_MAX, FTZ, ARCH)
+        else:
+            dequantized = mul(scaled, decode[:, :, None], FTZ, ARCH)
+        difference = sub(dequantized, a, FTZ, ARCH)
+    if RECIPE & 4:
+        term = mul(difference, difference, FTZ, ARCH)
+    else:
+        term = tl.abs(difference)
+    return byte, words, _ordered_sum(term, FTZ, ARCH)
+
+
+@triton.jit
+def _quantize(
+    x, amax, encode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(scale bytes [R, NB], packed codes [R, NB, 2]) of blocks x [R, NB, 16] with maxima amax."""
+    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    EXACT: tl.constexpr = (RECIPE & 32) != 0
+    amax = flush(amax, FTZ, ARCH)
+    if RECIPE & 1:
+        if EXACT:
+            unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
+            decode = div(1.0, encode, FTZ, ARCH)
+        else:
+            unrounded6 = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+            decode = rcp(encode, rcp_delta_ptr, ARCH)
+        unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
+        byte4, words4, error4 = _candidate(
+            x, unrounded4, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, ARCH
+        )
+        byte6, words6, error6 = _candidate(
+            x, unrounded6, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, ARCH
+        )
+        take4 = error4 < error6
+        byte = tl.where(amax == 0, 0, tl.where(take4, byte4, byte6))
+        words = tl.where(take4[:, :, None], words4, words6)
+        return byte, tl.where((amax == 0)[:, :, None], 0, words)
+    if DTYPE == E4M3 and FTZ:  # the CUDA build's kernel for e4m3 has a rule of its own
+        unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        byte = e4m3_encode(unrounded, ARCH)
+        output_scale = mul(rcp(e4m3_decode(byte), rcp_delta_ptr, ARCH), encode, FTZ, ARCH)
+        output_scale = tl.where(unrounded == 0, 0.0, output_scale)
+    elif EXACT:
+        unrounded = mul(amax, mul(encode, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        byte = e4m3_encode(tl.where(amax == 0, 0.0, unrounded), ARCH)
+        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, EXACT, FTZ, ARCH)
+        output_scale = tl.where(amax == 0, 0.0, output_scale)
+    else:
+        unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        byte = e4m3_encode(unrounded, ARCH)
+        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, EXACT, FTZ, ARCH)
+        # The CuTe-DSL kernel tests the rounded scale.
+        zero = amax == 0 if FTZ else byte == 0
+        output_scale = tl.where(zero, 0.0, output_scale)
+    return byte, e2m1_encode(mul(x, output_scale[:, :, None], FTZ, ARCH), ARCH)
+
+
+@triton.jit
+def _quantize_fp32(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
+    """The fp32-input rule: codes from the block's own maximum, the block scale afterwards."""
+    amax = flush(tl.maximum(amax, 0.0), True, ARCH)  # a block of nothing but NaN counts as zeros
+    output_scale = mul(rcp(amax, rcp_delta_ptr, ARCH), 6.0, True, ARCH)
+    output_scale = tl.where(amax == 0, 0.0, output_scale)
+    denominator = mul(scale, output_scale, True, ARCH)
+    unrounded = tl.where(denominator == 0, 0.0, rcp(denominator, rcp_delta_ptr, ARCH))
+    words = e2m1_encode(mul(x, output_scale[:, :, None], True, ARCH), ARCH)
+    return e4m3_encode(unrounded, ARCH), words
+
+
+@triton.jit
+def _scale_offset(row, block, padded_columns, LAYOUT: tl.constexpr):
+    """Where the block scales [R, NB] lie; `reference/layouts.py` has the formulas."""
+    if LAYOUT == LAYOUT_LINEAR:
+        return row * padded_columns + block
+    if LAYOUT == LAYOUT_128X4:
+        tile = (row // 128) * (padded_columns // 4) + block // 4
+        return tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + block % 4
+    tile = (row // 8) * (padded_columns // 4) + block // 4
+    return tile * 32 + (row % 8) * 4 + block % 4
+
+
+@triton.jit
+def _prescale_e4m3(
+    x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr
+):
+    """e4m3 input is first brought into fp16 (`reference.quantize._e4m3_blocks`)."""
+    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    if (RECIPE & 32) and not FTZ:
+        decode = div(1.0, encode, FTZ, ARCH)
+    else:
+        decode = rcp(encode, rcp_delta_ptr, ARCH)
+    prescale = mul(decode, 6.0, FTZ, ARCH)
+    return mul(x, prescale[:, :, None], FTZ, ARCH).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _store(
+    codes_ptr, sf_ptr, row, block, mask, sf_mask, words, byte, NB, padded_columns,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    word = (row * NB + block)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(codes_ptr + word, words, mask[:, :, None])
+    offset = _scale_offset(row, block, padded_columns, LAYOUT)
+    tl.store(sf_ptr + offset, tl.where(mask, byte, 0).to(tl.uint8), sf_mask)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,  # [M, 16 NB] as int32 words
+    row_index_ptr,  # [>= M] int32, with HAS_ROW_INDEX
+    scale_ptr,  # fp32 [1] or [M], with HAS_SCALE_TENSOR
+    out_scale_ptr,  # fp32 [1], with HAS_OUT_SCALE
+    rcp_delta_ptr,  # [2^23] int8, in the interpreter
+    codes_ptr,  # [M, 2 NB] int32
+    sf_ptr,  # [padded_rows, padded_columns] uint8
+    token_ptr,  # [M] fp32, with MODE PER_TOKEN
+    scale_value,  # fp32, without HAS_SCALE_TENSOR
+    M,
+    NB,
+    padded_rows,
+    padded_columns,
+    RECIPE: tl.constexpr,  # Recipe.code
+    MODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HAS_ROW_INDEX: tl.constexpr,
+    HAS_SCALE_TENSOR: tl.constexpr,
+    HAS_OUT_SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    NBP: tl.constexpr,
+    TWO_PASSES: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < M
+    if HAS_ROW_INDEX:
+        row = tl.load(row_index_ptr + row, live, other=-1).to(tl.int64)
+        live = live & (row >= 0) & (row < M)
+        stored = live  # the launcher zeroed the rest
+    else:
+        stored = row < padded_rows
+    row, live, stored = row[:, None], live[:, None], stored[:, None]
+    block = tl.program_id(1) * NBP + tl.arange(0, NBP)[None, :]
+
+    if HAS_SCALE_TENSOR:
+        if MODE == ROW_SCALES:
+            given = tl.load(scale_ptr + row, live, other=1.0)
+        else:
+            given = tl.load(scale_ptr + tl.zeros_like(row))
+    else:
+        given = tl.zeros((ROWS, 1), tl.float32) + scale_value
+
+    mask = live & (block < NB)
+    if not TWO_PASSES:
+        x = _load(x_ptr, row, block, mask, NB, DTYPE)
+
+    if MODE == PER_TOKEN:
+        if TWO_PASSES:
+            row_amax = tl.zeros((ROWS,), tl.float32)
+            for start in range(0, NB, NBP):
+                part = _load(x_ptr, row, start + block, live & (start + block < NB), NB, DTYPE)
+                row_amax = tl.maximum(row_amax, tl.max(tl.max(tl.abs(part), 2), 1))
+        else:
+            amax = tl.max(tl.abs(x), 2)
+            row_amax = tl.max(amax, 1)
+        # A row of nothing but NaN has the maximum 0.
+        row_amax = flush(tl.maximum(row_amax, 0.0), FTZ, ARCH)[:, None]
+        encode, token = _row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
+        shown = token
+        if HAS_OUT_SCALE:
+            shown = mul(token, tl.load(out_scale_ptr), FTZ, ARCH)
+        tl.store(token_ptr + row, shown, live)
+    else:
+        row_amax = given
+        encode = given
+        if INVERSE:
+            if RECIPE & 32:
+                encode = div(1.0, given, FTZ, ARCH)
+            else:
+                encode = rcp(given, rcp_delta_ptr, ARCH)
+        encode = flush(encode, FTZ, ARCH)
+        token = encode
+
+    if TWO_PASSES:
+        for start in range(0, padded_columns, NBP):
+            column = start + block
+            mask = live & (column < NB)
+            x = _load(x_ptr, row, column, mask, NB, DTYPE)
+            amax = tl.max(tl.abs(x), 2)
+            if DTYPE == FP32:
+                byte, words = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
+            else:
+                byte, words = _quantize(
+                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
+                )
+            _store(
+                codes_ptr, sf_ptr, row, column, mask, stored & (column < padded_columns),
+                words, byte, NB, padded_columns, LAYOUT,
+            )  # fmt: skip
+    else:
+        if DTYPE == E4M3:
+            x = _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
+        amax = tl.max(tl.abs(x), 2)
+        if DTYPE == FP32:
+            byte, words = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
+        else:
+            byte, words = _quantize(
+                x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
+            )
+        _store(
+            codes_ptr, sf_ptr, row, block, mask, stored & (block < padded_columns),
+            words, byte, NB, padded_columns, LAYOUT,
+        )  # fmt: skip

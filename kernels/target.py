@@ -1,0 +1,30 @@
+"""What the kernels run on: the only place that asks the GPU or the interpreter."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import torch
+import triton
+
+MIN_CAPABILITY = (8, 0)
+INTERPRETER = 0
+"""The ARCH that kernels see under TRITON_INTERPRET=1; on a GPU it is 10 * major + minor."""
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, (9, 0) for an H100."""
+    return torch.cuda.get_device_capability(device)
+
+
+def arch(device: torch.device) -> int:
+    """The ARCH constant of kernels launched on `device`."""
+    if interpreting():
+        return INTERPRETER
+    major, minor = capability(device)
+    return 10 * major + minor
