@@ -22,28 +22,40 @@ _DTYPES = {
     torch.float8_e4m3fn: k.E4M3,
     torch.float32: k.FP32,
 }
-_ONE_PASS_BLOCKS = 1024
+_ONE_READ_BLOCKS = 1024
 """Blocks of a row, at most, that one program keeps in registers: K = 16,384."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a matrix is cut into programs: `rows` rows of `blocks` blocks, by `warps` warps."""
+    """How a matrix is cut into programs."""
 
-    rows: int
-    blocks: int
+    rows: int  # rows of a program
+    blocks: int  # of each row, quantized at a time
+    read: int  # blocks read at a time for the row's maximum before; 0: the same ones, read once
+    splits: int  # programs that share a row
     warps: int
-    two_passes: bool
 
 
-def launch_config(m: int, num_blocks: int, interpreted: bool = False) -> LaunchConfig:
-    """The shipped choice for [m, 16 * num_blocks]: one thread a block, 256 threads where rows allow."""
-    two_passes = num_blocks > _ONE_PASS_BLOCKS
-    blocks = min(max(4, triton.next_power_of_2(num_blocks)), _ONE_PASS_BLOCKS)
+def launch_config(
+    m: int, num_blocks: int, per_token: bool = True, interpreted: bool = False
+) -> LaunchConfig:
+    """The shipped choice for [m, 16 * num_blocks]."""
+    wide = max(4, triton.next_power_of_2(num_blocks))
+    blocks = min(wide, _ONE_READ_BLOCKS)
+    read = 0 if wide == blocks else blocks
     if interpreted:  # a program costs milliseconds there, whatever its size
-        return LaunchConfig(min(64, triton.next_power_of_2(max(m, 1))), blocks, 4, two_passes)
+        rows = min(64, triton.next_power_of_2(max(m, 1)))
+        return LaunchConfig(rows, blocks, read, 1 if per_token else wide // blocks, 4)
+    if not per_token:
+        blocks = min(wide, 256)
+        rows = 256 // blocks if m > 128 else 1
+        return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 32))
+    if m <= 32 and 256 <= blocks == wide:
+        # Few rows: four programs a row, each finding its maximum again.
+        return LaunchConfig(1, blocks // 4, blocks, 4, blocks // 128)
     rows = max(1, 256 // blocks) if m > 128 else 1
-    return LaunchConfig(rows, blocks, max(1, rows * blocks // 32), two_passes)
+    return LaunchConfig(rows, blocks, read, 1, max(1, rows * blocks // 32))
 
 
 def quantize_per_token(
@@ -131,12 +143,13 @@ def _launch(
     if row_index is not None:
         row_index = row_index.contiguous()
     if config is None:
-        config = launch_config(m, num_blocks, interpreting())
-    rows = m if row_index is not None else padded_rows
-    # A global scale needs no maximum of the row: a long row is several programs.
-    two_passes = config.two_passes and mode == k.PER_TOKEN.value
-    steps = 1 if two_passes else triton.cdiv(padded_columns, config.blocks)
-    k.quantize_kernel[(triton.cdiv(rows, config.rows), steps)](
+        config = launch_config(m, num_blocks, mode == k.PER_TOKEN.value, interpreting())
+    programs = triton.cdiv(m, config.rows)
+    if padded_rows != m and row_index is None:
+        # Padding rows are in the last row tile only: programs of their own fill it, words of four.
+        tile = padded_columns // 4 * (128 if layout == SfLayout.layout_128x4 else 8)
+        programs += triton.cdiv(tile, config.rows * config.blocks * config.splits)
+    k.quantize_kernel[(programs, config.splits)](
         x.view(torch.int32),
         row_index,
         scale,
@@ -159,8 +172,9 @@ def _launch(
         HAS_SCALE_TENSOR=scale is not None,
         HAS_OUT_SCALE=out_scale is not None,
         ROWS=config.rows,
-        NBP=config.blocks,
-        TWO_PASSES=two_passes,
+        BLOCKS=config.blocks,
+        READ=config.read,
+        SPLITS=config.splits,
         ARCH=arch(x.device),
         num_warps=config.warps,
     )

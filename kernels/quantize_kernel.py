@@ -17,12 +17,14 @@ from .leaves import (
     columns,
     div,
     e2m1_encode,
-    e2m1_magnitudes,
+    e2m1_encode_magnitudes,
+    e2m1_signs,
     e4m3_decode,
     e4m3_encode,
     flush,
     mul,
     rcp,
+    reciprocal,
     sub,
 )
 
@@ -83,10 +85,10 @@ def _row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     zero_encode: tl.constexpr = 0.0 if RECIPE & 1 else FLT_MAX
     if RECIPE & 32:
-        encode = tl.minimum(div(div(1.0, g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX)
+        encode = tl.minimum(div(reciprocal(g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX)
         encode = tl.where(encode == 0, 1.0, encode)
         encode = tl.where(amax == 0, zero_encode, encode)
-        return encode, tl.where(amax == 0, 0.0, div(1.0, encode, FTZ, ARCH))
+        return encode, tl.where(amax == 0, 0.0, reciprocal(encode, FTZ, ARCH))
     scale = mul(amax, g, FTZ, ARCH)
     encode = rcp(scale, rcp_delta_ptr, ARCH)
     if FTZ:
@@ -97,8 +99,8 @@ def _row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr
 @triton.jit
 def _output_scale(sf, encode, rcp_delta_ptr, EXACT: tl.constexpr, FTZ: tl.constexpr, ARCH: tl.constexpr):
     if EXACT:
-        decode = div(1.0, encode, FTZ, ARCH)
-        return tl.minimum(div(1.0, mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX)
+        decode = reciprocal(encode, FTZ, ARCH)
+        return tl.minimum(reciprocal(mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX)
     decode = rcp(encode, rcp_delta_ptr, ARCH)
     return rcp(mul(sf, decode, FTZ, ARCH), rcp_delta_ptr, ARCH)
 
@@ -121,35 +123,80 @@ def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def _divide_by_constant(p, D: tl.constexpr):
+    """p / D, correctly rounded where nothing in here is subnormal or overflows."""
+    INVERSE: tl.constexpr = 1.0 / D
+    q = p * INVERSE
+    return tl.fma(tl.fma(q, -D, p), INVERSE, q)
+
+
+@triton.jit
 def _candidate(
-    x, unrounded, encode, decode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, ARCH: tl.constexpr,
+    a, unrounded, encode, decode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """(scale byte, packed codes, error) of one of 4over6's two block scales."""
+    """(scale byte, output scale, packed magnitudes, error) of one of 4over6's two block scales.
+
+    Magnitudes a [R, NB, 16] have the differences of signed values, and round alike.
+    """
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     byte = e4m3_encode(unrounded, ARCH)
     sf = e4m3_decode(byte)
-    output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE & 32, FTZ, ARCH)
-    words = e2m1_encode(mul(x, output_scale[:, :, None], FTZ, ARCH), ARCH)
-    # Magnitudes have the same differences as signed values, and round alike.
-    scaled = e2m1_magnitudes(words) * sf[:, :, None]
-    a = tl.abs(x)
-    if RECIPE & 16:
-        difference = sub(scaled, mul(a, encode[:, :, None], FTZ, ARCH), FTZ, ARCH)
+    output_scale = _output_scale(sf, encode, rcp_delta_ptr, (RECIPE & 32) != 0, FTZ, ARCH)
+    words, rounded = e2m1_encode_magnitudes(mul(a, output_scale[:, :, None], FTZ, ARCH), ARCH)
+    if NEAR_ONE:
+        # sf * row_amax, and its product with a code, are exact: at most 11 + 4 + 2 significant bits.
+        # All is 2^-26 of itself until the division.
+        SHIFT: tl.constexpr = 2.0**-26
+        D: tl.constexpr = (1536.0 if RECIPE & 2 else 2688.0) * SHIFT
+        by_row = rounded * (sf * (row_amax * 2.0**100))[:, :, None]
+        difference = sub(_divide_by_constant(by_row, D), a, FTZ, ARCH)
     else:
-        if MODE == PER_TOKEN:
-            E4M3_MAX: tl.constexpr = 256 if RECIPE & 2 else 448
+        scaled = rounded * 2.0**126 * sf[:, :, None]  # exact
+        if RECIPE & 16:
+            difference = sub(scaled, mul(a, encode[:, :, None], FTZ, ARCH), FTZ, ARCH)
+        elif MODE == PER_TOKEN:
             # A row maximum of 0 leaves blocks of zeros and of NaN, and both candidates the same.
             by_row = mul(scaled, row_amax[:, :, None], FTZ, ARCH)
-            dequantized = div(by_row, 6.0 * E4M3_MAX, FTZ, ARCH)
+            D: tl.constexpr = 1536.0 if RECIPE & 2 else 2688.0
+            difference = sub(div(by_row, D, FTZ, ARCH), a, FTZ, ARCH)
         else:
-            dequantized = mul(scaled, decode[:, :, None], FTZ, ARCH)
-        difference = sub(dequantized, a, FTZ, ARCH)
+            difference = sub(mul(scaled, decode[:, :, None], FTZ, ARCH), a, FTZ, ARCH)
     if RECIPE & 4:
         term = mul(difference, difference, FTZ, ARCH)
     else:
         term = tl.abs(difference)
-    return byte, words, _ordered_sum(term, FTZ, ARCH)
+    return byte, output_scale, words, _ordered_sum(term, FTZ, ARCH)
+
+
+@triton.jit
+def _four_over_six(
+    x, amax, encode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(scale bytes, packed codes): of the block's maximum at 4 if that error is the smaller."""
+    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    if RECIPE & 32:
+        unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
+        decode = reciprocal(encode, FTZ, ARCH)
+    else:
+        unrounded6 = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        decode = rcp(encode, rcp_delta_ptr, ARCH)
+    unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
+    a = tl.abs(x)
+    byte6, output6, words6, error6 = _candidate(
+        a, unrounded6, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
+    )
+    byte4, output4, words4, error4 = _candidate(
+        a, unrounded4, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
+    )
+    take4 = error4 < error6
+    byte = tl.where(take4, byte4, byte6)
+    words = tl.where(take4[:, :, None], words4, words6)
+    y = mul(x, tl.where(take4, output4, output6)[:, :, None], FTZ, ARCH)
+    words = words | e2m1_signs(y, ARCH)
+    zero = amax == 0  # then even -0 gets the code 0
+    return tl.where(zero, 0, byte), tl.where(zero[:, :, None], 0, words)
 
 
 @triton.jit
@@ -162,23 +209,20 @@ def _quantize(
     EXACT: tl.constexpr = (RECIPE & 32) != 0
     amax = flush(amax, FTZ, ARCH)
     if RECIPE & 1:
-        if EXACT:
-            unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
-            decode = div(1.0, encode, FTZ, ARCH)
-        else:
-            unrounded6 = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
-            decode = rcp(encode, rcp_delta_ptr, ARCH)
-        unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
-        byte4, words4, error4 = _candidate(
-            x, unrounded4, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, ARCH
+        if ARCH != 0 and MODE == PER_TOKEN and not RECIPE & 16:
+            far = (row_amax != 0) & ((row_amax < 2.0**-60) | (row_amax > 2.0**16))
+            if tl.max(tl.max(far.to(tl.int32), 1), 0) == 0:
+                byte, words = _four_over_six(
+                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, True, ARCH
+                )
+            else:
+                byte, words = _four_over_six(
+                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH
+                )
+            return byte, words
+        return _four_over_six(
+            x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH
         )
-        byte6, words6, error6 = _candidate(
-            x, unrounded6, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, ARCH
-        )
-        take4 = error4 < error6
-        byte = tl.where(amax == 0, 0, tl.where(take4, byte4, byte6))
-        words = tl.where(take4[:, :, None], words4, words6)
-        return byte, tl.where((amax == 0)[:, :, None], 0, words)
     if DTYPE == E4M3 and FTZ:  # the CUDA build's kernel for e4m3 has a rule of its own
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
         byte = e4m3_encode(unrounded, ARCH)
@@ -196,7 +240,7 @@ def _quantize(
         # The CuTe-DSL kernel tests the rounded scale.
         zero = amax == 0 if FTZ else byte == 0
         output_scale = tl.where(zero, 0.0, output_scale)
-    return byte, e2m1_encode(mul(x, output_scale[:, :, None], FTZ, ARCH), ARCH)
+    return byte, e2m1_encode(x, output_scale, FTZ, ARCH)
 
 
 @triton.jit
@@ -207,7 +251,7 @@ def _quantize_fp32(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
     output_scale = tl.where(amax == 0, 0.0, output_scale)
     denominator = mul(scale, output_scale, True, ARCH)
     unrounded = tl.where(denominator == 0, 0.0, rcp(denominator, rcp_delta_ptr, ARCH))
-    words = e2m1_encode(mul(x, output_scale[:, :, None], True, ARCH), ARCH)
+    words = e2m1_encode(x, output_scale, True, ARCH)
     return e4m3_encode(unrounded, ARCH), words
 
 
@@ -230,7 +274,7 @@ def _prescale_e4m3(
     """e4m3 input is first brought into fp16 (`reference.quantize._e4m3_blocks`)."""
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     if (RECIPE & 32) and not FTZ:
-        decode = div(1.0, encode, FTZ, ARCH)
+        decode = reciprocal(encode, FTZ, ARCH)
     else:
         decode = rcp(encode, rcp_delta_ptr, ARCH)
     prescale = mul(decode, 6.0, FTZ, ARCH)
@@ -238,14 +282,40 @@ def _prescale_e4m3(
 
 
 @triton.jit
-def _store(
-    codes_ptr, sf_ptr, row, block, mask, sf_mask, words, byte, NB, padded_columns,
-    LAYOUT: tl.constexpr,
+def _quantize_and_store(
+    x, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, rcp_delta_ptr,
+    NB, padded_columns,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
-    word = (row * NB + block)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    """Codes and scales of the blocks x [R, NB, 16] that stand at (row, column), where live."""
+    if DTYPE == E4M3:
+        x = _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
+    amax = tl.max(tl.abs(x), 2)
+    if DTYPE == FP32:
+        byte, words = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
+    else:
+        byte, words = _quantize(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH)
+    mask = live & (column < NB)
+    word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
     tl.store(codes_ptr + word, words, mask[:, :, None])
-    offset = _scale_offset(row, block, padded_columns, LAYOUT)
-    tl.store(sf_ptr + offset, tl.where(mask, byte, 0).to(tl.uint8), sf_mask)
+    offset = _scale_offset(row, column, padded_columns, LAYOUT)
+    byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
+    tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
+
+
+@triton.jit
+def _fill_padding_rows(sf_ptr, M, padded_rows, padded_columns, first, N: tl.constexpr, LAYOUT: tl.constexpr):
+    """Zeros to the scales of rows >= M, as words of four, from word `first` of the last row tile."""
+    TILE: tl.constexpr = 128 if LAYOUT == LAYOUT_128X4 else 8
+    word = first + tl.arange(0, N)
+    row = word % TILE
+    if LAYOUT == LAYOUT_128X4:
+        row = row % 4 * 32 + row // 4
+    base = (padded_rows - TILE).to(tl.int64)
+    mask = (base + row >= M) & (word < TILE * (padded_columns // 4))
+    words = sf_ptr.to(tl.pointer_type(tl.int32)) + base * (padded_columns // 4) + word
+    tl.store(words, tl.zeros((N,), tl.int32), mask)
 
 
 @triton.jit
@@ -272,88 +342,77 @@ def quantize_kernel(
     HAS_SCALE_TENSOR: tl.constexpr,
     HAS_OUT_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
-    NBP: tl.constexpr,
-    TWO_PASSES: tl.constexpr,
+    BLOCKS: tl.constexpr,  # quantized by a program at a time
+    READ: tl.constexpr,  # read by a program at a time for the maximum; 0: kept from that, one read
+    SPLITS: tl.constexpr,  # programs that share the columns of a row
     ARCH: tl.constexpr,
 ):
     FTZ: tl.constexpr = (RECIPE & 64) == 0
+    row_programs = (M + ROWS - 1) // ROWS
+    if tl.program_id(0) >= row_programs:
+        first = (tl.program_id(0) - row_programs) * SPLITS + tl.program_id(1)
+        _fill_padding_rows(
+            sf_ptr, M, padded_rows, padded_columns, first * ROWS * BLOCKS, ROWS * BLOCKS, LAYOUT
+        )
+        return
+
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < M
     if HAS_ROW_INDEX:
         row = tl.load(row_index_ptr + row, live, other=-1).to(tl.int64)
         live = live & (row >= 0) & (row < M)
-        stored = live  # the launcher zeroed the rest
-    else:
-        stored = row < padded_rows
-    row, live, stored = row[:, None], live[:, None], stored[:, None]
-    block = tl.program_id(1) * NBP + tl.arange(0, NBP)[None, :]
+    row, live = row[:, None], live[:, None]
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
 
-    if HAS_SCALE_TENSOR:
-        if MODE == ROW_SCALES:
-            given = tl.load(scale_ptr + row, live, other=1.0)
-        else:
-            given = tl.load(scale_ptr + tl.zeros_like(row))
+    if MODE == ROW_SCALES:
+        given = tl.load(scale_ptr + row, live, other=1.0)
+    elif HAS_SCALE_TENSOR:
+        given = tl.load(scale_ptr + tl.zeros_like(row))
     else:
         given = tl.zeros((ROWS, 1), tl.float32) + scale_value
 
     mask = live & (block < NB)
-    if not TWO_PASSES:
-        x = _load(x_ptr, row, block, mask, NB, DTYPE)
-
     if MODE == PER_TOKEN:
-        if TWO_PASSES:
-            row_amax = tl.zeros((ROWS,), tl.float32)
-            for start in range(0, NB, NBP):
-                part = _load(x_ptr, row, start + block, live & (start + block < NB), NB, DTYPE)
-                row_amax = tl.maximum(row_amax, tl.max(tl.max(tl.abs(part), 2), 1))
+        if READ == 0:
+            x = _load(x_ptr, row, block, mask, NB, DTYPE)
+            row_amax = tl.max(tl.max(tl.abs(x), 2), 1)
         else:
-            amax = tl.max(tl.abs(x), 2)
-            row_amax = tl.max(amax, 1)
+            row_amax = tl.zeros((ROWS,), tl.float32)
+            for start in range(0, NB, READ):
+                column = start + tl.arange(0, READ)[None, :]
+                part = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+                row_amax = tl.maximum(row_amax, tl.max(tl.max(tl.abs(part), 2), 1))
         # A row of nothing but NaN has the maximum 0.
         row_amax = flush(tl.maximum(row_amax, 0.0), FTZ, ARCH)[:, None]
         encode, token = _row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
         shown = token
         if HAS_OUT_SCALE:
             shown = mul(token, tl.load(out_scale_ptr), FTZ, ARCH)
-        tl.store(token_ptr + row, shown, live)
+        if tl.program_id(1) == 0:
+            tl.store(token_ptr + row, shown, live)
     else:
         row_amax = given
         encode = given
         if INVERSE:
             if RECIPE & 32:
-                encode = div(1.0, given, FTZ, ARCH)
+                encode = reciprocal(given, FTZ, ARCH)
             else:
                 encode = rcp(given, rcp_delta_ptr, ARCH)
         encode = flush(encode, FTZ, ARCH)
         token = encode
 
-    if TWO_PASSES:
-        for start in range(0, padded_columns, NBP):
+    if MODE == PER_TOKEN and READ != 0 and SPLITS == 1:
+        for start in range(0, padded_columns, BLOCKS):
             column = start + block
-            mask = live & (column < NB)
-            x = _load(x_ptr, row, column, mask, NB, DTYPE)
-            amax = tl.max(tl.abs(x), 2)
-            if DTYPE == FP32:
-                byte, words = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
-            else:
-                byte, words = _quantize(
-                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
-                )
-            _store(
-                codes_ptr, sf_ptr, row, column, mask, stored & (column < padded_columns),
-                words, byte, NB, padded_columns, LAYOUT,
+            x = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+            _quantize_and_store(
+                x, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, rcp_delta_ptr,
+                NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
             )  # fmt: skip
     else:
-        if DTYPE == E4M3:
-            x = _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
-        amax = tl.max(tl.abs(x), 2)
-        if DTYPE == FP32:
-            byte, words = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
-        else:
-            byte, words = _quantize(
-                x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
-            )
-        _store(
-            codes_ptr, sf_ptr, row, block, mask, stored & (block < padded_columns),
-            words, byte, NB, padded_columns, LAYOUT,
+        if MODE != PER_TOKEN or READ != 0:
+            x = _load(x_ptr, row, block, mask, NB, DTYPE)
+        _quantize_and_store(
+            x, encode, token, row_amax, row, block, live, codes_ptr, sf_ptr, rcp_delta_ptr,
+            NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
         )  # fmt: skip
