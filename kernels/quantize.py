@@ -11,10 +11,10 @@ import torch
 import triton
 
 from ..reference.fp32 import _rcp_delta
-from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
-from .target import arch, interpreting
+from .outputs import allocate, two_arguments
+from .target import INTERPRETING, arch
 
 _DTYPES = {
     torch.bfloat16: k.BF16,
@@ -38,24 +38,39 @@ class LaunchConfig:
 
 
 def launch_config(
-    m: int, num_blocks: int, per_token: bool = True, interpreted: bool = False
+    m: int, num_blocks: int, *, four_over_six: bool = False, interpreted: bool = False
 ) -> LaunchConfig:
-    """The shipped choice for [m, 16 * num_blocks]."""
+    """The shipped choice of the per-token quantizer for [m, 16 * num_blocks] (`bench/` has why)."""
     wide = max(4, triton.next_power_of_2(num_blocks))
-    blocks = min(wide, _ONE_READ_BLOCKS)
-    read = 0 if wide == blocks else blocks
+    read = min(wide, _ONE_READ_BLOCKS)
     if interpreted:  # a program costs milliseconds there, whatever its size
         rows = min(64, triton.next_power_of_2(max(m, 1)))
-        return LaunchConfig(rows, blocks, read, 1 if per_token else wide // blocks, 4)
-    if not per_token:
-        blocks = min(wide, 256)
-        rows = 256 // blocks if m > 128 else 1
-        return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 32))
-    if m <= 32 and 256 <= blocks == wide:
-        # Few rows: four programs a row, each finding its maximum again.
-        return LaunchConfig(1, blocks // 4, blocks, 4, blocks // 128)
-    rows = max(1, 256 // blocks) if m > 128 else 1
-    return LaunchConfig(rows, blocks, read, 1, max(1, rows * blocks // 32))
+        return LaunchConfig(rows, read, 0 if wide == read else read, 1, 4)
+    one_read = wide == read
+    if four_over_six and (not one_read or (m > 32 and wide >= 128)):
+        # Arithmetic limits: small programs, many at a time; the second read hits the cache.
+        blocks = 64 if one_read else 128
+        return LaunchConfig(1, blocks, read, 1, blocks // 32)
+    if m <= 32 and one_read and wide >= 256:
+        # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
+        splits = wide // 64 if four_over_six else 4
+        return LaunchConfig(1, wide // splits, wide, splits, max(2, wide // 128))
+    if m <= 128 and one_read:
+        return LaunchConfig(1, wide, 0, 1, min(16, max(1, wide // 32)))
+    rows = max(1, 256 // wide)
+    return LaunchConfig(rows, read, 0 if one_read else read, 1, max(4, read // 64))
+
+
+def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
+    """The same for the global-scale quantizer, whose rows need no maximum."""
+    wide = max(4, triton.next_power_of_2(num_blocks))
+    blocks = min(wide, _ONE_READ_BLOCKS if interpreted else 256)
+    rows = max(1, 256 // blocks)
+    if interpreted:
+        rows = min(64, triton.next_power_of_2(max(m, 1)))
+    elif m <= 128:
+        rows = 1
+    return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 64))
 
 
 def quantize_per_token(
@@ -72,8 +87,8 @@ def quantize_per_token(
     Args are the reference's, which has their shapes, dtypes and meaning, on one CUDA device (CPU
     under the interpreter).
     """
-    tensor, value = _two_arguments(base_scale_inv)
-    return torch.ops.nvfp4_moe.quantize_per_token(
+    tensor, value = two_arguments(base_scale_inv)
+    return torch.ops.nvfp4_moe.triton_per_token(
         x, tensor, value, recipe.code, int(layout), row_index, out_scale
     )
 
@@ -87,26 +102,9 @@ def quantize_global_scale(
     inverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, block scales) of x [M, K]: `reference.quantize.quantize_global_scale`."""
-    tensor, value = _two_arguments(1.0 if global_scale is None else global_scale)
-    return torch.ops.nvfp4_moe.quantize_global_scale(
+    tensor, value = two_arguments(global_scale)
+    return torch.ops.nvfp4_moe.triton_global_scale(
         x, tensor, value, recipe.code, int(layout), inverse
-    )
-
-
-def _two_arguments(scale: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    return (scale, 0.0) if isinstance(scale, torch.Tensor) else (None, float(scale))
-
-
-def _outputs(
-    x: torch.Tensor, layout: int, zeroed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    m, columns = x.shape
-    new = x.new_zeros if zeroed else x.new_empty
-    padded = padded_shape(m, columns // BLOCK_SIZE, SfLayout(layout))
-    return (
-        new((m, columns // 2), dtype=torch.uint8),
-        new(padded, dtype=torch.uint8),
-        new((m,), dtype=torch.float32),
     )
 
 
@@ -131,7 +129,7 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     m, columns = x.shape
     num_blocks = columns // BLOCK_SIZE
-    codes, sf, token = _outputs(x, layout, zeroed=row_index is not None)
+    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
     padded_rows, padded_columns = sf.shape
     if sf.numel() == 0:
         return codes, sf, token
@@ -143,7 +141,12 @@ def _launch(
     if row_index is not None:
         row_index = row_index.contiguous()
     if config is None:
-        config = launch_config(m, num_blocks, mode == k.PER_TOKEN.value, interpreting())
+        if mode == k.PER_TOKEN.value:
+            config = launch_config(
+                m, num_blocks, four_over_six=bool(recipe_code & 1), interpreted=INTERPRETING
+            )
+        else:
+            config = global_launch_config(m, num_blocks, interpreted=INTERPRETING)
     programs = triton.cdiv(m, config.rows)
     if padded_rows != m and row_index is None:
         # Padding rows are in the last row tile only: programs of their own fill it, words of four.
@@ -154,7 +157,7 @@ def _launch(
         row_index,
         scale,
         out_scale,
-        _rcp_delta(x.device) if interpreting() else None,
+        _rcp_delta(x.device) if INTERPRETING else None,
         codes.view(torch.int32),
         sf,
         token,
@@ -181,7 +184,7 @@ def _launch(
     return codes, sf, token
 
 
-@torch.library.custom_op("nvfp4_moe::quantize_per_token", mutates_args=())
+@torch.library.custom_op("nvfp4_moe::triton_per_token", mutates_args=())
 def _per_token_op(
     x: torch.Tensor,
     scale: torch.Tensor | None,
@@ -205,10 +208,10 @@ def _per_token_op(
 
 @_per_token_op.register_fake
 def _(x, scale, scale_value, recipe_code, layout, row_index, out_scale):
-    return _outputs(x, layout, zeroed=False)
+    return allocate(x, layout)
 
 
-@torch.library.custom_op("nvfp4_moe::quantize_global_scale", mutates_args=())
+@torch.library.custom_op("nvfp4_moe::triton_global_scale", mutates_args=())
 def _global_scale_op(
     x: torch.Tensor,
     scale: torch.Tensor | None,
@@ -224,4 +227,4 @@ def _global_scale_op(
 
 @_global_scale_op.register_fake
 def _(x, scale, scale_value, recipe_code, layout, inverse):
-    return _outputs(x, layout, zeroed=False)[:2]
+    return allocate(x, layout)[:2]

@@ -305,7 +305,9 @@ def _quantize_and_store(
 
 
 @triton.jit
-def _fill_padding_rows(sf_ptr, M, padded_rows, padded_columns, first, N: tl.constexpr, LAYOUT: tl.constexpr):
+def _fill_padding_rows(
+    sf_ptr, M, padded_rows, padded_columns, first, N: tl.constexpr, LAYOUT: tl.constexpr
+):
     """Zeros to the scales of rows >= M, as words of four, from word `first` of the last row tile."""
     TILE: tl.constexpr = 128 if LAYOUT == LAYOUT_128X4 else 8
     word = first + tl.arange(0, N)
@@ -318,7 +320,7 @@ def _fill_padding_rows(sf_ptr, M, padded_rows, padded_columns, first, N: tl.cons
     tl.store(words, tl.zeros((N,), tl.int32), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "padded_rows"])  # serving meets every M
 def quantize_kernel(
     x_ptr,  # [M, 16 NB] as int32 words
     row_index_ptr,  # [>= M] int32, with HAS_ROW_INDEX
@@ -348,13 +350,14 @@ def quantize_kernel(
     ARCH: tl.constexpr,
 ):
     FTZ: tl.constexpr = (RECIPE & 64) == 0
-    row_programs = (M + ROWS - 1) // ROWS
-    if tl.program_id(0) >= row_programs:
-        first = (tl.program_id(0) - row_programs) * SPLITS + tl.program_id(1)
-        _fill_padding_rows(
-            sf_ptr, M, padded_rows, padded_columns, first * ROWS * BLOCKS, ROWS * BLOCKS, LAYOUT
-        )
-        return
+    if LAYOUT != LAYOUT_LINEAR:
+        row_programs = (M + ROWS - 1) // ROWS
+        if tl.program_id(0) >= row_programs:
+            first = (tl.program_id(0) - row_programs) * SPLITS + tl.program_id(1)
+            _fill_padding_rows(
+                sf_ptr, M, padded_rows, padded_columns, first * ROWS * BLOCKS, ROWS * BLOCKS, LAYOUT
+            )
+            return
 
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < M

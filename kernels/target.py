@@ -11,9 +11,8 @@ INTERPRETER = 0
 """The ARCH that kernels see under TRITON_INTERPRET=1; on a GPU it is 10 * major + minor."""
 
 
-def interpreting() -> bool:
-    """Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+"""Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
 
 
 @functools.cache
@@ -24,7 +23,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def arch(device: torch.device) -> int:
     """The ARCH constant of kernels launched on `device`."""
-    if interpreting():
+    if INTERPRETING:
         return INTERPRETER
     major, minor = capability(device)
     return 10 * major + minor

@@ -9,3 +9,25 @@ from pathlib import Path as _Path
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
+from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
+
+try:
+    __version__ = version("nvfp4-moe")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+checkout"
+
+__all__ = [
+    "Explanation",
+    "NVFP44Over6Config",
+    "NVFP44Over6ErrMode",
+    "Recipe",
+    "SfLayout",
+    "UnsupportedError",
+    "__version__",
+    "explain",
+    "nvfp4_quantize",
+]

@@ -1,0 +1,63 @@
+"""Environment variables, read in this one place and never changed.
+
+FlashInfer chooses fast or exact math, and 4over6 where the argument is omitted, from them at each
+launch. A variable counts as on when it is exactly "1" (flashinfer-python 0.7.2, `envUtils.cpp:61`,
+`nvfp4_quantization_utils.py:env_flag_enabled`).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+from ..reference.recipe import Build, Math, NVFP44Over6Config
+
+EXACT_VARIABLES: dict[Build, tuple[str, ...]] = {
+    # `envUtils.cpp:365`
+    "cuda": ("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "TRTLLM_DISABLE_FP4_QUANT_FAST_MATH"),
+    # `kernels/nvfp4_quantize.py`: the older name is not read
+    "cute-dsl": ("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH",),
+}
+FOUR_OVER_SIX_VARIABLES = (
+    "FLASHINFER_NVFP4_4OVER6",
+    "FLASHINFER_NVFP4_4OVER6_ERR_MODE",
+    "FLASHINFER_NVFP4_4OVER6_ERR_USE_FAST_MATH",
+    "FLASHINFER_NVFP4_4OVER6_E4M3_USE_256",
+)
+VARIABLES = (*EXACT_VARIABLES["cuda"], *FOUR_OVER_SIX_VARIABLES)
+"""Every variable that this library reads."""
+
+
+def _on(name: str) -> bool:
+    return os.environ.get(name) == "1"
+
+
+def math(build: Build) -> Math:
+    """The math that FlashInfer's kernels of this build would use now."""
+    return "exact" if any(_on(name) for name in EXACT_VARIABLES[build]) else "fast"
+
+
+def how_to_get(wanted: Math, build: Build) -> str:
+    """What to do to the environment so that `math(build)` is `wanted`."""
+    if wanted == "exact":
+        return f"set {EXACT_VARIABLES[build][0]}=1"
+    return "unset " + " and ".join(name for name in EXACT_VARIABLES[build] if _on(name))
+
+
+def four_over_six() -> NVFP44Over6Config | None:
+    """The 4over6 recipe that an omitted `nvfp4_4over6` argument means now.
+
+    Raises:
+        ValueError: FLASHINFER_NVFP4_4OVER6_ERR_MODE is neither MAE nor MSE.
+    """
+    switch, mode, fast, use_256 = FOUR_OVER_SIX_VARIABLES
+    if not _on(switch):
+        return None
+    return NVFP44Over6Config(
+        e4m3_max=256 if _on(use_256) else 448,
+        err_mode=os.environ.get(mode, "MAE"),
+        err_use_fast_math=_on(fast),
+    )
+
+
+def snapshot() -> dict[str, str | None]:
+    """The variables and their values, None where unset."""
+    return {name: os.environ.get(name) for name in VARIABLES}
