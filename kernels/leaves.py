@@ -101,9 +101,7 @@ def reciprocal(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
     if ARCH == 0:
         return div(1.0, x, FTZ, ARCH)
     if FTZ:
-        return tl.inline_asm_elementwise(
-            "rcp.rn.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
-        )
+        return tl.inline_asm_elementwise("rcp.rn.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
@@ -123,9 +121,7 @@ def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
         scaled = tl.where(magnitude == 0x7F800000, 0, scaled)
         scaled = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, scaled | (bits ^ magnitude))
         return scaled.to(tl.float32, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit

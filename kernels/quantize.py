@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..reference.fp32 import _rcp_delta
+from ..reference.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
 from .outputs import allocate, two_arguments
@@ -157,7 +157,7 @@ def _launch(
         row_index,
         scale,
         out_scale,
-        _rcp_delta(x.device) if INTERPRETING else None,
+        rcp_delta(x.device) if INTERPRETING else None,
         codes.view(torch.int32),
         sf,
         token,
@@ -180,6 +180,7 @@ def _launch(
         SPLITS=config.splits,
         ARCH=arch(x.device),
         num_warps=config.warps,
+        enable_fp_fusion=False,
     )
     return codes, sf, token
 

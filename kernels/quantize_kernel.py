@@ -97,7 +97,9 @@ def _row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr
 
 
 @triton.jit
-def _output_scale(sf, encode, rcp_delta_ptr, EXACT: tl.constexpr, FTZ: tl.constexpr, ARCH: tl.constexpr):
+def _output_scale(
+    sf, encode, rcp_delta_ptr, EXACT: tl.constexpr, FTZ: tl.constexpr, ARCH: tl.constexpr
+):
     if EXACT:
         decode = reciprocal(encode, FTZ, ARCH)
         return tl.minimum(reciprocal(mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX)
@@ -220,9 +222,7 @@ def _quantize(
                     x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH
                 )
             return byte, words
-        return _four_over_six(
-            x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH
-        )
+        return _four_over_six(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH)
     if DTYPE == E4M3 and FTZ:  # the CUDA build's kernel for e4m3 has a rule of its own
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
         byte = e4m3_encode(unrounded, ARCH)
@@ -268,9 +268,7 @@ def _scale_offset(row, block, padded_columns, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _prescale_e4m3(
-    x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr
-):
+def _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
     """e4m3 input is first brought into fp16 (`reference.quantize._e4m3_blocks`)."""
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     if (RECIPE & 32) and not FTZ:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..reference.recipe import BLOCK_SIZE, Build, NVFP44Over6Config, Recipe, SfLayout
+from ..reference.recipe import BLOCK_SIZE, Build, Math, NVFP44Over6Config, Recipe, SfLayout
 from . import environment
 
 Backend = Literal[
@@ -81,10 +81,9 @@ def make_request(
     layout = _layout(sfLayout)
     explicit = not _is_unset(nvfp4_4over6)
     config = _four_over_six(nvfp4_4over6) if explicit else environment.four_over_six()
-    if fast_math is None:
-        math = environment.math(build)
-    else:
-        math = "fast" if fast_math else "exact"
+    math: Math = environment.math(build) if fast_math is None else "exact"
+    if fast_math:
+        math = "fast"
     recipe = Recipe(math, config, build)
     _check_dtype(a, recipe, per_token_activation, explicit)
     if a.dtype == torch.float8_e4m3fn and config is not None:
@@ -202,7 +201,9 @@ def _check_row_index(a: torch.Tensor, index: torch.Tensor | None, per_token: boo
             f"{name} is {index.dtype} of shape {tuple(index.shape)}; it must be int32 and 1-D"
         )
     if index.numel() < a.shape[0]:
-        raise ValueError(f"{name} has {index.numel()} entries; it must have at least M = {a.shape[0]}")
+        raise ValueError(
+            f"{name} has {index.numel()} entries; it must have at least M = {a.shape[0]}"
+        )
 
 
 def _check_shuffle(a: torch.Tensor, layout: SfLayout) -> None:
@@ -215,5 +216,3 @@ def _check_shuffle(a: torch.Tensor, layout: SfLayout) -> None:
             f"do_shuffle is given with a of shape {tuple(a.shape)}; it needs M a multiple of 128 "
             "and K of 64"
         )
-
-

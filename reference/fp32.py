@@ -22,7 +22,7 @@ def flush(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _rcp_delta(device: torch.device) -> torch.Tensor:
+def rcp_delta(device: torch.device) -> torch.Tensor:
     """[2^23] int8: what rcp.approx adds, in ulp, to the correctly rounded reciprocal.
 
     Measured on an H100 over every significand; `nvfp4-moe doctor` compares it with the GPU at hand.
@@ -37,7 +37,7 @@ def rcp_approx_ftz(x: torch.Tensor) -> torch.Tensor:
     magnitude = bits & 0x7FFFFFFF
     significand = magnitude & 0x007FFFFF
     unit = (significand | 0x3F800000).view(torch.float32)  # in [1, 2)
-    delta = _rcp_delta(x.device)[significand.long()]
+    delta = rcp_delta(x.device)[significand.long()]
     scaled = unit.reciprocal().view(torch.int32) + delta - ((magnitude >> 23) - 127 << 23)
     scaled = torch.where(scaled < 0x00800000, 0, scaled)  # a subnormal result is flushed
     scaled = torch.where(magnitude < 0x00800000, 0x7F800000, scaled)  # 1 / 0

@@ -14,6 +14,8 @@ with C4 the padded columns and all divisions rounding down (FlashInfer 0.7.2,
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import torch
 
 from .recipe import SfLayout
@@ -35,10 +37,10 @@ def from_linear(scales: torch.Tensor, layout: SfLayout) -> torch.Tensor:
     padded = scales.new_zeros((*batch, padded_rows, padded_columns))
     padded[..., :rows, :columns] = scales
     if layout == SfLayout.layout_128x4:
-        tiles = padded.reshape(-1, padded_rows // 128, 4, 32, padded_columns // 4, 4)
+        tiles = padded.reshape(math.prod(batch), padded_rows // 128, 4, 32, padded_columns // 4, 4)
         padded = tiles.permute(0, 1, 4, 3, 2, 5).reshape(padded.shape)
     elif layout == SfLayout.layout_8x4:
-        tiles = padded.reshape(-1, padded_rows // 8, 8, padded_columns // 4, 4)
+        tiles = padded.reshape(math.prod(batch), padded_rows // 8, 8, padded_columns // 4, 4)
         padded = tiles.permute(0, 1, 3, 2, 4).reshape(padded.shape)
     return padded
 
@@ -58,12 +60,13 @@ def to_linear(scales: torch.Tensor, rows: int, columns: int, layout: SfLayout) -
             f"{layout.name}, which takes {padded_rows} x {padded_columns}"
         )
     batch = scales.shape[:-2]
-    flat = scales.reshape(-1, size)
+    count = math.prod(batch)
+    flat = scales.reshape(count, size)
     if layout == SfLayout.layout_128x4:
-        tiles = flat.reshape(-1, padded_rows // 128, padded_columns // 4, 32, 4, 4)
+        tiles = flat.reshape(count, padded_rows // 128, padded_columns // 4, 32, 4, 4)
         flat = tiles.permute(0, 1, 4, 3, 2, 5)
     elif layout == SfLayout.layout_8x4:
-        tiles = flat.reshape(-1, padded_rows // 8, padded_columns // 4, 8, 4)
+        tiles = flat.reshape(count, padded_rows // 8, padded_columns // 4, 8, 4)
         flat = tiles.permute(0, 1, 3, 2, 4)
     matrix = flat.reshape(*batch, padded_rows, padded_columns)
     return matrix[..., :rows, :columns].contiguous()

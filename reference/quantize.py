@@ -300,7 +300,9 @@ def _e4m3_blocks(
 def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithmetic) -> Quantized:
     """fp32 input: codes from the block's own maximum, the block scale from both afterwards."""
     if recipe != Recipe():
-        raise ValueError(f"x is fp32; its recipe must be fast, without 4over6, build cuda: {recipe}")
+        raise ValueError(
+            f"x is fp32; its recipe must be fast, without 4over6, build cuda: {recipe}"
+        )
     values = ar.flush(_split(x))
     amax = _max_ignoring_nan(values).nan_to_num(nan=0.0, posinf=torch.inf)
     row_amax = amax.amax(-1)

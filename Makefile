@@ -1,0 +1,61 @@
+# `make diff` and `make test` set everything up in .venv. With PYTHON=... they use that interpreter and
+# its packages as they are, and install nothing.
+BASE_PYTHON ?= python3
+ifdef PYTHON
+SETUP :=
+else
+PYTHON := .venv/bin/python
+SETUP := .venv/installed
+endif
+PYTEST := $(PYTHON) -m pytest
+
+.PHONY: diff test test-full gpu lint types wheel check-wheel bench clean
+
+diff: $(SETUP)
+	$(PYTHON) -m nvfp4_moe diff
+
+# Two processes: offline compilation fails where Triton was imported under its interpreter.
+test: $(SETUP)
+	$(PYTEST) -n 2 -m "not interpreter and not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreter and not slow"
+
+test-full: $(SETUP)
+	$(PYTEST) -n 2 -m "not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m interpreter
+
+# On a machine with an NVIDIA GPU; needs neither a network nor an installation.
+gpu:
+	$(PYTHON) -m pytest -m "gpu or blackwell"
+	$(PYTHON) bench/quantize_speed.py
+
+bench: $(SETUP)
+	$(PYTEST) bench
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# The installed package is what users' checkers see.
+types: wheel
+	rm -rf build/types && mkdir -p build/types
+	$(PYTHON) -m pip install --quiet --no-deps --target build/types dist/*.whl
+	cd build/types && MYPYPATH=. ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml -p nvfp4_moe
+
+wheel: $(SETUP)
+	rm -rf dist build/lib build/bdist.*
+	$(PYTHON) -m build --wheel --outdir dist .
+
+check-wheel: wheel
+	rm -rf build/empty && $(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet -c constraints.txt torch
+	build/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build && PYTHONSAFEPATH=1 empty/bin/python ../tests/installed_wheel.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff mypy build
+	touch $@

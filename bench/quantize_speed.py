@@ -1,0 +1,144 @@
+"""Speed of the Triton quantizer on the GPU at hand: `python bench/quantize_speed.py [--json FILE]`.
+
+Needs PyTorch and Triton, no installation and no network. Large matrices: bytes moved (input, codes,
+block scales, per-token scales) over time, as a share of the rate of a device copy (read and written)
+in the same run. Small ones: time of a call over that of `copy_` of the same rows. Both inside CUDA
+graphs, so that launches cost what they cost in serving. Every cell's outputs are compared with the
+reference first.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nvfp4_moe.kernels.quantize import quantize_per_token
+from nvfp4_moe.reference import quantize as reference
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+
+RECIPES = (
+    Recipe(),
+    Recipe("exact"),
+    Recipe("fast", NVFP44Over6Config()),
+    Recipe("exact", NVFP44Over6Config(256, "MSE")),
+    Recipe(build="cute-dsl"),
+    Recipe("exact", None, "cute-dsl"),
+    Recipe("exact", NVFP44Over6Config(), "cute-dsl"),
+)
+LAYOUTS = (SfLayout.layout_linear, SfLayout.layout_128x4)
+COLUMNS = (512, 1024, 2048, 4096, 7168, 8192, 16384)
+ELEMENTS = 64 * 2**20
+SMALL_ROWS = (1, 8, 32, 128)
+SMALL_COLUMNS = (2048, 4096, 7168)
+
+
+def microseconds(call: Callable[[], object], calls: int, replays: int = 9) -> float:
+    """Median time of one call, `calls` of them in a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for i in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 2:  # warm
+            times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def check(x: torch.Tensor, recipe: Recipe, layout: SfLayout) -> None:
+    got = quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
+    want = reference.quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
+    for a, b in zip(got, (want.codes, want.block_scales, want.per_token_scale), strict=True):
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            raise SystemExit(f"wrong bits: {tuple(x.shape)} {recipe} {layout.name}")
+
+
+def large(cells: list[dict]) -> None:
+    source = torch.randn(2 * ELEMENTS, device="cuda").bfloat16()
+    target = torch.empty_like(source)
+    copy = 4 * source.numel() / microseconds(lambda: target.copy_(source), 5) / 1e3  # GB/s
+    del source, target
+    print(f"\ndevice copy: {copy:.0f} GB/s. Share of it, M * K = 64 Mi, bf16, linear / 128x4:")
+    print(f"{'recipe':<30}" + "".join(f"{f'K={k}':>14}" for k in COLUMNS))
+    for recipe in RECIPES:
+        row = f"{recipe!s:<30}"
+        for columns in COLUMNS:
+            m = ELEMENTS // columns
+            x = torch.randn(m, columns, device="cuda").bfloat16()
+            shares = []
+            for layout in LAYOUTS:
+                check(x[: min(m, 4096)], recipe, layout)
+
+                def call(x=x, layout=layout, recipe=recipe):
+                    quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
+
+                time = microseconds(call, 5)
+                moved = x.numel() * (2 + 1 / 2 + 1 / 16) + 4 * m
+                shares.append(moved / time / 1e3 / copy)
+                cells.append({"recipe": str(recipe), "layout": layout.name, "m": m, "k": columns})
+                cells[-1] |= {"us": time, "share_of_copy": shares[-1]}
+            row += f"{'/'.join(f'{s:.3f}' for s in shares):>14}"
+        print(row, flush=True)
+
+
+def small(cells: list[dict]) -> None:
+    print("\nfew rows: us of copy_, then time over it, linear / 128x4:")
+    shapes = [(m, k) for k in SMALL_COLUMNS for m in SMALL_ROWS]
+    print(f"{'[M, K]':<12}{'copy_':>8}" + "".join(f"{r!s:>26}" for r in RECIPES[:4]))
+    for m, columns in shapes:
+        x = torch.randn(m, columns, device="cuda").bfloat16()
+        y = torch.empty_like(x)
+        copy = microseconds(lambda x=x, y=y: y.copy_(x), 20)
+        row = f"{f'{m} x {columns}':<12}{copy:>8.2f}"
+        for recipe in RECIPES[:4]:
+            ratios = []
+            for layout in LAYOUTS:
+                check(x, recipe, layout)
+
+                def call(x=x, layout=layout, recipe=recipe):
+                    quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
+
+                time = microseconds(call, 20)
+                ratios.append(time / copy)
+                cells.append({"recipe": str(recipe), "layout": layout.name, "m": m, "k": columns})
+                cells[-1] |= {"us": time, "ratio_to_copy": ratios[-1]}
+            row += f"{' / '.join(f'{r:.2f}' for r in ratios):>26}"
+        print(row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write every cell to this file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: there is nothing to measure")
+    where = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    print(*where.values(), sep=", ")
+    cells: list[dict] = []
+    large(cells)
+    small(cells)
+    if options.json:
+        options.json.write_text(json.dumps({**where, "cells": cells}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Every shipped launch configuration compiles, offline, for each architecture, to what we expect."""
+
+# SPDX-License-Identifier: Apache-2.0
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+from nvfp4_moe.kernels import quantize_kernel as k
+from nvfp4_moe.kernels.quantize import LaunchConfig, global_launch_config, launch_config
+from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(INTERPRETING, reason="Triton was imported under its interpreter"),
+]
+
+ARCHITECTURES = (80, 90, 100, 103, 120, 121)
+COLUMNS = (16, 512, 2048, 4096, 7168, 16384, 32768)
+ROWS = (1, 100, 4096)
+RECIPES = (Recipe(), Recipe("exact"), Recipe("exact", NVFP44Over6Config(256, "MSE"), "cute-dsl"))
+
+
+def shipped() -> list[tuple[Recipe, int, LaunchConfig]]:
+    """(recipe, mode, configuration), each once; the recipes stand for their kind."""
+    found = {}
+    for recipe in RECIPES:
+        for columns in COLUMNS:
+            for m in ROWS:
+                four = recipe.four_over_six is not None
+                config = launch_config(m, columns // 16, four_over_six=four)
+                found[recipe, k.PER_TOKEN.value, config] = None
+                found[recipe, k.GLOBAL_SCALE.value, global_launch_config(m, columns // 16)] = None
+    return list(found)
+
+
+def compile_for(arch: int, recipe: Recipe, mode: int, config: LaunchConfig, layout, dtype=None):
+    """The compiled kernel, with the argument properties that ordinary tensors have."""
+    none = dict.fromkeys(("row_index_ptr", "scale_ptr", "out_scale_ptr", "rcp_delta_ptr"))
+    constants = none | {
+        "RECIPE": recipe.code,
+        "MODE": mode,
+        "DTYPE": k.BF16.value if dtype is None else dtype,
+        "LAYOUT": int(layout),
+        "INVERSE": False,
+        "HAS_ROW_INDEX": False,
+        "HAS_SCALE_TENSOR": False,
+        "HAS_OUT_SCALE": False,
+        "ROWS": config.rows,
+        "BLOCKS": config.blocks,
+        "READ": config.read,
+        "SPLITS": config.splits,
+        "ARCH": arch,
+    }
+    types = {"x_ptr": "*i32", "codes_ptr": "*i32", "sf_ptr": "*u8", "token_ptr": "*fp32"}
+    types |= {"scale_value": "fp32", "M": "i32", "NB": "i32"}
+    types |= {"padded_rows": "i32", "padded_columns": "i32"}
+    names = [p.name for p in k.quantize_kernel.params]
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    aligned = ("x_ptr", "codes_ptr", "sf_ptr", "token_ptr", "NB", "padded_columns")
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(
+        k.quantize_kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    target = GPUTarget("cuda", arch, 32)
+    options = {"num_warps": config.warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(kernel, tmp_path: Path) -> tuple[int, int]:
+    """(bytes of stack, loads and stores of local memory)."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def run(tool, *options):
+        command = [tools / tool, *options, cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = run("cuobjdump", "-res-usage")
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert stack, usage
+    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", run("nvdisasm", "-c")))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_instructions(arch):
+    """The conversion instruction from sm_100 on, none of it below; e4m3's from sm_89."""
+    for recipe in RECIPES:
+        config = launch_config(4096, 256, four_over_six=recipe.four_over_six is not None)
+        ptx = compile_for(arch, recipe, 0, config, SfLayout.layout_128x4).asm["ptx"]
+        assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == (arch >= 100)
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (arch >= 89)
+        assert ("mul.rn.ftz.f32" in ptx) == (recipe.build == "cuda")
+        assert "ld.global.v4.b32" in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_local_memory(arch, tmp_path):
+    """No stack and no spill in the plain recipes' common configurations."""
+    _check_local_memory(arch, tmp_path, [c for c in shipped() if c[2].blocks in (64, 256, 512)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+def test_no_local_memory_in_any_configuration(arch, layout, tmp_path):
+    every = [(r, m, c) for _, m, c in shipped() for r in all_recipes()]
+    every = [x for x in every if x[2] in {c for r, _, c in shipped() if _same_kind(r, x[0])}]
+    _check_local_memory(arch, tmp_path, list(dict.fromkeys(every)), layout)
+
+
+def _same_kind(a: Recipe, b: Recipe) -> bool:
+    return (a.four_over_six is None) == (b.four_over_six is None)
+
+
+def _check_local_memory(arch, tmp_path, configurations, layout=SfLayout.layout_128x4):
+    # Bundled with Triton 3.6, nvdisasm does not know every later target.
+    for recipe, mode, config in configurations:
+        kernel = compile_for(arch, recipe, mode, config, layout)
+        found = resources(kernel, tmp_path)
+        assert found == (0, 0), f"sm_{arch} {recipe} mode {mode} {config}: stack, spills {found}"

@@ -1,0 +1,108 @@
+"""What is asked of the Triton kernels, in the interpreter on the CPU and on a GPU alike."""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+from assertions import assert_quantized
+from nvfp4_moe.kernels import quantize as triton_quantize
+from nvfp4_moe.reference import quantize as reference
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+
+from nvfp4_moe import inputs
+
+PLAIN = [r for r in all_recipes() if r.four_over_six is None]
+
+
+def per_token(x, recipe, layout=SfLayout.layout_linear, **options):
+    g = recipe.base_scale_inv
+    expected = reference.quantize_per_token(x, g, recipe, layout, **options)
+    actual = triton_quantize.quantize_per_token(x, g, recipe, layout, **options)
+    assert_quantized(actual, expected, f"{tuple(x.shape)} {x.dtype} {recipe} {layout.name}")
+
+
+def global_scale(x, scale, recipe, layout=SfLayout.layout_linear, **options):
+    expected = reference.quantize_global_scale(x, scale, recipe, layout, **options)
+    actual = triton_quantize.quantize_global_scale(x, scale, recipe, layout, **options)
+    assert_quantized(actual, expected, f"{tuple(x.shape)} {x.dtype} {recipe} {layout.name}")
+
+
+def every_recipe(kind, dtype, device):
+    """All 36 recipes, per token and with a global scale, two layouts each."""
+    x = inputs.synthetic(kind, 40, 80, dtype).to(device)
+    scale = torch.full((1,), 2688.0 / 3, device=device)
+    for i, recipe in enumerate(all_recipes()):
+        layout = SfLayout.layout_128x4 if i % 2 else SfLayout.layout_8x4
+        per_token(x, recipe)
+        per_token(x, recipe, layout)
+        global_scale(x, scale, recipe, layout)
+
+
+def row_index(device):
+    x = inputs.synthetic("normal", 9, 64).to(device)
+    index = torch.tensor([3, 1, -1, 0, 9, 2, 6, 6, -5, 4], dtype=torch.int32, device=device)
+    for layout in SfLayout:
+        per_token(x, Recipe(), layout, row_index=index)
+
+
+def out_scale(device):
+    x = inputs.synthetic("heavy", 9, 64).to(device)
+    scale = torch.full((1,), 0.37, device=device)
+    for build in ("cuda", "cute-dsl"):
+        per_token(x, Recipe(build=build), out_scale=scale)
+
+
+def scale_forms(device):
+    """Floats, tensors, one a row, none, inverse."""
+    x = inputs.synthetic("heavy", 7, 96).to(device)
+    by_row = torch.linspace(1, 900, 7, device=device)
+    four = Recipe("fast", NVFP44Over6Config())
+    for recipe in (*PLAIN, four):
+        for scale in (7.5, torch.full((1,), 7.5, device=device), by_row, None):
+            for inverse in (False, True):
+                global_scale(x, scale, recipe, inverse=inverse)
+        g = torch.full((1,), recipe.base_scale_inv, device=device)
+        expected = reference.quantize_per_token(x, g, recipe)
+        assert_quantized(triton_quantize.quantize_per_token(x, g, recipe), expected, "tensor scale")
+
+
+def e4m3_input(device):
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(0, 256, (33, 96), generator=generator).to(torch.uint8)
+    x = bits.view(torch.float8_e4m3fn).to(device)
+    for recipe in PLAIN:
+        for scale in (11.0, 1e-3, torch.linspace(1e-4, 500, 33, device=device)):
+            for inverse in (False, True):
+                global_scale(x, scale, recipe, SfLayout.layout_128x4, inverse=inverse)
+
+
+def fp32_input(device):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(12, 80, generator=generator) * torch.logspace(-38, 30, 12)[:, None]
+    x[0, :16] = torch.nan
+    x[1] = torch.nan
+    x[2] = 0
+    x[3, 5] = torch.inf
+    for layout in SfLayout:
+        per_token(x.to(device), Recipe(), layout)
+
+
+def odd_shapes(device):
+    for m, k in ((0, 64), (1, 16), (3, 48), (5, 272), (130, 16), (129, 32), (2, 2688)):
+        x = inputs.synthetic("normal", m, k).to(device)
+        for layout in SfLayout:
+            per_token(x, Recipe(), layout)
+            global_scale(x, 100.0, Recipe(), layout)
+
+
+def long_rows(device):
+    """Beyond 16,384 columns a row is read twice."""
+    x = inputs.synthetic("heavy", 2, 16384 + 4096 + 16).to(device)
+    for recipe in (Recipe(), Recipe("exact"), Recipe("fast", NVFP44Over6Config(256, "MSE"))):
+        per_token(x, recipe, SfLayout.layout_128x4)
+    global_scale(x, 3.0, Recipe(), SfLayout.layout_128x4)
+
+
+def strided_and_misaligned(device):
+    base = inputs.synthetic("normal", 8, 160).to(device)
+    per_token(base[:, 1:81], Recipe())  # rows apart, and not on 16 bytes
+    per_token(base.T.contiguous().T[:, :64], Recipe())  # column-major
+    per_token(base.flatten()[3 : 3 + 4 * 64].view(4, 64), Recipe())
