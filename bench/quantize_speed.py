@@ -35,6 +35,7 @@ RECIPES = (
 )
 LAYOUTS = (SfLayout.layout_linear, SfLayout.layout_128x4)
 COLUMNS = (512, 1024, 2048, 4096, 7168, 8192, 16384)
+GOAL_COLUMNS = (2048, 4096, 7168, 8192)  # all recipes; the other widths have the first three
 ELEMENTS = 64 * 2**20
 SMALL_ROWS = (1, 8, 32, 128)
 SMALL_COLUMNS = (2048, 4096, 7168)
@@ -68,16 +69,23 @@ def check(x: torch.Tensor, recipe: Recipe, layout: SfLayout) -> None:
             raise SystemExit(f"wrong bits: {tuple(x.shape)} {recipe} {layout.name}")
 
 
-def large(cells: list[dict]) -> None:
+def copy_rate() -> float:
+    """GB/s of a device copy, bytes read and written."""
     source = torch.randn(2 * ELEMENTS, device="cuda").bfloat16()
     target = torch.empty_like(source)
-    copy = 4 * source.numel() / microseconds(lambda: target.copy_(source), 5) / 1e3  # GB/s
-    del source, target
+    return 4 * source.numel() / microseconds(lambda: target.copy_(source), 5) / 1e3
+
+
+def large(cells: list[dict]) -> None:
+    copy = copy_rate()
     print(f"\ndevice copy: {copy:.0f} GB/s. Share of it, M * K = 64 Mi, bf16, linear / 128x4:")
     print(f"{'recipe':<30}" + "".join(f"{f'K={k}':>14}" for k in COLUMNS))
     for recipe in RECIPES:
         row = f"{recipe!s:<30}"
         for columns in COLUMNS:
+            if columns not in GOAL_COLUMNS and recipe not in RECIPES[:3]:
+                row += f"{'-':>14}"
+                continue
             m = ELEMENTS // columns
             x = torch.randn(m, columns, device="cuda").bfloat16()
             shares = []
