@@ -148,11 +148,11 @@ def e4m3_encode(x, ARCH: tl.constexpr):
 
 @triton.jit
 def e4m3_decode(byte):
-    """e4m3 byte (int32, sign allowed) to fp32, exactly."""
-    magnitude = byte & 0x7F
-    value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    value = tl.where(byte >= 128, -value, value)
-    return tl.where(magnitude == 0x7F, float("nan"), value)
+    """e4m3 byte 0..255 (int32) to fp32, exactly; the sign of zero is kept."""
+    # Exponent and significand stand where fp32 has them; the product with 2^120 mends the bias.
+    bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit

@@ -47,14 +47,14 @@ def launch_config(
         rows = min(64, triton.next_power_of_2(max(m, 1)))
         return LaunchConfig(rows, read, 0 if wide == read else read, 1, 4)
     one_read = wide == read
+    if one_read and wide >= 256 and (m <= 32 or (four_over_six and m <= 128)):
+        # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
+        splits = 4 if not four_over_six else wide // (64 if m <= 32 else 128)
+        return LaunchConfig(1, wide // splits, wide, splits, max(2, wide // 128))
     if four_over_six and (not one_read or (m > 32 and wide >= 128)):
         # Arithmetic limits: small programs, many at a time; the second read hits the cache.
         blocks = 64 if one_read else 128
         return LaunchConfig(1, blocks, read, 1, blocks // 32)
-    if m <= 32 and one_read and wide >= 256:
-        # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
-        splits = wide // 64 if four_over_six else 4
-        return LaunchConfig(1, wide // splits, wide, splits, max(2, wide // 128))
     if m <= 128 and one_read:
         return LaunchConfig(1, wide, 0, 1, min(16, max(1, wide // 32)))
     rows = max(1, 256 // wide)

@@ -1,11 +1,32 @@
-"""What the tests may ask of quantizers' outputs: the same bytes. Independent of pytest."""
+"""What the tests may ask of quantizers' outputs: the same bytes. Independent of pytest.
+
+Tensors may be on any device. Each message counts what differs and says where the first difference
+is, in the terms of its output (row, block, column), with both values in hexadecimal.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from nvfp4_moe.reference import e2m1
+from nvfp4_moe.reference.layouts import to_linear
+from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
+
+_LINEAR = SfLayout.layout_linear
 
 
-def assert_bitwise(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Same dtype, shape and bits, NaN's included; the message has the first difference."""
+def assert_bitwise(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    what: str,
+    place: Callable[[tuple[int, ...]], str] = str,
+) -> None:
+    """Same dtype, shape and bits: NaN equals NaN of the same bits, 0 does not equal -0.
+
+    Args:
+        place: words for the index of an element.
+    """
     got, want = actual.detach().cpu(), expected.detach().cpu()
     assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, expected {want.dtype}"
     assert got.shape == want.shape, (
@@ -20,17 +41,62 @@ def assert_bitwise(actual: torch.Tensor, expected: torch.Tensor, what: str) -> N
     if not wrong.any():
         return
     first = int(wrong.nonzero()[0])
-    index = torch.unravel_index(torch.tensor(first), got.shape)
-    place = tuple(int(i) for i in index)
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), got.shape))
+    values = (f"0x{bytes(t[first].tolist())[::-1].hex()}" for t in (a, b))
     raise AssertionError(
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {place}: "
-        f"0x{bytes(a[first].tolist())[::-1].hex()}, expected 0x{bytes(b[first].tolist())[::-1].hex()}"
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {place(index)}: "
+        f"{', expected '.join(values)}"
     )
 
 
-def assert_quantized(actual: tuple[torch.Tensor, ...], expected, what: str) -> None:
-    """(codes, block scales[, per-token scales]) bitwise those of a reference `Quantized`."""
-    assert_bitwise(actual[0], expected.codes, f"{what}: codes")
-    assert_bitwise(actual[1], expected.block_scales, f"{what}: block scales")
+def assert_codes_bitwise(actual: torch.Tensor, expected: torch.Tensor, what: str = "codes") -> None:
+    """Packed codes [M, K/2]: the same, element by element; the difference named is an element."""
+    assert_bitwise(actual[:0], expected[:0], what)  # dtype and columns, before unpacking
+
+    def place(index: tuple[int, ...]) -> str:
+        row, column = index
+        return f"row {row}, block {column // BLOCK_SIZE}, column {column}"
+
+    assert_bitwise(e2m1.unpack(actual), e2m1.unpack(expected), what, place)
+
+
+def assert_block_scales_bitwise(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    layout: SfLayout = _LINEAR,
+    what: str = "block scales",
+) -> None:
+    """Block scales [padded M, padded K/16] in `layout`: the same, padding included."""
+    assert_bitwise(actual[:0], expected[:0], what)
+    rows, columns = expected.shape
+    if layout != _LINEAR and actual.shape == expected.shape:
+        actual = to_linear(actual, rows, columns, layout)
+        expected = to_linear(expected, rows, columns, layout)
+    assert_bitwise(actual, expected, what, lambda index: f"row {index[0]}, block {index[1]}")
+
+
+def assert_per_token_scales_bitwise(
+    actual: torch.Tensor, expected: torch.Tensor, what: str = "per-token scales"
+) -> None:
+    """Per-token scales [M]: the same bits."""
+    assert_bitwise(actual, expected, what, lambda index: f"row {index[0]}")
+
+
+def assert_quantized(
+    actual: tuple[torch.Tensor, ...] | Any,
+    expected: Any,
+    what: str,
+    layout: SfLayout = _LINEAR,
+) -> None:
+    """(codes, block scales[, per-token scales]), or a `Quantized`, bitwise a reference `Quantized`.
+
+    Args:
+        layout: that of both; it decides only how a difference in a block scale is named.
+    """
+    if not isinstance(actual, tuple):
+        actual = (actual.codes, actual.block_scales, actual.per_token_scale)
+    assert_codes_bitwise(actual[0], expected.codes, f"{what}: codes")
+    assert_block_scales_bitwise(actual[1], expected.block_scales, layout, f"{what}: block scales")
     if expected.per_token_scale is not None:
-        assert_bitwise(actual[2], expected.per_token_scale, f"{what}: per-token scales")
+        scales = f"{what}: per-token scales"
+        assert_per_token_scales_bitwise(actual[2], expected.per_token_scale, scales)

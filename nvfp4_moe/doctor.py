@@ -1,0 +1,99 @@
+"""`nvfp4-moe doctor`: what is here, and which backend would serve."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .kernels import environment
+from .kernels.dispatch import auto_order, explain
+from .reference import fp32
+from .reference.recipe import Recipe, SfLayout
+
+PACKAGES = ("nvfp4-moe", "torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Say what is here: GPUs, versions, each backend usable or why not, the environment variables "
+        "that matter, and on a GPU whether its rcp table is the known one."
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run(options: argparse.Namespace) -> int:
+    found = examine()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(
+        "versions: "
+        + ", ".join(f"{k} {v or '(not installed)'}" for k, v in found["versions"].items())
+    )
+    for gpu in found["gpus"] or ["none"]:
+        print(f"GPU: {gpu}")
+    if found["rcp_table"] is not None:
+        print(f"rcp.approx table: {found['rcp_table']}")
+    for build, facts in found["builds"].items():
+        print(f'\na bf16 matrix per token, build="{build}"; auto tries {", ".join(facts["auto"])}:')
+        print(facts["explanation"])
+    print("\nenvironment:")
+    for name, value in found["environment"].items():
+        print(f"  {name} = {'(unset)' if value is None else value}")
+    return 0
+
+
+def examine() -> dict:
+    """Everything that `doctor` prints."""
+    on_gpu = torch.cuda.is_available()
+    x = torch.empty(16, 4096, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
+    builds = {}
+    for build in ("cuda", "cute-dsl"):
+        explanation = explain(
+            x,
+            Recipe().base_scale_inv,
+            SfLayout.layout_linear,
+            per_token_activation=True,
+            nvfp4_4over6=None,
+            build=build,
+        )
+        builds[build] = {
+            "auto": list(auto_order(build)),
+            "would_run": explanation.backend,
+            "reasons": dict(explanation.reasons),
+            "explanation": str(explanation),
+        }
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
+        "rcp_table": _rcp_table() if on_gpu else None,
+        "builds": builds,
+        "environment": environment.snapshot(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu(index: int) -> str:
+    p = torch.cuda.get_device_properties(index)
+    memory = f"{p.total_memory / 2**30:.0f} GiB"
+    return f"{p.name}, sm_{p.major}{p.minor}, {memory}, CUDA {torch.version.cuda}"
+
+
+def _rcp_table() -> str:
+    """Whether this GPU's rcp.approx is the one of the reference, without which fast math differs."""
+    from .kernels.probe import measure_rcp_delta
+
+    measured = measure_rcp_delta("cuda")
+    wrong = int((measured != fp32.rcp_delta(measured.device)).sum())
+    if wrong == 0:
+        return "the known one"
+    return f"NOT the known one: {wrong} of {measured.numel()} significands differ; use exact math"
