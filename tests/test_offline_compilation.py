@@ -38,15 +38,15 @@ def shipped() -> list[tuple[Recipe, int, LaunchConfig]]:
     return list(found)
 
 
-def compile_for(arch: int, recipe: Recipe, mode: int, config: LaunchConfig, layout, dtype=None):
+def compile_for(arch, recipe: Recipe, mode: int, config: LaunchConfig, layout, inverse=False):
     """The compiled kernel, with the argument properties that ordinary tensors have."""
     none = dict.fromkeys(("row_index_ptr", "scale_ptr", "out_scale_ptr", "rcp_delta_ptr"))
     constants = none | {
         "RECIPE": recipe.code,
         "MODE": mode,
-        "DTYPE": k.BF16.value if dtype is None else dtype,
+        "DTYPE": k.BF16.value,
         "LAYOUT": int(layout),
-        "INVERSE": False,
+        "INVERSE": inverse,
         "HAS_ROW_INDEX": False,
         "HAS_SCALE_TENSOR": False,
         "HAS_OUT_SCALE": False,
@@ -71,20 +71,26 @@ def compile_for(arch: int, recipe: Recipe, mode: int, config: LaunchConfig, layo
     return triton.compile(source, target=target, options=options)
 
 
-def resources(kernel, tmp_path: Path) -> tuple[int, int]:
-    """(bytes of stack, loads and stores of local memory)."""
+def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
+    """What a disassembler of Triton's prints of the kernel."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [path, *options, cubin], capture_output=True, text=True, check=True
+    ).stdout
 
-    def run(tool, *options):
-        command = [tools / tool, *options, cubin]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    usage = run("cuobjdump", "-res-usage")
+def disassemble(kernel, tmp_path: Path) -> str:
+    return tool(kernel, tmp_path, "nvdisasm", "-c")
+
+
+def resources(kernel, tmp_path: Path) -> tuple[int, int]:
+    """(bytes of stack, loads and stores of local memory)."""
+    usage = tool(kernel, tmp_path, "cuobjdump", "-res-usage")
     stack = re.search(r"STACK:(\d+)", usage)
     assert stack, usage
-    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", run("nvdisasm", "-c")))
+    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", disassemble(kernel, tmp_path)))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -97,6 +103,19 @@ def test_instructions(arch):
         assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (arch >= 89)
         assert ("mul.rn.ftz.f32" in ptx) == (recipe.build == "cuda")
         assert "ld.global.v4.b32" in ptx
+
+
+@pytest.mark.parametrize("build", ["cuda", "cute-dsl"])
+def test_no_reciprocal_is_optimized_away(build, tmp_path):
+    """The assembler cancels rcp.approx(rcp.approx(x)) where the two stand side by side."""
+    recipe = Recipe("fast", None, build)
+    for mode, inverse in ((k.PER_TOKEN, False), (k.GLOBAL_SCALE, False), (k.GLOBAL_SCALE, True)):
+        kernel = compile_for(
+            90, recipe, mode.value, global_launch_config(7, 6), SfLayout.layout_linear, inverse
+        )
+        wanted = kernel.asm["ptx"].count("rcp.approx.ftz.f32")
+        assert wanted == 2 + (inverse or mode is k.PER_TOKEN)
+        assert disassemble(kernel, tmp_path).count("MUFU.RCP") == wanted
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -119,7 +138,6 @@ def _same_kind(a: Recipe, b: Recipe) -> bool:
 
 
 def _check_local_memory(arch, tmp_path, configurations, layout=SfLayout.layout_128x4):
-    # Bundled with Triton 3.6, nvdisasm does not know every later target.
     for recipe, mode, config in configurations:
         kernel = compile_for(arch, recipe, mode, config, layout)
         found = resources(kernel, tmp_path)

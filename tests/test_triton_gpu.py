@@ -39,6 +39,7 @@ def test_every_recipe(kind, dtype):
         triton_cases.fp32_input,
         triton_cases.odd_shapes,
         triton_cases.long_rows,
+        triton_cases.every_way_to_cut_a_row,
         triton_cases.strided_and_misaligned,
     ],
     ids=lambda f: f.__name__,
@@ -68,7 +69,7 @@ def test_every_golden_array(edge):
     assert compared == OUTPUTS[edge]
 
 
-COLUMNS = (16, 64, 128, 256, 512, 1024, 2048, 2688, 4096, 7168, 16384, 20480)
+COLUMNS = (16, 64, 128, 256, 512, 1024, 2048, 2688, 4096, 5120, 7168, 16384, 20480)
 """One for each number of blocks that configurations tell apart, and some between."""
 STANDING_FOR_ALL = (
     *(r for r in all_recipes() if r.four_over_six is None),

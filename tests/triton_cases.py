@@ -101,6 +101,24 @@ def long_rows(device):
     global_scale(x, 3.0, Recipe(), SfLayout.layout_128x4)
 
 
+def every_way_to_cut_a_row(device):
+    """By one program, by several, and read twice, whatever the shape would be given."""
+    x = inputs.synthetic("heavy", 5, 7 * 16).to(device)
+    for recipe in (*PLAIN, Recipe("fast", NVFP44Over6Config())):
+        for layout in SfLayout:
+            g = recipe.base_scale_inv
+            expected = reference.quantize_per_token(x, g, recipe, layout)
+            for config in (
+                triton_quantize.LaunchConfig(2, 8, 0, 1, 1),
+                triton_quantize.LaunchConfig(1, 2, 8, 4, 1),
+                triton_quantize.LaunchConfig(4, 4, 4, 1, 1),
+            ):
+                got = triton_quantize._launch(
+                    x, 0, None, g, recipe.code, int(layout), config=config
+                )
+                assert_quantized(got, expected, f"{recipe} {layout.name} {config}")
+
+
 def strided_and_misaligned(device):
     base = inputs.synthetic("normal", 8, 160).to(device)
     per_token(base[:, 1:81], Recipe())  # rows apart, and not on 16 bytes

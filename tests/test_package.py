@@ -1,0 +1,151 @@
+"""The tree itself: what is packaged, who imports what, how files begin."""
+
+# SPDX-License-Identifier: Apache-2.0
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest itself needs it there
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "nvfp4_moe": "nvfp4_moe",
+    "kernels": "nvfp4_moe.kernels",
+    "reference": "nvfp4_moe.reference",
+}
+TEXT = (".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".cfg", ".sh", "")
+
+
+def tree() -> Iterator[Path]:
+    """The project's own files: no environment, build or cache."""
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [
+            f
+            for f in folders
+            if (f in (".ci", ".github") or not f.startswith("."))
+            and f not in ("build", "dist", "shared", "__pycache__")
+            and not f.endswith(".egg-info")
+            and not (Path(folder) / f / "pyvenv.cfg").exists()
+        ]
+        yield from (Path(folder) / name for name in names)
+
+
+PYTHON = sorted(path for path in tree() if path.suffix == ".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of the modules that a file imports, relative ones made absolute."""
+    parts = path.relative_to(ROOT).parts
+    inside = PACKAGES.get(parts[0], "").split(".") + list(parts[1:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*inside[: len(inside) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def setuptools() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_folder_with_python_files_is_packaged(setuptools):
+    """A forgotten sub-package is missing from the wheel only, where no test here would look."""
+    folders = {path.parent.relative_to(ROOT).parts for path in PYTHON}
+    expected = {
+        ".".join([PACKAGES[folder[0]], *folder[1:]])
+        for folder in folders
+        if folder and folder[0] in PACKAGES
+    }
+    assert set(setuptools["packages"]) == expected
+    assert setuptools["package-dir"] == {package: folder for folder, package in PACKAGES.items()}
+
+
+def test_every_data_file_is_packaged(setuptools):
+    for folder, package in PACKAGES.items():
+        patterns = setuptools["package-data"].get(package, [])
+        for path in tree():
+            name = path.relative_to(ROOT).as_posix()
+            if name.startswith(f"{folder}/") and path.suffix != ".py":
+                inner = name[len(folder) + 1 :]
+                assert any(fnmatch(inner, pattern) for pattern in patterns), name
+
+
+def test_only_the_facade_has_an_init_file():
+    """An `__init__.py` would let a checkout on `sys.path` hide other packages of these names."""
+    for folder in ("kernels", "reference", "tests", "bench"):
+        assert not (ROOT / folder / "__init__.py").exists(), folder
+
+
+def test_nothing_imports_what_a_wheel_lacks():
+    """In a checkout `nvfp4_moe.tests` exists too, and so do top-level `kernels` and `reference`."""
+    for path in PYTHON:
+        for name in imports(path):
+            first, second, *_ = [*name.split("."), ""]
+            assert first not in ("kernels", "reference", "tests", "bench"), f"{path}: {name}"
+            assert (first, second) not in (("nvfp4_moe", "tests"), ("nvfp4_moe", "bench")), path
+
+
+def test_reference_depends_on_torch_alone():
+    for path in PYTHON:
+        if path.relative_to(ROOT).parts[0] != "reference":
+            continue
+        for name in imports(path):
+            first = name.split(".")[0]
+            assert first in sys.stdlib_module_names | {"torch"} or name.startswith(
+                "nvfp4_moe.reference."
+            ), f"{path}: {name}"
+
+
+def test_reference_runs_without_triton_flashinfer_and_numpy():
+    program = """
+import sys
+for name in ("triton", "flashinfer", "numpy"):
+    sys.modules[name] = None  # importing it raises
+import nvfp4_moe.reference.quantize as quantize
+import torch
+from nvfp4_moe.reference.recipe import Recipe
+q = quantize.quantize_per_token(torch.full((1, 16), 2688.0).bfloat16(), 1 / 2688, Recipe())
+assert q.codes.tolist() == [[0x77] * 8] and q.block_scales.tolist() == [[0x7E]]
+assert q.per_token_scale.tolist() == [1.0]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_begins_with_its_docstring_and_licence():
+    for path in PYTHON:
+        text = path.read_text()
+        docstring = ast.parse(text).body[:1]
+        assert docstring and ast.get_docstring(ast.parse(text)), f"{path}: no docstring"
+        after = text.splitlines()[docstring[0].end_lineno :]
+        comment = next((line for line in after if line), "")
+        assert comment == "# SPDX-License-Identifier: Apache-2.0", f"{path}: {comment!r}"
+
+
+def test_no_file_is_too_long():
+    """250 lines are a module; above 600 it is several."""
+    for path in PYTHON:
+        assert len(path.read_text().splitlines()) <= 600, path
+
+
+def test_no_line_names_a_place_on_one_machine():
+    place = re.compile(r"(?<![\w.:/*-])/(home|root|work|tmp|mnt|scratch|workspace|Users)/\w")
+    for path in tree():
+        if path.suffix in TEXT and path.name != "LICENSE":
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                assert not place.search(line), f"{path}:{number}: {line.strip()}"
