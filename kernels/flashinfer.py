@@ -53,7 +53,7 @@ _COMMON: tuple[Rule, ...] = (
         "a is on the {r.a.device.type}; FlashInfer would move it to a GPU, we do not",
     ),
     (
-        lambda r: r.capability < (10, 0),
+        lambda r: (r.capability or (0, 0)) < (10, 0),
         "{sm} is before Blackwell (sm_100), where FlashInfer's quantizer returns garbage without "
         "an error",
     ),
@@ -99,7 +99,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         # fp4_quantization.py:1688: .item()
         (
-            lambda r: r.per_token and r.scale_is_tensor and r.scale.device.type != "cpu",
+            lambda r: r.per_token and r.scale_device not in (None, "cpu"),
             "a_global_sf is a tensor on the GPU; it would be read back by a synchronization. "
             "Give a float",
         ),

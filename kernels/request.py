@@ -48,8 +48,9 @@ class Request:
         return self.a.shape[1]
 
     @property
-    def scale_is_tensor(self) -> bool:
-        return isinstance(self.scale, torch.Tensor)
+    def scale_device(self) -> str | None:
+        """Type of the device of a_global_sf; None for a number."""
+        return self.scale.device.type if isinstance(self.scale, torch.Tensor) else None
 
     @property
     def by_row(self) -> bool:

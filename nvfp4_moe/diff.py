@@ -7,8 +7,10 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -59,7 +61,8 @@ class Report:
         self.elements += item.x.numel() * (len(outputs) > 1)
         for pair in itertools.combinations(outputs, 2):
             cell = row.setdefault(pair, [0, 0, 0, 0, 0])
-            difference = compare(item.x, case, *(outputs[b] for b in pair), item.first_row)
+            left, right = (outputs[backend] for backend in pair)
+            difference = compare(item.x, case, left, right, item.first_row)
             cell[0] += 1
             if difference is None:
                 continue
@@ -153,7 +156,7 @@ def _backends(names: str | None) -> list[str]:
     return chosen
 
 
-def _inputs(options: argparse.Namespace, report: Report, facts: list[dict]):
+def _inputs(options: argparse.Namespace, report: Report, facts: list[dict]) -> Iterator[Input]:
     """Every Input of the matrix that the options choose."""
     recipes = matrix.choose(options.recipes)
     skipped: dict[str, str] = {}
@@ -222,7 +225,9 @@ def _interpret(items: list[Input], backends: list[str]) -> dict[int, dict[Case, 
     return found
 
 
-def _print(report: Report, facts: list[dict], backends: list[str], seconds: float, stream) -> None:
+def _print(
+    report: Report, facts: list[dict], backends: list[str], seconds: float, stream: TextIO
+) -> None:
     pairs = list(dict.fromkeys(p for row in report.pairs.values() for p in row))
     headers = [f"{a} = {b}" for a, b in pairs]
     widths = [max(len(h), 14) for h in headers]

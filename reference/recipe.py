@@ -123,9 +123,9 @@ class Recipe:
 
     def __str__(self) -> str:
         f = self.four_over_six
-        parts = [self.math]
+        parts: list[str] = [self.math]
         if f is not None:
-            error = NVFP44Over6ErrMode(f.err_mode).name.lower()
+            error = NVFP44Over6ErrMode(int(f.err_mode)).name.lower()
             parts.append(f"4over6-{f.e4m3_max}-{error}{'-fasterr' if f.err_use_fast_math else ''}")
         return "-".join([*parts, self.build])
 
