@@ -90,10 +90,12 @@ def nvfp4_quantize(
             mean the last three.
         per_token_activation: one fp32 scale for each row, returned third.
         expanded_idx_to_permuted_idx: int32 [>= M]; row r = idx[b], b < M, of `a` gives row r of the
-            results; entries outside 0..M-1 are skipped, rows not named are zero.
+            results; entries outside 0..M-1 are skipped, rows not named are zero. FlashInfer leaves
+            rows not named undefined, and writes out of bounds for an entry of M or more.
         out_scale: one fp32 element that multiplies the returned per-token scales.
         nvfp4_4over6: a config, None for off; omitted, the FLASHINFER_NVFP4_4OVER6* variables decide.
         fast_math: False for IEEE divisions; None as FlashInfer's backend would read the environment.
+            Under `torch.compile` that is read once, while tracing.
         build: whose bits at the edges, "cuda" (default) or "cute-dsl" (default of that backend).
 
     Returns:
@@ -189,7 +191,10 @@ def refusal(backend: str, r: Request) -> str | None:
 def run(backend: str, r: Request) -> tuple[torch.Tensor, ...]:
     """Run the request on a backend that `refusal` let pass."""
     if backend in fi.RULES:
-        return fi.quantize(backend, r)
+        try:
+            return fi.quantize(backend, r)
+        except NotImplementedError as error:  # cake has programs for some shapes only
+            raise UnsupportedError(f"backend {backend} cannot serve this call: {error}") from error
     if backend == "triton":
         from . import quantize as ours
     else:

@@ -8,7 +8,7 @@ launch. A variable counts as on when it is exactly "1" (flashinfer-python 0.7.2,
 # SPDX-License-Identifier: Apache-2.0
 import os
 
-from ..reference.recipe import Build, Math, NVFP44Over6Config
+from ..reference.recipe import Build, Math, NVFP44Over6Config, Recipe
 
 EXACT_VARIABLES: dict[Build, tuple[str, ...]] = {
     # `envUtils.cpp:365`
@@ -51,11 +51,19 @@ def four_over_six() -> NVFP44Over6Config | None:
     switch, mode, fast, use_256 = FOUR_OVER_SIX_VARIABLES
     if not _on(switch):
         return None
-    return NVFP44Over6Config(
-        e4m3_max=256 if _on(use_256) else 448,
-        err_mode=os.environ.get(mode, "MAE"),
-        err_use_fast_math=_on(fast),
-    )
+    err_mode = os.environ.get(mode, "MAE")
+    try:
+        return NVFP44Over6Config(256 if _on(use_256) else 448, err_mode, _on(fast))
+    except ValueError:
+        raise ValueError(f"{mode} is {err_mode!r}; it must be MAE or MSE") from None
+
+
+def sources(recipe: Recipe, *, math: bool, config: bool) -> str:
+    """The variables that made a recipe what it is, where the named parts of it come from them."""
+    names = [name for name in EXACT_VARIABLES[recipe.build] if math and _on(name)]
+    if config and recipe.four_over_six is not None:
+        names.append(FOUR_OVER_SIX_VARIABLES[0])
+    return " and ".join(names)
 
 
 def snapshot() -> dict[str, str | None]:

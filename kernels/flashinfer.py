@@ -6,8 +6,10 @@ signature, in the form that a CUDA graph can capture.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,33 @@ BUILDS: dict[str, Build] = {
 _CUDA_CAPABILITIES = ((10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1))
 _HALF = (torch.float16, torch.bfloat16)
 
-INSTALLED = importlib.util.find_spec("flashinfer") is not None
+
+def _version() -> tuple[int, ...] | None:
+    """(0, 7) of the installed flashinfer-python, () if it does not say; None without it."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return None
+    try:
+        parts = importlib.metadata.version("flashinfer-python").split(".")[:2]
+        return tuple(int(part) for part in parts)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ()
+
+
+def _has_cake_programs() -> bool:
+    """Whether cake can be built here: the wheel of 0.7.2.post1 lacks the sources it lists."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return spec is not None
+    folders = [
+        Path(p) / "experimental/cake_nvfp4_per_token/csrc"
+        for p in spec.submodule_search_locations or ()
+    ]
+    return any(folder.is_dir() for folder in folders)
+
+
+VERSION = _version()
+INSTALLED = VERSION is not None
+HAS_CAKE_PROGRAMS = _has_cake_programs()
 
 Rule = tuple[Callable[[Request], Any], str]
 """(true if the request is refused, the reason with fields of the request)."""
@@ -36,10 +64,8 @@ def _sm(r: Request) -> str:
     return f"sm_{r.capability[0]}{r.capability[1]}"
 
 
-def _scale_count(r: Request, build: Build) -> int:
-    rows, columns = r.m, r.k // BLOCK_SIZE
-    if build == "cute-dsl":
-        rows, columns = padded_shape(rows, columns, r.layout)
+def _scale_count(r: Request) -> int:
+    rows, columns = padded_shape(r.m, r.k // BLOCK_SIZE, r.layout)
     return rows * columns
 
 
@@ -47,6 +73,15 @@ _COMMON: tuple[Rule, ...] = (
     (
         lambda r: not INSTALLED,
         "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
+    ),
+    (
+        lambda r: VERSION and VERSION < (0, 7),
+        "flashinfer-python is older than 0.7; its nvfp4_quantize has other arguments",
+    ),
+    # Its custom ops are not registered (utils.py:438), and the first call builds a module.
+    (
+        lambda r: torch.compiler.is_compiling(),
+        "torch.compile cannot trace FlashInfer's Python",
     ),
     (
         lambda r: r.capability is None,
@@ -76,6 +111,22 @@ def _math_rule(build: Build) -> Rule:
     )
 
 
+_SHUFFLE_LIMIT: Rule = (
+    # quantization.cu:676: block_scale_interleave's offsets are int
+    lambda r: r.do_shuffle and _scale_count(r) > 2**31,
+    "a has more than 2^31 block scales; with do_shuffle its offsets are 31 bits",
+)
+_INT32_SCALES: Rule = (
+    # quantization_cute_dsl_utils.py:591
+    lambda r: _scale_count(r) > 2**31,
+    "a has more than 2^31 block scales, padding included; its offsets are 31 bits",
+)
+_ALIGNED_16: Rule = (
+    # nvfp4_quantize.py:2206, :2333: assumed_align=16; a non-contiguous `a` is copied first
+    lambda r: r.a.is_contiguous() and r.misaligned(16),
+    "a does not start at a multiple of 16 bytes, as its loads need",
+)
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "flashinfer:cuda": (
         *_COMMON,
@@ -90,13 +141,24 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda r: r.out_scale is not None, "out_scale is only for cute-dsl and cake"),
         # fp4Quantize.cpp: CHECK_CONTIGUOUS, and a column-major matrix is quantized along M
         (lambda r: not r.a.is_contiguous(), "a is not contiguous"),
+        # fp4_quantization.py:1196: one row of this stride counts as contiguous, and as transposed
+        (
+            lambda r: not r.per_token and r.a.stride(0) == 1,
+            "a's rows have stride 1; FlashInfer would quantize along M",
+        ),
+        # quantization.cuh:45: loads of 32 bytes, and of 16 for e4m3
+        (
+            lambda r: r.misaligned(32 if r.a.dtype in _HALF else 16),
+            "a does not start at a multiple of 32 bytes (e4m3: 16), as its loads need",
+        ),
         # grid(m): an empty launch is an error
         (lambda r: r.m == 0, "a has no rows; its launch would be empty"),
-        # quantization.cuh:878: uint32 offsets of blocks
+        # quantization.cuh:876 and :895, quantization_utils.cuh:1069: uint32 offsets
         (
-            lambda r: _scale_count(r, "cuda") >= 2**32,
-            "a has 2^32 blocks or more; its offsets are 32 bits",
+            lambda r: _scale_count(r) > 2**32,
+            "a has more than 2^32 block scales, padding included; its offsets are 32 bits",
         ),
+        _SHUFFLE_LIMIT,
         # fp4_quantization.py:1688: .item()
         (
             lambda r: r.per_token and r.scale_device not in (None, "cpu"),
@@ -116,11 +178,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda r: r.m == 0 and r.per_token,
             "a has no rows; its per-token launch would be empty",
         ),
-        # nvfp4_quantize.py:940: Int32 offsets of scales
+        _ALIGNED_16,
+        # nvfp4_quantize.py:1072, which spares the per-token kernel what it says of the others
         (
-            lambda r: _scale_count(r, "cute-dsl") >= 2**31,
-            "a has 2^31 block scales or more, padding included; its offsets are 32 bits",
+            lambda r: not r.per_token and r.m * r.k > 2**31,
+            "a has more than 2^31 elements; with a global scale its row offsets are 31 bits",
         ),
+        _INT32_SCALES,
     ),
     "flashinfer:cake": (
         *_COMMON,
@@ -141,9 +205,17 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda r: r.row_index is not None, "expanded_idx_to_permuted_idx is only for cuda"),
         (lambda r: r.enable_pdl is False, "its programs are built with PDL; enable_pdl=False"),
         (lambda r: r.m == 0, "a has no rows; its launch would be empty"),
+        # cake_backend.py:370: 512 threads of 8 blocks at most
+        (lambda r: r.k > 65536, "K is {r.k}; it has programs for at most 65536"),
+        # cake_backend.py:1159: rows are read in place
         (
-            lambda r: _scale_count(r, "cute-dsl") >= 2**31,
-            "a has 2^31 block scales or more, padding included; its offsets are 32 bits",
+            lambda r: r.misaligned(16) or r.a.stride(0) * r.a.element_size() % 16,
+            "a's rows do not start at multiples of 16 bytes",
+        ),
+        _INT32_SCALES,
+        (
+            lambda r: not HAS_CAKE_PROGRAMS,
+            "this flashinfer-python lacks the sources of its programs",
         ),
     ),
 }
@@ -179,7 +251,9 @@ def arguments(backend: str, r: Request) -> dict[str, Any]:
     scale = r.scale
     if backend == "flashinfer:cuda" and r.per_token:
         scale = float(scale)  # a tensor on the CPU at most, see RULES
-    elif not isinstance(scale, torch.Tensor):
+    elif isinstance(scale, torch.Tensor):
+        scale = scale.contiguous()  # one a row: fp4Quantize.cpp checks it
+    else:
         # torch.tensor(..., device="cuda"), which FlashInfer would call, breaks graph capture.
         scale = torch.full((1,), scale, dtype=torch.float32, device=r.a.device)
     chosen: dict[str, Any] = {
@@ -191,7 +265,7 @@ def arguments(backend: str, r: Request) -> dict[str, Any]:
         "enable_pdl": r.enable_pdl,
         "backend": backend.removeprefix("flashinfer:"),
         "per_token_activation": r.per_token,
-        "expanded_idx_to_permuted_idx": r.row_index,
+        "expanded_idx_to_permuted_idx": None if r.row_index is None else r.row_index.contiguous(),
         "out_scale": r.out_scale,
     }
     # An omitted recipe stays omitted: a given one makes FlashInfer check a_global_sf against it.

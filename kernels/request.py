@@ -57,6 +57,10 @@ class Request:
         """One global scale a row."""
         return isinstance(self.scale, torch.Tensor) and self.scale.numel() > 1
 
+    def misaligned(self, alignment: int) -> bool:
+        """Whether `a` starts at no multiple of so many bytes (in its storage, which does)."""
+        return self.a.storage_offset() * self.a.element_size() % alignment != 0
+
 
 def make_request(
     a: torch.Tensor,
@@ -86,16 +90,12 @@ def make_request(
     if fast_math:
         math = "fast"
     recipe = Recipe(math, config, build)
-    _check_dtype(a, recipe, per_token_activation, explicit)
+    _check_dtype(a, recipe, per_token_activation, explicit, fast_math is None)
     if a.dtype == torch.float8_e4m3fn and config is not None:
         recipe = Recipe(math, None, build)  # from the environment: FlashInfer ignores it here, too
     _check_scale(a, a_global_sf, recipe, per_token_activation, explicit)
     _check_row_index(a, expanded_idx_to_permuted_idx, per_token_activation)
-    if out_scale is not None:
-        if not per_token_activation:
-            raise ValueError("out_scale is given; it needs per_token_activation=True")
-        if out_scale.numel() != 1:
-            raise ValueError(f"out_scale has {out_scale.numel()} elements; it must have one")
+    _check_out_scale(a, out_scale, per_token_activation)
     if do_shuffle:
         _check_shuffle(a, layout)
     if capability is None and a.device.type == "cuda":
@@ -147,7 +147,9 @@ def _check_matrix(a: torch.Tensor, sf_vec_size: int) -> None:
         raise ValueError(f"a has K = {a.shape[1]}; K must be a positive multiple of {BLOCK_SIZE}")
 
 
-def _check_dtype(a: torch.Tensor, recipe: Recipe, per_token: bool, explicit: bool) -> None:
+def _check_dtype(
+    a: torch.Tensor, recipe: Recipe, per_token: bool, explicit: bool, math_from_environment: bool
+) -> None:
     if a.dtype in (torch.bfloat16, torch.float16):
         return
     if a.dtype == torch.float8_e4m3fn:
@@ -162,9 +164,10 @@ def _check_dtype(a: torch.Tensor, recipe: Recipe, per_token: bool, explicit: boo
                 f"a is {a.dtype}; a global scale takes float16, bfloat16 or float8_e4m3fn"
             )
         if recipe != Recipe():
+            sources = environment.sources(recipe, math=math_from_environment, config=not explicit)
             raise ValueError(
                 f"a is {a.dtype}; its only recipe is fast math without 4over6, build cuda, "
-                f"not {recipe}"
+                f"not {recipe}" + (f" (from {sources} in the environment)" if sources else "")
             )
         return
     raise ValueError(
@@ -181,22 +184,52 @@ def _check_scale(
         if scale.numel() not in allowed:
             wanted = "one" if per_token else f"one, or one a row ({a.shape[0]})"
             raise ValueError(f"a_global_sf has {scale.numel()} elements; it must have {wanted}")
+        if scale.device.type != "cpu" or scale.numel() > 1:
+            _check_device(a, scale, "a_global_sf")
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"a_global_sf is a {type(scale).__name__}; it must be a float or a tensor")
-    # Read only what needs no synchronization. FlashInfer's tolerance.
-    elif per_token and explicit and abs(scale / recipe.base_scale_inv - 1) > 1e-3:
-        raise ValueError(
-            f"a_global_sf is {scale!r}; with e4m3_max {recipe.e4m3_max} it must be "
-            f"1 / (6 * {recipe.e4m3_max}) = {recipe.base_scale_inv!r}"
-        )
+    if per_token and explicit and _readable(scale):
+        value = float(scale)
+        if abs(value / recipe.base_scale_inv - 1) > 1e-3:  # FlashInfer's tolerance
+            raise ValueError(
+                f"a_global_sf is {value!r}; with e4m3_max {recipe.e4m3_max} it must be "
+                f"1 / (6 * {recipe.e4m3_max}) = {recipe.base_scale_inv!r}"
+            )
 
 
-def _check_row_index(a: torch.Tensor, index: torch.Tensor | None, per_token: bool) -> None:
+def _readable(scale: Any) -> bool:
+    """Whether a scale's value can be had without waiting for a GPU or breaking a trace."""
+    if not isinstance(scale, torch.Tensor):
+        return True
+    real = type(scale) in (torch.Tensor, torch.nn.Parameter)  # no fake tensor
+    return real and scale.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_device(a: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    if other.device != a.device and not a.is_meta:
+        raise ValueError(f"{name} is on {other.device}; it must be on a's device, {a.device}")
+
+
+def _check_out_scale(a: torch.Tensor, out_scale: Any, per_token: bool) -> None:
+    if out_scale is None:
+        return
+    if not per_token:
+        raise ValueError("out_scale is given; it needs per_token_activation=True")
+    if not isinstance(out_scale, torch.Tensor):
+        raise TypeError(f"out_scale is a {type(out_scale).__name__}; it must be a torch.Tensor")
+    if out_scale.numel() != 1:
+        raise ValueError(f"out_scale has {out_scale.numel()} elements; it must have one")
+    _check_device(a, out_scale, "out_scale")
+
+
+def _check_row_index(a: torch.Tensor, index: Any, per_token: bool) -> None:
     if index is None:
         return
     name = "expanded_idx_to_permuted_idx"
     if not per_token:
         raise ValueError(f"{name} is given; it needs per_token_activation=True")
+    if not isinstance(index, torch.Tensor):
+        raise TypeError(f"{name} is a {type(index).__name__}; it must be a torch.Tensor")
     if index.dtype != torch.int32 or index.dim() != 1:
         raise ValueError(
             f"{name} is {index.dtype} of shape {tuple(index.shape)}; it must be int32 and 1-D"
@@ -205,6 +238,7 @@ def _check_row_index(a: torch.Tensor, index: torch.Tensor | None, per_token: boo
         raise ValueError(
             f"{name} has {index.numel()} entries; it must have at least M = {a.shape[0]}"
         )
+    _check_device(a, index, name)
 
 
 def _check_shuffle(a: torch.Tensor, layout: SfLayout) -> None:

@@ -1,313 +1,593 @@
-"""The one call: what it refuses, which backend it takes, and what it says about the others."""
+"""One call: what it rejects, which backend it takes and why, what it returns. No GPU needed."""
 
 # SPDX-License-Identifier: Apache-2.0
-import inspect
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from assertions import assert_bitwise
-from nvfp4_moe.kernels import dispatch, environment
+from assertions import assert_bitwise, assert_quantized
+from nvfp4_moe.kernels import dispatch, environment, target
 from nvfp4_moe.kernels import flashinfer as fi
-from nvfp4_moe.reference import layouts, quantize, shuffle
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe.kernels.request import UNSET
+from nvfp4_moe.reference import layouts, shuffle
+from nvfp4_moe.reference import quantize as reference
+from nvfp4_moe.reference.recipe import Recipe, all_recipes
 
 import nvfp4_moe
+from nvfp4_moe import (
+    NVFP44Over6Config,
+    SfLayout,
+    UnsupportedError,
+    explain,
+    inputs,
+    nvfp4_quantize,
+)
 
+NEW, OLD = environment.EXACT_VARIABLES["cuda"]
 G = 1 / 2688
-ON_BLACKWELL = {"capability": (10, 0)}
+ROOT = Path(nvfp4_moe.__file__).parent.parent
+FOUR = NVFP44Over6Config()
+FOUR_256 = NVFP44Over6Config(256, "MSE", True)
+X = inputs.synthetic("heavy", 128, 192)
+INDEX = torch.arange(128, dtype=torch.int32)
+TOKEN = {"per_token_activation": True}
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch):
+def clean(monkeypatch):
     for name in environment.VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(target, "INTERPRETING", False)
+
+
+@pytest.fixture
+def flashinfer_here(monkeypatch):
+    """As on a machine where every FlashInfer backend is installed completely."""
     monkeypatch.setattr(fi, "INSTALLED", True)
+    monkeypatch.setattr(fi, "VERSION", (0, 7))
+    monkeypatch.setattr(fi, "HAS_CAKE_PROGRAMS", True)
 
 
-def meta(m=256, k=4096, dtype=torch.bfloat16):
+def meta(m=128, k=192, dtype=torch.bfloat16):
     return torch.empty(m, k, dtype=dtype, device="meta")
 
 
-def per_token(x=None, **options):
-    x = meta() if x is None else x
-    return nvfp4_moe.explain(x, G, per_token_activation=True, **options)
+# What no backend accepts
 
-
-# --- which backend
-
-
-def test_auto_takes_flashinfers_backend_of_the_build_on_blackwell():
-    assert per_token(**ON_BLACKWELL).backend == "flashinfer:cuda"
-    assert per_token(build="cute-dsl", **ON_BLACKWELL).backend == "flashinfer:cute-dsl"
-
-
-def test_auto_takes_triton_below_blackwell_and_the_reference_without_a_gpu():
-    assert per_token(capability=(9, 0)).backend == "triton"
-    assert per_token(capability=(8, 0)).backend == "triton"
-    assert per_token(capability=(7, 5)).backend == "reference"
-    assert per_token(torch.zeros(2, 32).bfloat16()).backend == "reference"
-
-
-def test_auto_without_flashinfer(monkeypatch):
-    monkeypatch.setattr(fi, "INSTALLED", False)
-    explanation = per_token(**ON_BLACKWELL)
-    assert explanation.backend == "triton"
-    assert "nvfp4-moe[flashinfer]" in explanation.reason("flashinfer:cuda")
-
-
-@pytest.mark.parametrize(
-    ("backend", "options", "reason"),
-    [
-        ("flashinfer:cuda", {"x": meta(dtype=torch.float32), **ON_BLACKWELL}, "a is float32"),
-        ("reference", {"x": meta(k=24), **ON_BLACKWELL}, "K = 24"),
-        ("flashinfer:cuda", {"capability": (9, 0)}, "sm_90 is before Blackwell"),
-        (
-            "flashinfer:cake",
-            {"nvfp4_4over6": NVFP44Over6Config(), "build": "cute-dsl", **ON_BLACKWELL},
-            "no 4over6",
-        ),
-        ("triton", {"x": torch.zeros(2, 32).bfloat16()}, "a is on the cpu"),
-        ("flashinfer:cuda", {"out_scale": torch.ones(1), **ON_BLACKWELL}, "out_scale"),
-        (
-            "flashinfer:cuda",
-            {"fast_math": False, **ON_BLACKWELL},
-            "set FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH=1",
-        ),
-    ],
+INVALID = {
+    "a list": ({"a": [1.0]}, TypeError, "a is a list; it must be a torch.Tensor"),
+    "1-D": ({"a": X[0]}, ValueError, r"a has shape \(192,\); it must be \[M, K\]"),
+    "3-D": ({"a": X[None]}, ValueError, r"a has shape \(1, 128, 192\)"),
+    "K 24": ({"a": X[:, :24]}, ValueError, "a has K = 24; K must be a positive multiple of 16"),
+    "K 0": ({"a": X[:, :0]}, ValueError, "K = 0"),
+    "int dtype": ({"a": X.int()}, ValueError, "a is torch.int32; it must be float16, bfloat16"),
+    "fp64": ({"a": X.double()}, ValueError, "a is torch.float64; it must be"),
+    "e5m2": ({"a": X.to(torch.float8_e5m2)}, ValueError, "a is torch.float8_e5m2"),
+    "e4m3 per token": ({"a": X.to(torch.float8_e4m3fn)}, ValueError, "e4m3fn; per-token"),
+    "e4m3 4over6": (
+        {
+            "a": X.to(torch.float8_e4m3fn),
+            "a_global_sf": 1.0,
+            "per_token_activation": False,
+            "nvfp4_4over6": FOUR,
+        },
+        ValueError,
+        "e4m3fn; 4over6 takes float16 or bfloat16",
+    ),
+    "fp32 global": (
+        {"a": X.float(), "per_token_activation": False},
+        ValueError,
+        "float32; a global scale takes",
+    ),
+    "fp32 exact": ({"a": X.float(), "fast_math": False}, ValueError, "not exact-cuda$"),
+    "fp32 4over6": ({"a": X.float(), "nvfp4_4over6": FOUR}, ValueError, "only recipe is fast"),
+    "fp32 cute-dsl": ({"a": X.float(), "build": "cute-dsl"}, ValueError, "not fast-cute-dsl"),
+    "vector 32": ({"sf_vec_size": 32}, ValueError, "sf_vec_size is 32; NVFP4's blocks have 16"),
+    "layout 3": ({"sfLayout": 3}, ValueError, "sfLayout is 3; it must be one of layout_128x4, "),
+    "layout name": ({"sfLayout": "128x4"}, ValueError, "sfLayout is '128x4'"),
+    "no scale": ({"a_global_sf": None}, TypeError, "a_global_sf is a NoneType; it must be a float"),
+    "two scales": ({"a_global_sf": torch.ones(2)}, ValueError, "2 elements; it must have one$"),
+    "rows per token": ({"a_global_sf": torch.ones(128)}, ValueError, "128 elements; it must have"),
+    "127 rows": (
+        {"a_global_sf": torch.ones(127), "per_token_activation": False},
+        ValueError,
+        r"127 elements; it must have one, or one a row \(128\)",
+    ),
+    "scales elsewhere": (
+        {"a_global_sf": torch.ones(128, device="meta"), "per_token_activation": False},
+        ValueError,
+        "a_global_sf is on meta; it must be on a's device, cpu",
+    ),
+    "scale of 448 for 256": (
+        {"nvfp4_4over6": FOUR_256},
+        ValueError,
+        r"a_global_sf is 0.00037.*with e4m3_max 256 it must be 1 / \(6 \* 256\)",
+    ),
+    "scale 1 for off": ({"a_global_sf": 1.0, "nvfp4_4over6": None}, ValueError, "e4m3_max 448"),
+    "scale tensor for off": (
+        {"a_global_sf": torch.full((1,), G * 1.002), "nvfp4_4over6": None},
+        ValueError,
+        "e4m3_max 448",
+    ),
+    "index, global": (
+        {"expanded_idx_to_permuted_idx": INDEX, "per_token_activation": False},
+        ValueError,
+        "expanded_idx_to_permuted_idx is given; it needs per_token_activation=True",
+    ),
+    "index list": ({"expanded_idx_to_permuted_idx": [0] * 128}, TypeError, "idx is a list"),
+    "index int64": ({"expanded_idx_to_permuted_idx": INDEX.long()}, ValueError, "must be int32"),
+    "index 2-D": ({"expanded_idx_to_permuted_idx": INDEX[:, None]}, ValueError, "and 1-D"),
+    "index short": ({"expanded_idx_to_permuted_idx": INDEX[1:]}, ValueError, "127 entries; .*128"),
+    "index elsewhere": (
+        {"expanded_idx_to_permuted_idx": INDEX.to("meta")},
+        ValueError,
+        "expanded_idx_to_permuted_idx is on meta; it must be on a's device",
+    ),
+    "out_scale, global": (
+        {"out_scale": torch.ones(1), "per_token_activation": False},
+        ValueError,
+        "out_scale is given; it needs per_token_activation=True",
+    ),
+    "out_scale float": ({"out_scale": 0.5}, TypeError, "out_scale is a float"),
+    "out_scale 2": ({"out_scale": torch.ones(2)}, ValueError, "out_scale has 2 elements"),
+    "out_scale elsewhere": (
+        {"out_scale": torch.ones(1, device="meta")},
+        ValueError,
+        "out_scale is on meta",
+    ),
+    "shuffle 8x4": ({"do_shuffle": True, "sfLayout": 1}, ValueError, "it needs layout_128x4"),
+    "shuffle linear": ({"do_shuffle": True, "sfLayout": 2}, ValueError, "it needs layout_128x4"),
+    "shuffle M": ({"do_shuffle": True, "a": X[:96]}, ValueError, "M a multiple of 128 and K of 64"),
+    "shuffle K": (
+        {"do_shuffle": True, "a": X[:, :112]},
+        ValueError,
+        "M a multiple of 128 and K of 64",
+    ),
+    "4over6 type": ({"nvfp4_4over6": True}, TypeError, "nvfp4_4over6 is True; it must be an NVFP4"),
+    "build": ({"build": "cake"}, ValueError, r"build is 'cake'; it must be one of \('cuda'"),
+}
+BACKEND_NAMES = (
+    *("auto", "reference", "triton", "flashinfer"),
+    *("flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake"),
+    *("cuda", "cute-dsl", "cake"),
 )
-def test_the_reasons(backend, options, reason):
-    assert reason in per_token(**options).reason(backend)
 
 
-def test_the_environment_decides_and_is_named(monkeypatch):
-    monkeypatch.setenv("TRTLLM_DISABLE_FP4_QUANT_FAST_MATH", "1")
-    assert per_token(**ON_BLACKWELL).backend == "flashinfer:cuda"  # exact, as it says
-    told = per_token(fast_math=True, **ON_BLACKWELL).reason("flashinfer:cuda")
-    assert "unset TRTLLM_DISABLE_FP4_QUANT_FAST_MATH" in told
-    # CuTe-DSL does not read the older name.
-    assert (
-        per_token(fast_math=True, build="cute-dsl", **ON_BLACKWELL).backend == "flashinfer:cute-dsl"
-    )
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_is_one_error_on_every_backend(case):
+    change, error, message = INVALID[case]
+    arguments = {"a": X, "a_global_sf": G, **TOKEN, "build": "cuda"} | change
+    texts = set()
+    for backend in BACKEND_NAMES:
+        with pytest.raises(error, match=message) as raised:
+            nvfp4_quantize(**arguments, backend=backend)
+        assert not isinstance(raised.value, UnsupportedError)
+        texts.add(str(raised.value))
+    assert len(texts) == 1
 
 
-def test_4over6_from_the_environment(monkeypatch):
+@pytest.mark.parametrize("case", INVALID)
+def test_explain_of_the_invalid_has_the_reason_for_every_backend(case):
+    change, _, _ = INVALID[case]
+    arguments = {"a": X, "a_global_sf": G, **TOKEN} | change
+    with pytest.raises((TypeError, ValueError)) as raised:
+        nvfp4_quantize(**arguments)
+    explanation = explain(**arguments)
+    assert explanation.backend is None
+    assert explanation.reasons == tuple((b, str(raised.value)) for b in dispatch.BACKENDS)
+    assert str(explanation).startswith("would run: nothing\n")
+
+
+def test_unknown_backend():
+    with pytest.raises(
+        ValueError, match=r"backend is 'cutlass'; it must be one of auto, flashinfer"
+    ):
+        nvfp4_quantize(X, G, backend="cutlass")
+
+
+def test_what_the_environment_chose_is_named(monkeypatch):
+    monkeypatch.setenv(OLD, "1")
     monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6", "1")
-    monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6_E4M3_USE_256", "1")
-    x = torch.randn(4, 64).bfloat16()
-    recipe = Recipe("fast", NVFP44Over6Config(256))
-    want = quantize.quantize_per_token(x, recipe.base_scale_inv, recipe)
-    got = nvfp4_moe.nvfp4_quantize(x, 1 / 1536, SfLayout.layout_linear, per_token_activation=True)
-    assert_bitwise(got[0], want.codes, "codes")
+    with pytest.raises(ValueError, match=f"{OLD} and FLASHINFER_NVFP4_4OVER6 in the environment"):
+        nvfp4_quantize(X.float(), G, **TOKEN)
 
 
-RULE_CASES = {
-    "flashinfer:cuda": [
-        {"x": torch.zeros(2, 32).bfloat16()},
-        {"capability": (9, 0)},
-        {"x": meta(dtype=torch.float32)},
-        {"capability": (10, 1)},
-        {"build": "cute-dsl"},
-        {"fast_math": False},
-        {"out_scale": torch.ones(1)},
-        {"x": meta(4096, 4096).T},
-        {"x": meta(m=0)},
-        {"x": meta(2**21, 2**15)},
-        {"a_global_sf": torch.empty(1, device="meta")},
-    ],
-    "flashinfer:cute-dsl": [
-        {"x": torch.zeros(2, 32).bfloat16()},
-        {"capability": (9, 0)},
-        {"x": meta(dtype=torch.float32)},
-        {},
-        {"fast_math": False, "build": "cute-dsl"},
-        {"build": "cute-dsl", "expanded_idx_to_permuted_idx": torch.zeros(256, dtype=torch.int32)},
-        {"build": "cute-dsl", "per_token_activation": False, "a_global_sf": torch.ones(256)},
-        {"build": "cute-dsl", "x": meta(m=0)},
-        {"build": "cute-dsl", "x": meta(2**20, 2**15)},
-    ],
-    "flashinfer:cake": [
-        {"x": torch.zeros(2, 32).bfloat16()},
-        {"capability": (9, 0)},
-        {"x": meta(dtype=torch.float32)},
-        {"capability": (12, 0)},
-        {},
-        {"build": "cute-dsl", "fast_math": False},
-        {"build": "cute-dsl", "per_token_activation": False},
-        {"build": "cute-dsl", "nvfp4_4over6": NVFP44Over6Config()},
-        {"build": "cute-dsl", "sfLayout": SfLayout.layout_linear},
-        {"build": "cute-dsl", "expanded_idx_to_permuted_idx": torch.zeros(256, dtype=torch.int32)},
-        {"build": "cute-dsl", "enable_pdl": False},
-        {"build": "cute-dsl", "x": meta(m=0)},
-        {"build": "cute-dsl", "x": meta(2**20, 2**15)},
-    ],
+def test_an_omitted_recipe_takes_any_base_scale():
+    for scale in (1.0, torch.ones(1)):
+        codes, _, token = nvfp4_quantize(X, scale, **TOKEN)
+        assert_quantized(
+            (codes, _, token), reference.quantize_per_token(X, 1.0, Recipe(), SfLayout(0)), "1.0"
+        )
+
+
+# Reasons and choices
+
+REASONS = {
+    "fp32": (meta(dtype=torch.float32), TOKEN, (10, 0), fi.BUILDS, "a is float32"),
+    "K 24": (meta(k=24), TOKEN, (10, 0), dispatch.BACKENDS, "K = 24; .*multiple of 16"),
+    "sm_90": (meta(), TOKEN, (9, 0), ["flashinfer:cuda"], "sm_90 is before Blackwell"),
+    "4over6 with cake": (
+        meta(),
+        TOKEN | {"nvfp4_4over6": FOUR, "build": "cute-dsl"},
+        (10, 0),
+        ["flashinfer:cake"],
+        "no 4over6",
+    ),
+    "a CPU tensor with triton": (X, TOKEN, None, ["triton"], "a is on the cpu; Triton runs on"),
+    "out_scale with cuda": (
+        meta(),
+        TOKEN | {"out_scale": torch.ones(1)},
+        (10, 0),
+        ["flashinfer:cuda"],
+        "out_scale is only for cute-dsl and cake",
+    ),
+    "exact while the environment says fast": (
+        meta(),
+        TOKEN | {"fast_math": False},
+        (10, 0),
+        ["flashinfer:cuda"],
+        f"which says fast, not exact: set {NEW}=1",
+    ),
+    "sm_75 with triton": (meta(), TOKEN, (7, 5), ["triton"], "sm_75 is before sm_80"),
 }
 
 
-@pytest.mark.parametrize("backend", fi.RULES)
-def test_every_rule_is_triggered(backend, monkeypatch):
-    def triggered(options):
-        x = options.get("x", meta())
-        given = {"a_global_sf": G, "per_token_activation": True, **options}
-        given.pop("x", None)
-        if x.device.type == "meta":
-            given.setdefault("capability", (10, 0))
-        return nvfp4_moe.explain(x, **given).reason(backend)
-
-    reasons = {triggered(options) for options in RULE_CASES[backend]}
-    monkeypatch.setattr(fi, "INSTALLED", False)
-    reasons.add(triggered({}))
-    assert None not in reasons
-    assert len(reasons) == len(fi.RULES[backend])
-
-
-# --- what every backend refuses
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons(flashinfer_here, case):
+    a, arguments, capability, backends, reason = REASONS[case]
+    explanation = explain(a, G, **arguments, capability=capability)
+    for backend in backends:
+        text = explanation.reason(backend)
+        assert text is not None, f"{backend} can serve"
+        assert re.search(reason, text), text
+        assert f"  {backend:<19}  no: {text}" in str(explanation).splitlines()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("capability", "build", "expected"),
     [
-        ({"a": torch.zeros(4, 24).bfloat16()}, "K = 24; K must be a positive multiple of 16"),
-        ({"a": torch.zeros(4, 0).bfloat16()}, "K = 0"),
-        ({"a": torch.zeros(2, 4, 32).bfloat16()}, r"shape \(2, 4, 32\); it must be \[M, K\]"),
-        ({"a": torch.zeros(4, 32).int()}, "a is torch.int32"),
-        ({"a": [1.0]}, "a is a list"),
-        ({"sf_vec_size": 32}, "sf_vec_size is 32"),
-        ({"sfLayout": 7}, "sfLayout is 7; it must be one of layout_128x4"),
-        ({"a_global_sf": "1"}, "a_global_sf is a str"),
-        ({"a_global_sf": torch.ones(3)}, "a_global_sf has 3 elements"),
-        ({"nvfp4_4over6": NVFP44Over6Config(256)}, "with e4m3_max 256 it must be"),
-        ({"nvfp4_4over6": 5}, "nvfp4_4over6 is 5"),
-        ({"backend": "marlin"}, "backend is 'marlin'; it must be one of auto"),
-        ({"build": "hip"}, "build is 'hip'"),
-        ({"do_shuffle": True}, "M a multiple of 128"),
-        ({"do_shuffle": True, "sfLayout": SfLayout.layout_8x4}, "needs layout_128x4"),
-        ({"expanded_idx_to_permuted_idx": torch.zeros(4)}, "must be int32 and 1-D"),
-        ({"expanded_idx_to_permuted_idx": torch.zeros(3, dtype=torch.int32)}, "at least M = 4"),
-        ({"out_scale": torch.ones(2)}, "out_scale has 2 elements"),
-        (
-            {"per_token_activation": False, "out_scale": torch.ones(1)},
-            "out_scale is given; it needs",
-        ),
-        (
-            {
-                "per_token_activation": False,
-                "expanded_idx_to_permuted_idx": torch.zeros(4, dtype=torch.int32),
-            },
-            "expanded_idx_to_permuted_idx is given; it needs",
-        ),
-        ({"a": torch.zeros(4, 32).to(torch.float8_e4m3fn)}, "per-token quantization takes"),
-        ({"a": torch.zeros(4, 32), "fast_math": False}, "its only recipe is fast math"),
-        ({"a": torch.zeros(4, 32), "per_token_activation": False}, "a global scale takes"),
+        ((10, 0), None, "flashinfer:cuda"),
+        ((10, 0), "cuda", "flashinfer:cuda"),
+        ((10, 0), "cute-dsl", "flashinfer:cute-dsl"),
+        ((12, 1), None, "flashinfer:cuda"),
+        ((9, 0), None, "triton"),
+        ((8, 0), "cute-dsl", "triton"),
+        ((7, 5), None, "reference"),
+        (None, None, "reference"),
     ],
 )
-def test_bad_arguments(change, message):
-    given = {"a": torch.zeros(4, 32).bfloat16(), "a_global_sf": G, "per_token_activation": True}
-    with pytest.raises((TypeError, ValueError), match=message):
-        nvfp4_moe.nvfp4_quantize(**(given | change))
+def test_auto(flashinfer_here, capability, build, expected):
+    explanation = explain(meta(), G, **TOKEN, build=build, capability=capability)
+    assert explanation.backend == expected and explanation.reason(expected) is None
+    assert str(explanation).startswith(f"would run: {expected}\n")
 
 
-def test_a_named_backend_never_falls_back():
-    x = torch.zeros(4, 32).bfloat16()
-    for backend in ("triton", "flashinfer", "cuda", "cute-dsl", "cake"):
-        with pytest.raises(nvfp4_moe.UnsupportedError, match="a is on the cpu"):
-            nvfp4_moe.nvfp4_quantize(x, G, backend=backend, per_token_activation=True)
+def test_auto_tries_one_order_without_cake():
+    assert dispatch.ORDER == ("flashinfer:<build>", "triton", "reference")
+    assert dispatch.auto_order("cuda") == ("flashinfer:cuda", "triton", "reference")
+    assert dispatch.auto_order("cute-dsl") == ("flashinfer:cute-dsl", "triton", "reference")
 
 
-# --- results
-
-
-@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
-def test_shapes_are_flashinfers(layout):
-    x = torch.randn(130, 80).bfloat16()
-    codes, scales, token = nvfp4_moe.nvfp4_quantize(x, G, layout, per_token_activation=True)
-    padded = {0: (256, 8), 1: (136, 8), 2: (130, 5)}[int(layout)]
-    assert (codes.shape, scales.shape, token.shape) == ((130, 40), padded, (130,))
-    assert (codes.dtype, scales.dtype, token.dtype) == (torch.uint8, torch.uint8, torch.float32)
-    assert len(nvfp4_moe.nvfp4_quantize(x, 9.0, layout)) == 2
-
-
-def test_do_shuffle_reorders_rows():
-    x = torch.randn(128, 64).bfloat16()
-    q = quantize.quantize_per_token(x, G, Recipe())
-    order = shuffle.shuffle_rows(128)
-    got = nvfp4_moe.nvfp4_quantize(x, G, do_shuffle=True, per_token_activation=True)
-    assert_bitwise(got[0], q.codes[order], "codes")
-    assert_bitwise(got[1], layouts.from_linear(q.block_scales[order], SfLayout.layout_128x4), "sf")
-    assert_bitwise(got[2], q.per_token_scale[order], "per-token scales")
-
-
-def test_explain_is_readable_and_marks_what_is_not_proven():
-    text = str(per_token(build="cute-dsl", out_scale=torch.ones(1), **ON_BLACKWELL))
-    assert "would run: flashinfer:cute-dsl" in text
-    assert "not proven on FlashInfer, derived from its source: out_scale" in text
-    assert [line.split()[0] for line in text.splitlines()[1:6]] == list(dispatch.BACKENDS)
-
-
-# --- FlashInfer itself
-
-
-def test_flashinfers_signature_is_the_one_we_call():
-    flashinfer = pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")
-    theirs = list(inspect.signature(flashinfer.nvfp4_quantize).parameters.values())
-    ours = list(inspect.signature(nvfp4_moe.nvfp4_quantize).parameters.values())
-    assert [p.name for p in theirs] == [p.name for p in ours[: len(theirs)]], "FlashInfer changed"
-    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
-    for a, b in zip(theirs, ours, strict=False):
-        if a.name not in ("backend", "nvfp4_4over6"):
-            assert a.default == b.default, f"FlashInfer's default of {a.name} changed"
-    from flashinfer.quantization.nvfp4_quantization_utils import NVFP44Over6Config as Theirs
-    from flashinfer.quantization.nvfp4_quantization_utils import nvfp4_4over6_code
-    from flashinfer.tllm_enums import SfLayout as TheirLayout
-
-    assert {e.name: e.value for e in TheirLayout} == {e.name: e.value for e in SfLayout}
-    for code in (1, 3, 5, 7, 17, 19, 21, 23):
-        config = Recipe.from_code(code).four_over_six
-        theirs_config = Theirs(config.e4m3_max, int(config.err_mode), config.err_use_fast_math)
-        assert nvfp4_4over6_code(theirs_config) == code
-        assert NVFP44Over6Config.of(theirs_config) == config
+def test_auto_without_flashinfer_or_triton(monkeypatch):
+    monkeypatch.setattr(fi, "INSTALLED", False)
+    assert explain(meta(), G, **TOKEN, capability=(10, 0)).backend == "triton"
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    explanation = explain(meta(), G, **TOKEN, capability=(10, 0))
+    assert explanation.backend == "reference"
+    assert explanation.reason("triton") == "triton is not installed"
 
 
 @pytest.mark.parametrize("build", ["cuda", "cute-dsl"])
-@pytest.mark.parametrize("mode", ["per token", "global"])
-def test_the_arguments_that_flashinfer_gets(build, mode, monkeypatch):
-    flashinfer = pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")
-    seen = {}
-
-    def record(*args, **kwargs):
-        seen.update(inspect.signature(real).bind(*args, **kwargs).arguments)
-        return torch.zeros(1), torch.zeros(1), torch.zeros(1)
-
-    real = inspect.unwrap(flashinfer.nvfp4_quantize)
-    monkeypatch.setattr(flashinfer, "nvfp4_quantize", record)
-    backend = f"flashinfer:{build}"
-    x = torch.zeros(4, 32).bfloat16()
-    request = dispatch.make_request(
-        x, G, SfLayout.layout_8x4, False, 16, None, mode == "per token", None, None,
-        NVFP44Over6Config(448, "MSE"), True, build, (10, 0),
-    )  # fmt: skip
-    assert dispatch.refusal(backend, request) is None
-    dispatch.run(backend, request)
-    assert (seen["a"] is x, seen["backend"], seen["sfLayout"].name) == (True, build, "layout_8x4")
-    assert seen["per_token_activation"] == (mode == "per token")
-    assert type(seen["nvfp4_4over6"]).__module__.startswith("flashinfer")
-    assert int(seen["nvfp4_4over6"].err_mode) == 1
-    if build == "cuda" and mode == "per token":  # a tensor would cost .item()
-        assert seen["a_global_sf"] == G
-    else:
-        assert_bitwise(seen["a_global_sf"], torch.full((1,), G), "a_global_sf")
+def test_auto_falls_to_triton_where_flashinfer_refuses(flashinfer_here, build):
+    other = {"out_scale": torch.ones(1)} if build == "cuda" else {}
+    other |= {"expanded_idx_to_permuted_idx": INDEX} if build == "cute-dsl" else {}
+    explanation = explain(meta(), G, **TOKEN, **other, build=build, capability=(10, 0))
+    assert explanation.backend == "triton"
 
 
-def test_flashinfers_own_objects_are_accepted():
-    pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")
-    from flashinfer.quantization.nvfp4_quantization_utils import _UNSET
-    from flashinfer.quantization.nvfp4_quantization_utils import NVFP44Over6Config as Theirs
-    from flashinfer.tllm_enums import SfLayout as TheirLayout
+@pytest.mark.parametrize(
+    ("backend", "build", "chosen"),
+    [
+        ("flashinfer", None, "flashinfer:cuda"),
+        ("flashinfer", "cute-dsl", "flashinfer:cute-dsl"),
+        ("cuda", None, "flashinfer:cuda"),
+        ("cute-dsl", None, "flashinfer:cute-dsl"),
+        ("cake", None, "flashinfer:cake"),
+        ("flashinfer:cake", "cute-dsl", "flashinfer:cake"),
+        ("cuda", "cute-dsl", None),
+        ("flashinfer:cute-dsl", "cuda", None),
+        ("triton", "cute-dsl", "triton"),
+        ("reference", None, "reference"),
+    ],
+)
+def test_named(flashinfer_here, backend, build, chosen):
+    arguments = TOKEN | {"backend": backend, "build": build}
+    assert explain(meta(), G, **arguments, capability=(10, 0)).backend == chosen
 
-    x = torch.randn(4, 64).bfloat16()
-    for theirs, ours in ((Theirs(), NVFP44Over6Config()), (_UNSET, None), (None, None)):
-        a, b = (
-            nvfp4_moe.nvfp4_quantize(x, G, layout, per_token_activation=True, nvfp4_4over6=config)
-            for layout, config in ((TheirLayout.layout_8x4, theirs), (SfLayout.layout_8x4, ours))
+
+def test_build_of_a_named_backend_decides_the_bits(flashinfer_here, monkeypatch):
+    # cute-dsl does not read the older variable, so the same call is fast there and exact here.
+    monkeypatch.setenv(OLD, "1")
+    ran = []
+    monkeypatch.setattr(dispatch, "refusal", lambda backend, request: None)
+    monkeypatch.setattr(dispatch, "run", lambda backend, r: ran.append((backend, r.recipe)))
+    for backend in ("cuda", "cute-dsl", "cake", "triton"):
+        nvfp4_quantize(X, G, **TOKEN, backend=backend)
+    assert ran == [
+        ("flashinfer:cuda", Recipe("exact")),
+        ("flashinfer:cute-dsl", Recipe(build="cute-dsl")),
+        ("flashinfer:cake", Recipe(build="cute-dsl")),
+        ("triton", Recipe("exact")),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["triton", *fi.BUILDS])
+def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend):
+    monkeypatch.setattr(dispatch, "run", lambda *args: pytest.fail("something ran"))
+    with pytest.raises(UnsupportedError, match=f"backend {backend} .*: a is on the cpu"):
+        nvfp4_quantize(X, G, **TOKEN, backend=backend)
+    assert explain(X, G, **TOKEN, backend=backend).backend is None
+
+
+def test_auto_never_picks_the_interpreter(monkeypatch):
+    monkeypatch.setattr(target, "INTERPRETING", True)
+    ran = []
+    monkeypatch.setattr(dispatch, "run", lambda backend, request: ran.append(backend))
+    explanation = explain(X, G, **TOKEN)
+    assert explanation.reason("triton") is None and explanation.backend == "reference"
+    assert explain(X, G, **TOKEN, backend="triton").backend == "triton"
+    nvfp4_quantize(X, G, **TOKEN)
+    nvfp4_quantize(X, G, **TOKEN, backend="triton")
+    assert ran == ["reference", "triton"]
+
+
+def test_meta_tensors_are_explained():
+    arguments = TOKEN | {"a_global_sf": torch.ones(1, device="meta"), "build": "cute-dsl"}
+    arguments |= {"out_scale": torch.ones(1), "expanded_idx_to_permuted_idx": INDEX}
+    explanation = explain(meta(), **arguments, capability=(9, 0))
+    assert explanation.backend == "triton"
+    assert explain(meta(), G).backend == "reference"  # on no GPU
+
+
+def test_a_refusal_on_blackwell_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(fi, "INSTALLED", False)
+    dispatch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "nvfp4_moe"):
+        explain(meta(), G, **TOKEN, capability=(9, 0))
+        assert not caplog.records
+        for _ in range(3):
+            explain(meta(), G, **TOKEN, capability=(10, 0))
+    assert len(caplog.records) == 1
+    assert "flashinfer:cuda cannot serve" in caplog.text and "not installed" in caplog.text
+
+
+NOTES = {
+    'build="cute-dsl"': TOKEN | {"build": "cute-dsl"},
+    "4over6 with a global scale": {"nvfp4_4over6": FOUR},
+    "one global scale a row": {"a_global_sf": torch.ones(128)},
+    "float8_e4m3fn": {"a": X.to(torch.float8_e4m3fn)},
+    "do_shuffle": TOKEN | {"do_shuffle": True},
+    "out_scale": TOKEN | {"out_scale": torch.ones(1)},
+    "expanded_idx": TOKEN | {"expanded_idx_to_permuted_idx": INDEX},
+}
+
+
+@pytest.mark.parametrize("piece", NOTES)
+def test_what_is_not_proven_is_noted(piece):
+    explanation = explain(**({"a": X, "a_global_sf": G} | NOTES[piece]))
+    (note,) = explanation.notes
+    assert note.startswith("not proven on FlashInfer, derived from its source: ") and piece in note
+    assert f"note: {note}" in str(explanation).splitlines()
+
+
+def test_what_the_golden_files_prove_has_no_note():
+    for arguments in (TOKEN, TOKEN | {"nvfp4_4over6": FOUR}, {"fast_math": False}, {"sfLayout": 2}):
+        assert explain(X, G, **arguments).notes == ()
+
+
+# What it returns
+
+
+def oracle(a, scale, recipe, layout, *, per_token, **named):
+    quantize = reference.quantize_per_token if per_token else reference.quantize_global_scale
+    return quantize(a, scale, recipe, layout, **named)
+
+
+@pytest.mark.parametrize("layout", SfLayout, ids=lambda x: x.name)
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("m", [0, 1, 128, 129])
+def test_returns(layout, per_token, m):
+    a, scale = inputs.synthetic("edge", m, 112), G if per_token else 30.0
+    result = nvfp4_quantize(a, scale, layout, per_token_activation=per_token)
+    tile = {"layout_128x4": 128, "layout_8x4": 8, "layout_linear": 1}[layout.name]
+    shapes = [(m, 56), (-(-m // tile) * tile, 7 if tile == 1 else 8), (m,)]
+    assert [tuple(t.shape) for t in result] == shapes[: 2 + per_token]
+    types = [torch.uint8, torch.uint8, torch.float32]
+    assert [t.dtype for t in result] == types[: 2 + per_token]
+    assert_quantized(result, oracle(a, scale, Recipe(), layout, per_token=per_token), "reference")
+
+
+@pytest.mark.parametrize("recipe", all_recipes(), ids=str)
+def test_the_arguments_say_the_recipe(recipe):
+    a = inputs.synthetic("edge", 40, 112)
+    result = nvfp4_quantize(
+        a,
+        recipe.base_scale_inv,
+        per_token_activation=True,
+        nvfp4_4over6=recipe.four_over_six,
+        fast_math=recipe.math == "fast",
+        build=recipe.build,
+    )
+    assert_quantized(
+        result,
+        oracle(a, recipe.base_scale_inv, recipe, SfLayout.layout_128x4, per_token=True),
+        str(recipe),
+    )
+
+
+@pytest.mark.parametrize("variable", [NEW, OLD])
+def test_the_environment_says_the_math(monkeypatch, variable):
+    a = inputs.synthetic("edge", 40, 112)
+    monkeypatch.setenv(variable, "1")
+    for build in ("cuda", "cute-dsl"):
+        math = "exact" if variable == NEW or build == "cuda" else "fast"
+        expected = oracle(a, G, Recipe(math, build=build), SfLayout(0), per_token=True)
+        assert_quantized(nvfp4_quantize(a, G, **TOKEN, build=build), expected, build)
+        fast = oracle(a, G, Recipe(build=build), SfLayout(0), per_token=True)
+        assert_quantized(nvfp4_quantize(a, G, **TOKEN, build=build, fast_math=True), fast, build)
+
+
+def test_the_environment_says_4over6_where_it_is_omitted(monkeypatch):
+    monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6", "1")
+    on = oracle(X, G, Recipe(four_over_six=FOUR), SfLayout(0), per_token=True)
+    off = oracle(X, G, Recipe(), SfLayout(0), per_token=True)
+    assert_quantized(nvfp4_quantize(X, G, **TOKEN), on, "omitted")
+    assert_quantized(nvfp4_quantize(X, G, **TOKEN, nvfp4_4over6=None), off, "None")
+    assert not torch.equal(on.codes, off.codes)
+    e4m3 = X.to(torch.float8_e4m3fn)  # has no 4over6, which FlashInfer ignores there
+    plain = oracle(e4m3, 9.0, Recipe(), SfLayout(0), per_token=False)
+    assert_quantized(nvfp4_quantize(e4m3, 9.0), plain, "e4m3")
+
+
+@pytest.mark.parametrize("case", ["per token", "global", "rows", "index"])
+def test_do_shuffle(case):
+    named, scale = {}, G
+    if case in ("global", "rows"):
+        scale = 30.0 if case == "global" else torch.linspace(1, 90, 128)
+    if case == "index":
+        named = {"row_index": INDEX.flip(0)[:128]}
+    per_token = case in ("per token", "index")
+    result = nvfp4_quantize(
+        X,
+        scale,
+        do_shuffle=True,
+        per_token_activation=per_token,
+        expanded_idx_to_permuted_idx=named.get("row_index"),
+    )
+    plain = oracle(X, scale, Recipe(), SfLayout.layout_linear, per_token=per_token, **named)
+    order = shuffle.shuffle_rows(128)
+    assert order.tolist() != list(range(128))
+    assert_bitwise(result[0], plain.codes[order], "codes")
+    scales = layouts.to_linear(result[1], 128, 12, SfLayout.layout_128x4)
+    assert_bitwise(scales, plain.block_scales[order], "block scales")
+    assert result[1].shape == (128, 12)
+    if per_token:
+        assert_bitwise(result[2], plain.per_token_scale[order], "per-token scales")
+
+
+def test_the_row_order_is_flashinfers():
+    utils = pytest.importorskip("flashinfer.utils", reason="needs flashinfer-python")
+    theirs = utils.get_shuffle_matrix_a_row_indices(torch.empty(256, 8), 128)
+    assert shuffle.shuffle_rows(256).tolist() == theirs.tolist()
+
+
+def test_every_other_argument_reaches_the_quantizer():
+    index, out = INDEX.flip(0).clone(), torch.full((1,), 0.3)
+    index[5] = -1
+    result = nvfp4_quantize(X, G, **TOKEN, expanded_idx_to_permuted_idx=index, out_scale=out)
+    expected = oracle(X, G, Recipe(), SfLayout(0), per_token=True, row_index=index, out_scale=out)
+    assert_quantized(result, expected, "index and out_scale")
+    assert not result[0][122].any() and result[2][122] == 0  # the row that no entry names
+
+
+def test_fp32_and_non_contiguous_input():
+    x = X.float()
+    expected = oracle(x, G, Recipe(), SfLayout(0), per_token=True)
+    assert_quantized(nvfp4_quantize(x, G, **TOKEN), expected, "fp32")
+    t = inputs.synthetic("normal", 192, 128).t()
+    expected = oracle(t.contiguous(), G, Recipe(), SfLayout(0), per_token=True)
+    assert_quantized(nvfp4_quantize(t, G, **TOKEN), expected, "transposed")
+
+
+def test_flashinfers_own_objects(monkeypatch):
+    flashinfer = pytest.importorskip("flashinfer", reason="needs flashinfer-python")
+    from flashinfer.quantization import nvfp4_quantization_utils as utils
+
+    theirs = utils.NVFP44Over6Config(256, "MSE", True)
+    expected = oracle(
+        X, 1 / 1536, Recipe(four_over_six=FOUR_256), SfLayout.layout_8x4, per_token=True
+    )
+    result = nvfp4_quantize(
+        X, 1 / 1536, flashinfer.SfLayout.layout_8x4, **TOKEN, nvfp4_4over6=theirs
+    )
+    assert_quantized(result, expected, "config and layout")
+    # Omitted: any base scale does.
+    expected = oracle(X, 1.0, Recipe(), SfLayout(0), per_token=True)
+    result = nvfp4_quantize(X, 1.0, **TOKEN, nvfp4_4over6=utils._UNSET)
+    assert_quantized(result, expected, "sentinel")
+    asked = []
+    monkeypatch.setattr(dispatch, "run", lambda backend, r: asked.append(r.recipe))
+    nvfp4_quantize(X, 1 / 1536, **TOKEN, nvfp4_4over6=theirs)
+    assert asked == [Recipe(four_over_six=FOUR_256)]  # ours from here on, to hash and compare alike
+
+
+def test_the_sentinel_reads_as_what_it_means():
+    assert repr(UNSET) == "<omitted: FLASHINFER_NVFP4_4OVER6*>"
+
+
+# Around it
+
+
+def test_torch_compile_traces_the_whole_call(flashinfer_here, monkeypatch):
+    def call(a, scale):
+        token = nvfp4_quantize(
+            a, 1 / 1536, SfLayout.layout_8x4, **TOKEN, nvfp4_4over6=FOUR_256, fast_math=False
         )
-        for i in range(3):
-            assert_bitwise(a[i], b[i], "FlashInfer's objects")
+        return *token, *nvfp4_quantize(a, scale, do_shuffle=True, backend="reference")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    scale = torch.full((1,), 40.0)
+    for got, want in zip(compiled(X, scale), call(X, scale), strict=True):
+        assert_bitwise(got, want, "compiled")
+
+
+def test_while_compiling_auto_passes_over_flashinfer(flashinfer_here, monkeypatch, caplog):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    dispatch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "nvfp4_moe"):
+        explanation = explain(meta(), G, **TOKEN, capability=(10, 0))
+    assert explanation.backend == "triton" and not caplog.records
+    # A tensor that cannot be read while tracing is not checked.
+    assert explain(X, torch.ones(1), **TOKEN, nvfp4_4over6=None).backend == "reference"
+
+
+def run_python(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_works_without_flashinfer_and_triton():
+    run_python(
+        "import sys\n"
+        "sys.modules['flashinfer'] = sys.modules['triton'] = None\n"
+        "import torch, nvfp4_moe as n\n"
+        "a = torch.ones(4, 16, dtype=torch.bfloat16)\n"
+        "n.nvfp4_quantize(a, 1 / 2688, per_token_activation=True)\n"
+        "e = n.explain(a, 1 / 2688, per_token_activation=True, capability=(10, 0))\n"
+        "assert e.backend == 'reference', e\n"
+        "assert 'not installed' in e.reason('flashinfer:cuda') + e.reason('triton'), e\n"
+    )
+
+
+def test_import_and_explain_do_not_import_flashinfer():
+    run_python(
+        "import sys, torch, nvfp4_moe as n\n"
+        "a = torch.ones(4, 16, dtype=torch.bfloat16)\n"
+        "n.nvfp4_quantize(a, 1 / 2688, per_token_activation=True)\n"
+        "for c in ((9, 0), (10, 0)): str(n.explain(a, 1.0, capability=c))\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'flashinfer' and sys.modules[m]]\n"
+    )
+
+
+def test_exports():
+    names = {"nvfp4_quantize", "explain", "SfLayout", "NVFP44Over6Config", "NVFP44Over6ErrMode"}
+    names |= {"Recipe", "UnsupportedError", "__version__"}
+    assert names <= set(nvfp4_moe.__all__) and all(hasattr(nvfp4_moe, n) for n in nvfp4_moe.__all__)
+    assert issubclass(UnsupportedError, ValueError)
