@@ -1,7 +1,8 @@
-"""The Triton quantizers: plain functions over `torch.library` ops of fixed arity.
+"""The Triton quantizers: how they are launched.
 
-Same names and keywords as in `reference.quantize`, same bits. The ops allocate, launch once and
-return; nothing waits for the GPU, so they can be captured in a CUDA graph.
+`quantize_per_token` and `quantize_global_scale` have the names, keywords and bits of
+`reference.quantize`, on one CUDA device (CPU tensors under the interpreter). They allocate, launch once
+and return; nothing waits for the GPU, so they can be captured in a CUDA graph.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -13,6 +14,7 @@ import triton
 from ..reference.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
+from .ops import Pair, Quantizers, Triple, register
 from .outputs import allocate, two_arguments
 from .target import INTERPRETING, arch
 
@@ -71,41 +73,6 @@ def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) 
     elif m <= 128:
         rows = 1
     return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 64))
-
-
-def quantize_per_token(
-    x: torch.Tensor,
-    base_scale_inv: float | torch.Tensor,
-    recipe: Recipe,
-    layout: SfLayout = SfLayout.layout_linear,
-    *,
-    row_index: torch.Tensor | None = None,
-    out_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes, block scales, per-token scales) of x [M, K]: `reference.quantize.quantize_per_token`.
-
-    Args are the reference's, which has their shapes, dtypes and meaning, on one CUDA device (CPU
-    under the interpreter).
-    """
-    tensor, value = two_arguments(base_scale_inv)
-    return torch.ops.nvfp4_moe.triton_per_token(
-        x, tensor, value, recipe.code, int(layout), row_index, out_scale
-    )
-
-
-def quantize_global_scale(
-    x: torch.Tensor,
-    global_scale: float | torch.Tensor | None,
-    recipe: Recipe,
-    layout: SfLayout = SfLayout.layout_linear,
-    *,
-    inverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, block scales) of x [M, K]: `reference.quantize.quantize_global_scale`."""
-    tensor, value = two_arguments(global_scale)
-    return torch.ops.nvfp4_moe.triton_global_scale(
-        x, tensor, value, recipe.code, int(layout), inverse
-    )
 
 
 def _contiguous(t: torch.Tensor, alignment: int) -> torch.Tensor:
@@ -185,47 +152,41 @@ def _launch(
     return codes, sf, token
 
 
-@torch.library.custom_op("nvfp4_moe::triton_per_token", mutates_args=())
-def _per_token_op(
+def _per_token(
     x: torch.Tensor,
-    scale: torch.Tensor | None,
-    scale_value: float,
-    recipe_code: int,
-    layout: int,
-    row_index: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    base_scale_inv: float | torch.Tensor,
+    recipe: Recipe,
+    layout: SfLayout = SfLayout.layout_linear,
+    *,
+    row_index: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> Triple:
+    scale, value = two_arguments(base_scale_inv)
     return _launch(
         x,
         k.PER_TOKEN.value,
         scale,
-        scale_value,
-        recipe_code,
-        layout,
+        value,
+        recipe.code,
+        int(layout),
         row_index=row_index,
         out_scale=out_scale,
     )
 
 
-@_per_token_op.register_fake
-def _(x, scale, scale_value, recipe_code, layout, row_index, out_scale):
-    return allocate(x, layout)
-
-
-@torch.library.custom_op("nvfp4_moe::triton_global_scale", mutates_args=())
-def _global_scale_op(
+def _global_scale(
     x: torch.Tensor,
-    scale: torch.Tensor | None,
-    scale_value: float,
-    recipe_code: int,
-    layout: int,
-    inverse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    by_row = scale is not None and scale.numel() > 1
-    mode = k.ROW_SCALES if by_row else k.GLOBAL_SCALE
-    return _launch(x, mode.value, scale, scale_value, recipe_code, layout, inverse=inverse)[:2]
+    global_scale: float | torch.Tensor | None,
+    recipe: Recipe,
+    layout: SfLayout = SfLayout.layout_linear,
+    *,
+    inverse: bool = False,
+) -> Pair:
+    scale, value = two_arguments(global_scale)
+    mode = k.ROW_SCALES if scale is not None and scale.numel() > 1 else k.GLOBAL_SCALE
+    return _launch(x, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)[:2]
 
 
-@_global_scale_op.register_fake
-def _(x, scale, scale_value, recipe_code, layout, inverse):
-    return allocate(x, layout)[:2]
+quantize_per_token, quantize_global_scale = register(
+    "triton", Quantizers(_per_token, _global_scale)
+)
