@@ -14,13 +14,14 @@ PYTEST := $(PYTHON) -m pytest
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
 
-# Two processes: offline compilation fails where Triton was imported under its interpreter.
+# Two processes: offline compilation fails where Triton was imported under its interpreter. pytest's
+# exit status for no tests at all fails either.
 test: $(SETUP)
-	$(PYTEST) -n 2 -m "not interpreter and not slow"
+	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter and not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreter and not slow"
 
 test-full: $(SETUP)
-	$(PYTEST) -n 2 -m "not interpreter"
+	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m interpreter
 
 # On a machine with an NVIDIA GPU; needs neither a network nor an installation.
@@ -40,14 +41,15 @@ lint: $(SETUP)
 types: wheel
 	rm -rf build/types && mkdir -p build/types
 	$(PYTHON) -m pip install --quiet --no-deps --target build/types dist/*.whl
-	cd build/types && MYPYPATH=. ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml -p nvfp4_moe
+	MYPYPATH=build/types $(PYTHON) -m mypy --explicit-package-bases build/types/nvfp4_moe
 
 wheel: $(SETUP)
 	rm -rf dist build/lib build/bdist.*
 	$(PYTHON) -m build --wheel --outdir dist .
+	! $(PYTHON) -m zipfile -l dist/*.whl | grep -vE '^(File Name|nvfp4_moe/|nvfp4_moe-[^/]*\.dist-info/)'
 
 check-wheel: wheel
-	rm -rf build/empty && $(PYTHON) -m venv build/empty
+	$(PYTHON) -m venv --clear build/empty
 	build/empty/bin/python -m pip install --quiet -c constraints.txt torch
 	build/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd build && PYTHONSAFEPATH=1 empty/bin/python ../tests/installed_wheel.py
@@ -56,7 +58,7 @@ clean:
 	rm -rf .venv build dist *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
-	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	$(BASE_PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff mypy build
 	touch $@

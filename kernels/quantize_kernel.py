@@ -80,6 +80,18 @@ def _load(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _or_zero(amax):
+    """A maximum of magnitudes, 0 for NaN (`tl.maximum` lets NaN through in the interpreter, < 3.9)."""
+    return tl.where(amax > 0, amax, 0.0)
+
+
+@triton.jit
+def _row_maximum(x):
+    """Largest magnitudes [R] of x [R, NB, 16]; 0 for a row of nothing but NaN."""
+    return _or_zero(tl.max(tl.max(tl.abs(x), 2), 1))
+
+
+@triton.jit
 def _row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
     """(encode scale, per-token scale) of rows with the given maxima."""
     FTZ: tl.constexpr = (RECIPE & 64) == 0
@@ -246,7 +258,7 @@ def _quantize(
 @triton.jit
 def _quantize_fp32(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
     """The fp32-input rule: codes from the block's own maximum, the block scale afterwards."""
-    amax = flush(tl.maximum(amax, 0.0), True, ARCH)  # a block of nothing but NaN counts as zeros
+    amax = flush(_or_zero(amax), True, ARCH)  # a block of nothing but NaN counts as zeros
     output_scale = mul(rcp(amax, rcp_delta_ptr, ARCH), 6.0, True, ARCH)
     output_scale = tl.where(amax == 0, 0.0, output_scale)
     denominator = mul(scale, output_scale, True, ARCH)
@@ -376,15 +388,14 @@ def quantize_kernel(
     if MODE == PER_TOKEN:
         if READ == 0:
             x = _load(x_ptr, row, block, mask, NB, DTYPE)
-            row_amax = tl.max(tl.max(tl.abs(x), 2), 1)
+            row_amax = _row_maximum(x)
         else:
             row_amax = tl.zeros((ROWS,), tl.float32)
             for start in range(0, NB, READ):
                 column = start + tl.arange(0, READ)[None, :]
                 part = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
-                row_amax = tl.maximum(row_amax, tl.max(tl.max(tl.abs(part), 2), 1))
-        # A row of nothing but NaN has the maximum 0.
-        row_amax = flush(tl.maximum(row_amax, 0.0), FTZ, ARCH)[:, None]
+                row_amax = tl.maximum(row_amax, _row_maximum(part))
+        row_amax = flush(row_amax, FTZ, ARCH)[:, None]
         encode, token = _row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
         shown = token
         if HAS_OUT_SCALE:
