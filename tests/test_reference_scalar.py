@@ -14,7 +14,7 @@ from assertions import assert_bitwise
 from nvfp4_moe.reference import e2m1
 from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, all_recipes
-from scalar_model import Kernel
+from scalar_model import ZERO, Kernel, hmax
 
 from nvfp4_moe import inputs
 
@@ -38,7 +38,11 @@ def assert_per_token(x, recipe, what):
     kernel = Kernel(recipe)
     with np.errstate(all="ignore"):
         rows = [kernel.row(row, g) for row in x.float().numpy()]
-    assert_equals_model(quantize_per_token(x, float(g), recipe), rows, f"{what} {recipe}")
+        encodes = [kernel.row_scales(hmax([ZERO, *row]), g)[0] for row in x.float().numpy()]
+    got = quantize_per_token(x, float(g), recipe, keep_steps=True)
+    assert_equals_model(got, rows, f"{what} {recipe}")
+    expected = torch.from_numpy(np.array(encodes, np.float32))
+    assert_bitwise(got.steps["encode scale"], expected, f"{what} {recipe}: encode scales")
 
 
 @by_dtype
@@ -102,6 +106,17 @@ def test_e4m3_input(recipe):
             scales, codes = zip(*blocks, strict=True)
             rows.append((scales, list(chain(*codes))))
     assert_equals_model(quantize_global_scale(x, scale, recipe), rows, str(recipe))
+
+
+def test_e4m3_input_is_rescaled_by_a_division_in_one_kernel_only():
+    """6 * rcp(68.7) and 6 / 68.7 fall on two sides of a tie of fp16, for the element 15 * 2^-9."""
+    x = torch.full((1, 16), 0x0F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    amax = {}
+    for recipe in PLAIN:
+        q = quantize_global_scale(x, 68.69921875, recipe, keep_steps=True)
+        amax[recipe.math, recipe.build] = q.steps["block amax"].half().view(torch.int16).item()
+    divided = amax.pop(("exact", "cute-dsl"))
+    assert set(amax.values()) == {divided + 1}
 
 
 def test_fp32_input():
