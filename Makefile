@@ -8,6 +8,7 @@ PYTHON := .venv/bin/python
 SETUP := .venv/installed
 endif
 PYTEST := $(PYTHON) -m pytest
+DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/rcp_delta.xz
 
 .PHONY: diff test test-full gpu lint types wheel check-wheel bench clean
 
@@ -43,16 +44,19 @@ types: wheel
 	$(PYTHON) -m pip install --quiet --no-deps --target build/types dist/*.whl
 	MYPYPATH=build/types $(PYTHON) -m mypy --explicit-package-bases build/types/nvfp4_moe
 
+# A file list left by an earlier build would hide data that pyproject.toml has forgotten.
 wheel: $(SETUP)
-	rm -rf dist build/lib build/bdist.*
+	rm -rf dist build/lib build/bdist.* *.egg-info
 	$(PYTHON) -m build --wheel --outdir dist .
-	! $(PYTHON) -m zipfile -l dist/*.whl | grep -vE '^(File Name|nvfp4_moe/|nvfp4_moe-[^/]*\.dist-info/)'
+	$(PYTHON) -m zipfile -l dist/*.whl > build/contents
+	! grep -vE '^(File Name|nvfp4_moe/|nvfp4_moe-[^/]*\.dist-info/)' build/contents
+	for file in $(DATA); do grep -q "^$$file " build/contents || { echo "not in the wheel: $$file"; exit 1; }; done
 
 check-wheel: wheel
 	$(PYTHON) -m venv --clear build/empty
 	build/empty/bin/python -m pip install --quiet -c constraints.txt torch
 	build/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
-	cd build && PYTHONSAFEPATH=1 empty/bin/python ../tests/installed_wheel.py
+	cd / && PYTHONSAFEPATH=1 $(CURDIR)/build/empty/bin/python $(CURDIR)/tests/installed_wheel.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -209,7 +209,7 @@ def run(backend: str, r: Request) -> tuple[torch.Tensor, ...]:
         result = ours.quantize_global_scale(r.a, r.scale, r.recipe, layout)
     if not r.do_shuffle:
         return result
-    order = shuffle_rows(r.m).to(r.a.device)
+    order = shuffle_rows(r.m, device=r.a.device)
     codes, scales, *token = (t[order] for t in result)
     return codes, from_linear(scales, r.layout), *token
 

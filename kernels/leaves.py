@@ -50,6 +50,30 @@ def mul(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def mul_magnitude(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """|a| * b; the assembly keeps the magnitude a modifier of the multiplication, which is free."""
+    if ARCH == 0:
+        return mul(tl.abs(a), b, FTZ, ARCH)
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 a; abs.f32 a, $1; mul.rn.ftz.f32 $0, a, $2; }",
+            "=f,f,f",
+            [a, b],
+            tl.float32,
+            True,
+            1,
+        )
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 a; abs.f32 a, $1; mul.rn.f32 $0, a, $2; }",
+        "=f,f,f",
+        [a, b],
+        tl.float32,
+        True,
+        1,
+    )
+
+
+@triton.jit
 def sub(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
     if ARCH == 0:
         if FTZ:
@@ -241,7 +265,7 @@ def e2m1_encode(x, output_scale, FTZ: tl.constexpr, ARCH: tl.constexpr):
     if ARCH >= 100:
         return _native_e2m1_words(y)
     # |x| is free in a multiplication, |y| is an instruction of the busier pipe.
-    magnitudes = _pack(_e2m1_round(mul(tl.abs(x), scale, FTZ, ARCH)))
+    magnitudes = _pack(_e2m1_round(mul_magnitude(x, scale, FTZ, ARCH)))
     return magnitudes | e2m1_signs(y, ARCH)
 
 

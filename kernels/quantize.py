@@ -37,6 +37,7 @@ class LaunchConfig:
     read: int  # blocks read at a time for the row's maximum before; 0: the same ones, read once
     splits: int  # programs that share a row
     warps: int
+    parts: int = 1  # times `blocks`, which a program keeps from its one read
 
 
 def launch_config(
@@ -52,15 +53,24 @@ def launch_config(
     if one_read and wide >= 256 and (m <= 32 or (four_over_six and m <= 128)):
         # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
         splits = 4 if not four_over_six else wide // (64 if m <= 32 else 128)
-        return LaunchConfig(1, wide // splits, wide, splits, max(2, wide // 128))
+        warps = max(2, wide // 128) if not four_over_six or m > 32 else 2
+        return LaunchConfig(1, wide // splits, wide, splits, warps)
     if four_over_six and (not one_read or (m > 32 and wide >= 128)):
         # Arithmetic limits: small programs, many at a time; the second read hits the cache.
-        blocks = 64 if one_read else 128
+        blocks = 128 if wide > 256 and num_blocks % 128 == 0 else 64
         return LaunchConfig(1, blocks, read, 1, blocks // 32)
     if m <= 128 and one_read:
         return LaunchConfig(1, wide, 0, 1, min(16, max(1, wide // 32)))
-    rows = max(1, 256 // wide)
-    return LaunchConfig(rows, read, 0 if one_read else read, 1, max(4, read // 64))
+    if wide < 128:
+        return LaunchConfig(256 // wide, wide, 0, 1, 4)
+    if not one_read:
+        return LaunchConfig(1, read, read, 1, 16)
+    if num_blocks in (128, 256):
+        return LaunchConfig(1, wide, 0, 1, wide // 64)
+    # Three or four parts follow the row's length more closely than a power of two does, and few
+    # threads with much each wait less at the row's maximum than many.
+    blocks = wide // 4
+    return LaunchConfig(1, blocks, 0, 1, blocks // 32, triton.cdiv(num_blocks, blocks))
 
 
 def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
@@ -143,6 +153,7 @@ def _launch(
         HAS_OUT_SCALE=out_scale is not None,
         ROWS=config.rows,
         BLOCKS=config.blocks,
+        PARTS=config.parts,
         READ=config.read,
         SPLITS=config.splits,
         ARCH=arch(x.device),

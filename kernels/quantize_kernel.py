@@ -51,32 +51,90 @@ def _load_words(x_ptr, row, block, mask, NB, FIRST: tl.constexpr, WORDS: tl.cons
 
 @triton.jit
 def _load(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
-    """Blocks of x as fp32, [ROWS, NBP, 16], element order kept; zero outside the mask."""
-    R: tl.constexpr = row.shape[0]
-    NBP: tl.constexpr = block.shape[1]
+    """Blocks of x as they are in memory, a tuple of words [ROWS, NBP, 4]; zero outside the mask."""
+    WORDS: tl.constexpr = 16 if DTYPE == FP32 else 4 if DTYPE == E4M3 else 8
+    words = ()
+    for i in tl.static_range(WORDS // 4):
+        words = words + (_load_words(x_ptr, row, block, mask, NB, 4 * i, WORDS),)  # noqa: RUF005
+    return words
+
+
+@triton.jit
+def _values(words, DTYPE: tl.constexpr):
+    """What `_load` read as fp32, [ROWS, NBP, 16], element order kept."""
+    R: tl.constexpr = words[0].shape[0]
+    NBP: tl.constexpr = words[0].shape[1]
     if DTYPE == FP32:
-        a = _load_words(x_ptr, row, block, mask, NB, 0, 16)
-        b = _load_words(x_ptr, row, block, mask, NB, 4, 16)
-        c = _load_words(x_ptr, row, block, mask, NB, 8, 16)
-        d = _load_words(x_ptr, row, block, mask, NB, 12, 16)
-        x = tl.join(tl.join(a, b), tl.join(c, d))  # [.., word, 2, 2], the last index the major
+        x = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))
+        # [.., word, 2, 2], the last index the major.
         x = tl.permute(x, (0, 1, 4, 3, 2)).to(tl.float32, bitcast=True)
-        return tl.reshape(x, (R, NBP, 16))
-    if DTYPE == E4M3:
-        w = _load_words(x_ptr, row, block, mask, NB, 0, 4)
-        byte = (w[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]) & 0xFF
-        return tl.reshape(e4m3_decode(byte), (R, NBP, 16))
-    w = tl.join(
-        _load_words(x_ptr, row, block, mask, NB, 0, 8),
-        _load_words(x_ptr, row, block, mask, NB, 4, 8),
-    )
+    elif DTYPE == E4M3:
+        x = e4m3_decode(
+            (words[0][:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]) & 0xFF
+        )
+    else:
+        even, odd = _two_values(tl.join(words[0], words[1]), DTYPE)
+        x = tl.permute(tl.join(even, odd), (0, 1, 3, 2, 4))
+    return tl.reshape(x, (R, NBP, 16))
+
+
+@triton.jit
+def _two_values(w, DTYPE: tl.constexpr):
+    """The (even, odd) elements of words of bf16 or fp16."""
     if DTYPE == BF16:
         even = (w << 16).to(tl.float32, bitcast=True)
         odd = (w & -65536).to(tl.float32, bitcast=True)
     else:
         even = w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         odd = (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 2, 4)), (R, NBP, 16))
+    return even, odd
+
+
+@triton.jit
+def _max_abs_bf16x2(a, b):
+    return tl.inline_asm_elementwise(
+        "max.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def _max_abs_f16x2(a, b):
+    return tl.inline_asm_elementwise(
+        "max.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def _block_maxima(words, DTYPE: tl.constexpr, ARCH: tl.constexpr):
+    """Largest magnitudes [ROWS, NBP]; of a block of nothing but NaN, NaN or 0."""
+    if ARCH < 86 or (DTYPE != BF16 and DTYPE != FP16):
+        amax = tl.max(tl.abs(_values(words, DTYPE)), 2)
+    else:
+        # Two at a time, as they lie in memory: fewer instructions, and half the registers while the
+        # row's maximum is awaited.
+        if DTYPE == BF16:
+            w = tl.reduce(_max_abs_bf16x2(words[0], words[1]), 2, _max_abs_bf16x2)
+        else:
+            w = tl.reduce(_max_abs_f16x2(words[0], words[1]), 2, _max_abs_f16x2)
+        even, odd = _two_values(w, DTYPE)
+        amax = tl.maximum(tl.abs(even), tl.abs(odd))
+    return amax
+
+
+@triton.jit
+def _load_parts(
+    x_ptr, row, block, live, NB,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(words, block maxima) of PARTS times BLOCKS blocks of a row, each a tuple of PARTS."""
+    parts = ()
+    maxima = ()
+    for i in tl.static_range(PARTS):
+        column = block + i * BLOCKS
+        words = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+        parts = parts + (words,)  # noqa: RUF005, Triton has no star
+        maxima = maxima + (_block_maxima(words, DTYPE, ARCH),)  # noqa: RUF005
+    return parts, maxima
 
 
 @triton.jit
@@ -86,9 +144,10 @@ def _or_zero(amax):
 
 
 @triton.jit
-def _row_maximum(x):
-    """Largest magnitudes [R] of x [R, NB, 16]; 0 for a row of nothing but NaN."""
-    return _or_zero(tl.max(tl.max(tl.abs(x), 2), 1))
+def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.constexpr):
+    """Largest magnitudes [ROWS] of the blocks at (row, column)."""
+    words = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+    return _or_zero(tl.max(_block_maxima(words, DTYPE, ARCH), 1))
 
 
 @triton.jit
@@ -293,22 +352,23 @@ def _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.cons
 
 @triton.jit
 def _quantize_and_store(
-    x, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, rcp_delta_ptr,
+    words, amax, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, rcp_delta_ptr,
     NB, padded_columns,
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of the blocks x [R, NB, 16] that stand at (row, column), where live."""
+    x = _values(words, DTYPE)
     if DTYPE == E4M3:
         x = _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
-    amax = tl.max(tl.abs(x), 2)
+        amax = tl.max(tl.abs(x), 2)
     if DTYPE == FP32:
-        byte, words = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
+        byte, codes = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
     else:
-        byte, words = _quantize(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH)
+        byte, codes = _quantize(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH)
     mask = live & (column < NB)
     word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    tl.store(codes_ptr + word, words, mask[:, :, None])
+    tl.store(codes_ptr + word, codes, mask[:, :, None])
     offset = _scale_offset(row, column, padded_columns, LAYOUT)
     byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
     tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
@@ -355,7 +415,8 @@ def quantize_kernel(
     HAS_OUT_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,  # quantized by a program at a time
-    READ: tl.constexpr,  # read by a program at a time for the maximum; 0: kept from that, one read
+    PARTS: tl.constexpr,  # times BLOCKS, kept from the one read
+    READ: tl.constexpr,  # read at a time for the row's maximum (all, if SPLITS); 0: one read in all
     SPLITS: tl.constexpr,  # programs that share the columns of a row
     ARCH: tl.constexpr,
 ):
@@ -384,17 +445,23 @@ def quantize_kernel(
     else:
         given = tl.zeros((ROWS, 1), tl.float32) + scale_value
 
-    mask = live & (block < NB)
+    if MODE != PER_TOKEN or READ == 0 or SPLITS != 1:
+        # With SPLITS, the program's own blocks are on their way while it reads the row.
+        parts, maxima = _load_parts(x_ptr, row, block, live, NB, PARTS, BLOCKS, DTYPE, ARCH)
+
     if MODE == PER_TOKEN:
         if READ == 0:
-            x = _load(x_ptr, row, block, mask, NB, DTYPE)
-            row_amax = _row_maximum(x)
+            largest = maxima[0]
+            for i in tl.static_range(1, PARTS):
+                largest = tl.maximum(largest, maxima[i])
+            row_amax = _or_zero(tl.max(largest, 1))
         else:
-            row_amax = tl.zeros((ROWS,), tl.float32)
-            for start in range(0, NB, READ):
-                column = start + tl.arange(0, READ)[None, :]
-                part = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
-                row_amax = tl.maximum(row_amax, _row_maximum(part))
+            ahead = tl.arange(0, READ)[None, :]
+            row_amax = _read_maximum(x_ptr, row, ahead, live, NB, DTYPE, ARCH)
+            if SPLITS == 1:
+                for start in range(READ, NB, READ):
+                    more = _read_maximum(x_ptr, row, start + ahead, live, NB, DTYPE, ARCH)
+                    row_amax = tl.maximum(row_amax, more)
         row_amax = flush(row_amax, FTZ, ARCH)[:, None]
         encode, token = _row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
         shown = token
@@ -417,15 +484,14 @@ def quantize_kernel(
     if MODE == PER_TOKEN and READ != 0 and SPLITS == 1:
         for start in range(0, padded_columns, BLOCKS):
             column = start + block
-            x = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+            words = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
             _quantize_and_store(
-                x, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, rcp_delta_ptr,
-                NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+                words, _block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, column, live,
+                codes_ptr, sf_ptr, rcp_delta_ptr, NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
             )  # fmt: skip
     else:
-        if MODE != PER_TOKEN or READ != 0:
-            x = _load(x_ptr, row, block, mask, NB, DTYPE)
-        _quantize_and_store(
-            x, encode, token, row_amax, row, block, live, codes_ptr, sf_ptr, rcp_delta_ptr,
-            NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
-        )  # fmt: skip
+        for i in tl.static_range(PARTS):
+            _quantize_and_store(
+                parts[i], maxima[i], encode, token, row_amax, row, block + i * BLOCKS, live,
+                codes_ptr, sf_ptr, rcp_delta_ptr, NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+            )  # fmt: skip

@@ -9,7 +9,9 @@ per-row scales alike). Source: flashinfer-python 0.7.2, `utils.py:1053-1120` (sh
 import torch
 
 
-def shuffle_rows(rows: int, epilogue_tile_m: int = 128) -> torch.Tensor:
+def shuffle_rows(
+    rows: int, epilogue_tile_m: int = 128, device: torch.device | str | None = None
+) -> torch.Tensor:
     """Order in which the GEMM's epilogue wants the rows of its A operand.
 
     Within each group of 32 rows (16 if `epilogue_tile_m` is no multiple of 128), row 4a + b (2a + b)
@@ -21,11 +23,11 @@ def shuffle_rows(rows: int, epilogue_tile_m: int = 128) -> torch.Tensor:
     group = 32 if epilogue_tile_m % 128 == 0 else 16
     if rows % group:
         raise ValueError(f"rows is {rows}; the row shuffle needs a multiple of {group}")
-    order = torch.arange(group).reshape(8, group // 8).T.reshape(-1)
-    return (torch.arange(0, rows, group)[:, None] + order).reshape(-1)
+    order = torch.arange(group, device=device).reshape(8, group // 8).T.reshape(-1)
+    return (torch.arange(0, rows, group, device=device)[:, None] + order).reshape(-1)
 
 
-def interleave_gated_rows(rows: int) -> torch.Tensor:
+def interleave_gated_rows(rows: int, device: torch.device | str | None = None) -> torch.Tensor:
     """[first half; second half] to row 0 of each half, row 1 of each half, ...
 
     Raises:
@@ -33,7 +35,7 @@ def interleave_gated_rows(rows: int) -> torch.Tensor:
     """
     if rows % 2:
         raise ValueError(f"rows is {rows}; a gated matrix has an even number")
-    return torch.arange(rows).reshape(2, rows // 2).T.reshape(-1)
+    return torch.arange(rows, device=device).reshape(2, rows // 2).T.reshape(-1)
 
 
 def inverse(indices: torch.Tensor) -> torch.Tensor:

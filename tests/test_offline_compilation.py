@@ -52,6 +52,7 @@ def compile_for(arch, recipe: Recipe, mode: int, config: LaunchConfig, layout, i
         "HAS_OUT_SCALE": False,
         "ROWS": config.rows,
         "BLOCKS": config.blocks,
+        "PARTS": config.parts,
         "READ": config.read,
         "SPLITS": config.splits,
         "ARCH": arch,

@@ -69,7 +69,10 @@ def test_every_golden_array(edge):
     assert compared == OUTPUTS[edge]
 
 
-COLUMNS = (16, 64, 128, 256, 512, 1024, 2048, 2688, 4096, 5120, 7168, 16384, 20480)
+COLUMNS = (
+    *(16, 64, 128, 256, 512, 1024, 2048, 2688, 3584, 4096),
+    *(5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384, 20480),
+)
 """One for each number of blocks that configurations tell apart, and some between."""
 STANDING_FOR_ALL = (
     *(r for r in all_recipes() if r.four_over_six is None),

@@ -102,7 +102,7 @@ def long_rows(device):
 
 
 def every_way_to_cut_a_row(device):
-    """By one program, by several, and read twice, whatever the shape would be given."""
+    """By one program, by several, read twice, and in parts, whatever the shape would be given."""
     x = inputs.synthetic("heavy", 5, 7 * 16).to(device)
     for recipe in (*PLAIN, Recipe("fast", NVFP44Over6Config())):
         for layout in SfLayout:
@@ -112,6 +112,7 @@ def every_way_to_cut_a_row(device):
                 triton_quantize.LaunchConfig(2, 8, 0, 1, 1),
                 triton_quantize.LaunchConfig(1, 2, 8, 4, 1),
                 triton_quantize.LaunchConfig(4, 4, 4, 1, 1),
+                triton_quantize.LaunchConfig(1, 4, 0, 1, 1, 2),
             ):
                 got = triton_quantize._launch(
                     x, 0, None, g, recipe.code, int(layout), config=config
