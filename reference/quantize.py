@@ -138,6 +138,17 @@ def quantize_global_scale(
     return _finish(result, layout, keep_steps)
 
 
+def quantize_block_scales(x: torch.Tensor, recipe: Recipe) -> Quantized:
+    """Quantize [M, K] fp32 by blocks alone: the encode scale is 1, already in the values.
+
+    What a closed GEMM epilogue with static scales does to the intermediate, as far as is known: not
+    proven on FlashInfer.
+    """
+    ar = Arithmetic(ftz=recipe.build == "cuda")
+    amax = _max_ignoring_nan(_split(x))
+    return _blocks(x, amax, x.new_ones(x.shape[0]), None, recipe, ar)
+
+
 def dequantize(
     codes: torch.Tensor,
     block_scales: torch.Tensor,

@@ -1,0 +1,196 @@
+"""The fused mixture of experts in Triton: how its kernels follow one another.
+
+Bits: codes, scales and the order of the finalize are those of `reference.moe`; the two sums are the
+tensor cores'. Nothing waits for the GPU and nothing depends on values but values, so that a call can be
+captured in a CUDA graph and replayed with another routing.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..reference.activation import ActivationType
+from ..reference.experts import Experts
+from ..reference.moe import Activations, FinalizeOrder, split_k_groups
+from ..reference.recipe import Recipe
+from . import moe_gemm, moe_kernels
+from .quantize import quantize_per_token
+from .target import arch
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of `expert_gemm_kernel`."""
+
+    bm: int  # rows of weights, a multiple of 32; 128 divides rows, so a power of two up to 128
+    bn: int  # tokens
+    bk: int  # columns of weights
+    stages: int
+    warps: int
+
+
+def gemm_config(slots: int, num_experts: int) -> GemmConfig:
+    """By the tokens an expert has on average, `slots` being T * K."""
+    each = -(-slots // num_experts)
+    if each <= 16:
+        return GemmConfig(128, 16, 128, 4, 4)
+    if each <= 64:
+        return GemmConfig(128, 32 if each <= 32 else 64, 128, 3, 4)
+    return GemmConfig(128, 128, 64, 3, 8)
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Slots sorted by expert, and the GEMM's tiles over them."""
+
+    expanded: torch.Tensor  # [T * K] int32: expanded index of a permuted row
+    permuted: torch.Tensor  # [T * K] int32: permuted row of an expanded index, -1: held elsewhere
+    tiles: torch.Tensor  # [2, tiles] int32: expert, first permuted row
+    end: torch.Tensor  # [E] int32
+
+
+def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: int) -> Permutation:
+    """Sort the slots of [T, K] int32 global expert ids by expert, ascending in an expert."""
+    slots = ids.numel()
+    tiles = min(slots, num_local) + slots // tile
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=ids.device)
+
+    p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
+    moe_kernels.permute_kernel[(num_local,)](
+        ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
+        slots, tiles, local_expert_offset, num_local,
+        BINS=max(16, triton.next_power_of_2(num_local + 1)),
+        CHUNK=max(16, min(2048, triton.next_power_of_2(slots))),
+        TILE=tile,
+        num_warps=4,
+    )  # fmt: skip
+    return p
+
+
+def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
+    """[M, 2, K/2] bf16, even columns apart from odd ones: code times block scale (linear), exact."""
+    m, half = codes.shape
+    x = torch.empty((m, 2, half), dtype=torch.bfloat16, device=codes.device)
+    size = min(2048, triton.next_power_of_2(half))
+    moe_kernels.decode_kernel[(m, triton.cdiv(half, size))](
+        codes, block_scales.view(torch.uint8), x, half * 2, BYTES=size, ARCH=arch(codes.device),
+        num_warps=max(1, size // 512),
+    )  # fmt: skip
+    return x
+
+
+def fused_moe(
+    activations: Activations,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    recipe: Recipe | None = None,
+    local_expert_offset: int = 0,
+    finalize_order: FinalizeOrder = "flashinfer",
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """[T, hidden size] bf16; arguments as `reference.moe.fused_moe` has them."""
+    recipe = recipe or Recipe()
+    tokens, top_k = ids.shape
+    slots = tokens * top_k
+    output = weights.new_empty((tokens, experts.hidden_size), dtype=torch.bfloat16)
+    if tokens == 0:
+        return output
+    config = config or gemm_config(slots, experts.num_local)
+    p = permute(ids, experts.num_local, local_expert_offset, config.bn)
+
+    if activations.is_bf16:
+        states = activations.hidden_states
+        x = states.reshape(tokens, -1, 2).transpose(1, 2).contiguous()
+    else:
+        assert activations.block_scales is not None
+        x = decode(activations.hidden_states, activations.block_scales)
+    intermediate = _gemm1(x, activations.per_token_scale, experts, p, slots, top_k, config)
+    token_scale = None
+    if activations.is_bf16:
+        x2 = intermediate.reshape(slots, -1, 2).transpose(1, 2).contiguous()
+    else:
+        codes, scales, token_scale = quantize_per_token(intermediate, recipe.base_scale_inv, recipe)
+        x2 = decode(codes, scales)
+    rows = _gemm2(x2, token_scale, experts, p, slots, config)
+
+    groups = 1
+    if finalize_order == "flashinfer":
+        groups = split_k_groups(tokens, top_k, experts.padded_hidden_size)
+    width = experts.hidden_size
+    columns = min(1024, triton.next_power_of_2(width))
+    moe_kernels.finalize_kernel[(tokens, triton.cdiv(width, columns))](
+        rows, p.permuted, weights.contiguous(), output, experts.padded_hidden_size, width,
+        K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
+    )  # fmt: skip
+    return output
+
+
+def _gemm1(
+    x: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    experts: Experts,
+    p: Permutation,
+    slots: int,
+    top_k: int,
+    config: GemmConfig,
+) -> torch.Tensor:
+    out = x.new_empty((slots, experts.padded_intermediate_size))
+    rows = experts.gemm1_weights.shape[1]
+    _launch_gemm(
+        x, experts.gemm1_weights, experts.gemm1_weights_scale, token_scale, experts.gemm1_bias,
+        experts.output1_scale_scalar, out, p, rows, config, top_k, experts.activation, experts,
+    )  # fmt: skip
+    return out
+
+
+def _gemm2(
+    x: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    experts: Experts,
+    p: Permutation,
+    slots: int,
+    config: GemmConfig,
+) -> torch.Tensor:
+    out = x.new_empty((slots, experts.padded_hidden_size))
+    _launch_gemm(
+        x, experts.gemm2_weights, experts.gemm2_weights_scale, token_scale, experts.gemm2_bias,
+        experts.output2_scale_scalar, out, p, experts.padded_hidden_size, config, 0, None, experts,
+    )  # fmt: skip
+    return out
+
+
+def _launch_gemm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_sf: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    p: Permutation,
+    rows: int,
+    config: GemmConfig,
+    x_divisor: int,
+    activation: ActivationType | None,
+    experts: Experts,
+) -> None:
+    first = activation is not None
+    tiles = p.tiles.shape[1]
+    moe_gemm.expert_gemm_kernel[(rows // config.bm, tiles)](
+        x, w, w_sf.view(torch.uint8), token_scale, bias, scale,
+        experts.output1_scale_gate_scalar if first else None,
+        experts.gemm1_alpha if first else None,
+        experts.gemm1_beta if first else None,
+        experts.gemm1_clamp_limit if first else None,
+        out, p.expanded, p.tiles, p.end, tiles, rows, w.shape[2] * 2,
+        X_DIVISOR=x_divisor,
+        ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
+        BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
+        ARCH=arch(x.device), num_warps=config.warps,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""The activations between the two GEMMs of an expert, in fp32.
+
+A gated activation takes (up, gate), the first and the second half of the first GEMM's rows; the others
+take one value, here `gate`. Formulas: flashinfer-python 0.7.2, `fused_moe/core.py:6470-6490`,
+`trace/templates/moe.py:1615-1665` (clamps before scalars), `tllm_enums.py` (names and values).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import enum
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+class ActivationType(enum.IntEnum):
+    """FlashInfer's names and values. SwigluBias, Invalid and ClampedRelu2 are not implemented."""
+
+    Gelu = 0
+    Relu = 1
+    Silu = 2
+    Swiglu = 3
+    Geglu = 4
+    SwigluBias = 5
+    Relu2 = 6
+    SwigluStep = 7
+    GegluTanh = 8
+    Identity = 9
+    Situ = 10
+    Invalid = 11
+    ClampedRelu2 = 12
+
+    @property
+    def gated(self) -> bool:
+        return self in _GATED
+
+    @property
+    def implemented(self) -> bool:
+        return self in _GATED or self in _PLAIN
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Which of alpha, beta and clamp_limit it reads."""
+        return _PARAMETERS.get(self, frozenset())
+
+
+_GATED = {
+    ActivationType.Swiglu,
+    ActivationType.Geglu,
+    ActivationType.SwigluStep,
+    ActivationType.GegluTanh,
+    ActivationType.Situ,
+}
+_PLAIN = {
+    ActivationType.Gelu,
+    ActivationType.Relu,
+    ActivationType.Silu,
+    ActivationType.Relu2,
+    ActivationType.Identity,
+}
+_PARAMETERS = {
+    ActivationType.Swiglu: frozenset({"alpha", "beta", "clamp_limit"}),
+    ActivationType.SwigluStep: frozenset({"clamp_limit"}),
+    ActivationType.Situ: frozenset({"alpha", "beta", "clamp_limit"}),
+}
+STEP_LIMIT = 7.0
+"""SwigluStep's physical limit where none is given."""
+
+
+def activate(
+    raw: torch.Tensor,
+    kind: ActivationType,
+    scale: torch.Tensor | float = 1.0,
+    gate_scale: torch.Tensor | float = 1.0,
+    *,
+    alpha: torch.Tensor | float | None = None,
+    beta: torch.Tensor | float | None = None,
+    clamp_limit: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """The activation of rows of the first GEMM, before the expert's scalars: [N, M1] to [N, I] fp32.
+
+    Swiglu       up = clamp(x0, +-limit) * scale, gate = min(x1, limit) * gate_scale;
+                 gate * sigmoid(alpha * gate) * (up + beta); alpha 1, beta 0
+    SwigluStep   min(silu(x1 * gate_scale), limit * gate_scale) * clamp(x0, +-limit) * scale; limit
+                 7 / gate_scale
+    Geglu(Tanh)  gelu(x1 * gate_scale) * x0 * scale
+    Situ         up = clamp(x0, +-limit) * gate_scale, gate = min(x1, limit) * gate_scale;
+                 beta * tanh(up / beta) * alpha * tanh(gate / alpha) * sigmoid(gate) * scale; both 1
+    the others   f(x * gate_scale) * scale
+
+    Args:
+        raw: [N, M1] fp32: accumulators times the per-token scale, bias added.
+        scale: `output1_scale_scalar` of the expert.
+        gate_scale: `output1_scale_gate_scalar`.
+        clamp_limit: in the domain of `raw`.
+
+    Raises:
+        ValueError: an activation that is not implemented.
+    """
+    if not kind.gated:
+        return _plain(raw * gate_scale, kind) * scale
+    x0, x1 = raw.chunk(2, -1)
+    if kind == ActivationType.SwigluStep:
+        limit = STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit
+        gate = F.silu(x1 * gate_scale).clamp(max=limit * gate_scale)
+        return gate * (x0.clamp(-limit, limit) * scale)
+    if clamp_limit is not None:
+        x0, x1 = x0.clamp(-clamp_limit, clamp_limit), x1.clamp(max=clamp_limit)
+    gate = x1 * gate_scale
+    if kind == ActivationType.Situ:
+        alpha, beta = 1.0 if alpha is None else alpha, 1.0 if beta is None else beta
+        up = beta * torch.tanh(x0 * gate_scale / beta)
+        return up * (alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate)) * scale
+    up = x0 * scale
+    if kind == ActivationType.Swiglu:
+        sigmoid = torch.sigmoid(gate if alpha is None else alpha * gate)
+        return gate * sigmoid * (up if beta is None else up + beta)
+    return (
+        F.gelu(gate, approximate="tanh") if kind == ActivationType.GegluTanh else _gelu(gate)
+    ) * up
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """Without the cancellation in 1 + erf(x)."""
+    return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+
+
+def _plain(x: torch.Tensor, kind: ActivationType) -> torch.Tensor:
+    if kind == ActivationType.Identity:
+        return x
+    if kind == ActivationType.Relu:
+        return x.relu()
+    if kind == ActivationType.Relu2:
+        return x.relu().square()
+    if kind == ActivationType.Silu:
+        return F.silu(x)
+    if kind == ActivationType.Gelu:
+        return _gelu(x)
+    raise ValueError(f"activation_type is {kind!r}, which is not implemented")

@@ -1,0 +1,296 @@
+"""The experts of a layer: NVFP4 weights as FlashInfer's TRT-LLM kernels want them, and back.
+
+    value of a weight = e2m1 code * e4m3 block scale * the expert's fp32 decode scale
+
+The first GEMM's rows are [up; gate], interleaved row by row and shuffled; block scales are shuffled
+alike and lie in 128x4. Source: flashinfer-python 0.7.2, `fused_moe/prepare.py:468-672` and
+`fused_moe/core.py:475-560`; scalars: its `trtllm_fused_moe_runner.cu:670-805`.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+
+import torch
+
+from . import e2m1, e4m3
+from .activation import ActivationType
+from .layouts import from_linear, to_linear
+from .quantize import quantize_global_scale
+from .recipe import BLOCK_SIZE, Recipe, SfLayout
+from .shuffle import interleave_gated_rows, inverse, shuffle_rows
+
+_128X4 = SfLayout.layout_128x4
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The weights of `num_local` experts, and what else the fused call needs to know of them.
+
+    H and I below are the padded sizes, multiples of 128 (I of 64, gated); padding is zero.
+    `hidden_size` and `intermediate_size` are the valid ones. M1 is 2 I for gated activations, else I.
+    """
+
+    gemm1_weights: torch.Tensor  # [E, M1, H/2] uint8, rows shuffled
+    gemm1_weights_scale: torch.Tensor  # [E, M1, H/16] float8_e4m3fn, rows shuffled, 128x4
+    gemm2_weights: torch.Tensor  # [E, H, I/2] uint8
+    gemm2_weights_scale: torch.Tensor  # [E, H, I/16] float8_e4m3fn
+    output1_scale_scalar: torch.Tensor  # [E] fp32, of the up half (gated), of the result otherwise
+    output1_scale_gate_scalar: torch.Tensor  # [E] fp32, of the gate half, or of the argument
+    output2_scale_scalar: torch.Tensor  # [E] fp32
+    hidden_size: int
+    intermediate_size: int
+    activation: ActivationType = ActivationType.Swiglu
+    gemm1_bias: torch.Tensor | None = None  # [E, M1] fp32, rows shuffled, divided by the scalar
+    gemm2_bias: torch.Tensor | None = None  # [E, H] fp32, likewise
+    gemm1_alpha: torch.Tensor | None = None  # [E] fp32
+    gemm1_beta: torch.Tensor | None = None  # [E] fp32
+    gemm1_clamp_limit: torch.Tensor | None = None  # [E] fp32, divided by the gate scalar
+    input_scale: torch.Tensor | None = None  # [1] fp32 encode scale of static activations
+    intermediate_scale: torch.Tensor | None = None  # [1] fp32, the same of the intermediate
+
+    @property
+    def num_local(self) -> int:
+        return self.gemm1_weights.shape[0]
+
+    @property
+    def padded_hidden_size(self) -> int:
+        return self.gemm2_weights.shape[1]
+
+    @property
+    def padded_intermediate_size(self) -> int:
+        return self.gemm2_weights.shape[2] * 2
+
+
+def padded_sizes(hidden_size: int, intermediate_size: int, gated: bool) -> tuple[int, int]:
+    """H and I of the prepared tensors: whole tiles of 128 rows in both GEMMs."""
+    tile = 64 if gated else 128
+    return -(-hidden_size // 128) * 128, -(-intermediate_size // tile) * tile
+
+
+def prepare_experts(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    activation: ActivationType = ActivationType.Swiglu,
+    *,
+    recipe: Recipe | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    alpha: torch.Tensor | float | None = None,
+    beta: torch.Tensor | float | None = None,
+    clamp_limit: torch.Tensor | float | None = None,
+    input_amax: float | None = None,
+    intermediate_amax: float | None = None,
+) -> Experts:
+    """Quantize ordinary weights, an expert at a time, and lay them out for every backend.
+
+    Gate and up of an expert share one scale; an expert of zeros has scale 1.
+
+    Args:
+        w13: [E, 2 I, H] bf16 or fp16, rows [up; gate] of gated activations, [E, I, H] of the others;
+            up = w13[:, :I]. H and I are multiples of 16.
+        w2: [E, H, I] of the same dtype.
+        recipe: of the weights; exact math by default, since this happens once.
+        w13_bias: [E, 2 I] or [E, I], and w2_bias [E, H], any float dtype, in physical units.
+        alpha, beta, clamp_limit: of the activation, one value or one an expert, physical units.
+        input_amax, intermediate_amax: largest magnitudes of the layer's input and intermediate, for
+            static activation scales; without them activations have a scale for each token.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    recipe = recipe or Recipe("exact")
+    halves = 2 if activation.gated else 1
+    _check_weights(w13, w2, halves)
+    quantized = [_quantize_expert(w, recipe) for e in range(w13.shape[0]) for w in (w13[e], w2[e])]
+    codes, scales, decode = zip(*quantized, strict=True)
+    return assemble_experts(
+        torch.stack(codes[0::2]), torch.stack(scales[0::2]), torch.stack(decode[0::2]),
+        torch.stack(codes[1::2]), torch.stack(scales[1::2]), torch.stack(decode[1::2]),
+        activation, w13_bias=w13_bias, w2_bias=w2_bias, alpha=alpha, beta=beta,
+        clamp_limit=clamp_limit, input_amax=input_amax, intermediate_amax=intermediate_amax,
+    )  # fmt: skip
+
+
+def assemble_experts(
+    w13_codes: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w13_decode: torch.Tensor,
+    w2_codes: torch.Tensor,
+    w2_scales: torch.Tensor,
+    w2_decode: torch.Tensor,
+    activation: ActivationType = ActivationType.Swiglu,
+    *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    alpha: torch.Tensor | float | None = None,
+    beta: torch.Tensor | float | None = None,
+    clamp_limit: torch.Tensor | float | None = None,
+    input_amax: float | None = None,
+    intermediate_amax: float | None = None,
+) -> Experts:
+    """Lay already quantized weights out for every backend.
+
+    Args:
+        w13_codes: [E, 2 I, H/2] uint8, rows [up; gate], not shuffled; w2_codes [E, H, I/2].
+        w13_scales: [E, 2 I, H/16] e4m3 (uint8 or float8_e4m3fn), linear; w2_scales [E, H, I/16].
+        w13_decode: [E] fp32, or [E, 2] for (up, gate) apart; w2_decode [E].
+        The rest: as for `prepare_experts`.
+    """
+    gated = activation.gated
+    num_experts, rows, half = w13_codes.shape
+    hidden, intermediate = half * 2, rows // (2 if gated else 1)
+    padded = padded_sizes(hidden, intermediate, gated)
+    device = w13_codes.device
+
+    up_decode, gate_decode = (
+        w13_decode.float().expand(num_experts) if w13_decode.dim() < 2 else w13_decode[:, i].float()
+        for i in (0, 1)
+    )
+    w2_decode = w2_decode.float()
+    input_scale = _encode_scale(input_amax, device)
+    intermediate_scale = _encode_scale(intermediate_amax, device)
+    c = 1.0 if intermediate_scale is None else intermediate_scale
+    a = 1.0 if input_scale is None else input_scale
+    gate_scalar = gate_decode / a
+    # SiTU and the activations without a gate apply `gate_scalar` to their argument.
+    linear_up = gated and activation != ActivationType.Situ
+    scalar = up_decode / a * c if linear_up else torch.full_like(gate_scalar, 1.0) * c
+
+    def per_expert(value: torch.Tensor | float | None) -> torch.Tensor | None:
+        if value is None:
+            return None
+        value = torch.as_tensor(value, dtype=torch.float32, device=device)
+        return value.expand(num_experts).contiguous()
+
+    limit = per_expert(clamp_limit)
+    bias1 = None
+    if w13_bias is not None:
+        divisor = gate_scalar[:, None].expand(num_experts, rows)
+        if linear_up:
+            divisor = torch.cat(
+                [
+                    (up_decode / a)[:, None].expand(num_experts, intermediate),
+                    divisor[:, :intermediate],
+                ],
+                1,
+            )
+        bias1 = _rows13((w13_bias.float() / divisor)[..., None], gated, padded)[..., 0]
+    output2 = w2_decode / c
+    bias2 = None
+    if w2_bias is not None:
+        bias2 = _rows2((w2_bias.float() / output2[:, None])[..., None], padded)[..., 0]
+
+    return Experts(
+        _pad_columns(_rows13(w13_codes, gated, padded), padded[0] // 2),
+        _swizzle(_pad_columns(_rows13(_bytes(w13_scales), gated, padded), padded[0] // BLOCK_SIZE)),
+        _pad_columns(_rows2(w2_codes, padded), padded[1] // 2),
+        _swizzle(_pad_columns(_rows2(_bytes(w2_scales), padded), padded[1] // BLOCK_SIZE)),
+        scalar.contiguous(),
+        gate_scalar.contiguous(),
+        output2.contiguous(),
+        hidden,
+        intermediate,
+        activation,
+        bias1,
+        bias2,
+        per_expert(alpha),
+        None if beta is None else per_expert(beta) * (c if linear_up else 1.0),
+        None if limit is None else limit / gate_scalar,
+        input_scale,
+        intermediate_scale,
+    )
+
+
+def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
+    """[M1, H] fp32 of one expert: code times block scale (exact), rows [up; gate]."""
+    codes, scales = experts.gemm1_weights[expert], experts.gemm1_weights_scale[expert]
+    return _values(codes, scales)[inverse(row_order(codes.shape[0], experts.activation.gated))]
+
+
+def gemm2_values(experts: Experts, expert: int) -> torch.Tensor:
+    """[H, I] fp32 of one expert: code times block scale (exact)."""
+    codes, scales = experts.gemm2_weights[expert], experts.gemm2_weights_scale[expert]
+    return _values(codes, scales)[inverse(row_order(codes.shape[0], gated=False))]
+
+
+def unshuffled_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
+    """[..., rows] of a prepared bias, back in the order [up; gate]."""
+    return bias[..., inverse(row_order(bias.shape[-1], gated, bias.device))]
+
+
+def row_order(rows: int, gated: bool, device: torch.device | None = None) -> torch.Tensor:
+    """Indices that bring natural rows into the order of the prepared tensors."""
+    order = shuffle_rows(rows, device=device)
+    return interleave_gated_rows(rows, device)[order] if gated else order
+
+
+def _check_weights(w13: torch.Tensor, w2: torch.Tensor, halves: int) -> None:
+    if w13.dim() != 3 or w13.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"w13 is {w13.dtype} of shape {tuple(w13.shape)}; it must be bf16 or fp16 [E, rows, H]"
+        )
+    experts, rows, hidden = w13.shape
+    wanted = (experts, hidden, rows // halves)
+    if w2.dtype != w13.dtype or tuple(w2.shape) != wanted or rows % halves:
+        raise ValueError(
+            f"w2 is {w2.dtype} of shape {tuple(w2.shape)}; with w13 {w13.dtype} of shape "
+            f"{tuple(w13.shape)} it must be {w13.dtype} {wanted}"
+        )
+    if hidden % BLOCK_SIZE or rows // halves % BLOCK_SIZE:
+        raise ValueError(
+            f"w13 has shape {tuple(w13.shape)}: H = {hidden} and I = {rows // halves} must be "
+            f"multiples of {BLOCK_SIZE}"
+        )
+
+
+def _quantize_expert(
+    w: torch.Tensor, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes, linear block scales, decode scale [])."""
+    amax = w.abs().amax().float()
+    encode = torch.where(amax == 0, 1.0, 6.0 * recipe.e4m3_max / amax)
+    q = quantize_global_scale(w, encode, recipe)
+    return q.codes, q.block_scales, 1.0 / encode
+
+
+def _encode_scale(amax: float | None, device: torch.device) -> torch.Tensor | None:
+    return None if amax is None else torch.full((1,), 2688.0 / amax, device=device)
+
+
+def _bytes(scales: torch.Tensor) -> torch.Tensor:
+    return scales.view(torch.uint8)
+
+
+def _pad_rows(t: torch.Tensor, rows: int) -> torch.Tensor:
+    full = t.new_zeros((t.shape[0], rows, *t.shape[2:]))
+    full[:, : t.shape[1]] = t
+    return full
+
+
+def _pad_columns(t: torch.Tensor, columns: int) -> torch.Tensor:
+    full = t.new_zeros((*t.shape[:2], columns))
+    full[..., : t.shape[2]] = t
+    return full
+
+
+def _rows13(t: torch.Tensor, gated: bool, padded: tuple[int, int]) -> torch.Tensor:
+    """Rows of the first GEMM, [E, M1, C], each half padded, interleaved and shuffled."""
+    halves = t.chunk(2, 1) if gated else (t,)
+    full = torch.cat([_pad_rows(half, padded[1]) for half in halves], 1)
+    return full[:, row_order(full.shape[1], gated, t.device)].contiguous()
+
+
+def _rows2(t: torch.Tensor, padded: tuple[int, int]) -> torch.Tensor:
+    full = _pad_rows(t, padded[0])
+    return full[:, row_order(full.shape[1], gated=False, device=t.device)].contiguous()
+
+
+def _swizzle(scales: torch.Tensor) -> torch.Tensor:
+    return from_linear(scales, _128X4).view(torch.float8_e4m3fn)
+
+
+def _values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    rows, half = codes.shape
+    linear = to_linear(_bytes(scales), rows, half * 2 // BLOCK_SIZE, _128X4)
+    values = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK_SIZE))
+    return (values * e4m3.decode(linear)[..., None]).flatten(-2)

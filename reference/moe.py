@@ -1,0 +1,266 @@
+"""The fused mixture of experts, stage by stage: the specification of the production call.
+
+For each token t and slot k, with e = ids[t, k] an expert held here:
+
+    accumulator1  sum over H of codes * block scales of the token and of the expert's first GEMM
+    raw           accumulator1 * per_token_scale[t] + gemm1_bias[e]
+    intermediate  activation(raw, the expert's scalars), rounded to bf16
+    requantized   `quantize_per_token` of the intermediate with `recipe` (CUDA build of FlashInfer)
+    accumulator2  sum over I
+    row           (accumulator2 * token scale 2 + gemm2_bias[e]) * output2_scale_scalar[e], to bf16
+    output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to bf16
+
+Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
+intermediate, is quantized by blocks from fp32. bf16 hidden states are multiplied as they are and their
+intermediate is not quantized (W4A16).
+
+Products of codes and scales have at most 12 significant bits and are exact. With `accumulate="fp64"`
+a sum of K of them errs by less than K * 2^-53 of the sum of magnitudes before its one rounding to
+fp32; "fp32" adds left to right in fp32. Not determined by FlashInfer: the order of the sums and the
+last bits of the activation; the association of accumulator, token scale and scalar is the one above.
+
+Sources: flashinfer-python 0.7.2, `trtllm_fused_moe_runner.cu:670-805`, `trace/templates/moe.py:1503`,
+`trtllm_fused_moe_dev_kernel.cu:678-1165` (finalize).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from . import e2m1, e4m3
+from .activation import activate
+from .experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
+from .quantize import quantize_block_scales, quantize_per_token
+from .recipe import BLOCK_SIZE, Recipe
+
+Accumulate = Literal["fp64", "fp32"]
+FinalizeOrder = Literal["flashinfer", "slot"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The hidden states of T tokens as the fused call receives them."""
+
+    hidden_states: torch.Tensor  # [T, H/2] uint8 codes, or [T, H] bf16 (W4A16)
+    block_scales: torch.Tensor | None = None  # [T, H/16] e4m3, linear
+    per_token_scale: torch.Tensor | None = None  # [T] fp32; None: static scales
+
+    @property
+    def is_bf16(self) -> bool:
+        return self.hidden_states.dtype == torch.bfloat16
+
+
+@dataclass(frozen=True)
+class MoEResult:
+    """`output` and what led to it; [T, K, ...] tensors hold zeros in slots of experts held elsewhere.
+
+    `steps`, when asked for: "accumulator1" [T, K, M1] ([up; gate]), "activated" [T, K, I] fp32,
+    "intermediate" the same in bf16, "codes2" [T, K, I/2], "block scales2" [T, K, I/16],
+    "token scale2" [T, K], "accumulator2" [T, K, H].
+    """
+
+    output: torch.Tensor  # [T, H] bf16
+    rows: torch.Tensor  # [T, K, H] bf16, not yet weighted
+    steps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def fused_moe(
+    activations: Activations,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    recipe: Recipe | None = None,
+    local_expert_offset: int = 0,
+    accumulate: Accumulate = "fp64",
+    finalize_order: FinalizeOrder = "flashinfer",
+    round_to_bf16: bool = True,
+    keep_steps: bool = False,
+) -> MoEResult:
+    """Everything after the routing.
+
+    Args:
+        ids: [T, K] int32 global expert ids; those outside local_expert_offset ... + num_local are held
+            elsewhere and add nothing.
+        weights: [T, K] bf16 or fp32 routing weights.
+        recipe: of the intermediate's quantization; the build must be "cuda" for FlashInfer's
+            TRT-LLM backend.
+        accumulate: the two GEMMs' sums; see the module.
+        finalize_order: "flashinfer" (depends on T) or "slot" (ascending, always).
+        round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
+            requantization: FlashInfer's own trace reference does.
+    """
+    recipe = recipe or Recipe()
+    tokens, top_k = ids.shape
+    x = _hidden_values(activations)
+    h, m1 = experts.padded_hidden_size, experts.gemm1_weights.shape[1]
+    i = experts.padded_intermediate_size
+    acc1, acc2 = x.new_zeros(tokens, top_k, m1), x.new_zeros(tokens, top_k, h)
+    activated = x.new_zeros(tokens, top_k, i)
+    steps: dict[str, torch.Tensor] = {}
+
+    slots = [
+        (ids == e + local_expert_offset).nonzero(as_tuple=True) for e in range(experts.num_local)
+    ]
+    for e, (token, slot) in enumerate(slots):
+        acc1[token, slot] = matmul(x[token], gemm1_values(experts, e), accumulate)
+        raw = acc1[token, slot]
+        if activations.per_token_scale is not None:
+            raw = raw * activations.per_token_scale[token, None]
+        activated[token, slot] = _activate(raw, experts, e)
+
+    if activations.is_bf16 or not round_to_bf16:
+        values2, scale2 = activated, None
+        if round_to_bf16:
+            values2 = steps["intermediate"] = activated.bfloat16().float()
+    else:
+        values2, scale2 = _requantize(activated, activations, recipe, steps)
+
+    rows = x.new_zeros(tokens, top_k, h)
+    for e, (token, slot) in enumerate(slots):
+        acc2[token, slot] = matmul(values2[token, slot], gemm2_values(experts, e), accumulate)
+        row = acc2[token, slot]
+        if scale2 is not None:
+            row = row * scale2[token, slot, None]
+        if experts.gemm2_bias is not None:
+            row = row + unshuffled_bias(experts.gemm2_bias[e], gated=False)
+        rows[token, slot] = row * experts.output2_scale_scalar[e]
+
+    rows = rows[..., : experts.hidden_size]
+    if round_to_bf16:
+        rows = rows.bfloat16()
+    output = finalize(rows.float(), weights, h, finalize_order).bfloat16()
+    if keep_steps:
+        steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
+    return MoEResult(output, rows, steps if keep_steps else {})
+
+
+def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Tensor:
+    """x [N, K] times w [M, K] transposed, fp32 [N, M], every product exact."""
+    if accumulate == "fp64":
+        return (x.double() @ w.double().T).float()
+    total = x.new_zeros(x.shape[0], w.shape[0])
+    for k in range(x.shape[1]):
+        total = total + x[:, k, None] * w[None, :, k]
+    return total
+
+
+def permutation(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
+    """[T * K] int32: the permuted row of each expanded index token * K + slot, -1 held elsewhere.
+
+    Rows are sorted by expert, ascending in it, without padding (FlashInfer pads experts to tiles).
+    """
+    local = ids.reshape(-1).long() - local_expert_offset
+    here = (local >= 0) & (local < num_local)
+    order = torch.where(here, local, num_local).argsort(stable=True)
+    row = torch.empty_like(order)
+    row[order] = torch.arange(order.numel(), device=order.device)
+    return torch.where(here, row, -1).int()
+
+
+def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
+    """How many strided groups of slots FlashInfer's finalize sums apart; 1: ascending slots.
+
+    `trtllm_fused_moe_dev_kernel.cu:1145-1165`; numerics.md has the rule: few tokens, 4 < K <= 64.
+    """
+    blocks = -(-hidden_size // 256) * min(tokens, 8192)
+    if blocks >= 1184 or not 4 < top_k <= 64 or hidden_size % 8:
+        return 1
+    groups = 1
+    while 4 * groups < top_k:
+        groups *= 2
+    return groups
+
+
+def finalize(
+    rows: torch.Tensor, weights: torch.Tensor, hidden_size: int, order: FinalizeOrder
+) -> torch.Tensor:
+    """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
+
+    Args:
+        hidden_size: the padded one, which FlashInfer's order depends on.
+    """
+    tokens, top_k, _ = rows.shape
+    groups = 1 if order == "slot" else split_k_groups(tokens, top_k, hidden_size)
+    w = weights.float()
+    total: torch.Tensor | None = None
+    for j in range(groups):
+        part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
+        for k in range(j, top_k, groups):
+            part = _fma(w[:, k, None], rows[:, k], part)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c with one rounding to fp32: bf16 b leaves the product exact in fp64.
+
+    The fp64 sum may round before the fp32 rounding does; it is made odd where it was not exact, so
+    that the second rounding is the only one that shows.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.view(torch.int64)
+    # Round to odd: step towards the error where the last bit is even and something was lost.
+    away = (error > 0) == (total > 0)
+    odd = torch.where(away, bits + 1, bits - 1)
+    inexact = (error != 0) & (bits & 1 == 0) & total.isfinite()
+    return torch.where(inexact, odd, bits).view(torch.float64).float()
+
+
+def _hidden_values(activations: Activations) -> torch.Tensor:
+    """[T, H] fp32: codes times block scales, exact; or the bf16 values."""
+    if activations.is_bf16:
+        return activations.hidden_states.float()
+    assert activations.block_scales is not None
+    codes = activations.hidden_states
+    scales = e4m3.decode(activations.block_scales.view(torch.uint8))
+    scales = scales.reshape(codes.shape[0], codes.shape[1] * 2 // BLOCK_SIZE)
+    values = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK_SIZE))
+    return (values * scales[..., None]).flatten(-2)
+
+
+def _activate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
+    gated = experts.activation.gated
+    if experts.gemm1_bias is not None:
+        raw = raw + unshuffled_bias(experts.gemm1_bias[e], gated)
+
+    def of_expert(value: torch.Tensor | None) -> torch.Tensor | None:
+        return None if value is None else value[e]
+
+    return activate(
+        raw,
+        experts.activation,
+        experts.output1_scale_scalar[e],
+        experts.output1_scale_gate_scalar[e],
+        alpha=of_expert(experts.gemm1_alpha),
+        beta=of_expert(experts.gemm1_beta),
+        clamp_limit=of_expert(experts.gemm1_clamp_limit),
+    )
+
+
+def _requantize(
+    activated: torch.Tensor,
+    activations: Activations,
+    recipe: Recipe,
+    steps: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static)."""
+    tokens, top_k, i = activated.shape
+    if activations.per_token_scale is None:
+        q = quantize_block_scales(activated.flatten(0, 1), recipe)
+        scale = None
+    else:
+        intermediate = steps["intermediate"] = activated.bfloat16()
+        q = quantize_per_token(intermediate.flatten(0, 1), recipe.base_scale_inv, recipe)
+        assert q.per_token_scale is not None
+        scale = steps["token scale2"] = q.per_token_scale.reshape(tokens, top_k)
+    steps["codes2"] = q.codes.unflatten(0, (tokens, top_k))
+    steps["block scales2"] = q.block_scales.unflatten(0, (tokens, top_k))
+    again = Activations(q.codes, q.block_scales)
+    return _hidden_values(again).reshape(tokens, top_k, i), scale

@@ -1,0 +1,183 @@
+"""What is asked of the Triton mixture of experts, in the interpreter and on a GPU alike."""
+
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import moe_cases
+import torch
+from assertions import assert_bitwise
+from moe_cases import GATED, PLAIN, Case, Shape
+from nvfp4_moe.kernels import moe as triton_moe
+from nvfp4_moe.kernels.moe import GemmConfig
+from nvfp4_moe.reference import e2m1
+from nvfp4_moe.reference import moe as reference
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.experts import assemble_experts, gemm2_values
+from nvfp4_moe.reference.moe import Activations
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+
+SMALL = GemmConfig(128, 16, 128, 1, 4)
+ONE = 0x38  # 1.0 in e4m3
+EXACT = [ActivationType.Identity, ActivationType.Relu, ActivationType.Relu2]
+
+
+def to(device, thing):
+    """A dataclass of tensors, or a tensor, on a device."""
+    if isinstance(thing, torch.Tensor):
+        return thing.to(device)
+    if dataclasses.is_dataclass(thing):
+        fields = {f.name: to(device, getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+        return type(thing)(**fields)
+    return thing
+
+
+def both(case: Case, device, **options):
+    """(Triton's output, the reference's) on the CPU."""
+    config = options.pop("config", None)
+    got = triton_moe.fused_moe(
+        *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
+        config=config, **options,
+    )  # fmt: skip
+    want = reference.fused_moe(
+        case.activations, case.experts, case.ids, case.weights, **options
+    ).output
+    return got.cpu(), want
+
+
+def close(case: Case, device, what="", **options):
+    """The two sums may differ in their last bits, and so a code here and there."""
+    got, want = both(case, device, **options)
+    difference = (got.double() - want.double()).norm()
+    assert difference <= 2e-3 * want.double().norm(), f"{what}: {difference / want.double().norm()}"
+    cosine = torch.nn.functional.cosine_similarity(
+        got.double().flatten(), want.double().flatten(), 0
+    )
+    assert cosine > 0.99999, f"{what}: cosine {cosine}"
+
+
+def coarse(shape: Shape, activation: ActivationType, seed: int = 0) -> Case:
+    """Values of -1, 0 and 1 and scales of 1: every sum is exact in whatever order it is taken."""
+    g = torch.Generator().manual_seed(seed)
+    rows = shape.intermediate * (2 if activation.gated else 1)
+
+    def codes(*size, density):
+        value = torch.randint(0, 2, size, generator=g) * 8 + 2  # the codes of 1 and -1
+        return e2m1.pack(
+            torch.where(torch.rand(size, generator=g) < density, value, 0).to(torch.uint8)
+        )
+
+    def ones(*size):
+        return torch.full(size, ONE, dtype=torch.uint8)
+
+    e, h, i = shape.held, shape.hidden, shape.intermediate
+    power = 2.0 ** torch.arange(e).remainder(3)
+    experts = assemble_experts(
+        codes(e, rows, h, density=0.2), ones(e, rows, h // 16), power,
+        codes(e, h, i, density=0.1), ones(e, h, i // 16), 1 / power, activation,
+    )  # fmt: skip
+    t = experts.padded_hidden_size
+    activations = Activations(
+        moe_cases.padded(codes(shape.tokens, h, density=0.3), t // 2),
+        moe_cases.padded(ones(shape.tokens, h // 16), t // 16),
+        2.0 ** torch.arange(shape.tokens).remainder(5).sub(2),
+    )
+    ids, _ = moe_cases.routing_of(shape, seed)
+    weights = 2.0 ** -torch.arange(shape.top_k).remainder(3).expand(shape.tokens, -1).float()
+    case = Case(activations, experts, ids, weights.bfloat16(), None, None, None)
+    _assert_second_sums_are_exact(case, shape)
+    return case
+
+
+def _assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
+    """Integers of fewer than 24 bits, counted in units of the row's smallest step."""
+    steps = reference.fused_moe(
+        case.activations, case.experts, case.ids, case.weights,
+        local_expert_offset=shape.offset, keep_steps=True,
+    ).steps  # fmt: skip
+    values = reference._hidden_values(
+        Activations(steps["codes2"].flatten(0, 1), steps["block scales2"].flatten(0, 1))
+    )
+    whole = (values.double() * 2**10).long()  # e2m1 times e4m3 is a multiple of 2^-10
+    step = torch.where(whole == 0, 2**62, whole & -whole).amin(1, keepdim=True)
+    for e in range(shape.held):
+        rows = (case.ids.flatten() == e + shape.offset).nonzero()[:, 0]
+        total = (whole[rows].abs() / step[rows]).double() @ gemm2_values(
+            case.experts, e
+        ).abs().double().T
+        assert total.numel() == 0 or total.max() < 2**24
+
+
+def activations_bitwise_or_close(device, config=SMALL):
+    shape = Shape(5, 128, 128, 4, 2)
+    for kind in GATED + PLAIN:
+        if kind in EXACT:
+            assert_bitwise(*both(coarse(shape, kind), device, config=config), kind.name)
+        close(moe_cases.make(shape, kind), device, kind.name, config=config)
+
+
+def odd_sizes(device, config=SMALL):
+    """H and I that are no multiples of 128: padded, and the valid width returned."""
+    for h, i, kind in ((144, 80, ActivationType.Relu2), (272, 48, ActivationType.Swiglu)):
+        case = moe_cases.make(Shape(3, h, i, 3, 2), kind)
+        close(case, device, f"{h} x {i}", config=config)
+        assert both(case, device, config=config)[0].shape == (3, h)
+
+
+def expert_parallel(device, config=SMALL):
+    for offset, local in ((0, 2), (2, 3), (5, 1)):
+        shape = Shape(9, 128, 128, 6, 3, offset, local)
+        case = coarse(shape, ActivationType.Relu2)
+        assert_bitwise(*both(case, device, local_expert_offset=offset, config=config), str(shape))
+
+
+def recipes(device, config=SMALL):
+    case = coarse(Shape(5, 128, 128, 4, 2), ActivationType.Identity)
+    for recipe in (Recipe("exact"), Recipe("fast", NVFP44Over6Config(256, "MSE"))):
+        assert_bitwise(*both(case, device, recipe=recipe, config=config), str(recipe))
+
+
+def parameters_and_biases(device, config=SMALL):
+    g = torch.Generator().manual_seed(3)
+    for kind in GATED:
+        given = {"alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5}
+        given = {name: given[name] for name in kind.parameters}
+        bias = {"w13_bias": torch.randn(4, 256, generator=g)}
+        bias["w2_bias"] = torch.randn(4, 128, generator=g)
+        case = moe_cases.make(Shape(6, 128, 128, 4, 2), kind, **given, **bias)
+        close(case, device, kind.name, config=config)
+
+
+def bf16_activations(device, config=SMALL):
+    case = moe_cases.make(Shape(5, 128, 128, 4, 2), mode="bf16")
+    close(case, device, "bf16", config=config)
+
+
+def skewed_routing(device, config=SMALL):
+    """All tokens on one expert, experts without tokens, no tokens at all, K of 1 and of E."""
+    shape = Shape(40, 128, 128, 4, 1)
+    case = coarse(shape, ActivationType.Relu2)
+    for expert in (0, 3):
+        ids = torch.full_like(case.ids, expert)
+        one = dataclasses.replace(case, ids=ids)
+        assert_bitwise(*both(one, device, config=config), f"all on expert {expert}")
+    for t, k in ((0, 2), (1, 4), (2, 4)):
+        case = coarse(Shape(t, 128, 128, 4, k), ActivationType.Relu2)
+        assert_bitwise(*both(case, device, config=config), f"T={t} K={k}")
+
+
+def finalize_orders(device, config=SMALL):
+    case = moe_cases.make(Shape(3, 128, 128, 8, 8), weights_dtype=torch.float32)
+    for order in ("flashinfer", "slot"):
+        close(case, device, order, finalize_order=order, config=config)
+
+
+CASES = [
+    activations_bitwise_or_close,
+    odd_sizes,
+    expert_parallel,
+    recipes,
+    parameters_and_biases,
+    bf16_activations,
+    skewed_routing,
+    finalize_orders,
+]

@@ -1,0 +1,86 @@
+"""Activations against formulas written out for one pair of numbers at a time."""
+
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from nvfp4_moe.reference.activation import ActivationType, activate
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def gelu(x):
+    return x * 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+SCALE, GATE_SCALE, ALPHA, BETA, LIMIT = 0.75, 1.5, 1.25, 0.5, 1.75
+
+
+def clamp(x):
+    return max(-LIMIT, min(LIMIT, x))
+
+
+FORMULAS = {
+    ActivationType.Swiglu: lambda u, g: (
+        (y := min(g, LIMIT) * GATE_SCALE) * sigmoid(ALPHA * y) * (clamp(u) * SCALE + BETA)
+    ),
+    ActivationType.SwigluStep: lambda u, g: (
+        min(g * GATE_SCALE * sigmoid(g * GATE_SCALE), LIMIT * GATE_SCALE) * clamp(u) * SCALE
+    ),
+    ActivationType.Situ: lambda u, g: (
+        BETA * math.tanh(clamp(u) * GATE_SCALE / BETA)
+        * ALPHA * math.tanh((y := min(g, LIMIT) * GATE_SCALE) / ALPHA) * sigmoid(y) * SCALE
+    ),
+    ActivationType.Geglu: lambda u, g: gelu(g * GATE_SCALE) * u * SCALE,
+    ActivationType.GegluTanh: lambda u, g: gelu_tanh(g * GATE_SCALE) * u * SCALE,
+    ActivationType.Gelu: lambda u, g: gelu(g * GATE_SCALE) * SCALE,
+    ActivationType.Relu: lambda u, g: max(g * GATE_SCALE, 0) * SCALE,
+    ActivationType.Silu: lambda u, g: g * GATE_SCALE * sigmoid(g * GATE_SCALE) * SCALE,
+    ActivationType.Relu2: lambda u, g: max(g * GATE_SCALE, 0) ** 2 * SCALE,
+    ActivationType.Identity: lambda u, g: g * GATE_SCALE * SCALE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(FORMULAS), ids=lambda k: k.name)
+def test_formula(kind):
+    values = torch.linspace(-5, 5, 21)
+    up, gate = (t.flatten() for t in torch.meshgrid(values, values, indexing="ij"))
+    raw = torch.stack((up, gate), 1) if kind.gated else gate[:, None]
+    given = {"alpha": ALPHA, "beta": BETA, "clamp_limit": LIMIT}
+    given = {name: given[name] for name in kind.parameters}
+    got = activate(raw, kind, SCALE, GATE_SCALE, **given)[:, 0]
+    want = torch.tensor(
+        [FORMULAS[kind](u, g) for u, g in zip(up.tolist(), gate.tolist(), strict=True)]
+    )
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)
+
+
+def test_defaults():
+    raw = torch.tensor([[3.0, 2.0]])
+    assert activate(raw, ActivationType.Swiglu).item() == pytest.approx(2 * sigmoid(2) * 3)
+    situ = math.tanh(3) * math.tanh(2) * sigmoid(2)
+    assert activate(raw, ActivationType.Situ).item() == pytest.approx(situ)
+    step = activate(torch.tensor([[100.0, 100.0]]), ActivationType.SwigluStep, 1.0, 2.0)
+    assert step.item() == pytest.approx(7.0 * 3.5)
+
+
+def test_the_enum_is_flashinfers():
+    enums = pytest.importorskip("flashinfer.tllm_enums", reason="needs flashinfer-python")
+    theirs = {name: int(value) for name, value in enums.ActivationType.__members__.items()}
+    theirs["Invalid"] = theirs.pop("InvalidType", theirs.get("Invalid"))
+    assert {a.name: int(a) for a in ActivationType} == theirs
+
+
+@pytest.mark.parametrize(
+    "kind", [ActivationType.SwigluBias, ActivationType.Invalid, ActivationType.ClampedRelu2]
+)
+def test_not_implemented(kind):
+    with pytest.raises(ValueError, match=r"activation_type is .*not implemented"):
+        activate(torch.ones(1, 2), kind)

@@ -1,0 +1,76 @@
+"""The Triton mixture of experts on a GPU, against the reference."""
+
+# SPDX-License-Identifier: Apache-2.0
+import moe_triton_cases
+import pytest
+import torch
+from assertions import assert_bitwise
+from moe_cases import Shape, make
+from moe_triton_cases import coarse, to
+from nvfp4_moe.kernels import moe
+from nvfp4_moe.kernels.moe import GemmConfig
+from nvfp4_moe.reference.activation import ActivationType
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = [
+    GemmConfig(128, 16, 128, 4, 4),
+    GemmConfig(128, 32, 128, 3, 4),
+    GemmConfig(128, 64, 128, 3, 4),
+    GemmConfig(128, 128, 64, 4, 4),
+]
+"""Every configuration that `gemm_config` chooses; the test below says so."""
+
+
+def test_the_table_is_the_shipped_one():
+    chosen = {moe.gemm_config(slots, 8) for slots in range(1, 4096)}
+    assert chosen == set(CONFIGS)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
+def test_case(case, config):
+    case("cuda", config)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(33, 2048, 768, 8, 4),
+        Shape(150, 1024, 2688, 8, 3),
+        Shape(3, 2880, 704, 4, 2),
+        Shape(5, 464, 464, 4, 2),
+    ],
+    ids=str,
+)
+def test_real_widths_bitwise(shape, config):
+    for kind in (ActivationType.Relu2, ActivationType.Identity):
+        case = coarse(shape, kind)
+        assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), kind.name)
+
+
+def test_cuda_graph_with_another_routing():
+    shape = Shape(17, 256, 128, 8, 2)
+    first, second = make(shape, seed=1), make(shape, seed=2)
+    a, e, ids, w = (
+        to("cuda", t) for t in (first.activations, first.experts, first.ids, first.weights)
+    )
+    moe.fused_moe(a, e, ids, w)  # compile
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = moe.fused_moe(a, e, ids, w)
+    ids.copy_(second.ids)
+    w.copy_(second.weights)
+    graph.replay()
+    assert_bitwise(captured, moe.fused_moe(a, e, ids, w), "replayed")
+
+
+def test_poisoned_memory_is_overwritten():
+    case = make(Shape(17, 256, 128, 8, 2))
+    args = [to("cuda", t) for t in (case.activations, case.experts, case.ids, case.weights)]
+    clean = moe.fused_moe(*args)
+    for _ in range(3):
+        torch.full((1 << 22,), torch.nan, device="cuda")  # freed at once
+        assert_bitwise(moe.fused_moe(*args), clean, "after NaN lay in the memory")
