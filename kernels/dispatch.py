@@ -185,7 +185,7 @@ def refusal(backend: str, r: Request) -> str | None:
     """Why a backend cannot serve the request; None if it can."""
     if backend in fi.RULES:
         return fi.refusal(backend, r)
-    return _triton_refusal(r) if backend == "triton" else None
+    return triton_refusal_of(r.a, "a is", r.capability) if backend == "triton" else None
 
 
 def run(backend: str, r: Request) -> tuple[torch.Tensor, ...]:
@@ -214,19 +214,20 @@ def run(backend: str, r: Request) -> tuple[torch.Tensor, ...]:
     return codes, from_linear(scales, r.layout), *token
 
 
-def _triton_refusal(r: Request) -> str | None:
+def triton_refusal_of(t: torch.Tensor, what: str, capability: tuple[int, int] | None) -> str | None:
+    """Why Triton cannot run on the tensor (`what` it is, "a is") or on the GPU asked about."""
     if not _HAS_TRITON:
         return "triton is not installed"
     from . import target
 
-    if r.capability is not None:
-        if r.capability >= target.MIN_CAPABILITY:
+    if capability is not None:
+        if capability >= target.MIN_CAPABILITY:
             return None
-        return f"sm_{r.capability[0]}{r.capability[1]} is before sm_80"
-    if r.a.device.type == "cpu" and target.INTERPRETING:
+        return f"sm_{capability[0]}{capability[1]} is before sm_80"
+    if t.device.type == "cpu" and target.INTERPRETING:
         return None
     return (
-        f"a is on the {r.a.device.type}; Triton runs on a GPU, or on the CPU in its interpreter "
+        f"{what} on the {t.device.type}; Triton runs on a GPU, or on the CPU in its interpreter "
         "(TRITON_INTERPRET=1 set before the first import)"
     )
 

@@ -1,69 +1,163 @@
-"""The adapter to FlashInfer's fused MoE: the arguments of its functions from ours.
+"""The adapter to FlashInfer's fused MoE kernels of TensorRT-LLM, with its capability table.
 
-Source: flashinfer-python 0.7.2.post1, `fused_moe/core.py:6606` (the routed function).
+Sources, in flashinfer-python 0.7.2.post1: `fused_moe/core.py:6330` and `:6606` (the functions),
+`trtllm_fused_moe_kernel_launcher.cu` (launcher), `trtllm_fused_moe_runner.cu` (runner.cu),
+`trtllm_batched_gemm_runner.cu` (bgr.cu).
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..reference.experts import Experts
-from ..reference.moe import Activations
+from ..reference.activation import ActivationType
+from ..reference.routing import refusal as routing_refusal
+from . import environment
+from .flashinfer import INSTALLED, VERSION
+from .moe_request import MoERequest
+
+NAME = "flashinfer:trtllm"
+_ACTIVATIONS = (
+    ActivationType.Swiglu,
+    ActivationType.SwigluStep,
+    ActivationType.Geglu,
+    ActivationType.Situ,
+    ActivationType.Relu2,
+    ActivationType.Identity,
+)
+_CAPABILITIES = ((10, 0), (10, 3), (10, 7))
+
+Rule = tuple[Callable[[MoERequest], Any], str | Callable[[MoERequest], str]]
 
 
-def routed_arguments(
-    activations: Activations,
-    experts: Experts,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    num_experts: int,
-    local_expert_offset: int = 0,
-    routing_method_type: int = 1,
-    do_finalize: bool = True,
-    output: torch.Tensor | None = None,
-) -> dict[str, Any]:
-    """Keywords of `trtllm_fp4_block_scale_routed_moe` but `hidden_states_scale_layout`.
+def _wrong_math(r: MoERequest) -> str:
+    now = environment.math("cuda")
+    return (
+        f"it quantizes the intermediate as the environment says, {now}, not {r.recipe.math}: "
+        f"{environment.how_to_get(r.recipe.math, 'cuda')}"
+    )
 
-    The routing crosses as a tuple of ids and weights: fp32 weights then arrive unrounded.
-    """
-    scales = activations.block_scales
-    width = experts.padded_hidden_size
-    return {
-        "topk_ids": (ids, weights),
-        "routing_bias": None,
-        "hidden_states": activations.hidden_states,
-        "hidden_states_scale": None if scales is None else scales.view(torch.float8_e4m3fn),
-        "gemm1_weights": experts.gemm1_weights,
-        "gemm1_weights_scale": experts.gemm1_weights_scale,
-        "gemm1_bias": experts.gemm1_bias,
-        "gemm1_alpha": experts.gemm1_alpha,
-        "gemm1_beta": experts.gemm1_beta,
-        "gemm1_clamp_limit": experts.gemm1_clamp_limit,
-        "gemm2_weights": experts.gemm2_weights,
-        "gemm2_weights_scale": experts.gemm2_weights_scale,
-        "gemm2_bias": experts.gemm2_bias,
-        "output1_scale_scalar": experts.output1_scale_scalar,
-        "output1_scale_gate_scalar": experts.output1_scale_gate_scalar,
-        "output2_scale_scalar": experts.output2_scale_scalar,
-        "num_experts": num_experts,
-        "top_k": ids.shape[1],
-        "n_group": None,
-        "topk_group": None,
-        "intermediate_size": experts.padded_intermediate_size,
-        "local_expert_offset": local_expert_offset,
-        "local_num_experts": experts.num_local,
-        "routed_scaling_factor": None,
-        "routing_method_type": routing_method_type,
-        "do_finalize": do_finalize,
-        "activation_type": int(experts.activation),
-        "per_token_scale": activations.per_token_scale,
-        "output": output,
-        "valid_hidden_size": experts.hidden_size if experts.hidden_size != width else None,
-        "valid_intermediate_size": (
-            experts.intermediate_size
-            if experts.intermediate_size != experts.padded_intermediate_size
-            else None
+
+def _routing_refusal(r: MoERequest) -> str | None:
+    return routing_refusal(r.routing, r.num_experts, r.routing_bias is not None)
+
+
+RULES: tuple[Rule, ...] = (
+    (
+        lambda r: not INSTALLED,
+        "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
+    ),
+    (lambda r: VERSION and VERSION < (0, 7), "flashinfer-python is older than 0.7"),
+    (lambda r: torch.compiler.is_compiling(), "torch.compile cannot trace FlashInfer's Python"),
+    (lambda r: r.capability is None, "hidden_states are on the CPU"),
+    # launcher:1697, bgr.cu:216
+    (
+        lambda r: r.capability not in _CAPABILITIES,
+        lambda r: f"sm_{r.capability[0]}{r.capability[1]} has no kernels; sm_100, 103, 107 have",  # type: ignore[index]
+    ),
+    # bgr.cu:339; its launcher divides by the count
+    (lambda r: r.tokens == 0, "there are no tokens"),
+    # launcher:5220
+    (lambda r: r.activations.is_bf16, "hidden_states are bf16; NVFP4 weights take NVFP4 codes"),
+    # runner.cu:114-146
+    (
+        lambda r: r.experts.activation not in _ACTIVATIONS,
+        lambda r: f"activation {r.experts.activation.name} has no kernels",
+    ),
+    # runners.py:5556
+    (
+        lambda r: r.experts.activation == ActivationType.Situ and r.capability == (10, 7),
+        "activation Situ has no kernels on sm_107",
+    ),
+    (lambda r: r.recipe.build != "cuda", 'its bits are those of build="cuda"'),
+    (lambda r: r.recipe.math != environment.math("cuda"), _wrong_math),
+    # runner.cu:764: the recipe comes from the environment only
+    (
+        lambda r: r.recipe.four_over_six != environment.four_over_six(),
+        lambda r: (
+            f"nvfp4_4over6 is {r.recipe.four_over_six}; it reads FLASHINFER_NVFP4_4OVER6*, which say "
+            f"{environment.four_over_six()}"
         ),
+    ),
+    (lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),
+    # RoutingCustomPolicy.cuh:818-893, trtllm_fused_moe_routing_common.cu:93-110
+    (
+        lambda r: r.logits is not None and _routing_refusal(r),
+        lambda r: _routing_refusal(r) or "",
+    ),
+    (
+        lambda r: r.logits is None and (r.num_experts > 2048 or r.routing.top_k > 32),
+        "given routing has at most 2048 experts and top_k 32",
+    ),
+)
+
+
+def refusal(r: MoERequest) -> str | None:
+    """Why FlashInfer cannot serve the request; None if it can."""
+    for refused, reason in RULES:
+        if refused(r):
+            return reason if isinstance(reason, str) else reason(r)
+    return None
+
+
+def run(r: MoERequest) -> list[torch.Tensor]:
+    """Run the request, which `refusal` let pass, on FlashInfer."""
+    from flashinfer import SfLayout, fused_moe
+
+    given = arguments(r) | {"hidden_states_scale_layout": SfLayout.layout_linear}
+    if r.logits is None:
+        return list(fused_moe.trtllm_fp4_block_scale_routed_moe(**given))
+    return list(fused_moe.trtllm_fp4_block_scale_moe(**given))
+
+
+def arguments(r: MoERequest) -> dict[str, Any]:
+    """Keywords of the routed function, or of the other where logits are given.
+
+    All but `hidden_states_scale_layout`, whose type is FlashInfer's. A given routing crosses as a
+    tuple of ids and weights: fp32 weights then arrive unrounded.
+    """
+    e, a, routing = r.experts, r.activations, r.routing
+    scales = a.block_scales
+    given: dict[str, Any] = {
+        "routing_bias": r.routing_bias,
+        "hidden_states": a.hidden_states,
+        "hidden_states_scale": None if scales is None else scales.view(torch.float8_e4m3fn),
+        "gemm1_weights": e.gemm1_weights,
+        "gemm1_weights_scale": e.gemm1_weights_scale,
+        "gemm1_bias": e.gemm1_bias,
+        "gemm1_alpha": e.gemm1_alpha,
+        "gemm1_beta": e.gemm1_beta,
+        "gemm1_clamp_limit": e.gemm1_clamp_limit,
+        "gemm2_weights": e.gemm2_weights,
+        "gemm2_weights_scale": e.gemm2_weights_scale,
+        "gemm2_bias": e.gemm2_bias,
+        "output1_scale_scalar": e.output1_scale_scalar,
+        "output1_scale_gate_scalar": e.output1_scale_gate_scalar,
+        "output2_scale_scalar": e.output2_scale_scalar,
+        "num_experts": r.num_experts,
+        "top_k": routing.top_k,
+        "n_group": routing.n_group,
+        "topk_group": routing.topk_group,
+        "intermediate_size": e.padded_intermediate_size,
+        "local_expert_offset": r.local_expert_offset,
+        "local_num_experts": e.num_local,
+        "routed_scaling_factor": routing.routed_scaling_factor,
+        "routing_method_type": int(routing.method),
+        "do_finalize": r.do_finalize,
+        "enable_pdl": r.enable_pdl,
+        "activation_type": int(e.activation),
+        "per_token_scale": a.per_token_scale,
+        "output": r.output,
+        "tune_max_num_tokens": r.tune_max_num_tokens,
+        "num_fused_shared_experts": r.shared_experts or None,
+        "valid_hidden_size": _if_not(e.hidden_size, e.padded_hidden_size),
+        "valid_intermediate_size": _if_not(e.intermediate_size, e.padded_intermediate_size),
     }
+    if r.logits is None:
+        return {"topk_ids": (r.ids, r.weights), "gemm1_lora_delta": r.lora_delta} | given
+    return {"routing_logits": r.logits, "norm_topk_prob": routing.norm_topk_prob} | given
+
+
+def _if_not(valid: int, padded: int) -> int | None:
+    return None if valid == padded else valid

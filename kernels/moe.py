@@ -16,6 +16,7 @@ from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
 from . import moe_gemm, moe_kernels
+from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_per_token
 from .target import arch
 
@@ -83,52 +84,60 @@ def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def fused_moe(
+def _fused_moe(
     activations: Activations,
     experts: Experts,
     ids: torch.Tensor,
     weights: torch.Tensor,
     *,
-    recipe: Recipe | None = None,
-    local_expert_offset: int = 0,
-    finalize_order: FinalizeOrder = "flashinfer",
+    recipe: Recipe,
+    local_expert_offset: int,
+    finalize_order: FinalizeOrder,
+    do_finalize: bool,
     config: GemmConfig | None = None,
-) -> torch.Tensor:
-    """[T, hidden size] bf16; arguments as `reference.moe.fused_moe` has them."""
-    recipe = recipe or Recipe()
+) -> Triple:
     tokens, top_k = ids.shape
     slots = tokens * top_k
-    output = weights.new_empty((tokens, experts.hidden_size), dtype=torch.bfloat16)
+    h, width = experts.padded_hidden_size, experts.hidden_size
+    output, _, _ = results = empty_results(
+        activations.hidden_states, tokens, slots, width, h, do_finalize
+    )
     if tokens == 0:
-        return output
+        return results
     config = config or gemm_config(slots, experts.num_local)
     p = permute(ids, experts.num_local, local_expert_offset, config.bn)
 
     if activations.is_bf16:
-        states = activations.hidden_states
-        x = states.reshape(tokens, -1, 2).transpose(1, 2).contiguous()
+        x = _apart(activations.hidden_states)
     else:
         assert activations.block_scales is not None
         x = decode(activations.hidden_states, activations.block_scales)
     intermediate = _gemm1(x, activations.per_token_scale, experts, p, slots, top_k, config)
     token_scale = None
     if activations.is_bf16:
-        x2 = intermediate.reshape(slots, -1, 2).transpose(1, 2).contiguous()
+        x = _apart(intermediate)
     else:
         codes, scales, token_scale = quantize_per_token(intermediate, recipe.base_scale_inv, recipe)
-        x2 = decode(codes, scales)
-    rows = _gemm2(x2, token_scale, experts, p, slots, config)
+        x = decode(codes, scales)
+    rows = _gemm2(x, token_scale, experts, p, slots, config)
+    if not do_finalize:
+        return output, rows, p.permuted
 
-    groups = 1
-    if finalize_order == "flashinfer":
-        groups = split_k_groups(tokens, top_k, experts.padded_hidden_size)
-    width = experts.hidden_size
+    groups = split_k_groups(tokens, top_k, h) if finalize_order == "flashinfer" else 1
     columns = min(1024, triton.next_power_of_2(width))
     moe_kernels.finalize_kernel[(tokens, triton.cdiv(width, columns))](
-        rows, p.permuted, weights.contiguous(), output, experts.padded_hidden_size, width,
+        rows, p.permuted, weights.contiguous(), output, h, width,
         K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
     )  # fmt: skip
-    return output
+    return results
+
+
+fused_moe = register("triton", _fused_moe)
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """[M, K] to [M, 2, K/2]: even columns apart from odd ones."""
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
 
 
 def _gemm1(

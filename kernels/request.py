@@ -84,8 +84,8 @@ def make_request(
     """
     _check_matrix(a, sf_vec_size)
     layout = _layout(sfLayout)
-    explicit = not _is_unset(nvfp4_4over6)
-    config = _four_over_six(nvfp4_4over6) if explicit else environment.four_over_six()
+    explicit = not is_unset(nvfp4_4over6)
+    config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
     math: Math = environment.math(build) if fast_math is None else "exact"
     if fast_math:
         math = "fast"
@@ -115,7 +115,7 @@ def make_request(
     )
 
 
-def _is_unset(value: Any) -> bool:
+def is_unset(value: Any) -> bool:
     # FlashInfer's own sentinel is recognized by its class's name, so that nothing imports it.
     return value is UNSET or type(value).__name__ == "_UnsetType"
 
@@ -128,7 +128,7 @@ def _layout(value: Any) -> SfLayout:
         raise ValueError(f"sfLayout is {value!r}; it must be one of {allowed}") from None
 
 
-def _four_over_six(value: Any) -> NVFP44Over6Config | None:
+def four_over_six_of(value: Any) -> NVFP44Over6Config | None:
     if value is None or isinstance(value, NVFP44Over6Config):
         return value
     if all(hasattr(value, f) for f in ("e4m3_max", "err_mode", "err_use_fast_math")):

@@ -13,7 +13,16 @@ if (_checkout / "pyproject.toml").is_file():
 from importlib.metadata import PackageNotFoundError, version
 
 from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
+from .kernels.moe_dispatch import (
+    explain_fused_moe,
+    fused_moe,
+    trtllm_fp4_block_scale_moe,
+    trtllm_fp4_block_scale_routed_moe,
+)
+from .reference.activation import ActivationType
+from .reference.experts import Experts, assemble_experts, prepare_experts
 from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
+from .reference.routing import Routing, RoutingMethodType
 
 try:
     __version__ = version("nvfp4-moe")
@@ -21,13 +30,23 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
 __all__ = [
+    "ActivationType",
+    "Experts",
     "Explanation",
     "NVFP44Over6Config",
     "NVFP44Over6ErrMode",
     "Recipe",
+    "Routing",
+    "RoutingMethodType",
     "SfLayout",
     "UnsupportedError",
     "__version__",
+    "assemble_experts",
     "explain",
+    "explain_fused_moe",
+    "fused_moe",
     "nvfp4_quantize",
+    "prepare_experts",
+    "trtllm_fp4_block_scale_moe",
+    "trtllm_fp4_block_scale_routed_moe",
 ]

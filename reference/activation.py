@@ -101,11 +101,12 @@ def activate(
         return _plain(raw * gate_scale, kind) * scale
     x0, x1 = raw.chunk(2, -1)
     if kind == ActivationType.SwigluStep:
-        limit = STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit
+        limit = torch.as_tensor(STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit)
         gate = F.silu(x1 * gate_scale).clamp(max=limit * gate_scale)
         return gate * (x0.clamp(-limit, limit) * scale)
     if clamp_limit is not None:
-        x0, x1 = x0.clamp(-clamp_limit, clamp_limit), x1.clamp(max=clamp_limit)
+        limit = torch.as_tensor(clamp_limit)
+        x0, x1 = x0.clamp(-limit, limit), x1.clamp(max=limit)
     gate = x1 * gate_scale
     if kind == ActivationType.Situ:
         alpha, beta = 1.0 if alpha is None else alpha, 1.0 if beta is None else beta

@@ -162,7 +162,9 @@ def assemble_experts(
         value = torch.as_tensor(value, dtype=torch.float32, device=device)
         return value.expand(num_experts).contiguous()
 
-    limit = per_expert(clamp_limit)
+    limit, added = per_expert(clamp_limit), per_expert(beta)
+    if added is not None and linear_up:
+        added = added * c  # beta adds to what the scalar has multiplied
     bias1 = None
     if w13_bias is not None:
         divisor = gate_scalar[:, None].expand(num_experts, rows)
@@ -194,7 +196,7 @@ def assemble_experts(
         bias1,
         bias2,
         per_expert(alpha),
-        None if beta is None else per_expert(beta) * (c if linear_up else 1.0),
+        added,
         None if limit is None else limit / gate_scalar,
         input_scale,
         intermediate_scale,

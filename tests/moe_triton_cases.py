@@ -31,16 +31,17 @@ def to(device, thing):
     return thing
 
 
-def both(case: Case, device, **options):
+def both(case: Case, device, config=None, recipe=None, local_expert_offset=0, order="flashinfer"):
     """(Triton's output, the reference's) on the CPU."""
-    config = options.pop("config", None)
-    got = triton_moe.fused_moe(
+    got = triton_moe._fused_moe(
         *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
-        config=config, **options,
-    )  # fmt: skip
+        config=config, recipe=recipe or Recipe(), local_expert_offset=local_expert_offset,
+        finalize_order=order, do_finalize=True,
+    )[0]  # fmt: skip
     want = reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, **options
-    ).output
+        case.activations, case.experts, case.ids, case.weights, recipe=recipe,
+        local_expert_offset=local_expert_offset, finalize_order=order,
+    ).output  # fmt: skip
     return got.cpu(), want
 
 
@@ -168,7 +169,7 @@ def skewed_routing(device, config=SMALL):
 def finalize_orders(device, config=SMALL):
     case = moe_cases.make(Shape(3, 128, 128, 8, 8), weights_dtype=torch.float32)
     for order in ("flashinfer", "slot"):
-        close(case, device, order, finalize_order=order, config=config)
+        close(case, device, order, order=order, config=config)
 
 
 CASES = [

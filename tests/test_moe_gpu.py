@@ -10,9 +10,14 @@ from moe_triton_cases import coarse, to
 from nvfp4_moe.kernels import moe
 from nvfp4_moe.kernels.moe import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.recipe import Recipe
 
 pytestmark = pytest.mark.gpu
 
+OPTIONS = {
+    "recipe": Recipe(), "local_expert_offset": 0, "finalize_order": "flashinfer",
+    "do_finalize": True,
+}  # fmt: skip
 CONFIGS = [
     GemmConfig(128, 16, 128, 4, 4),
     GemmConfig(128, 32, 128, 3, 4),
@@ -56,21 +61,21 @@ def test_cuda_graph_with_another_routing():
     a, e, ids, w = (
         to("cuda", t) for t in (first.activations, first.experts, first.ids, first.weights)
     )
-    moe.fused_moe(a, e, ids, w)  # compile
+    moe.fused_moe(a, e, ids, w, **OPTIONS)[0]  # compile
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = moe.fused_moe(a, e, ids, w)
+        captured = moe.fused_moe(a, e, ids, w, **OPTIONS)[0]
     ids.copy_(second.ids)
     w.copy_(second.weights)
     graph.replay()
-    assert_bitwise(captured, moe.fused_moe(a, e, ids, w), "replayed")
+    assert_bitwise(captured, moe.fused_moe(a, e, ids, w, **OPTIONS)[0], "replayed")
 
 
 def test_poisoned_memory_is_overwritten():
     case = make(Shape(17, 256, 128, 8, 2))
     args = [to("cuda", t) for t in (case.activations, case.experts, case.ids, case.weights)]
-    clean = moe.fused_moe(*args)
+    clean = moe.fused_moe(*args, **OPTIONS)[0]
     for _ in range(3):
         torch.full((1 << 22,), torch.nan, device="cuda")  # freed at once
-        assert_bitwise(moe.fused_moe(*args), clean, "after NaN lay in the memory")
+        assert_bitwise(moe.fused_moe(*args, **OPTIONS)[0], clean, "after NaN lay in the memory")

@@ -13,12 +13,14 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
-from nvfp4_moe.kernels.flashinfer_moe import routed_arguments
+from nvfp4_moe.kernels import flashinfer_moe
+from nvfp4_moe.kernels.moe_request import make_moe_request
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.experts import row_order
 from nvfp4_moe.reference.layouts import to_linear
 from nvfp4_moe.reference.recipe import SfLayout
+from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.shuffle import inverse
 
 trace = pytest.importorskip("flashinfer.trace.templates.moe", reason="needs flashinfer-python")
@@ -39,14 +41,15 @@ def trace_output(arguments):
 
 
 def arguments_of(case, shape, experts=None, activations=None):
-    return routed_arguments(
+    request = make_moe_request(
         activations or case.activations,
         experts or case.experts,
-        case.ids,
-        case.weights,
         num_experts=shape.experts,
+        routing=Routing(RoutingMethodType.Renormalize, shape.top_k),
         local_expert_offset=shape.offset,
+        topk=(case.ids, case.weights),
     )
+    return flashinfer_moe.arguments(request)
 
 
 def ours(case, shape):

@@ -1,0 +1,470 @@
+"""The fused mixture of experts over every backend: FlashInfer's two functions, and a door of our own.
+
+`auto` takes the first backend of `ORDER` that can serve, before any work starts; one that was named
+never falls back. The two sums are each backend's own; everything else is the same to the bit.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from ..reference.activation import ActivationType
+from ..reference.experts import Experts
+from ..reference.moe import Activations, FinalizeOrder
+from ..reference.recipe import Build, SfLayout
+from ..reference.routing import Routing
+from . import flashinfer_moe
+from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
+from .moe_ops import FusedMoE
+from .moe_request import MoERequest, check_linear, make_moe_request, routing_of
+from .request import UNSET
+
+ORDER = (flashinfer_moe.NAME, "triton", "reference")
+"""What `auto` tries, in order."""
+_LINEAR = SfLayout.layout_linear
+_log = logging.getLogger("nvfp4_moe")
+
+
+def trtllm_fp4_block_scale_moe(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm1_bias: torch.Tensor | None,
+    gemm1_alpha: torch.Tensor | None,
+    gemm1_beta: torch.Tensor | None,
+    gemm1_clamp_limit: torch.Tensor | None,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    gemm2_bias: torch.Tensor | None,
+    output1_scale_scalar: torch.Tensor,
+    output1_scale_gate_scalar: torch.Tensor,
+    output2_scale_scalar: torch.Tensor,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None,
+    routing_method_type: int = 0,
+    do_finalize: bool = True,
+    enable_pdl: bool | None = None,
+    activation_type: int = 3,
+    per_token_scale: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+    tune_max_num_tokens: int = 8192,
+    norm_topk_prob: bool = True,
+    routing_replay_out: torch.Tensor | None = None,
+    num_fused_shared_experts: int | None = None,
+    valid_hidden_size: int | None = None,
+    valid_intermediate_size: int | None = None,
+    hidden_states_scale_layout: Any = None,
+    *,
+    backend: str = "auto",
+    fast_math: bool | None = None,
+    build: Build = "cuda",
+    nvfp4_4over6: Any = UNSET,
+    finalize_order: FinalizeOrder = "flashinfer",
+) -> list[torch.Tensor]:
+    """`flashinfer.fused_moe.trtllm_fp4_block_scale_moe` (0.7.2): routing, both GEMMs, finalize.
+
+    Args:
+        routing_logits: [T, E] fp32 or bf16; `reference.routing` has the methods.
+        hidden_states: uint8 codes [T, H/2], or bf16 [T, H] (weights quantized only; not FlashInfer).
+        hidden_states_scale: e4m3 [T, H/16], linear.
+        gemm1_weights ... output2_scale_scalar: as `reference.experts.Experts` documents them.
+        per_token_scale: [T] fp32; None for static scales.
+        backend: "auto", "flashinfer:trtllm", "triton" or "reference".
+        fast_math, nvfp4_4over6: of the intermediate's quantization; omitted, the environment decides,
+            as it always does for FlashInfer, which refuses another value.
+        finalize_order: "flashinfer", whose order depends on T, or "slot".
+
+    Returns:
+        [output bf16 [T, valid H]], or without `do_finalize` [rows bf16 [P, H], routing weights
+        [T, K], the row of each expanded index int32 [T * K], -1 where the expert is not held here].
+
+    Raises:
+        ValueError, TypeError: an argument that no backend accepts.
+        UnsupportedError: the named backend, or every one, cannot serve the call.
+    """
+    check_linear(hidden_states_scale_layout)
+    routing = routing_of(
+        routing_method_type, top_k, n_group, topk_group, routed_scaling_factor, norm_topk_prob
+    )
+    experts = _experts(
+        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
+        output1_scale_gate_scalar, output2_scale_scalar, gemm1_bias, gemm2_bias, gemm1_alpha,
+        gemm1_beta, gemm1_clamp_limit, activation_type, intermediate_size, valid_hidden_size,
+        valid_intermediate_size, local_num_experts, num_fused_shared_experts or 0,
+    )  # fmt: skip
+    request = make_moe_request(
+        Activations(hidden_states, hidden_states_scale, per_token_scale),
+        experts,
+        num_experts=num_experts,
+        routing=routing,
+        local_expert_offset=local_expert_offset,
+        logits=routing_logits,
+        routing_bias=routing_bias,
+        do_finalize=do_finalize,
+        finalize_order=finalize_order,
+        output=output,
+        enable_pdl=enable_pdl,
+        tune_max_num_tokens=tune_max_num_tokens,
+        shared_experts=num_fused_shared_experts or 0,
+        nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math,
+        build=build,
+    )
+    if routing_replay_out is not None:
+        ids, _ = request.routed()
+        routing_replay_out[: ids.shape[0]] = ids.to(routing_replay_out.dtype)
+    return _serve(request, backend)
+
+
+def trtllm_fp4_block_scale_routed_moe(
+    topk_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    routing_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm1_bias: torch.Tensor | None,
+    gemm1_alpha: torch.Tensor | None,
+    gemm1_beta: torch.Tensor | None,
+    gemm1_clamp_limit: torch.Tensor | None,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    gemm2_bias: torch.Tensor | None,
+    output1_scale_scalar: torch.Tensor,
+    output1_scale_gate_scalar: torch.Tensor,
+    output2_scale_scalar: torch.Tensor,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None,
+    routing_method_type: int = 0,
+    do_finalize: bool = True,
+    enable_pdl: bool | None = None,
+    activation_type: int = 3,
+    per_token_scale: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+    tune_max_num_tokens: int = 8192,
+    gemm1_lora_delta: torch.Tensor | None = None,
+    valid_hidden_size: int | None = None,
+    valid_intermediate_size: int | None = None,
+    num_fused_shared_experts: int | None = None,
+    hidden_states_scale_layout: Any = None,
+    *,
+    backend: str = "auto",
+    fast_math: bool | None = None,
+    build: Build = "cuda",
+    nvfp4_4over6: Any = UNSET,
+    finalize_order: FinalizeOrder = "flashinfer",
+) -> list[torch.Tensor]:
+    """`flashinfer.fused_moe.trtllm_fp4_block_scale_routed_moe` (0.7.2): the routing is given.
+
+    Args:
+        topk_ids: int32 [T, K], `(id << 16) | bf16 bits of the weight`, or (ids int32, weights bf16 or
+            fp32); ids are global.
+        routing_bias, n_group, topk_group, routed_scaling_factor: not read.
+        The rest: as for `trtllm_fp4_block_scale_moe`.
+    """
+    check_linear(hidden_states_scale_layout)
+    experts = _experts(
+        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
+        output1_scale_gate_scalar, output2_scale_scalar, gemm1_bias, gemm2_bias, gemm1_alpha,
+        gemm1_beta, gemm1_clamp_limit, activation_type, intermediate_size, valid_hidden_size,
+        valid_intermediate_size, local_num_experts, num_fused_shared_experts or 0,
+    )  # fmt: skip
+    request = make_moe_request(
+        Activations(hidden_states, hidden_states_scale, per_token_scale),
+        experts,
+        num_experts=num_experts,
+        routing=routing_of(1, top_k, None, None, None),
+        local_expert_offset=local_expert_offset,
+        topk=topk_ids,
+        do_finalize=do_finalize,
+        finalize_order=finalize_order,
+        output=output,
+        enable_pdl=enable_pdl,
+        tune_max_num_tokens=tune_max_num_tokens,
+        lora_delta=gemm1_lora_delta,
+        shared_experts=num_fused_shared_experts or 0,
+        nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math,
+        build=build,
+    )
+    return _serve(request, backend)
+
+
+def fused_moe(
+    hidden_states: torch.Tensor,
+    experts: Experts,
+    routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
+    *,
+    activation: str = "per-token",
+    routing_bias: torch.Tensor | None = None,
+    num_experts: int | None = None,
+    local_expert_offset: int = 0,
+    backend: str = "auto",
+    fast_math: bool | None = None,
+    build: Build = "cuda",
+    nvfp4_4over6: Any = None,
+    finalize_order: FinalizeOrder = "flashinfer",
+) -> torch.Tensor:
+    """The layer from ordinary tensors: quantize the hidden states, then the fused call.
+
+    Args:
+        hidden_states: [T, hidden size] bf16.
+        experts: from `prepare_experts` or `assemble_experts`.
+        routing: (logits [T, E], a `Routing`), or (ids int32 [T, K], weights bf16 or fp32 [T, K]).
+        activation: "per-token", "static" (experts with `input_amax`) or "bf16" (not quantized).
+        num_experts: of all ranks; omitted with ids, those held here.
+        The rest: as for `trtllm_fp4_block_scale_moe`; 4over6 is off unless given, for both
+        quantizations.
+
+    Returns:
+        [T, hidden size] bf16.
+    """
+    request = _request_of_layer(
+        hidden_states, experts, routing, activation, routing_bias, num_experts,
+        local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
+    )  # fmt: skip
+    return _serve(request, backend)[0]
+
+
+def explain_fused_moe(
+    hidden_states: torch.Tensor,
+    experts: Experts,
+    routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
+    *,
+    activation: str = "per-token",
+    routing_bias: torch.Tensor | None = None,
+    num_experts: int | None = None,
+    local_expert_offset: int = 0,
+    backend: str = "auto",
+    fast_math: bool | None = None,
+    build: Build = "cuda",
+    nvfp4_4over6: Any = None,
+    finalize_order: FinalizeOrder = "flashinfer",
+    capability: tuple[int, int] | None = None,
+) -> Explanation:
+    """Which backend `fused_moe` of the same arguments would run, and why each other would not.
+
+    The hidden states are not quantized. `capability=(10, 0)` asks about another GPU.
+    """
+    try:
+        request = _request_of_layer(
+            hidden_states, experts, routing, activation, routing_bias, num_experts,
+            local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order, capability,
+            quantize=False,
+        )  # fmt: skip
+        _check_backend(backend)
+    except (TypeError, ValueError) as error:
+        return Explanation(None, tuple((name, str(error)) for name in ORDER))
+    reasons = tuple((name, refusal(name, request)) for name in ORDER)
+    name = _choose(request) if backend == "auto" else backend
+    return Explanation(name if name and dict(reasons)[name] is None else None, reasons)
+
+
+def refusal(backend: str, r: MoERequest) -> str | None:
+    """Why a backend cannot serve the request; None if it can."""
+    if backend == flashinfer_moe.NAME:
+        return flashinfer_moe.refusal(r)
+    if r.lora_delta is not None:
+        return "gemm1_lora_delta is FlashInfer's alone"
+    if backend == "reference":
+        return None
+    if r.activations.per_token_scale is None and not r.activations.is_bf16:
+        return "per_token_scale is None; it has no static activation scales"
+    return triton_refusal_of(r.activations.hidden_states, "hidden_states are", r.capability)
+
+
+def _serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
+    _check_backend(backend)
+    name = _choose(r) if backend == "auto" else backend
+    if name is None:
+        reasons = "; ".join(f"{b}: {refusal(b, r)}" for b in ORDER)
+        raise UnsupportedError(f"no backend can serve this call: {reasons}")
+    if (reason := refusal(name, r)) is not None:
+        raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
+    if name == flashinfer_moe.NAME:
+        return flashinfer_moe.run(r)
+    ids, weights = r.routed()
+    output, rows, permuted = _implementation(name)(
+        r.activations,
+        r.experts,
+        ids,
+        weights,
+        recipe=r.recipe,
+        local_expert_offset=r.local_expert_offset,
+        finalize_order=r.finalize_order,
+        do_finalize=r.do_finalize,
+    )
+    if not r.do_finalize:
+        return [rows, weights.bfloat16(), permuted]
+    return [output if r.output is None else r.output.copy_(output)]
+
+
+def _implementation(name: str) -> FusedMoE:
+    if name == "triton":
+        from . import moe as ours
+    else:
+        from . import reference_moe_ops as ours  # type: ignore[no-redef]
+    return ours.fused_moe
+
+
+def _choose(r: MoERequest) -> str | None:
+    """The backend of `auto`, None if none can serve. It never picks the interpreter."""
+    for name in ORDER:
+        if name == "triton" and r.capability is None:
+            continue
+        reason = refusal(name, r)
+        if reason is None:
+            return name
+        if r.capability is not None and r.capability >= (10, 0):
+            _log_once(name, reason)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(backend: str, reason: str) -> None:
+    _log.info("%s cannot serve, falling back: %s", backend, reason)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in (*ORDER, "auto"):
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(ORDER)}")
+
+
+def _experts(
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    output1_scale_scalar: torch.Tensor,
+    output1_scale_gate_scalar: torch.Tensor,
+    output2_scale_scalar: torch.Tensor,
+    gemm1_bias: torch.Tensor | None,
+    gemm2_bias: torch.Tensor | None,
+    gemm1_alpha: torch.Tensor | None,
+    gemm1_beta: torch.Tensor | None,
+    gemm1_clamp_limit: torch.Tensor | None,
+    activation_type: int,
+    intermediate_size: int,
+    valid_hidden_size: int | None,
+    valid_intermediate_size: int | None,
+    local_num_experts: int,
+    shared_experts: int,
+) -> Experts:
+    try:
+        activation = ActivationType(int(activation_type))
+    except ValueError:
+        raise ValueError(
+            f"activation_type is {activation_type!r}; it must be a value of ActivationType"
+        ) from None
+    if not isinstance(gemm2_weights, torch.Tensor) or gemm2_weights.dim() != 3:
+        raise ValueError("gemm2_weights must be a tensor [experts, H, I / 2]")
+    local, hidden, half = gemm2_weights.shape
+    for name, given, held in (
+        ("local_num_experts", local_num_experts + shared_experts, local),
+        ("intermediate_size", intermediate_size, half * 2),
+    ):
+        if given != held:
+            raise ValueError(f"{name} is {given}; gemm2_weights hold {held}")
+    return Experts(
+        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
+        output1_scale_gate_scalar, output2_scale_scalar,
+        hidden if valid_hidden_size is None else valid_hidden_size,
+        intermediate_size if valid_intermediate_size is None else valid_intermediate_size,
+        activation, gemm1_bias, gemm2_bias, gemm1_alpha, gemm1_beta, gemm1_clamp_limit,
+    )  # fmt: skip
+
+
+def _request_of_layer(
+    hidden_states: torch.Tensor,
+    experts: Experts,
+    routing: tuple[torch.Tensor, Any],
+    activation: str,
+    routing_bias: torch.Tensor | None,
+    num_experts: int | None,
+    local_expert_offset: int,
+    fast_math: bool | None,
+    build: Build,
+    nvfp4_4over6: Any,
+    finalize_order: FinalizeOrder,
+    capability: tuple[int, int] | None = None,
+    *,
+    quantize: bool = True,
+) -> MoERequest:
+    if activation not in ("per-token", "static", "bf16"):
+        raise ValueError(f"activation is {activation!r}; it must be per-token, static or bf16")
+    if activation == "static" and experts.input_scale is None:
+        raise ValueError('activation is "static"; the experts have no input_amax')
+    if (
+        hidden_states.dtype != torch.bfloat16
+        or hidden_states.dim() != 2
+        or (hidden_states.shape[1] != experts.hidden_size)
+    ):
+        raise ValueError(
+            f"hidden_states is {hidden_states.dtype} of shape {tuple(hidden_states.shape)}; it must be "
+            f"bfloat16 [T, {experts.hidden_size}]"
+        )
+    first, second = routing
+    if isinstance(second, Routing):
+        logits, given, how = first, None, second
+        num_experts = num_experts or first.shape[1]
+    else:
+        logits, given = None, (first, second)
+        how = routing_of(1, first.shape[1], None, None, None)
+    x = hidden_states
+    width = experts.padded_hidden_size
+    if width != x.shape[1]:
+        x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    activations = Activations(x)
+    if activation != "bf16":
+        options = {"nvfp4_4over6": nvfp4_4over6, "fast_math": fast_math, "build": build}
+        activations = _quantized(x, experts, activation, options, quantize)
+    return make_moe_request(
+        activations,
+        experts,
+        num_experts=num_experts or experts.num_local,
+        routing=how,
+        local_expert_offset=local_expert_offset,
+        logits=logits,
+        routing_bias=routing_bias,
+        topk=given,
+        finalize_order=finalize_order,
+        nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math,
+        build=build,
+        capability=capability,
+    )
+
+
+def _quantized(
+    x: torch.Tensor, experts: Experts, activation: str, options: dict[str, Any], run: bool
+) -> Activations:
+    tokens, width = x.shape
+    if not run:  # only their shapes are asked about
+        codes = x.new_empty((tokens, width // 2), dtype=torch.uint8)
+        scales = x.new_empty((tokens, width // 16), dtype=torch.uint8)
+        per_token = x.new_empty(tokens, dtype=torch.float32) if activation == "per-token" else None
+        return Activations(codes, scales, per_token)
+    if activation == "static":
+        assert experts.input_scale is not None
+        return Activations(*nvfp4_quantize(x, experts.input_scale, _LINEAR, **options))
+    four = options["nvfp4_4over6"]
+    base = 1.0 / (6.0 * (448 if four is None else four.e4m3_max))
+    return Activations(*nvfp4_quantize(x, base, _LINEAR, per_token_activation=True, **options))

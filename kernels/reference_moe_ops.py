@@ -1,0 +1,41 @@
+"""The reference's fused mixture of experts as a `torch.library` op."""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from ..reference import moe
+from ..reference.experts import Experts
+from ..reference.moe import Activations, FinalizeOrder
+from ..reference.recipe import Recipe
+from .moe_ops import Triple, empty_results, register
+
+
+def _fused_moe(
+    activations: Activations,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    recipe: Recipe,
+    local_expert_offset: int,
+    finalize_order: FinalizeOrder,
+    do_finalize: bool,
+) -> Triple:
+    result = moe.fused_moe(
+        activations, experts, ids, weights, recipe=recipe,
+        local_expert_offset=local_expert_offset, finalize_order=finalize_order,
+    )  # fmt: skip
+    output, rows, permuted = empty_results(
+        activations.hidden_states, ids.shape[0], ids.numel(), experts.hidden_size,
+        experts.padded_hidden_size, do_finalize,
+    )  # fmt: skip
+    if do_finalize:
+        return result.output, rows, permuted
+    permuted = moe.permutation(ids, experts.num_local, local_expert_offset)
+    here = permuted >= 0
+    rows.zero_()
+    rows[permuted[here].long(), : experts.hidden_size] = result.rows.flatten(0, 1)[here]
+    return output, rows, permuted
+
+
+fused_moe = register("reference", _fused_moe)
