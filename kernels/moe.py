@@ -18,7 +18,7 @@ from ..reference.recipe import Recipe
 from . import moe_gemm, moe_kernels
 from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_per_token
-from .target import arch
+from .target import arch, native_mma
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
         BINS=max(16, triton.next_power_of_2(num_local + 1)),
         CHUNK=max(16, min(2048, triton.next_power_of_2(slots))),
         TILE=tile,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return p
 
@@ -79,7 +79,7 @@ def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
     size = min(2048, triton.next_power_of_2(half))
     moe_kernels.decode_kernel[(m, triton.cdiv(half, size))](
         codes, block_scales.view(torch.uint8), x, half * 2, BYTES=size, ARCH=arch(codes.device),
-        num_warps=max(1, size // 512),
+        num_warps=max(1, size // 512), enable_fp_fusion=False,
     )  # fmt: skip
     return x
 
@@ -107,19 +107,11 @@ def _fused_moe(
     config = config or gemm_config(slots, experts.num_local)
     p = permute(ids, experts.num_local, local_expert_offset, config.bn)
 
-    if activations.is_bf16:
-        x = _apart(activations.hidden_states)
-    else:
-        assert activations.block_scales is not None
-        x = decode(activations.hidden_states, activations.block_scales)
-    intermediate = _gemm1(x, activations.per_token_scale, experts, p, slots, top_k, config)
-    token_scale = None
-    if activations.is_bf16:
-        x = _apart(intermediate)
-    else:
-        codes, scales, token_scale = quantize_per_token(intermediate, recipe.base_scale_inv, recipe)
-        x = decode(codes, scales)
-    rows = _gemm2(x, token_scale, experts, p, slots, config)
+    intermediate = _gemm1(operand(activations), experts, p, slots, top_k, config)
+    second = Activations(intermediate)
+    if not activations.is_bf16:
+        second = Activations(*quantize_per_token(intermediate, recipe.base_scale_inv, recipe))
+    rows = _gemm2(operand(second), experts, p, slots, config)
     if not do_finalize:
         return output, rows, p.permuted
 
@@ -128,6 +120,7 @@ def _fused_moe(
     moe_kernels.finalize_kernel[(tokens, triton.cdiv(width, columns))](
         rows, p.permuted, weights.contiguous(), output, h, width,
         K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return results
 
@@ -135,50 +128,63 @@ def _fused_moe(
 fused_moe = register("triton", _fused_moe)
 
 
-def _apart(x: torch.Tensor) -> torch.Tensor:
-    """[M, K] to [M, 2, K/2]: even columns apart from odd ones."""
-    return x.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+@dataclass(frozen=True)
+class Operand:
+    """Rows of tokens as the GEMM reads them."""
+
+    values: torch.Tensor  # [N, 2, K/2] bf16, even columns apart from odd ones; native: codes
+    block_scales: torch.Tensor | None  # native: [N, K/16], linear
+    token_scale: torch.Tensor | None  # [N] fp32
+
+
+def operand(a: Activations) -> Operand:
+    """Codes as they are where the GPU multiplies codes, decoded elsewhere."""
+    if a.is_bf16:
+        apart = a.hidden_states.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+        return Operand(apart, None, None)
+    assert a.block_scales is not None
+    scales = a.block_scales.view(torch.uint8)
+    if native_mma(arch(a.hidden_states.device)):
+        return Operand(a.hidden_states, scales, a.per_token_scale)
+    return Operand(decode(a.hidden_states, scales), None, a.per_token_scale)
 
 
 def _gemm1(
-    x: torch.Tensor,
-    token_scale: torch.Tensor | None,
+    x: Operand,
     experts: Experts,
     p: Permutation,
     slots: int,
     top_k: int,
     config: GemmConfig,
 ) -> torch.Tensor:
-    out = x.new_empty((slots, experts.padded_intermediate_size))
+    out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=torch.bfloat16)
     rows = experts.gemm1_weights.shape[1]
     _launch_gemm(
-        x, experts.gemm1_weights, experts.gemm1_weights_scale, token_scale, experts.gemm1_bias,
+        x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
         experts.output1_scale_scalar, out, p, rows, config, top_k, experts.activation, experts,
     )  # fmt: skip
     return out
 
 
 def _gemm2(
-    x: torch.Tensor,
-    token_scale: torch.Tensor | None,
+    x: Operand,
     experts: Experts,
     p: Permutation,
     slots: int,
     config: GemmConfig,
 ) -> torch.Tensor:
-    out = x.new_empty((slots, experts.padded_hidden_size))
+    out = x.values.new_empty((slots, experts.padded_hidden_size), dtype=torch.bfloat16)
     _launch_gemm(
-        x, experts.gemm2_weights, experts.gemm2_weights_scale, token_scale, experts.gemm2_bias,
+        x, experts.gemm2_weights, experts.gemm2_weights_scale, experts.gemm2_bias,
         experts.output2_scale_scalar, out, p, experts.padded_hidden_size, config, 0, None, experts,
     )  # fmt: skip
     return out
 
 
 def _launch_gemm(
-    x: torch.Tensor,
+    x: Operand,
     w: torch.Tensor,
     w_sf: torch.Tensor,
-    token_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     scale: torch.Tensor,
     out: torch.Tensor,
@@ -192,7 +198,7 @@ def _launch_gemm(
     first = activation is not None
     tiles = p.tiles.shape[1]
     moe_gemm.expert_gemm_kernel[(rows // config.bm, tiles)](
-        x, w, w_sf.view(torch.uint8), token_scale, bias, scale,
+        x.values, x.block_scales, w, w_sf.view(torch.uint8), x.token_scale, bias, scale,
         experts.output1_scale_gate_scalar if first else None,
         experts.gemm1_alpha if first else None,
         experts.gemm1_beta if first else None,
@@ -201,5 +207,6 @@ def _launch_gemm(
         X_DIVISOR=x_divisor,
         ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
-        ARCH=arch(x.device), num_warps=config.warps,
+        NATIVE=x.block_scales is not None, ARCH=arch(w.device), num_warps=config.warps,
+        enable_fp_fusion=False,
     )  # fmt: skip

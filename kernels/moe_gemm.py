@@ -125,7 +125,8 @@ def _per_expert(ptr, expert, default: tl.constexpr):
 
 @triton.jit
 def expert_gemm_kernel(
-    x_ptr,  # [N, 2, K/2] bf16: even columns, odd columns
+    x_ptr,  # [N, 2, K/2] bf16: even columns, odd columns; with NATIVE [N, K/2] uint8
+    x_sf_ptr,  # with NATIVE [N, K/16] uint8, linear
     w_ptr,  # [E, M, K/2] uint8
     w_sf_ptr,  # [E, M, K/16] uint8, 128x4
     token_scale_ptr,  # [N] fp32, or None
@@ -143,6 +144,7 @@ def expert_gemm_kernel(
     ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
+    NATIVE: tl.constexpr,  # the GPU multiplies codes
     ARCH: tl.constexpr,
 ):  # fmt: skip
     GATED: tl.constexpr = (
@@ -170,28 +172,38 @@ def expert_gemm_kernel(
     # Tiles of 128 rows: the expert's first row is a multiple of 128.
     w_sf = w_sf_ptr + expert_rows * (K // 16)
     w_sf += _block_scale_offset(m[:, None], column[None, :], K // 16)
-    x = x_ptr + source[None, :] * K + byte[:, None]
+    x = x_ptr + source[None, :] * (K // 2 if NATIVE else K) + byte[:, None]
+    if NATIVE:
+        x_sf = x_sf_ptr + source[:, None] * (K // 16) + column[None, :]
 
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
-        # BK divides 128 times a power of two; the last tile may hang over.
-        inside = byte < (K - k) // 2
+        inside = byte < (K - k) // 2  # K is a multiple of 64, not always of BK
+        inside_sf = column < (K - k) // 16
         codes = tl.load(w, inside[None, :], other=0)
-        sf = tl.load(w_sf, (column < (K - k) // 16)[None, :], other=0)
-        even = tl.load(x, inside[:, None], other=0.0)
-        odd = tl.load(x + K // 2, inside[:, None], other=0.0)
-        if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
-            even, odd = even.to(tl.float32), odd.to(tl.float32)
-        # 2^118 here, 2^126 in the codes and 2^-8 at the end: all exact, nothing overflows bf16.
-        scale = (e4m3_decode(sf.to(tl.int32)) * 3.3230699894622e35).to(tl.bfloat16)
-        scale = tl.broadcast_to(scale[:, :, None], (BM, BK // 16, 8)).reshape(BM, HALF)
-        low, high = decode_pairs(codes, ARCH)
-        acc = tl.dot(_times(low, scale, ARCH), even, acc)
-        acc = tl.dot(_times(high, scale, ARCH), odd, acc)
+        sf = tl.load(w_sf, inside_sf[None, :], other=0)
+        if NATIVE:
+            x_codes = tl.load(x, inside[:, None], other=0)
+            x_scale = tl.load(x_sf, inside_sf[None, :], other=0).to(tl.float8e4nv, bitcast=True)
+            scale = sf.to(tl.float8e4nv, bitcast=True)
+            acc = tl.dot_scaled(codes, scale, "e2m1", x_codes, x_scale, "e2m1", acc)
+            x_sf += BK // 16
+        else:
+            even = tl.load(x, inside[:, None], other=0.0)
+            odd = tl.load(x + K // 2, inside[:, None], other=0.0)
+            if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
+                even, odd = even.to(tl.float32), odd.to(tl.float32)
+            # 2^118 here, 2^126 in the codes and 2^-8 at the end: all exact, nothing overflows bf16.
+            scale = (e4m3_decode(sf.to(tl.int32)) * 3.3230699894622e35).to(tl.bfloat16)
+            scale = tl.broadcast_to(scale[:, :, None], (BM, BK // 16, 8)).reshape(BM, HALF)
+            low, high = decode_pairs(codes, ARCH)
+            acc = tl.dot(_times(low, scale, ARCH), even, acc)
+            acc = tl.dot(_times(high, scale, ARCH), odd, acc)
         w += HALF
         w_sf += BK // 64 * 512
         x += HALF
-    acc = acc * 256.0
+    if not NATIVE:
+        acc = acc * 256.0
 
     if token_scale_ptr is not None:
         acc = acc * tl.load(token_scale_ptr + source, live, other=0.0)[None, :]

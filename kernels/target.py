@@ -7,6 +7,8 @@ import torch
 import triton
 
 MIN_CAPABILITY = (8, 0)
+# The first Triton whose `tl.dot_scaled` compiles NVFP4 to the hardware's own MMA (seen offline).
+_NATIVE_SINCE = {100: (3, 4), 103: (3, 6), 110: (3, 8), 120: (3, 6), 121: (3, 8)}
 INTERPRETER = 0
 """The ARCH that kernels see under TRITON_INTERPRET=1; on a GPU it is 10 * major + minor."""
 
@@ -27,3 +29,14 @@ def arch(device: torch.device) -> int:
         return INTERPRETER
     major, minor = capability(device)
     return 10 * major + minor
+
+
+def native_mma(arch: int) -> bool:
+    """Whether Triton here multiplies NVFP4 codes by the block-scaled MMA of this ARCH."""
+    since = _NATIVE_SINCE.get(arch)
+    return since is not None and _triton_version() >= since
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -1,18 +1,12 @@
 """Every shipped launch configuration compiles, offline, for each architecture, to what we expect."""
 
 # SPDX-License-Identifier: Apache-2.0
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
-import triton
 from nvfp4_moe.kernels import quantize_kernel as k
 from nvfp4_moe.kernels.quantize import LaunchConfig, global_launch_config, launch_config
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from offline import compile_kernel, disassemble, resources
 
 pytestmark = [
     pytest.mark.compile,
@@ -60,38 +54,8 @@ def compile_for(arch, recipe: Recipe, mode: int, config: LaunchConfig, layout, i
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "sf_ptr": "*u8", "token_ptr": "*fp32"}
     types |= {"scale_value": "fp32", "M": "i32", "NB": "i32"}
     types |= {"padded_rows": "i32", "padded_columns": "i32"}
-    names = [p.name for p in k.quantize_kernel.params]
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = ("x_ptr", "codes_ptr", "sf_ptr", "token_ptr", "NB", "padded_columns")
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(
-        k.quantize_kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
-    target = GPUTarget("cuda", arch, 32)
-    options = {"num_warps": config.warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=target, options=options)
-
-
-def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
-    """What a disassembler of Triton's prints of the kernel."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run(
-        [path, *options, cubin], capture_output=True, text=True, check=True
-    ).stdout
-
-
-def disassemble(kernel, tmp_path: Path) -> str:
-    return tool(kernel, tmp_path, "nvdisasm", "-c")
-
-
-def resources(kernel, tmp_path: Path) -> tuple[int, int]:
-    """(bytes of stack, loads and stores of local memory)."""
-    usage = tool(kernel, tmp_path, "cuobjdump", "-res-usage")
-    stack = re.search(r"STACK:(\d+)", usage)
-    assert stack, usage
-    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", disassemble(kernel, tmp_path)))
+    return compile_kernel(k.quantize_kernel, arch, types, constants, aligned, config.warps)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

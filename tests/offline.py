@@ -1,0 +1,42 @@
+"""Compiling a Triton kernel for a GPU that is not here, and what its machine code says."""
+
+# SPDX-License-Identifier: Apache-2.0
+import re
+import subprocess
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+def compile_kernel(function, arch: int, types: dict, constants: dict, aligned, warps: int):
+    """The compiled kernel; `aligned` names the arguments that are multiples of 16."""
+    names = [p.name for p in function.params]
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
+    """What a disassembler of Triton's prints of the kernel."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [path, *options, cubin], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def disassemble(kernel, tmp_path: Path) -> str:
+    return tool(kernel, tmp_path, "nvdisasm", "-c")
+
+
+def resources(kernel, tmp_path: Path) -> tuple[int, int]:
+    """(bytes of stack, loads and stores of local memory)."""
+    usage = tool(kernel, tmp_path, "cuobjdump", "-res-usage")
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert stack, usage
+    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", disassemble(kernel, tmp_path)))

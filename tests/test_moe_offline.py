@@ -1,0 +1,63 @@
+"""The grouped GEMM compiles, offline, for each architecture, to the instructions that it is for."""
+
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from nvfp4_moe.kernels.moe import GemmConfig, gemm_config
+from nvfp4_moe.kernels.moe_gemm import NONE, expert_gemm_kernel
+from nvfp4_moe.kernels.target import INTERPRETING, native_mma
+from nvfp4_moe.reference.activation import ActivationType
+from offline import compile_kernel, resources
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(INTERPRETING, reason="Triton was imported under its interpreter"),
+]
+
+SMALL, LARGE = gemm_config(8, 128), gemm_config(32768, 128)
+
+
+def compile_gemm(arch: int, config: GemmConfig, activation: int):
+    native = native_mma(arch)
+    none = ["bias_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
+    none += [] if native else ["x_sf_ptr"]
+    none += ["gate_scale_ptr"] if activation == NONE.value else []
+    constants = dict.fromkeys(none) | {
+        "X_DIVISOR": 0 if activation == NONE.value else 8, "ACT": activation, "BM": config.bm,
+        "BN": config.bn, "BK": config.bk, "STAGES": config.stages, "NATIVE": native, "ARCH": arch,
+    }  # fmt: skip
+    types = {
+        "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8", "w_ptr": "*u8", "w_sf_ptr": "*u8",
+        "token_scale_ptr": "*fp32", "scale_ptr": "*fp32", "gate_scale_ptr": "*fp32",
+        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
+        "tiles": "i32", "M": "i32", "K": "i32",
+    }  # fmt: skip
+    aligned = [n for n in types if n not in (*constants, "tiles")]
+    return compile_kernel(expert_gemm_kernel, arch, types, constants, aligned, config.warps)
+
+
+@pytest.mark.parametrize(
+    "arch,instruction",
+    [
+        (80, "mma.sync.aligned.m16n8k16"),
+        (90, "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"),
+        (100, "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale"),
+        (103, "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale"),
+        (120, "kind::mxf4nvf4.block_scale"),
+        (121, "kind::mxf4nvf4.block_scale"),
+    ],
+)
+def test_instructions(arch, instruction, tmp_path):
+    if arch == 121 and not native_mma(arch):
+        instruction = "mma.sync.aligned.m16n8k16"  # Triton before 3.8 cannot: codes are decoded
+    for activation in (int(ActivationType.Swiglu), NONE.value):
+        kernel = compile_gemm(arch, SMALL, activation)
+        assert instruction in kernel.asm["ptx"]
+        stack, _ = resources(kernel, tmp_path)
+        assert stack <= 64
+
+
+@pytest.mark.parametrize("arch", [90, 100, 120])
+def test_large_tiles_stay_in_registers(arch, tmp_path):
+    kernel = compile_gemm(arch, LARGE, int(ActivationType.Swiglu))
+    stack, _ = resources(kernel, tmp_path)
+    assert stack <= 64
