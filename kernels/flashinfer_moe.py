@@ -80,6 +80,7 @@ RULES: tuple[Rule, ...] = (
             f"{environment.four_over_six()}"
         ),
     ),
+    (lambda r: r.batch_invariant, "batch_invariant: its tiles and its order depend on the batch"),
     (lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),
     # RoutingCustomPolicy.cuh:818-893, trtllm_fused_moe_routing_common.cu:93-110
     (

@@ -32,14 +32,19 @@ class GemmConfig:
     warps: int
 
 
-def gemm_config(slots: int, num_experts: int) -> GemmConfig:
-    """By the tokens an expert has on average, `slots` being T * K."""
+def gemm_config(
+    slots: int, num_experts: int, columns: int, *, batch_invariant: bool = False
+) -> GemmConfig:
+    """By the tokens an expert has on average, `slots` being T * K, and the GEMM's K.
+
+    Both GEMMs of a call have the same `bn`. The order in which a sum is taken depends on `bk` alone,
+    which is 128 throughout with `batch_invariant`. Measured on an H100 (`bench/moe_speed.py`).
+    """
     each = -(-slots // num_experts)
     if each <= 16:
-        return GemmConfig(128, 16, 128, 4, 4)
-    if each <= 64:
-        return GemmConfig(128, 32 if each <= 32 else 64, 128, 3, 4)
-    return GemmConfig(128, 128, 64, 3, 8)
+        long = columns >= 4096 and not batch_invariant
+        return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(128, 16, 128, 4, 4)
+    return GemmConfig(128, 64, 128, 3, 4) if each <= 64 else GemmConfig(128, 128, 128, 3, 8)
 
 
 @dataclass(frozen=True)
@@ -60,26 +65,26 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
+    chunk = max(16, min(4096, triton.next_power_of_2(slots)))
     p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
     moe_kernels.permute_kernel[(num_local,)](
         ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
         slots, tiles, local_expert_offset, num_local,
         BINS=max(16, triton.next_power_of_2(num_local + 1)),
-        CHUNK=max(16, min(2048, triton.next_power_of_2(slots))),
-        TILE=tile,
-        num_warps=4, enable_fp_fusion=False,
+        CHUNK=chunk, TILE=tile, num_warps=4 if chunk <= 2048 else 8, enable_fp_fusion=False,
     )  # fmt: skip
     return p
 
 
 def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
-    """[M, 2, K/2] bf16, even columns apart from odd ones: code times block scale (linear), exact."""
+    """[M, 4, K/4] bf16, each fourth column together: code times block scale (linear), exact."""
     m, half = codes.shape
-    x = torch.empty((m, 2, half), dtype=torch.bfloat16, device=codes.device)
-    size = min(2048, triton.next_power_of_2(half))
-    moe_kernels.decode_kernel[(m, triton.cdiv(half, size))](
-        codes, block_scales.view(torch.uint8), x, half * 2, BYTES=size, ARCH=arch(codes.device),
-        num_warps=max(1, size // 512), enable_fp_fusion=False,
+    words = half // 2
+    x = torch.empty((m, 4, words), dtype=torch.bfloat16, device=codes.device)
+    size = min(1024, triton.next_power_of_2(words))
+    moe_kernels.decode_kernel[(m, triton.cdiv(words, size))](
+        codes.view(torch.uint16), block_scales.view(torch.uint8), x, half * 2, WORDS=size,
+        ARCH=arch(codes.device), num_warps=max(1, size // 256), enable_fp_fusion=False,
     )  # fmt: skip
     return x
 
@@ -94,6 +99,7 @@ def _fused_moe(
     local_expert_offset: int,
     finalize_order: FinalizeOrder,
     do_finalize: bool,
+    batch_invariant: bool = False,
     config: GemmConfig | None = None,
 ) -> Triple:
     tokens, top_k = ids.shape
@@ -104,14 +110,17 @@ def _fused_moe(
     )
     if tokens == 0:
         return results
-    config = config or gemm_config(slots, experts.num_local)
-    p = permute(ids, experts.num_local, local_expert_offset, config.bn)
+    held = experts.num_local
+    first = config or gemm_config(slots, held, h, batch_invariant=batch_invariant)
+    p = permute(ids, held, local_expert_offset, first.bn)
 
-    intermediate = _gemm1(operand(activations), experts, p, slots, top_k, config)
+    intermediate = _gemm1(operand(activations), experts, p, slots, top_k, first)
     second = Activations(intermediate)
     if not activations.is_bf16:
         second = Activations(*quantize_per_token(intermediate, recipe.base_scale_inv, recipe))
-    rows = _gemm2(operand(second), experts, p, slots, config)
+    i = experts.padded_intermediate_size
+    then = config or gemm_config(slots, held, i, batch_invariant=batch_invariant)
+    rows = _gemm2(operand(second), experts, p, slots, then)
     if not do_finalize:
         return output, rows, p.permuted
 
@@ -132,7 +141,7 @@ fused_moe = register("triton", _fused_moe)
 class Operand:
     """Rows of tokens as the GEMM reads them."""
 
-    values: torch.Tensor  # [N, 2, K/2] bf16, even columns apart from odd ones; native: codes
+    values: torch.Tensor  # [N, 4, K/4] bf16, each fourth column together; native: codes
     block_scales: torch.Tensor | None  # native: [N, K/16], linear
     token_scale: torch.Tensor | None  # [N] fp32
 
@@ -140,8 +149,8 @@ class Operand:
 def operand(a: Activations) -> Operand:
     """Codes as they are where the GPU multiplies codes, decoded elsewhere."""
     if a.is_bf16:
-        apart = a.hidden_states.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
-        return Operand(apart, None, None)
+        fours = a.hidden_states.unflatten(1, (-1, 4)).transpose(1, 2).contiguous()
+        return Operand(fours, None, None)
     assert a.block_scales is not None
     scales = a.block_scales.view(torch.uint8)
     if native_mma(arch(a.hidden_states.device)):
@@ -196,17 +205,17 @@ def _launch_gemm(
     experts: Experts,
 ) -> None:
     first = activation is not None
-    tiles = p.tiles.shape[1]
+    tiles, columns = p.tiles.shape[1], w.shape[2] * 2
     moe_gemm.expert_gemm_kernel[(rows // config.bm, tiles)](
         x.values, x.block_scales, w, w_sf.view(torch.uint8), x.token_scale, bias, scale,
         experts.output1_scale_gate_scalar if first else None,
         experts.gemm1_alpha if first else None,
         experts.gemm1_beta if first else None,
         experts.gemm1_clamp_limit if first else None,
-        out, p.expanded, p.tiles, p.end, tiles, rows, w.shape[2] * 2,
+        out, p.expanded, p.tiles, p.end, tiles, rows, columns // 4,
         X_DIVISOR=x_divisor,
         ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
-        NATIVE=x.block_scales is not None, ARCH=arch(w.device), num_warps=config.warps,
-        enable_fp_fusion=False,
+        EVEN=columns % config.bk == 0, NATIVE=x.block_scales is not None,
+        ARCH=arch(w.device), num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -72,6 +72,7 @@ def trtllm_fp4_block_scale_moe(
     build: Build = "cuda",
     nvfp4_4over6: Any = UNSET,
     finalize_order: FinalizeOrder = "flashinfer",
+    batch_invariant: bool = False,
 ) -> list[torch.Tensor]:
     """`flashinfer.fused_moe.trtllm_fp4_block_scale_moe` (0.7.2): routing, both GEMMs, finalize.
 
@@ -85,6 +86,8 @@ def trtllm_fp4_block_scale_moe(
         fast_math, nvfp4_4over6: of the intermediate's quantization; omitted, the environment decides,
             as it always does for FlashInfer, which refuses another value.
         finalize_order: "flashinfer", whose order depends on T, or "slot".
+        batch_invariant: the bits of a token's output depend on its own row, ids and weights only, not
+            on T, its place or its neighbours; finalize_order is then "slot".
 
     Returns:
         [output bf16 [T, valid H]], or without `do_finalize` [rows bf16 [P, H], routing weights
@@ -114,6 +117,7 @@ def trtllm_fp4_block_scale_moe(
         routing_bias=routing_bias,
         do_finalize=do_finalize,
         finalize_order=finalize_order,
+        batch_invariant=batch_invariant,
         output=output,
         enable_pdl=enable_pdl,
         tune_max_num_tokens=tune_max_num_tokens,
@@ -171,6 +175,7 @@ def trtllm_fp4_block_scale_routed_moe(
     build: Build = "cuda",
     nvfp4_4over6: Any = UNSET,
     finalize_order: FinalizeOrder = "flashinfer",
+    batch_invariant: bool = False,
 ) -> list[torch.Tensor]:
     """`flashinfer.fused_moe.trtllm_fp4_block_scale_routed_moe` (0.7.2): the routing is given.
 
@@ -196,6 +201,7 @@ def trtllm_fp4_block_scale_routed_moe(
         topk=topk_ids,
         do_finalize=do_finalize,
         finalize_order=finalize_order,
+        batch_invariant=batch_invariant,
         output=output,
         enable_pdl=enable_pdl,
         tune_max_num_tokens=tune_max_num_tokens,
@@ -222,6 +228,7 @@ def fused_moe(
     build: Build = "cuda",
     nvfp4_4over6: Any = None,
     finalize_order: FinalizeOrder = "flashinfer",
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The layer from ordinary tensors: quantize the hidden states, then the fused call.
 
@@ -240,6 +247,7 @@ def fused_moe(
     request = _request_of_layer(
         hidden_states, experts, routing, activation, routing_bias, num_experts,
         local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
+        batch_invariant,
     )  # fmt: skip
     return _serve(request, backend)[0]
 
@@ -258,6 +266,7 @@ def explain_fused_moe(
     build: Build = "cuda",
     nvfp4_4over6: Any = None,
     finalize_order: FinalizeOrder = "flashinfer",
+    batch_invariant: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> Explanation:
     """Which backend `fused_moe` of the same arguments would run, and why each other would not.
@@ -267,7 +276,8 @@ def explain_fused_moe(
     try:
         request = _request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, num_experts,
-            local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order, capability,
+            local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
+            batch_invariant, capability,
             quantize=False,
         )  # fmt: skip
         _check_backend(backend)
@@ -301,7 +311,7 @@ def _serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
     if name == flashinfer_moe.NAME:
         return flashinfer_moe.run(r)
-    ids, weights = r.routed()
+    ids, weights = r.routed(name)
     output, rows, permuted = _implementation(name)(
         r.activations,
         r.experts,
@@ -311,6 +321,7 @@ def _serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         local_expert_offset=r.local_expert_offset,
         finalize_order=r.finalize_order,
         do_finalize=r.do_finalize,
+        batch_invariant=r.batch_invariant,
     )
     if not r.do_finalize:
         return [rows, weights.bfloat16(), permuted]
@@ -404,6 +415,7 @@ def _request_of_layer(
     build: Build,
     nvfp4_4over6: Any,
     finalize_order: FinalizeOrder,
+    batch_invariant: bool,
     capability: tuple[int, int] | None = None,
     *,
     quantize: bool = True,
@@ -446,6 +458,7 @@ def _request_of_layer(
         routing_bias=routing_bias,
         topk=given,
         finalize_order=finalize_order,
+        batch_invariant=batch_invariant,
         nvfp4_4over6=nvfp4_4over6,
         fast_math=fast_math,
         build=build,

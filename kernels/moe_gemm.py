@@ -3,9 +3,9 @@
 A program owns BM rows of one expert's weights, as they lie in memory, and up to BN of its tokens. The
 weights' rows are the MMA's A operand: codes are decoded into bf16 in registers, exactly (e2m1 times
 e4m3 has at most 6 significant bits), and the accumulator's rows are put back into their natural order
-(`reference/shuffle.py`) once, in the epilogue. The tokens come decoded, their even columns apart from
-the odd ones, so that the low nibbles of a tile of codes multiply the first and the high ones the second
-and no element has to change place. On Blackwell both operands stay codes and `tl.dot_scaled` is the
+(`reference/shuffle.py`) once, in the epilogue. The tokens come decoded, each fourth column together, so
+that each nibble of a tile of 16-bit words multiplies a tile of its own and no element has to change
+place. On Blackwell both operands stay codes and `tl.dot_scaled` is the
 hardware's own block-scaled MMA.
 """
 
@@ -22,30 +22,40 @@ NONE = tl.constexpr(-1)  # the second GEMM
 
 
 @triton.jit
-def decode_pairs(codes, ARCH: tl.constexpr):
-    """uint8 codes to (low nibbles, high nibbles), values times 2^-126: bf16, fp32 in the interpreter."""
+def decode_fourth(words, WHICH: tl.constexpr, ARCH: tl.constexpr):
+    """Nibble WHICH of 16-bit words of four codes: values times 2^-126, bf16, two at a time.
+
+    Exponent and significand of a code stand where those of bf16 do. In the interpreter: fp32.
+    """
+    # One operation for each nibble: the compiler then decodes in the layout of the MMA's operand.
     if ARCH == 0:
-        byte = codes.to(tl.int32)
-        low = ((byte & 7) << 6) | ((byte & 8) << 12)
-        high = ((byte & 0x70) << 2) | ((byte & 0x80) << 8)
-        return (low << 16).to(tl.float32, bitcast=True), (high << 16).to(tl.float32, bitcast=True)
-    # Exponent and significand of a code stand where those of bf16 do; two codes at a time.
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 v, s, t;
-        prmt.b32 v, $4, 0, 0x1100;
-        shl.b32 s, v, 6; and.b32 s, s, 0x01C001C0; shl.b32 t, v, 4; and.b32 t, t, 0x80008000;
-        or.b32 $0, s, t;
-        shl.b32 s, v, 2; and.b32 s, s, 0x01C001C0; and.b32 t, v, 0x80008000; or.b32 $2, s, t;
-        prmt.b32 v, $4, 0, 0x3322;
-        shl.b32 s, v, 6; and.b32 s, s, 0x01C001C0; shl.b32 t, v, 4; and.b32 t, t, 0x80008000;
-        or.b32 $1, s, t;
-        shl.b32 s, v, 2; and.b32 s, s, 0x01C001C0; and.b32 t, v, 0x80008000; or.b32 $3, s, t; }""",
-        "=r,=r,=r,=r,r",
-        [codes],
-        (tl.bfloat16, tl.bfloat16),
-        True,
-        4,
-    )
+        w = (words.to(tl.int32) >> (4 * WHICH)) & 15
+        value = (((w & 7) << 22) | ((w & 8) << 28)).to(tl.float32, bitcast=True)
+    elif WHICH == 0:  # 0xEA is (a & b) | c
+        value = tl.inline_asm_elementwise(
+            """{ .reg .b32 m, s; shl.b32 m, $1, 6; shl.b32 s, $1, 12; and.b32 m, m, 0x01C001C0;
+            lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
+            "=r,r", [words], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    elif WHICH == 1:
+        value = tl.inline_asm_elementwise(
+            """{ .reg .b32 m, s; shl.b32 m, $1, 2; shl.b32 s, $1, 8; and.b32 m, m, 0x01C001C0;
+            lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
+            "=r,r", [words], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    elif WHICH == 2:
+        value = tl.inline_asm_elementwise(
+            """{ .reg .b32 m, s; shr.u32 m, $1, 2; shl.b32 s, $1, 4; and.b32 m, m, 0x01C001C0;
+            lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
+            "=r,r", [words], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    else:
+        value = tl.inline_asm_elementwise(
+            """{ .reg .b32 m; shr.u32 m, $1, 6; and.b32 m, m, 0x01C001C0;
+            lop3.b32 $0, $1, 0x80008000, m, 0xEA; }""",
+            "=r,r", [words], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    return value
 
 
 @triton.jit
@@ -59,10 +69,10 @@ def _times(a, b, ARCH: tl.constexpr):
 
 
 @triton.jit
-def _block_scale_offset(row, column, columns):
-    """128x4 (`reference/layouts.py`), columns a multiple of 4."""
-    tile = (row // 128) * (columns // 4) + column // 4
-    return tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + column % 4
+def _scale_offset(row, column, words):
+    """128x4 (`reference/layouts.py`); `words` is K / 64, the tiles that 128 rows have."""
+    tile = (row // 128) * words + column // 4
+    return tile * 512 + (row % 32) * 16 + row % 128 // 32 * 4 + column % 4
 
 
 @triton.jit
@@ -124,8 +134,92 @@ def _per_expert(ptr, expert, default: tl.constexpr):
 
 
 @triton.jit
+def _sums(
+    x_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K4,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN] fp32: rows of weights, decoded, times rows of decoded tokens."""
+    WORDS: tl.constexpr = BK // 4  # of four codes
+    word = tl.arange(0, WORDS)
+    column = tl.arange(0, BK // 16)
+    w = w_ptr.to(tl.pointer_type(tl.uint16)) + expert_rows * K4
+    w += m[:, None] * K4 + word[None, :]
+    w_sf = w_sf_ptr + expert_rows * (K4 // 4)
+    w_sf += _scale_offset(m[:, None], column[None, :], K4 // 16)
+    x = x_ptr + source[None, :] * (4 * K4) + word[:, None]
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, K4, WORDS, num_stages=STAGES):
+        if EVEN:
+            codes = tl.load(w)
+            sf = tl.load(w_sf)
+            x0 = tl.load(x)
+            x1 = tl.load(x + K4)
+            x2 = tl.load(x + 2 * K4)
+            x3 = tl.load(x + 3 * K4)
+        else:  # K is a multiple of 64
+            inside = word < K4 - k
+            codes = tl.load(w, inside[None, :], other=0)
+            sf = tl.load(w_sf, (column // 4 < (K4 - k) // 16)[None, :], other=0)
+            x0 = tl.load(x, inside[:, None], other=0.0)
+            x1 = tl.load(x + K4, inside[:, None], other=0.0)
+            x2 = tl.load(x + 2 * K4, inside[:, None], other=0.0)
+            x3 = tl.load(x + 3 * K4, inside[:, None], other=0.0)
+        if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
+            x0, x1, x2, x3 = _as_fp32(x0, x1, x2, x3)
+        # 2^118 here, 2^126 in the codes and 2^-8 at the end: all exact, nothing overflows bf16.
+        scale = (e4m3_decode(sf.to(tl.int32)) * 3.3230699894622e35).to(tl.bfloat16)
+        scale = tl.broadcast_to(scale[:, :, None], (BM, BK // 16, 4)).reshape(BM, WORDS)
+        acc = tl.dot(_times(decode_fourth(codes, 0, ARCH), scale, ARCH), x0, acc)
+        acc = tl.dot(_times(decode_fourth(codes, 1, ARCH), scale, ARCH), x1, acc)
+        acc = tl.dot(_times(decode_fourth(codes, 2, ARCH), scale, ARCH), x2, acc)
+        acc = tl.dot(_times(decode_fourth(codes, 3, ARCH), scale, ARCH), x3, acc)
+        w += WORDS
+        w_sf += BK // 64 * 512
+        x += WORDS
+    return acc * 256.0
+
+
+@triton.jit
+def _as_fp32(a, b, c, d):
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+
+
+@triton.jit
+def _native_sums(
+    x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same of codes, by the block-scaled MMA."""
+    HALF: tl.constexpr = BK // 2
+    byte = tl.arange(0, HALF)
+    column = tl.arange(0, BK // 16)
+    w = w_ptr + expert_rows * (K // 2) + m[:, None] * (K // 2) + byte[None, :]
+    w_sf = w_sf_ptr + expert_rows * (K // 16)
+    w_sf += _scale_offset(m[:, None], column[None, :], K // 64)
+    x = x_ptr + source[None, :] * (K // 2) + byte[:, None]
+    x_sf = x_sf_ptr + source[:, None] * (K // 16) + column[None, :]
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        inside = byte < (K - k) // 2  # K is a multiple of 64
+        inside_sf = column < (K - k) // 16
+        w_codes = tl.load(w, inside[None, :], other=0)
+        w_scale = tl.load(w_sf, inside_sf[None, :], other=0).to(tl.float8e4nv, bitcast=True)
+        x_codes = tl.load(x, inside[:, None], other=0)
+        x_scale = tl.load(x_sf, inside_sf[None, :], other=0).to(tl.float8e4nv, bitcast=True)
+        acc = tl.dot_scaled(w_codes, w_scale, "e2m1", x_codes, x_scale, "e2m1", acc)
+        w += HALF
+        w_sf += BK // 64 * 512
+        x += HALF
+        x_sf += BK // 16
+    return acc
+
+
+@triton.jit
 def expert_gemm_kernel(
-    x_ptr,  # [N, 2, K/2] bf16: even columns, odd columns; with NATIVE [N, K/2] uint8
+    x_ptr,  # [N, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5 ...; with NATIVE [N, K/2] uint8
     x_sf_ptr,  # with NATIVE [N, K/16] uint8, linear
     w_ptr,  # [E, M, K/2] uint8
     w_sf_ptr,  # [E, M, K/16] uint8, 128x4
@@ -139,17 +233,20 @@ def expert_gemm_kernel(
     tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     tiles,
-    M, K,
+    M,
+    K4,  # K / 4: a multiple of 16, as K is of 64
     X_DIVISOR: tl.constexpr,  # x's row is expanded index / X_DIVISOR; 0: the permuted row itself
     ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
+    EVEN: tl.constexpr,  # BK divides K
     NATIVE: tl.constexpr,  # the GPU multiplies codes
     ARCH: tl.constexpr,
 ):  # fmt: skip
     GATED: tl.constexpr = (
         ACT == SWIGLU or ACT == GEGLU or ACT == SWIGLU_STEP or ACT == GEGLU_TANH or ACT == SITU
     )
+    K = K4 * 4
     tile = tl.program_id(1)
     expert = tl.load(tile_ptr + tile)
     if expert < 0:
@@ -164,46 +261,15 @@ def expert_gemm_kernel(
     source = tl.where(live, source, 0).to(tl.int64)
 
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    HALF: tl.constexpr = BK // 2
-    byte = tl.arange(0, HALF)
-    expert_rows = expert.to(tl.int64) * M
-    w = w_ptr + (expert_rows + m)[:, None] * (K // 2) + byte[None, :]
-    column = tl.arange(0, BK // 16)
-    # Tiles of 128 rows: the expert's first row is a multiple of 128.
-    w_sf = w_sf_ptr + expert_rows * (K // 16)
-    w_sf += _block_scale_offset(m[:, None], column[None, :], K // 16)
-    x = x_ptr + source[None, :] * (K // 2 if NATIVE else K) + byte[:, None]
+    expert_rows = expert.to(tl.int64) * M  # a multiple of 128, as the tiles of scales
     if NATIVE:
-        x_sf = x_sf_ptr + source[:, None] * (K // 16) + column[None, :]
-
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in tl.range(0, K, BK, num_stages=STAGES):
-        inside = byte < (K - k) // 2  # K is a multiple of 64, not always of BK
-        inside_sf = column < (K - k) // 16
-        codes = tl.load(w, inside[None, :], other=0)
-        sf = tl.load(w_sf, inside_sf[None, :], other=0)
-        if NATIVE:
-            x_codes = tl.load(x, inside[:, None], other=0)
-            x_scale = tl.load(x_sf, inside_sf[None, :], other=0).to(tl.float8e4nv, bitcast=True)
-            scale = sf.to(tl.float8e4nv, bitcast=True)
-            acc = tl.dot_scaled(codes, scale, "e2m1", x_codes, x_scale, "e2m1", acc)
-            x_sf += BK // 16
-        else:
-            even = tl.load(x, inside[:, None], other=0.0)
-            odd = tl.load(x + K // 2, inside[:, None], other=0.0)
-            if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
-                even, odd = even.to(tl.float32), odd.to(tl.float32)
-            # 2^118 here, 2^126 in the codes and 2^-8 at the end: all exact, nothing overflows bf16.
-            scale = (e4m3_decode(sf.to(tl.int32)) * 3.3230699894622e35).to(tl.bfloat16)
-            scale = tl.broadcast_to(scale[:, :, None], (BM, BK // 16, 8)).reshape(BM, HALF)
-            low, high = decode_pairs(codes, ARCH)
-            acc = tl.dot(_times(low, scale, ARCH), even, acc)
-            acc = tl.dot(_times(high, scale, ARCH), odd, acc)
-        w += HALF
-        w_sf += BK // 64 * 512
-        x += HALF
-    if not NATIVE:
-        acc = acc * 256.0
+        acc = _native_sums(
+            x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K, BM, BN, BK, STAGES
+        )
+    else:
+        acc = _sums(
+            x_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K4, BM, BN, BK, STAGES, EVEN, ARCH
+        )
 
     if token_scale_ptr is not None:
         acc = acc * tl.load(token_scale_ptr + source, live, other=0.0)[None, :]

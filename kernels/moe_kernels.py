@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .leaves import e4m3_decode, to_bf16
-from .moe_gemm import decode_pairs
+from .moe_gemm import decode_fourth
 
 
 @triton.jit
@@ -60,25 +60,26 @@ def permute_kernel(
 
 @triton.jit
 def decode_kernel(
-    codes_ptr,  # [M, K/2] uint8
+    codes_ptr,  # [M, K/4] uint16, four codes each
     sf_ptr,  # [M, K/16] uint8, linear
-    x_ptr,  # [M, 2, K/2] bf16: even columns, odd columns
+    x_ptr,  # [M, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
     K,
-    BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
     """Code times block scale, exact in bf16."""
     row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    inside = byte < K // 2
-    codes = tl.load(codes_ptr + row * (K // 2) + byte, inside, other=0)
-    sf = tl.load(sf_ptr + row * (K // 16) + byte // 8, inside, other=0)
-    low, high = decode_pairs(codes, ARCH)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    inside = word < K // 4
+    words = tl.load(codes_ptr + row * (K // 4) + word, inside, other=0)
+    sf = tl.load(sf_ptr + row * (K // 16) + word // 4, inside, other=0)
     scale = e4m3_decode(sf.to(tl.int32))
-    out = x_ptr + row * K + byte
-    tl.store(out, (low.to(tl.float32) * 8.507059173023462e37 * scale).to(tl.bfloat16), inside)
-    high = high.to(tl.float32) * 8.507059173023462e37  # 2^126, which decoded codes lack
-    tl.store(out + K // 2, (high * scale).to(tl.bfloat16), inside)
+    out = x_ptr + row * K + word
+    for i in tl.static_range(4):
+        value = (
+            decode_fourth(words, i, ARCH).to(tl.float32) * 8.507059173023462e37
+        )  # 2^126, which decoded codes lack
+        tl.store(out + i * (K // 4), (value * scale).to(tl.bfloat16), inside)
 
 
 @triton.jit

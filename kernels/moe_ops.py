@@ -33,6 +33,7 @@ class FusedMoE(Protocol):
         local_expert_offset: int,
         finalize_order: FinalizeOrder,
         do_finalize: bool,
+        batch_invariant: bool = False,
     ) -> Triple: ...
 
 
@@ -65,6 +66,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         local_expert_offset: int,
         by_slot: bool,
         do_finalize: bool,
+        batch_invariant: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         experts = Experts(
             gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
@@ -81,11 +83,12 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             local_expert_offset=local_expert_offset,
             finalize_order="slot" if by_slot else "flashinfer",
             do_finalize=do_finalize,
+            batch_invariant=batch_invariant,
         )
 
     @op.register_fake
     def _(hidden_states, *rest):  # type: ignore[no-untyped-def]
-        ids, hidden_size, do_finalize, gemm2_weights = rest[14], rest[16], rest[-1], rest[4]
+        ids, hidden_size, do_finalize, gemm2_weights = rest[14], rest[16], rest[-2], rest[4]
         slots = ids.numel()
         return empty_results(
             hidden_states, ids.shape[0], slots, hidden_size, gemm2_weights.shape[1], do_finalize
@@ -101,6 +104,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         local_expert_offset: int,
         finalize_order: FinalizeOrder,
         do_finalize: bool,
+        batch_invariant: bool = False,
     ) -> Triple:
         e = experts
         return op(
@@ -109,7 +113,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar,
             e.gemm1_bias, e.gemm2_bias, e.gemm1_alpha, e.gemm1_beta, e.gemm1_clamp_limit,
             ids, weights, e.hidden_size, e.intermediate_size, int(e.activation), recipe.code,
-            local_expert_offset, finalize_order == "slot", do_finalize,
+            local_expert_offset, finalize_order == "slot", do_finalize, batch_invariant,
         )  # fmt: skip
 
     return call

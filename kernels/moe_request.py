@@ -38,6 +38,7 @@ class MoERequest:
     explicit_4over6: bool
     do_finalize: bool
     finalize_order: FinalizeOrder
+    batch_invariant: bool
     output: torch.Tensor | None
     enable_pdl: bool | None
     tune_max_num_tokens: int
@@ -53,11 +54,16 @@ class MoERequest:
     def device(self) -> torch.device:
         return self.activations.hidden_states.device
 
-    def routed(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def routed(self, backend: str = "reference") -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [T, K] int32, weights [T, K]), from the logits where those are given."""
         if self.logits is None:
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
+        if backend == "triton":
+            from . import routing as ours
+
+            if ours.refusal(self.routing) is None:
+                return ours.route(self.logits, self.routing, self.routing_bias)
         result = route(self.logits, self.routing, self.routing_bias)
         result = append_shared_experts(result, self.shared_experts, self.num_experts)
         return result.ids, result.weights_bf16
@@ -75,6 +81,7 @@ def make_moe_request(
     topk: Any = None,
     do_finalize: bool = True,
     finalize_order: FinalizeOrder = "flashinfer",
+    batch_invariant: bool = False,
     output: torch.Tensor | None = None,
     enable_pdl: bool | None = None,
     tune_max_num_tokens: int = 8192,
@@ -132,7 +139,8 @@ def make_moe_request(
         capability = torch.cuda.get_device_capability(device)
     return MoERequest(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
-        weights, Recipe(math, config, build), explicit, do_finalize, finalize_order, output,
+        weights, Recipe(math, config, build), explicit, do_finalize,
+        "slot" if batch_invariant else finalize_order, batch_invariant, output,
         enable_pdl, tune_max_num_tokens, lora_delta, shared_experts, capability,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ def _fused_moe(
     local_expert_offset: int,
     finalize_order: FinalizeOrder,
     do_finalize: bool,
+    batch_invariant: bool = False,
 ) -> Triple:
     result = moe.fused_moe(
         activations, experts, ids, weights, recipe=recipe,

@@ -8,13 +8,16 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Case, Shape
 from nvfp4_moe.kernels import moe as triton_moe
+from nvfp4_moe.kernels import routing as triton_routing
 from nvfp4_moe.kernels.moe import GemmConfig
 from nvfp4_moe.reference import e2m1
 from nvfp4_moe.reference import moe as reference
+from nvfp4_moe.reference import routing as reference_routing
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.experts import assemble_experts, gemm2_values
 from nvfp4_moe.reference.moe import Activations
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 SMALL = GemmConfig(128, 16, 128, 1, 4)
 ONE = 0x38  # 1.0 in e4m3
@@ -172,7 +175,31 @@ def finalize_orders(device, config=SMALL):
         close(case, device, order, order=order, config=config)
 
 
+def routing(device, config=None):
+    """Ids as the reference's, ties of raw logits included; weights to a step of bf16."""
+    g = torch.Generator().manual_seed(11)
+    for method in RoutingMethodType:
+        if method == RoutingMethodType.Unspecified:
+            continue
+        for experts, k in ((16, 1), (100, 5), (128, 8)):
+            r = Routing(method, 1 if method == RoutingMethodType.Llama4 else k)
+            logits = torch.randn(9, experts, generator=g)
+            biased = method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2)
+            bias = torch.randn(experts, generator=g) / 4 if biased else None
+            raw = int(method) in (1, 3, 4, 5, 9)
+            if raw:
+                logits = (logits * 4).round().bfloat16()  # ties
+            on = (logits.to(device), None if bias is None else bias.to(device))
+            ids, weights = triton_routing.route(on[0], r, on[1])
+            want = reference_routing.route(logits, r, bias)
+            assert torch.equal(ids.cpu(), want.ids), f"{method.name} {experts} {k}"
+            torch.testing.assert_close(
+                weights.cpu().float(), want.weights_bf16.float(), rtol=2**-7, atol=1e-6
+            )
+
+
 CASES = [
+    routing,
     activations_bitwise_or_close,
     odd_sizes,
     expert_parallel,

@@ -200,6 +200,7 @@ def test_opcheck():
                 scales[0], e.gemm2_weights, scales[1],
                 e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar, None,
                 None, None, None, None, case.ids, case.weights, 128, 64, 3, 0, 0, False, do_finalize,
+                False,
             ),
         )  # fmt: skip
     assert reference_moe_ops.fused_moe is not None
@@ -236,6 +237,7 @@ class TestExplain:
             ({"nvfp4_4over6": NVFP44Over6Config()}, "FLASHINFER_NVFP4_4OVER6"),
             ({"build": "cute-dsl"}, 'build="cuda"'),
             ({"finalize_order": "slot"}, "finalize_order"),
+            ({"batch_invariant": True}, "batch_invariant"),
             ({"activation": "bf16"}, "hidden_states are bf16"),
         ],
     )

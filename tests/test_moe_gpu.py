@@ -10,6 +10,7 @@ from moe_triton_cases import coarse, to
 from nvfp4_moe.kernels import moe
 from nvfp4_moe.kernels.moe import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe import Activations
 from nvfp4_moe.reference.recipe import Recipe
 
 pytestmark = pytest.mark.gpu
@@ -20,16 +21,16 @@ OPTIONS = {
 }  # fmt: skip
 CONFIGS = [
     GemmConfig(128, 16, 128, 4, 4),
-    GemmConfig(128, 32, 128, 3, 4),
+    GemmConfig(128, 16, 256, 3, 4),
     GemmConfig(128, 64, 128, 3, 4),
-    GemmConfig(128, 128, 64, 4, 4),
+    GemmConfig(128, 128, 128, 3, 8),
 ]
 """Every configuration that `gemm_config` chooses; the test below says so."""
 
 
 def test_the_table_is_the_shipped_one():
-    chosen = {moe.gemm_config(slots, 8) for slots in range(1, 4096)}
-    assert chosen == set(CONFIGS)
+    shapes = [(slots, columns) for slots in range(1, 4096) for columns in (768, 7168)]
+    assert {moe.gemm_config(slots, 8, columns) for slots, columns in shapes} == set(CONFIGS)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -79,3 +80,25 @@ def test_poisoned_memory_is_overwritten():
     for _ in range(3):
         torch.full((1 << 22,), torch.nan, device="cuda")  # freed at once
         assert_bitwise(moe.fused_moe(*args, **OPTIONS)[0], clean, "after NaN lay in the memory")
+
+
+@pytest.mark.parametrize("width,intermediate", [(2048, 768), (7168, 256)])
+def test_batch_invariant(width, intermediate):
+    """One token alone, and at some place of batches up to 4096, with ever other neighbours."""
+    shape = Shape(4096, width, intermediate, 16, 4)
+    case = make(shape)
+    a, e, ids, w = (to("cuda", t) for t in (case.activations, case.experts, case.ids, case.weights))
+    options = OPTIONS | {"finalize_order": "slot", "batch_invariant": True}
+
+    def run(rows):
+        part = Activations(a.hidden_states[rows], a.block_scales[rows], a.per_token_scale[rows])
+        return moe.fused_moe(part, e, ids[rows].contiguous(), w[rows].contiguous(), **options)[0]
+
+    token = 1234
+    alone = run(torch.tensor([token], device="cuda"))[0]
+    for tokens in (2, 3, 16, 33, 64, 147, 148, 300, 1024, 4096):
+        others = torch.randperm(4096, device="cuda")[:tokens]
+        place = tokens // 3
+        others[others == token] = 7
+        others[place] = token
+        assert_bitwise(run(others)[place], alone, f"among {tokens}")

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETING, reason="Triton was imported under its interpreter"),
 ]
 
-SMALL, LARGE = gemm_config(8, 128), gemm_config(32768, 128)
+SMALL, LARGE = gemm_config(8, 128, 2048), gemm_config(32768, 128, 2048)
 
 
 def compile_gemm(arch: int, config: GemmConfig, activation: int):
@@ -23,13 +23,14 @@ def compile_gemm(arch: int, config: GemmConfig, activation: int):
     none += ["gate_scale_ptr"] if activation == NONE.value else []
     constants = dict.fromkeys(none) | {
         "X_DIVISOR": 0 if activation == NONE.value else 8, "ACT": activation, "BM": config.bm,
-        "BN": config.bn, "BK": config.bk, "STAGES": config.stages, "NATIVE": native, "ARCH": arch,
+        "BN": config.bn, "BK": config.bk, "STAGES": config.stages, "EVEN": True,
+        "NATIVE": native, "ARCH": arch,
     }  # fmt: skip
     types = {
         "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8", "w_ptr": "*u8", "w_sf_ptr": "*u8",
         "token_scale_ptr": "*fp32", "scale_ptr": "*fp32", "gate_scale_ptr": "*fp32",
         "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
-        "tiles": "i32", "M": "i32", "K": "i32",
+        "tiles": "i32", "M": "i32", "K4": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in (*constants, "tiles")]
     return compile_kernel(expert_gemm_kernel, arch, types, constants, aligned, config.warps)

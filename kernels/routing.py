@@ -1,0 +1,150 @@
+"""Routing in one Triton kernel, a program a token: `reference.routing` but for groups.
+
+Which experts are chosen, and ties, follow the reference's integer keys; exp and sigmoid are fp32, so
+that weights, and the choice between scores a few ulp apart, may differ in the last bits. FlashInfer
+does not determine those, either.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.routing import Routing, RoutingMethodType
+from .leaves import to_bf16
+from .target import arch
+
+RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
+RENORMALIZE_NAIVE = tl.constexpr(int(RoutingMethodType.RenormalizeNaive))
+TOP_K = tl.constexpr(int(RoutingMethodType.TopK))
+TOP_K_SIGMOID = tl.constexpr(int(RoutingMethodType.TopKSigmoid))
+LLAMA4 = tl.constexpr(int(RoutingMethodType.Llama4))
+DEFAULT = tl.constexpr(int(RoutingMethodType.Default))
+DEEPSEEK = tl.constexpr(int(RoutingMethodType.DeepSeekV3))
+MINIMAX = tl.constexpr(int(RoutingMethodType.MiniMax2))
+SIGMOID_RENORM = tl.constexpr(int(RoutingMethodType.SigmoidRenorm))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def route_kernel(
+    logits_ptr,  # [T, E] fp32 or bf16
+    bias_ptr,  # [E] fp32 or bf16, or None
+    ids_ptr,  # [T, K] int32
+    weights_ptr,  # [T, K] bf16
+    scale,  # routed_scaling_factor
+    E,
+    K: tl.constexpr,
+    METHOD: tl.constexpr,
+    NORM: tl.constexpr,  # norm_topk_prob
+    WIDTH: tl.constexpr,  # a power of two >= E
+    SLOTS: tl.constexpr,  # a power of two >= K
+    ARCH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, WIDTH)
+    inside = expert < E
+    x = tl.load(logits_ptr + token * E + expert, inside, other=float("-inf")).to(tl.float32)
+    BIASED: tl.constexpr = METHOD == DEEPSEEK or METHOD == MINIMAX
+    RAW: tl.constexpr = (
+        METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE or METHOD == TOP_K
+        or METHOD == TOP_K_SIGMOID or METHOD == LLAMA4
+    )  # fmt: skip
+    if RAW:
+        value = x
+        if METHOD == LLAMA4:
+            value = tl.where(x == x, x, float("-inf"))
+        score = value
+    elif METHOD == DEFAULT:
+        e = tl.exp(x - tl.max(x, 0))
+        value = e / tl.sum(e, 0)
+        score = value
+    else:
+        value = _sigmoid(x)
+        score = value
+        if BIASED and bias_ptr is not None:
+            score = score + tl.load(bias_ptr + expert, inside, other=0.0).to(tl.float32)
+    # Sign-magnitude integers, as the kernels of FlashInfer compare; nothing is below an expert.
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+
+    slot = tl.arange(0, SLOTS)
+    ids = tl.zeros((SLOTS,), tl.int32)
+    chosen = tl.zeros((SLOTS,), tl.float32)
+    for i in tl.static_range(K):
+        best = tl.max(key, 0)
+        first = tl.min(tl.where(inside & (key == best), expert, WIDTH), 0)
+        ids = tl.where(slot == i, first, ids)
+        chosen = tl.where(slot == i, tl.sum(tl.where(expert == first, value, 0.0), 0), chosen)
+        inside = inside & (expert != first)
+        key = tl.where(expert == first, -2147483648, key)
+
+    live = slot < K
+    if METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE:
+        top = tl.max(tl.where(live, chosen, float("-inf")), 0)
+        e = tl.where(live, tl.exp(chosen - top), 0.0)
+        weight = e / tl.sum(e, 0)
+    elif METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID:
+        weight = _sigmoid(chosen)
+    elif BIASED:
+        weight = chosen * scale / (tl.sum(tl.where(live, chosen, 0.0), 0) + 1e-20)
+    elif METHOD == SIGMOID_RENORM and NORM:
+        weight = chosen / tl.maximum(tl.sum(tl.where(live, chosen, 0.0), 0), 1e-20)
+    else:
+        weight = chosen
+    tl.store(ids_ptr + token * K + slot, ids, live)
+    tl.store(weights_ptr + token * K + slot, to_bf16(weight, ARCH), live)
+
+
+def refusal(routing: Routing) -> str | None:
+    """Why the kernel does not route so; the reference then does."""
+    return "groups are the reference's" if routing.grouped else None
+
+
+@torch.library.custom_op("nvfp4_moe::triton_route", mutates_args=())
+def _op(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    method: int,
+    top_k: int,
+    scale: float,
+    norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, experts = logits.shape
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.bfloat16, device=logits.device)
+    if tokens:
+        width = max(16, triton.next_power_of_2(experts))
+        route_kernel[(tokens,)](
+            logits.contiguous(), bias, ids, weights, scale, experts, K=top_k, METHOD=method,
+            NORM=norm, WIDTH=width, SLOTS=triton.next_power_of_2(top_k),
+            ARCH=arch(logits.device), num_warps=1 if width <= 256 else 4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return ids, weights
+
+
+@_op.register_fake
+def _(logits, bias, method, top_k, scale, norm):  # type: ignore[no-untyped-def]
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.bfloat16)
+
+
+def route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int32 [T, K], weights bf16 [T, K]); `refusal` names what the kernel leaves out.
+
+    Raises:
+        ValueError: K > E, or a bias that the method does not read.
+    """
+    if routing.top_k > logits.shape[1]:
+        raise ValueError(f"top_k is {routing.top_k}; logits has only {logits.shape[1]} experts")
+    if bias is not None and int(routing.method) not in (DEEPSEEK.value, MINIMAX.value):
+        raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
+    return _op(
+        logits, bias, int(routing.method), routing.top_k, routing.scale, routing.norm_topk_prob
+    )
