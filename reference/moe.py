@@ -105,6 +105,8 @@ def fused_moe(
         (ids == e + local_expert_offset).nonzero(as_tuple=True) for e in range(experts.num_local)
     ]
     for e, (token, slot) in enumerate(slots):
+        if not token.numel():
+            continue
         acc1[token, slot] = matmul(x[token], gemm1_values(experts, e), accumulate)
         raw = acc1[token, slot]
         if activations.per_token_scale is not None:
@@ -120,6 +122,8 @@ def fused_moe(
 
     rows = x.new_zeros(tokens, top_k, h)
     for e, (token, slot) in enumerate(slots):
+        if not token.numel():
+            continue
         acc2[token, slot] = matmul(values2[token, slot], gemm2_values(experts, e), accumulate)
         row = acc2[token, slot]
         if scale2 is not None:

@@ -155,8 +155,8 @@ def route(
 ) -> RoutingResult:
     """Experts and weights of each token; the module's docstring has the arithmetic.
 
-    tanh and exp are rounded from fp64 and sums have a fixed order, so that a row's result depends
-    neither on its place nor on the device.
+    tanh and exp are rounded from fp64 and sums have a fixed order, so that a row's result does not
+    depend on its place, nor on the device unless an fp64 value lies next to an fp32 rounding border.
 
     Args:
         logits: [T, E] fp32 or bf16.
