@@ -29,10 +29,12 @@ test-full: $(SETUP)
 gpu:
 	$(PYTHON) -m pytest -m "gpu or blackwell"
 	$(PYTHON) bench/quantize_speed.py
+	$(PYTHON) bench/moe_speed.py
 
 # Needs an NVIDIA GPU.
 bench:
 	$(PYTHON) bench/quantize_speed.py
+	$(PYTHON) bench/moe_speed.py
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -129,7 +129,7 @@ def trtllm_fp4_block_scale_moe(
     if routing_replay_out is not None:
         ids, _ = request.routed()
         routing_replay_out[: ids.shape[0]] = ids.to(routing_replay_out.dtype)
-    return _serve(request, backend)
+    return serve(request, backend)
 
 
 def trtllm_fp4_block_scale_routed_moe(
@@ -211,7 +211,7 @@ def trtllm_fp4_block_scale_routed_moe(
         fast_math=fast_math,
         build=build,
     )
-    return _serve(request, backend)
+    return serve(request, backend)
 
 
 def fused_moe(
@@ -249,7 +249,7 @@ def fused_moe(
         local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
         batch_invariant,
     )  # fmt: skip
-    return _serve(request, backend)[0]
+    return serve(request, backend)[0]
 
 
 def explain_fused_moe(
@@ -301,7 +301,7 @@ def refusal(backend: str, r: MoERequest) -> str | None:
     return triton_refusal_of(r.activations.hidden_states, "hidden_states are", r.capability)
 
 
-def _serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
+def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
     _check_backend(backend)
     name = _choose(r) if backend == "auto" else backend
     if name is None:

@@ -8,13 +8,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from . import inputs, matrix, runners
+from . import diff_moe, inputs, matrix, runners
 from .compare import Difference, compare, run_reference
 from .kernels import environment
 from .kernels.dispatch import BACKENDS
@@ -31,7 +31,8 @@ INTERPRETED_ROWS = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Quantize the same tensors by every backend that works here and compare codes, block scales "
-        "and per-token scales to the bit. Plain recipes are compared in all three scale layouts, "
+        "and per-token scales to the bit, then the fused mixture of experts. Plain recipes are "
+        "compared in all three scale layouts, "
         "4over6 in one each in turn. Exit status: 0 all identical, 1 a difference, 2 bad usage."
     )
     parser.add_argument(
@@ -122,10 +123,15 @@ def run(options: argparse.Namespace) -> int:
             report.add(item, case, outputs)
     seconds = time.monotonic() - start
     _print(report, facts, backends, seconds, stream)
+    layers = []
+    if not (options.input or options.kind or options.backends):
+        layers = diff_moe.run(stream)
     if options.json:
-        text = json.dumps(_as_json(report, facts, backends, seconds), indent=1)
+        whole = _as_json(report, facts, backends, seconds)
+        whole["moe"] = [asdict(a) for a in layers]
+        text = json.dumps(whole, indent=1)
         print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
-    return 1 if report.different else 0
+    return 1 if report.different or not all(a.agrees for a in layers) else 0
 
 
 def _backends(names: str | None) -> list[str]:

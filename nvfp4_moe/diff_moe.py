@@ -1,0 +1,223 @@
+"""The fused mixture of experts in `nvfp4-moe diff`: real hidden states through every backend here.
+
+The sums of two backends may differ in their last bits, and a rounding near a tie then changes a code, so
+outputs are judged by their relative error, and the share of equal elements is shown beside it.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from . import inputs
+from .kernels import moe_dispatch
+from .kernels.moe_request import MoERequest, make_moe_request
+from .reference.activation import ActivationType, activate
+from .reference.experts import Experts, prepare_experts
+from .reference.moe import Activations
+from .reference.quantize import quantize_global_scale, quantize_per_token
+from .reference.recipe import Recipe
+from .reference.routing import Routing, RoutingMethodType, route
+
+INTERPRETER = "triton (interpreter)"
+LIMIT = 2e-3
+"""Relative error, in the Frobenius norm, above which two backends do not agree."""
+INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 128, 4, 2, 24
+TENSOR = "layer0.ffn_in"
+
+
+@dataclass(frozen=True)
+class MoECase:
+    name: str
+    activations: Activations
+    experts: Experts
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    case: str
+    pair: tuple[str, str]
+    error: float  # relative, Frobenius
+    equal: float  # share of elements
+
+    @property
+    def agrees(self) -> bool:
+        return self.error <= LIMIT
+
+
+def _layer(kind: ActivationType, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(int(kind))
+    rows = INTERMEDIATE * (2 if kind.gated else 1)
+    w13 = torch.randn(EXPERTS, rows, hidden, generator=g) / hidden**0.5
+    w2 = torch.randn(EXPERTS, hidden, INTERMEDIATE, generator=g) / INTERMEDIATE**0.5
+    return w13.bfloat16(), w2.bfloat16()
+
+
+def _routing(tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(7))
+    result = route(logits, Routing(RoutingMethodType.Renormalize, TOP_K))
+    return result.ids, result.weights_bf16
+
+
+def cases() -> list[MoECase]:
+    """Each of TRT-LLM's activations on real hidden states, per token; SwiGLU not quantized, too."""
+    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
+    ids, weights = _routing()
+    found = []
+    for kind in ActivationType:
+        if not kind.implemented:
+            continue
+        experts = prepare_experts(*_layer(kind, x.shape[1]), kind)
+        wide = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - x.shape[1]))
+        q = quantize_per_token(wide, Recipe().base_scale_inv, Recipe())
+        quantized = Activations(q.codes, q.block_scales, q.per_token_scale)
+        found.append(MoECase(f"{kind.name}, per token", quantized, experts, ids, weights))
+        if kind == ActivationType.Swiglu:
+            found.append(MoECase(f"{kind.name}, bf16", Activations(wide), experts, ids, weights))
+    return found
+
+
+def run(stream: TextIO) -> list[Agreement]:
+    """Compare every pair of backends that work here, and print the table."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    every = [_to(device, case) for case in cases()]
+    outputs: list[dict[str, torch.Tensor]] = [{} for _ in every]
+    for case, found in zip(every, outputs, strict=True):
+        for backend in moe_dispatch.ORDER:
+            request = _request(case)
+            if backend != "reference" and not on_gpu:
+                continue
+            if moe_dispatch.refusal(backend, request) is None:
+                found[backend] = moe_dispatch.serve(request, backend)[0].cpu()
+    if not on_gpu:
+        for found, output in zip(outputs, _interpret(every), strict=True):
+            found[INTERPRETER] = output
+    agreements = []
+    for case, found in zip(every, outputs, strict=True):
+        names = sorted(found, key=lambda n: n != "reference")
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                agreements.append(_compare(case.name, (a, b), found[a], found[b]))
+    _print(agreements, stream)
+    return agreements
+
+
+def _compare(name: str, pair: tuple[str, str], a: torch.Tensor, b: torch.Tensor) -> Agreement:
+    x, y = a.double(), b.double()
+    error = ((x - y).norm() / x.norm()).item()
+    return Agreement(name, pair, error, (a == b).double().mean().item())
+
+
+def _print(agreements: list[Agreement], stream: TextIO) -> None:
+    print(
+        f"\nfused mixture of experts: {TOKENS} tokens of {TENSOR}, {EXPERTS} experts, top {TOP_K}, "
+        f"I = {INTERMEDIATE}; relative error of outputs, share of equal elements",
+        file=stream,
+    )
+    for a in agreements:
+        verdict = "" if a.agrees else f"  DIFFER (limit {LIMIT})"
+        print(
+            f"  {a.case:<24}{a.pair[0]} = {a.pair[1]:<22}{a.error:9.1e}{a.equal:8.1%}{verdict}",
+            file=stream,
+        )
+    print(
+        f"mean relative error of a token of {TENSOR} against the bf16 layer, SwiGLU:", file=stream
+    )
+    print("  " + ", ".join(f"{k} {v:.3f}" for k, v in costs().items()), file=stream)
+
+
+def costs() -> dict[str, float]:
+    """Mean over tokens of the reference's relative error against the bf16 layer, in fp64.
+
+    By token, since one with an outlier has most of the norm of all.
+    """
+    from .reference import moe
+
+    x = inputs.activations()[TENSOR].bfloat16()
+    kind = ActivationType.Swiglu
+    w13, w2 = _layer(kind, x.shape[1])
+    ids, weights = _routing(x.shape[0])
+    want = torch.zeros(x.shape, dtype=torch.float64)
+    largest = 0.0
+    for t in range(x.shape[0]):
+        for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            y = activate((w13[e].double() @ x[t].double())[None], kind)[0]
+            largest = max(largest, y.abs().max().item())
+            want[t] += weight * (w2[e].double() @ y)
+    experts = prepare_experts(
+        w13, w2, kind, input_amax=x.abs().max().item(), intermediate_amax=largest
+    )
+    assert experts.input_scale is not None
+    plain = prepare_experts(w13, w2, kind)
+    token = quantize_per_token(x, Recipe().base_scale_inv, Recipe())
+    static = quantize_global_scale(x, experts.input_scale, Recipe())
+    given = {
+        "bf16 (weights alone are quantized)": (Activations(x), plain),
+        "per token": (
+            Activations(token.codes, token.block_scales, token.per_token_scale), plain
+        ),
+        "static, its scales from these very tokens": (
+            Activations(static.codes, static.block_scales), experts
+        ),
+    }  # fmt: skip
+
+    def error(a: Activations, e: Experts) -> float:
+        difference = moe.fused_moe(a, e, ids, weights).output - want
+        return (difference.norm(dim=1) / want.norm(dim=1)).mean().item()
+
+    return {name: error(a, e) for name, (a, e) in given.items()}
+
+
+def _request(case: MoECase) -> MoERequest:
+    return make_moe_request(
+        case.activations,
+        case.experts,
+        num_experts=EXPERTS,
+        routing=Routing(RoutingMethodType.Renormalize, TOP_K),
+        topk=(case.ids, case.weights),
+        nvfp4_4over6=None,
+    )
+
+
+def _to(device: torch.device, thing: Any) -> Any:
+    if isinstance(thing, torch.Tensor):
+        return thing.to(device)
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return type(thing)(**{f.name: _to(device, getattr(thing, f.name)) for f in fields(thing)})
+    return thing
+
+
+def _interpret(every: list[MoECase]) -> list[torch.Tensor]:
+    """The Triton kernels' outputs from their interpreter, in a child process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cases.pt"
+        torch.save(every, path)
+        done = subprocess.run(
+            [sys.executable, "-m", "nvfp4_moe.diff_moe", str(path)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"the interpreter's process failed:\n{done.stderr[-2000:]}")
+        return torch.load(path, weights_only=False)
+
+
+if __name__ == "__main__":
+    from nvfp4_moe import diff_moe  # the classes that the cases were saved as
+
+    file = Path(sys.argv[1])
+    loaded = torch.load(file, weights_only=False)
+    torch.save([moe_dispatch.serve(diff_moe._request(c), "triton")[0] for c in loaded], file)
