@@ -13,7 +13,13 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import Activations
 from nvfp4_moe.reference.recipe import Recipe
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="no NVIDIA GPU of compute capability 8.0 or later here",
+    ),
+]
 
 OPTIONS = {
     "recipe": Recipe(), "local_expert_offset": 0, "finalize_order": "flashinfer",

@@ -5,9 +5,13 @@ import moe_triton_cases
 import pytest
 import torch
 from nvfp4_moe.kernels import moe
+from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference import moe as reference
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
+]
 
 
 @pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
