@@ -39,6 +39,26 @@ def _wrong_math(r: MoERequest) -> str:
     )
 
 
+# What its runners say when no kernel was built for a shape: bgr.cu:238 and :606, runner.cu:667.
+_NO_KERNEL = ("No kernel found", "No valid config found", "No compatible configs found")
+_without_kernel: dict[tuple, str] = {}
+
+
+def remember_missing_kernel(r: MoERequest, error: RuntimeError) -> bool:
+    """Whether `run` failed for want of a kernel; the shape is then refused from now on."""
+    message = str(error)
+    if not any(text in message for text in _NO_KERNEL):
+        return False
+    _without_kernel[_shape(r)] = message.strip().splitlines()[0]
+    return True
+
+
+def _shape(r: MoERequest) -> tuple:
+    e = r.experts
+    sizes = (e.padded_hidden_size, e.padded_intermediate_size, e.num_local, r.routing.top_k)
+    return (*sizes, r.tokens, e.activation, r.activations.per_token_scale is None, r.capability)
+
+
 def _routing_refusal(r: MoERequest) -> str | None:
     return routing_refusal(r.routing, r.num_experts, r.routing_bias is not None)
 
@@ -90,6 +110,10 @@ RULES: tuple[Rule, ...] = (
     (
         lambda r: r.logits is None and (r.num_experts > 2048 or r.routing.top_k > 32),
         "given routing has at most 2048 experts and top_k 32",
+    ),
+    (
+        lambda r: _shape(r) in _without_kernel,
+        lambda r: f"it had no kernel for this shape: {_without_kernel[_shape(r)]}",
     ),
 )
 

@@ -310,7 +310,13 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
     if (reason := refusal(name, r)) is not None:
         raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
     if name == flashinfer_moe.NAME:
-        return flashinfer_moe.run(r)
+        try:
+            return flashinfer_moe.run(r)
+        except RuntimeError as error:
+            if backend != "auto" or not flashinfer_moe.remember_missing_kernel(r, error):
+                raise
+            _log.warning("%s had no kernel, falling back: %s", name, error)
+            return serve(r, backend)
     ids, weights = r.routed(name)
     output, rows, permuted = _implementation(name)(
         r.activations,

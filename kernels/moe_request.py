@@ -225,11 +225,12 @@ def _check_activations(a: Activations, e: Experts) -> int:
     if scales is None:
         raise ValueError("hidden_states_scale is None; NVFP4 hidden_states need their block scales")
     if scales.dtype not in (torch.float8_e4m3fn, torch.uint8) or (
-        scales.numel() != tokens * hidden // BLOCK_SIZE
+        scales.numel() != tokens * hidden // BLOCK_SIZE or not scales.is_contiguous()
     ):
         raise ValueError(
-            f"hidden_states_scale is {scales.dtype} of shape {tuple(scales.shape)}; it must be "
-            f"float8_e4m3fn of {tokens} x {hidden // BLOCK_SIZE} elements, linear"
+            f"hidden_states_scale is {scales.dtype} of shape {tuple(scales.shape)}, strides "
+            f"{scales.stride()}; it must be float8_e4m3fn of {tokens} x {hidden // BLOCK_SIZE} "
+            "elements, linear, contiguous"
         )
     if a.per_token_scale is not None:
         _want("per_token_scale", a.per_token_scale, (torch.float32,), (tokens,))

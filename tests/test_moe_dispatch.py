@@ -282,6 +282,37 @@ class TestExplain:
         assert explained(backend="flashinfer:trtllm", capability=(9, 0)).backend is None
 
 
+def test_a_missing_kernel_falls_back_once(monkeypatch, caplog):
+    """It shows at run time only: the next call of the shape does not try again, and says why."""
+    case = moe_cases.make(SHAPE)
+    monkeypatch.setattr(flashinfer_moe, "_without_kernel", {})
+    monkeypatch.setattr(flashinfer_moe, "RULES", flashinfer_moe.RULES[-1:])
+    calls = []
+
+    def run(request):
+        calls.append(request)
+        raise RuntimeError("No kernel found for the given options: e2m1\nmore")
+
+    monkeypatch.setattr(flashinfer_moe, "run", run)
+    want = reference.fused_moe(case.activations, case.experts, case.ids, case.weights).output
+    for _ in range(2):
+        assert_bitwise(routed(case, (case.ids, case.weights))[0], want, "the reference's")
+    assert len(calls) == 1
+    assert "had no kernel, falling back" in caplog.text
+    reason = moe_dispatch.refusal("flashinfer:trtllm", calls[0])
+    assert reason == "it had no kernel for this shape: No kernel found for the given options: e2m1"
+    with pytest.raises(nvfp4_moe.UnsupportedError, match="no kernel for this shape"):
+        routed(case, (case.ids, case.weights), backend="flashinfer:trtllm")
+
+    def other(request):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(flashinfer_moe, "_without_kernel", {})
+    monkeypatch.setattr(flashinfer_moe, "run", other)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        routed(case, (case.ids, case.weights))
+
+
 def test_a_named_backend_never_falls_back():
     case = moe_cases.make(SHAPE)
     with pytest.raises(nvfp4_moe.UnsupportedError, match="flashinfer:trtllm cannot serve"):
@@ -301,6 +332,7 @@ WRONG = [
     ("hidden_states", lambda t: t[:, :32], "hidden_states is uint8 .* must be uint8 \\(5, 64\\)"),
     ("hidden_states_scale", lambda t: None, "hidden_states_scale is None"),
     ("hidden_states_scale", lambda t: t[:2], "hidden_states_scale is .*5 x 8 elements"),
+    ("hidden_states_scale", lambda t: t.T, "hidden_states_scale is .*contiguous"),
     ("gemm1_weights", lambda t: t.to(torch.int32), "gemm1_weights is int32"),
     ("gemm1_weights", lambda t: t[:, :100], "rows, and H = 128, must be multiples of 128"),
     ("gemm1_weights", lambda t: t[0], "gemm1_weights must be a tensor of 3"),
