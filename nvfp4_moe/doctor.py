@@ -10,7 +10,9 @@ import torch
 
 from .kernels import environment
 from .kernels.dispatch import auto_order, explain
+from .kernels.moe_dispatch import ORDER, explain_fused_moe
 from .reference import fp32
+from .reference.experts import prepare_experts
 from .reference.recipe import Recipe, SfLayout
 
 PACKAGES = ("nvfp4-moe", "torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
@@ -40,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
     for build, facts in found["builds"].items():
         print(f'\na bf16 matrix per token, build="{build}"; auto tries {", ".join(facts["auto"])}:')
         print(facts["explanation"])
+    layer = found["fused_moe"]
+    print(f"\nthe fused mixture of experts, per token; auto tries {', '.join(layer['auto'])}:")
+    print(layer["explanation"])
     print("\nenvironment:")
     for name, value in found["environment"].items():
         print(f"  {name} = {'(unset)' if value is None else value}")
@@ -71,7 +76,24 @@ def examine() -> dict:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
         "rcp_table": _rcp_table() if on_gpu else None,
         "builds": builds,
+        "fused_moe": _fused_moe(x.device),
         "environment": environment.snapshot(),
+    }
+
+
+def _fused_moe(device: torch.device) -> dict:
+    """Of a layer of two experts, whose values nothing reads."""
+    w13 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
+    w2 = torch.zeros(2, 128, 128, dtype=torch.bfloat16, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    explanation = explain_fused_moe(
+        w2[0, :1], prepare_experts(w13, w2), (ids, torch.ones(1, 1, device=device))
+    )
+    return {
+        "auto": list(ORDER),
+        "would_run": explanation.backend,
+        "reasons": dict(explanation.reasons),
+        "explanation": str(explanation),
     }
 
 

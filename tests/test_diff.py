@@ -153,6 +153,8 @@ def test_doctor(capsys):
     for build in ("cuda", "cute-dsl"):
         assert found["builds"][build]["auto"] == [f"flashinfer:{build}", "triton", "reference"]
         assert set(found["builds"][build]["reasons"]) == set(runners.dispatch.BACKENDS)
+    layer = found["fused_moe"]
+    assert layer["auto"][-1] == "reference" and layer["reasons"]["reference"] is None
     assert __main__.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *runners.dispatch.BACKENDS):
