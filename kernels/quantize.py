@@ -52,10 +52,9 @@ def launch_config(
     one_read = wide == read
     if one_read and wide >= 256 and (m <= 32 or (four_over_six and m <= 128)):
         # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
-        splits = 4 if not four_over_six else wide // (64 if m <= 32 else 128)
-        warps = max(2, wide // 128) if not four_over_six or m > 32 else 2
-        return LaunchConfig(1, wide // splits, wide, splits, warps)
-    if four_over_six and (not one_read or (m > 32 and wide >= 128)):
+        blocks = 128 if four_over_six else wide // 4
+        return LaunchConfig(1, blocks, wide, triton.cdiv(num_blocks, blocks), blocks // 32)
+    if four_over_six and (not one_read or (m > 128 and wide >= 128)):
         # Arithmetic limits: small programs, many at a time; the second read hits the cache.
         blocks = 128 if wide > 256 and num_blocks % 128 == 0 else 64
         return LaunchConfig(1, blocks, read, 1, blocks // 32)

@@ -257,16 +257,23 @@ def _four_over_six(
         decode = rcp(encode, rcp_delta_ptr, ARCH)
     unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
     a = tl.abs(x)
-    byte6, output6, words6, error6 = _candidate(
-        a, unrounded6, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
-    )
-    byte4, output4, words4, error4 = _candidate(
-        a, unrounded4, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
-    )
-    take4 = error4 < error6
-    byte = tl.where(take4, byte4, byte6)
-    words = tl.where(take4[:, :, None], words4, words6)
-    y = mul(x, tl.where(take4, output4, output6)[:, :, None], FTZ, ARCH)
+    byte = tl.zeros(amax.shape, tl.int32)
+    words = tl.zeros((amax.shape[0], amax.shape[1], 2), tl.int32)
+    output = tl.zeros(amax.shape, tl.float32)
+    error = tl.zeros(amax.shape, tl.float32)
+    unrounded = unrounded6
+    # A loop, not two calls: a program of few rows waits for its instructions as much as for its data.
+    for i in tl.range(0, 2):
+        this_byte, this_output, this_words, this_error = _candidate(
+            a, unrounded, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
+        )
+        better = (this_error < error) | (i == 0)
+        byte = tl.where(better, this_byte, byte)
+        words = tl.where(better[:, :, None], this_words, words)
+        output = tl.where(better, this_output, output)
+        error = this_error
+        unrounded = unrounded4
+    y = mul(x, output[:, :, None], FTZ, ARCH)
     words = words | e2m1_signs(y, ARCH)
     zero = amax == 0  # then even -0 gets the code 0
     return tl.where(zero, 0, byte), tl.where(zero[:, :, None], 0, words)
