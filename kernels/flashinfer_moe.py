@@ -56,7 +56,7 @@ def remember_missing_kernel(r: MoERequest, error: RuntimeError) -> bool:
 def _shape(r: MoERequest) -> tuple:
     e = r.experts
     sizes = (e.padded_hidden_size, e.padded_intermediate_size, e.num_local, r.routing.top_k)
-    return (*sizes, r.tokens, e.activation, r.activations.per_token_scale is None, r.capability)
+    return (*sizes, r.tokens, e.activation, r.is_static, r.capability)
 
 
 def _routing_refusal(r: MoERequest) -> str | None:
@@ -79,7 +79,7 @@ RULES: tuple[Rule, ...] = (
     # bgr.cu:339; its launcher divides by the count
     (lambda r: r.tokens == 0, "there are no tokens"),
     # launcher:5220
-    (lambda r: r.activations.is_bf16, "hidden_states are bf16; NVFP4 weights take NVFP4 codes"),
+    (lambda r: r.is_w4a16, "hidden_states are bf16; NVFP4 weights take NVFP4 codes"),
     # runner.cu:114-146
     (
         lambda r: r.experts.activation not in _ACTIVATIONS,

@@ -6,6 +6,7 @@ captured in a CUDA graph and replayed with another routing.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from ..reference.moe import Activations, FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
 from . import moe_gemm, moe_kernels
 from .moe_ops import Triple, empty_results, register
-from .quantize import quantize_per_token
+from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
 from .target import arch, native_mma
 
 
@@ -25,26 +26,45 @@ from .target import arch, native_mma
 class GemmConfig:
     """Tiles of `expert_gemm_kernel`."""
 
-    bm: int  # rows of weights, a multiple of 32; 128 divides rows, so a power of two up to 128
+    bm: int  # rows of weights, a power of two from 32; where it does not divide them, 128 does
     bn: int  # tokens
     bk: int  # columns of weights
     stages: int
     warps: int
+    decoded: bool = False  # weights are decoded before, an expert's once
+
+
+_DECODED_BYTES = 256 << 20
+"""Decoded weights that exist at a time, at most (but one expert's at least)."""
 
 
 def gemm_config(
-    slots: int, num_experts: int, columns: int, *, batch_invariant: bool = False
+    slots: int,
+    num_experts: int,
+    rows: int,
+    columns: int,
+    *,
+    batch_invariant: bool = False,
+    native: bool = False,
 ) -> GemmConfig:
-    """By the tokens an expert has on average, `slots` being T * K, and the GEMM's K.
+    """By the tokens an expert has on average, `slots` being T * K, and the weights' rows and columns.
 
-    Both GEMMs of a call have the same `bn`. The order in which a sum is taken depends on `bk` alone,
-    which is 128 throughout with `batch_invariant`. Measured on an H100 (`bench/moe_speed.py`).
+    Both GEMMs of a call have the same `bn`. The order in which a sum is taken depends on `bk` and
+    `decoded` alone, which with `batch_invariant` are always the same. Measured on an H100
+    (`bench/moe_speed.py`); `native` is for GPUs that multiply codes, where nothing was measured.
     """
     each = -(-slots // num_experts)
     if each <= 16:
+        if native:
+            return GemmConfig(128, 16, 128, 4, 4)
         long = columns >= 4096 and not batch_invariant
-        return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(128, 16, 128, 4, 4)
-    return GemmConfig(128, 64, 128, 3, 4) if each <= 64 else GemmConfig(128, 128, 128, 3, 8)
+        return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(64, 16, 128, 4, 4)
+    if each <= 64:
+        tall = not native and (rows > columns or columns >= 4096)
+        return GemmConfig(256, 64, 128, 3, 8) if tall else GemmConfig(128, 64, 128, 3, 4)
+    if each < 512 or batch_invariant or native:
+        return GemmConfig(128, 128, 128, 3, 8)
+    return GemmConfig(256, 128, 64, 4, 8, decoded=True)
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ def _fused_moe(
     finalize_order: FinalizeOrder,
     do_finalize: bool,
     batch_invariant: bool = False,
+    quantize: bool = False,
     config: GemmConfig | None = None,
 ) -> Triple:
     tokens, top_k = ids.shape
@@ -111,16 +132,24 @@ def _fused_moe(
     if tokens == 0:
         return results
     held = experts.num_local
-    first = config or gemm_config(slots, held, h, batch_invariant=batch_invariant)
-    p = permute(ids, held, local_expert_offset, first.bn)
+    configs = [
+        config or gemm_config(
+            slots, held, w.shape[1], w.shape[2] * 2, batch_invariant=batch_invariant,
+            native=native_mma(arch(ids.device)),
+        )
+        for w in (experts.gemm1_weights, experts.gemm2_weights)
+    ]  # fmt: skip
+    p = permute(ids, held, local_expert_offset, configs[0].bn)
 
-    intermediate = _gemm1(operand(activations), experts, p, slots, top_k, first)
-    second = Activations(intermediate)
-    if not activations.is_bf16:
-        second = Activations(*quantize_per_token(intermediate, recipe.base_scale_inv, recipe))
-    i = experts.padded_intermediate_size
-    then = config or gemm_config(slots, held, i, batch_invariant=batch_invariant)
-    rows = _gemm2(operand(second), experts, p, slots, then)
+    x = activations.hidden_states
+    x1 = quantized(x, recipe) if quantize else operand(activations)
+    static = not activations.is_bf16 and activations.per_token_scale is None
+    intermediate = _gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
+    if activations.is_bf16 and not quantize:
+        x2 = operand(Activations(intermediate))
+    else:
+        x2 = quantized(intermediate, recipe, per_token=not static)
+    rows = _gemm2(x2, experts, p, slots, configs[1])
     if not do_finalize:
         return output, rows, p.permuted
 
@@ -158,6 +187,16 @@ def operand(a: Activations) -> Operand:
     return Operand(decode(a.hidden_states, scales), None, a.per_token_scale)
 
 
+def quantized(x: torch.Tensor, recipe: Recipe, *, per_token: bool = True) -> Operand:
+    """Rows [N, K], bf16 or fp32 with static scales, quantized: one launch where codes are decoded."""
+    if not native_mma(arch(x.device)):
+        values, token_scale = quantize_to_values(x, recipe, per_token=per_token)
+        return Operand(values, None, token_scale)
+    if per_token:
+        return Operand(*quantize_per_token(x, recipe.base_scale_inv, recipe))
+    return Operand(*quantize_global_scale(x, None, recipe), None)
+
+
 def _gemm1(
     x: Operand,
     experts: Experts,
@@ -165,8 +204,11 @@ def _gemm1(
     slots: int,
     top_k: int,
     config: GemmConfig,
+    *,
+    fp32: bool,
 ) -> torch.Tensor:
-    out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=torch.bfloat16)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=dtype)
     rows = experts.gemm1_weights.shape[1]
     _launch_gemm(
         x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
@@ -205,17 +247,39 @@ def _launch_gemm(
     experts: Experts,
 ) -> None:
     first = activation is not None
-    tiles, columns = p.tiles.shape[1], w.shape[2] * 2
-    moe_gemm.expert_gemm_kernel[(rows // config.bm, tiles)](
-        x.values, x.block_scales, w, w_sf.view(torch.uint8), x.token_scale, bias, scale,
-        experts.output1_scale_gate_scalar if first else None,
-        experts.gemm1_alpha if first else None,
-        experts.gemm1_beta if first else None,
-        experts.gemm1_clamp_limit if first else None,
-        out, p.expanded, p.tiles, p.end, tiles, rows, columns // 4,
-        X_DIVISOR=x_divisor,
-        ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
-        BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
-        EVEN=columns % config.bk == 0, NATIVE=x.block_scales is not None,
-        ARCH=arch(w.device), num_warps=config.warps, enable_fp_fusion=False,
+    held, columns = w.shape[0], w.shape[2] * 2
+    bm = math.gcd(config.bm, rows)
+    at_once = held
+    if config.decoded:
+        at_once = max(1, min(held, _DECODED_BYTES // (rows * columns * 2)))
+        decoded = w.new_empty((at_once, rows, 4, columns // 4), dtype=torch.bfloat16)
+    for expert in range(0, held, at_once):
+        some = slice(expert, expert + at_once)
+        if config.decoded:
+            _decode_weights(w[some], w_sf[some], decoded)
+        tiles = p.tiles.shape[1]
+        moe_gemm.expert_gemm_kernel[(rows // bm, tiles)](
+            x.values, x.block_scales, decoded if config.decoded else w, w_sf.view(torch.uint8),
+            x.token_scale, bias, scale,
+            experts.output1_scale_gate_scalar if first else None,
+            experts.gemm1_alpha if first else None,
+            experts.gemm1_beta if first else None,
+            experts.gemm1_clamp_limit if first else None,
+            out, p.expanded, p.tiles, p.end, expert, at_once, tiles, rows, columns // 4,
+            X_DIVISOR=x_divisor,
+            ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
+            BM=bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
+            EVEN=columns % config.bk == 0, NATIVE=x.block_scales is not None,
+            ARCH=arch(w.device), num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _decode_weights(w: torch.Tensor, w_sf: torch.Tensor, out: torch.Tensor) -> None:
+    """Some experts' weights [N, M, K/2] into the first of [>= N, M, 4, K/4] bf16."""
+    experts, rows, half = w.shape
+    blocks = min(64, triton.next_power_of_2(half // 8))
+    programs = (experts * rows // 8, triton.cdiv(half // 8, blocks))
+    moe_kernels.decode_weights_kernel[programs](
+        w.view(torch.uint16), w_sf.view(torch.uint8), out, half * 2, BLOCKS=blocks,
+        ARCH=arch(w.device), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -7,6 +7,7 @@ never falls back. The two sums are each backend's own; everything else is the sa
 # SPDX-License-Identifier: Apache-2.0
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -278,7 +279,6 @@ def explain_fused_moe(
             hidden_states, experts, routing, activation, routing_bias, num_experts,
             local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
             batch_invariant, capability,
-            quantize=False,
         )  # fmt: skip
         _check_backend(backend)
     except (TypeError, ValueError) as error:
@@ -296,8 +296,6 @@ def refusal(backend: str, r: MoERequest) -> str | None:
         return "gemm1_lora_delta is FlashInfer's alone"
     if backend == "reference":
         return None
-    if r.activations.per_token_scale is None and not r.activations.is_bf16:
-        return "per_token_scale is None; it has no static activation scales"
     return triton_refusal_of(r.activations.hidden_states, "hidden_states are", r.capability)
 
 
@@ -309,6 +307,8 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         raise UnsupportedError(f"no backend can serve this call: {reasons}")
     if (reason := refusal(name, r)) is not None:
         raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
+    if r.quantize == "static" or (r.quantize and name == flashinfer_moe.NAME):
+        r = _with_codes(r)
     if name == flashinfer_moe.NAME:
         try:
             return flashinfer_moe.run(r)
@@ -328,6 +328,7 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         finalize_order=r.finalize_order,
         do_finalize=r.do_finalize,
         batch_invariant=r.batch_invariant,
+        quantize=r.quantize is not None,
     )
     if not r.do_finalize:
         return [rows, weights.bfloat16(), permuted]
@@ -423,8 +424,6 @@ def _request_of_layer(
     finalize_order: FinalizeOrder,
     batch_invariant: bool,
     capability: tuple[int, int] | None = None,
-    *,
-    quantize: bool = True,
 ) -> MoERequest:
     if activation not in ("per-token", "static", "bf16"):
         raise ValueError(f"activation is {activation!r}; it must be per-token, static or bf16")
@@ -450,12 +449,8 @@ def _request_of_layer(
     width = experts.padded_hidden_size
     if width != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    activations = Activations(x)
-    if activation != "bf16":
-        options = {"nvfp4_4over6": nvfp4_4over6, "fast_math": fast_math, "build": build}
-        activations = _quantized(x, experts, activation, options, quantize)
     return make_moe_request(
-        activations,
+        Activations(x),
         experts,
         num_experts=num_experts or experts.num_local,
         routing=how,
@@ -469,21 +464,18 @@ def _request_of_layer(
         fast_math=fast_math,
         build=build,
         capability=capability,
+        quantize=None if activation == "bf16" else activation,  # type: ignore[arg-type]
     )
 
 
-def _quantized(
-    x: torch.Tensor, experts: Experts, activation: str, options: dict[str, Any], run: bool
-) -> Activations:
-    tokens, width = x.shape
-    if not run:  # only their shapes are asked about
-        codes = x.new_empty((tokens, width // 2), dtype=torch.uint8)
-        scales = x.new_empty((tokens, width // 16), dtype=torch.uint8)
-        per_token = x.new_empty(tokens, dtype=torch.float32) if activation == "per-token" else None
-        return Activations(codes, scales, per_token)
-    if activation == "static":
-        assert experts.input_scale is not None
-        return Activations(*nvfp4_quantize(x, experts.input_scale, _LINEAR, **options))
-    four = options["nvfp4_4over6"]
-    base = 1.0 / (6.0 * (448 if four is None else four.e4m3_max))
-    return Activations(*nvfp4_quantize(x, base, _LINEAR, per_token_activation=True, **options))
+def _with_codes(r: MoERequest) -> MoERequest:
+    """The request with its bf16 hidden states quantized."""
+    recipe, per_token = r.recipe, r.quantize == "per-token"
+    scale = recipe.base_scale_inv if per_token else r.experts.input_scale
+    assert scale is not None
+    codes = nvfp4_quantize(
+        r.activations.hidden_states, scale, _LINEAR,
+        per_token_activation=per_token, nvfp4_4over6=recipe.four_over_six,
+        fast_math=recipe.math == "fast", build=recipe.build,
+    )  # fmt: skip
+    return replace(r, activations=Activations(*codes), quantize=None)

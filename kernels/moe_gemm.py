@@ -5,67 +5,20 @@ weights' rows are the MMA's A operand: codes are decoded into bf16 in registers,
 e4m3 has at most 6 significant bits), and the accumulator's rows are put back into their natural order
 (`reference/shuffle.py`) once, in the epilogue. The tokens come decoded, each fourth column together, so
 that each nibble of a tile of 16-bit words multiplies a tile of its own and no element has to change
-place. On Blackwell both operands stay codes and `tl.dot_scaled` is the
-hardware's own block-scaled MMA.
+place. Where an expert has many tokens its weights are decoded once, before, and both operands come from
+shared memory. On Blackwell both stay codes and `tl.dot_scaled` is the hardware's own block-scaled MMA.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
 import triton.language as tl
 
-from .leaves import e4m3_decode, to_bf16
+from .leaves import decode_fourth, operand_scale, scaled, to_bf16
 
 # reference.activation.ActivationType
 GELU, RELU, SILU, SWIGLU, GEGLU = (tl.constexpr(i) for i in range(5))
 RELU2, SWIGLU_STEP, GEGLU_TANH, IDENTITY, SITU = (tl.constexpr(i) for i in range(6, 11))
 NONE = tl.constexpr(-1)  # the second GEMM
-
-
-@triton.jit
-def decode_fourth(words, WHICH: tl.constexpr, ARCH: tl.constexpr):
-    """Nibble WHICH of 16-bit words of four codes: values times 2^-126, bf16, two at a time.
-
-    Exponent and significand of a code stand where those of bf16 do. In the interpreter: fp32.
-    """
-    # One operation for each nibble: the compiler then decodes in the layout of the MMA's operand.
-    if ARCH == 0:
-        w = (words.to(tl.int32) >> (4 * WHICH)) & 15
-        value = (((w & 7) << 22) | ((w & 8) << 28)).to(tl.float32, bitcast=True)
-    elif WHICH == 0:  # 0xEA is (a & b) | c
-        value = tl.inline_asm_elementwise(
-            """{ .reg .b32 m, s; shl.b32 m, $1, 6; shl.b32 s, $1, 12; and.b32 m, m, 0x01C001C0;
-            lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
-    elif WHICH == 1:
-        value = tl.inline_asm_elementwise(
-            """{ .reg .b32 m, s; shl.b32 m, $1, 2; shl.b32 s, $1, 8; and.b32 m, m, 0x01C001C0;
-            lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
-    elif WHICH == 2:
-        value = tl.inline_asm_elementwise(
-            """{ .reg .b32 m, s; shr.u32 m, $1, 2; shl.b32 s, $1, 4; and.b32 m, m, 0x01C001C0;
-            lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
-    else:
-        value = tl.inline_asm_elementwise(
-            """{ .reg .b32 m; shr.u32 m, $1, 6; and.b32 m, m, 0x01C001C0;
-            lop3.b32 $0, $1, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
-    return value
-
-
-@triton.jit
-def _times(a, b, ARCH: tl.constexpr):
-    """Decoded codes times bf16 scales, exactly."""
-    if ARCH == 0:
-        product = a * b.to(tl.float32)
-    else:
-        product = a * b
-    return product
 
 
 @triton.jit
@@ -168,16 +121,37 @@ def _sums(
             x3 = tl.load(x + 3 * K4, inside[:, None], other=0.0)
         if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
             x0, x1, x2, x3 = _as_fp32(x0, x1, x2, x3)
-        # 2^118 here, 2^126 in the codes and 2^-8 at the end: all exact, nothing overflows bf16.
-        scale = (e4m3_decode(sf.to(tl.int32)) * 3.3230699894622e35).to(tl.bfloat16)
+        scale = operand_scale(sf)
         scale = tl.broadcast_to(scale[:, :, None], (BM, BK // 16, 4)).reshape(BM, WORDS)
-        acc = tl.dot(_times(decode_fourth(codes, 0, ARCH), scale, ARCH), x0, acc)
-        acc = tl.dot(_times(decode_fourth(codes, 1, ARCH), scale, ARCH), x1, acc)
-        acc = tl.dot(_times(decode_fourth(codes, 2, ARCH), scale, ARCH), x2, acc)
-        acc = tl.dot(_times(decode_fourth(codes, 3, ARCH), scale, ARCH), x3, acc)
+        acc = tl.dot(scaled(decode_fourth(codes, 0, ARCH), scale, ARCH), x0, acc)
+        acc = tl.dot(scaled(decode_fourth(codes, 1, ARCH), scale, ARCH), x1, acc)
+        acc = tl.dot(scaled(decode_fourth(codes, 2, ARCH), scale, ARCH), x2, acc)
+        acc = tl.dot(scaled(decode_fourth(codes, 3, ARCH), scale, ARCH), x3, acc)
         w += WORDS
         w_sf += BK // 64 * 512
         x += WORDS
+    return acc * 256.0
+
+
+@triton.jit
+def _decoded_sums(
+    x_ptr, w_ptr, source, rows, m, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """The same of weights that were decoded before, columns in the order of the tokens'."""
+    column = tl.arange(0, BK)
+    w = w_ptr + rows * K + m[:, None] * K + column[None, :]
+    x = x_ptr + source[None, :] * K + column[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in tl.range(0, K, BK, num_stages=STAGES):  # BK divides K
+        a = tl.load(w)
+        b = tl.load(x)
+        if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
+            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        else:
+            acc = tl.dot(a, b, acc)
+        w += BK
+        x += BK
     return acc * 256.0
 
 
@@ -217,21 +191,23 @@ def _native_sums(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_experts", "tiles"])
 def expert_gemm_kernel(
     x_ptr,  # [N, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5 ...; with NATIVE [N, K/2] uint8
     x_sf_ptr,  # with NATIVE [N, K/16] uint8, linear
-    w_ptr,  # [E, M, K/2] uint8
+    w_ptr,  # [E, M, K/2] uint8, or decoded [num_experts, M, 4, K/4] bf16
     w_sf_ptr,  # [E, M, K/16] uint8, 128x4
     token_scale_ptr,  # [N] fp32, or None
     bias_ptr,  # [E, M] fp32, or None
     scale_ptr,  # [E] fp32: of up, or of the result
     gate_scale_ptr,  # [E] fp32, with an activation
     alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
-    out_ptr,  # [rows, M / 2 or M] bf16, by permuted row
+    out_ptr,  # [rows, M / 2 or M] bf16, or fp32 for static scales, by permuted row
     expanded_ptr,  # [rows] int32: the expanded index, token * top_k + slot, of a permuted row
     tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
+    first_expert,  # of those whose tiles are worked on now
+    num_experts,
     tiles,
     M,
     K4,  # K / 4: a multiple of 16, as K is of 64
@@ -249,7 +225,7 @@ def expert_gemm_kernel(
     K = K4 * 4
     tile = tl.program_id(1)
     expert = tl.load(tile_ptr + tile)
-    if expert < 0:
+    if (expert < first_expert) | (expert >= first_expert + num_experts):
         return
     first = tl.load(tile_ptr + tiles + tile)
     n = first + tl.arange(0, BN)
@@ -262,7 +238,10 @@ def expert_gemm_kernel(
 
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     expert_rows = expert.to(tl.int64) * M  # a multiple of 128, as the tiles of scales
-    if NATIVE:
+    if w_ptr.dtype.element_ty == tl.bfloat16:
+        rows = (expert - first_expert).to(tl.int64) * M
+        acc = _decoded_sums(x_ptr, w_ptr, source, rows, m, K, BM, BN, BK, STAGES, ARCH)
+    elif NATIVE:
         acc = _native_sums(
             x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K, BM, BN, BK, STAGES
         )
@@ -299,4 +278,6 @@ def expert_gemm_kernel(
             limit = 7.0 / gate_scale
         y = _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT)
     out = out_ptr + n.to(tl.int64)[None, :] * width + column[:, None]
-    tl.store(out, to_bf16(y, ARCH), live[None, :])
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        y = to_bf16(y, ARCH)
+    tl.store(out, y, live[None, :])

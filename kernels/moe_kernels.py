@@ -4,8 +4,14 @@
 import triton
 import triton.language as tl
 
-from .leaves import e4m3_decode, to_bf16
-from .moe_gemm import decode_fourth
+from .leaves import (
+    decode_fourth,
+    decode_values,
+    e4m3_decode,
+    operand_scale,
+    scaled,
+    to_bf16,
+)
 
 
 @triton.jit
@@ -76,10 +82,33 @@ def decode_kernel(
     scale = e4m3_decode(sf.to(tl.int32))
     out = x_ptr + row * K + word
     for i in tl.static_range(4):
-        value = (
-            decode_fourth(words, i, ARCH).to(tl.float32) * 8.507059173023462e37
-        )  # 2^126, which decoded codes lack
-        tl.store(out + i * (K // 4), (value * scale).to(tl.bfloat16), inside)
+        tl.store(out + i * (K // 4), decode_values(words, scale, i, ARCH), inside)
+
+
+@triton.jit
+def decode_weights_kernel(
+    codes_ptr,  # [R, K/4] uint16, R a multiple of 128
+    sf_ptr,  # [R, K/16] uint8, 128x4
+    w_ptr,  # [R, 4, K/4] bf16, columns as `decode_kernel` has them
+    K,  # a multiple of 64
+    BLOCKS: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Code times block scale times 2^-8 of eight rows of weights in the production layout."""
+    # Rows whose block scales share sectors of memory: a pair in each 32.
+    tile = tl.program_id(0).to(tl.int64) // 16
+    line = (tl.program_id(0) % 16 * 2 + tl.arange(0, 8) % 2 + tl.arange(0, 8) // 2 * 32)[:, None]
+    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
+    inside = block < K // 16
+    four = tl.arange(0, 4)[None, None, :]
+    row = tile * 128 + line
+    word = (row * (K // 16) + block)[:, :, None] * 4 + four
+    words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
+    offset = tile * (8 * K) + block // 4 * 512 + line % 32 * 16 + line // 32 * 4 + block % 4
+    scale = operand_scale(tl.load(sf_ptr + offset, inside, other=0))[:, :, None]
+    for i in tl.static_range(4):
+        out = w_ptr + ((row * 4 + i) * (K // 16) + block)[:, :, None] * 4 + four
+        tl.store(out, scaled(decode_fourth(words, i, ARCH), scale, ARCH), inside[:, :, None])
 
 
 @triton.jit

@@ -19,7 +19,8 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class FusedMoE(Protocol):
     """(output [T, H] bf16, rows [rows, padded H] bf16, permuted [T * K] int32).
 
-    The first is empty without `do_finalize`, the others with it.
+    The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are
+    bf16, and quantized per token with `recipe` first.
     """
 
     def __call__(
@@ -34,6 +35,7 @@ class FusedMoE(Protocol):
         finalize_order: FinalizeOrder,
         do_finalize: bool,
         batch_invariant: bool = False,
+        quantize: bool = False,
     ) -> Triple: ...
 
 
@@ -67,6 +69,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         by_slot: bool,
         do_finalize: bool,
         batch_invariant: bool,
+        quantize: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         experts = Experts(
             gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
@@ -84,11 +87,12 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             finalize_order="slot" if by_slot else "flashinfer",
             do_finalize=do_finalize,
             batch_invariant=batch_invariant,
+            quantize=quantize,
         )
 
     @op.register_fake
     def _(hidden_states, *rest):  # type: ignore[no-untyped-def]
-        ids, hidden_size, do_finalize, gemm2_weights = rest[14], rest[16], rest[-2], rest[4]
+        ids, hidden_size, do_finalize, gemm2_weights = rest[14], rest[16], rest[-3], rest[4]
         slots = ids.numel()
         return empty_results(
             hidden_states, ids.shape[0], slots, hidden_size, gemm2_weights.shape[1], do_finalize
@@ -105,6 +109,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         finalize_order: FinalizeOrder,
         do_finalize: bool,
         batch_invariant: bool = False,
+        quantize: bool = False,
     ) -> Triple:
         e = experts
         return op(
@@ -114,6 +119,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             e.gemm1_bias, e.gemm2_bias, e.gemm1_alpha, e.gemm1_beta, e.gemm1_clamp_limit,
             ids, weights, e.hidden_size, e.intermediate_size, int(e.activation), recipe.code,
             local_expert_offset, finalize_order == "slot", do_finalize, batch_invariant,
+            quantize,
         )  # fmt: skip
 
     return call

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,9 @@ from ..reference.routing import (
 )
 from . import environment
 from .request import UNSET, four_over_six_of, is_unset
+
+Quantize = Literal["per-token", "static"]
+"""What is still to be done to bf16 hidden states; Triton does the first on its way."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,17 @@ class MoERequest:
     lora_delta: torch.Tensor | None
     shared_experts: int
     capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
+    quantize: Quantize | None = None
+
+    @property
+    def is_w4a16(self) -> bool:
+        return self.activations.is_bf16 and self.quantize is None
+
+    @property
+    def is_static(self) -> bool:
+        if self.activations.is_bf16:
+            return self.quantize == "static"
+        return self.activations.per_token_scale is None
 
     @property
     def tokens(self) -> int:
@@ -91,6 +105,7 @@ def make_moe_request(
     fast_math: bool | None = None,
     build: Build = "cuda",
     capability: tuple[int, int] | None = None,
+    quantize: Quantize | None = None,
 ) -> MoERequest:
     """Check what no backend accepts, and resolve what the environment decides.
 
@@ -142,6 +157,7 @@ def make_moe_request(
         weights, Recipe(math, config, build), explicit, do_finalize,
         "slot" if batch_invariant else finalize_order, batch_invariant, output,
         enable_pdl, tune_max_num_tokens, lora_delta, shared_experts, capability,
+        quantize,
     )  # fmt: skip
 
 

@@ -7,11 +7,13 @@ and return; nothing waits for the GPU, so they can be captured in a CUDA graph.
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 
 from ..reference.fp32 import rcp_delta
+from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
 from .ops import Pair, Quantizers, Triple, register
@@ -84,6 +86,15 @@ def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) 
     return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 64))
 
 
+class Outputs(NamedTuple):
+    """What the kernel writes: codes and block scales, or values in their place."""
+
+    codes: torch.Tensor | None
+    block_scales: torch.Tensor | None
+    token_scale: torch.Tensor | None
+    values: torch.Tensor | None = None
+
+
 def _contiguous(t: torch.Tensor, alignment: int) -> torch.Tensor:
     """The tensor, or a copy of it where its strides or its address do not suit the kernel."""
     t = t.contiguous()
@@ -102,13 +113,16 @@ def _launch(
     row_index: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs: Outputs | None = None,
+) -> Outputs:
     m, columns = x.shape
     num_blocks = columns // BLOCK_SIZE
-    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
-    padded_rows, padded_columns = sf.shape
-    if sf.numel() == 0:
-        return codes, sf, token
+    padded_rows, padded_columns = padded_shape(m, num_blocks, SfLayout(layout))
+    if outputs is None:
+        codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
+        outputs = Outputs(codes, sf, token)
+    if m == 0 or num_blocks == 0:
+        return outputs
     x = _contiguous(x, 16)
     if scale is not None:
         scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1).contiguous()
@@ -134,9 +148,10 @@ def _launch(
         scale,
         out_scale,
         rcp_delta(x.device) if INTERPRETING else None,
-        codes.view(torch.int32),
-        sf,
-        token,
+        None if outputs.codes is None else outputs.codes.view(torch.int32),
+        outputs.block_scales,
+        outputs.values,
+        outputs.token_scale,
         scale_value,
         m,
         num_blocks,
@@ -159,7 +174,7 @@ def _launch(
         num_warps=config.warps,
         enable_fp_fusion=False,
     )
-    return codes, sf, token
+    return outputs
 
 
 def _per_token(
@@ -172,7 +187,7 @@ def _per_token(
     out_scale: torch.Tensor | None = None,
 ) -> Triple:
     scale, value = two_arguments(base_scale_inv)
-    return _launch(
+    codes, sf, token, _ = _launch(
         x,
         k.PER_TOKEN.value,
         scale,
@@ -182,6 +197,8 @@ def _per_token(
         row_index=row_index,
         out_scale=out_scale,
     )
+    assert codes is not None and sf is not None and token is not None
+    return codes, sf, token
 
 
 def _global_scale(
@@ -194,7 +211,32 @@ def _global_scale(
 ) -> Pair:
     scale, value = two_arguments(global_scale)
     mode = k.ROW_SCALES if scale is not None and scale.numel() > 1 else k.GLOBAL_SCALE
-    return _launch(x, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)[:2]
+    codes, sf, *_ = _launch(x, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)
+    assert codes is not None and sf is not None
+    return codes, sf
+
+
+def quantize_to_values(
+    x: torch.Tensor, recipe: Recipe, *, per_token: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[M, K] to (values [M, 4, K/4] bf16, per-token scales [M] fp32 or None).
+
+    A value is code times block scale, exact; each fourth column together, as the grouped GEMM of the
+    mixture of experts reads them. Without `per_token` the encode scale is 1, already in x, and fp32 x
+    is quantized as `reference.quantize.quantize_block_scales` does.
+    """
+    rows, columns = x.shape
+    out = Outputs(
+        None,
+        None,
+        x.new_empty(rows, dtype=torch.float32) if per_token else None,
+        x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16),
+    )
+    mode, scale = (k.PER_TOKEN, recipe.base_scale_inv) if per_token else (k.GLOBAL_SCALE, 1.0)
+    linear = int(SfLayout.layout_linear)
+    _launch(x, mode.value, None, scale, recipe.code, linear, outputs=out)
+    assert out.values is not None
+    return out.values, out.token_scale
 
 
 quantize_per_token, quantize_global_scale = register(

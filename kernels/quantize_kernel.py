@@ -15,6 +15,7 @@ from .leaves import (
     SIXTH,
     add,
     columns,
+    decode_values,
     div,
     e2m1_encode,
     e2m1_encode_magnitudes,
@@ -359,26 +360,40 @@ def _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.cons
 
 @triton.jit
 def _quantize_and_store(
-    words, amax, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, rcp_delta_ptr,
-    NB, padded_columns,
+    words, amax, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, values_ptr,
+    rcp_delta_ptr, NB, padded_columns,
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of the blocks x [R, NB, 16] that stand at (row, column), where live."""
+    """Codes and scales, or values, of the blocks that stand at (row, column), where live."""
     x = _values(words, DTYPE)
     if DTYPE == E4M3:
         x = _prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
         amax = tl.max(tl.abs(x), 2)
-    if DTYPE == FP32:
+    if DTYPE == FP32 and MODE == PER_TOKEN:
         byte, codes = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
     else:
         byte, codes = _quantize(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH)
     mask = live & (column < NB)
-    word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    tl.store(codes_ptr + word, codes, mask[:, :, None])
-    offset = _scale_offset(row, column, padded_columns, LAYOUT)
-    byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
-    tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
+    if values_ptr is not None:
+        _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH)
+    else:
+        word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        tl.store(codes_ptr + word, codes, mask[:, :, None])
+        offset = _scale_offset(row, column, padded_columns, LAYOUT)
+        byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
+        tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
+
+
+@triton.jit
+def _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH: tl.constexpr):
+    """Codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
+    halves = codes[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None, :]
+    words = tl.reshape(halves.to(tl.uint16), (codes.shape[0], codes.shape[1], 4))
+    scale = e4m3_decode(byte)[:, :, None]
+    for i in tl.static_range(4):
+        offset = ((row * 4 + i) * NB + column)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        tl.store(values_ptr + offset, decode_values(words, scale, i, ARCH), mask[:, :, None])
 
 
 @triton.jit
@@ -404,8 +419,9 @@ def quantize_kernel(
     scale_ptr,  # fp32 [1] or [M], with HAS_SCALE_TENSOR
     out_scale_ptr,  # fp32 [1], with HAS_OUT_SCALE
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
-    codes_ptr,  # [M, 2 NB] int32
-    sf_ptr,  # [padded_rows, padded_columns] uint8
+    codes_ptr,  # [M, 2 NB] int32; None with values
+    sf_ptr,  # [padded_rows, padded_columns] uint8; None with values
+    values_ptr,  # [M, 4, 4 NB] bf16, or None
     token_ptr,  # [M] fp32, with MODE PER_TOKEN
     scale_value,  # fp32, without HAS_SCALE_TENSOR
     M,
@@ -494,11 +510,13 @@ def quantize_kernel(
             words = _load(x_ptr, row, column, live & (column < NB), NB, DTYPE)
             _quantize_and_store(
                 words, _block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, column, live,
-                codes_ptr, sf_ptr, rcp_delta_ptr, NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+                codes_ptr, sf_ptr, values_ptr, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, ARCH,
             )  # fmt: skip
     else:
         for i in tl.static_range(PARTS):
             _quantize_and_store(
                 parts[i], maxima[i], encode, token, row_amax, row, block + i * BLOCKS, live,
-                codes_ptr, sf_ptr, rcp_delta_ptr, NB, padded_columns, RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+                codes_ptr, sf_ptr, values_ptr, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, ARCH,
             )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from ..reference import moe
 from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
+from ..reference.quantize import quantize_per_token
 from ..reference.recipe import Recipe
 from .moe_ops import Triple, empty_results, register
 
@@ -21,7 +22,12 @@ def _fused_moe(
     finalize_order: FinalizeOrder,
     do_finalize: bool,
     batch_invariant: bool = False,
+    quantize: bool = False,
 ) -> Triple:
+    if quantize:
+        x, base = activations.hidden_states, recipe.base_scale_inv
+        q = quantize_per_token(x, base, recipe)
+        activations = Activations(q.codes, q.block_scales, q.per_token_scale)
     result = moe.fused_moe(
         activations, experts, ids, weights, recipe=recipe,
         local_expert_offset=local_expert_offset, finalize_order=finalize_order,

@@ -16,6 +16,7 @@ from nvfp4_moe.reference import routing as reference_routing
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.experts import assemble_experts, gemm2_values
 from nvfp4_moe.reference.moe import Activations
+from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
@@ -59,7 +60,9 @@ def close(case: Case, device, what="", **options):
     assert cosine > 0.99999, f"{what}: cosine {cosine}"
 
 
-def coarse(shape: Shape, activation: ActivationType, seed: int = 0) -> Case:
+def coarse(
+    shape: Shape, activation: ActivationType, seed: int = 0, *, static: bool = False
+) -> Case:
     """Values of -1, 0 and 1 and scales of 1: every sum is exact in whatever order it is taken."""
     g = torch.Generator().manual_seed(seed)
     rows = shape.intermediate * (2 if activation.gated else 1)
@@ -83,7 +86,7 @@ def coarse(shape: Shape, activation: ActivationType, seed: int = 0) -> Case:
     activations = Activations(
         moe_cases.padded(codes(shape.tokens, h, density=0.3), t // 2),
         moe_cases.padded(ones(shape.tokens, h // 16), t // 16),
-        2.0 ** torch.arange(shape.tokens).remainder(5).sub(2),
+        None if static else 2.0 ** torch.arange(shape.tokens).remainder(5).sub(2),
     )
     ids, _ = moe_cases.routing_of(shape, seed)
     weights = 2.0 ** -torch.arange(shape.top_k).remainder(3).expand(shape.tokens, -1).float()
@@ -156,6 +159,34 @@ def bf16_activations(device, config=SMALL):
     close(case, device, "bf16", config=config)
 
 
+def static_scales(device, config=SMALL):
+    """fp32 intermediates, quantized by blocks alone."""
+    for kind in (ActivationType.Identity, ActivationType.Relu2):
+        case = coarse(Shape(5, 128, 128, 4, 2), kind, static=True)
+        for recipe in (Recipe(), Recipe("exact"), Recipe("fast", NVFP44Over6Config())):
+            assert_bitwise(*both(case, device, recipe=recipe, config=config), f"{kind} {recipe}")
+    close(moe_cases.make(Shape(5, 128, 128, 4, 2), mode="static"), device, config=config)
+
+
+def quantized_on_the_way(device, config=SMALL):
+    """bf16 hidden states, quantized by the call itself: the bits of quantizing them before."""
+    case = moe_cases.make(Shape(7, 144, 80, 4, 2))
+    width = case.experts.padded_hidden_size
+    x = torch.nn.functional.pad(case.x, (0, width - case.x.shape[1]))
+    for recipe in (Recipe(), Recipe("exact", NVFP44Over6Config(256, "MSE"))):
+        q = quantize_per_token(x, recipe.base_scale_inv, recipe)
+        given = Activations(q.codes, q.block_scales, q.per_token_scale)
+        outputs = [
+            triton_moe._fused_moe(
+                *(to(device, t) for t in (a, case.experts, case.ids, case.weights)), recipe=recipe,
+                local_expert_offset=0, finalize_order="slot", do_finalize=True, config=config,
+                quantize=a.is_bf16,
+            )[0]
+            for a in (Activations(x), given)
+        ]  # fmt: skip
+        assert_bitwise(*outputs, str(recipe))
+
+
 def skewed_routing(device, config=SMALL):
     """All tokens on one expert, experts without tokens, no tokens at all, K of 1 and of E."""
     shape = Shape(40, 128, 128, 4, 1)
@@ -206,6 +237,8 @@ CASES = [
     recipes,
     parameters_and_biases,
     bf16_activations,
+    static_scales,
+    quantized_on_the_way,
     skewed_routing,
     finalize_orders,
 ]

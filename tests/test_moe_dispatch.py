@@ -200,7 +200,7 @@ def test_opcheck():
                 scales[0], e.gemm2_weights, scales[1],
                 e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar, None,
                 None, None, None, None, case.ids, case.weights, 128, 64, 3, 0, 0, False, do_finalize,
-                False,
+                False, False,
             ),
         )  # fmt: skip
     assert reference_moe_ops.fused_moe is not None
@@ -263,10 +263,10 @@ class TestExplain:
         monkeypatch.setattr(flashinfer_moe, "INSTALLED", False)
         assert "not installed" in explained(case).reason("flashinfer:trtllm")
 
-    def test_static_scales_are_flashinfers_or_the_references(self):
+    def test_static_scales(self):
         case = moe_cases.make(SHAPE, mode="static")
-        e = explained(case, activation="static", capability=(9, 0))
-        assert e.backend == "reference" and "per_token_scale is None" in e.reason("triton")
+        assert explained(case, activation="static").backend == "flashinfer:trtllm"
+        assert explained(case, activation="static", capability=(9, 0)).backend == "triton"
 
     def test_an_old_gpu_and_a_cpu(self):
         assert explained(capability=(7, 5)).backend == "reference"

@@ -26,17 +26,23 @@ OPTIONS = {
     "do_finalize": True,
 }  # fmt: skip
 CONFIGS = [
-    GemmConfig(128, 16, 128, 4, 4),
+    GemmConfig(64, 16, 128, 4, 4),
     GemmConfig(128, 16, 256, 3, 4),
     GemmConfig(128, 64, 128, 3, 4),
+    GemmConfig(256, 64, 128, 3, 8),
     GemmConfig(128, 128, 128, 3, 8),
+    GemmConfig(256, 128, 64, 4, 8, decoded=True),
 ]
-"""Every configuration that `gemm_config` chooses; the test below says so."""
+"""Every configuration that `gemm_config` chooses below Blackwell; the test below says so."""
 
 
 def test_the_table_is_the_shipped_one():
-    shapes = [(slots, columns) for slots in range(1, 4096) for columns in (768, 7168)]
-    assert {moe.gemm_config(slots, 8, columns) for slots, columns in shapes} == set(CONFIGS)
+    found = {
+        moe.gemm_config(slots, 8, rows, columns)
+        for slots in range(1, 8192, 7)
+        for rows, columns in ((1536, 2048), (2048, 768), (4096, 7168))
+    }
+    assert found == set(CONFIGS)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -60,6 +66,14 @@ def test_real_widths_bitwise(shape, config):
     for kind in (ActivationType.Relu2, ActivationType.Identity):
         case = coarse(shape, kind)
         assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), kind.name)
+
+
+def test_few_decoded_experts_at_a_time(monkeypatch):
+    """The ring of decoded weights holds one expert, then three, then all."""
+    case = coarse(Shape(150, 512, 256, 8, 3), ActivationType.Relu2)
+    for size in (1, 3 * 256 * 512 * 2, 1 << 30):
+        monkeypatch.setattr(moe, "_DECODED_BYTES", size)
+        assert_bitwise(*moe_triton_cases.both(case, "cuda", config=CONFIGS[-1]), str(size))
 
 
 def test_cuda_graph_with_another_routing():

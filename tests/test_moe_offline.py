@@ -13,7 +13,11 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETING, reason="Triton was imported under its interpreter"),
 ]
 
-SMALL, LARGE = gemm_config(8, 128, 2048), gemm_config(32768, 128, 2048)
+
+def configs(native: bool) -> list[GemmConfig]:
+    """From the fewest tokens to the most."""
+    slots = (8, 4096, 32768, 1 << 20)
+    return [gemm_config(n, 128, 1536, 2048, native=native) for n in slots]
 
 
 def compile_gemm(arch: int, config: GemmConfig, activation: int):
@@ -27,12 +31,13 @@ def compile_gemm(arch: int, config: GemmConfig, activation: int):
         "NATIVE": native, "ARCH": arch,
     }  # fmt: skip
     types = {
-        "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8", "w_ptr": "*u8", "w_sf_ptr": "*u8",
+        "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8",
+        "w_ptr": "*bf16" if config.decoded else "*u8", "w_sf_ptr": "*u8",
         "token_scale_ptr": "*fp32", "scale_ptr": "*fp32", "gate_scale_ptr": "*fp32",
         "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
-        "tiles": "i32", "M": "i32", "K4": "i32",
+        "first_expert": "i32", "num_experts": "i32", "tiles": "i32", "M": "i32", "K4": "i32",
     }  # fmt: skip
-    aligned = [n for n in types if n not in (*constants, "tiles")]
+    aligned = [n for n in types if n not in (*constants, "first_expert", "num_experts", "tiles")]
     return compile_kernel(expert_gemm_kernel, arch, types, constants, aligned, config.warps)
 
 
@@ -51,14 +56,15 @@ def test_instructions(arch, instruction, tmp_path):
     if arch == 121 and not native_mma(arch):
         instruction = "mma.sync.aligned.m16n8k16"  # Triton before 3.8 cannot: codes are decoded
     for activation in (int(ActivationType.Swiglu), NONE.value):
-        kernel = compile_gemm(arch, SMALL, activation)
+        kernel = compile_gemm(arch, configs(native_mma(arch))[0], activation)
         assert instruction in kernel.asm["ptx"]
         stack, _ = resources(kernel, tmp_path)
         assert stack <= 64
 
 
 @pytest.mark.parametrize("arch", [90, 100, 120])
-def test_large_tiles_stay_in_registers(arch, tmp_path):
-    kernel = compile_gemm(arch, LARGE, int(ActivationType.Swiglu))
-    stack, _ = resources(kernel, tmp_path)
-    assert stack <= 64
+def test_larger_tiles_stay_in_registers(arch, tmp_path):
+    for config in configs(native_mma(arch))[1:]:
+        kernel = compile_gemm(arch, config, int(ActivationType.Swiglu))
+        stack, _ = resources(kernel, tmp_path)
+        assert stack <= 64, config
