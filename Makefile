@@ -31,8 +31,9 @@ gpu:
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
 
-# Needs an NVIDIA GPU.
+# Needs an NVIDIA GPU. The backends beside each other, then our own tables.
 bench:
+	$(PYTHON) -m pytest bench
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
 

@@ -1,0 +1,109 @@
+"""pytest-benchmark comparisons of the backends: `python -m pytest bench`, on a machine with a GPU.
+
+Device time of calls in a CUDA graph, inputs on the GPU. A group holds one shape, so that its table
+compares what runs here: Triton (and what its options cost), FlashInfer where it serves, the reference,
+and for the mixture of experts the bf16 layer made of `torch._grouped_mm`. `quantize_speed.py` and
+`moe_speed.py` print the project's own tables, with ratios and floors.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import moe_speed
+
+import nvfp4_moe
+from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CALLS = 10  # in one graph, so that a replay's own cost is a tenth
+
+
+def device_time(benchmark, call, *, graph: bool = True) -> None:
+    """Benchmark `call` by the GPU's clock; outside a graph where the call waits for the GPU."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    replay, calls = call, 1
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(CALLS):
+                call()
+        replay, calls = captured.replay, CALLS
+    origin = torch.cuda.Event(enable_timing=True)
+    origin.record()
+    benchmark._timer = lambda: _seconds_since(origin) / calls
+    benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
+    benchmark.pedantic(replay, rounds=20, warmup_rounds=3)
+
+
+def _seconds_since(origin: torch.cuda.Event) -> float:
+    now = torch.cuda.Event(enable_timing=True)
+    now.record()
+    now.synchronize()
+    return origin.elapsed_time(now) / 1e3
+
+
+def skip_unless_it_serves(explanation, backend: str) -> None:
+    if (reason := explanation.reason(backend)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize(
+    "backend", ["triton", "flashinfer:cuda", "flashinfer:cute-dsl", "reference"]
+)
+@pytest.mark.parametrize("recipe", ["fast", "exact", "fast-4over6"])
+@pytest.mark.parametrize("rows,columns", [(1, 7168), (128, 7168), (8192, 4096)], ids=str)
+def test_quantize(benchmark, rows, columns, recipe, backend):
+    benchmark.group = f"quantize {rows} x {columns} {recipe}"
+    x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    options = {
+        "per_token_activation": True, "fast_math": recipe != "exact",
+        "build": "cute-dsl" if backend.endswith("dsl") else "cuda",
+        "nvfp4_4over6": NVFP44Over6Config() if "4over6" in recipe else None,
+    }  # fmt: skip
+    args = (x, 1 / 2688, nvfp4_moe.SfLayout.layout_linear)
+    skip_unless_it_serves(nvfp4_moe.explain(*args, **options), backend)
+    device_time(
+        benchmark,
+        lambda: nvfp4_moe.nvfp4_quantize(*args, backend=backend, **options),
+        graph=backend != "reference",
+    )
+
+
+LAYERS = {
+    "triton": {"backend": "triton"},
+    "triton, batch-invariant": {"backend": "triton", "batch_invariant": True},
+    "triton, W4A16": {"backend": "triton", "activation": "bf16"},
+    "flashinfer:trtllm": {"backend": "flashinfer:trtllm"},
+}
+
+
+@pytest.fixture(scope="module", params=moe_speed.SHAPES, ids=lambda s: s.name)
+def shape_and_experts(request):
+    return request.param, moe_speed.random_experts(request.param)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 1024])
+@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16"])
+def test_moe(benchmark, shape_and_experts, tokens, layer):
+    s, experts = shape_and_experts
+    benchmark.group = f"{s.name}, {tokens} tokens"
+    x = torch.randn(tokens, s.hidden, device="cuda").bfloat16()
+    logits = torch.randn(tokens, s.experts, device="cuda")
+    if layer not in LAYERS:
+        grouped = moe_speed.grouped_mm_layer(s)
+        device_time(benchmark, lambda: grouped(x, logits))
+        return
+    routing = (logits, Routing(RoutingMethodType.Renormalize, s.top_k))
+    options = LAYERS[layer] | {"fast_math": True}
+    explanation = nvfp4_moe.explain_fused_moe(x, experts, routing, **options)
+    skip_unless_it_serves(explanation, options["backend"])
+    device_time(benchmark, lambda: nvfp4_moe.fused_moe(x, experts, routing, **options))
