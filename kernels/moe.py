@@ -62,9 +62,9 @@ def gemm_config(
     if each <= 64:
         tall = not native and (rows > columns or columns >= 4096)
         return GemmConfig(256, 64, 128, 3, 8) if tall else GemmConfig(128, 64, 128, 3, 4)
-    if each < 512 or batch_invariant or native:
+    if each < 1024 or rows % 256 or batch_invariant or native:
         return GemmConfig(128, 128, 128, 3, 8)
-    return GemmConfig(256, 128, 64, 4, 8, decoded=True)
+    return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512, and with 128 rows
 
 
 @dataclass(frozen=True)
