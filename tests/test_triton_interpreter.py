@@ -7,6 +7,7 @@ import triton_cases
 from assertions import assert_bitwise
 from golden_cases import cases
 from nvfp4_moe.kernels import quantize as triton_quantize
+from nvfp4_moe.kernels import reference_ops  # noqa: F401  registers the ops
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
@@ -98,8 +99,6 @@ def test_opcheck(name):
     one = torch.ones(1)
     ops = torch.ops.nvfp4_moe
     per_token = getattr(ops, f"{name}_per_token").default
-    from nvfp4_moe.kernels import reference_ops  # noqa: F401  registers the ops
-
     for arguments in (
         (x, None, 1 / 2688, 0, 2, None, None),
         (x, one / 2688, 0.0, Recipe("exact", NVFP44Over6Config()).code, 0, index, one),
