@@ -143,7 +143,7 @@ def _fused_moe(
 
     x = activations.hidden_states
     x1 = quantized(x, recipe) if quantize else operand(activations)
-    static = not activations.is_bf16 and activations.per_token_scale is None
+    static = activations.is_static
     intermediate = _gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
     if activations.is_bf16 and not quantize:
         x2 = operand(Activations(intermediate))
@@ -209,10 +209,9 @@ def _gemm1(
 ) -> torch.Tensor:
     dtype = torch.float32 if fp32 else torch.bfloat16
     out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=dtype)
-    rows = experts.gemm1_weights.shape[1]
     _launch_gemm(
         x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
-        experts.output1_scale_scalar, out, p, rows, config, top_k, experts.activation, experts,
+        experts.output1_scale_scalar, out, p, config, top_k, experts.activation, experts,
     )  # fmt: skip
     return out
 
@@ -227,7 +226,7 @@ def _gemm2(
     out = x.values.new_empty((slots, experts.padded_hidden_size), dtype=torch.bfloat16)
     _launch_gemm(
         x, experts.gemm2_weights, experts.gemm2_weights_scale, experts.gemm2_bias,
-        experts.output2_scale_scalar, out, p, experts.padded_hidden_size, config, 0, None, experts,
+        experts.output2_scale_scalar, out, p, config, 0, None, experts,
     )  # fmt: skip
     return out
 
@@ -240,26 +239,25 @@ def _launch_gemm(
     scale: torch.Tensor,
     out: torch.Tensor,
     p: Permutation,
-    rows: int,
     config: GemmConfig,
     x_divisor: int,
     activation: ActivationType | None,
     experts: Experts,
 ) -> None:
     first = activation is not None
-    held, columns = w.shape[0], w.shape[2] * 2
+    held, rows, columns = w.shape[0], w.shape[1], w.shape[2] * 2
     bm = math.gcd(config.bm, rows)
-    at_once = held
+    tiles = p.tiles.shape[1]
+    at_once, weights = held, w
     if config.decoded:
         at_once = max(1, min(held, _DECODED_BYTES // (rows * columns * 2)))
-        decoded = w.new_empty((at_once, rows, 4, columns // 4), dtype=torch.bfloat16)
+        weights = w.new_empty((at_once, rows, 4, columns // 4), dtype=torch.bfloat16)
     for expert in range(0, held, at_once):
-        some = slice(expert, expert + at_once)
         if config.decoded:
-            _decode_weights(w[some], w_sf[some], decoded)
-        tiles = p.tiles.shape[1]
+            some = slice(expert, expert + at_once)
+            _decode_weights(w[some], w_sf[some], weights)
         moe_gemm.expert_gemm_kernel[(rows // bm, tiles)](
-            x.values, x.block_scales, decoded if config.decoded else w, w_sf.view(torch.uint8),
+            x.values, x.block_scales, weights, w_sf.view(torch.uint8),
             x.token_scale, bias, scale,
             experts.output1_scale_gate_scalar if first else None,
             experts.gemm1_alpha if first else None,

@@ -58,7 +58,7 @@ class MoERequest:
     def is_static(self) -> bool:
         if self.activations.is_bf16:
             return self.quantize == "static"
-        return self.activations.per_token_scale is None
+        return self.activations.is_static
 
     @property
     def tokens(self) -> int:

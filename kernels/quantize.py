@@ -103,6 +103,7 @@ def _contiguous(t: torch.Tensor, alignment: int) -> torch.Tensor:
 
 def _launch(
     x: torch.Tensor,
+    outputs: Outputs,
     mode: int,
     scale: torch.Tensor | None,
     scale_value: float,
@@ -113,16 +114,12 @@ def _launch(
     row_index: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
-    outputs: Outputs | None = None,
-) -> Outputs:
+) -> None:
     m, columns = x.shape
     num_blocks = columns // BLOCK_SIZE
     padded_rows, padded_columns = padded_shape(m, num_blocks, SfLayout(layout))
-    if outputs is None:
-        codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
-        outputs = Outputs(codes, sf, token)
     if m == 0 or num_blocks == 0:
-        return outputs
+        return
     x = _contiguous(x, 16)
     if scale is not None:
         scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1).contiguous()
@@ -174,7 +171,6 @@ def _launch(
         num_warps=config.warps,
         enable_fp_fusion=False,
     )
-    return outputs
 
 
 def _per_token(
@@ -187,8 +183,10 @@ def _per_token(
     out_scale: torch.Tensor | None = None,
 ) -> Triple:
     scale, value = two_arguments(base_scale_inv)
-    codes, sf, token, _ = _launch(
+    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
+    _launch(
         x,
+        Outputs(codes, sf, token),
         k.PER_TOKEN.value,
         scale,
         value,
@@ -197,7 +195,6 @@ def _per_token(
         row_index=row_index,
         out_scale=out_scale,
     )
-    assert codes is not None and sf is not None and token is not None
     return codes, sf, token
 
 
@@ -211,8 +208,9 @@ def _global_scale(
 ) -> Pair:
     scale, value = two_arguments(global_scale)
     mode = k.ROW_SCALES if scale is not None and scale.numel() > 1 else k.GLOBAL_SCALE
-    codes, sf, *_ = _launch(x, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)
-    assert codes is not None and sf is not None
+    codes, sf, token = allocate(x, layout)
+    out = Outputs(codes, sf, token)
+    _launch(x, out, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)
     return codes, sf
 
 
@@ -226,17 +224,12 @@ def quantize_to_values(
     is quantized as `reference.quantize.quantize_block_scales` does.
     """
     rows, columns = x.shape
-    out = Outputs(
-        None,
-        None,
-        x.new_empty(rows, dtype=torch.float32) if per_token else None,
-        x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16),
-    )
+    token = x.new_empty(rows, dtype=torch.float32) if per_token else None
+    values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)
     mode, scale = (k.PER_TOKEN, recipe.base_scale_inv) if per_token else (k.GLOBAL_SCALE, 1.0)
     linear = int(SfLayout.layout_linear)
-    _launch(x, mode.value, None, scale, recipe.code, linear, outputs=out)
-    assert out.values is not None
-    return out.values, out.token_scale
+    _launch(x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear)
+    return values, token
 
 
 quantize_per_token, quantize_global_scale = register(

@@ -6,7 +6,6 @@ import torch
 from ..reference import moe
 from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
-from ..reference.quantize import quantize_per_token
 from ..reference.recipe import Recipe
 from .moe_ops import Triple, empty_results, register
 
@@ -25,9 +24,7 @@ def _fused_moe(
     quantize: bool = False,
 ) -> Triple:
     if quantize:
-        x, base = activations.hidden_states, recipe.base_scale_inv
-        q = quantize_per_token(x, base, recipe)
-        activations = Activations(q.codes, q.block_scales, q.per_token_scale)
+        activations = moe.quantize_activations(activations.hidden_states, recipe)
     result = moe.fused_moe(
         activations, experts, ids, weights, recipe=recipe,
         local_expert_offset=local_expert_offset, finalize_order=finalize_order,

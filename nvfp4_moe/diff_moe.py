@@ -5,27 +5,22 @@ outputs are judged by their relative error, and the share of equal elements is s
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from . import inputs
+from . import inputs, interpreter
 from .kernels import moe_dispatch
 from .kernels.moe_request import MoERequest, make_moe_request
 from .reference.activation import ActivationType, activate
 from .reference.experts import Experts, prepare_experts
-from .reference.moe import Activations
-from .reference.quantize import quantize_global_scale, quantize_per_token
+from .reference.moe import Activations, quantize_activations
+from .reference.quantize import quantize_global_scale
 from .reference.recipe import Recipe
 from .reference.routing import Routing, RoutingMethodType, route
 
-INTERPRETER = "triton (interpreter)"
+INTERPRETER = interpreter.NAME
 LIMIT = 2e-3
 """Relative error, in the Frobenius norm, above which two backends do not agree."""
 INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 128, 4, 2, 24
@@ -77,8 +72,7 @@ def cases() -> list[MoECase]:
             continue
         experts = prepare_experts(*_layer(kind, x.shape[1]), kind)
         wide = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - x.shape[1]))
-        q = quantize_per_token(wide, Recipe().base_scale_inv, Recipe())
-        quantized = Activations(q.codes, q.block_scales, q.per_token_scale)
+        quantized = quantize_activations(wide, Recipe())
         found.append(MoECase(f"{kind.name}, per token", quantized, experts, ids, weights))
         if kind == ActivationType.Swiglu:
             found.append(MoECase(f"{kind.name}, bf16", Activations(wide), experts, ids, weights))
@@ -158,13 +152,10 @@ def costs() -> dict[str, float]:
     )
     assert experts.input_scale is not None
     plain = prepare_experts(w13, w2, kind)
-    token = quantize_per_token(x, Recipe().base_scale_inv, Recipe())
     static = quantize_global_scale(x, experts.input_scale, Recipe())
     given = {
         "bf16 (weights alone are quantized)": (Activations(x), plain),
-        "per token": (
-            Activations(token.codes, token.block_scales, token.per_token_scale), plain
-        ),
+        "per token": (quantize_activations(x, Recipe()), plain),
         "static, its scales from these very tokens": (
             Activations(static.codes, static.block_scales), experts
         ),
@@ -196,28 +187,10 @@ def _to(device: torch.device, thing: Any) -> Any:
     return thing
 
 
+def _serve_in_triton(case: MoECase) -> torch.Tensor:
+    return moe_dispatch.serve(_request(case), "triton")[0]
+
+
 def _interpret(every: list[MoECase]) -> list[torch.Tensor]:
-    """The Triton kernels' outputs from their interpreter, in a child process."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cases.pt"
-        torch.save(every, path)
-        done = subprocess.run(
-            [sys.executable, "-m", "nvfp4_moe.diff_moe", str(path)],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"the interpreter's process failed:\n{done.stderr[-2000:]}")
-        return torch.load(path, weights_only=False)
-
-
-if __name__ == "__main__":
-    from nvfp4_moe import diff_moe  # the classes that the cases were saved as
-
-    file = Path(sys.argv[1])
-    loaded = torch.load(file, weights_only=False)
-    torch.save([moe_dispatch.serve(diff_moe._request(c), "triton")[0] for c in loaded], file)
+    """The Triton kernels' outputs from their interpreter."""
+    return interpreter.call(f"diff_moe:{_serve_in_triton.__name__}", [(case,) for case in every])

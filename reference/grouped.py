@@ -9,8 +9,7 @@ there is zero. There is no routing and no weighting: the dispatcher combines.
 import torch
 
 from .experts import Experts
-from .moe import Accumulate, Activations, fused_moe
-from .quantize import quantize_per_token
+from .moe import Accumulate, Activations, fused_moe, quantize_activations
 from .recipe import Recipe
 
 
@@ -32,10 +31,10 @@ def quantize_grouped(
     """
     recipe = recipe or Recipe()
     live = _live(x, masked_m)
-    q = quantize_per_token(x[live], recipe.base_scale_inv, recipe)
-    assert q.per_token_scale is not None
+    a = quantize_activations(x[live], recipe)
+    assert a.block_scales is not None and a.per_token_scale is not None
     return Activations(
-        _scatter(q.codes, live), _scatter(q.block_scales, live), _scatter(q.per_token_scale, live)
+        *(_scatter(t, live) for t in (a.hidden_states, a.block_scales, a.per_token_scale))
     )
 
 

@@ -51,6 +51,16 @@ class Activations:
     def is_bf16(self) -> bool:
         return self.hidden_states.dtype == torch.bfloat16
 
+    @property
+    def is_static(self) -> bool:
+        return not self.is_bf16 and self.per_token_scale is None
+
+
+def quantize_activations(x: torch.Tensor, recipe: Recipe) -> Activations:
+    """[T, H] bf16 or fp16, per token."""
+    q = quantize_per_token(x, recipe.base_scale_inv, recipe)
+    return Activations(q.codes, q.block_scales, q.per_token_scale)
+
 
 @dataclass(frozen=True)
 class MoEResult:
@@ -256,7 +266,7 @@ def _requantize(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static)."""
     tokens, top_k, i = activated.shape
-    if activations.per_token_scale is None:
+    if activations.is_static:
         q = quantize_block_scales(activated.flatten(0, 1), recipe)
         scale = None
     else:

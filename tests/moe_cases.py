@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.experts import Experts, prepare_experts
-from nvfp4_moe.reference.moe import Activations
-from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_token
+from nvfp4_moe.reference.moe import Activations, quantize_activations
+from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe
 
 GATED = [a for a in ActivationType if a.gated]
@@ -89,8 +89,7 @@ def make(
     experts = prepare_experts(w13, w2, activation, **options)
     wide = padded(x, experts.padded_hidden_size)
     if mode == "per-token":
-        q = quantize_per_token(wide, Recipe().base_scale_inv, Recipe())
-        activations = Activations(q.codes, q.block_scales, q.per_token_scale)
+        activations = quantize_activations(wide, Recipe())
     elif mode == "static":
         q = quantize_global_scale(wide, experts.input_scale, Recipe())
         activations = Activations(q.codes, q.block_scales)

@@ -114,9 +114,8 @@ def every_way_to_cut_a_row(device):
                 triton_quantize.LaunchConfig(4, 4, 4, 1, 1),
                 triton_quantize.LaunchConfig(1, 4, 0, 1, 1, 2),
             ):
-                got = triton_quantize._launch(
-                    x, 0, None, g, recipe.code, int(layout), config=config
-                )
+                got = triton_quantize.Outputs(*triton_quantize.allocate(x, int(layout)))
+                triton_quantize._launch(x, got, 0, None, g, recipe.code, int(layout), config=config)
                 assert_quantized(got, expected, f"{recipe} {layout.name} {config}")
 
 
