@@ -67,6 +67,10 @@ def gemm_config(
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512, and with 128 rows
 
 
+_ONE_LAUNCH_SLOTS = 4096
+"""Slots, at most, that each expert's program reads twice; more are cut into chunks of programs."""
+
+
 @dataclass(frozen=True)
 class Permutation:
     """Slots sorted by expert, and the GEMM's tiles over them."""
@@ -85,8 +89,23 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    chunk = max(16, min(4096, triton.next_power_of_2(slots)))
     p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
+    if slots > _ONE_LAUNCH_SLOTS:
+        chunk, bins = 1024, max(16, triton.next_power_of_2(num_local))
+        step = min(chunk, max(4, 8192 // bins))
+        counts = empty(triton.cdiv(slots, chunk), bins)
+        programs = counts.shape[:1]
+        given = ids.contiguous()
+        moe_kernels.count_kernel[programs](
+            given, counts, slots, local_expert_offset, BINS=bins, CHUNK=chunk, STEP=step
+        )
+        moe_kernels.place_kernel[programs](
+            given, counts, p.expanded, p.permuted, p.tiles, p.end,
+            slots, tiles, local_expert_offset, num_local,
+            BINS=bins, CHUNK=chunk, STEP=step, TILE=tile, num_warps=8,
+        )  # fmt: skip
+        return p
+    chunk = max(16, min(4096, triton.next_power_of_2(slots)))
     moe_kernels.permute_kernel[(num_local,)](
         ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
         slots, tiles, local_expert_offset, num_local,

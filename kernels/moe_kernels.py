@@ -65,6 +65,87 @@ def permute_kernel(
 
 
 @triton.jit
+def count_kernel(
+    ids_ptr,  # [N] int32 global expert ids, by expanded index
+    counts_ptr,  # [chunks, BINS] int32: slots of each expert in a chunk
+    N,
+    first_expert,
+    BINS: tl.constexpr,  # a power of two >= E
+    CHUNK: tl.constexpr,  # slots of a program
+    STEP: tl.constexpr,  # of them at a time
+):
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, CHUNK, STEP):
+        index = tl.program_id(0) * CHUNK + start + tl.arange(0, STEP)
+        local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
+        counts += tl.sum((local[:, None] == bins[None, :]).to(tl.int32), 0)
+    tl.store(counts_ptr + tl.program_id(0) * BINS + bins, counts)
+
+
+@triton.jit
+def place_kernel(
+    ids_ptr,
+    counts_ptr,  # by `count_kernel`, as BINS, CHUNK and STEP
+    expanded_ptr,  # these four as `permute_kernel` has them
+    permuted_ptr,
+    tile_ptr,
+    end_ptr,
+    N,
+    tiles,
+    first_expert,
+    E,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sort slots by expert, stably; a program places those of its chunk, and its share of tiles."""
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    bins = tl.arange(0, BINS)
+    inside = (bins < E)[None, :]
+    step = tl.arange(0, STEP)
+    count = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    for start in range(0, chunks, STEP):
+        other = (start + step)[:, None]
+        some = tl.load(
+            counts_ptr + other * BINS + bins[None, :], (other < chunks) & inside, other=0
+        )
+        count += tl.sum(some, 0)
+        before += tl.sum(tl.where(other < chunk, some, 0), 0)
+    end = tl.cumsum(count, 0)
+    first_row = end - count
+    in_tiles = (count + TILE - 1) // TILE
+    last_tile = tl.cumsum(in_tiles, 0)
+    first_tile = last_tile - in_tiles
+    if chunk == 0:
+        tl.store(end_ptr + bins, end, bins < E)
+
+    for start in range(chunk * STEP, tiles, chunks * STEP):
+        tile = (start + step)[:, None]
+        owner = (tile >= first_tile[None, :]) & (tile < last_tile[None, :])
+        expert = tl.sum(tl.where(owner, bins[None, :] + 1, 0), 1) - 1
+        row = first_row[None, :] + (tile - first_tile[None, :]) * TILE
+        tl.store(tile_ptr + start + step, expert, start + step < tiles)
+        row = tl.sum(tl.where(owner, row, 0), 1)
+        tl.store(tile_ptr + tiles + start + step, row, start + step < tiles)
+
+    following = first_row + before
+    for start in range(0, CHUNK, STEP):
+        index = chunk * CHUNK + start + step
+        local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
+        here = (local[:, None] == bins[None, :]) & inside
+        rank = tl.cumsum(here.to(tl.int32), 0) - 1
+        row = tl.sum(tl.where(here, following[None, :] + rank, 0), 1)
+        held = (local >= 0) & (local < E)
+        tl.store(permuted_ptr + index, tl.where(held, row, -1), index < N)
+        tl.store(expanded_ptr + row, index, held)
+        following += tl.sum(here.to(tl.int32), 0)
+
+
+@triton.jit
 def decode_kernel(
     codes_ptr,  # [M, K/4] uint16, four codes each
     sf_ptr,  # [M, K/16] uint8, linear

@@ -242,3 +242,26 @@ CASES = [
     skewed_routing,
     finalize_orders,
 ]
+
+
+def permutation(device, tokens: int, experts: int, top_k: int, offset: int, held: int) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, experts, generator=g).topk(top_k).indices.int()
+    p = triton_moe.permute(ids.to(device), held, offset, 16)
+    permuted, expanded = p.permuted.cpu(), p.expanded.cpu()
+    want = reference.permutation(ids, held, offset)
+    assert torch.equal(permuted, want)
+    here = want >= 0
+    assert torch.equal(expanded[want[here].long()].long(), here.nonzero()[:, 0])
+    counts = (ids.flatten().long() - offset)[here].bincount(minlength=held)
+    end = counts.cumsum(0)
+    assert torch.equal(p.end.cpu().long(), end)
+    tiles = [
+        (expert, row)
+        for expert in range(held)
+        for row in range(int(end[expert] - counts[expert]), int(end[expert]), 16)
+    ]
+    unused = p.tiles.shape[1] - len(tiles)
+    got = p.tiles.T.tolist()
+    assert [tuple(t) for t in got[: len(tiles)]] == tiles
+    assert [t[0] for t in got[len(tiles) :]] == [-1] * unused

@@ -73,6 +73,19 @@ def test_real_widths(shape, config):
     moe_triton_cases.close(make(shape, **biases), "cuda", config=config)
 
 
+@pytest.mark.parametrize(
+    "tokens,experts,top_k,offset,held",
+    [
+        (512, 8, 8, 0, 8),
+        (4096, 128, 8, 0, 128),
+        (16383, 512, 22, 128, 77),
+        (300, 2048, 32, 0, 2048),
+    ],
+)
+def test_permutation(tokens, experts, top_k, offset, held):
+    moe_triton_cases.permutation("cuda", tokens, experts, top_k, offset, held)
+
+
 def test_few_decoded_experts_at_a_time(monkeypatch):
     """The ring of decoded weights holds one expert, then three, then all."""
     case = coarse(Shape(150, 512, 256, 8, 3), ActivationType.Relu2)
