@@ -10,6 +10,7 @@ specification; the assembly also keeps the compiler from fusing a multiply into 
 # SPDX-License-Identifier: Apache-2.0
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 SIXTH = tl.constexpr(0.16666667163372039794921875)  # fp32 of 1/6, which is also rcp.approx(6)
@@ -297,6 +298,13 @@ def e2m1_encode_magnitudes(a, ARCH: tl.constexpr):
         word = _pack(code)
         bits = (code << 22).to(tl.int32, bitcast=True)  # shifts 0x4b000000 out
     return word, bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def await_previous(ARCH: tl.constexpr):
+    """Wait until what the kernels before wrote is visible: this one may be here before they end."""
+    if ARCH >= 90:
+        gdc_wait()
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ..reference.recipe import Recipe
 from . import moe_gemm, moe_kernels
 from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
-from .target import arch, native_mma
+from .target import arch, launch_options, native_mma
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,14 @@ def gemm_config(
         long = columns >= 4096 and not batch_invariant
         return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(64, 16, 128, 4, 4)
     if each <= 64:
-        tall = not native and (rows > columns or columns >= 4096)
-        return GemmConfig(256, 64, 128, 3, 8) if tall else GemmConfig(128, 64, 128, 3, 4)
+        return GemmConfig(128, 64, 128, 3, 4) if native else GemmConfig(256, 64, 128, 3, 8)
     if each < 1024 or rows % 256 or batch_invariant or native:
-        return GemmConfig(128, 128, 128, 3, 8)
+        return GemmConfig(128, 128, 128, 3, 8) if native else GemmConfig(128, 128, 128, 2, 4)
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512, and with 128 rows
 
 
 _ONE_LAUNCH_SLOTS = 4096
-"""Slots, at most, that each expert's program reads twice; more are cut into chunks of programs."""
+"""Slots, at most, that each expert's program reads all of, twice."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +89,31 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
     p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
-    if slots > _ONE_LAUNCH_SLOTS:
-        chunk, bins = 1024, max(16, triton.next_power_of_2(num_local))
-        step = min(chunk, max(4, 8192 // bins))
-        counts = empty(triton.cdiv(slots, chunk), bins)
-        programs = counts.shape[:1]
-        given = ids.contiguous()
-        moe_kernels.count_kernel[programs](
-            given, counts, slots, local_expert_offset, BINS=bins, CHUNK=chunk, STEP=step
-        )
-        moe_kernels.place_kernel[programs](
-            given, counts, p.expanded, p.permuted, p.tiles, p.end,
+    ids = ids.contiguous()
+    bins = max(16, triton.next_power_of_2(num_local + 1))
+    options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
+    if slots <= _ONE_LAUNCH_SLOTS:
+        chunk = max(16, triton.next_power_of_2(slots))
+        moe_kernels.permute_kernel[(num_local,)](
+            ids, p.expanded, p.permuted, p.tiles, p.end,
             slots, tiles, local_expert_offset, num_local,
-            BINS=bins, CHUNK=chunk, STEP=step, TILE=tile, num_warps=8,
+            BINS=bins, CHUNK=chunk, TILE=tile, num_warps=4 if chunk <= 2048 else 8, **options,
         )  # fmt: skip
         return p
-    chunk = max(16, min(4096, triton.next_power_of_2(slots)))
-    moe_kernels.permute_kernel[(num_local,)](
-        ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
-        slots, tiles, local_expert_offset, num_local,
-        BINS=max(16, triton.next_power_of_2(num_local + 1)),
-        CHUNK=chunk, TILE=tile, num_warps=4 if chunk <= 2048 else 8, enable_fp_fusion=False,
+    chunk = 128
+    chunks = triton.cdiv(slots, chunk)
+    total, counts = empty(bins).zero_(), empty(num_local, chunks)
+    moe_kernels.count_kernel[(chunks,)](
+        ids, total, counts, slots, local_expert_offset, num_local,
+        BINS=bins, CHUNK=chunk, **options,
+    )  # fmt: skip
+    moe_kernels.offset_kernel[(num_local,)](
+        total, counts, p.tiles, p.end, chunks, tiles, num_local,
+        BINS=bins, STEP=1024, TILE=tile, **options,
+    )  # fmt: skip
+    moe_kernels.place_kernel[(chunks,)](
+        ids, counts, p.expanded, p.permuted, slots, local_expert_offset, num_local,
+        CHUNK=chunk, **options,
     )  # fmt: skip
     return p
 
@@ -123,7 +126,7 @@ def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
     size = min(1024, triton.next_power_of_2(words))
     moe_kernels.decode_kernel[(m, triton.cdiv(words, size))](
         codes.view(torch.uint16), block_scales.view(torch.uint8), x, half * 2, WORDS=size,
-        ARCH=arch(codes.device), num_warps=max(1, size // 256), enable_fp_fusion=False,
+        ARCH=arch(codes.device), num_warps=max(1, size // 256), **launch_options(codes.device),
     )  # fmt: skip
     return x
 
@@ -177,7 +180,7 @@ def _fused_moe(
     moe_kernels.finalize_kernel[(tokens, triton.cdiv(width, columns))](
         rows, p.permuted, weights.contiguous(), output, h, width,
         K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
-        enable_fp_fusion=False,
+        **launch_options(output.device),
     )  # fmt: skip
     return results
 
@@ -287,7 +290,7 @@ def _launch_gemm(
             ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
             BM=bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
             EVEN=columns % config.bk == 0, NATIVE=x.block_scales is not None,
-            ARCH=arch(w.device), num_warps=config.warps, enable_fp_fusion=False,
+            ARCH=arch(w.device), num_warps=config.warps, **launch_options(w.device),
         )  # fmt: skip
 
 
@@ -298,5 +301,5 @@ def _decode_weights(w: torch.Tensor, w_sf: torch.Tensor, out: torch.Tensor) -> N
     programs = (experts * rows // 8, triton.cdiv(half // 8, blocks))
     moe_kernels.decode_weights_kernel[programs](
         w.view(torch.uint16), w_sf.view(torch.uint8), out, half * 2, BLOCKS=blocks,
-        ARCH=arch(w.device), num_warps=4, enable_fp_fusion=False,
+        ARCH=arch(w.device), num_warps=4, **launch_options(w.device),
     )  # fmt: skip

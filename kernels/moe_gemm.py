@@ -13,7 +13,7 @@ shared memory. On Blackwell both stay codes and `tl.dot_scaled` is the hardware'
 import triton
 import triton.language as tl
 
-from .leaves import decode_fourth, operand_scale, scaled, to_bf16
+from .leaves import await_previous, decode_fourth, operand_scale, scaled, to_bf16
 
 # reference.activation.ActivationType
 GELU, RELU, SILU, SWIGLU, GEGLU = (tl.constexpr(i) for i in range(5))
@@ -191,45 +191,21 @@ def _native_sums(
     return acc
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_experts", "tiles"])
-def expert_gemm_kernel(
-    x_ptr,  # [N, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5 ...; with NATIVE [N, K/2] uint8
-    x_sf_ptr,  # with NATIVE [N, K/16] uint8, linear
-    w_ptr,  # [E, M, K/2] uint8, or decoded [num_experts, M, 4, K/4] bf16
-    w_sf_ptr,  # [E, M, K/16] uint8, 128x4
-    token_scale_ptr,  # [N] fp32, or None
-    bias_ptr,  # [E, M] fp32, or None
-    scale_ptr,  # [E] fp32: of up, or of the result
-    gate_scale_ptr,  # [E] fp32, with an activation
-    alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
-    out_ptr,  # [rows, M / 2 or M] bf16, or fp32 for static scales, by permuted row
-    expanded_ptr,  # [rows] int32: the expanded index, token * top_k + slot, of a permuted row
-    tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
-    end_ptr,  # [E] int32: the expert's last permuted row, + 1
-    first_expert,  # of those whose tiles are worked on now
-    num_experts,
-    tiles,
-    M,
-    K4,  # K / 4: a multiple of 16, as K is of 64
-    X_DIVISOR: tl.constexpr,  # x's row is expanded index / X_DIVISOR; 0: the permuted row itself
-    ACT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,  # BK divides K
-    NATIVE: tl.constexpr,  # the GPU multiplies codes
+@triton.jit
+def _expert_tile(
+    x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr,
+    alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, expert, place, first, end, M, K4,
+    X_DIVISOR: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
+    """The expert's permuted rows from `first`, BN of them, up to `end`; decoded weights at `place`."""
     GATED: tl.constexpr = (
         ACT == SWIGLU or ACT == GEGLU or ACT == SWIGLU_STEP or ACT == GEGLU_TANH or ACT == SITU
     )
-    K = K4 * 4
-    tile = tl.program_id(1)
-    expert = tl.load(tile_ptr + tile)
-    if (expert < first_expert) | (expert >= first_expert + num_experts):
-        return
-    first = tl.load(tile_ptr + tiles + tile)
     n = first + tl.arange(0, BN)
-    live = n < tl.load(end_ptr + expert)
+    live = n < end
+    K = K4 * 4
     if X_DIVISOR == 0:
         source = n
     else:
@@ -239,7 +215,7 @@ def expert_gemm_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     expert_rows = expert.to(tl.int64) * M  # a multiple of 128, as the tiles of scales
     if w_ptr.dtype.element_ty == tl.bfloat16:
-        rows = (expert - first_expert).to(tl.int64) * M
+        rows = place.to(tl.int64) * M
         acc = _decoded_sums(x_ptr, w_ptr, source, rows, m, K, BM, BN, BK, STAGES, ARCH)
     elif NATIVE:
         acc = _native_sums(
@@ -281,3 +257,57 @@ def expert_gemm_kernel(
     if out_ptr.dtype.element_ty == tl.bfloat16:
         y = to_bf16(y, ARCH)
     tl.store(out, y, live[None, :])
+
+
+@triton.jit(do_not_specialize=["first_expert", "num_experts", "tiles"])
+def expert_gemm_kernel(
+    x_ptr,  # [N, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5 ...; with NATIVE [N, K/2] uint8
+    x_sf_ptr,  # with NATIVE [N, K/16] uint8, linear
+    w_ptr,  # [E, M, K/2] uint8, or decoded [num_experts, M, 4, K/4] bf16
+    w_sf_ptr,  # [E, M, K/16] uint8, 128x4
+    token_scale_ptr,  # [N] fp32, or None
+    bias_ptr,  # [E, M] fp32, or None
+    scale_ptr,  # [E] fp32: of up, or of the result
+    gate_scale_ptr,  # [E] fp32, with an activation
+    alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
+    out_ptr,  # [rows, M / 2 or M] bf16, or fp32 for static scales, by permuted row
+    expanded_ptr,  # [rows] int32: the expanded index, token * top_k + slot, of a permuted row
+    tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
+    end_ptr,  # [E] int32: the expert's last permuted row, + 1
+    first_expert,  # of those whose tiles are worked on now
+    num_experts,
+    tiles,
+    M,
+    K4,  # K / 4: a multiple of 16, as K is of 64
+    X_DIVISOR: tl.constexpr,  # x's row is expanded index / X_DIVISOR; 0: the permuted row itself
+    ACT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,  # BK divides K
+    NATIVE: tl.constexpr,  # the GPU multiplies codes
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    await_previous(ARCH)
+    tile = tl.program_id(1)
+    expert = tl.load(tile_ptr + tile)
+    if (expert < first_expert) | (expert >= first_expert + num_experts):
+        return
+    first = tl.load(tile_ptr + tiles + tile)
+    end = tl.load(end_ptr + expert)
+    if BN >= 32 and not NATIVE and w_ptr.dtype.element_ty != tl.bfloat16:
+        # Half as wide where that holds the rows: an expert's last tile is often nearly empty.
+        half = end - first <= BN // 2
+        for i in tl.static_range(2):
+            if half == (i == 1):
+                _expert_tile(
+                    x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, token_scale_ptr, bias_ptr, scale_ptr,
+                    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, expert,
+                    expert - first_expert, first, end, M, K4, X_DIVISOR, ACT, BM, BN // (1 + i), BK,
+                    STAGES, EVEN, NATIVE, ARCH,
+                )  # fmt: skip
+    else:
+        _expert_tile(
+            x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr,
+            alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, expert, expert - first_expert,
+            first, end, M, K4, X_DIVISOR, ACT, BM, BN, BK, STAGES, EVEN, NATIVE, ARCH,
+        )  # fmt: skip

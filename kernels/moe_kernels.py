@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .leaves import (
+    await_previous,
     decode_fourth,
     decode_values,
     e4m3_decode,
@@ -12,6 +13,29 @@ from .leaves import (
     scaled,
     to_bf16,
 )
+
+
+@triton.jit
+def _expert_counted(
+    expert, counts, tile_ptr, end_ptr, tiles, E,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The first permuted row of an expert, given every expert's slots; its tiles and end written."""
+    bins = tl.arange(0, BINS)
+    in_tiles = tl.where(bins < E, (counts + TILE - 1) // TILE, 0)
+    first_row = tl.sum(tl.where(bins < expert, counts, 0))
+    first_tile = tl.sum(tl.where(bins < expert, in_tiles, 0))
+    count = tl.sum(tl.where(bins == expert, counts, 0))
+    tl.store(end_ptr + expert, first_row + count)
+
+    # The last expert also marks the tiles that nobody uses.
+    own = (count + TILE - 1) // TILE
+    until = tl.where(expert == E - 1, tiles - first_tile, own)
+    for start in range(0, until, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        tl.store(tile_ptr + first_tile + i, tl.where(i < own, expert, -1), i < until)
+        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < until)
+    return first_row
 
 
 @triton.jit
@@ -28,121 +52,105 @@ def permute_kernel(
     BINS: tl.constexpr,  # a power of two > E
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
     """Sort slots by expert, stably; a program writes what concerns its own expert."""
+    await_previous(ARCH)
     expert = tl.program_id(0)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, N, CHUNK):
         index = start + tl.arange(0, CHUNK)
         local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
         counts += tl.histogram(tl.where((local >= 0) & (local < E), local, BINS - 1), BINS)
-    bins = tl.arange(0, BINS)
-    in_tiles = tl.where(bins < E, (counts + TILE - 1) // TILE, 0)
-    first_row = tl.sum(tl.where(bins < expert, counts, 0))
-    first_tile = tl.sum(tl.where(bins < expert, in_tiles, 0))
-    count = tl.sum(tl.where(bins == expert, counts, 0))
-    tl.store(end_ptr + expert, first_row + count)
-
-    # The last expert also marks the tiles that nobody uses.
-    own = (count + TILE - 1) // TILE
-    until = tl.where(expert == E - 1, tiles - first_tile, own)
-    for start in range(0, until, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        tl.store(tile_ptr + first_tile + i, tl.where(i < own, expert, -1), i < until)
-        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < until)
+    row = _expert_counted(expert, counts, tile_ptr, end_ptr, tiles, E, BINS, CHUNK, TILE)
 
     for start in range(0, N, CHUNK):
         index = start + tl.arange(0, CHUNK)
         local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
-        here = local == expert
-        row = first_row + tl.cumsum(here.to(tl.int32), 0) - 1
-        tl.store(expanded_ptr + row, index, here)
-        tl.store(permuted_ptr + index, row, here)
-        first_row += tl.sum(here.to(tl.int32))
+        here = (local == expert).to(tl.int32)
+        rows = row + tl.cumsum(here, 0) - 1
+        tl.store(expanded_ptr + rows, index, here > 0)
+        tl.store(permuted_ptr + index, rows, here > 0)
+        row += tl.sum(here)
         if expert == 0:
             elsewhere = (local < 0) | (local >= E)
             tl.store(permuted_ptr + index, -1, elsewhere & (index < N))
 
 
+# The same in three launches, for many slots: the ids are read in chunks, each by one program.
+
+
 @triton.jit
 def count_kernel(
-    ids_ptr,  # [N] int32 global expert ids, by expanded index
-    counts_ptr,  # [chunks, BINS] int32: slots of each expert in a chunk
+    ids_ptr,
+    total_ptr,  # [BINS] int32, zeros: slots of each expert
+    count_ptr,  # [E, chunks] int32: of them in a chunk
     N,
     first_expert,
-    BINS: tl.constexpr,  # a power of two >= E
-    CHUNK: tl.constexpr,  # slots of a program
-    STEP: tl.constexpr,  # of them at a time
+    E,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
+    await_previous(ARCH)
+    chunk = tl.program_id(0)
+    index = chunk * CHUNK + tl.arange(0, CHUNK)
+    local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
+    counts = tl.histogram(tl.where((local >= 0) & (local < E), local, BINS - 1), BINS)
     bins = tl.arange(0, BINS)
-    counts = tl.zeros((BINS,), tl.int32)
-    for start in range(0, CHUNK, STEP):
-        index = tl.program_id(0) * CHUNK + start + tl.arange(0, STEP)
-        local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
-        counts += tl.sum((local[:, None] == bins[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + tl.program_id(0) * BINS + bins, counts)
+    tl.store(count_ptr + bins * tl.num_programs(0) + chunk, counts, bins < E)
+    tl.atomic_add(total_ptr + bins, counts, (bins < E) & (counts > 0), sem="relaxed")
+
+
+@triton.jit
+def offset_kernel(
+    total_ptr,
+    count_ptr,  # in: of each chunk; out: the permuted row of its first slot
+    tile_ptr,
+    end_ptr,
+    chunks,
+    tiles,
+    E,
+    BINS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    await_previous(ARCH)
+    expert = tl.program_id(0)
+    totals = tl.load(total_ptr + tl.arange(0, BINS))
+    row = _expert_counted(expert, totals, tile_ptr, end_ptr, tiles, E, BINS, STEP, TILE)
+    for start in range(0, chunks, STEP):
+        chunk = start + tl.arange(0, STEP)
+        at = count_ptr + expert * chunks + chunk
+        count = tl.load(at, chunk < chunks, other=0)
+        tl.store(at, row + tl.cumsum(count, 0) - count, chunk < chunks)
+        row += tl.sum(count)
 
 
 @triton.jit
 def place_kernel(
     ids_ptr,
-    counts_ptr,  # by `count_kernel`, as BINS, CHUNK and STEP
-    expanded_ptr,  # these four as `permute_kernel` has them
+    row_ptr,  # [E, chunks] int32, by `offset_kernel`
+    expanded_ptr,
     permuted_ptr,
-    tile_ptr,
-    end_ptr,
     N,
-    tiles,
     first_expert,
     E,
-    BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    TILE: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
-    """Sort slots by expert, stably; a program places those of its chunk, and its share of tiles."""
+    await_previous(ARCH)
     chunk = tl.program_id(0)
-    chunks = tl.num_programs(0)
-    bins = tl.arange(0, BINS)
-    inside = (bins < E)[None, :]
-    step = tl.arange(0, STEP)
-    count = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    for start in range(0, chunks, STEP):
-        other = (start + step)[:, None]
-        some = tl.load(
-            counts_ptr + other * BINS + bins[None, :], (other < chunks) & inside, other=0
-        )
-        count += tl.sum(some, 0)
-        before += tl.sum(tl.where(other < chunk, some, 0), 0)
-    end = tl.cumsum(count, 0)
-    first_row = end - count
-    in_tiles = (count + TILE - 1) // TILE
-    last_tile = tl.cumsum(in_tiles, 0)
-    first_tile = last_tile - in_tiles
-    if chunk == 0:
-        tl.store(end_ptr + bins, end, bins < E)
-
-    for start in range(chunk * STEP, tiles, chunks * STEP):
-        tile = (start + step)[:, None]
-        owner = (tile >= first_tile[None, :]) & (tile < last_tile[None, :])
-        expert = tl.sum(tl.where(owner, bins[None, :] + 1, 0), 1) - 1
-        row = first_row[None, :] + (tile - first_tile[None, :]) * TILE
-        tl.store(tile_ptr + start + step, expert, start + step < tiles)
-        row = tl.sum(tl.where(owner, row, 0), 1)
-        tl.store(tile_ptr + tiles + start + step, row, start + step < tiles)
-
-    following = first_row + before
-    for start in range(0, CHUNK, STEP):
-        index = chunk * CHUNK + start + step
-        local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
-        here = (local[:, None] == bins[None, :]) & inside
-        rank = tl.cumsum(here.to(tl.int32), 0) - 1
-        row = tl.sum(tl.where(here, following[None, :] + rank, 0), 1)
-        held = (local >= 0) & (local < E)
-        tl.store(permuted_ptr + index, tl.where(held, row, -1), index < N)
-        tl.store(expanded_ptr + row, index, held)
-        following += tl.sum(here.to(tl.int32), 0)
+    i = tl.arange(0, CHUNK)
+    index = chunk * CHUNK + i
+    local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
+    held = (local >= 0) & (local < E)
+    earlier = (local[None, :] == local[:, None]) & (i[None, :] < i[:, None])
+    first = tl.load(row_ptr + local * tl.num_programs(0) + chunk, held, other=0)
+    row = first + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(permuted_ptr + index, tl.where(held, row, -1), index < N)
+    tl.store(expanded_ptr + row, index, held)
 
 
 @triton.jit
@@ -155,6 +163,7 @@ def decode_kernel(
     ARCH: tl.constexpr,
 ):
     """Code times block scale, exact in bf16."""
+    await_previous(ARCH)
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     inside = word < K // 4
@@ -176,6 +185,7 @@ def decode_weights_kernel(
     ARCH: tl.constexpr,
 ):
     """Code times block scale times 2^-8 of eight rows of weights in the production layout."""
+    await_previous(ARCH)
     # Rows whose block scales share sectors of memory: a pair in each 32.
     tile = tl.program_id(0).to(tl.int64) // 16
     line = (tl.program_id(0) % 16 * 2 + tl.arange(0, 8) % 2 + tl.arange(0, 8) // 2 * 32)[:, None]
@@ -205,6 +215,7 @@ def finalize_kernel(
     COLUMNS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
+    await_previous(ARCH)
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width

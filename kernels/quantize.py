@@ -18,7 +18,7 @@ from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
 from .ops import Pair, Quantizers, Triple, register
 from .outputs import allocate, two_arguments
-from .target import INTERPRETING, arch
+from .target import INTERPRETING, arch, launch_options
 
 _DTYPES = {
     torch.bfloat16: k.BF16,
@@ -169,7 +169,7 @@ def _launch(
         SPLITS=config.splits,
         ARCH=arch(x.device),
         num_warps=config.warps,
-        enable_fp_fusion=False,
+        **launch_options(x.device),
     )
 
 

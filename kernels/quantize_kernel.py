@@ -14,6 +14,7 @@ from .leaves import (
     FLT_MAX,
     SIXTH,
     add,
+    await_previous,
     columns,
     decode_values,
     div,
@@ -443,6 +444,7 @@ def quantize_kernel(
     SPLITS: tl.constexpr,  # programs that share the columns of a row
     ARCH: tl.constexpr,
 ):
+    await_previous(ARCH)
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     if LAYOUT != LAYOUT_LINEAR:
         row_programs = (M + ROWS - 1) // ROWS

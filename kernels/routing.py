@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..reference.routing import Routing, RoutingMethodType
-from .leaves import to_bf16
-from .target import arch
+from .leaves import await_previous, to_bf16
+from .target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
 RENORMALIZE_NAIVE = tl.constexpr(int(RoutingMethodType.RenormalizeNaive))
@@ -45,6 +45,7 @@ def route_kernel(
     SLOTS: tl.constexpr,  # a power of two >= K
     ARCH: tl.constexpr,
 ):
+    await_previous(ARCH)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, WIDTH)
     inside = expert < E
@@ -122,7 +123,8 @@ def _op(
         route_kernel[(tokens,)](
             logits.contiguous(), bias, ids, weights, scale, experts, K=top_k, METHOD=method,
             NORM=norm, WIDTH=width, SLOTS=triton.next_power_of_2(top_k),
-            ARCH=arch(logits.device), num_warps=1 if width <= 256 else 4, enable_fp_fusion=False,
+            ARCH=arch(logits.device), num_warps=1 if width <= 256 else 4,
+            **launch_options(logits.device),
         )  # fmt: skip
     return ids, weights
 

@@ -28,9 +28,8 @@ OPTIONS = {
 CONFIGS = [
     GemmConfig(64, 16, 128, 4, 4),
     GemmConfig(128, 16, 256, 3, 4),
-    GemmConfig(128, 64, 128, 3, 4),
     GemmConfig(256, 64, 128, 3, 8),
-    GemmConfig(128, 128, 128, 3, 8),
+    GemmConfig(128, 128, 128, 2, 4),
     GemmConfig(256, 128, 64, 4, 8, decoded=True),
 ]
 """Every configuration that `gemm_config` chooses below Blackwell; the test below says so."""
