@@ -100,6 +100,11 @@ RULES: tuple[Rule, ...] = (
             f"{environment.four_over_six()}"
         ),
     ),
+    # core.py:3554
+    (
+        lambda r: r.output_dtype != torch.bfloat16,
+        lambda r: f"the output is {r.output_dtype}; its kernels write bfloat16",
+    ),
     (lambda r: r.batch_invariant, "batch_invariant: its tiles and its order depend on the batch"),
     (lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),
     # RoutingCustomPolicy.cuh:818-893, trtllm_fused_moe_routing_common.cu:93-110

@@ -141,6 +141,7 @@ def _fused_moe(
     local_expert_offset: int,
     finalize_order: FinalizeOrder,
     do_finalize: bool,
+    output_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     quantize: bool = False,
     config: GemmConfig | None = None,
@@ -149,7 +150,7 @@ def _fused_moe(
     slots = tokens * top_k
     h, width = experts.padded_hidden_size, experts.hidden_size
     output, _, _ = results = empty_results(
-        activations.hidden_states, tokens, slots, width, h, do_finalize
+        activations.hidden_states, tokens, slots, width, h, do_finalize, output_dtype
     )
     if tokens == 0:
         return results

@@ -91,8 +91,9 @@ def trtllm_fp4_block_scale_moe(
             on T, its place or its neighbours; finalize_order is then "slot".
 
     Returns:
-        [output bf16 [T, valid H]], or without `do_finalize` [rows bf16 [P, H], routing weights
-        [T, K], the row of each expanded index int32 [T * K], -1 where the expert is not held here].
+        [output [T, valid H], bf16 unless `output` is fp16 or fp32], or without `do_finalize` [rows bf16
+        [P, H], routing weights [T, K], the row of each expanded index int32 [T * K], -1 where the
+        expert is not held here].
 
     Raises:
         ValueError, TypeError: an argument that no backend accepts.
@@ -230,6 +231,7 @@ def fused_moe(
     nvfp4_4over6: Any = None,
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
+    output_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """The layer from ordinary tensors: quantize the hidden states, then the fused call.
 
@@ -239,16 +241,17 @@ def fused_moe(
         routing: (logits [T, E], a `Routing`), or (ids int32 [T, K], weights bf16 or fp32 [T, K]).
         activation: "per-token", "static" (experts with `input_amax`) or "bf16" (not quantized).
         num_experts: of all ranks; omitted with ids, those held here.
+        output_dtype: bf16, fp16 or fp32, of which FlashInfer writes the first alone.
         The rest: as for `trtllm_fp4_block_scale_moe`; 4over6 is off unless given, for both
         quantizations.
 
     Returns:
-        [T, hidden size] bf16.
+        [T, hidden size] of output_dtype.
     """
     request = _request_of_layer(
         hidden_states, experts, routing, activation, routing_bias, num_experts,
         local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
-        batch_invariant,
+        batch_invariant, output_dtype,
     )  # fmt: skip
     return serve(request, backend)[0]
 
@@ -268,6 +271,7 @@ def explain_fused_moe(
     nvfp4_4over6: Any = None,
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
+    output_dtype: torch.dtype = torch.bfloat16,
     capability: tuple[int, int] | None = None,
 ) -> Explanation:
     """Which backend `fused_moe` of the same arguments would run, and why each other would not.
@@ -278,7 +282,7 @@ def explain_fused_moe(
         request = _request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, num_experts,
             local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
-            batch_invariant, capability,
+            batch_invariant, output_dtype, capability,
         )  # fmt: skip
         _check_backend(backend)
     except (TypeError, ValueError) as error:
@@ -327,6 +331,7 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         local_expert_offset=r.local_expert_offset,
         finalize_order=r.finalize_order,
         do_finalize=r.do_finalize,
+        output_dtype=r.output_dtype,
         batch_invariant=r.batch_invariant,
         quantize=r.quantize is not None,
     )
@@ -423,6 +428,7 @@ def _request_of_layer(
     nvfp4_4over6: Any,
     finalize_order: FinalizeOrder,
     batch_invariant: bool,
+    output_dtype: torch.dtype,
     capability: tuple[int, int] | None = None,
 ) -> MoERequest:
     if activation not in ("per-token", "static", "bf16"):
@@ -460,6 +466,7 @@ def _request_of_layer(
         topk=given,
         finalize_order=finalize_order,
         batch_invariant=batch_invariant,
+        output_dtype=output_dtype,
         nvfp4_4over6=nvfp4_4over6,
         fast_math=fast_math,
         build=build,

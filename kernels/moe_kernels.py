@@ -207,7 +207,7 @@ def finalize_kernel(
     rows_ptr,  # [rows, H] bf16, by permuted row
     permuted_ptr,  # [T * K] int32
     weights_ptr,  # [T, K] bf16 or fp32
-    out_ptr,  # [T, width] bf16
+    out_ptr,  # [T, width] bf16, fp16 or fp32
     H,
     width,
     K: tl.constexpr,
@@ -230,4 +230,7 @@ def finalize_kernel(
             part = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
         total = part if j == 0 else total + part
     out = out_ptr + token.to(tl.int64) * width + column
-    tl.store(out, to_bf16(total, ARCH), inside)
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(out, to_bf16(total, ARCH), inside)
+    else:
+        tl.store(out, total, inside)

@@ -17,7 +17,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class FusedMoE(Protocol):
-    """(output [T, H] bf16, rows [rows, padded H] bf16, permuted [T * K] int32).
+    """(output [T, H] of `output_dtype`, rows [rows, padded H] bf16, permuted [T * K] int32).
 
     The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are
     bf16, and quantized per token with `recipe` first.
@@ -34,6 +34,7 @@ class FusedMoE(Protocol):
         local_expert_offset: int,
         finalize_order: FinalizeOrder,
         do_finalize: bool,
+        output_dtype: torch.dtype = torch.bfloat16,
         batch_invariant: bool = False,
         quantize: bool = False,
     ) -> Triple: ...
@@ -68,6 +69,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         local_expert_offset: int,
         by_slot: bool,
         do_finalize: bool,
+        output_dtype: torch.dtype,
         batch_invariant: bool,
         quantize: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,17 +88,19 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             local_expert_offset=local_expert_offset,
             finalize_order="slot" if by_slot else "flashinfer",
             do_finalize=do_finalize,
+            output_dtype=output_dtype,
             batch_invariant=batch_invariant,
             quantize=quantize,
         )
 
     @op.register_fake
     def _(hidden_states, *rest):  # type: ignore[no-untyped-def]
-        ids, hidden_size, do_finalize, gemm2_weights = rest[14], rest[16], rest[-3], rest[4]
-        slots = ids.numel()
+        ids, hidden_size, gemm2_weights = rest[14], rest[16], rest[4]
+        do_finalize, output_dtype = rest[-4:-2]
         return empty_results(
-            hidden_states, ids.shape[0], slots, hidden_size, gemm2_weights.shape[1], do_finalize
-        )
+            hidden_states, ids.shape[0], ids.numel(), hidden_size, gemm2_weights.shape[1],
+            do_finalize, output_dtype,
+        )  # fmt: skip
 
     def call(
         activations: Activations,
@@ -108,6 +112,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         local_expert_offset: int,
         finalize_order: FinalizeOrder,
         do_finalize: bool,
+        output_dtype: torch.dtype = torch.bfloat16,
         batch_invariant: bool = False,
         quantize: bool = False,
     ) -> Triple:
@@ -118,21 +123,25 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar,
             e.gemm1_bias, e.gemm2_bias, e.gemm1_alpha, e.gemm1_beta, e.gemm1_clamp_limit,
             ids, weights, e.hidden_size, e.intermediate_size, int(e.activation), recipe.code,
-            local_expert_offset, finalize_order == "slot", do_finalize, batch_invariant,
-            quantize,
+            local_expert_offset, finalize_order == "slot", do_finalize, output_dtype,
+            batch_invariant, quantize,
         )  # fmt: skip
 
     return call
 
 
 def empty_results(
-    like: torch.Tensor, tokens: int, slots: int, width: int, padded: int, do_finalize: bool
+    like: torch.Tensor,
+    tokens: int,
+    slots: int,
+    width: int,
+    padded: int,
+    do_finalize: bool,
+    output_dtype: torch.dtype,
 ) -> Triple:
     """The three results, allocated; those that `do_finalize` leaves out have no rows."""
 
-    def empty(*shape: int) -> torch.Tensor:
-        return like.new_empty(shape, dtype=torch.bfloat16)
-
     kept = 0 if do_finalize else slots
-    output = empty(tokens if do_finalize else 0, width)
-    return output, empty(kept, padded), like.new_empty(kept, dtype=torch.int32)
+    output = like.new_empty((tokens if do_finalize else 0, width), dtype=output_dtype)
+    rows = like.new_empty((kept, padded), dtype=torch.bfloat16)
+    return output, rows, like.new_empty(kept, dtype=torch.int32)

@@ -8,7 +8,7 @@ import torch
 
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
-from ..reference.moe import Activations, FinalizeOrder
+from ..reference.moe import OUTPUT_DTYPES, Activations, FinalizeOrder
 from ..reference.recipe import BLOCK_SIZE, Build, Math, Recipe, SfLayout
 from ..reference.routing import (
     Routing,
@@ -43,6 +43,7 @@ class MoERequest:
     finalize_order: FinalizeOrder
     batch_invariant: bool
     output: torch.Tensor | None
+    output_dtype: torch.dtype
     enable_pdl: bool | None
     tune_max_num_tokens: int
     lora_delta: torch.Tensor | None
@@ -97,6 +98,7 @@ def make_moe_request(
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
     output: torch.Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
     enable_pdl: bool | None = None,
     tune_max_num_tokens: int = 8192,
     lora_delta: torch.Tensor | None = None,
@@ -135,13 +137,19 @@ def make_moe_request(
         raise ValueError(f"finalize_order is {finalize_order!r}; it must be flashinfer or slot")
     width = experts.hidden_size
     if output is not None and (
-        output.dtype != torch.bfloat16
+        output.dtype not in OUTPUT_DTYPES
         or tuple(output.shape) != (tokens, width)
         or not output.is_contiguous()
     ):
         raise ValueError(
             f"output is {output.dtype} of shape {tuple(output.shape)}; it must be contiguous "
-            f"bfloat16 ({tokens}, {width})"
+            f"({tokens}, {width}), bfloat16, float16 or float32"
+        )
+    if output_dtype is None:
+        output_dtype = torch.bfloat16 if output is None else output.dtype
+    if output_dtype not in OUTPUT_DTYPES:
+        raise ValueError(
+            f"output_dtype is {output_dtype}; it must be torch.bfloat16, float16 or float32"
         )
     _check_devices(activations, experts, logits, routing_bias, ids, weights, output)
     explicit = not is_unset(nvfp4_4over6)
@@ -155,7 +163,7 @@ def make_moe_request(
     return MoERequest(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
         weights, Recipe(math, config, build), explicit, do_finalize,
-        "slot" if batch_invariant else finalize_order, batch_invariant, output,
+        "slot" if batch_invariant else finalize_order, batch_invariant, output, output_dtype,
         enable_pdl, tune_max_num_tokens, lora_delta, shared_experts, capability,
         quantize,
     )  # fmt: skip

@@ -20,6 +20,7 @@ def _fused_moe(
     local_expert_offset: int,
     finalize_order: FinalizeOrder,
     do_finalize: bool,
+    output_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     quantize: bool = False,
 ) -> Triple:
@@ -28,10 +29,11 @@ def _fused_moe(
     result = moe.fused_moe(
         activations, experts, ids, weights, recipe=recipe,
         local_expert_offset=local_expert_offset, finalize_order=finalize_order,
+        output_dtype=output_dtype,
     )  # fmt: skip
     output, rows, permuted = empty_results(
         activations.hidden_states, ids.shape[0], ids.numel(), experts.hidden_size,
-        experts.padded_hidden_size, do_finalize,
+        experts.padded_hidden_size, do_finalize, output_dtype,
     )  # fmt: skip
     if do_finalize:
         return result.output, rows, permuted

@@ -8,7 +8,7 @@ For each token t and slot k, with e = ids[t, k] an expert held here:
     requantized   `quantize_per_token` of the intermediate with `recipe` (CUDA build of FlashInfer)
     accumulator2  sum over I
     row           (accumulator2 * token scale 2 + gemm2_bias[e]) * output2_scale_scalar[e], to bf16
-    output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to bf16
+    output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to output_dtype
 
 Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
 intermediate, is quantized by blocks from fp32. bf16 hidden states are multiplied as they are and their
@@ -37,6 +37,7 @@ from .recipe import BLOCK_SIZE, Recipe
 
 Accumulate = Literal["fp64", "fp32"]
 FinalizeOrder = Literal["flashinfer", "slot"]
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class MoEResult:
     "token scale2" [T, K], "accumulator2" [T, K, H].
     """
 
-    output: torch.Tensor  # [T, H] bf16
+    output: torch.Tensor  # [T, H] bf16, or the dtype asked for
     rows: torch.Tensor  # [T, K, H] bf16, not yet weighted
     steps: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -86,6 +87,7 @@ def fused_moe(
     local_expert_offset: int = 0,
     accumulate: Accumulate = "fp64",
     finalize_order: FinalizeOrder = "flashinfer",
+    output_dtype: torch.dtype = torch.bfloat16,
     round_to_bf16: bool = True,
     keep_steps: bool = False,
 ) -> MoEResult:
@@ -99,6 +101,7 @@ def fused_moe(
             TRT-LLM backend.
         accumulate: the two GEMMs' sums; see the module.
         finalize_order: "flashinfer" (depends on T) or "slot" (ascending, always).
+        output_dtype: bf16 (FlashInfer's), fp16 or fp32.
         round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
             requantization: FlashInfer's own trace reference does.
     """
@@ -145,7 +148,7 @@ def fused_moe(
     rows = rows[..., : experts.hidden_size]
     if round_to_bf16:
         rows = rows.bfloat16()
-    output = finalize(rows.float(), weights, h, finalize_order).bfloat16()
+    output = finalize(rows.float(), weights, h, finalize_order).to(output_dtype)
     if keep_steps:
         steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
     return MoEResult(output, rows, steps if keep_steps else {})

@@ -35,16 +35,24 @@ def to(device, thing):
     return thing
 
 
-def both(case: Case, device, config=None, recipe=None, local_expert_offset=0, order="flashinfer"):
+def both(
+    case: Case,
+    device,
+    config=None,
+    recipe=None,
+    local_expert_offset=0,
+    order="flashinfer",
+    dtype=torch.bfloat16,
+):
     """(Triton's output, the reference's) on the CPU."""
     got = triton_moe._fused_moe(
         *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
         config=config, recipe=recipe or Recipe(), local_expert_offset=local_expert_offset,
-        finalize_order=order, do_finalize=True,
+        finalize_order=order, do_finalize=True, output_dtype=dtype,
     )[0]  # fmt: skip
     want = reference.fused_moe(
         case.activations, case.experts, case.ids, case.weights, recipe=recipe,
-        local_expert_offset=local_expert_offset, finalize_order=order,
+        local_expert_offset=local_expert_offset, finalize_order=order, output_dtype=dtype,
     ).output  # fmt: skip
     return got.cpu(), want
 
@@ -206,6 +214,14 @@ def finalize_orders(device, config=SMALL):
         close(case, device, order, order=order, config=config)
 
 
+def output_dtypes(device, config=SMALL):
+    case = coarse(Shape(5, 128, 128, 4, 2), ActivationType.Relu2)
+    for dtype in (torch.float32, torch.float16):
+        got, want = both(case, device, dtype=dtype, config=config)
+        assert got.dtype == dtype
+        assert_bitwise(got, want, str(dtype))
+
+
 def routing(device, config=None):
     """Ids as the reference's, ties of raw logits included; weights to a step of bf16."""
     g = torch.Generator().manual_seed(11)
@@ -241,6 +257,7 @@ CASES = [
     quantized_on_the_way,
     skewed_routing,
     finalize_orders,
+    output_dtypes,
 ]
 
 

@@ -200,10 +200,28 @@ def test_opcheck():
                 scales[0], e.gemm2_weights, scales[1],
                 e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar, None,
                 None, None, None, None, case.ids, case.weights, 128, 64, 3, 0, 0, False, do_finalize,
-                False, False,
+                torch.float16, False, False,
             ),
         )  # fmt: skip
     assert reference_moe_ops.fused_moe is not None
+
+
+def test_output_dtypes():
+    """Rounded once, from the fp32 sum over slots; into the caller's tensor, too."""
+    case = moe_cases.make(SHAPE)
+    routing = (case.ids, case.weights)
+    exact = nvfp4_moe.fused_moe(case.x, case.experts, routing, output_dtype=torch.float32)
+    assert (exact != exact.bfloat16()).any()
+    for dtype in (torch.bfloat16, torch.float16):
+        got = nvfp4_moe.fused_moe(case.x, case.experts, routing, output_dtype=dtype)
+        assert_bitwise(got, exact.to(dtype), str(dtype))
+        into = torch.empty_like(got)
+        given = keywords(case, topk_ids=routing, output=into)
+        (output,) = nvfp4_moe.trtllm_fp4_block_scale_routed_moe(**given)
+        assert output is into
+        assert_bitwise(into, got, f"into {dtype}")
+    with pytest.raises(ValueError, match="output_dtype is torch\\.int8"):
+        nvfp4_moe.fused_moe(case.x, case.experts, routing, output_dtype=torch.int8)
 
 
 CAPABLE = {"capability": (10, 0)}
@@ -237,6 +255,7 @@ class TestExplain:
             ({"nvfp4_4over6": NVFP44Over6Config()}, "FLASHINFER_NVFP4_4OVER6"),
             ({"build": "cute-dsl"}, 'build="cuda"'),
             ({"finalize_order": "slot"}, "finalize_order"),
+            ({"output_dtype": torch.float16}, "the output is torch.float16"),
             ({"batch_invariant": True}, "batch_invariant"),
             ({"activation": "bf16"}, "hidden_states are bf16"),
         ],
@@ -358,7 +377,7 @@ WRONG = [
     ("topk_ids", lambda t: (t[0], t[1].half()), "topk_ids\\[1\\] is float16"),
     ("topk_ids", lambda t: 3, "topk_ids is int"),
     ("top_k", lambda n: 3, "topk_ids\\[0\\] is int32 \\(5, 2\\)"),
-    ("output", lambda t: torch.zeros(5, 128), "output is torch.float32"),
+    ("output", lambda t: torch.zeros(5, 128).double(), "output is torch.float64"),
     ("valid_hidden_size", lambda n: 130, "valid_hidden_size is 130"),
     ("hidden_states_scale_layout", lambda n: 0, "must be layout_linear"),
     ("finalize_order", lambda n: "any", "finalize_order is 'any'"),

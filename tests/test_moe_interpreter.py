@@ -1,10 +1,16 @@
 """The Triton mixture of experts in the interpreter, against the reference."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import moe_triton_cases
 import pytest
+import torch
+from assertions import assert_bitwise
+from moe_cases import Shape
 from nvfp4_moe.kernels import moe
 from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.reference.activation import ActivationType
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -23,6 +29,18 @@ def test_weights_decoded_before(ring, monkeypatch):
     monkeypatch.setattr(moe, "_DECODED_BYTES", ring)
     for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
         case("cpu", moe.GemmConfig(128, 16, 64, 1, 4, decoded=True))
+
+
+def test_tiles_half_as_wide():
+    """Experts with fewer rows than half a tile, with more, and with a second, nearly empty one."""
+    config = moe.GemmConfig(128, 32, 64, 1, 4)
+    for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
+        case("cpu", config)
+    shape = Shape(34, 128, 128, 3, 2)
+    ids = torch.tensor([[0, 1]] * 17 + [[0, 2]] * 17, dtype=torch.int32)  # rows: 32 + 2, 17, 17
+    case = replace(moe_triton_cases.coarse(shape, ActivationType.Relu2), ids=ids)
+    moe_triton_cases._assert_second_sums_are_exact(case, shape)
+    assert_bitwise(*moe_triton_cases.both(case, "cpu", config=config), "sums that are exact")
 
 
 @pytest.mark.parametrize(
