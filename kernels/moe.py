@@ -32,6 +32,9 @@ class GemmConfig:
     stages: int
     warps: int
     decoded: bool = False  # weights are decoded before, an expert's once
+    registers: int | None = (
+        None  # of a thread, at most, so that two programs share a multiprocessor
+    )
 
 
 _DECODED_BYTES = 256 << 20
@@ -41,29 +44,28 @@ _DECODED_BYTES = 256 << 20
 def gemm_config(
     slots: int,
     num_experts: int,
-    rows: int,
     columns: int,
     *,
     batch_invariant: bool = False,
     native: bool = False,
 ) -> GemmConfig:
-    """By the tokens an expert has on average, `slots` being T * K, and the weights' rows and columns.
+    """By the tokens an expert has on average, `slots` being T * K, and the weights' columns.
 
-    Both GEMMs of a call have the same `bn`. The order in which a sum is taken depends on `bk` and
-    `decoded` alone, which with `batch_invariant` are always the same. Measured on an H100
-    (`bench/moe_speed.py`); `native` is for GPUs that multiply codes, where nothing was measured.
+    Both GEMMs of a call have the same `bn`, whatever their columns. The order in which a sum is taken
+    depends on `bk` and `decoded` alone, which with `batch_invariant` are always the same. Measured on
+    an H100 (`bench/moe_speed.py`); `native` is for GPUs that multiply codes, where nothing was.
     """
     each = -(-slots // num_experts)
-    if each <= 16:
-        if native:
+    if native:
+        if each <= 16:
             return GemmConfig(128, 16, 128, 4, 4)
+        return GemmConfig(128, 64, 128, 3, 4) if each <= 64 else GemmConfig(128, 128, 128, 3, 8)
+    if each <= 16:
         long = columns >= 4096 and not batch_invariant
         return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(64, 16, 128, 4, 4)
-    if each <= 64:
-        return GemmConfig(128, 64, 128, 3, 4) if native else GemmConfig(256, 64, 128, 3, 8)
-    if each < 1024 or rows % 256 or batch_invariant or native:
-        return GemmConfig(128, 128, 128, 3, 8) if native else GemmConfig(128, 128, 128, 2, 4)
-    return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512, and with 128 rows
+    if each < 1024 or batch_invariant:
+        return GemmConfig(128, 64, 128, 3, 8, registers=128)
+    return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512
 
 
 _ONE_LAUNCH_SLOTS = 4096
@@ -157,7 +159,7 @@ def _fused_moe(
     held = experts.num_local
     configs = [
         config or gemm_config(
-            slots, held, w.shape[1], w.shape[2] * 2, batch_invariant=batch_invariant,
+            slots, held, w.shape[2] * 2, batch_invariant=batch_invariant,
             native=native_mma(arch(ids.device)),
         )
         for w in (experts.gemm1_weights, experts.gemm2_weights)
@@ -291,7 +293,8 @@ def _launch_gemm(
             ACT=int(activation) if activation is not None else moe_gemm.NONE.value,
             BM=bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
             EVEN=columns % config.bk == 0, NATIVE=x.block_scales is not None,
-            ARCH=arch(w.device), num_warps=config.warps, **launch_options(w.device),
+            ARCH=arch(w.device), num_warps=config.warps,
+            maxnreg=config.registers, **launch_options(w.device),
         )  # fmt: skip
 
 

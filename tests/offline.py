@@ -10,13 +10,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-def compile_kernel(function, arch: int, types: dict, constants: dict, aligned, warps: int):
+def compile_kernel(function, arch: int, types: dict, constants: dict, aligned, **options):
     """The compiled kernel; `aligned` names the arguments that are multiples of 16."""
     names = [p.name for p in function.params]
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"enable_fp_fusion": False} | options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

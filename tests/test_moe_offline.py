@@ -17,7 +17,22 @@ pytestmark = [
 def configs(native: bool) -> list[GemmConfig]:
     """From the fewest tokens to the most."""
     slots = (8, 4096, 32768, 1 << 20)
-    return [gemm_config(n, 128, 1536, 2048, native=native) for n in slots]
+    return [gemm_config(n, 128, 2048, native=native) for n in slots]
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_both_gemms_have_the_same_tile(native, batch_invariant):
+    """They share a permutation; and with `batch_invariant`, one order of sums."""
+    found = set()
+    for slots in range(1, 20000, 7):
+        configs = [
+            gemm_config(slots, 8, columns, native=native, batch_invariant=batch_invariant)
+            for columns in (64, 768, 2048, 7168, 16384)
+        ]
+        assert len({c.bn for c in configs}) == 1
+        found |= {(c.bk, c.decoded) for c in configs}
+    assert not batch_invariant or len(found) == 1
 
 
 def compile_gemm(arch: int, config: GemmConfig, activation: int):
@@ -38,7 +53,10 @@ def compile_gemm(arch: int, config: GemmConfig, activation: int):
         "first_expert": "i32", "num_experts": "i32", "tiles": "i32", "M": "i32", "K4": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in (*constants, "first_expert", "num_experts", "tiles")]
-    return compile_kernel(expert_gemm_kernel, arch, types, constants, aligned, config.warps)
+    return compile_kernel(
+        expert_gemm_kernel, arch, types, constants, aligned, num_warps=config.warps,
+        maxnreg=config.registers,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

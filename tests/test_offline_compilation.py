@@ -59,7 +59,9 @@ def compile_for(
     types |= {"padded_rows": "i32", "padded_columns": "i32"}
     pointers = ("x_ptr", "token_ptr", *(["values_ptr"] if values else ["codes_ptr", "sf_ptr"]))
     aligned = (*pointers, "NB", "padded_columns")
-    return compile_kernel(k.quantize_kernel, arch, types, constants, aligned, config.warps)
+    return compile_kernel(
+        k.quantize_kernel, arch, types, constants, aligned, num_warps=config.warps
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
