@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..reference.activation import ActivationType
+from ..reference.recipe import Build
 from ..reference.routing import refusal as routing_refusal
 from . import environment
 from .flashinfer import INSTALLED, VERSION
@@ -31,12 +32,25 @@ _CAPABILITIES = ((10, 0), (10, 3), (10, 7))
 Rule = tuple[Callable[[MoERequest], Any], str | Callable[[MoERequest], str]]
 
 
-def _wrong_math(r: MoERequest) -> str:
-    now = environment.math("cuda")
-    return (
-        f"it quantizes the intermediate as the environment says, {now}, not {r.recipe.math}: "
-        f"{environment.how_to_get(r.recipe.math, 'cuda')}"
-    )
+def math_rule(build: Build) -> Rule:
+    """Its kernels of this build quantize the intermediate as the environment says."""
+
+    def reason(r: MoERequest) -> str:
+        return (
+            f"it quantizes the intermediate as the environment says, {environment.math(build)}, not "
+            f"{r.recipe.math}: {environment.how_to_get(r.recipe.math, build)}"
+        )
+
+    return lambda r: r.recipe.math != environment.math(build), reason
+
+
+four_over_six_rule: Rule = (
+    lambda r: r.recipe.four_over_six != environment.four_over_six(),
+    lambda r: (
+        f"nvfp4_4over6 is {r.recipe.four_over_six}; it reads FLASHINFER_NVFP4_4OVER6*, which say "
+        f"{environment.four_over_six()}"
+    ),
+)
 
 
 # What its runners say when no kernel was built for a shape: bgr.cu:238 and :606, runner.cu:667.
@@ -63,7 +77,7 @@ def _routing_refusal(r: MoERequest) -> str | None:
     return routing_refusal(r.routing, r.num_experts, r.routing_bias is not None)
 
 
-RULES: tuple[Rule, ...] = (
+COMMON: tuple[Rule, ...] = (
     (
         lambda r: not INSTALLED,
         "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
@@ -71,13 +85,18 @@ RULES: tuple[Rule, ...] = (
     (lambda r: VERSION and VERSION < (0, 7), "flashinfer-python is older than 0.7"),
     (lambda r: torch.compiler.is_compiling(), "torch.compile cannot trace FlashInfer's Python"),
     (lambda r: r.capability is None, "hidden_states are on the CPU"),
+    # bgr.cu:339; its launcher divides by the count
+    (lambda r: r.tokens == 0, "there are no tokens"),
+)
+"""What no layer of FlashInfer's can do."""
+
+RULES: tuple[Rule, ...] = (
+    *COMMON,
     # launcher:1697, bgr.cu:216
     (
         lambda r: r.capability not in _CAPABILITIES,
         lambda r: f"sm_{r.capability[0]}{r.capability[1]} has no kernels; sm_100, 103, 107 have",  # type: ignore[index]
     ),
-    # bgr.cu:339; its launcher divides by the count
-    (lambda r: r.tokens == 0, "there are no tokens"),
     # launcher:5220
     (lambda r: r.is_w4a16, "hidden_states are bf16; NVFP4 weights take NVFP4 codes"),
     # runner.cu:114-146
@@ -91,15 +110,8 @@ RULES: tuple[Rule, ...] = (
         "activation Situ has no kernels on sm_107",
     ),
     (lambda r: r.recipe.build != "cuda", 'its bits are those of build="cuda"'),
-    (lambda r: r.recipe.math != environment.math("cuda"), _wrong_math),
-    # runner.cu:764: the recipe comes from the environment only
-    (
-        lambda r: r.recipe.four_over_six != environment.four_over_six(),
-        lambda r: (
-            f"nvfp4_4over6 is {r.recipe.four_over_six}; it reads FLASHINFER_NVFP4_4OVER6*, which say "
-            f"{environment.four_over_six()}"
-        ),
-    ),
+    math_rule("cuda"),
+    four_over_six_rule,  # runner.cu:764
     # core.py:3554
     (
         lambda r: r.output_dtype != torch.bfloat16,
@@ -125,7 +137,12 @@ RULES: tuple[Rule, ...] = (
 
 def refusal(r: MoERequest) -> str | None:
     """Why FlashInfer cannot serve the request; None if it can."""
-    for refused, reason in RULES:
+    return first_reason(RULES, r)
+
+
+def first_reason(rules: tuple[Rule, ...], r: MoERequest) -> str | None:
+    """The reason of the first rule that refuses the request; None if none does."""
+    for refused, reason in rules:
         if refused(r):
             return reason if isinstance(reason, str) else reason(r)
     return None

@@ -17,13 +17,14 @@ from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
 from ..reference.recipe import Build, SfLayout
 from ..reference.routing import Routing
-from . import flashinfer_moe
+from . import flashinfer_cute_dsl_moe, flashinfer_moe
 from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
 from .moe_ops import FusedMoE
 from .moe_request import MoERequest, check_linear, make_moe_request, routing_of
 from .request import UNSET
 
-ORDER = (flashinfer_moe.NAME, "triton", "reference")
+_FLASHINFER = {m.NAME: m for m in (flashinfer_moe, flashinfer_cute_dsl_moe)}
+ORDER = (*_FLASHINFER, "triton", "reference")
 """What `auto` tries, in order."""
 _LINEAR = SfLayout.layout_linear
 _log = logging.getLogger("nvfp4_moe")
@@ -83,7 +84,7 @@ def trtllm_fp4_block_scale_moe(
         hidden_states_scale: e4m3 [T, H/16], linear.
         gemm1_weights ... output2_scale_scalar: as `reference.experts.Experts` documents them.
         per_token_scale: [T] fp32; None for static scales.
-        backend: "auto", "flashinfer:trtllm", "triton" or "reference".
+        backend: "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "triton" or "reference".
         fast_math, nvfp4_4over6: of the intermediate's quantization; omitted, the environment decides,
             as it always does for FlashInfer, which refuses another value.
         finalize_order: "flashinfer", whose order depends on T, or "slot".
@@ -294,8 +295,8 @@ def explain_fused_moe(
 
 def refusal(backend: str, r: MoERequest) -> str | None:
     """Why a backend cannot serve the request; None if it can."""
-    if backend == flashinfer_moe.NAME:
-        return flashinfer_moe.refusal(r)
+    if backend in _FLASHINFER:
+        return _FLASHINFER[backend].refusal(r)
     if r.lora_delta is not None:
         return "gemm1_lora_delta is FlashInfer's alone"
     if backend == "reference":
@@ -311,8 +312,10 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         raise UnsupportedError(f"no backend can serve this call: {reasons}")
     if (reason := refusal(name, r)) is not None:
         raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
-    if r.quantize == "static" or (r.quantize and name == flashinfer_moe.NAME):
+    if r.quantize == "static" or (r.quantize and name in _FLASHINFER):
         r = _with_codes(r)
+    if name == flashinfer_cute_dsl_moe.NAME:
+        return flashinfer_cute_dsl_moe.run(r)
     if name == flashinfer_moe.NAME:
         try:
             return flashinfer_moe.run(r)

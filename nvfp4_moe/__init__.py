@@ -20,6 +20,7 @@ from .kernels.moe_dispatch import (
     trtllm_fp4_block_scale_routed_moe,
 )
 from .reference.activation import ActivationType
+from .reference.cute_dsl import with_cute_dsl
 from .reference.experts import Experts, assemble_experts, prepare_experts
 from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
 from .reference.routing import Routing, RoutingMethodType
@@ -49,4 +50,5 @@ __all__ = [
     "prepare_experts",
     "trtllm_fp4_block_scale_moe",
     "trtllm_fp4_block_scale_routed_moe",
+    "with_cute_dsl",
 ]

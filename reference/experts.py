@@ -9,6 +9,7 @@ alike and lie in 128x4. Source: flashinfer-python 0.7.2, `fused_moe/prepare.py:4
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from .layouts import from_linear, to_linear
 from .quantize import quantize_global_scale
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
 from .shuffle import interleave_gated_rows, inverse, shuffle_rows
+
+if TYPE_CHECKING:
+    from .cute_dsl import CuteDslWeights
 
 _128X4 = SfLayout.layout_128x4
 
@@ -47,6 +51,7 @@ class Experts:
     gemm1_clamp_limit: torch.Tensor | None = None  # [E] fp32, divided by the gate scalar
     input_scale: torch.Tensor | None = None  # [1] fp32 encode scale of static activations
     intermediate_scale: torch.Tensor | None = None  # [1] fp32, the same of the intermediate
+    cute_dsl: "CuteDslWeights | None" = None  # by `reference.cute_dsl.with_cute_dsl`
 
     @property
     def num_local(self) -> int:

@@ -416,4 +416,6 @@ def test_logits_and_bias():
 
 
 def test_order_is_one_tuple():
-    assert moe_dispatch.ORDER == ("flashinfer:trtllm", "triton", "reference")
+    assert moe_dispatch.ORDER == (
+        "flashinfer:trtllm", "flashinfer:cute-dsl", "triton", "reference"
+    )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Experts' weights as FlashInfer's CuTe-DSL kernels want them, out of the prepared ones.
+
+Rows of the first GEMM in their natural order, of gated activations 64 of up, then 64 of gate, and so on;
+block scales in 128x4, seen as [32, 4, M/128, 4, K/64, E]; one scalar for each GEMM of an expert. Source:
+flashinfer-python 0.7.2, `fused_moe/prepare.py:2495-2640` and `cute_dsl/utils.py:367`.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, replace
+
+import torch
+
+from .experts import Experts, row_order
+from .layouts import from_linear, to_linear
+from .recipe import BLOCK_SIZE, SfLayout
+from .shuffle import inverse
+
+_128X4 = SfLayout.layout_128x4
+_GROUP = 64  # rows of up, and of gate, at a time
+
+
+@dataclass(frozen=True)
+class CuteDslWeights:
+    """A second copy of the weights of `num_local` experts."""
+
+    w1_weight: torch.Tensor  # [E, M1, H/2] uint8
+    w1_weight_sf: torch.Tensor  # [32, 4, M1/128, 4, H/64, E] e4m3, strided
+    w1_alpha: torch.Tensor  # [E] fp32, of up and gate alike
+    w2_weight: torch.Tensor  # [E, H, I/2] uint8
+    w2_weight_sf: torch.Tensor  # [32, 4, H/128, 4, I/64, E] e4m3, strided
+    w2_alpha: torch.Tensor  # [E] fp32
+
+
+def with_cute_dsl(experts: Experts) -> Experts:
+    """The experts, holding their weights in CuTe-DSL's layout too: as much memory again.
+
+    Weights that change afterwards need this call again. It waits for the GPU.
+
+    Raises:
+        ValueError: the experts have static scales, biases, or scalars of their own for up and gate.
+    """
+    gated = experts.activation.gated
+    gate, up = experts.output1_scale_gate_scalar, experts.output1_scale_scalar
+    if not torch.equal(up, gate if gated else torch.ones_like(up)):
+        raise ValueError(
+            "output1_scale_scalar is not output1_scale_gate_scalar, or 1 without a gate; CuTe-DSL's "
+            "kernels have one scalar, so up and gate share theirs, and there are no static scales"
+        )
+    if experts.gemm1_bias is not None or experts.gemm2_bias is not None:
+        raise ValueError("the experts have biases; CuTe-DSL's kernels have none")
+    w1, w1_sf = _rows(experts.gemm1_weights, experts.gemm1_weights_scale, gated)
+    w2, w2_sf = _rows(experts.gemm2_weights, experts.gemm2_weights_scale, False)
+    weights = CuteDslWeights(w1, w1_sf, gate, w2, w2_sf, experts.output2_scale_scalar)
+    return replace(experts, cute_dsl=weights)
+
+
+def _rows(
+    codes: torch.Tensor, scales: torch.Tensor, gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    experts, rows, half = codes.shape
+    columns = half * 2 // BLOCK_SIZE
+    order = inverse(row_order(rows, gated, codes.device))
+    if gated:
+        order = order.reshape(2, -1, _GROUP).transpose(0, 1).reshape(-1)
+    linear = to_linear(scales.view(torch.uint8), rows, columns, _128X4)[:, order]
+    swizzled = from_linear(linear, _128X4).view(torch.float8_e4m3fn)
+    tiles = swizzled.reshape(experts, rows // 128, columns // 4, 32, 4, 4)
+    return codes[:, order].contiguous(), tiles.permute(3, 4, 1, 5, 2, 0)
