@@ -7,19 +7,10 @@ Every shape's output is first compared with the reference at a few tokens.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import triton
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from quantize_speed import copy_rate, microseconds
+from measure import arguments, copy_rate, cublas_rate, microseconds, save, start
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
@@ -106,11 +97,6 @@ def check(s: Shape, experts: Experts, routing: Routing) -> None:
         raise SystemExit(f"{s.name}: relative error {error} against the reference")
 
 
-def cublas_rate() -> float:
-    a = torch.randn(8192, 8192, device="cuda").bfloat16()
-    return 2 * 8192**3 / microseconds(lambda: a @ a, 3) / 1e6
-
-
 def measure(s: Shape, tokens: int, experts: Experts, layer, copy: float) -> dict:
     routing = Routing(RoutingMethodType.Renormalize, s.top_k)
     g = torch.Generator("cuda").manual_seed(tokens)
@@ -138,17 +124,7 @@ def measure(s: Shape, tokens: int, experts: Experts, layer, copy: float) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write every cell to this file")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: there is nothing to measure")
-    where = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    print(*where.values(), sep=", ")
+    options, where = start(arguments(__doc__))
     copy = copy_rate()
     print(f"device copy {copy:.0f} GB/s, cuBLAS bf16 {cublas_rate():.0f} TFLOP/s")
     cells = []
@@ -172,8 +148,7 @@ def main() -> None:
                 flush=True,
             )
         del experts, layer
-    if options.json:
-        options.json.write_text(json.dumps({**where, "copy": copy, "cells": cells}, indent=1))
+    save(options.json, {**where, "copy": copy, "cells": cells})
 
 
 if __name__ == "__main__":

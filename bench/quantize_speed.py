@@ -8,18 +8,8 @@ reference first.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import json
-import statistics
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
-import triton
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from measure import arguments, copy_rate, microseconds, save, start
 from nvfp4_moe.kernels.quantize import quantize_per_token
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -41,39 +31,12 @@ SMALL_ROWS = (1, 8, 32, 128)
 SMALL_COLUMNS = (2048, 4096, 7168)
 
 
-def microseconds(call: Callable[[], object], calls: int, replays: int = 9) -> float:
-    """Median time of one call, `calls` of them in a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for i in range(replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 2:  # warm
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
-
-
 def check(x: torch.Tensor, recipe: Recipe, layout: SfLayout) -> None:
     got = quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
     want = reference.quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
     for a, b in zip(got, (want.codes, want.block_scales, want.per_token_scale), strict=True):
         if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             raise SystemExit(f"wrong bits: {tuple(x.shape)} {recipe} {layout.name}")
-
-
-def copy_rate() -> float:
-    """GB/s of a device copy, bytes read and written."""
-    source = torch.randn(2 * ELEMENTS, device="cuda").bfloat16()
-    target = torch.empty_like(source)
-    return 4 * source.numel() / microseconds(lambda: target.copy_(source), 5) / 1e3
 
 
 def large(cells: list[dict]) -> None:
@@ -130,22 +93,11 @@ def small(cells: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write every cell to this file")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: there is nothing to measure")
-    where = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    print(*where.values(), sep=", ")
+    options, where = start(arguments(__doc__))
     cells: list[dict] = []
     large(cells)
     small(cells)
-    if options.json:
-        options.json.write_text(json.dumps({**where, "cells": cells}, indent=1))
+    save(options.json, {**where, "cells": cells})
 
 
 if __name__ == "__main__":

@@ -7,16 +7,10 @@ and for the mixture of experts the bf16 layer made of `torch._grouped_mm`. `quan
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import sys
-from pathlib import Path
-
+import measure
+import moe_speed
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import moe_speed
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
@@ -27,16 +21,13 @@ CALLS = 10  # in one graph, so that a replay's own cost is a tenth
 
 def device_time(benchmark, call, *, graph: bool = True) -> None:
     """Benchmark `call` by the GPU's clock; outside a graph where the call waits for the GPU."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
+    call()
     replay, calls = call, 1
     if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for _ in range(CALLS):
-                call()
-        replay, calls = captured.replay, CALLS
+        replay, calls = measure.captured(call, CALLS).replay, CALLS
+    else:
+        call()
+        torch.cuda.synchronize()
     origin = torch.cuda.Event(enable_timing=True)
     origin.record()
     benchmark._timer = lambda: _seconds_since(origin) / calls
