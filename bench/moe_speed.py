@@ -1,20 +1,31 @@
 """Speed of the fused mixture of experts on the GPU at hand: `python bench/moe_speed.py [--json FILE]`.
 
 Whole calls, bf16 hidden states and router logits to bf16 output, inside CUDA graphs. Beside them, in
-the same run: the bf16 layer made of `torch._grouped_mm`, a device copy and a cuBLAS product. The floor
-is the time of reading the codes and block scales of the experts that were touched, at the copy's rate.
-Every shape's output is first compared with the reference at a few tokens.
+the same run: the layer in bf16, made of `torch._grouped_mm` and as Triton kernels whose tiles are tuned
+for each cell (`bf16_layer.py`), a device copy and a cuBLAS product. "Once" is a tuned bf16 Triton layer
+without routing that was measured once, elsewhere, on an H100. The floor is the time of reading the
+codes and block scales of the experts that were touched, at the copy's rate. "Workspace" is the peak of
+what a call allocates beyond its output, as a share of `workspace_bound`, without weights decoded ahead,
+which have a column of their own. Every shape's output is first compared with the reference at a few
+tokens, every bf16 Triton layer's with fp32. `--shape` and `--tokens` measure a part.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
+import bf16_layer
 import torch
-from measure import arguments, copy_rate, cublas_rate, microseconds, save, start
+from bf16_layer import Weights
+from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes, save, start
+from nvfp4_moe.kernels import moe as triton_moe
+from nvfp4_moe.kernels.target import arch, native_mma
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
 
+DEVICE = torch.device("cuda")
 TOKENS = (1, 8, 32, 128, 1024, 4096, 16384)
 
 
@@ -23,71 +34,148 @@ class Shape:
     name: str
     hidden: int
     intermediate: int
-    experts: int
+    experts: int  # held here, the first of `routed`
     top_k: int
     activation: ActivationType = ActivationType.Swiglu
-    tuned_bf16: tuple[int, ...] = ()  # us of a tuned bf16 Triton MoE on an H100, for TOKENS
+    tuned_once: tuple[int, ...] = ()  # us of a tuned bf16 Triton MoE on an H100, for TOKENS
+    ranks: int = 1  # that the experts are spread over
+    biased: bool = False  # biases, and the activation's parameters of GPT-OSS
+
+    @property
+    def routed(self) -> int:
+        """Experts that logits speak of."""
+        return self.experts * self.ranks
+
+    @property
+    def rows(self) -> int:
+        """Of an expert's first weights."""
+        return self.intermediate * (2 if self.activation.gated else 1)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        return {"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0} if self.biased else {}
+
+    @property
+    def held(self) -> tuple[object, ...]:
+        """What random weights depend on: shapes that are equal in it share them."""
+        return (
+            self.hidden, self.intermediate, self.experts, self.activation, self.biased
+        )  # fmt: skip
 
 
 SHAPES = (
-    Shape("Qwen3-30B-A3B", 2048, 768, 128, 8, tuned_bf16=(40, 170, 374, 426, 511, 857, 2734)),
-    Shape("DeepSeek-V3 rank", 7168, 2048, 32, 8, tuned_bf16=(250, 0, 942, 1015, 1703, 5615)),
+    Shape("Qwen3-30B-A3B", 2048, 768, 128, 8, tuned_once=(40, 170, 374, 426, 511, 857, 2734)),
+    Shape("DeepSeek-V3 rank", 7168, 2048, 32, 8, tuned_once=(250, 0, 942, 1015, 1703, 5615)),
+    Shape("DeepSeek-V3, EP 8 of 256", 7168, 2048, 32, 8, ranks=8),
     Shape("Nemotron-3-Super latent", 1024, 2688, 512, 22, ActivationType.Relu2),
-    Shape("GPT-OSS", 2880, 2880, 128, 4),
+    Shape("GPT-OSS", 2880, 2880, 128, 4, biased=True),
 )
+COLUMNS = (
+    ("T", 6), ("held slots", 11), ("ours", 9), ("of floor", 9), ("TFLOP/s", 8), ("invariant", 10),
+    ("W4A16", 9), ("workspace", 10), ("decoded MiB", 12), ("grouped_mm", 11), ("speedup", 8),
+    ("bf16 Triton", 12), ("speedup", 8), ("once", 7), ("speedup", 8),
+)  # fmt: skip
 
 
 def random_experts(s: Shape) -> Experts:
     """Random codes under scales of ordinary size: what they are does not change the speed."""
-    g = torch.Generator("cuda").manual_seed(0)
-    rows = s.intermediate * (2 if s.activation.gated else 1)
+    g = torch.Generator(DEVICE).manual_seed(0)
 
     def codes(*size: int) -> torch.Tensor:
-        return torch.randint(0, 256, size, dtype=torch.uint8, device="cuda", generator=g)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE, generator=g)
 
     def scales(*size: int) -> torch.Tensor:
-        return torch.randint(0x28, 0x40, size, dtype=torch.uint8, device="cuda", generator=g)
+        return torch.randint(0x28, 0x40, size, dtype=torch.uint8, device=DEVICE, generator=g)
+
+    def bias(*size: int) -> torch.Tensor | None:
+        return torch.randn(size, device=DEVICE, generator=g) if s.biased else None
 
     e, h, i = s.experts, s.hidden, s.intermediate
     return nvfp4_moe.assemble_experts(
-        codes(e, rows, h // 2), scales(e, rows, h // 16),
-        torch.full((e,), 0.25 * h**-0.5, device="cuda"),
+        codes(e, s.rows, h // 2), scales(e, s.rows, h // 16),
+        torch.full((e,), 0.25 * h**-0.5, device=DEVICE),
         codes(e, h, i // 2), scales(e, h, i // 16),
-        torch.full((e,), 0.25 * i**-0.5, device="cuda"), s.activation,
-        **({"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0} if s.name == "GPT-OSS" else {}),
+        torch.full((e,), 0.25 * i**-0.5, device=DEVICE), s.activation,
+        w13_bias=bias(e, s.rows), w2_bias=bias(e, h), **s.parameters,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
-def grouped_mm_layer(s: Shape):
-    """The bf16 layer of torch's own grouped product, routing included."""
-    rows = s.intermediate * (2 if s.activation.gated else 1)
-    w13 = torch.randn(s.experts, rows, s.hidden, device="cuda", dtype=torch.bfloat16) / 64
-    w2 = torch.randn(s.experts, s.hidden, s.intermediate, device="cuda", dtype=torch.bfloat16) / 64
+def bf16_weights(s: Shape) -> Weights:
+    """Random weights of the bf16 layers."""
+    g = torch.Generator(DEVICE).manual_seed(0)
 
-    def call(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        best, ids = logits.topk(s.top_k, dim=1)
-        weights = best.softmax(1)
-        order = ids.flatten().argsort()
-        counts = torch.zeros(s.experts, dtype=torch.int32, device="cuda")
-        counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
-        ends = counts.cumsum(0).int()
-        y = torch._grouped_mm(x[order // s.top_k], w13.transpose(1, 2), offs=ends)
-        if s.activation.gated:
-            up, gate = y.chunk(2, 1)
+    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
+        t = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
+        return t.normal_(0, scale, generator=g)
+
+    e, h, i = s.experts, s.hidden, s.intermediate
+    w13, w2 = normal(e, s.rows, h, scale=1 / 64), normal(e, h, i, scale=1 / 64)
+    if not s.biased:
+        return Weights(w13, w2, s.activation)
+    p = s.parameters
+    return Weights(
+        w13, w2, s.activation, normal(e, s.rows), normal(e, h),
+        p["alpha"], p["beta"], p["clamp_limit"],
+    )  # fmt: skip
+
+
+def inputs(s: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x [T, H] bf16, logits [T, routed experts] fp32); the first token has a slot held here."""
+    g = torch.Generator(DEVICE).manual_seed(tokens)
+    x = torch.randn(tokens, s.hidden, device=DEVICE, generator=g).bfloat16()
+    logits = torch.randn(tokens, s.routed, device=DEVICE, generator=g)
+    if s.ranks > 1:
+        logits[0, 0] = 10.0
+    return x, logits
+
+
+def held_slots(s: Shape, logits: torch.Tensor) -> torch.Tensor:
+    """Experts of the slots that are held here, one int64 a slot."""
+    ids = logits.topk(s.top_k, dim=1).indices
+    return ids[ids < s.experts]
+
+
+def grouped_mm_layer(
+    x: torch.Tensor, logits: torch.Tensor, w: Weights, top_k: int, held: int
+) -> torch.Tensor:
+    """The bf16 layer of torch's own grouped product, routing included.
+
+    `held` is the number of slots held here, which a real layer would not know without waiting.
+    """
+    experts = w.w13.shape[0]
+    best, ids = logits.topk(top_k, dim=1)
+    weights = best.softmax(1)
+    order = ids.flatten().argsort()[:held]
+    counts = torch.zeros(logits.shape[1], dtype=torch.int32, device=x.device)
+    counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
+    ends = counts[:experts].cumsum(0).int()
+    y = torch._grouped_mm(x[order // top_k], w.w13.transpose(1, 2), offs=ends)
+    if w.w13_bias is not None:
+        y = y + w.w13_bias[ids.flatten()[order]]
+    if w.activation.gated:
+        up, gate = y.chunk(2, 1)
+        if w.plain:
             y = torch.nn.functional.silu(gate) * up
         else:
-            y = y.relu().square()
-        y = torch._grouped_mm(y, w2.transpose(1, 2), offs=ends)
-        back = torch.empty_like(y)
-        back[order] = y
-        return (back.unflatten(0, (-1, s.top_k)) * weights[..., None]).sum(1).bfloat16()
-
-    return call
+            gate = gate.clamp(max=w.limit)
+            y = gate * (w.alpha * gate).sigmoid() * (up.clamp(-w.limit, w.limit) + w.beta)
+    else:
+        y = y.relu().square()
+    y = torch._grouped_mm(y, w.w2.transpose(1, 2), offs=ends)
+    if w.w2_bias is not None:
+        y = y + w.w2_bias[ids.flatten()[order]]
+    if held < ids.numel():
+        out = torch.zeros(x.shape, device=x.device)
+        return out.index_add_(0, order // top_k, y * weights.flatten()[order, None]).bfloat16()
+    back = torch.empty_like(y)
+    back[order] = y
+    return (back.unflatten(0, (-1, top_k)) * weights[..., None]).sum(1).bfloat16()
 
 
 def check(s: Shape, experts: Experts, routing: Routing) -> None:
-    x = torch.randn(5, s.hidden, device="cuda").bfloat16()
-    logits = torch.randn(5, s.experts, device="cuda")
+    """Ours against the reference, at five tokens (of each rank's)."""
+    x = torch.randn(5 * s.ranks, s.hidden, device=DEVICE).bfloat16()
+    logits = torch.randn(5 * s.ranks, s.routed, device=DEVICE)
     got, want = (
         nvfp4_moe.fused_moe(x, experts, (logits, routing), backend=b).double()
         for b in ("triton", "reference")
@@ -97,57 +185,132 @@ def check(s: Shape, experts: Experts, routing: Routing) -> None:
         raise SystemExit(f"{s.name}: relative error {error} against the reference")
 
 
-def measure(s: Shape, tokens: int, experts: Experts, layer, copy: float) -> dict:
+def check_bf16(s: Shape, got: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, w: Weights):
+    """The first rows of a bf16 layer's output against fp32."""
+    some = slice(0, 3 * s.ranks)
+    want = bf16_layer.plain(x[some], logits[some], w, s.top_k).double()
+    difference = (got[some].double() - want).norm()
+    if not difference < 1e-2 * want.norm():
+        raise SystemExit(
+            f"{s.name}: bf16 rows of norm {want.norm()} are wrong by {difference}; T = {len(x)}"
+        )
+
+
+def workspace_bound(s: Shape, tokens: int, tile: int) -> int:
+    """Bytes: a tile's padding for each expert, and of each slot what the two GEMMs read and write.
+
+    bf16 [rows] and [I], the second's codes, block scales and token scale, and bf16 [H].
+    """
+    slots = tokens * s.top_k + s.experts * (tile - 1)
+    i = s.intermediate
+    return slots * (2 * s.rows + 2 * i + i // 2 + i // 16 + 4 + 2 * s.hidden)
+
+
+def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.Tensor]) -> dict:
+    """Peak bytes of a call, beyond its output, against the bound; weights decoded ahead apart."""
+    matrices = (experts.gemm1_weights, experts.gemm2_weights)
+    configs = [
+        triton_moe.gemm_config(
+            tokens * s.top_k, s.experts, w.shape[1], w.shape[2] * 2,
+            native=native_mma(arch(w.device)),
+        )
+        for w in matrices
+    ]  # fmt: skip
+    decoded = []
+    for w, config in zip(matrices, configs, strict=True):
+        expert = w[0].numel() * 4  # bf16 of two codes a byte
+        at_once = max(1, min(s.experts, triton_moe._DECODED_BYTES // expert))
+        decoded.append(at_once * expert if config.decoded else 0)
+    # All that the call keeps is alive in the second GEMM: there the peak is.
+    used = peak_bytes(call) - decoded[1]
+    bound = workspace_bound(s, tokens, configs[0].bn)
+    return {
+        "workspace_bytes": used, "workspace_bound_bytes": bound, "workspace": used / bound,
+        "decoded_bytes": max(decoded),
+    }  # fmt: skip
+
+
+def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) -> dict:
     routing = Routing(RoutingMethodType.Renormalize, s.top_k)
-    g = torch.Generator("cuda").manual_seed(tokens)
-    x = torch.randn(tokens, s.hidden, device="cuda", generator=g).bfloat16()
-    logits = torch.randn(tokens, s.experts, device="cuda", generator=g)
+    x, logits = inputs(s, tokens)
     calls = 10 if tokens < 1024 else 2
+    slots = held_slots(s, logits)
+    held = slots.numel()
 
-    def ours(**options):
-        return microseconds(
-            lambda: nvfp4_moe.fused_moe(
-                x, experts, (logits, routing), backend="triton", fast_math=True, **options
-            ),
-            calls, 5,
-        )  # fmt: skip
+    def ours(**options) -> torch.Tensor:
+        return nvfp4_moe.fused_moe(
+            x, experts, (logits, routing), backend="triton", fast_math=True, **options
+        )
 
-    touched = logits.topk(s.top_k, dim=1).indices.unique().numel()
+    def us(call: Callable[[], object]) -> float:
+        return microseconds(call, calls, 5)
+
     matrices = 3 if s.activation.gated else 2
-    floor = touched * matrices * s.hidden * s.intermediate * 9 / 16 / copy / 1e3
-    cell = {"shape": s.name, "tokens": tokens, "us": ours(), "floor_us": floor}
-    cell["invariant_us"] = ours(batch_invariant=True)
-    cell["w4a16_us"] = ours(activation="bf16")
-    cell["grouped_mm_us"] = microseconds(lambda: layer(x, logits), calls, 5)
-    cell["tflops"] = 2 * matrices * tokens * s.top_k * s.hidden * s.intermediate / cell["us"] / 1e6
-    return cell
+    cell = {"shape": s.name, "tokens": tokens, "held_slots": held, "us": us(ours)}
+    cell["floor_us"] = (
+        slots.unique().numel() * matrices * s.hidden * s.intermediate * 9 / 16 / copy / 1e3
+    )
+    cell["invariant_us"] = us(lambda: ours(batch_invariant=True))
+    cell["w4a16_us"] = us(lambda: ours(activation="bf16"))
+    cell["grouped_mm_us"] = us(lambda: grouped_mm_layer(x, logits, w, s.top_k, held))
+    tiles = bf16_layer.tune(x, logits, w, s.top_k, calls)
+    check_bf16(s, bf16_layer.layer(x, logits, w, s.top_k, tiles), x, logits, w)
+    cell["bf16_triton_us"] = us(lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
+    cell["bf16_triton_tiles"] = [astuple(t) for t in tiles]
+    cell["tuned_once_us"] = dict(zip(TOKENS, s.tuned_once, strict=False)).get(tokens) or None
+    cell["tflops"] = 2 * matrices * held * s.hidden * s.intermediate / cell["us"] / 1e6
+    return cell | workspace(s, tokens, experts, ours)
+
+
+def heading() -> str:
+    return "".join(f"{name:>{width}}" for name, width in COLUMNS)
+
+
+def line(c: dict) -> str:
+    """A cell under `heading`."""
+    once = c["tuned_once_us"]
+    values = (
+        c["tokens"], c["held_slots"], f"{c['us']:.0f}", f"{c['floor_us'] / c['us']:.2f}",
+        f"{c['tflops']:.0f}", f"{c['invariant_us']:.0f}", f"{c['w4a16_us']:.0f}",
+        f"{c['workspace']:.2f}", f"{c['decoded_bytes'] / 2**20:.0f}",
+        f"{c['grouped_mm_us']:.0f}", f"{c['grouped_mm_us'] / c['us']:.2f}",
+        f"{c['bf16_triton_us']:.0f}", f"{c['bf16_triton_us'] / c['us']:.2f}",
+        once or "-", f"{once / c['us']:.2f}" if once else "-",
+    )  # fmt: skip
+    return "".join(f"{v:>{width}}" for v, (_, width) in zip(values, COLUMNS, strict=True))
+
+
+def count(text: str) -> int:
+    """An argument that is an integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an integer from 1")
+    return int(text)
 
 
 def main() -> None:
-    options, where = start(arguments(__doc__))
+    parser = arguments(__doc__)
+    parser.add_argument("--shape", choices=[s.name for s in SHAPES], help="this one only")
+    parser.add_argument("--tokens", type=count, help="this number only")
+    options, where = start(parser)
     copy = copy_rate()
     print(f"device copy {copy:.0f} GB/s, cuBLAS bf16 {cublas_rate():.0f} TFLOP/s")
-    cells = []
+    cells: list[dict] = []
+    held, experts, w = None, None, None
     for s in SHAPES:
-        experts, layer = random_experts(s), grouped_mm_layer(s)
+        if options.shape not in (None, s.name):
+            continue
+        if s.held != held:
+            del experts, w
+            held, experts, w = s.held, random_experts(s), bf16_weights(s)
         check(s, experts, Routing(RoutingMethodType.Renormalize, s.top_k))
-        print(f"\n{s.name}: H {s.hidden}, I {s.intermediate}, E {s.experts}, K {s.top_k}; us")
+        ranks = f" of {s.routed}" if s.ranks > 1 else ""
         print(
-            f"{'T':>6}{'ours':>9}{'of floor':>10}{'TFLOP/s':>9}{'invariant':>11}{'W4A16':>9}"
-            f"{'grouped_mm':>12}{'speedup':>9}{'tuned bf16':>12}{'speedup':>9}"
+            f"\n{s.name}: H {s.hidden}, I {s.intermediate}, E {s.experts}{ranks}, K {s.top_k}; us"
         )
-        for i, tokens in enumerate(TOKENS):
-            c = measure(s, tokens, experts, layer, copy)
-            cells.append(c)
-            tuned = s.tuned_bf16[i] if i < len(s.tuned_bf16) else 0
-            print(
-                f"{tokens:>6}{c['us']:>9.0f}{c['floor_us'] / c['us']:>10.2f}{c['tflops']:>9.0f}"
-                f"{c['invariant_us']:>11.0f}{c['w4a16_us']:>9.0f}{c['grouped_mm_us']:>12.0f}"
-                f"{c['grouped_mm_us'] / c['us']:>9.2f}"
-                + (f"{tuned:>12}{tuned / c['us']:>9.2f}" if tuned else f"{'-':>12}{'-':>9}"),
-                flush=True,
-            )
-        del experts, layer
+        print(heading())
+        for tokens in [options.tokens] if options.tokens else TOKENS:
+            cells.append(measure(s, tokens, experts, w, copy))
+            print(line(cells[-1]), flush=True)
     save(options.json, {**where, "copy": copy, "cells": cells})
 
 

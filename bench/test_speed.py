@@ -2,11 +2,12 @@
 
 Device time of calls in a CUDA graph, inputs on the GPU. A group holds one shape, so that its table
 compares what runs here: Triton (and what its options cost), FlashInfer where it serves, the reference,
-and for the mixture of experts the bf16 layer made of `torch._grouped_mm`. `quantize_speed.py` and
-`moe_speed.py` print the project's own tables, with ratios and floors.
+and for the mixture of experts two bf16 layers: `torch._grouped_mm`'s and Triton's, tuned.
+`quantize_speed.py` and `moe_speed.py` print the project's own tables, with ratios and floors.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import bf16_layer
 import measure
 import moe_speed
 import pytest
@@ -83,15 +84,19 @@ def shape_and_experts(request):
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 1024])
-@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16"])
+@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16"])
 def test_moe(benchmark, shape_and_experts, tokens, layer):
     s, experts = shape_and_experts
     benchmark.group = f"{s.name}, {tokens} tokens"
-    x = torch.randn(tokens, s.hidden, device="cuda").bfloat16()
-    logits = torch.randn(tokens, s.experts, device="cuda")
+    x, logits = moe_speed.inputs(s, tokens)
     if layer not in LAYERS:
-        grouped = moe_speed.grouped_mm_layer(s)
-        device_time(benchmark, lambda: grouped(x, logits))
+        w = moe_speed.bf16_weights(s)
+        if layer == "triton, bf16":
+            tiles = bf16_layer.tune(x, logits, w, s.top_k, CALLS)
+            device_time(benchmark, lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
+        else:
+            held = moe_speed.held_slots(s, logits).numel()
+            device_time(benchmark, lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, held))
         return
     routing = (logits, Routing(RoutingMethodType.Renormalize, s.top_k))
     options = LAYERS[layer] | {"fast_math": True}

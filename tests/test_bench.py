@@ -1,0 +1,250 @@
+"""The benchmarks' own code, as far as it goes without a GPU: the bf16 layer, the cells, the table."""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import bf16_layer
+import moe_speed
+import pytest
+import torch
+from bf16_layer import Tiles, Weights, candidates
+from moe_speed import Shape
+from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.reference.activation import ActivationType
+from offline import compile_kernel, resources
+
+
+def interpreted(test):
+    reason = "set TRITON_INTERPRET=1 to run the interpreter"
+    return pytest.mark.interpreter(pytest.mark.skipif(not INTERPRETING, reason=reason)(test))
+
+
+def offline(test):
+    reason = "Triton was imported under its interpreter"
+    return pytest.mark.compile(pytest.mark.skipif(INTERPRETING, reason=reason)(test))
+
+
+SMALL = (Tiles(16, 64, 64, 2, 1, 4), Tiles(16, 128, 64, 1, 1, 4))
+SHAPES = {
+    "Swiglu": Shape("Swiglu", 96, 64, 4, 2),
+    "Relu2": Shape("Relu2", 128, 80, 4, 3, ActivationType.Relu2),
+    "biased": Shape("biased", 96, 112, 4, 2, biased=True),
+    "EP": Shape("EP", 64, 64, 2, 2, ranks=2),
+}
+
+
+@pytest.fixture
+def case(monkeypatch):
+    def make(s: Shape, tokens: int, limit: float | None = None):
+        monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
+        w = moe_speed.bf16_weights(s)
+        # Large enough that activations matter, and limits.
+        w = Weights(
+            w.w13 * 8, w.w2 * 8, w.activation, w.w13_bias, w.w2_bias, w.alpha, w.beta,
+            w.limit if limit is None else limit,
+        )  # fmt: skip
+        return *moe_speed.inputs(s, tokens), w
+
+    return make
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < 1e-2, error
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_grouped_mm_layer(case, name):
+    s = SHAPES[name]
+    x, logits, w = case(s, 40, limit=0.7 if name == "biased" else None)
+    held = moe_speed.held_slots(s, logits).numel()
+    assert held == 80 if name in ("Swiglu", "biased") else held > 20
+    got = moe_speed.grouped_mm_layer(x, logits, w, s.top_k, held)
+    assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 40])  # 40: more than a tile an expert
+@pytest.mark.parametrize("name", SHAPES)
+def test_layer(case, name, tokens):
+    s = SHAPES[name]
+    x, logits, w = case(s, tokens, limit=0.7 if name == "biased" else None)
+    got = bf16_layer.layer(x, logits, w, s.top_k, SMALL)
+    assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
+
+
+@interpreted
+def test_tune_takes_the_fastest_pair_of_one_height(case, monkeypatch):
+    s = SHAPES["Swiglu"]
+    x, logits, w = case(s, 1)
+    tried = [
+        Tiles(16, 64, 64, 1, 1, 4),
+        Tiles(16, 128, 64, 1, 1, 4),
+        Tiles(32, 64, 64, 1, 1, 4),
+    ]
+    monkeypatch.setattr(bf16_layer, "candidates", lambda each: tried)
+    # Of 16 rows the second, then the first are the fastest; of 32 rows no sum is as small.
+    times = iter([5.0, 3.0, 2.0, 4.0, 1.0, 9.0])
+
+    def timed(call, calls, replays):
+        call()
+        return next(times)
+
+    monkeypatch.setattr(bf16_layer, "microseconds", timed)
+    assert bf16_layer.tune(x, logits, w, s.top_k, 1) == (tried[1], tried[0])
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    """Everything runs, on the CPU, and takes 2 us and its result's bytes."""
+
+    def timed(call, *_):
+        call()
+        return 2.0
+
+    for module in (moe_speed, bf16_layer):
+        monkeypatch.setattr(module, "microseconds", timed)
+    monkeypatch.setattr(bf16_layer, "candidates", lambda each: list(SMALL))
+    monkeypatch.setattr(moe_speed, "peak_bytes", lambda call: call().nbytes)
+    monkeypatch.setattr(moe_speed, "copy_rate", lambda: 1000.0)
+    monkeypatch.setattr(moe_speed, "cublas_rate", lambda: 1.0)
+    monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+
+
+@interpreted
+def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
+    shapes = (
+        Shape("all", 128, 64, 2, 2, tuned_once=(7,)),
+        Shape("EP", 128, 64, 2, 2, ranks=8),
+    )
+    made = []
+
+    def bf16_weights(s, make=moe_speed.bf16_weights):
+        made.append(s.name)
+        return make(s)
+
+    monkeypatch.setattr(moe_speed, "SHAPES", shapes)
+    monkeypatch.setattr(moe_speed, "bf16_weights", bf16_weights)
+    path = tmp_path / "cells.json"
+    monkeypatch.setattr("sys.argv", ["moe_speed.py", "--tokens", "1", "--json", str(path)])
+    moe_speed.main()
+    assert made == ["all"]
+    results = json.loads(path.read_text())
+    assert results["gpu"] == "none" and results["copy"] == 1000.0
+    one, ep = results["cells"]
+    assert one["held_slots"] == 2 and ep["held_slots"] == 1
+    for c in (one, ep):
+        assert c["floor_us"] == pytest.approx(c["held_slots"] * 3 * 128 * 64 * 9 / 16 / 1e6)
+        assert c["tflops"] == pytest.approx(c["held_slots"] * 2 * 3 * 128 * 64 / 2 / 1e6)
+        assert c["workspace_bytes"] == 2 * 128 and c["decoded_bytes"] == 0
+        # An expert's share is one token or less: tiles of 16.
+        assert c["workspace_bound_bytes"] == moe_speed.workspace_bound(shapes[0], 1, 16)
+        assert c["bf16_triton_tiles"] == [[16, 64, 64, 2, 1, 4]] * 2
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[4] == printed[8] == moe_speed.heading()
+    assert len(printed[5]) == len(printed[9]) == len(printed[4])
+    assert printed[5].split()[-2:] == ["7", "3.50"]
+    assert printed[9].split()[-2:] == ["-", "-"]
+
+
+def test_weights_decoded_ahead_are_no_workspace(stopped_clock, monkeypatch):
+    s = Shape("", 256, 256, 4, 2)
+    experts = moe_speed.random_experts(s)
+    monkeypatch.setattr(moe_speed, "peak_bytes", lambda call: 10**6)
+    monkeypatch.setattr(moe_speed, "native_mma", lambda arch: False)
+    monkeypatch.setattr(moe_speed, "arch", lambda device: 90)
+    c = moe_speed.workspace(s, 8, experts, lambda: None)
+    assert c["workspace_bytes"] == 10**6 and c["decoded_bytes"] == 0
+    # From 1024 tokens an expert: three experts' [512, 256] at most, then all of [256, 256], bf16.
+    monkeypatch.setattr(moe_speed.triton_moe, "_DECODED_BYTES", 3 * 512 * 256 * 2)
+    c = moe_speed.workspace(s, 2048, experts, lambda: None)
+    assert c["decoded_bytes"] == 3 * 512 * 256 * 2
+    assert c["workspace_bytes"] == 10**6 - 4 * 256 * 256 * 2
+    assert c["workspace_bound_bytes"] == moe_speed.workspace_bound(s, 2048, 128)
+
+
+def test_a_wrong_row_ends_the_run(case):
+    s = SHAPES["Relu2"]
+    x, logits, w = case(s, 2)
+    right = bf16_layer.plain(x, logits, w, s.top_k)
+    moe_speed.check_bf16(s, right, x, logits, w)
+    for wrong in (right * 1.02, right * float("nan")):
+        with pytest.raises(SystemExit, match="Relu2"):
+            moe_speed.check_bf16(s, wrong, x, logits, w)
+
+
+def test_workspace_bound():
+    s = Shape("", 1024, 512, 8, 4)
+    # 40 slots and 8 * 15 of padding: 2048 + 1024 + 256 + 32 + 4 + 2048 bytes each
+    assert moe_speed.workspace_bound(s, 10, 16) == 160 * 5412
+    plain = Shape("", 1024, 512, 8, 4, ActivationType.Relu2)
+    assert moe_speed.workspace_bound(plain, 10, 16) == 160 * (5412 - 1024)
+
+
+def test_candidates_are_few_and_fit():
+    seen = set()
+    for each in (0.1, 8, 9, 48, 49, 192, 193, 1e5):
+        some = candidates(each)
+        assert 4 <= len(some) <= 10
+        seen.update(some)
+    assert seen == set(bf16_layer.TILES) and len(seen) <= 14
+    for t in seen:
+        assert (t.bm + t.bn) * t.bk * 2 * t.stages <= 227 * 1024, t
+
+
+def test_activations_of_the_bf16_layer():
+    with pytest.raises(ValueError, match="activation is Gelu"):
+        Weights(torch.zeros(0), torch.zeros(0), ActivationType.Gelu)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "no CUDA device"),
+        (["--shape", "Mixtral"], "invalid choice: 'Mixtral'"),
+        (["--tokens", "0"], "--tokens: it is '0'; it must be an integer from 1"),
+    ],
+)
+def test_what_ends_a_script(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["moe_speed.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        moe_speed.main()
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+def compiled(t: Tiles, arch: int, *, first: bool, even: bool = True):
+    constants = {
+        "weight_ptr" if first else "bias_ptr": None, "GATHER": first, "BM": t.bm, "BN": t.bn,
+        "BK": t.bk, "GROUP": t.group, "STAGES": t.stages, "EVEN": even, "ARCH": arch,
+    }  # fmt: skip
+    types = {
+        "x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "weight_ptr": "*bf16",
+        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
+        "divisor": "i32", "tiles": "i32", "N": "i32", "K": "i32",
+    }  # fmt: skip
+    aligned = [n for n in types if n not in (*constants, "divisor", "tiles")]
+    return compile_kernel(bf16_layer.gemm_kernel, arch, types, constants, aligned, t.warps)
+
+
+@offline
+@pytest.mark.parametrize("t", bf16_layer.TILES, ids=str)
+def test_gemm_compiles(t, tmp_path):
+    """Copied asynchronously, multiplied by the Hopper's MMA where 64 rows are there for it."""
+    kernel = compiled(t, 90, first=True)
+    ptx = kernel.asm["ptx"]
+    instruction = "wgmma.mma_async" if t.bm >= 64 else "mma.sync.aligned.m16n8k16"
+    assert instruction in ptx
+    assert "cp.async.cg.shared.global" in ptx
+    assert kernel.metadata.shared <= 227 * 1024
+    stack, _ = resources(kernel, tmp_path)
+    assert stack <= 64
+
+
+@offline
+def test_second_gemm_with_a_last_part_compiles(tmp_path):
+    kernel = compiled(bf16_layer.TILES[-1], 90, first=False, even=False)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert resources(kernel, tmp_path)[0] <= 64
