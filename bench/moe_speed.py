@@ -7,7 +7,8 @@ without routing that was measured once, elsewhere, on an H100. The floor is the 
 codes and block scales of the experts that were touched, at the copy's rate. "Workspace" is the peak of
 what a call allocates beyond its output, as a share of `workspace_bound`, without weights decoded ahead,
 which have a column of their own. Every shape's output is first compared with the reference at a few
-tokens, every bf16 Triton layer's with fp32. `--shape` and `--tokens` measure a part.
+tokens, every bf16 Triton layer's with fp32. `--shape` and `--tokens` measure a part, `--tune` autotunes
+ours before; what was tuned here earlier is used in any case.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -211,7 +212,7 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     matrices = (experts.gemm1_weights, experts.gemm2_weights)
     configs = [
         triton_moe.gemm_config(
-            tokens * s.top_k, s.experts, w.shape[1], w.shape[2] * 2,
+            tokens * s.top_k, s.experts, w.shape[2] * 2,
             native=native_mma(arch(w.device)),
         )
         for w in matrices
@@ -291,6 +292,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shape", choices=[s.name for s in SHAPES], help="this one only")
     parser.add_argument("--tokens", type=count, help="this number only")
+    parser.add_argument("--tune", action="store_true", help="autotune ours before")
     options, where = start(parser)
     copy = copy_rate()
     print(f"device copy {copy:.0f} GB/s, cuBLAS bf16 {cublas_rate():.0f} TFLOP/s")
@@ -303,12 +305,18 @@ def main() -> None:
             del experts, w
             held, experts, w = s.held, random_experts(s), bf16_weights(s)
         check(s, experts, Routing(RoutingMethodType.Renormalize, s.top_k))
+        counts = [options.tokens] if options.tokens else TOKENS
+        if options.tune:
+            for tuning in nvfp4_moe.autotune_fused_moe(
+                experts, counts, s.top_k, num_experts=s.routed
+            ):
+                print(f"\n{s.name}, {tuning}", flush=True)
         ranks = f" of {s.routed}" if s.ranks > 1 else ""
         print(
             f"\n{s.name}: H {s.hidden}, I {s.intermediate}, E {s.experts}{ranks}, K {s.top_k}; us"
         )
         print(heading())
-        for tokens in [options.tokens] if options.tokens else TOKENS:
+        for tokens in counts:
             cells.append(measure(s, tokens, experts, w, copy))
             print(line(cells[-1]), flush=True)
     save(options.json, {**where, "copy": copy, "cells": cells})

@@ -7,6 +7,7 @@ launch. A variable counts as on when it is exactly "1" (flashinfer-python 0.7.2,
 
 # SPDX-License-Identifier: Apache-2.0
 import os
+from pathlib import Path
 
 from ..reference.recipe import Build, Math, NVFP44Over6Config, Recipe
 
@@ -22,7 +23,8 @@ FOUR_OVER_SIX_VARIABLES = (
     "FLASHINFER_NVFP4_4OVER6_ERR_USE_FAST_MATH",
     "FLASHINFER_NVFP4_4OVER6_E4M3_USE_256",
 )
-VARIABLES = (*EXACT_VARIABLES["cuda"], *FOUR_OVER_SIX_VARIABLES)
+CACHE_VARIABLES = ("NVFP4_MOE_CACHE", "XDG_CACHE_HOME")
+VARIABLES = (*EXACT_VARIABLES["cuda"], *FOUR_OVER_SIX_VARIABLES, *CACHE_VARIABLES)
 """Every variable that this library reads."""
 
 
@@ -64,6 +66,23 @@ def sources(recipe: Recipe, *, math: bool, config: bool) -> str:
     if config and recipe.four_over_six is not None:
         names.append(FOUR_OVER_SIX_VARIABLES[0])
     return " and ".join(names)
+
+
+def cache_folder() -> Path | None:
+    """Where tuned configurations are kept; None for a user without a home directory.
+
+    An empty variable counts as unset, and so does a relative XDG_CACHE_HOME (XDG Base Directory
+    Specification: "should consider the path invalid and ignore it").
+    """
+    own, shared = (os.environ.get(name, "") for name in CACHE_VARIABLES)
+    if own:
+        return Path(own)
+    if Path(shared).is_absolute():
+        return Path(shared) / "nvfp4-moe"
+    try:
+        return Path.home() / ".cache" / "nvfp4-moe"
+    except RuntimeError:
+        return None
 
 
 def snapshot() -> dict[str, str | None]:

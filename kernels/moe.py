@@ -16,26 +16,11 @@ from ..reference.activation import ActivationType
 from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
-from . import moe_gemm, moe_kernels
+from . import config_cache, moe_gemm, moe_kernels
+from .config_cache import Configs, GemmConfig, Mode
 from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
 from .target import arch, launch_options, native_mma
-
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """Tiles of `expert_gemm_kernel`."""
-
-    bm: int  # rows of weights, a power of two from 32; where it does not divide them, 128 does
-    bn: int  # tokens
-    bk: int  # columns of weights
-    stages: int
-    warps: int
-    decoded: bool = False  # weights are decoded before, an expert's once
-    registers: int | None = (
-        None  # of a thread, at most, so that two programs share a multiprocessor
-    )
-
 
 _DECODED_BYTES = 256 << 20
 """Decoded weights that exist at a time, at most (but one expert's at least)."""
@@ -66,6 +51,33 @@ def gemm_config(
     if each < 1024 or batch_invariant:
         return GemmConfig(128, 64, 128, 3, 8, registers=128)
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512
+
+
+def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:
+    """`gemm_config` of both GEMMs."""
+    native = native_mma(arch(experts.gemm1_weights.device))
+    first, second = (
+        gemm_config(
+            slots, experts.num_local, w.shape[2] * 2,
+            batch_invariant=batch_invariant, native=native,
+        )
+        for w in (experts.gemm1_weights, experts.gemm2_weights)
+    )  # fmt: skip
+    return first, second
+
+
+def _configs(
+    experts: Experts, slots: int, top_k: int, mode: Mode, batch_invariant: bool
+) -> Configs:
+    """The tuned ones where there are any, else the table's.
+
+    With `batch_invariant` the table's always: bits must not depend on what was measured where.
+    """
+    if not batch_invariant:
+        tuned = config_cache.lookup(config_cache.key_of(experts, slots, top_k, mode))
+        if tuned is not None:
+            return tuned
+    return table_configs(experts, slots, batch_invariant=batch_invariant)
 
 
 _ONE_LAUNCH_SLOTS = 4096
@@ -157,20 +169,15 @@ def _fused_moe(
     if tokens == 0:
         return results
     held = experts.num_local
-    configs = [
-        config or gemm_config(
-            slots, held, w.shape[2] * 2, batch_invariant=batch_invariant,
-            native=native_mma(arch(ids.device)),
-        )
-        for w in (experts.gemm1_weights, experts.gemm2_weights)
-    ]  # fmt: skip
+    static, plain = activations.is_static, activations.is_bf16 and not quantize
+    mode: Mode = "static" if static else "bf16" if plain else "per-token"
+    configs = (config, config) if config else _configs(experts, slots, top_k, mode, batch_invariant)
     p = permute(ids, held, local_expert_offset, configs[0].bn)
 
     x = activations.hidden_states
     x1 = quantized(x, recipe) if quantize else operand(activations)
-    static = activations.is_static
     intermediate = _gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
-    if activations.is_bf16 and not quantize:
+    if plain:
         x2 = operand(Activations(intermediate))
     else:
         x2 = quantized(intermediate, recipe, per_token=not static)

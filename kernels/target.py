@@ -23,6 +23,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """What the driver calls the GPU, "NVIDIA H100 80GB HBM3"."""
+    return "interpreter" if INTERPRETING else torch.cuda.get_device_name(device)
+
+
 def arch(device: torch.device) -> int:
     """The ARCH constant of kernels launched on `device`."""
     if INTERPRETING:

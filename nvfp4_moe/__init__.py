@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
 from .kernels.moe_dispatch import (
+    autotune_fused_moe,
     explain_fused_moe,
     fused_moe,
     trtllm_fp4_block_scale_moe,
@@ -43,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "assemble_experts",
+    "autotune_fused_moe",
     "explain",
     "explain_fused_moe",
     "fused_moe",

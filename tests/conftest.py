@@ -1,4 +1,4 @@
-"""What every test shares: seeds that a failure can be repeated from, and FlashInfer where it is."""
+"""What every test shares: seeds to repeat a failure from, no tuned configurations, FlashInfer."""
 
 # SPDX-License-Identifier: Apache-2.0
 import random
@@ -18,6 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"hypothesis: repeat with --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuned_configurations(tmp_path_factory):
+    """Nothing here depends on what was measured on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVFP4_MOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 NEW, OLD = environment.EXACT_VARIABLES["cuda"]
 SWITCH, ERR_MODE, ERR_FAST, USE_256 = environment.FOUR_OVER_SIX_VARIABLES
 
+OWN_CACHE, XDG_CACHE = environment.CACHE_VARIABLES
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
@@ -127,6 +129,33 @@ def test_sources_name_what_came_from_the_environment(monkeypatch):
     assert environment.sources(exact, math=False, config=True) == SWITCH
     assert environment.sources(Recipe("exact"), math=True, config=True) == OLD
     assert environment.sources(Recipe("exact", build="cute-dsl"), math=True, config=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "home", "folder"),
+    [
+        ("/a/b", "/x", "/h", "/a/b"),
+        ("cache", None, "/h", "cache"),
+        ("", "/x", "/h", "/x/nvfp4-moe"),
+        (None, "/x", "/h", "/x/nvfp4-moe"),
+        (None, "x", "/h", "/h/.cache/nvfp4-moe"),
+        (None, "", "/h", "/h/.cache/nvfp4-moe"),
+        (None, None, "/h", "/h/.cache/nvfp4-moe"),
+    ],
+)
+def test_cache_folder(monkeypatch, own, xdg, home, folder):
+    for name, value in ((OWN_CACHE, own), (XDG_CACHE, xdg), ("HOME", home)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert environment.cache_folder() == Path(folder)
+
+
+def test_no_home_is_no_cache_folder(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(environment.Path, "home", home)
+    assert environment.cache_folder() is None
 
 
 def test_nothing_else_reads_or_writes_the_environment(monkeypatch):

@@ -1,0 +1,269 @@
+"""Autotuning under a clock that the test owns: what is measured, dropped, chosen, kept and used."""
+
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+from assertions import assert_bitwise
+from moe_cases import Case, Shape, make
+from nvfp4_moe.kernels import config_cache, moe, tuning
+from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.kernels.tuning import Measured, autotune, candidates, difference
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.recipe import Recipe
+from triton.runtime.errors import OutOfResources
+
+import nvfp4_moe
+from nvfp4_moe import UnsupportedError
+
+interpreter = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
+]
+TABLE = GemmConfig(64, 16, 128, 4, 4)  # of both GEMMs, for few tokens
+WIDE = GemmConfig(128, 32, 128, 3, 4)
+TALL = GemmConfig(128, 16, 64, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(config_cache, "_known", {})
+    return tmp_path
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three candidates, for the interpreter is slow."""
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: [TABLE, WIDE, TALL])
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[GemmConfig]:
+    """The configuration of every GEMM that is launched."""
+    found = []
+    launch = moe._launch_gemm
+
+    def spy(*args):
+        found.append(next(a for a in args if isinstance(a, GemmConfig)))
+        launch(*args)
+
+    monkeypatch.setattr(moe, "_launch_gemm", spy)
+    return found
+
+
+def clock(times: dict):
+    """Microseconds by configuration, or two of a whole call; 5 for others."""
+    return lambda call: times.get(call.args[-1], 5.0)
+
+
+def run(case: Case, **options) -> torch.Tensor:
+    return moe._fused_moe(
+        case.activations, case.experts, case.ids, case.weights, recipe=Recipe(),
+        local_expert_offset=0, finalize_order="slot", do_finalize=True, **options,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_candidates(native):
+    """The table's first, each once, every one legal, and few enough to compile."""
+    for each, (rows, columns) in itertools.product(
+        (1, 17, 65, 1024), ((1536, 2048), (2048, 704), (384, 7168), (128, 128))
+    ):
+        table = moe.gemm_config(each, 1, columns, native=native)
+        found = candidates(table, rows, columns, native=native)
+        assert found[0] == table and len(set(found)) == len(found)
+        assert 8 <= len(found) <= 32
+        assert {c.bn for c in found} <= {16, 32, 64, 128} and len({c.bn for c in found}) >= 2
+        for c in found[1:]:
+            assert config_cache.refusal(c, columns, native=native) is None, c
+            assert rows % c.bm == 0 and c.bm * c.bn <= 4096 * c.warps, c
+    assert any(c.decoded for c in candidates(TABLE, 512, 512, native=native)) is False
+    large = GemmConfig(128, 128, 128, 2, 4)
+    assert any(c.decoded for c in candidates(large, 512, 512, native=native)) is not native
+
+
+def test_difference():
+    g = torch.Generator().manual_seed(1)
+    want = torch.randn(5000, 256, generator=g).bfloat16()
+    assert difference(want.clone(), want, True) == ""
+    last = want.clone()
+    last.view(torch.int16)[4999, 7] ^= 1
+    assert "differs by" in difference(last, want, True)
+    assert difference(last, want, False) == ""
+    for wrong in (torch.nan, torch.inf, 0.0):
+        got = want.clone()
+        got[4321, :3] = wrong
+        assert "differs by" in difference(got, want, False), wrong
+    got = want.clone()
+    got[4321] *= 1.01  # of all rows together, two parts in ten thousand
+    assert "differs by" in difference(got, want, False)
+    assert difference(want[:0], want[:0], True) == ""
+
+
+def test_the_two_share_bn():
+    """16 has the fastest first GEMM, 64 the fastest second; 32 the fastest two together."""
+    times = {16: (1.0, 9.0), 32: (3.0, 3.0), 64: (9.0, 1.0), 128: (0.1, None)}
+    measured = [
+        Measured(gemm, replace(TABLE, bn=bn, bm=bm), us if us is None else us * bm / 64)
+        for bn, pair in times.items()
+        for gemm, us in enumerate(pair, 1)
+        for bm in (128, 64, 256)
+    ]
+    assert tuning._fastest(measured) == (replace(TABLE, bn=32), replace(TABLE, bn=32))
+    assert tuning._fastest([Measured(1, TABLE, 1.0), Measured(2, WIDE, 1.0)]) is None
+    assert tuning._fastest([]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "tokens has 0; every count must be a positive integer"),
+        ({"tokens": [8, -1]}, "tokens has -1"),
+        ({"tokens": 8.0}, "tokens has 8.0"),
+        ({"tokens": True}, "tokens has True"),
+        ({"top_k": 0}, "top_k is 0; of 4 experts it must be 1 to 4"),
+        ({"top_k": 5}, "top_k is 5"),
+        ({"top_k": 2.0}, "top_k is 2.0"),
+        ({"num_experts": 3}, "local_expert_offset is 0"),
+        ({"local_expert_offset": 1}, "local_expert_offset is 1"),
+        ({"activation": "fp8"}, "activation is 'fp8'; it must be per-token, static or bf16"),
+        ({"activation": "static"}, "have no input_amax"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change, message):
+    experts = make(Shape(1, 128, 128, 4, 2)).experts
+    with pytest.raises(ValueError, match=message):
+        nvfp4_moe.autotune_fused_moe(**{"experts": experts, "tokens": 8, "top_k": 2} | change)
+
+
+def test_without_a_gpu():
+    experts = make(Shape(1, 128, 128, 4, 2)).experts
+    with pytest.raises(UnsupportedError, match="experts are on the cpu; only a GPU can be meas"):
+        nvfp4_moe.autotune_fused_moe(experts, [1, 8], 2)
+
+
+class TestInTheInterpreter:
+    pytestmark = interpreter
+
+    def test_chosen_kept_and_used(self, launched, few, cache, monkeypatch):
+        case = make(Shape(5, 128, 128, 4, 2))
+        before = run(case)
+        invariant = run(case, batch_invariant=True)
+        assert launched == [TABLE] * 4
+        (tuned,) = autotune(
+            case.experts, [5], 2, "per-token", 4, 0, clock({WIDE: 1, (WIDE, WIDE): 2})
+        )
+        assert tuned.chosen == (WIDE, WIDE) and tuned.table == (TABLE, TABLE)
+        assert (tuned.table_us, tuned.chosen_us) == (5, 2)
+        assert [(m.gemm, m.config, m.us, m.dropped) for m in tuned.measured] == [
+            (gemm, config, us, "")
+            for gemm in (1, 2)
+            for config, us in ((TABLE, 5), (WIDE, 1), (TALL, 5))
+        ]
+        assert [tuned.file] == list(cache.rglob("*.json"))
+
+        for _ in range(2):  # in this process, then as if in another
+            for options, config in (({}, WIDE), ({"batch_invariant": True}, TABLE)):
+                launched.clear()
+                got = run(case, **options)
+                assert launched == [config] * 2
+                assert_bitwise(got, invariant if options else before, str(options))
+            config_cache._known.clear()
+        changes = (
+            ("tokens", 9),
+            ("hidden", 256),
+            ("intermediate", 192),
+            ("experts", 5),
+            ("top_k", 3),
+        )
+        others = [make(replace(Shape(5, 128, 128, 4, 2), **{n: value})) for n, value in changes]
+        others.append(make(Shape(5, 128, 128, 4, 2), ActivationType.Geglu))
+        others.append(make(Shape(5, 128, 128, 4, 2), w2_bias=torch.zeros(4, 128)))
+        launched.clear()
+        for other in others:
+            run(other)
+        assert launched == [TABLE] * 2 * len(others)
+        launched.clear()
+        run(make(Shape(8, 128, 128, 4, 2)))  # the same bucket
+        run(make(Shape(5, 128, 128, 4, 2), mode="bf16"))  # another key
+        monkeypatch.setattr(triton, "__version__", "3.6.1")
+        run(case)
+        assert launched == [WIDE] * 2 + [TABLE] * 4
+
+    def test_wrong_rows_are_dropped(self, few, monkeypatch, caplog):
+        """One row of a thousand, one configuration, in the first GEMM alone and without a word."""
+        launch = moe._launch_gemm
+
+        def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest):
+            launch(x, w, w_sf, bias, scale, out, p, config, *rest)
+            if config == WIDE and rest[0]:
+                out[2] *= 1.01
+
+        monkeypatch.setattr(moe, "_launch_gemm", miscompiled)
+        case = make(Shape(5, 128, 128, 4, 2))
+        (tuned,) = autotune(
+            case.experts, [5], 2, "per-token", 4, 0,
+            clock({WIDE: 1, TALL: 2, (TALL, TALL): 3}),
+        )  # fmt: skip
+        assert tuned.chosen == (TALL, TALL)
+        first, second = (m for m in tuned.measured if m.config == WIDE)
+        assert first.us is None and "differs by" in first.dropped and second.us == 1
+        assert [m for m in caplog.messages if str(WIDE) in m and "GEMM 1" in m]
+
+    def test_wrong_on_full_tiles_alone(self, few, monkeypatch):
+        """Random tokens do not fill a tile; others of the same bucket may."""
+        launch = moe._launch_gemm
+
+        def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest):
+            launch(x, w, w_sf, bias, scale, out, p, config, *rest)
+            if config == WIDE and int(p.end[1]) == 64:
+                out[0] = 0
+
+        monkeypatch.setattr(moe, "_launch_gemm", miscompiled)
+        case = make(Shape(17, 128, 128, 6, 2, 1, 4))
+        (tuned,) = autotune(case.experts, [17], 2, "per-token", 6, 1, clock({WIDE: 1}))
+        assert [bool(m.dropped) for m in tuned.measured] == [False, True, False] * 2
+        assert WIDE not in tuned.chosen
+
+    def test_what_does_not_launch_is_dropped(self, few, monkeypatch):
+        launch = moe._launch_gemm
+
+        def refused(*args):
+            if WIDE in args:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+            launch(*args)
+
+        monkeypatch.setattr(moe, "_launch_gemm", refused)
+        case = make(Shape(5, 128, 128, 4, 2))
+        (tuned,) = autotune(case.experts, [5], 2, "bf16", 4, 0, clock({}))
+        assert [m.dropped for m in tuned.measured if m.config == WIDE] == [
+            str(OutOfResources(300_000, 232_448, "shared memory"))
+        ] * 2
+        assert tuned.chosen == tuned.table
+
+    def test_the_whole_call_decides(self, few):
+        case = make(Shape(5, 128, 128, 4, 2), mode="static")
+        (tuned,) = autotune(
+            case.experts, [5], 2, "static", 4, 0, clock({WIDE: 1, (WIDE, WIDE): 5.0})
+        )
+        assert tuned.chosen == tuned.table and tuned.chosen_us == tuned.table_us == 5
+        assert not [m for m in tuned.measured if m.dropped]
+        config_cache._known.clear()
+        assert config_cache.lookup(config_cache.key_of(case.experts, 10, 2, "static")) == (
+            TABLE,
+            TABLE,
+        )
+
+    def test_one_measurement_a_bucket(self, few):
+        case = make(Shape(1, 128, 128, 4, 2))
+        found = autotune(case.experts, [7, 9, 1, 5], 2, "per-token", 4, 0, clock({}))
+        assert [t.tokens for t in found] == [1, 7, 9]
+        text = str(found[1])
+        assert text.startswith("7 tokens: 5.0 us by the table, 5.0 us chosen\n")
+        assert text.count("5.0 GemmConfig") == 6

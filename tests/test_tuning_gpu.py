@@ -1,0 +1,97 @@
+"""Autotuning on a GPU, by its own clock."""
+
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from assertions import assert_bitwise
+from moe_cases import Shape, make
+from moe_triton_cases import to
+from nvfp4_moe.kernels import config_cache, moe, tuning
+from nvfp4_moe.kernels.config_cache import GemmConfig
+
+import nvfp4_moe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="no NVIDIA GPU of compute capability 8.0 or later here",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(config_cache, "_known", {})
+    return tmp_path
+
+
+@pytest.mark.parametrize("mode", ["per-token", "static", "bf16"])
+@pytest.mark.parametrize("tokens", [3, 90, 1500])
+def test_every_candidate_is_right(mode, tokens, cache, monkeypatch):
+    """All that launch have the table's rows; the choice is the fastest, on disk, and what runs."""
+    shape = Shape(tokens, 1024, 512, 8, 4)
+    case = make(shape, mode=mode)
+    experts, x = to("cuda", case.experts), case.x.cuda()
+    routing = (case.ids.cuda(), case.weights.cuda())
+    options = {"activation": mode, "backend": "triton", "fast_math": True, "nvfp4_4over6": None}
+    before = nvfp4_moe.fused_moe(x, experts, routing, **options)
+    invariant = nvfp4_moe.fused_moe(x, experts, routing, batch_invariant=True, **options)
+
+    (tuned,) = nvfp4_moe.autotune_fused_moe(experts, tokens, 4, activation=mode)
+    print(tuned)
+    assert [m for m in tuned.measured if "differs" in m.dropped] == []
+    ran = [m for m in tuned.measured if m.us is not None]
+    assert {m.config for m in ran} >= set(tuned.table) and len(ran) >= len(tuned.measured) / 2
+    assert all(m.us > 0 for m in ran) and 0 < tuned.chosen_us <= tuned.table_us
+    assert [tuned.file] == list(cache.rglob("*.json"))
+
+    config_cache._known.clear()  # as in another process
+    launched = []
+    launch = moe._launch_gemm
+
+    def spy(*args):
+        launched.extend(a for a in args if isinstance(a, GemmConfig))
+        launch(*args)
+
+    monkeypatch.setattr(moe, "_launch_gemm", spy)
+    after = nvfp4_moe.fused_moe(x, experts, routing, **options)
+    assert launched == list(tuned.chosen)
+    error = (after.double() - before.double()).norm() / before.double().norm()
+    assert error < 5e-3  # another order of sums may move a code of the intermediate
+    again = nvfp4_moe.fused_moe(x, experts, routing, batch_invariant=True, **options)
+    assert_bitwise(again, invariant, "batch-invariant, after tuning")
+
+
+def test_the_entry_is_read_while_a_graph_is_captured():
+    """The first look-up of all happens in the capture; the kernels were compiled before it."""
+    case = make(Shape(17, 256, 128, 8, 2))
+    experts, x = to("cuda", case.experts), case.x.cuda()
+    routing = (case.ids.cuda(), case.weights.cuda())
+    key = config_cache.key_of(experts, 34, 2, "per-token")
+    config_cache.store(key, (GemmConfig(128, 32, 64, 3, 4), GemmConfig(64, 32, 64, 3, 4)))
+
+    def call():
+        return nvfp4_moe.fused_moe(x, experts, routing, backend="triton")
+
+    want = call()
+    torch.cuda.synchronize()
+    config_cache._known.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    assert config_cache._known[key][0].bk == 64
+    graph.replay()
+    assert_bitwise(captured, want, "replayed")
+
+
+def test_a_kernel_that_writes_nothing_is_dropped(monkeypatch):
+    """Right rows of the candidate before may still lie in the memory."""
+    launch = moe._launch_gemm
+    table, idle = GemmConfig(64, 16, 128, 4, 4), GemmConfig(128, 16, 128, 4, 4)
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: [table, idle])
+    monkeypatch.setattr(moe, "_launch_gemm", lambda *a: None if idle in a else launch(*a))
+    experts = to("cuda", make(Shape(1, 1024, 512, 8, 4)).experts)
+    (tuned,) = nvfp4_moe.autotune_fused_moe(experts, 8, 4)
+    assert [bool(m.dropped) for m in tuned.measured] == [False, True] * 2
