@@ -212,7 +212,7 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     matrices = (experts.gemm1_weights, experts.gemm2_weights)
     configs = [
         triton_moe.gemm_config(
-            tokens * s.top_k, s.experts, w.shape[2] * 2,
+            triton_moe.held_slots(tokens * s.top_k, experts, s.routed), s.experts, w.shape[2] * 2,
             native=native_mma(arch(w.device)),
         )
         for w in matrices

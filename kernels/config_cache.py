@@ -69,7 +69,7 @@ class Key:
     activation: str
     mode: Mode
     optional: str  # the tensors of `Experts` that are not None, of those that may be
-    slots: int  # T * K, rounded up to a power of two
+    slots: int  # T * K held here on average, rounded up to a power of two
 
     @property
     def weights(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -84,7 +84,7 @@ class Key:
 
 
 def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
-    """The key of a call with `slots` = T * K, held elsewhere or here."""
+    """The key of a call with `slots` of T * K held here (`moe.held_slots`)."""
     device = experts.gemm1_weights.device
     names = ("gemm1_bias", "gemm2_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
     return Key(

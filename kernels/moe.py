@@ -34,7 +34,7 @@ def gemm_config(
     batch_invariant: bool = False,
     native: bool = False,
 ) -> GemmConfig:
-    """By the tokens an expert has on average, `slots` being T * K, and the weights' columns.
+    """By the tokens an expert has on average, of `slots` that are held here, and the weights' columns.
 
     Both GEMMs of a call have the same `bn`, whatever their columns. The order in which a sum is taken
     depends on `bk` and `decoded` alone, which with `batch_invariant` are always the same. Measured on
@@ -51,6 +51,11 @@ def gemm_config(
     if each < 1024 or batch_invariant:
         return GemmConfig(128, 64, 128, 3, 8, registers=128)
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512
+
+
+def held_slots(slots: int, experts: Experts, num_experts: int | None) -> int:
+    """How many of T * K slots are held here when all `num_experts` have as many."""
+    return -(-slots * experts.num_local // (num_experts or experts.num_local))
 
 
 def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:
@@ -155,6 +160,7 @@ def _fused_moe(
     local_expert_offset: int,
     finalize_order: FinalizeOrder,
     do_finalize: bool,
+    num_experts: int | None = None,
     output_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     quantize: bool = False,
@@ -171,7 +177,8 @@ def _fused_moe(
     held = experts.num_local
     static, plain = activations.is_static, activations.is_bf16 and not quantize
     mode: Mode = "static" if static else "bf16" if plain else "per-token"
-    configs = (config, config) if config else _configs(experts, slots, top_k, mode, batch_invariant)
+    here = held_slots(slots, experts, num_experts)
+    configs = (config, config) if config else _configs(experts, here, top_k, mode, batch_invariant)
     p = permute(ids, held, local_expert_offset, configs[0].bn)
 
     x = activations.hidden_states

@@ -339,6 +339,7 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         local_expert_offset=r.local_expert_offset,
         finalize_order=r.finalize_order,
         do_finalize=r.do_finalize,
+        num_experts=r.num_experts + r.shared_experts,
         output_dtype=r.output_dtype,
         batch_invariant=r.batch_invariant,
         quantize=r.quantize is not None,
@@ -515,7 +516,7 @@ def autotune_fused_moe(
     other calls then do: another order of the two sums moves their last bits.
 
     Every candidate's rows are compared with those of the table's choice: the same bits where the order
-    of sums is the same, else at most 1e-3 of a row's norm apart. Nothing else may run on the GPU.
+    of sums is the same, else a row is at most 2^-7 of its norm apart. Nothing else may run on the GPU.
 
     Args:
         experts: on the GPU; what their values are does not matter to the times.

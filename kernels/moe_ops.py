@@ -20,7 +20,8 @@ class FusedMoE(Protocol):
     """(output [T, H] of `output_dtype`, rows [rows, padded H] bf16, permuted [T * K] int32).
 
     The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are
-    bf16, and quantized per token with `recipe` first.
+    bf16, and quantized per token with `recipe` first. `num_experts` are those of all ranks, over which
+    the slots are spread; omitted, those held here.
     """
 
     def __call__(
@@ -34,6 +35,7 @@ class FusedMoE(Protocol):
         local_expert_offset: int,
         finalize_order: FinalizeOrder,
         do_finalize: bool,
+        num_experts: int | None = None,
         output_dtype: torch.dtype = torch.bfloat16,
         batch_invariant: bool = False,
         quantize: bool = False,
@@ -66,6 +68,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         intermediate_size: int,
         activation: int,
         recipe_code: int,
+        num_experts: int | None,
         local_expert_offset: int,
         by_slot: bool,
         do_finalize: bool,
@@ -88,6 +91,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             local_expert_offset=local_expert_offset,
             finalize_order="slot" if by_slot else "flashinfer",
             do_finalize=do_finalize,
+            num_experts=num_experts,
             output_dtype=output_dtype,
             batch_invariant=batch_invariant,
             quantize=quantize,
@@ -112,6 +116,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
         local_expert_offset: int,
         finalize_order: FinalizeOrder,
         do_finalize: bool,
+        num_experts: int | None = None,
         output_dtype: torch.dtype = torch.bfloat16,
         batch_invariant: bool = False,
         quantize: bool = False,
@@ -123,7 +128,7 @@ def register(name: str, implementation: FusedMoE) -> FusedMoE:
             e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar,
             e.gemm1_bias, e.gemm2_bias, e.gemm1_alpha, e.gemm1_beta, e.gemm1_clamp_limit,
             ids, weights, e.hidden_size, e.intermediate_size, int(e.activation), recipe.code,
-            local_expert_offset, finalize_order == "slot", do_finalize, output_dtype,
+            num_experts, local_expert_offset, finalize_order == "slot", do_finalize, output_dtype,
             batch_invariant, quantize,
         )  # fmt: skip
 

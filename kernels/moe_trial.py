@@ -41,8 +41,10 @@ class Trial:
         self.experts, self.top_k, self.tokens, self.mode = experts, top_k, tokens, mode
         self.ids, self.slots = score.topk(top_k).indices.int(), tokens * top_k
         self.offset = local_expert_offset
-        self.key = config_cache.key_of(experts, self.slots, top_k, mode)
-        self.table = moe.table_configs(experts, self.slots)
+        held = moe.held_slots(self.slots, experts, num_experts)
+        self.key = config_cache.key_of(experts, held, top_k, mode)
+        self.table = moe.table_configs(experts, held)
+        self.num_experts = num_experts
         local = self.ids - local_expert_offset
         self.rows = int(((local >= 0) & (local < experts.num_local)).sum())
         x = torch.randn(tokens, experts.padded_hidden_size, device=device, generator=g).bfloat16()
@@ -72,7 +74,7 @@ class Trial:
             return moe._fused_moe(
                 self.activations, self.experts, self.ids, weights, recipe=_RECIPE,
                 local_expert_offset=self.offset, finalize_order="slot", do_finalize=True,
-                quantize=self.mode == "per-token",
+                num_experts=self.num_experts, quantize=self.mode == "per-token",
             )[0]  # fmt: skip
 
     @functools.cached_property

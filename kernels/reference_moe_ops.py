@@ -20,6 +20,7 @@ def _fused_moe(
     local_expert_offset: int,
     finalize_order: FinalizeOrder,
     do_finalize: bool,
+    num_experts: int | None = None,
     output_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     quantize: bool = False,

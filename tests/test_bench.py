@@ -226,7 +226,9 @@ def compiled(t: Tiles, arch: int, *, first: bool, even: bool = True):
         "divisor": "i32", "tiles": "i32", "N": "i32", "K": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in (*constants, "divisor", "tiles")]
-    return compile_kernel(bf16_layer.gemm_kernel, arch, types, constants, aligned, num_warps=t.warps)
+    return compile_kernel(
+        bf16_layer.gemm_kernel, arch, types, constants, aligned, num_warps=t.warps
+    )
 
 
 @offline

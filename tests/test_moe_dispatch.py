@@ -199,8 +199,8 @@ def test_opcheck():
                 a.hidden_states, a.block_scales, a.per_token_scale, e.gemm1_weights,
                 scales[0], e.gemm2_weights, scales[1],
                 e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar, None,
-                None, None, None, None, case.ids, case.weights, 128, 64, 3, 0, 0, False, do_finalize,
-                torch.float16, False, False,
+                None, None, None, None, case.ids, case.weights, 128, 64, 3, 0, None, 0, False,
+                do_finalize, torch.float16, False, False,
             ),
         )  # fmt: skip
     assert reference_moe_ops.fused_moe is not None

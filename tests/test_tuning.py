@@ -267,3 +267,11 @@ class TestInTheInterpreter:
         text = str(found[1])
         assert text.startswith("7 tokens: 5.0 us by the table, 5.0 us chosen\n")
         assert text.count("5.0 GemmConfig") == 6
+
+
+def test_slots_held_elsewhere_do_not_count():
+    """Of 256 experts' slots an eighth is here: 128 tokens an expert, not 1,024."""
+    case = make(Shape(1, 128, 64, 32, 1))
+    assert moe.held_slots(32768, case.experts, None) == 32768
+    assert moe.held_slots(32768, case.experts, 256) == 4096
+    assert moe.held_slots(1, case.experts, 256) == 1
