@@ -44,7 +44,7 @@ def test_tiles_half_as_wide():
 
 
 @pytest.mark.parametrize(
-    "tokens,experts,top_k", [(1, 4, 4), (37, 6, 3), (300, 20, 8), (700, 20, 8)]
+    "tokens,experts,top_k", [(1, 4, 4), (37, 6, 3), (300, 20, 8), (700, 20, 8), (33000, 6, 4)]
 )
 @pytest.mark.parametrize("offset,local", [(0, None), (2, 3)])
 def test_permutation(tokens, experts, top_k, offset, local):
