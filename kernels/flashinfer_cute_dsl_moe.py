@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from ..reference.activation import ActivationType
-from ..reference.moe import split_k_groups
-from .flashinfer_moe import COMMON, Rule, first_reason, four_over_six_rule, math_rule
+from .flashinfer_moe import (
+    COMMON,
+    Rule,
+    first_reason,
+    four_over_six_rule,
+    math_rule,
+    slot_order_rule,
+)
 from .moe_request import MoERequest
 
 NAME = "flashinfer:cute-dsl"
 _ACTIVATIONS = (ActivationType.Swiglu, ActivationType.GegluTanh, ActivationType.Relu2)
-
-
-def _splits_its_sum(r: MoERequest) -> bool:
-    k, h = r.routing.top_k, r.experts.padded_hidden_size
-    return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
 
 
 RULES: tuple[Rule, ...] = (
@@ -60,12 +61,11 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.output_dtype != torch.bfloat16,
         lambda r: f"the output is {r.output_dtype}; its intermediate would be, too",
     ),
-    (lambda r: r.recipe.build != "cute-dsl", 'its bits are those of build="cute-dsl"'),
+    (lambda r: r.build != "cute-dsl", 'its bits are those of build="cute-dsl"'),
     math_rule("cute-dsl"),
     four_over_six_rule,
     (lambda r: r.batch_invariant, "batch_invariant: its tiles depend on the batch"),
-    # moe_finalize.py:100-185
-    (_splits_its_sum, 'its order is finalize_order="slot"'),
+    slot_order_rule,  # moe_finalize.py:100-185
     # moe_sort
     (
         lambda r: r.num_experts > 2048 or r.routing.top_k > 32,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..reference.activation import ActivationType
+from ..reference.moe import split_k_groups
 from ..reference.recipe import Build
 from ..reference.routing import refusal as routing_refusal
 from . import environment
@@ -51,6 +52,15 @@ four_over_six_rule: Rule = (
         f"{environment.four_over_six()}"
     ),
 )
+
+
+def _splits_its_sum(r: MoERequest) -> bool:
+    k, h = r.routing.top_k, r.experts.padded_hidden_size
+    return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
+
+
+slot_order_rule: Rule = (_splits_its_sum, 'its order is finalize_order="slot"')
+"""Of the layers other than TRT-LLM's."""
 
 
 # What its runners say when no kernel was built for a shape: bgr.cu:238 and :606, runner.cu:667.
@@ -109,7 +119,7 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.experts.activation == ActivationType.Situ and r.capability == (10, 7),
         "activation Situ has no kernels on sm_107",
     ),
-    (lambda r: r.recipe.build != "cuda", 'its bits are those of build="cuda"'),
+    (lambda r: r.build != "cuda", 'its bits are those of build="cuda"'),
     math_rule("cuda"),
     four_over_six_rule,  # runner.cu:764
     # core.py:3554

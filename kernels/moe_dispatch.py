@@ -16,9 +16,10 @@ import torch
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
-from ..reference.recipe import Build, SfLayout
+from ..reference.moe import fused_moe as reference_fused_moe
+from ..reference.recipe import LayerBuild, SfLayout
 from ..reference.routing import Routing
-from . import flashinfer_cute_dsl_moe, flashinfer_moe
+from . import flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe
 from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
 from .moe_ops import FusedMoE
 from .moe_request import MoERequest, check_linear, make_moe_request, routing_of
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .config_cache import Mode
     from .tuning import Tuning
 
-_FLASHINFER = {m.NAME: m for m in (flashinfer_moe, flashinfer_cute_dsl_moe)}
+_FLASHINFER = {m.NAME: m for m in (flashinfer_moe, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe)}
 ORDER = (*_FLASHINFER, "triton", "reference")
 """What `auto` tries, in order."""
 _LINEAR = SfLayout.layout_linear
@@ -76,7 +77,7 @@ def trtllm_fp4_block_scale_moe(
     *,
     backend: str = "auto",
     fast_math: bool | None = None,
-    build: Build = "cuda",
+    build: LayerBuild = "cuda",
     nvfp4_4over6: Any = UNSET,
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
@@ -89,7 +90,8 @@ def trtllm_fp4_block_scale_moe(
         hidden_states_scale: e4m3 [T, H/16], linear.
         gemm1_weights ... output2_scale_scalar: as `reference.experts.Experts` documents them.
         per_token_scale: [T] fp32; None for static scales.
-        backend: "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "triton" or "reference".
+        backend: "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton" or
+            "reference".
         fast_math, nvfp4_4over6: of the intermediate's quantization; omitted, the environment decides,
             as it always does for FlashInfer, which refuses another value.
         finalize_order: "flashinfer", whose order depends on T, or "slot".
@@ -180,7 +182,7 @@ def trtllm_fp4_block_scale_routed_moe(
     *,
     backend: str = "auto",
     fast_math: bool | None = None,
-    build: Build = "cuda",
+    build: LayerBuild = "cuda",
     nvfp4_4over6: Any = UNSET,
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
@@ -233,7 +235,7 @@ def fused_moe(
     local_expert_offset: int = 0,
     backend: str = "auto",
     fast_math: bool | None = None,
-    build: Build = "cuda",
+    build: LayerBuild = "cuda",
     nvfp4_4over6: Any = None,
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
@@ -273,7 +275,7 @@ def explain_fused_moe(
     local_expert_offset: int = 0,
     backend: str = "auto",
     fast_math: bool | None = None,
-    build: Build = "cuda",
+    build: LayerBuild = "cuda",
     nvfp4_4over6: Any = None,
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
@@ -305,7 +307,11 @@ def refusal(backend: str, r: MoERequest) -> str | None:
     if r.lora_delta is not None:
         return "gemm1_lora_delta is FlashInfer's alone"
     if backend == "reference":
+        if r.build == "cutlass" and torch.compiler.is_compiling():
+            return 'torch.compile cannot trace build="cutlass"'
         return None
+    if r.build == "cutlass":
+        return 'build="cutlass" rounds the first GEMM to bf16, which these kernels do not'
     return triton_refusal_of(r.activations.hidden_states, "hidden_states are", r.capability)
 
 
@@ -319,17 +325,23 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
     if r.quantize == "static" or (r.quantize and name in _FLASHINFER):
         r = _with_codes(r)
-    if name == flashinfer_cute_dsl_moe.NAME:
-        return flashinfer_cute_dsl_moe.run(r)
-    if name == flashinfer_moe.NAME:
+    if name in _FLASHINFER:
         try:
-            return flashinfer_moe.run(r)
+            return _FLASHINFER[name].run(r)
         except RuntimeError as error:
-            if backend != "auto" or not flashinfer_moe.remember_missing_kernel(r, error):
+            can_remember = name == flashinfer_moe.NAME and backend == "auto"
+            if not can_remember or not flashinfer_moe.remember_missing_kernel(r, error):
                 raise
             _log.warning("%s had no kernel, falling back: %s", name, error)
             return serve(r, backend)
     ids, weights = r.routed(name)
+    if r.build == "cutlass":
+        output = reference_fused_moe(
+            r.activations, r.experts, ids, weights, recipe=r.recipe, cutlass=True,
+            local_expert_offset=r.local_expert_offset, finalize_order=r.finalize_order,
+            output_dtype=r.output_dtype,
+        ).output  # fmt: skip
+        return [output if r.output is None else r.output.copy_(output)]
     output, rows, permuted = _implementation(name)(
         r.activations,
         r.experts,
@@ -433,7 +445,7 @@ def _request_of_layer(
     num_experts: int | None,
     local_expert_offset: int,
     fast_math: bool | None,
-    build: Build,
+    build: LayerBuild,
     nvfp4_4over6: Any,
     finalize_order: FinalizeOrder,
     batch_invariant: bool,

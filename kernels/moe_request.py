@@ -2,14 +2,14 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
 from ..reference.moe import OUTPUT_DTYPES, Activations, FinalizeOrder
-from ..reference.recipe import BLOCK_SIZE, Build, Math, Recipe, SfLayout
+from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Math, Recipe, SfLayout
 from ..reference.routing import (
     Routing,
     RoutingMethodType,
@@ -38,6 +38,7 @@ class MoERequest:
     ids: torch.Tensor | None  # [T, K] int32, with weights [T, K]
     weights: torch.Tensor | None
     recipe: Recipe  # of the intermediate
+    build: LayerBuild
     explicit_4over6: bool
     do_finalize: bool
     finalize_order: FinalizeOrder
@@ -105,7 +106,7 @@ def make_moe_request(
     shared_experts: int = 0,
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
-    build: Build = "cuda",
+    build: LayerBuild = "cuda",
     capability: tuple[int, int] | None = None,
     quantize: Quantize | None = None,
 ) -> MoERequest:
@@ -154,19 +155,28 @@ def make_moe_request(
     _check_devices(activations, experts, logits, routing_bias, ids, weights, output)
     explicit = not is_unset(nvfp4_4over6)
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
-    math: Math = environment.math(build) if fast_math is None else "exact"
+    if build not in get_args(LayerBuild):
+        raise ValueError(f"build is {build!r}; it must be one of {get_args(LayerBuild)}")
+    quantizers: Build = "cuda" if build == "cutlass" else build
+    math: Math = environment.math(quantizers) if fast_math is None else "exact"
     if fast_math:
         math = "fast"
     device = activations.hidden_states.device
     if capability is None and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-    return MoERequest(
+    request = MoERequest(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
-        weights, Recipe(math, config, build), explicit, do_finalize,
+        weights, Recipe(math, config, quantizers), build, explicit, do_finalize,
         "slot" if batch_invariant else finalize_order, batch_invariant, output, output_dtype,
         enable_pdl, tune_max_num_tokens, lora_delta, shared_experts, capability,
         quantize,
     )  # fmt: skip
+    if build == "cutlass" and (experts.cutlass is None or not request.is_static or not do_finalize):
+        raise ValueError(
+            'build is "cutlass", a layer of static scales, finalized, whose experts come from '
+            "nvfp4_moe.with_cutlass"
+        )
+    return request
 
 
 def _want(name: str, t: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from .kernels.moe_dispatch import (
 )
 from .reference.activation import ActivationType
 from .reference.cute_dsl import with_cute_dsl
+from .reference.cutlass import with_cutlass
 from .reference.experts import Experts, assemble_experts, prepare_experts
 from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
 from .reference.routing import Routing, RoutingMethodType
@@ -53,4 +54,5 @@ __all__ = [
     "trtllm_fp4_block_scale_moe",
     "trtllm_fp4_block_scale_routed_moe",
     "with_cute_dsl",
+    "with_cutlass",
 ]

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .experts import Experts, row_order
-from .layouts import from_linear, to_linear
-from .recipe import BLOCK_SIZE, SfLayout
+from .experts import Experts, reordered, row_order
+from .recipe import BLOCK_SIZE
 from .shuffle import inverse
 
-_128X4 = SfLayout.layout_128x4
 _GROUP = 64  # rows of up, and of gate, at a time
 
 
@@ -58,11 +56,9 @@ def _rows(
     codes: torch.Tensor, scales: torch.Tensor, gated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     experts, rows, half = codes.shape
-    columns = half * 2 // BLOCK_SIZE
     order = inverse(row_order(rows, gated, codes.device))
     if gated:
         order = order.reshape(2, -1, _GROUP).transpose(0, 1).reshape(-1)
-    linear = to_linear(scales.view(torch.uint8), rows, columns, _128X4)[:, order]
-    swizzled = from_linear(linear, _128X4).view(torch.float8_e4m3fn)
-    tiles = swizzled.reshape(experts, rows // 128, columns // 4, 32, 4, 4)
-    return codes[:, order].contiguous(), tiles.permute(3, 4, 1, 5, 2, 0)
+    codes, swizzled = reordered(codes, scales, order)
+    tiles = swizzled.reshape(experts, rows // 128, half // (2 * BLOCK_SIZE), 32, 4, 4)
+    return codes, tiles.permute(3, 4, 1, 5, 2, 0)

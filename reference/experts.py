@@ -22,6 +22,7 @@ from .shuffle import interleave_gated_rows, inverse, shuffle_rows
 
 if TYPE_CHECKING:
     from .cute_dsl import CuteDslWeights
+    from .cutlass import CutlassWeights
 
 _128X4 = SfLayout.layout_128x4
 
@@ -52,6 +53,7 @@ class Experts:
     input_scale: torch.Tensor | None = None  # [1] fp32 encode scale of static activations
     intermediate_scale: torch.Tensor | None = None  # [1] fp32, the same of the intermediate
     cute_dsl: "CuteDslWeights | None" = None  # by `reference.cute_dsl.with_cute_dsl`
+    cutlass: "CutlassWeights | None" = None  # by `reference.cutlass.with_cutlass`
 
     @property
     def num_local(self) -> int:
@@ -223,6 +225,15 @@ def gemm2_values(experts: Experts, expert: int) -> torch.Tensor:
 def unshuffled_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
     """[..., rows] of a prepared bias, back in the order [up; gate]."""
     return bias[..., inverse(row_order(bias.shape[-1], gated, bias.device))]
+
+
+def reordered(
+    codes: torch.Tensor, scales: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, block scales in 128x4) of the same rows in another order; [E, rows, ...] both."""
+    rows, half = codes.shape[1:]
+    linear = to_linear(_bytes(scales), rows, half * 2 // BLOCK_SIZE, _128X4)
+    return codes[:, order].contiguous(), _swizzle(linear[:, order])
 
 
 def row_order(rows: int, gated: bool, device: torch.device | None = None) -> torch.Tensor:

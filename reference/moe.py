@@ -11,7 +11,9 @@ For each token t and slot k, with e = ids[t, k] an expert held here:
     output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to output_dtype
 
 Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
-intermediate, is quantized by blocks from fp32. bf16 hidden states are multiplied as they are and their
+intermediate, is quantized by blocks from fp32. FlashInfer's cutlass layer, which has static scales
+alone, rounds twice on the way: accumulator1 * scalar to bf16, and the activation of that; the result is
+quantized with the encode scale. bf16 hidden states are multiplied as they are and their
 intermediate is not quantized (W4A16).
 
 Products of codes and scales have at most 12 significant bits and are exact. With `accumulate="fp64"`
@@ -20,7 +22,8 @@ fp32; "fp32" adds left to right in fp32. Not determined by FlashInfer: the order
 last bits of the activation; the association of accumulator, token scale and scalar is the one above.
 
 Sources: flashinfer-python 0.7.2, `trtllm_fused_moe_runner.cu:670-805`, `trace/templates/moe.py:1503`,
-`trtllm_fused_moe_dev_kernel.cu:678-1165` (finalize).
+`trtllm_fused_moe_dev_kernel.cu:678-1165` (finalize), `cutlass_fused_moe_kernels.cuh:1086-1134` and
+`:2400-2580` (cutlass).
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -32,7 +35,7 @@ import torch
 from . import e2m1, e4m3
 from .activation import activate
 from .experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
-from .quantize import quantize_block_scales, quantize_per_token
+from .quantize import quantize_block_scales, quantize_global_scale, quantize_per_token
 from .recipe import BLOCK_SIZE, Recipe
 
 Accumulate = Literal["fp64", "fp32"]
@@ -88,6 +91,7 @@ def fused_moe(
     accumulate: Accumulate = "fp64",
     finalize_order: FinalizeOrder = "flashinfer",
     output_dtype: torch.dtype = torch.bfloat16,
+    cutlass: bool = False,
     round_to_bf16: bool = True,
     keep_steps: bool = False,
 ) -> MoEResult:
@@ -102,6 +106,7 @@ def fused_moe(
         accumulate: the two GEMMs' sums; see the module.
         finalize_order: "flashinfer" (depends on T) or "slot" (ascending, always).
         output_dtype: bf16 (FlashInfer's), fp16 or fp32.
+        cutlass: as FlashInfer's cutlass layer does; static scales, experts of `with_cutlass`.
         round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
             requantization: FlashInfer's own trace reference does.
     """
@@ -124,14 +129,19 @@ def fused_moe(
         raw = acc1[token, slot]
         if activations.per_token_scale is not None:
             raw = raw * activations.per_token_scale[token, None]
-        activated[token, slot] = _activate(raw, experts, e)
+        if cutlass:
+            raw = (raw * experts.output1_scale_gate_scalar[e]).bfloat16().float()
+            activated[token, slot] = activate(raw, experts.activation)
+        else:
+            activated[token, slot] = _activate(raw, experts, e)
 
     if activations.is_bf16 or not round_to_bf16:
         values2, scale2 = activated, None
         if round_to_bf16:
             values2 = steps["intermediate"] = activated.bfloat16().float()
     else:
-        values2, scale2 = _requantize(activated, activations, recipe, steps)
+        encode2 = experts.intermediate_scale if cutlass else None
+        values2, scale2 = _requantize(activated, activations, encode2, recipe, steps)
 
     rows = x.new_zeros(tokens, top_k, h)
     for e, (token, slot) in enumerate(slots):
@@ -264,19 +274,23 @@ def _activate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
 def _requantize(
     activated: torch.Tensor,
     activations: Activations,
+    encode: torch.Tensor | None,
     recipe: Recipe,
     steps: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static)."""
     tokens, top_k, i = activated.shape
-    if activations.is_static:
+    scale = None
+    if activations.is_static and encode is None:
         q = quantize_block_scales(activated.flatten(0, 1), recipe)
-        scale = None
     else:
         intermediate = steps["intermediate"] = activated.bfloat16()
-        q = quantize_per_token(intermediate.flatten(0, 1), recipe.base_scale_inv, recipe)
-        assert q.per_token_scale is not None
-        scale = steps["token scale2"] = q.per_token_scale.reshape(tokens, top_k)
+        if encode is not None:
+            q = quantize_global_scale(intermediate.flatten(0, 1), encode, recipe)
+        else:
+            q = quantize_per_token(intermediate.flatten(0, 1), recipe.base_scale_inv, recipe)
+            assert q.per_token_scale is not None
+            scale = steps["token scale2"] = q.per_token_scale.reshape(tokens, top_k)
     steps["codes2"] = q.codes.unflatten(0, (tokens, top_k))
     steps["block scales2"] = q.block_scales.unflatten(0, (tokens, top_k))
     again = Activations(q.codes, q.block_scales)

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 Math = Literal["fast", "exact"]
 Build = Literal["cuda", "cute-dsl"]
+LayerBuild = Literal["cuda", "cute-dsl", "cutlass"]
+"""Whose bits a fused layer has: the last is a layer's alone, whose quantizers are the CUDA build's."""
 
 BLOCK_SIZE = 16
 """Elements that share one block scale."""

@@ -417,5 +417,5 @@ def test_logits_and_bias():
 
 def test_order_is_one_tuple():
     assert moe_dispatch.ORDER == (
-        "flashinfer:trtllm", "flashinfer:cute-dsl", "triton", "reference"
+        "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
     )  # fmt: skip

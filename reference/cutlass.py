@@ -1,0 +1,66 @@
+"""Experts' weights as FlashInfer's cutlass kernels want them, out of the prepared ones.
+
+Rows in their natural order, [up; gate], block scales in 128x4; activations have static scales, and the
+layer one scalar for each GEMM of an expert. Source: flashinfer-python 0.7.2,
+`fused_moe/prepare.py:1950-2045` and `flashinfer_cutlass_fused_moe_binding.cu:1456-1548`.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, replace
+
+import torch
+
+from .activation import ActivationType
+from .experts import Experts, reordered, row_order
+from .shuffle import inverse
+
+
+@dataclass(frozen=True)
+class CutlassWeights:
+    """A second copy of the weights of `num_local` experts, and the static scales."""
+
+    fc1_expert_weights: torch.Tensor  # [E, M1, H/2] uint8
+    fc1_weight_block: torch.Tensor  # [E, M1, H/16] e4m3
+    fc1_act_global: torch.Tensor  # [] fp32 encode scale of the hidden states
+    fc1_global: torch.Tensor  # [E] fp32
+    fc2_expert_weights: torch.Tensor  # [E, H, I/2] uint8
+    fc2_weight_block: torch.Tensor  # [E, H, I/16] e4m3
+    fc2_act_global: torch.Tensor  # [] fp32 encode scale of the intermediate
+    fc2_global: torch.Tensor  # [E] fp32
+
+
+def with_cutlass(experts: Experts) -> Experts:
+    """The experts, holding their weights in cutlass' layout too: as much memory again.
+
+    Weights that change afterwards need this call again. It waits for the GPU.
+
+    Raises:
+        ValueError: the experts have no static scales, a bias or a parameter of the activation, or
+            scalars of their own for up and gate.
+    """
+    encode1, encode2 = experts.input_scale, experts.intermediate_scale
+    if encode1 is None or encode2 is None:
+        missing = "input_amax" if encode1 is None else "intermediate_amax"
+        raise ValueError(f"the experts have no {missing}; cutlass' layer has static scales alone")
+    for name in ("gemm1_bias", "gemm2_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"):
+        if getattr(experts, name) is not None:
+            raise ValueError(
+                f"the experts have {name}, in TensorRT-LLM's units; we hand none to cutlass"
+            )
+    kind, gate = experts.activation, experts.output1_scale_gate_scalar
+    linear_up = kind.gated and kind != ActivationType.Situ
+    shared = gate * encode2 if linear_up else encode2.expand_as(gate)
+    if not torch.equal(experts.output1_scale_scalar, shared):
+        raise ValueError(
+            "output1_scale_scalar is not output1_scale_gate_scalar, or 1 without a gate, times the "
+            "intermediate's scale; cutlass' layer has one scalar, so up and gate share theirs"
+        )
+    order1 = inverse(row_order(experts.gemm1_weights.shape[1], kind.gated, gate.device))
+    order2 = inverse(row_order(experts.padded_hidden_size, False, gate.device))
+    w1, w1_scales = reordered(experts.gemm1_weights, experts.gemm1_weights_scale, order1)
+    w2, w2_scales = reordered(experts.gemm2_weights, experts.gemm2_weights_scale, order2)
+    weights = CutlassWeights(
+        w1, w1_scales, encode1.reshape(()), gate,
+        w2, w2_scales, encode2.reshape(()), experts.output2_scale_scalar,
+    )  # fmt: skip
+    return replace(experts, cutlass=weights)
