@@ -89,8 +89,8 @@ def test_the_entry_is_read_while_a_graph_is_captured():
 def test_a_kernel_that_writes_nothing_is_dropped(monkeypatch):
     """Right rows of the candidate before may still lie in the memory."""
     launch = moe._launch_gemm
-    table, idle = GemmConfig(64, 16, 128, 4, 4), GemmConfig(128, 16, 128, 4, 4)
-    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: [table, idle])
+    idle = GemmConfig(64, 32, 128, 4, 4)
+    monkeypatch.setattr(tuning, "candidates", lambda table, *_, **__: [table, idle])
     monkeypatch.setattr(moe, "_launch_gemm", lambda *a: None if idle in a else launch(*a))
     experts = to("cuda", make(Shape(1, 1024, 512, 8, 4)).experts)
     (tuned,) = nvfp4_moe.autotune_fused_moe(experts, 8, 4)
