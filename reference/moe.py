@@ -27,6 +27,7 @@ Sources: flashinfer-python 0.7.2, `trtllm_fused_moe_runner.cu:670-805`, `trace/t
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,6 +95,7 @@ def fused_moe(
     cutlass: bool = False,
     round_to_bf16: bool = True,
     keep_steps: bool = False,
+    stages: "Stages | None" = None,
 ) -> MoEResult:
     """Everything after the routing.
 
@@ -109,10 +111,11 @@ def fused_moe(
         cutlass: as FlashInfer's cutlass layer does; static scales, experts of `with_cutlass`.
         round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
             requantization: FlashInfer's own trace reference does.
+        stages: other functions in place of some of these, as a judge of implementations plants them.
     """
-    recipe = recipe or Recipe()
+    recipe, do = recipe or Recipe(), stages or Stages()
     tokens, top_k = ids.shape
-    x = _hidden_values(activations)
+    x = hidden_values(activations)
     h, m1 = experts.padded_hidden_size, experts.gemm1_weights.shape[1]
     i = experts.padded_intermediate_size
     acc1, acc2 = x.new_zeros(tokens, top_k, m1), x.new_zeros(tokens, top_k, h)
@@ -125,7 +128,7 @@ def fused_moe(
     for e, (token, slot) in enumerate(slots):
         if not token.numel():
             continue
-        acc1[token, slot] = matmul(x[token], gemm1_values(experts, e), accumulate)
+        acc1[token, slot] = do.gemm1(x[token], gemm1_values(experts, e), accumulate)
         raw = acc1[token, slot]
         if activations.per_token_scale is not None:
             raw = raw * activations.per_token_scale[token, None]
@@ -133,21 +136,24 @@ def fused_moe(
             raw = (raw * experts.output1_scale_gate_scalar[e]).bfloat16().float()
             activated[token, slot] = activate(raw, experts.activation)
         else:
-            activated[token, slot] = _activate(raw, experts, e)
+            activated[token, slot] = do.activate(raw, experts, e)
 
     if activations.is_bf16 or not round_to_bf16:
         values2, scale2 = activated, None
         if round_to_bf16:
-            values2 = steps["intermediate"] = activated.bfloat16().float()
+            steps["intermediate"] = do.round_intermediate(activated)
+            values2 = steps["intermediate"].float()
     else:
         encode2 = experts.intermediate_scale if cutlass else None
-        values2, scale2 = _requantize(activated, activations, encode2, recipe, steps)
+        if not activations.is_static or cutlass:
+            steps["intermediate"] = activated = do.round_intermediate(activated)
+        values2, scale2 = do.requantize(activated, encode2, recipe, steps)
 
     rows = x.new_zeros(tokens, top_k, h)
     for e, (token, slot) in enumerate(slots):
         if not token.numel():
             continue
-        acc2[token, slot] = matmul(values2[token, slot], gemm2_values(experts, e), accumulate)
+        acc2[token, slot] = do.gemm2(values2[token, slot], gemm2_values(experts, e), accumulate)
         row = acc2[token, slot]
         if scale2 is not None:
             row = row * scale2[token, slot, None]
@@ -157,8 +163,8 @@ def fused_moe(
 
     rows = rows[..., : experts.hidden_size]
     if round_to_bf16:
-        rows = rows.bfloat16()
-    output = finalize(rows.float(), weights, h, finalize_order).to(output_dtype)
+        rows = do.round_rows(rows)
+    output = do.finalize(rows.float(), weights, h, finalize_order).to(output_dtype)
     if keep_steps:
         steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
     return MoEResult(output, rows, steps if keep_steps else {})
@@ -240,7 +246,7 @@ def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return torch.where(inexact, odd, bits).view(torch.float64).float()
 
 
-def _hidden_values(activations: Activations) -> torch.Tensor:
+def hidden_values(activations: Activations) -> torch.Tensor:
     """[T, H] fp32: codes times block scales, exact; or the bf16 values."""
     if activations.is_bf16:
         return activations.hidden_states.float()
@@ -252,7 +258,7 @@ def _hidden_values(activations: Activations) -> torch.Tensor:
     return (values * scales[..., None]).flatten(-2)
 
 
-def _activate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
+def activate_raw(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
     gated = experts.activation.gated
     if experts.gemm1_bias is not None:
         raw = raw + unshuffled_bias(experts.gemm1_bias[e], gated)
@@ -271,27 +277,40 @@ def _activate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
     )
 
 
-def _requantize(
-    activated: torch.Tensor,
-    activations: Activations,
+def requantize(
+    intermediate: torch.Tensor,
     encode: torch.Tensor | None,
     recipe: Recipe,
     steps: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static)."""
-    tokens, top_k, i = activated.shape
-    scale = None
-    if activations.is_static and encode is None:
-        q = quantize_block_scales(activated.flatten(0, 1), recipe)
+    """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static).
+
+    Args:
+        intermediate: [T, K, I] bf16; fp32 with static scales, the encode scale in the values.
+        encode: the encode scale of cutlass' layer.
+    """
+    shape, flat, scale = intermediate.shape[:2], intermediate.flatten(0, 1), None
+    if intermediate.dtype == torch.float32:
+        q = quantize_block_scales(flat, recipe)
+    elif encode is not None:
+        q = quantize_global_scale(flat, encode, recipe)
     else:
-        intermediate = steps["intermediate"] = activated.bfloat16()
-        if encode is not None:
-            q = quantize_global_scale(intermediate.flatten(0, 1), encode, recipe)
-        else:
-            q = quantize_per_token(intermediate.flatten(0, 1), recipe.base_scale_inv, recipe)
-            assert q.per_token_scale is not None
-            scale = steps["token scale2"] = q.per_token_scale.reshape(tokens, top_k)
-    steps["codes2"] = q.codes.unflatten(0, (tokens, top_k))
-    steps["block scales2"] = q.block_scales.unflatten(0, (tokens, top_k))
-    again = Activations(q.codes, q.block_scales)
-    return _hidden_values(again).reshape(tokens, top_k, i), scale
+        q = quantize_per_token(flat, recipe.base_scale_inv, recipe)
+        assert q.per_token_scale is not None
+        scale = steps["token scale2"] = q.per_token_scale.unflatten(0, shape)
+    steps["codes2"] = q.codes.unflatten(0, shape)
+    steps["block scales2"] = q.block_scales.unflatten(0, shape)
+    return hidden_values(Activations(q.codes, q.block_scales)).unflatten(0, shape), scale
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The functions that `fused_moe` calls, one after the other."""
+
+    gemm1: Callable[..., torch.Tensor] = matmul
+    activate: Callable[..., torch.Tensor] = activate_raw
+    round_intermediate: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    requantize: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = requantize
+    gemm2: Callable[..., torch.Tensor] = matmul
+    round_rows: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    finalize: Callable[..., torch.Tensor] = finalize

@@ -86,8 +86,9 @@ def quantize_per_token(
         result = _fp32_per_token(x, g, recipe, ar)
     else:
         amax = ar.flush(_max_ignoring_nan(x).nan_to_num(nan=0.0, posinf=torch.inf).float())
-        encode, scale = _row_scales(amax, g, recipe, ar)
-        blocks = _blocks(x.float(), _max_ignoring_nan(_split(x)).float(), encode, amax, recipe, ar)
+        encode, scale = row_scales(amax, g, recipe, ar)
+        tops = _max_ignoring_nan(_split(x)).float()
+        blocks = quantize_blocks(x.float(), tops, encode, amax, recipe, ar)
         steps = {"row amax": amax, "encode scale": encode, **blocks.steps}
         result = replace(blocks, per_token_scale=scale, steps=steps)
     if out_scale is not None:
@@ -133,7 +134,7 @@ def quantize_global_scale(
         result = _e4m3_blocks(x, encode, recipe, ar)
     else:
         amax = _max_ignoring_nan(_split(x)).float()
-        result = _blocks(x.float(), amax, encode, None, recipe, ar)
+        result = quantize_blocks(x.float(), amax, encode, None, recipe, ar)
     result = replace(result, steps={"encode scale": encode, **result.steps})
     return _finish(result, layout, keep_steps)
 
@@ -146,7 +147,7 @@ def quantize_block_scales(x: torch.Tensor, recipe: Recipe) -> Quantized:
     """
     ar = Arithmetic(ftz=recipe.build == "cuda")
     amax = _max_ignoring_nan(_split(x))
-    return _blocks(x, amax, x.new_ones(x.shape[0]), None, recipe, ar)
+    return quantize_blocks(x, amax, x.new_ones(x.shape[0]), None, recipe, ar)
 
 
 def dequantize(
@@ -180,7 +181,7 @@ def _max_ignoring_nan(x: torch.Tensor) -> torch.Tensor:
     return top.masked_fill(top < 0, torch.nan)
 
 
-def _row_scales(
+def row_scales(
     amax: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(encode scale, per-token scale), [M] each, of rows with the given maxima."""
@@ -197,7 +198,7 @@ def _row_scales(
     return torch.where(amax == 0, zero_row_encode, encode), scale
 
 
-def _blocks(
+def quantize_blocks(
     values: torch.Tensor,
     amax: torch.Tensor,
     encode: torch.Tensor,
@@ -212,22 +213,30 @@ def _blocks(
         return _four_over_six_blocks(
             values, amax, encode, row_amax, recipe, recipe.four_over_six, ar
         )
-    if recipe.math == "exact":
-        unrounded = torch.where(amax == 0, 0.0, ar.mul(amax, ar.mul(encode, _SIXTH)))
-    else:
-        unrounded = ar.mul(encode, ar.mul(amax, _SIXTH))
+    unrounded = block_scale(amax, encode, recipe, ar)
     scale_bytes = e4m3.encode(unrounded)
-    output_scale = _output_scale(scale_bytes, encode, recipe, ar)
+    factor = output_scale(scale_bytes, encode, recipe, ar)
     # The CuTe-DSL kernel's fast path tests the rounded scale, all others the maximum.
     rounded = recipe.math == "fast" and recipe.build == "cute-dsl"
     zero = e4m3.decode(scale_bytes) == 0 if rounded else amax == 0
-    output_scale = torch.where(zero, 0.0, output_scale)
-    codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
-    steps = {"block amax": amax, "block scale": unrounded, "output scale": output_scale}
+    factor = torch.where(zero, 0.0, factor)
+    codes = e2m1.encode(ar.mul(values, factor[..., None]))
+    steps = {"block amax": amax, "block scale": unrounded, "output scale": factor}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
 
 
-def _output_scale(
+def block_scale(
+    amax: torch.Tensor, encode: torch.Tensor, recipe: Recipe, ar: Arithmetic
+) -> torch.Tensor:
+    """Of blocks with the given maxima, before it is rounded to e4m3; of 4over6 the one of 6."""
+    if recipe.math == "fast":
+        return ar.mul(encode, ar.mul(amax, _SIXTH))
+    if recipe.four_over_six is not None:
+        return ar.mul(ar.div(amax, e2m1.MAX), encode)
+    return torch.where(amax == 0, 0.0, ar.mul(amax, ar.mul(encode, _SIXTH)))
+
+
+def output_scale(
     scale_bytes: torch.Tensor, encode: torch.Tensor, recipe: Recipe, ar: Arithmetic
 ) -> torch.Tensor:
     """What a block's elements are multiplied by before e2m1."""
@@ -247,18 +256,14 @@ def _four_over_six_blocks(
     ar: Arithmetic,
 ) -> Quantized:
     """Both candidates of every block; the one with the maximum at 4 only if its error is smaller."""
-    if recipe.math == "exact":
-        unrounded6 = ar.mul(ar.div(amax, e2m1.MAX), encode)
-        decode = ar.div(1.0, encode)
-    else:
-        unrounded6 = ar.mul(encode, ar.mul(amax, _SIXTH))
-        decode = rcp_approx_ftz(encode)
+    unrounded6 = block_scale(amax, encode, recipe, ar)
+    decode = ar.div(1.0, encode) if recipe.math == "exact" else rcp_approx_ftz(encode)
     unrounded4 = ar.mul(unrounded6, 1.5)
 
     def candidate(unrounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale_bytes = e4m3.encode(unrounded)
-        output_scale = _output_scale(scale_bytes, encode, recipe, ar)
-        codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
+        factor = output_scale(scale_bytes, encode, recipe, ar)
+        codes = e2m1.encode(ar.mul(values, factor[..., None]))
         scaled = e2m1.decode(codes) * e4m3.decode(scale_bytes)[..., None]  # exact
         if config.err_use_fast_math:
             difference = ar.sub(scaled, ar.mul(values, encode[..., None]))
@@ -298,7 +303,7 @@ def _e4m3_blocks(
     values = ar.mul(x.float(), prescale[:, None]).half()
     amax = _max_ignoring_nan(_split(values)).float()
     if recipe.build == "cute-dsl":
-        return _blocks(values.float(), amax, encode, None, recipe, ar)
+        return quantize_blocks(values.float(), amax, encode, None, recipe, ar)
     unrounded = ar.mul(encode[:, None], ar.mul(amax, _SIXTH))
     scale_bytes = e4m3.encode(unrounded)
     output_scale = ar.mul(rcp_approx_ftz(e4m3.decode(scale_bytes)), encode[:, None])

@@ -1,4 +1,4 @@
-"""What the tests may ask of quantizers' outputs: the same bytes. Independent of pytest.
+"""What the tests may ask of outputs: the same bytes, or a place in an interval. Independent of pytest.
 
 Tensors may be on any device. Each message counts what differs and says where the first difference
 is, in the terms of its output (row, block, column), with both values in hexadecimal.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from nvfp4_moe.reference import e2m1
+from nvfp4_moe.reference.interval import Interval
 from nvfp4_moe.reference.layouts import to_linear
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
 
@@ -100,3 +101,16 @@ def assert_quantized(
     if expected.per_token_scale is not None:
         scales = f"{what}: per-token scales"
         assert_per_token_scales_bitwise(actual[2], expected.per_token_scale, scales)
+
+
+def assert_inside(got: torch.Tensor, interval: Interval, what: str = "") -> None:
+    """Every element in its interval, and most intervals finite; the first that is not, spelled out."""
+    inside = interval.contains(got)
+    assert interval.low.isfinite().double().mean() > 0.99, f"{what}: hardly anything is known"
+    if inside.all():
+        return
+    at = tuple((~inside).nonzero()[0].tolist())
+    raise AssertionError(
+        f"{what}: {int((~inside).sum())} of {got.numel()} outside; first at {at}: {got[at].item():.9g}, "
+        f"allowed {interval.low[at].item():.9g} to {interval.high[at].item():.9g}"
+    )
