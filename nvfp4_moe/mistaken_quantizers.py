@@ -1,0 +1,146 @@
+"""Quantizers with a mistake each, for the hidden states and for the intermediate."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from .mistaken_tensors import first_block_dropped, flip, less, more, next_row, of_one, swap_nibbles
+from .reference import e2m1, e4m3, moe, quantize
+from .reference.moe import Activations, Stages
+from .reference.quantize import Quantized, quantize_global_scale, quantize_per_token
+from .reference.recipe import NVFP44Over6Config, Recipe
+
+Given = dict[str, Any]
+Tensor = torch.Tensor
+Change = Callable[[Tensor], Tensor]
+Quantizer = Callable[[Tensor, Recipe], Quantized]
+
+
+def _with(module: Any, name: str, value: Any) -> Quantizer:
+    """The per-token quantizer while a function of it is another."""
+
+    def quantizer(x: Tensor, recipe: Recipe) -> Quantized:
+        with mock.patch.object(module, name, value):
+            return quantize_per_token(x, recipe.base_scale_inv, recipe)
+
+    return quantizer
+
+
+def _changed(**changes: Change) -> Quantizer:
+    """The per-token quantizer, its result changed."""
+
+    def quantizer(x: Tensor, recipe: Recipe) -> Quantized:
+        q = quantize_per_token(x, recipe.base_scale_inv, recipe)
+        changed: Given = {name: f(getattr(q, name)) for name, f in changes.items()}
+        return replace(q, **changed)
+
+    return quantizer
+
+
+def _recipe(**changes: Any) -> Quantizer:
+    return lambda x, recipe: quantize_per_token(
+        x, replace(recipe, **changes).base_scale_inv, replace(recipe, **changes)
+    )
+
+
+def _half_up(x: Tensor) -> Tensor:
+    """Ties away from zero."""
+    a = x.abs()
+    code = torch.zeros_like(a, dtype=torch.uint8)
+    for middle in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0):
+        code += a >= middle
+    return torch.where(torch.signbit(x), code | 8, code)
+
+
+def _towards_zero(x: Tensor) -> Tensor:
+    a = x.abs()
+    code = torch.zeros_like(a, dtype=torch.uint8)
+    for value in e2m1.VALUES[1:]:
+        code += a >= value
+    return torch.where(torch.signbit(x), code | 8, code)
+
+
+def _unsigned_zero(x: Tensor) -> Tensor:
+    code = _ENCODE_E2M1(x)
+    return torch.where(code == 8, 0, code)
+
+
+_ENCODE_E2M1, _ENCODE_E4M3 = e2m1.encode, e4m3.encode
+_MAX = quantize._max_ignoring_nan
+
+
+def _up(x: Tensor) -> Tensor:
+    """The scale is never below the exact one."""
+    code = _ENCODE_E4M3(x)
+    return torch.where((e4m3.decode(code) < x) & (code < 0x7E), code + 1, code)
+
+
+def _of_half(x: Tensor) -> Tensor:
+    return _MAX(x[:, x.shape[1] // 2 :] if x.dim() == 2 else x)
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "ties of a code round away from zero": _with(e2m1, "encode", _half_up),
+    "codes round towards zero": _with(e2m1, "encode", _towards_zero),
+    "block scale rounded up": _with(e4m3, "encode", _up),
+    "reciprocals by division": _with(quantize, "rcp_approx_ftz", torch.reciprocal),
+    "row maximum of half the row": _with(quantize, "_max_ignoring_nan", _of_half),
+    "exact math for fast": _recipe(math="exact"),
+    "4over6 though it is off": _recipe(four_over_six=NVFP44Over6Config()),
+    "base scale 1": lambda x, r: quantize_per_token(x, 1.0, r),
+    "base scale of e4m3_max 256": lambda x, r: quantize_per_token(x, 1 / 1536, r),
+    "one scale for all rows": lambda x, r: replace(
+        quantize_global_scale(x, 2688.0 / x.abs().max().float(), r),
+        per_token_scale=(x.abs().max().float() / 2688.0).expand(x.shape[0]).contiguous(),
+    ),
+    "nibbles exchanged": _changed(codes=swap_nibbles),
+    "block scale one larger": _changed(block_scales=more),
+    "block scale of the next block": _changed(block_scales=lambda s: s.roll(1, 1)),
+    "block scale of the next row": _changed(block_scales=next_row),
+    "per-token scale of the next row": _changed(per_token_scale=next_row),
+    "first block scale dropped": _changed(block_scales=first_block_dropped),
+    "one code off by one": _changed(codes=of_one(flip)),
+    "one block scale off by one": _changed(block_scales=of_one(less)),
+    "one per-token scale off by an ulp": _changed(
+        per_token_scale=of_one(lambda t: torch.nextafter(t, t + 1))
+    ),
+    "a zero without its sign": _with(e2m1, "encode", _unsigned_zero),
+}
+"""Both quantizations can have them."""
+
+
+def as_activations(quantizer: Quantizer) -> Callable[[Tensor, Recipe], Activations]:
+    def of(x: Tensor, recipe: Recipe) -> Activations:
+        q = quantizer(x, recipe)
+        return Activations(q.codes, q.block_scales, q.per_token_scale)
+
+    return of
+
+
+def as_requantize(quantizer: Quantizer) -> Callable[..., tuple[Tensor, Tensor]]:
+    def of(y: Tensor, _: Any, recipe: Recipe, steps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        shape = y.shape[:2]
+        q = quantizer(y.flatten(0, 1), recipe)
+        assert q.per_token_scale is not None
+        steps["codes2"] = q.codes.unflatten(0, shape)
+        steps["block scales2"] = q.block_scales.unflatten(0, shape)
+        scale = steps["token scale2"] = q.per_token_scale.unflatten(0, shape)
+        values = moe.hidden_values(Activations(q.codes, q.block_scales))
+        return values.unflatten(0, shape), scale
+
+    return of
+
+
+def read_otherwise(f: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Stages:
+    """What the second GEMM reads of (values, scales, intermediate), behind what was written."""
+
+    def of(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        values, scale = moe.requantize(y, *rest)
+        assert scale is not None
+        return f(values, scale, y.float())
+
+    return Stages(requantize=of)

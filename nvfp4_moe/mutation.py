@@ -1,0 +1,171 @@
+"""`nvfp4-moe mutants`: plant the catalogue of mistakes, and see which criterion finds which."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+
+from .conforming import CONFORMING, SETTINGS, conforms, perform
+from .judge import Call, Run, judge
+from .mutants import MUTANTS, Mutant
+from .reference.moe import Stages
+
+Tensor = torch.Tensor
+
+
+def _flashinfer(got: Tensor, want: Tensor) -> bool:
+    """Its `check_accuracy` of the FP4 MoE: atol 0.1, rtol 0.85 for 92.5 % of the elements."""
+    return bool(torch.isclose(got, want, rtol=0.85, atol=0.1).double().mean() >= 0.925)
+
+
+def _cute_dsl(got: Tensor, want: Tensor) -> bool:
+    """Its tests': max(0.05, 1.5 sigma) or 50 % for 97 %."""
+    difference = (got - want).abs()
+    near = difference <= max(0.05, 1.5 * float(want.std()))
+    return bool((near | (difference <= 0.5 * want.abs())).double().mean() >= 0.97)
+
+
+def _cosine(got: Tensor, want: Tensor) -> bool:
+    return bool(torch.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.99)
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    return torch.allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor], bool]] = {
+    "FlashInfer": _flashinfer,
+    "CuTe-DSL": _cute_dsl,
+    "cosine .99": _cosine,
+    "rtol 1e-2": _close,
+}
+"""What accepts an output, fp64, given the right one."""
+OURS = ("stage", "interval")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether each criterion saw a mutant on any of the seeds."""
+
+    mutant: Mutant
+    first: str | None  # the stage that was named
+    seen: dict[str, bool]
+
+
+def try_mutant(mutant: Mutant, calls: Sequence[tuple[Call, Run]]) -> Outcome:
+    """Judge a mutant by every criterion on calls of its setting, each with a right run."""
+    first: str | None = None
+    seen = dict.fromkeys((*OURS, *CRITERIA), False)
+    for call, right in calls:
+        run = mutant.run(call)
+        verdict = judge(call, run)
+        first = first or verdict.first
+        seen["stage"] |= verdict.first is not None
+        seen["interval"] |= verdict.outside > 0
+        got, want = run.result.output.double(), right.result.output.double()
+        for name, accepts in CRITERIA.items():
+            seen[name] |= not accepts(got, want)
+    return Outcome(mutant, first, seen)
+
+
+def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Outcome]:
+    """Every mutant on `seeds` calls of its setting."""
+    prepared: dict[str, list[tuple[Call, Run]]] = {}
+    for name in sorted({m.setting for m in mutants}):
+        calls = [SETTINGS[name].call(seed) for seed in range(seeds)]
+        prepared[name] = [(call, perform(call, Stages())) for call in calls]
+    return [try_mutant(m, prepared[m.setting]) for m in mutants]
+
+
+def false_alarms(runs: int) -> tuple[int, list[str]]:
+    """(how many conforming runs were judged, at least `runs`; those that were not accepted)."""
+    done, alarms, seed = 0, [], 0
+    while done < runs:
+        for setting in SETTINGS.values():
+            call = setting.call(seed)
+            for name, stages in CONFORMING.items():
+                if not conforms(name, setting):
+                    continue
+                verdict = judge(call, perform(call, stages))
+                done += 1
+                if verdict.first or verdict.outside:
+                    alarms.append(f"{setting.name}, seed {seed}, {name}: {verdict}")
+        seed += 1
+    return done, alarms
+
+
+_HEAD = """\
+# Planted mistakes, and which criterion sees them
+
+Made by `{command}`, on a CPU. Each mistake is planted into a run
+of the reference, on inputs scaled down from the benchmark's layers; a criterion sees it if it rejects
+the output on any of the seeds. Ours names the first stage that differs, given what the run itself handed
+to it (`nvfp4_moe/judge.py`), and, of an implementation that shows nothing but its output, says whether
+that leaves the proved interval (`reference/bounds.py`). The others: FlashInfer's (atol 0.1, rtol 0.85,
+92.5 % of the elements), its CuTe-DSL tests' (max(0.05, 1.5 sigma) or 50 %, 97 %), a cosine over 0.99,
+and `allclose(rtol=1e-2, atol=1e-2)`. What no output shows (a scale off by an ulp, a zero's sign)
+differs in its stage's bits alone.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Plant each mistake of the catalogue into a run of the reference, on settings scaled down from "
+        "the benchmark's layers, and print which criterion sees it; then judge runs that keep the "
+        "contract. Exit status: 0 if our criterion sees every mutant, at the stage where it was "
+        "planted, and accepts every conforming run; else 1."
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="inputs of each mutant (3)")
+    parser.add_argument("--conforming", type=int, default=200, help="runs, at least (200)")
+    parser.add_argument("--markdown", action="store_true", help="as MUTANTS.md has it")
+
+
+def run(options: argparse.Namespace) -> int:
+    outcomes = try_mutants(seeds=options.seeds)
+    done, alarms = false_alarms(options.conforming)
+    if options.markdown:
+        print(_HEAD.format(command=" ".join(["nvfp4-moe mutants", *sys.argv[2:]])))
+    (_markdown if options.markdown else _text)(outcomes, sys.stdout)
+    print(f"\n{done} conforming runs: {len(alarms)} false alarms")
+    for alarm in alarms:
+        print(f"  FALSE ALARM {alarm}")
+    return 1 if alarms or any(o.first != o.mutant.stage for o in outcomes) else 0
+
+
+def totals(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many mutants each criterion saw."""
+    return {name: sum(o.seen[name] for o in outcomes) for name in (*OURS, *CRITERIA)}
+
+
+def _rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    names = (*OURS[1:], *CRITERIA)
+    rows = [["mutant", "setting", "ours: first stage", "ours: output", *CRITERIA]]
+    for o in outcomes:
+        named = o.first or "NOT SEEN"
+        if o.first not in (None, o.mutant.stage):
+            named += f" (planted in {o.mutant.stage})"
+        rows.append(
+            [o.mutant.name, o.mutant.setting, named]
+            + ["seen" if o.seen[name] else "-" for name in names]
+        )
+    count = totals(outcomes)
+    last = [f"seen, of {len(outcomes)}", "", *(str(count[name]) for name in (*OURS, *CRITERIA))]
+    return [*rows, last]
+
+
+def _text(outcomes: Sequence[Outcome], stream: TextIO) -> None:
+    rows = _rows(outcomes)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip(), file=stream)
+
+
+def _markdown(outcomes: Sequence[Outcome], stream: TextIO) -> None:
+    head, *rows = _rows(outcomes)
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |", file=stream)
