@@ -1,0 +1,122 @@
+"""How tight the proved intervals are, and where Triton's outputs lie: `python bench/tightness.py`.
+
+For the benchmark's layers and every configuration of the table, judged with sums in any order, and with
+sums of contiguous ranges. Half-widths are in units of the row's rms; "one value" is the share of
+intervals that hold a single bf16 number, of outputs and of FC2's rows given the intermediate. The last
+column is the cost of the intervals in times the reference's own.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import arguments, save, start
+from moe_speed import DEVICE, SHAPES, random_experts
+from nvfp4_moe.kernels import moe as triton_moe
+from nvfp4_moe.reference import moe as reference
+from nvfp4_moe.reference.bounds import fused_moe_bounds
+from nvfp4_moe.reference.interval import ANY_ORDER, CONTIGUOUS
+from nvfp4_moe.reference.moe import quantize_activations
+from nvfp4_moe.reference.recipe import Recipe
+
+TOKENS = (1, 64, 512)
+
+
+def configurations(tokens: int, top_k: int, local: int, columns: int) -> list[Any]:
+    """Those that the table would choose for some count of tokens, the actual one first."""
+    chosen = triton_moe.gemm_config(tokens * top_k, local, columns)
+    others = {
+        triton_moe.gemm_config(slots, 8, width)
+        for slots in range(1, 16384, 7)
+        for width in (768, 2048, 7168)
+    }
+    return [chosen, *sorted(others - {chosen}, key=str)]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    options, where = start(arguments(__doc__))
+    print("half-width: median, 99 %; one value: outputs, rows; outside: of all configurations\n")
+    places: Counter[int] = Counter()
+    found = []
+    for s in SHAPES:
+        if s.ranks > 1:
+            continue
+        experts, top_k = random_experts(s), s.top_k
+        for tokens in TOKENS:
+            g = torch.Generator(DEVICE).manual_seed(tokens)
+            x = torch.randn(tokens, experts.padded_hidden_size, device=DEVICE, generator=g)
+            x[:, s.hidden :] = 0
+            activations = quantize_activations(x.bfloat16(), Recipe())
+            scores = torch.rand(tokens, s.experts, device=DEVICE, generator=g)
+            weights, ids = (t[:, :top_k].contiguous() for t in scores.sort(1, descending=True))
+            given = (activations, experts, ids.int(), weights.bfloat16())
+            want = reference.fused_moe(*given, keep_steps=True)
+            outputs = [
+                triton_moe._fused_moe(
+                    *given, config=config, recipe=Recipe(), local_expert_offset=0,
+                    finalize_order="flashinfer", do_finalize=True,
+                )[0]
+                for config in configurations(tokens, top_k, s.experts, s.rows)
+            ]  # fmt: skip
+            for accumulation in (ANY_ORDER, CONTIGUOUS):
+                bounds = fused_moe_bounds(*given, accumulation=accumulation)
+                second = fused_moe_bounds(
+                    *given,
+                    accumulation=accumulation,
+                    intermediate=want.steps["intermediate"].float(),
+                )
+                low, high = bounds.output.low, bounds.output.high
+                half = (high - low) / 2 / want.output.double().square().mean(1, keepdim=True).sqrt()
+                outside = sum(int((~bounds.output.contains(o)).sum()) for o in outputs)
+                some = half.flatten()[:: max(half.numel() // 10**6, 1)]
+                row = {
+                    "layer": s.name,
+                    "T": tokens,
+                    "sums": accumulation.name,
+                    "median": some.median().item(),
+                    "p99": some.quantile(0.99).item(),
+                    "outputs": (low == high).double().mean().item(),
+                    "rows": (second.rows.low == second.rows.high).double().mean().item(),
+                    "configurations": len(outputs),
+                    "outside": outside,
+                    "equal": (outputs[0] == want.output).double().mean().item(),
+                }
+                if accumulation is CONTIGUOUS:
+                    wide = (high > low) & low.isfinite() & high.isfinite()
+                    place = (outputs[0].double() - low)[wide] / (high - low)[wide]
+                    places.update((place * 10).long().clamp(0, 9).tolist())
+                cost = ""
+                if tokens == 64:
+                    times = seconds(
+                        lambda g=given, a=accumulation: fused_moe_bounds(*g, accumulation=a)
+                    )  # type: ignore[misc]
+                    row["cost"] = times / seconds(lambda g=given: reference.fused_moe(*g))  # type: ignore[misc]
+                    cost = f"{row['cost']:6.1f} x"
+                found.append(row)
+                print(
+                    f"{s.name:<24}T {tokens:>4}  {accumulation.name:<11}{row['median']:9.5f}"
+                    f"{row['p99']:9.5f}{row['outputs']:8.1%}{row['rows']:8.1%}"
+                    f"  {outside} outside of {len(outputs)} x {outputs[0].numel()}"
+                    f"  equal to the reference {row['equal']:.2%}{cost}",
+                    flush=True,
+                )
+    total = sum(places.values())
+    print("\nwhere outputs lie in intervals of more than one value (contiguous), tenths:")
+    print("  " + "  ".join(f"{places[i] / max(total, 1):.3f}" for i in range(10)) + f"  of {total}")
+    save(options.json, where | {"cells": found})
+
+
+if __name__ == "__main__":
+    main()
