@@ -21,7 +21,7 @@ PACKAGES = ("nvfp4-moe", "torch", "triton", "flashinfer-python", "nvidia-cutlass
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Say what is here: GPUs, versions, each backend usable or why not, the environment variables "
-        "that matter, and on a GPU whether its rcp table is the known one."
+        "that matter, and on a GPU whether its rcp table is the known one and its sums as assumed."
     )
     parser.add_argument("--json", action="store_true")
 
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     layer = found["fused_moe"]
     print(f"\nthe fused mixture of experts, per token; auto tries {', '.join(layer['auto'])}:")
     print(layer["explanation"])
+    for backend, how in found["sums"].items():
+        print(f"sums of {backend}: {how}")
     print("\nenvironment:")
     for name, value in found["environment"].items():
         print(f"  {name} = {'(unset)' if value is None else value}")
@@ -76,7 +78,8 @@ def examine() -> dict:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
         "rcp_table": _rcp_table() if on_gpu else None,
         "builds": builds,
-        "fused_moe": _fused_moe(x.device),
+        "fused_moe": (layer := _fused_moe(x.device)),
+        "sums": _sums(layer["reasons"]) if on_gpu else {},
         "environment": environment.snapshot(),
     }
 
@@ -95,6 +98,20 @@ def _fused_moe(device: torch.device) -> dict:
         "reasons": dict(explanation.reasons),
         "explanation": str(explanation),
     }
+
+
+def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
+    """How each backend that could serve adds; a failure is said, not raised."""
+    from . import sums
+
+    found = {}
+    for backend, reason in reasons.items():
+        if reason is None and backend != "reference":
+            try:
+                found[backend] = str(sums.measure(backend, "cuda"))
+            except Exception as error:
+                found[backend] = f"not measured: {error}"
+    return found
 
 
 def _version(package: str) -> str | None:

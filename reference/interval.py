@@ -38,13 +38,15 @@ ANY_ORDER = Accumulation(
     3 * U,
     8,
     "steps of at least 8 products, aligned to the largest term with one more bit than fp32 has, dropped "
-    "below, the result truncated to fp32; covers FP32",
+    "below, the result truncated to fp32; covers FP32. `nvfp4_moe.sums` asks a backend",
 )
 CONTIGUOUS = replace(
     ANY_ORDER,
     name="contiguous",
-    source=ANY_ORDER.source + "; K tiles ascending or split, as our kernels' and TensorRT-LLM's",
-    chunk=64,
+    source=ANY_ORDER.source
+    + "; tiles of at most 256 of K, ascending or split, as our kernels' are; "
+    "within a tile those decode every second or fourth column first",
+    chunk=256,
 )
 
 

@@ -13,6 +13,8 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import Activations
 from nvfp4_moe.reference.recipe import Recipe
 
+from nvfp4_moe import sums
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -138,3 +140,7 @@ def test_batch_invariant(width, intermediate):
         others[others == token] = 7
         others[place] = token
         assert_bitwise(run(others)[place], alone, f"among {tokens}")
+
+
+def test_the_sums_are_as_the_intervals_assume():
+    assert sums.measure("triton", "cuda").as_assumed
