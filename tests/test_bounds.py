@@ -127,6 +127,24 @@ def test_the_activation_of_an_interval(kind):
     assert width.median() < (2**-8 if kind in coarse else 2**-17)
 
 
+@pytest.mark.parametrize(
+    "kind", [ActivationType.Silu, ActivationType.Gelu, ActivationType.GegluTanh]
+)
+def test_the_minimum_between_the_ends(kind):
+    case = moe_cases.make(Shape(1, 128, 64, 1, 1), kind)
+    gate = 1 / case.experts.output1_scale_gate_scalar[0]
+    columns = case.experts.gemm1_weights.shape[1]
+    ones = torch.ones(1, columns) * gate
+    ones[:, : columns // 2] = 1 / case.experts.output1_scale_scalar[0] if kind.gated else gate
+    argument = torch.ones(1, columns)
+    argument[:, : columns // 2 if kind.gated else 0] = 0  # of the gate alone; up is 1
+    low, high = (ones * torch.where(argument == 1, end, 1.0) for end in (-3.0, -0.2))
+    found = activation_bounds(Interval(low.double(), high.double()), case.experts, 0)
+    for end in torch.linspace(-3, -0.2, 57):
+        inner = ones * torch.where(argument == 1, end, 1.0)
+        assert_inside(moe.activate_raw(inner, case.experts, 0), found, f"{end}")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_the_requantization_of_an_interval(recipe):
     """Rows drawn from it, maxima and blocks at the ends included."""
