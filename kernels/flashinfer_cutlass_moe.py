@@ -66,8 +66,7 @@ def run(r: MoERequest) -> list[torch.Tensor]:
     """Run the request, which `refusal` let pass, on FlashInfer."""
     from flashinfer.fused_moe import cutlass_fused_moe
 
-    output = cutlass_fused_moe(**arguments(r))[:, : r.experts.hidden_size]
-    return [output if r.output is None else r.output.copy_(output)]
+    return r.returned(cutlass_fused_moe(**arguments(r))[:, : r.experts.hidden_size])
 
 
 def arguments(r: MoERequest) -> dict[str, Any]:

@@ -341,7 +341,7 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
             local_expert_offset=r.local_expert_offset, finalize_order=r.finalize_order,
             output_dtype=r.output_dtype,
         ).output  # fmt: skip
-        return [output if r.output is None else r.output.copy_(output)]
+        return r.returned(output)
     output, rows, permuted = _implementation(name)(
         r.activations,
         r.experts,
@@ -358,7 +358,7 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
     )
     if not r.do_finalize:
         return [rows, weights.bfloat16(), permuted]
-    return [output if r.output is None else r.output.copy_(output)]
+    return r.returned(output)
 
 
 def _implementation(name: str) -> FusedMoE:

@@ -70,6 +70,10 @@ class MoERequest:
     def device(self) -> torch.device:
         return self.activations.hidden_states.device
 
+    def returned(self, output: torch.Tensor) -> list[torch.Tensor]:
+        """What a finalized call returns: in the caller's tensor where one is given."""
+        return [output if self.output is None else self.output.copy_(output)]
+
     def routed(self, backend: str = "reference") -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [T, K] int32, weights [T, K]), from the logits where those are given."""
         if self.logits is None:

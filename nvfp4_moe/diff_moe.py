@@ -5,6 +5,7 @@ are single values, and how near the output is to the reference's, is shown besid
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TextIO
 
@@ -101,9 +102,9 @@ def run(stream: TextIO) -> list[Agreement]:
             found[INTERPRETER] = output
     how = {b: _sums(b, device) for b in {b for found in outputs for b in found}}
     agreements = [
-        replace(_judge(case, backend, found), withheld=how[backend])
+        replace(agreement, withheld=how[agreement.backend])
         for case, found in zip(cases(), outputs, strict=True)
-        for backend in found
+        for agreement in _judge(case, found)
     ]
     _print(agreements, stream)
     return agreements
@@ -117,17 +118,19 @@ def _sums(backend: str, device: torch.device) -> str:
     return "" if measured.as_assumed else str(measured)
 
 
-def _judge(case: MoECase, backend: str, found: dict[str, torch.Tensor]) -> Agreement:
+def _judge(case: MoECase, found: dict[str, torch.Tensor]) -> Iterator[Agreement]:
     bounds = fused_moe_bounds(case.activations, case.experts, case.ids, case.weights).output
-    got, want = found[backend], found["reference"].double()
-    return Agreement(
-        case.name,
-        backend,
-        int((~bounds.contains(got)).sum()),
-        (bounds.low == bounds.high).double().mean().item(),
-        ((got - want).norm() / want.norm()).item(),
-        (got == want).double().mean().item(),
-    )
+    single = (bounds.low == bounds.high).double().mean().item()
+    want = found["reference"].double()
+    for backend, got in found.items():
+        yield Agreement(
+            case.name,
+            backend,
+            int((~bounds.contains(got)).sum()),
+            single,
+            ((got - want).norm() / want.norm()).item(),
+            (got == want).double().mean().item(),
+        )
 
 
 def _print(agreements: list[Agreement], stream: TextIO) -> None:

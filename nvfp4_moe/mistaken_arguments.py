@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .reference.experts import Experts, row_order
+from .reference.experts import Experts, reordered, row_order
 from .reference.layouts import from_linear, to_linear
 from .reference.recipe import BLOCK_SIZE, SfLayout
 from .reference.shuffle import inverse
@@ -43,9 +43,7 @@ def natural_rows(which: int) -> Callable[[Given], Given]:
         codes, scales = f"gemm{which}_weights", f"gemm{which}_weights_scale"
         w, s = getattr(e, codes), getattr(e, scales)
         order = inverse(row_order(w.shape[1], which == 1 and e.activation.gated))
-        linear = to_linear(s.view(torch.uint8), w.shape[1], s.shape[2], SfLayout.layout_128x4)
-        back = from_linear(linear[:, order], SfLayout.layout_128x4).view(s.dtype)
-        return {codes: w[:, order].contiguous(), scales: back}
+        return dict(zip((codes, scales), reordered(w, s, order), strict=True))
 
     return other_experts(change)
 
@@ -66,12 +64,8 @@ def gate_and_up_exchanged(e: Experts) -> Given:
     order = row_order(e.gemm1_weights.shape[1], gated=True)
     half = order.numel() // 2
     swapped = inverse(order)[(order + half) % order.numel()]
-    s = e.gemm1_weights_scale
-    linear = to_linear(s.view(torch.uint8), s.shape[1], s.shape[2], SfLayout.layout_128x4)
-    return {
-        "gemm1_weights": e.gemm1_weights[:, swapped],
-        "gemm1_weights_scale": from_linear(linear[:, swapped], SfLayout.layout_128x4).view(s.dtype),
-    }
+    w, s = reordered(e.gemm1_weights, e.gemm1_weights_scale, swapped)
+    return {"gemm1_weights": w, "gemm1_weights_scale": s}
 
 
 def padding_filled(e: Experts) -> Given:

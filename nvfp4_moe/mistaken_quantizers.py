@@ -121,16 +121,11 @@ def as_activations(quantizer: Quantizer) -> Callable[[Tensor, Recipe], Activatio
     return of
 
 
-def as_requantize(quantizer: Quantizer) -> Callable[..., tuple[Tensor, Tensor]]:
-    def of(y: Tensor, _: Any, recipe: Recipe, steps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        shape = y.shape[:2]
-        q = quantizer(y.flatten(0, 1), recipe)
-        assert q.per_token_scale is not None
-        steps["codes2"] = q.codes.unflatten(0, shape)
-        steps["block scales2"] = q.block_scales.unflatten(0, shape)
-        scale = steps["token scale2"] = q.per_token_scale.unflatten(0, shape)
-        values = moe.hidden_values(Activations(q.codes, q.block_scales))
-        return values.unflatten(0, shape), scale
+def as_requantize(quantizer: Quantizer) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def of(
+        y: Tensor, _: Any, recipe: Recipe, steps: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        return moe.read_back(quantizer(y.flatten(0, 1), recipe), y.shape[:2], steps)
 
     return of
 

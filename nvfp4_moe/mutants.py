@@ -86,6 +86,10 @@ _AT_TIES = (
 """Mistakes that only inputs on a grid show often."""
 
 
+def _setting(name: str) -> str:
+    return "grid" if name in _AT_TIES else "qwen"
+
+
 def _catalogue() -> Iterator[Mutant]:
     for name, (setting, routed) in ROUTINGS.items():
         yield Mutant(f"routing: {name}", "routing", setting, routed=routed)
@@ -93,7 +97,7 @@ def _catalogue() -> Iterator[Mutant]:
         yield Mutant(
             f"activations: {name}",
             "activations",
-            "grid" if name in _AT_TIES else "qwen",
+            _setting(name),
             quantize=as_activations(quantizer),
         )
     for name, inputs in {
@@ -153,13 +157,11 @@ def _catalogue() -> Iterator[Mutant]:
         yield Mutant(f"activation: {name}", "intermediate", "gpt-oss", stages=stages)
     for name, rounding in ROUNDINGS.items():
         if name != "kept in fp32" and name != "rounded to fp16":
-            setting = "grid" if name in _AT_TIES else "qwen"
             stages = Stages(round_intermediate=rounding)
-            yield Mutant(f"intermediate: {name}", "intermediate", setting, stages=stages)
+            yield Mutant(f"intermediate: {name}", "intermediate", _setting(name), stages=stages)
     for name, quantizer in QUANTIZERS.items():
         stages = Stages(requantize=as_requantize(quantizer))
-        setting = "grid" if name in _AT_TIES else "qwen"
-        yield Mutant(f"requantization: {name}", "requantization", setting, stages=stages)
+        yield Mutant(f"requantization: {name}", "requantization", _setting(name), stages=stages)
     for name, stages in {
         "left out": read_otherwise(lambda v, s, y: (y, torch.ones_like(s))),
         "per-token scale forgotten": read_otherwise(lambda v, s, y: (v, torch.ones_like(s))),
@@ -188,8 +190,7 @@ def _catalogue() -> Iterator[Mutant]:
         inputs=other_experts(lambda e: {"gemm2_bias": None}),
     )
     for name, rounding in ROUNDINGS.items():
-        setting = "grid" if name in _AT_TIES else "qwen"
-        yield Mutant(f"rows: {name}", "rows", setting, stages=Stages(round_rows=rounding))
+        yield Mutant(f"rows: {name}", "rows", _setting(name), stages=Stages(round_rows=rounding))
     for name, stages in {
         "in bf16": other_finalize(in_bf16),
         "products rounded to bf16": other_finalize(unfused),

@@ -16,7 +16,7 @@ the activation, and the association of accumulator, token scale and expert scala
 2. *Scalars.* c factors that are not powers of two round c times, by 2^-24 each, in any association;
    a bias rounds twice more.
 3. *Activation.* Evaluated on the ends of the interval (with the one minimum that SiLU and GELU have),
-   then widened by the relative error stated in `_activation`.
+   then widened by the relative error stated in `activation_bounds`.
 4. *Rounding to bf16* is monotone: the ends round.
 5. *Requantization.* The row's maximum A lies between the largest lower and the largest upper bound of
    the magnitudes, and is a bf16 number: each of the few candidates is carried through the rest on its
@@ -42,7 +42,7 @@ from .interval import (
     ANY_ORDER,
     Accumulation,
     Interval,
-    U,
+    plus_bias,
     rounded,
     sum_of_products,
     times,
@@ -146,9 +146,7 @@ def _second(
     if scale is not None:
         sums = times(sums, scale[:, None])
     if experts.gemm2_bias is not None:
-        bias = unshuffled_bias(experts.gemm2_bias[e], gated=False).double()
-        size = sums.magnitude + bias.abs()
-        sums = (sums + Interval.point(bias)).widened(2 * U * size)
+        sums = plus_bias(sums, unshuffled_bias(experts.gemm2_bias[e], gated=False))
     found = rounded(torch.bfloat16, times(sums, experts.output2_scale_scalar[e]))
     index = row[:, None].expand_as(found.low)
     low = found.low.new_full((n, found.low.shape[1]), torch.inf)

@@ -8,7 +8,7 @@ import torch
 
 from .activation import STEP_LIMIT, ActivationType
 from .experts import Experts, unshuffled_bias
-from .interval import Interval, U, rounded, times, unless
+from .interval import Interval, U, plus_bias, rounded, times, unless
 
 _TINY = 1e-36  # what flushing, and an exponential that underflows, can cost
 
@@ -23,10 +23,7 @@ def activation_bounds(raw: Interval, experts: Experts, e: int) -> Interval:
     """
     kind = experts.activation
     if experts.gemm1_bias is not None:
-        bias = unshuffled_bias(experts.gemm1_bias[e], kind.gated).double()
-        # The closed epilogue may scale first, and add then.
-        size = raw.magnitude + bias.abs()
-        raw = (raw + Interval.point(bias)).widened(2 * U * size)
+        raw = plus_bias(raw, unshuffled_bias(experts.gemm1_bias[e], kind.gated))
     scale, gate_scale = experts.output1_scale_scalar[e], experts.output1_scale_gate_scalar[e]
     limit = None if experts.gemm1_clamp_limit is None else experts.gemm1_clamp_limit[e].double()
     alpha = _parameter(experts.gemm1_alpha, e, 1.0)

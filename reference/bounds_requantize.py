@@ -5,7 +5,8 @@ import torch
 
 from . import e2m1, e4m3
 from .fp32 import Arithmetic
-from .interval import Interval, rounded
+from .interval import Interval, choose, rounded
+from .moe import Activations, hidden_values
 from .quantize import block_scale, output_scale, quantize_blocks, row_scales
 from .recipe import BLOCK_SIZE, NVFP44Over6ErrMode, Recipe
 
@@ -80,25 +81,12 @@ def _blocks(
         surely4 = (four.error.high < six.error.low)[..., None]
         surely6 = (four.error.low >= six.error.high)[..., None]
         both = _hull(six.value, four.value)
-        value = Interval(
-            *(
-                torch.where(surely4, f, torch.where(surely6, s, b))
-                for f, s, b in (
-                    (four.value.low, six.value.low, both.low),
-                    (four.value.high, six.value.high, both.high),
-                )
-            )
-        )
+        value = choose(surely4, four.value, choose(surely6, six.value, both))
     # Blocks of points have one outcome, that of the quantizer itself.
     known = (parts.low == parts.high).all(-1)[..., None]
     q = quantize_blocks(x.low.float(), tops.low.float(), encode, row_amax, recipe, ar)
-    scale = e4m3.decode(q.block_scales)[..., None]
-    codes = e2m1.decode(e2m1.unpack(q.codes)).unflatten(-1, (-1, BLOCK_SIZE))
-    exact = torch.where(scale == 0, 0.0, codes * scale).double()
-    return Interval(
-        torch.where(known, exact, value.low).flatten(-2),
-        torch.where(known, exact, value.high).flatten(-2),
-    )
+    exact = Interval.point(hidden_values(Activations(q.codes, q.block_scales)).view_as(parts.low))
+    return choose(known, exact, value).map(lambda t: t.flatten(-2))
 
 
 def _hull(a: Interval, b: Interval) -> Interval:

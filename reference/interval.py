@@ -96,6 +96,11 @@ class Interval:
         return ((x >= self.low) & (x <= self.high)) | (self.low.isinf() & self.high.isinf())
 
 
+def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
+    """a where the condition holds, else b."""
+    return Interval(torch.where(condition, a.low, b.low), torch.where(condition, a.high, b.high))
+
+
 def unless(unknown: torch.Tensor, i: Interval) -> Interval:
     """Infinite where unknown, and where an end is NaN."""
     return Interval(
@@ -158,6 +163,12 @@ def times(x: Interval, scale: torch.Tensor) -> Interval:
     """x times an fp32 factor, rounded unless that is a power of two."""
     product = x * Interval.point(scale)
     return product.widened(product.magnitude * _inexact(scale) * U * 1.001)
+
+
+def plus_bias(x: Interval, bias: torch.Tensor) -> Interval:
+    """x plus an fp32 bias; a closed epilogue may scale both first, and add then."""
+    size = x.magnitude + bias.double().abs()
+    return (x + Interval.point(bias)).widened(2 * U * size)
 
 
 def rounded(dtype: torch.dtype, x: Interval) -> Interval:

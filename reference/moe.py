@@ -36,7 +36,7 @@ import torch
 from . import e2m1, e4m3
 from .activation import activate
 from .experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
-from .quantize import quantize_block_scales, quantize_global_scale, quantize_per_token
+from .quantize import Quantized, quantize_block_scales, quantize_global_scale, quantize_per_token
 from .recipe import BLOCK_SIZE, Recipe
 
 Accumulate = Literal["fp64", "fp32"]
@@ -289,15 +289,23 @@ def requantize(
         intermediate: [T, K, I] bf16; fp32 with static scales, the encode scale in the values.
         encode: the encode scale of cutlass' layer.
     """
-    shape, flat, scale = intermediate.shape[:2], intermediate.flatten(0, 1), None
+    flat = intermediate.flatten(0, 1)
     if intermediate.dtype == torch.float32:
         q = quantize_block_scales(flat, recipe)
     elif encode is not None:
         q = quantize_global_scale(flat, encode, recipe)
     else:
         q = quantize_per_token(flat, recipe.base_scale_inv, recipe)
-        assert q.per_token_scale is not None
-        scale = steps["token scale2"] = q.per_token_scale.unflatten(0, shape)
+    return read_back(q, intermediate.shape[:2], steps)
+
+
+def read_back(
+    q: Quantized, shape: torch.Size, steps: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `requantize` returns of a quantized intermediate, and keeps; shape is (T, K)."""
+    scale = q.per_token_scale
+    if scale is not None:
+        scale = steps["token scale2"] = scale.unflatten(0, shape)
     steps["codes2"] = q.codes.unflatten(0, shape)
     steps["block scales2"] = q.block_scales.unflatten(0, shape)
     return hidden_values(Activations(q.codes, q.block_scales)).unflatten(0, shape), scale
