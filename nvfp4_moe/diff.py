@@ -27,6 +27,9 @@ _LINEAR = SfLayout.layout_linear
 INTERPRETED_ROWS = 16
 """Rows of a tensor that the interpreter is given, where it is given only some."""
 
+FEW = 100
+"""Cases whose kernels are compiled as they come."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -105,6 +108,9 @@ def run(options: argparse.Namespace) -> int:
             "synthetic and whole tensor some cases"
         )
     interpreted = _interpret(items, backends) if runners.INTERPRETER in backends else {}
+    jobs = [(item.x, case) for item in items for case in item.cases]
+    if "triton" in backends and len(jobs) > FEW:
+        runners.compile_ahead(jobs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for i, item in enumerate(items):
         x = item.x.to(device)

@@ -2,10 +2,11 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from . import interpreter
+from . import interpreter, processes
 from .compare import run_reference
 from .kernels import dispatch
 from .kernels.request import Request, make_request
@@ -56,6 +57,24 @@ def refusal(backend: str, x: torch.Tensor, case: Case) -> str | None:
 def interpret(jobs: list[Job]) -> list[Quantized]:
     """The Triton kernels' answers from their interpreter."""
     return interpreter.call("runners:run", [("triton", x, case) for x, case in jobs])
+
+
+def compile_ahead(jobs: list[Job]) -> None:
+    """Compile the Triton kernels of the jobs for this GPU, side by side, into Triton's cache.
+
+    One after the other, those of `nvfp4-moe diff` take a quarter of an hour. Cases that differ in the
+    tensor alone can share a kernel, so they go to one process.
+    """
+    shapes: dict[Case, dict[tuple[torch.Size, torch.dtype], None]] = {}
+    for x, case in jobs:
+        kernel = replace(case, global_scale=case.global_scale and 1.0)
+        shapes.setdefault(kernel, {})[x.shape, x.dtype] = None
+    processes.call("runners:_compile", [(list(of), case) for case, of in shapes.items()])
+
+
+def _compile(shapes: list[tuple[torch.Size, torch.dtype]], case: Case) -> None:
+    for shape, dtype in shapes:
+        run("triton", torch.zeros(shape, dtype=dtype, device="cuda"), case)
 
 
 Runner = Callable[[torch.Tensor, Case], Quantized]
