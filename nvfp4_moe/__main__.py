@@ -7,12 +7,13 @@ import sys
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    from . import __version__, diff, doctor, mutation
+    from . import __version__, diff, doctor
+    from .mutants import command as mutants
 
     parser = argparse.ArgumentParser(prog="nvfp4-moe", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("diff", diff), ("doctor", doctor), ("mutants", mutation)):
+    for name, module in (("diff", diff), ("doctor", doctor), ("mutants", mutants)):
         command = commands.add_parser(name, help=(module.__doc__ or "").split(": ", 1)[1])
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -17,7 +17,7 @@ from nvfp4_moe.reference.interval import ANY_ORDER, CONTIGUOUS, FP32, Interval, 
 from nvfp4_moe.reference.quantize import quantize_block_scales, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
-from nvfp4_moe.conforming import truncating
+from nvfp4_moe.mutants.conforming import truncating
 
 RECIPES = [
     Recipe(),

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from nvfp4_moe.reference.moe import Stages
 
-from nvfp4_moe import mutation
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.conforming import CONFORMING, SETTINGS, conforms, perform
 from nvfp4_moe.judge import STAGES, judge
-from nvfp4_moe.mutants import MUTANTS
+from nvfp4_moe.mutants import command
+from nvfp4_moe.mutants.catalogue import MUTANTS
+from nvfp4_moe.mutants.conforming import CONFORMING, SETTINGS, conforms, perform
 
 _OF_QWEN = [m for m in MUTANTS if m.setting == "qwen"][:2]
 ROOT = Path(__file__).parent.parent
@@ -54,24 +54,24 @@ def test_the_criteria_accept_the_right_output():
     for setting in SETTINGS.values():
         call = setting.call(0)
         right = perform(call, Stages()).result.output.double()
-        assert all(accepts(right, right) for accepts in mutation.CRITERIA.values())
-        assert not any(accepts(-right, right) for accepts in mutation.CRITERIA.values())
+        assert all(accepts(right, right) for accepts in command.CRITERIA.values())
+        assert not any(accepts(-right, right) for accepts in command.CRITERIA.values())
 
 
 def test_an_output_alone_shows_all_but_the_invisible():
     some = [m for m in MUTANTS if m.name in INVISIBLE] + list(MUTANTS[::9])
-    outcomes = mutation.try_mutants(some, seeds=2)
+    outcomes = command.try_mutants(some, seeds=2)
     assert {o.mutant.name for o in outcomes if not o.seen["interval"]} == INVISIBLE
 
 
 @pytest.fixture
 def one_setting(monkeypatch):
-    monkeypatch.setattr(mutation, "SETTINGS", {"qwen": SETTINGS["qwen"]})
+    monkeypatch.setattr(command, "SETTINGS", {"qwen": SETTINGS["qwen"]})
 
 
 @pytest.mark.usefixtures("one_setting")
 def test_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(mutation.try_mutants, "__defaults__", (_OF_QWEN, 3))
+    monkeypatch.setattr(command.try_mutants, "__defaults__", (_OF_QWEN, 3))
     assert main(["mutants", "--seeds", "1", "--conforming", "1"]) == 0
     printed = capsys.readouterr().out
     assert _OF_QWEN[0].name in printed and "0 false alarms" in printed
@@ -79,17 +79,17 @@ def test_the_command(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("one_setting")
 def test_a_mutant_that_nobody_sees_fails_the_command(monkeypatch, capsys):
-    unseen = mutation.Mutant("nothing at all", "rows")
-    monkeypatch.setattr(mutation.try_mutants, "__defaults__", ((unseen,), 3))
+    unseen = command.Mutant("nothing at all", "rows")
+    monkeypatch.setattr(command.try_mutants, "__defaults__", ((unseen,), 3))
     assert main(["mutants", "--seeds", "1", "--conforming", "1"]) == 1
     assert "NOT SEEN" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("one_setting")
 def test_a_false_alarm_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(mutation.try_mutants, "__defaults__", ((), 3))
+    monkeypatch.setattr(command.try_mutants, "__defaults__", ((), 3))
     planted = next(m for m in MUTANTS if m.name == "rows: truncated to bf16")
-    monkeypatch.setattr(mutation, "CONFORMING", {"a mutant": planted.stages})
+    monkeypatch.setattr(command, "CONFORMING", {"a mutant": planted.stages})
     assert main(["mutants", "--conforming", "1"]) == 1
     assert "FALSE ALARM qwen" in capsys.readouterr().out
 
@@ -98,5 +98,5 @@ def test_the_shipped_table_has_every_mutant():
     table = (ROOT / "MUTANTS.md").read_text()
     assert all(f"| {m.name} | {m.setting} | {m.stage} |" in table for m in MUTANTS)
     stream = io.StringIO()
-    mutation._markdown([], stream)
+    command._markdown([], stream)
     assert stream.getvalue().splitlines()[0] in table

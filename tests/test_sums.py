@@ -9,7 +9,7 @@ from nvfp4_moe.reference import moe
 from nvfp4_moe.reference.moe import Stages
 
 from nvfp4_moe import diff_moe, sums
-from nvfp4_moe.conforming import CONFORMING, truncating
+from nvfp4_moe.mutants.conforming import CONFORMING, truncating
 
 FUSED = moe.fused_moe
 

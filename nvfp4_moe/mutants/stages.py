@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .judge import Call
-from .reference import moe
-from .reference.experts import Experts
-from .reference.moe import Stages
-from .reference.recipe import BLOCK_SIZE
-from .reference.routing import RoutingMethodType, route
+from ..judge import Call
+from ..reference import moe
+from ..reference.experts import Experts
+from ..reference.moe import Stages
+from ..reference.recipe import BLOCK_SIZE
+from ..reference.routing import RoutingMethodType, route
 
 Tensor = torch.Tensor
 Change = Callable[[Tensor], Tensor]

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from .conforming import SETTINGS, perform
-from .judge import Call, Run
-from .mistaken_arguments import (
+from ..judge import Call, Run
+from ..reference import moe
+from ..reference.moe import Activations, MoEResult, Stages
+from ..reference.recipe import Recipe, SfLayout
+from .arguments import (
     gate_and_up_exchanged,
     laid_out,
     natural_rows,
@@ -22,8 +24,9 @@ from .mistaken_arguments import (
     other_tensor,
     padding_filled,
 )
-from .mistaken_quantizers import QUANTIZERS, as_activations, as_requantize, read_otherwise
-from .mistaken_stages import (
+from .conforming import SETTINGS, perform
+from .quantizers import QUANTIZERS, as_activations, as_requantize, read_otherwise
+from .stages import (
     GEMMS,
     ROUNDINGS,
     ROUTINGS,
@@ -41,7 +44,7 @@ from .mistaken_stages import (
     unfused,
     weights_first,
 )
-from .mistaken_tensors import (
+from .tensors import (
     first_block_dropped,
     flip,
     less,
@@ -50,9 +53,6 @@ from .mistaken_tensors import (
     of_one,
     swap_nibbles,
 )
-from .reference import moe
-from .reference.moe import Activations, MoEResult, Stages
-from .reference.recipe import Recipe, SfLayout
 
 Given = dict[str, Any]
 Tensor = torch.Tensor

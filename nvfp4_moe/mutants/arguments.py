@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .reference.experts import Experts, reordered, row_order
-from .reference.layouts import from_linear, to_linear
-from .reference.recipe import BLOCK_SIZE, SfLayout
-from .reference.shuffle import inverse
+from ..reference.experts import Experts, reordered, row_order
+from ..reference.layouts import from_linear, to_linear
+from ..reference.recipe import BLOCK_SIZE, SfLayout
+from ..reference.shuffle import inverse
 
 Given = dict[str, Any]
 Tensor = torch.Tensor

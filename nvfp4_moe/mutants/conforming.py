@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .judge import Call, Run
-from .reference.activation import ActivationType
-from .reference.experts import Experts, prepare_experts
-from .reference.moe import (
+from ..judge import Call, Run
+from ..reference.activation import ActivationType
+from ..reference.experts import Experts, prepare_experts
+from ..reference.moe import (
     Activations,
     Stages,
     activate_raw,
@@ -21,8 +21,8 @@ from .reference.moe import (
     matmul,
     quantize_activations,
 )
-from .reference.recipe import NVFP44Over6Config, Recipe
-from .reference.routing import Routing, RoutingMethodType, route
+from ..reference.recipe import NVFP44Over6Config, Recipe
+from ..reference.routing import Routing, RoutingMethodType, route
 
 _M = RoutingMethodType
 

@@ -8,11 +8,11 @@ from unittest import mock
 
 import torch
 
-from .mistaken_tensors import first_block_dropped, flip, less, more, next_row, of_one, swap_nibbles
-from .reference import e2m1, e4m3, moe, quantize
-from .reference.moe import Activations, Stages
-from .reference.quantize import Quantized, quantize_global_scale, quantize_per_token
-from .reference.recipe import NVFP44Over6Config, Recipe
+from ..reference import e2m1, e4m3, moe, quantize
+from ..reference.moe import Activations, Stages
+from ..reference.quantize import Quantized, quantize_global_scale, quantize_per_token
+from ..reference.recipe import NVFP44Over6Config, Recipe
+from .tensors import first_block_dropped, flip, less, more, next_row, of_one, swap_nibbles
 
 Given = dict[str, Any]
 Tensor = torch.Tensor

@@ -9,10 +9,10 @@ from typing import TextIO
 
 import torch
 
+from ..judge import Call, Run, judge
+from ..reference.moe import Stages
+from .catalogue import MUTANTS, Mutant
 from .conforming import CONFORMING, SETTINGS, conforms, perform
-from .judge import Call, Run, judge
-from .mutants import MUTANTS, Mutant
-from .reference.moe import Stages
 
 Tensor = torch.Tensor
 
