@@ -74,12 +74,20 @@ def examine() -> dict:
             "explanation": str(explanation),
         }
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
+        **machine(),
         "rcp_table": _rcp_table() if on_gpu else None,
         "builds": builds,
         "fused_moe": (layer := _fused_moe(x.device)),
         "sums": _sums(layer["reasons"]) if on_gpu else {},
+    }
+
+
+def machine() -> dict:
+    """The versions, GPUs and environment variables that a result depends on."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "gpus": [_gpu(i) for i in range(count)],
         "environment": environment.snapshot(),
     }
 

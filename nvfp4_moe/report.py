@@ -1,0 +1,105 @@
+"""What a comparison found, as data: the text, the JSON file and the HTML page are made of it."""
+
+# SPDX-License-Identifier: Apache-2.0
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .doctor import machine
+
+Status = Literal["identical", "inside", "different", "outside", "crashed", "withheld", "skipped"]
+"""Of a cell, best first: the same bits; in the proved intervals; other bits; out of an interval; the
+backend raised or its process died; not judged, since its sums are not as assumed; not run."""
+FAILED: tuple[Status, ...] = ("different", "outside", "crashed")
+
+
+@dataclass
+class Heat:
+    """Where differences lie, in tiles of the layout: counts by tile, and by place within a tile.
+
+    Of block scales a tile is what the layout stores together (128x4: 32 x 16 bytes, 8x4: 8 x 4), of an
+    output 1 token x 16 columns; `tiles[i][j]` counts the differences of tile row i and tile column j.
+    """
+
+    what: str  # "block scales, layout_128x4"
+    tiles: list[list[int]]
+    within: list[list[int]]
+
+
+@dataclass
+class Failure:
+    """One comparison that failed."""
+
+    case: str  # what was compared, in words
+    summary: str  # what differs, counted
+    details: list[str] = field(
+        default_factory=list
+    )  # the first difference, its arithmetic spelled out
+    heat: Heat | None = None
+    replay: str | None = None  # the file in the report's folder that `nvfp4-moe replay` runs
+    upstream: str | None = None  # the text of a bug report
+
+
+@dataclass
+class Cell:
+    """The comparisons of one row and column of a section."""
+
+    status: Status
+    compared: int = 0
+    failed: int = 0
+    note: str = ""  # numbers, or why nothing was run or judged
+    failures: list[Failure] = field(default_factory=list)  # the first few
+    histogram: list[int] | None = None
+    """How many outputs lie in each tenth of their interval, of those that hold more than one value."""
+
+
+@dataclass
+class Section:
+    """A table: rows are cases, columns pairs of backends, or backends judged by the contract."""
+
+    title: str
+    columns: list[str] = field(default_factory=list)
+    rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, row: str, column: str, cell: Cell) -> None:
+        if column not in self.columns:
+            self.columns.append(column)
+        self.rows.setdefault(row, {})[column] = cell
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for row in self.rows.values() for cell in row.values()]
+
+
+@dataclass
+class Report:
+    """One run."""
+
+    command: list[str] = field(default_factory=lambda: ["nvfp4-moe", *sys.argv[1:]])
+    machine: dict[str, Any] = field(default_factory=machine)
+    seconds: float = 0.0
+    sections: list[Section] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        """Comparisons that failed."""
+        return sum(c.failed for s in self.sections for c in s.cells if c.status in FAILED)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "command": shlex.join(self.command),
+            "failed": self.failed,
+            "statuses": dict(Counter(c.status for s in self.sections for c in s.cells)),
+        }
+
+
+def worst(statuses: Sequence[Status]) -> Status:
+    """What a cell of several comparisons says: a failure if there is one, skipped if all were."""
+    order: tuple[Status, ...] = (
+        "crashed", "outside", "different", "withheld", "inside", "identical", "skipped"
+    )  # fmt: skip
+    return min(statuses, key=order.index)
