@@ -1,10 +1,15 @@
-"""What every test shares: seeds to repeat a failure from, no tuned configurations, FlashInfer."""
+"""What every test shares: seeds to repeat a failure from, its part of the machine, FlashInfer.
+
+At the end a table says what was tested on each backend, and what was skipped for want of what.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
+import os
 import random
 
 import hypothesis
 import pytest
+import session
 
 hypothesis.settings.register_profile("nvfp4", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("nvfp4")
@@ -14,10 +19,21 @@ hypothesis.settings.load_profile("nvfp4")
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = random.SystemRandom().randrange(2**32)
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        session.take_part(
+            int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"hypothesis: repeat with --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.section("by backend")
+    for line in session.summary(terminalreporter.stats):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

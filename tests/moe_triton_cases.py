@@ -37,7 +37,7 @@ def to(device, thing):
     return thing
 
 
-def both(
+def output_of(
     case: Case,
     device,
     config=None,
@@ -46,25 +46,31 @@ def both(
     order="flashinfer",
     dtype=torch.bfloat16,
 ):
-    """(Triton's output, the reference's) on the CPU."""
-    got = triton_moe._fused_moe(
+    """Triton's output, on the device."""
+    return triton_moe._fused_moe(
         *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
         config=config, recipe=recipe or Recipe(), local_expert_offset=local_expert_offset,
         finalize_order=order, do_finalize=True, output_dtype=dtype,
     )[0]  # fmt: skip
+
+
+def both(case: Case, device, **options):
+    """(Triton's output, the reference's) on the CPU."""
     want = reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, recipe=recipe,
-        local_expert_offset=local_expert_offset, finalize_order=order, output_dtype=dtype,
+        case.activations, case.experts, case.ids, case.weights, recipe=options.get("recipe"),
+        local_expert_offset=options.get("local_expert_offset", 0),
+        finalize_order=options.get("order", "flashinfer"),
+        output_dtype=options.get("dtype", torch.bfloat16),
     ).output  # fmt: skip
-    return got.cpu(), want
+    return output_of(case, device, **options).cpu(), want
 
 
 def close(case: Case, device, what="", **options):
     """Inside the interval of every implementation that adds contiguous ranges of K."""
-    got, _ = both(case, device, **options)
+    got = output_of(case, device, **options)
     interval = fused_moe_bounds(
-        case.activations, case.experts, case.ids, case.weights, recipe=options.get("recipe"),
-        local_expert_offset=options.get("local_expert_offset", 0),
+        *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
+        recipe=options.get("recipe"), local_expert_offset=options.get("local_expert_offset", 0),
         finalize_order=options.get("order", "flashinfer"), accumulation=CONTIGUOUS,
         output_dtype=got.dtype,
     ).output  # fmt: skip

@@ -1,0 +1,48 @@
+"""A test session's workers and its summary; `conftest.py` has the hooks."""
+
+# SPDX-License-Identifier: Apache-2.0
+import os
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+
+BACKENDS = {
+    "blackwell": "FlashInfer on Blackwell",
+    "gpu": "Triton on a GPU",
+    "interpreter": "Triton in its interpreter",
+    "compile": "Triton, compiled offline",
+}
+"""Markers, and whose tests they mark; the others are the reference's and the judge's."""
+REST = "reference, adapters, judge"
+
+
+def take_part(worker: int, workers: int) -> None:
+    """Give this process a worker's share of the processors, and one of the GPUs.
+
+    Sixteen workers of sixteen threads each took several times as long as sixteen of one.
+    """
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    if len(gpus) > 1:  # torch asks for the variable when CUDA is first used
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
+
+
+def summary(stats: dict[str, list[Any]]) -> list[str]:
+    """Outcomes of the tests of each backend, and why tests were skipped."""
+    outcomes: dict[str, Counter] = defaultdict(Counter)
+    reasons: dict[str, Counter] = defaultdict(Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in stats.get(outcome, []):
+            marks = getattr(report, "keywords", {})
+            backend = next((name for mark, name in BACKENDS.items() if mark in marks), REST)
+            outcomes[backend][outcome] += 1
+            if outcome == "skipped":
+                reasons[backend][report.longrepr[2].removeprefix("Skipped: ")] += 1
+    lines = []
+    for backend, counts in outcomes.items():
+        found = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        lines.append(f"{backend}: {found}")
+        lines += [f"    {n} skipped: {reason}" for reason, n in reasons[backend].items()]
+    return lines
