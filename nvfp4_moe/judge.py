@@ -6,6 +6,7 @@ fault. Stages that the contract determines are compared bitwise, the others with
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdi
         + _unequal(given.per_token_scale, right.per_token_scale),
     }
 
-    def bounds(a: Activations, ids: torch.Tensor, weights: torch.Tensor, **own: torch.Tensor):  # type: ignore[no-untyped-def]
+    def bounds(a: Activations, ids: torch.Tensor, weights: torch.Tensor, **own: Any):  # type: ignore[no-untyped-def]
         return fused_moe_bounds(
             a, e, ids, weights, recipe=call.recipe, finalize_order=call.finalize_order,
             local_expert_offset=call.local_expert_offset, accumulation=accumulation,

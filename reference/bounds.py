@@ -31,7 +31,8 @@ interval is infinite. So it is where the maximum of a row has more than `CANDIDA
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +52,9 @@ from .interval import (
 from .moe import Activations, FinalizeOrder, finalize, hidden_values
 from .recipe import Recipe
 
+BATCH = 1 << 13
+"""Slots that are carried from sum to sum together, unless one expert has more: to bound memory."""
+
 
 @dataclass(frozen=True)
 class MoEBounds:
@@ -66,91 +70,185 @@ def fused_moe_bounds(
     activations: Activations,
     experts: Experts,
     ids: torch.Tensor,
-    weights: torch.Tensor,
+    weights: torch.Tensor | Interval,
     *,
     recipe: Recipe | None = None,
     local_expert_offset: int = 0,
     finalize_order: FinalizeOrder = "flashinfer",
     output_dtype: torch.dtype = torch.bfloat16,
     accumulation: Accumulation = ANY_ORDER,
+    cutlass: bool = False,
     accumulator1: torch.Tensor | None = None,
     intermediate: torch.Tensor | None = None,
 ) -> MoEBounds:
     """The intervals of a call of `reference.moe.fused_moe`, whose arguments these are.
 
     Args:
+        weights: [T, K] as they are given, or what they may be: `routing_bounds` has those.
         accumulator1: [T, K, M1], an implementation's own: what follows is judged given it.
         intermediate: [T, K, I], likewise; with static scales the activated values.
     """
-    recipe = recipe or Recipe()
-    tokens, top_k = ids.shape
-    x = hidden_values(activations)
-    h, i = experts.padded_hidden_size, experts.padded_intermediate_size
-
-    def zeros(width: int) -> Interval:
-        return Interval(*(x.new_zeros(tokens, top_k, width, dtype=torch.float64) for _ in "lh"))
-
-    acc, mid, rows = zeros(experts.gemm1_weights.shape[1]), zeros(i), zeros(h)
-    for e in range(experts.num_local):
-        token, slot = (ids == e + local_expert_offset).nonzero(as_tuple=True)
-        if not token.numel():
-            continue
-        sums = sum_of_products(Interval.point(x[token]), gemm1_values(experts, e), accumulation)
-        _put(acc, token, slot, sums)
+    layer = _Layer(activations, experts, recipe or Recipe(), accumulation, cutlass)
+    acc, mid, rows = (_zeros(ids, width) for width in layer.widths)
+    for slots in _batches(ids.long() - local_expert_offset, experts.num_local):
+        sums = layer.first_sums(slots)
+        _put(acc, slots, sums)
         if accumulator1 is not None:
-            sums = Interval.point(accumulator1[token, slot])
-        token_scale = activations.per_token_scale
-        raw = sums if token_scale is None else times(sums, token_scale[token, None])
-        middle = activation_bounds(raw, experts, e)
-        if not activations.is_static:
-            middle = rounded(torch.bfloat16, middle)
-        _put(mid, token, slot, middle)
+            sums = Interval.point(accumulator1[slots.token, slots.slot])
+        middle = layer.activated(sums, slots)
+        _put(mid, slots, middle)
         if intermediate is not None:
-            middle = Interval.point(intermediate[token, slot])
-        _put(rows, token, slot, _second(middle, activations, experts, e, recipe, accumulation))
+            middle = Interval.point(intermediate[slots.token, slots.slot])
+        _put(rows, slots, layer.rows(middle, slots))
 
     rows = rows[..., : experts.hidden_size]
-    positive = (weights >= 0)[..., None]
-    ends = (
-        torch.where(positive, rows.low, rows.high),
-        torch.where(positive, rows.high, rows.low),
-    )
-    low, high = (finalize(end.float(), weights, h, finalize_order) for end in ends)
-    output = Interval(low.to(output_dtype).double(), high.to(output_dtype).double())
-    unknown = (rows.low.isinf() | rows.high.isinf()).any(1)
-    return MoEBounds(unless(unknown, output), rows, acc, mid)
+    given = weights if isinstance(weights, Interval) else Interval.point(weights)
+    output = _finalized(rows, given, experts.padded_hidden_size, finalize_order, output_dtype)
+    return MoEBounds(output, rows, acc, mid)
 
 
-def _put(into: Interval, token: torch.Tensor, slot: torch.Tensor, what: Interval) -> None:
-    into.low[token, slot], into.high[token, slot] = what.low, what.high
+def _zeros(ids: torch.Tensor, width: int) -> Interval:
+    low, high = (ids.new_zeros(*ids.shape, width, dtype=torch.float64) for _ in "lh")
+    return Interval(low, high)
 
 
-def _second(
-    middle: Interval,
-    activations: Activations,
-    experts: Experts,
-    e: int,
-    recipe: Recipe,
-    accumulation: Accumulation,
+@dataclass(frozen=True)
+class _Slots:
+    """Some of the (token, slot) pairs whose experts are held here, by expert."""
+
+    token: torch.Tensor  # [N]
+    slot: torch.Tensor  # [N]
+    expert: torch.Tensor  # [N], ascending
+    first: int  # the expert that counts[0] is of
+    counts: list[int]
+
+
+def _batches(local: torch.Tensor, num_local: int) -> Iterator[_Slots]:
+    """The slots of whole experts, those held elsewhere left out."""
+    flat = local.flatten()
+    here = (flat >= 0) & (flat < num_local)
+    order = torch.where(here, flat, num_local).argsort(stable=True)
+    counts = flat[here].bincount(minlength=num_local).tolist()
+    first = start = 0
+    while first < num_local:
+        last, stop = first + 1, start + counts[first]
+        while last < num_local and stop - start + counts[last] <= BATCH:
+            stop, last = stop + counts[last], last + 1
+        places = order[start:stop]
+        if stop > start:
+            token, slot = places // local.shape[1], places % local.shape[1]
+            yield _Slots(token, slot, flat[places], first, counts[first:last])
+        first, start = last, stop
+
+
+def _put(into: Interval, slots: _Slots, what: Interval) -> None:
+    into.low[slots.token, slots.slot] = what.low
+    into.high[slots.token, slots.slot] = what.high
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The stages of a call, of rows [N, ...] for N slots."""
+
+    activations: Activations
+    experts: Experts
+    recipe: Recipe
+    accumulation: Accumulation
+    cutlass: bool
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        e = self.experts
+        return e.gemm1_weights.shape[1], e.padded_intermediate_size, e.padded_hidden_size
+
+    def first_sums(self, slots: _Slots) -> Interval:
+        x = Interval.point(hidden_values(self.activations))
+
+        def weights(e: int) -> torch.Tensor:
+            return gemm1_values(self.experts, e)
+
+        return self._sums(lambda rows: x[slots.token[rows]], weights, slots.first, slots.counts)
+
+    def activated(self, sums: Interval, slots: _Slots) -> Interval:
+        """The intermediate, bf16 numbers but with the static scales of TensorRT-LLM."""
+        scale, experts = self.activations.per_token_scale, self.experts
+        raw = sums if scale is None else times(sums, scale[slots.token, None])
+        if self.cutlass:
+            scalar = experts.output1_scale_gate_scalar
+            raw = rounded(torch.bfloat16, times(raw, scalar[slots.expert, None]))
+            one = torch.ones_like(scalar)
+            experts = replace(experts, output1_scale_scalar=one, output1_scale_gate_scalar=one)
+        middle = activation_bounds(raw, experts, slots.expert)
+        if self.activations.is_static and not self.cutlass:
+            return middle
+        return rounded(torch.bfloat16, middle)
+
+    def rows(self, middle: Interval, slots: _Slots) -> Interval:
+        """[N, H] of an intermediate [N, I]: bf16 numbers."""
+        n, experts = middle.low.shape[0], self.experts
+        values, scale = middle, None
+        row = torch.arange(n, device=middle.low.device)
+        unknown = torch.zeros_like(row, dtype=torch.bool)
+        counts = slots.counts
+        if self.activations.is_static:
+            encode = experts.intermediate_scale if self.cutlass else None
+            values = requantize_blocks(middle, self.recipe, encode)
+        elif not self.activations.is_bf16:
+            values, scale, row, unknown = requantize_rows(middle, self.recipe)
+            held = slots.expert[row] - slots.first
+            counts = held.bincount(minlength=len(counts)).tolist()
+
+        def weights(e: int) -> torch.Tensor:
+            return gemm2_values(experts, e)
+
+        sums = self._sums(lambda rows: values[rows], weights, slots.first, counts)
+        expert = slots.expert[row]
+        if scale is not None:
+            sums = times(sums, scale[:, None])
+        if experts.gemm2_bias is not None:
+            sums = plus_bias(sums, unshuffled_bias(experts.gemm2_bias, gated=False)[expert])
+        scalar = experts.output2_scale_scalar[expert, None]
+        found = rounded(torch.bfloat16, times(sums, scalar))
+        if row.numel() == n:  # one candidate each
+            return unless(unknown[:, None], found)
+        index = row[:, None].expand_as(found.low)
+        low = found.low.new_full((n, found.low.shape[1]), torch.inf)
+        high = -low
+        low = low.scatter_reduce(0, index, found.low, "amin")
+        high = high.scatter_reduce(0, index, found.high, "amax")
+        return unless(unknown[:, None], Interval(low, high))
+
+    def _sums(
+        self,
+        values: Callable[[slice], Interval],
+        weights: Callable[[int], torch.Tensor],
+        first: int,
+        counts: list[int],
+    ) -> Interval:
+        """[N, M]: `values` of consecutive rows, `counts` for each expert, times its weights."""
+        parts, start = [], 0
+        for e, count in enumerate(counts, first):
+            if count:
+                x = values(slice(start, start + count))
+                parts.append(sum_of_products(x, weights(e), self.accumulation))
+                start += count
+        return Interval(torch.cat([p.low for p in parts]), torch.cat([p.high for p in parts]))
+
+
+def _finalized(
+    rows: Interval,
+    weights: Interval,
+    hidden_size: int,
+    order: FinalizeOrder,
+    output_dtype: torch.dtype,
 ) -> Interval:
-    """The rows of an expert [N, H], from its intermediate [N, I]: bf16 numbers."""
-    n = middle.low.shape[0]
-    values, scale = middle, None
-    row = torch.arange(n, device=middle.low.device)
-    unknown = torch.zeros_like(row, dtype=torch.bool)
-    if activations.is_static:
-        values = requantize_blocks(middle, recipe)
-    elif not activations.is_bf16:
-        values, scale, row, unknown = requantize_rows(middle, recipe)
-    sums = sum_of_products(values, gemm2_values(experts, e), accumulation)
-    if scale is not None:
-        sums = times(sums, scale[:, None])
-    if experts.gemm2_bias is not None:
-        sums = plus_bias(sums, unshuffled_bias(experts.gemm2_bias[e], gated=False))
-    found = rounded(torch.bfloat16, times(sums, experts.output2_scale_scalar[e]))
-    index = row[:, None].expand_as(found.low)
-    low = found.low.new_full((n, found.low.shape[1]), torch.inf)
-    high = -low
-    low = low.scatter_reduce(0, index, found.low, "amin")
-    high = high.scatter_reduce(0, index, found.high, "amax")
-    return unless(unknown[:, None], Interval(low, high))
+    """[T, H]: rows [T, K, H], bf16 numbers, times weights [T, K] of at most 24 bits."""
+    products = rows * weights[..., None]
+    # The products are exact in fp64: fused with a factor of 1 they are rounded as with their own.
+    ones = torch.ones_like(weights.low)
+    low, high = (
+        finalize(end, ones, hidden_size, order).to(output_dtype).double()
+        for end in (products.low, products.high)
+    )
+    unknown = (rows.low.isinf() | rows.high.isinf()).any(1)
+    return unless(unknown, Interval(low, high))

@@ -13,8 +13,8 @@ from .interval import Interval, U, plus_bias, rounded, times, unless
 _TINY = 1e-36  # what flushing, and an exponential that underflows, can cost
 
 
-def activation_bounds(raw: Interval, experts: Experts, e: int) -> Interval:
-    """The activation of `reference.activation.activate`, bias first.
+def activation_bounds(raw: Interval, experts: Experts, expert: torch.Tensor) -> Interval:
+    """The activation of `reference.activation.activate`, bias first, of rows [N, M1] of experts [N].
 
     Relative errors. Identity and ReLU: none. Relu2: one rounding. SiLU: (12 + 1.2 |alpha g|) 2^-23, for
     an `__expf` of 2 + floor(1.173 |x|) ulp (CUDA C++ Programming Guide, table of intrinsic functions),
@@ -23,38 +23,48 @@ def activation_bounds(raw: Interval, experts: Experts, e: int) -> Interval:
     """
     kind = experts.activation
     if experts.gemm1_bias is not None:
-        raw = plus_bias(raw, unshuffled_bias(experts.gemm1_bias[e], kind.gated))
-    scale, gate_scale = experts.output1_scale_scalar[e], experts.output1_scale_gate_scalar[e]
-    limit = None if experts.gemm1_clamp_limit is None else experts.gemm1_clamp_limit[e].double()
-    alpha = _parameter(experts.gemm1_alpha, e, 1.0)
-    beta = _parameter(experts.gemm1_beta, e, 1.0 if kind == ActivationType.Situ else 0.0)
+        raw = plus_bias(raw, unshuffled_bias(experts.gemm1_bias, kind.gated)[expert])
+
+    def of_rows(values: torch.Tensor) -> torch.Tensor:
+        return values[expert][:, None]
+
+    def parameter(values: torch.Tensor | None, default: float) -> torch.Tensor | float:
+        return default if values is None else of_rows(values).double()
+
+    scale = of_rows(experts.output1_scale_scalar)
+    gate_scale = of_rows(experts.output1_scale_gate_scalar)
     if not kind.gated:
         return times(_plain(times(raw, gate_scale), kind), scale)
+    limit = parameter(experts.gemm1_clamp_limit, math.inf)
+    alpha = parameter(experts.gemm1_alpha, 1.0)
     half = raw.low.shape[-1] // 2
     up, gate = raw[..., :half], raw[..., half:]
     if kind == ActivationType.SwigluStep:
-        limit = STEP_LIMIT / gate_scale.double() if limit is None else limit
-        top = float(limit * gate_scale)
-        value = _silu(times(gate, gate_scale), 1.0).map(lambda t: t.clamp(max=top))
-        up = up.map(lambda t: t.clamp(-float(limit), float(limit)))
-        return _product(value, times(up, scale))
-    if limit is not None:
-        up = up.map(lambda t: t.clamp(-float(limit), float(limit)))
-        gate = gate.map(lambda t: t.clamp(max=float(limit)))
+        if experts.gemm1_clamp_limit is None:
+            limit = STEP_LIMIT / gate_scale.double()
+        value = _clamped(_silu(times(gate, gate_scale), 1.0), -math.inf, limit * gate_scale)
+        return _product(value, times(_clamped(up, -limit, limit), scale))
+    if experts.gemm1_clamp_limit is not None:
+        up, gate = _clamped(up, -limit, limit), _clamped(gate, -math.inf, limit)
     gate = times(gate, gate_scale)
     if kind == ActivationType.Situ:
+        beta = parameter(experts.gemm1_beta, 1.0)
         curved = times(up, gate_scale).map(lambda t: beta * torch.tanh(t / beta))
         return times(_product(_situ_gate(gate, alpha), _relatively(curved, 2.0**-10)), scale)
     up = times(up, scale)
     if kind == ActivationType.Swiglu:
-        if beta:
-            up = (up + Interval.point(torch.full_like(up.low, beta))).widened(up.magnitude * U)
+        if experts.gemm1_beta is not None:
+            beta = of_rows(experts.gemm1_beta).double()
+            up = (up + Interval.point(beta)).widened(up.magnitude * torch.where(beta == 0, 0.0, U))
         return _product(_silu(gate, alpha), up)
     return _product(_gelu(gate, kind == ActivationType.GegluTanh), up)
 
 
-def _parameter(values: torch.Tensor | None, e: int, default: float) -> float:
-    return default if values is None else float(values[e])
+def _clamped(x: Interval, low: torch.Tensor | float, high: torch.Tensor | float) -> Interval:
+    bottom, top = (
+        torch.as_tensor(end, dtype=torch.float64).to(x.low.device) for end in (low, high)
+    )
+    return x.map(lambda t: torch.minimum(torch.maximum(t, bottom), top))
 
 
 def _relatively(x: Interval, error: torch.Tensor | float) -> Interval:
@@ -66,7 +76,10 @@ def _product(a: Interval, b: Interval) -> Interval:
 
 
 def _unimodal(
-    x: Interval, f: Callable[[torch.Tensor], torch.Tensor], minimum: float, bottom: float
+    x: Interval,
+    f: Callable[[torch.Tensor], torch.Tensor],
+    minimum: torch.Tensor | float,
+    bottom: torch.Tensor | float,
 ) -> Interval:
     """Of an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
     low, high = f(x.low), f(x.high)
@@ -74,9 +87,7 @@ def _unimodal(
     return Interval(torch.where(within, bottom, torch.minimum(low, high)), torch.maximum(low, high))
 
 
-def _silu(x: Interval, alpha: float) -> Interval:
-    if alpha <= 0:
-        return unless(torch.ones_like(x.low, dtype=torch.bool), x)
+def _silu(x: Interval, alpha: torch.Tensor | float) -> Interval:
     # x sigmoid(x) is least, -0.27846454, at -1.27846454
     value = _unimodal(
         x,
@@ -84,7 +95,9 @@ def _silu(x: Interval, alpha: float) -> Interval:
         -1.2784645427610738 / alpha,
         -0.2784645427610738 / alpha,
     )
-    return _relatively(value, (12 + 1.2 * alpha * x.magnitude) * 2.0**-23)
+    value = _relatively(value, (12 + 1.2 * alpha * x.magnitude) * 2.0**-23)
+    # With alpha below zero it has a maximum in place of the minimum: nothing is claimed.
+    return unless(torch.as_tensor(alpha <= 0, device=x.low.device), value)
 
 
 def _gelu(x: Interval, tanh: bool) -> Interval:
@@ -103,7 +116,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def _situ_gate(x: Interval, alpha: float) -> Interval:
+def _situ_gate(x: Interval, alpha: torch.Tensor | float) -> Interval:
     """alpha tanh(x / alpha) sigmoid(x), whose slope is at most 1 + |x| / 4."""
     centre, radius = (x.low + x.high) / 2, (x.high - x.low) / 2
     value = alpha * torch.tanh(centre / alpha) * torch.sigmoid(centre)

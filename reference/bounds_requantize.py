@@ -5,7 +5,7 @@ import torch
 
 from . import e2m1, e4m3
 from .fp32 import Arithmetic
-from .interval import Interval, choose, rounded
+from .interval import Interval, choose, hull, rounded
 from .moe import Activations, hidden_values
 from .quantize import block_scale, output_scale, quantize_blocks, row_scales
 from .recipe import BLOCK_SIZE, NVFP44Over6ErrMode, Recipe
@@ -31,19 +31,25 @@ def requantize_rows(
     return _blocks(numbers, encode, amax, recipe, ar), scale, row, unknown
 
 
-def requantize_blocks(middle: Interval, recipe: Recipe) -> Interval:
-    """With static scales, of fp32 numbers [N, I] that hold the encode scale: code times block scale.
+def requantize_blocks(
+    middle: Interval, recipe: Recipe, encode: torch.Tensor | None = None
+) -> Interval:
+    """With static scales, of fp32 or bf16 numbers [N, I]: code times block scale.
 
     The closed kernels may be built with fast or exact math: the hull of both.
+
+    Args:
+        encode: the fp32 encode scale; None where the numbers hold it.
     """
-    ones = torch.ones_like(middle.low[:, 0], dtype=torch.float32)
+    rows = middle.low.shape[0]
+    scale = middle.low.new_ones(rows).float() if encode is None else encode.expand(rows)
     numbers = rounded(torch.float32, middle)
+    ar = Arithmetic(ftz=recipe.build == "cuda")
     fast, exact = (
-        _blocks(numbers, ones, None, Recipe(math, recipe.four_over_six, recipe.build),
-                Arithmetic(ftz=recipe.build == "cuda"))
+        _blocks(numbers, scale, None, Recipe(math, recipe.four_over_six, recipe.build), ar)
         for math in ("fast", "exact")
-    )  # fmt: skip
-    return _hull(fast, exact)
+    )
+    return hull(fast, exact)
 
 
 def _row_maxima(middle: Interval) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,17 +86,13 @@ def _blocks(
         )
         surely4 = (four.error.high < six.error.low)[..., None]
         surely6 = (four.error.low >= six.error.high)[..., None]
-        both = _hull(six.value, four.value)
+        both = hull(six.value, four.value)
         value = choose(surely4, four.value, choose(surely6, six.value, both))
     # Blocks of points have one outcome, that of the quantizer itself.
     known = (parts.low == parts.high).all(-1)[..., None]
     q = quantize_blocks(x.low.float(), tops.low.float(), encode, row_amax, recipe, ar)
     exact = Interval.point(hidden_values(Activations(q.codes, q.block_scales)).view_as(parts.low))
     return choose(known, exact, value).map(lambda t: t.flatten(-2))
-
-
-def _hull(a: Interval, b: Interval) -> Interval:
-    return Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
 
 
 class _Candidate:
@@ -119,10 +121,10 @@ class _Candidate:
             # Under a scale of zero every code stands for zero.
             codes = (_code_values(t, factor, ar) for t in (parts.low, parts.high))
             value = Interval(*(torch.where(scale == 0, 0.0, scale * c) for c in codes))
-            self.value = value if step == 0 else _hull(self.value, value)
+            self.value = value if step == 0 else hull(self.value, value)
             if recipe.four_over_six is not None:
                 error = _error(value, parts, encode, row_amax, recipe)
-                self.error = error if step == 0 else _hull(self.error, error)
+                self.error = error if step == 0 else hull(self.error, error)
 
 
 def _code_values(x: torch.Tensor, factor: torch.Tensor, ar: Arithmetic) -> torch.Tensor:

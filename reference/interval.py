@@ -52,37 +52,49 @@ CONTIGUOUS = replace(
 
 @dataclass(frozen=True)
 class Interval:
-    """All values from `low` to `high`, fp64 tensors of one shape."""
+    """All values from `low` to `high`, fp64 tensors of one shape; one tensor is both ends of a point."""
 
     low: torch.Tensor
     high: torch.Tensor
 
     @staticmethod
     def point(x: torch.Tensor) -> "Interval":
-        return Interval(x.double(), x.double())
+        x = x.double()
+        return Interval(x, x)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the ends are one tensor; where they only have the same values, it is False."""
+        return self.low is self.high
 
     def widened(self, by: torch.Tensor | float) -> "Interval":
         return Interval(self.low - by, self.high + by)
 
     def map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
         """Of a nondecreasing f."""
-        return Interval(f(self.low), f(self.high))
+        low = f(self.low)
+        return Interval(low, low if self.is_point else f(self.high))
 
     def __mul__(self, other: "Interval") -> "Interval":
-        corners = torch.stack(
-            [a * b for a in (self.low, self.high) for b in (other.low, other.high)]
-        )
-        return Interval(corners.amin(0), corners.amax(0))
+        if self.is_point:
+            self, other = other, self
+        a, b = self.low * other.low, self.high * other.low
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        if not other.is_point:
+            a, b = self.low * other.high, self.high * other.high
+            low = torch.minimum(low, torch.minimum(a, b))
+            high = torch.maximum(high, torch.maximum(a, b))
+        return Interval(low, high)
 
     def __add__(self, other: "Interval") -> "Interval":
         return Interval(self.low + other.low, self.high + other.high)
 
     def __getitem__(self, index: object) -> "Interval":
-        return Interval(self.low[index], self.high[index])  # type: ignore[index]
+        return self.map(lambda end: end[index])  # type: ignore[index]
 
     @property
     def magnitude(self) -> torch.Tensor:
-        return torch.maximum(self.low.abs(), self.high.abs())
+        return self.low.abs() if self.is_point else torch.maximum(self.low.abs(), self.high.abs())
 
     @property
     def mignitude(self) -> torch.Tensor:
@@ -101,6 +113,11 @@ def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
     return Interval(torch.where(condition, a.low, b.low), torch.where(condition, a.high, b.high))
 
 
+def hull(a: Interval, b: Interval) -> Interval:
+    """The smallest interval that holds both."""
+    return Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
+
+
 def unless(unknown: torch.Tensor, i: Interval) -> Interval:
     """Infinite where unknown, and where an end is NaN."""
     return Interval(
@@ -110,48 +127,60 @@ def unless(unknown: torch.Tensor, i: Interval) -> Interval:
 
 
 def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:
-    """[N, M]: x [N, K] times w [M, K] transposed."""
+    """[N, M]: x [N, K] times w [M, K] transposed; w and, where it is a point, x are fp32 numbers."""
     k, w64 = w.shape[1], w.double()
-    points = bool((x.low == x.high).all())
+    points = x.is_point or bool((x.low == x.high).all())
+    if points:
+        x = Interval.point(x.low)
+    magnitude, sizes = x.magnitude, w64.abs()
     centre = x.low if points else (x.low + x.high) / 2
-    size = x.magnitude @ w64.abs().T
+    radius = None if points else (x.high - x.low) / 2
+    size = magnitude @ sizes.T
     low = high = centre @ w64.T
-    if not points:
-        radius = (x.high - x.low) / 2 @ w64.abs().T
-        low, high = low - radius, high + radius
+    if radius is not None:
+        spread = radius @ sizes.T
+        low, high = low - spread, high + spread
     largest = torch.maximum(size + high, size - low) / 2
     if accumulation.chunk is not None:
-        largest = torch.minimum(largest, _largest_of_ranges(x, w64, accumulation.chunk))
-    terms = torch.minimum(((x.low != 0) | (x.high != 0)).sum(1)[:, None], (w != 0).sum(1)[None, :])
-    error = accumulation.error(largest, terms, k)
-    # Of an interval's inner values nothing is known, so only points have a common divisor.
-    unit = _unit(x.low)[:, None] * _unit(w64)[None, :]
-    exact = largest <= unit * 2**24 if points else torch.zeros_like(error, dtype=torch.bool)
-    error = torch.where(exact, 0.0, error + size * k * 2.0**-52)  # and of these sums, in fp64
+        ranges = _largest_of_ranges(centre, radius, magnitude, w64, sizes, accumulation.chunk)
+        largest = torch.minimum(largest, ranges)
+    terms = torch.minimum((magnitude != 0).sum(1)[:, None], (w != 0).sum(1)[None, :])
+    error = accumulation.error(largest, terms, k) + size * k * 2.0**-52  # these sums are fp64
+    if points:  # of an interval's inner values nothing is known: they have no common divisor
+        unit = _unit(x.low.float())[:, None] * _unit(w)[None, :]
+        error = torch.where(largest <= unit * 2**24, 0.0, error)
     return Interval(low - error, high + error)
 
 
-def _largest_of_ranges(x: Interval, w: torch.Tensor, chunk: int) -> torch.Tensor:
+def _largest_of_ranges(
+    centre: torch.Tensor,
+    radius: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    w: torch.Tensor,
+    sizes: torch.Tensor,
+    chunk: int,
+) -> torch.Tensor:
     """A bound of the magnitude of every contiguous range of chunks, and of what is within one."""
-    centre, radius = (x.low + x.high) / 2, (x.high - x.low) / 2
     total = centre.new_zeros(centre.shape[0], w.shape[0])
     least, most, spread, inside = total, total, total, total
     for k in range(0, w.shape[1], chunk):
-        part = w[:, k : k + chunk]
-        total = total + centre[:, k : k + chunk] @ part.T
-        spread = spread + radius[:, k : k + chunk] @ part.abs().T
-        inside = torch.maximum(inside, x.magnitude[:, k : k + chunk] @ part.abs().T)
+        part = slice(k, k + chunk)
+        total = total + centre[:, part] @ w[:, part].T
+        if radius is not None:
+            spread = spread + radius[:, part] @ sizes[:, part].T
+        inside = torch.maximum(inside, magnitude[:, part] @ sizes[:, part].T)
         least, most = torch.minimum(least, total), torch.maximum(most, total)
     return most - least + spread + inside
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    """The power of two that every element of a row is a multiple of; infinite for a row of zeros."""
-    mantissa, exponent = torch.frexp(x)
-    whole = (mantissa.abs() * 2.0**53).long()
-    bit = (whole & -whole).double()
-    unit = torch.ldexp(bit, exponent - 53)
-    return torch.where(x == 0, torch.inf, unit).amin(-1)
+    """The power of two that every fp32 number of a row is a multiple of, fp64; infinite for zeros."""
+    a = x.abs()
+    bits = a.view(torch.int32)
+    # Without its lowest set bit a number loses its unit, if that bit is one of the significand.
+    rest = (bits & (bits - 1)).view(torch.float32)
+    unit = torch.where(bits & 0x7FFFFF == 0, a, a - rest)
+    return torch.where(a == 0, torch.inf, unit).amin(-1).double()
 
 
 def _inexact(scale: torch.Tensor) -> torch.Tensor:

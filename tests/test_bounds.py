@@ -28,6 +28,7 @@ RECIPES = [
     Recipe("exact", NVFP44Over6Config(448, "MAE", True)),
 ]
 SHAPE = Shape(6, 272, 176, 4, 2)
+FIRST = torch.zeros(1, dtype=torch.int64)  # the expert of every row
 
 
 def bounds_of(case, **options):
@@ -116,12 +117,12 @@ def test_the_activation_of_an_interval(kind):
     centre = torch.randn(64, width, generator=g).double() * 40
     low = centre.float().double()
     high = (centre + torch.rand(64, width, generator=g) * 3).float().double()
-    found = activation_bounds(Interval(low, high), case.experts, 0)
+    found = activation_bounds(Interval(low, high), case.experts, FIRST)
     for _ in range(50):
         part = torch.rand(64, width, generator=g).double()
         inner = (low + part * (high - low)).float()
         assert_inside(moe.activate_raw(inner, case.experts, 0), found, kind.name)
-    points = activation_bounds(Interval.point(low), case.experts, 0)
+    points = activation_bounds(Interval.point(low), case.experts, FIRST)
     width = (points.high - points.low) / points.magnitude.clamp(min=1e-6)
     coarse = (ActivationType.GegluTanh, ActivationType.Situ)
     assert width.median() < (2**-8 if kind in coarse else 2**-17)
@@ -139,7 +140,7 @@ def test_the_minimum_between_the_ends(kind):
     argument = torch.ones(1, columns)
     argument[:, : columns // 2 if kind.gated else 0] = 0  # of the gate alone; up is 1
     low, high = (ones * torch.where(argument == 1, end, 1.0) for end in (-3.0, -0.2))
-    found = activation_bounds(Interval(low.double(), high.double()), case.experts, 0)
+    found = activation_bounds(Interval(low.double(), high.double()), case.experts, FIRST)
     for end in torch.linspace(-3, -0.2, 57):
         inner = ones * torch.where(argument == 1, end, 1.0)
         assert_inside(moe.activate_raw(inner, case.experts, 0), found, f"{end}")
