@@ -1,11 +1,13 @@
 """What a comparison found, as data: the text, the JSON file and the HTML page are made of it."""
 
 # SPDX-License-Identifier: Apache-2.0
+import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .doctor import machine
@@ -83,6 +85,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=machine)
     seconds: float = 0.0
     sections: list[Section] = field(default_factory=list)
+    not_run: dict[str, int] = field(default_factory=dict)  # why, and how many comparisons
 
     @property
     def failed(self) -> int:
@@ -97,7 +100,32 @@ class Report:
         }
 
 
-def worst(statuses: Sequence[Status]) -> Status:
+def read(path: Path) -> Report:
+    """What `Report.as_dict` wrote; OSError or ValueError where it cannot be read."""
+    found = json.loads(path.read_text("utf-8"))
+    return Report(
+        shlex.split(found["command"]), found["machine"], found["seconds"],
+        [_section(s) for s in found["sections"]], found["not_run"],
+    )  # fmt: skip
+
+
+def _section(found: dict[str, Any]) -> Section:
+    rows = {
+        name: {column: _cell(cell) for column, cell in row.items()}
+        for name, row in found["rows"].items()
+    }
+    return Section(**found | {"rows": rows})
+
+
+def _cell(found: dict[str, Any]) -> Cell:
+    failures = [
+        Failure(**f | {"heat": None if f["heat"] is None else Heat(**f["heat"])})
+        for f in found["failures"]
+    ]
+    return Cell(**found | {"failures": failures})
+
+
+def worst(statuses: Iterable[Status]) -> Status:
     """What a cell of several comparisons says: a failure if there is one, skipped if all were."""
     order: tuple[Status, ...] = (
         "crashed", "outside", "different", "withheld", "inside", "identical", "skipped"

@@ -94,14 +94,17 @@ def test_exit_status_and_json(quick, capsys):
     arguments = ["diff", "--kind", "normal", "--recipes", "plain", "--json", "-"]
     assert __main__.main(arguments) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["identical"] is True
+    assert json.loads(printed.out)["failed"] == 0
     assert "all identical" in printed.err
 
     quick["change"] = lambda q: replace(q, codes=flip(q.codes, (2, 9), 0x10))
     assert __main__.main(arguments) == 1
     printed = capsys.readouterr()
-    (difference,) = json.loads(printed.out)["differences"]
-    assert (difference["codes"], difference["row"], difference["block"]) == (1, 2, 1)
+    found = json.loads(printed.out)
+    cells = [c for row in found["sections"][0]["rows"].values() for c in row.values()]
+    (failure,) = [f for cell in cells for f in cell["failures"]]
+    assert found["failed"] == 1 and failure["summary"] == "1 codes"
+    assert [c["status"] for c in cells].count("different") == found["statuses"]["different"] == 1
     assert "1 DIFFER" in printed.err
     assert "first at row 2, block 1, in the step: e2m1 code" in printed.err
 
@@ -131,6 +134,8 @@ def test_ones_own_tensors(quick, capsys, tmp_path):
         (["--backends", "flashinfer:cuda"], "which cannot run here"),
         (["--input", "/nowhere/at.all"], "/nowhere/at.all"),
         (["--rows", "0"], "--rows is 0"),
+        (["--only", "moe", "--kind", "edge"], "--only is moe"),
+        (["--only", "moe", "--backends", "flashinfer:cuda"], "'flashinfer:cuda'; it must be among"),
     ],
 )
 def test_bad_usage(arguments, message, quick, capsys):

@@ -1,46 +1,117 @@
 """The mixture of experts in `nvfp4-moe diff`: what agrees, what does not, and what it costs."""
 
 # SPDX-License-Identifier: Apache-2.0
-import io
-
 import pytest
 import torch
 
-from nvfp4_moe import diff_moe
+from nvfp4_moe import diff_moe, matrix_moe
+
+INTERPRETER = diff_moe.INTERPRETER
 
 
 @pytest.fixture
-def two_cases(monkeypatch):
-    every = diff_moe.cases()
-    chosen = [c for c in every if c.name in ("Swiglu, per token", "Swiglu, bf16")]
-    monkeypatch.setattr(diff_moe, "cases", lambda: chosen)
+def few_cases(monkeypatch):
+    names = ("Swiglu, per token", "Swiglu, bf16", "Swiglu, fp32 weights, slots in order",
+             "Swiglu, build cutlass", "Relu2, sums exact")  # fmt: skip
+    every = {c.name: c for c in matrix_moe.cases()}
+    monkeypatch.setattr(matrix_moe, "cases", lambda: [every[name] for name in names])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return chosen
+    return [every[name] for name in names]
 
 
-def test_the_interpreter_agrees(two_cases):
-    stream = io.StringIO()
-    agreements = diff_moe.run(stream)
-    assert [a.backend for a in agreements] == ["reference", diff_moe.INTERPRETER] * 2
-    assert all(a.agrees for a in agreements)
-    assert "DIFFER" not in stream.getvalue()
+def statuses(result, column):
+    return [row[column].status for row in result.section.rows.values()]
 
 
-def test_a_wrong_row_is_a_difference(two_cases, monkeypatch):
-    def wrong(every):
-        outputs = [diff_moe.moe_dispatch.serve(diff_moe._request(c), "reference")[0] for c in every]
-        outputs[1][3] *= -1
-        return outputs
+def test_the_interpreter_agrees(few_cases):
+    result = diff_moe.run()
+    assert result.section.columns == [INTERPRETER, "reference"] and not result.wrong
+    assert statuses(result, "reference") == ["inside"] * 4 + ["identical"]
+    assert statuses(result, INTERPRETER) == ["inside"] * 3 + ["skipped", "identical"]
+    (skipped,) = [c for c in result.section.cells if c.status == "skipped"]
+    assert 'build="cutlass"' in skipped.note
+    assert {reason.split(":")[0] for reason in result.not_run} == {"flashinfer"}
+    histogram = result.section.rows["Swiglu, bf16"][INTERPRETER].histogram
+    assert sum(histogram) > 1000  # of the outputs that the contract leaves open
 
-    monkeypatch.setattr(diff_moe, "_interpret", wrong)
-    stream = io.StringIO()
-    *others, second = diff_moe.run(stream)
-    assert len(others) == 3 and all(a.agrees and a.equal == 1 for a in others)
-    assert not second.agrees and second.equal < 1
-    assert stream.getvalue().count("DIFFER") == 1
+
+@pytest.fixture
+def instead(few_cases, monkeypatch):
+    """The interpreter's answers are the reference's, changed."""
+
+    def set_to(change):
+        answers = [change(i, case, case.reference()) for i, case in enumerate(few_cases)]
+        monkeypatch.setattr(diff_moe, "_interpret", lambda every: answers)
+        return diff_moe.run([INTERPRETER])
+
+    return set_to
+
+
+def test_a_wrong_row_is_outside(instead):
+    def change(i, case, output):
+        if i == 1:
+            output[3] *= -1
+        return output
+
+    result = instead(change)
+    assert statuses(result, INTERPRETER) == ["inside", "outside", "inside", "inside", "identical"]
+    (wrong,) = result.wrong
+    assert wrong.failure.details[0].startswith("first at token 3, column 0")
+    assert [i for i, row in enumerate(wrong.failure.heat.tiles) if any(row)] == [3]
+
+
+def test_one_bit_where_sums_are_exact_is_different(instead):
+    def change(i, case, output):
+        if case.exact:
+            output.view(torch.int16)[7, 11] ^= 1
+        return output
+
+    result = instead(change)
+    assert statuses(result, INTERPRETER)[-1] == "different"
+    (wrong,) = result.wrong
+    assert "token 7, column 11" in wrong.failure.details[0]
+    assert wrong.failure.details[1].startswith("every sum is exact; right is")
+    assert wrong.failure.details[2].startswith("slot 0: expert ")
+
+
+def test_an_error_of_a_backend_is_a_crash(few_cases, monkeypatch):
+    def fail(request, backend):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(diff_moe.moe_dispatch, "serve", fail)
+    result = diff_moe.run(["reference"])
+    assert set(statuses(result, "reference")) == {"crashed"}
+    assert result.wrong[0].failure.summary == "RuntimeError: no kernel image"
+
+
+def test_a_backend_whose_sums_are_not_as_assumed_is_judged_where_they_are_exact(
+    few_cases, monkeypatch
+):
+    monkeypatch.setattr(diff_moe, "_sums", lambda backend, device: "cut 0 bits below")
+    result = diff_moe.run(["reference"])
+    assert statuses(result, "reference") == ["withheld"] * 4 + ["identical"]
+    assert result.section.cells[0].note == "cut 0 bits below"
 
 
 def test_costs_are_those_of_four_bits():
     weights, per_token, static = diff_moe.costs().values()
     assert 0.1 < weights < 0.2 < per_token < 0.3
     assert abs(static - per_token) < 0.03  # its scales come from the very tokens it is judged on
+
+
+def test_the_exact_cases_are_exact():
+    """Any order of the sums gives the same bits: ascending in fp32 as well as in fp64."""
+    from nvfp4_moe.reference.moe import fused_moe
+
+    from nvfp4_moe.mutants.conforming import CONFORMING
+
+    exact = [case for case in matrix_moe.cases() if case.exact]
+    assert len(exact) >= 3
+    for case in exact:
+        for stages in CONFORMING.values():
+            if "approximate" in str(stages.activate):
+                continue
+            got = fused_moe(
+                case.activations, case.experts, *case.routed, recipe=case.recipe, stages=stages
+            )
+            assert torch.equal(got.output, case.reference())

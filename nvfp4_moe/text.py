@@ -1,0 +1,103 @@
+"""What `nvfp4-moe diff` found, as a terminal shows it."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+from typing import TextIO
+
+import torch
+
+from .diff_moe import Judgement
+from .diff_quantizers import Comparison
+from .report import FAILED, Cell, Failure, Section
+
+_SHOWN = 10
+
+
+def print_comparison(
+    result: Comparison, backends: list[str], seconds: float, stream: TextIO
+) -> None:
+    """The table of the quantizers, the first differences, and what a per-token scale is for."""
+    _table(result.section, stream)
+    _failures([found.failure for found in result.failures], stream)
+    if result.facts:
+        print("\nwhat a per-token scale is for (exact math, no 4over6):", file=stream)
+        width = max(len(f["tensor"]) for f in result.facts)
+        for f in result.facts:
+            print(
+                f"  {f['tensor']:<{width}}  row maxima spread {f['spread']:5.1f} x   "
+                f"SNR per token {f['snr_per_token']:5.2f} dB, one scale {f['snr_global']:5.2f} dB",
+                file=stream,
+            )
+    cells = result.section.cells
+    failed = sum(c.failed for c in cells)
+    print(
+        f"\n{sum(c.compared for c in cells)} comparisons of {result.elements:,} elements by "
+        f"{', '.join(backends)}: {f'{failed} DIFFER' if failed else 'all identical'} "
+        f"({seconds:.0f} s)",
+        file=stream,
+    )
+    for note in result.section.notes:
+        print(note, file=stream)
+    _not_run(result.not_run, stream)
+
+
+def print_judgement(result: Judgement, costs: dict[str, float], stream: TextIO) -> None:
+    """A line for each case and backend of the mixture of experts."""
+    section = result.section
+    print(f"\n{section.title}: {section.notes[0]}", file=stream)
+    width = max(map(len, section.rows), default=0)
+    for row, cells in section.rows.items():
+        for backend, cell in cells.items():
+            print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
+    _failures([wrong.failure for wrong in result.wrong], stream)
+    _not_run(result.not_run, stream)
+    print("mean relative error of a token against the bf16 layer, SwiGLU:", file=stream)
+    print("  " + ", ".join(f"{k} {v:.3f}" for k, v in costs.items()), file=stream)
+
+
+def _table(section: Section, stream: TextIO) -> None:
+    widths = [max(len(column), 14) for column in section.columns]
+    first = max(map(len, section.rows), default=10)
+    head = "  ".join(f"{c:<{w}}" for c, w in zip(section.columns, widths, strict=True))
+    print(f"{'input, mode':<{first}}  {head}".rstrip(), file=stream)
+    for name, row in section.rows.items():
+        cells = (
+            f"{_pair(row.get(column)):<{width}}"
+            for column, width in zip(section.columns, widths, strict=True)
+        )
+        print(f"{name:<{first}}  {'  '.join(cells)}".rstrip(), file=stream)
+
+
+def _pair(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    if cell.status in FAILED:
+        return f"{cell.failed}/{cell.compared} differ"
+    return cell.status if cell.status == "skipped" else f"{cell.status} ({cell.compared})"
+
+
+def _verdict(cell: Cell) -> str:
+    if cell.status == "skipped":
+        return f"not run: {cell.note}"
+    if cell.status == "withheld":
+        return f"not judged: {cell.note}"
+    many = f" ({cell.compared})" if cell.compared > 1 else ""
+    if cell.status in FAILED:
+        return f"{cell.note}  DIFFER: {cell.failed} of {cell.compared} {cell.status}"
+    return f"{cell.note}  {cell.status}{many}"
+
+
+def _failures(failures: list[Failure], stream: TextIO) -> None:
+    for failure in failures[:_SHOWN]:
+        print(f"\n{failure.case} differ: {failure.summary}", file=stream)
+        for line in failure.details:
+            print(f"  {line}", file=stream)
+    if len(failures) > _SHOWN:
+        print(f"\n... and {len(failures) - _SHOWN} more (--json has all)", file=stream)
+
+
+def _not_run(reasons: Counter, stream: TextIO) -> None:
+    for reason, count in reasons.items():
+        print(f"not run ({count}): {reason}", file=stream)
+    if not torch.cuda.is_available():
+        print("not run: FlashInfer and Triton on a GPU: no CUDA device here", file=stream)
