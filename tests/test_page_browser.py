@@ -180,21 +180,19 @@ def test_only_the_tabulator_leads_to_cells_and_out_of_their_details(browser):
     assert not summary.is_displayed()
 
 
-def test_a_link_in_the_head_opens_the_details(browser, address):
+@pytest.mark.parametrize("native", [True, False])
+def test_a_link_in_the_head_opens_the_details(browser, native):
     links = browser.find_elements(By.CSS_SELECTOR, ".failing a")
     told = browser.find_elements(By.TAG_NAME, "article")
-    for link, article in zip(links, told, strict=False):
+    if not native:  # as in a browser that opens nothing for a fragment
+        prevent = "addEventListener('click', (event) => event.preventDefault())"
+        browser.execute_script(prevent)
+    for link, article in zip(links, told, strict=False):  # a crash has no article
         assert not article.is_displayed()
         link.click()
         assert article.is_displayed()
         top = browser.execute_script("return arguments[0].getBoundingClientRect().top", article)
-        assert 0 <= top < 900
-    key = links[2].get_attribute("href").split("#")[1]
-    browser.get("about:blank")
-    browser.get(f"{address}#{key}")
-    assert browser.find_element(By.ID, key).is_displayed()
-    browser.get_log("performance")  # about:blank is a request, too
-    browser.get(address)
+        assert 0 <= top < 900 or not native
 
 
 def test_pictures_are_drawn(browser):
@@ -241,6 +239,8 @@ def test_light_and_dark_show_different_pages(browser):
     for scheme in ("light", "dark"):
         show(browser, scheme, WIDE)
         pictures[scheme] = base64.b64decode(browser.get_screenshot_as_base64())
+        body = ground(browser.find_element(By.TAG_NAME, "body"))
+        assert min(body) > 200 if scheme == "light" else max(body) < 60
     browser.execute_script("document.body.replaceChildren()")
     blank = base64.b64decode(browser.get_screenshot_as_base64())
     assert pictures["light"] != pictures["dark"]

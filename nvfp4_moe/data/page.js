@@ -43,9 +43,8 @@ document.addEventListener("click", ({ target }) => {
   const button = target.closest(".copy");
   if (button) copy(button);
   const link = target.closest('a[href^="#"]');
-  if (link) show(link.hash.slice(1));
+  if (link) show(link.hash.slice(1)); // new browsers do this themselves
 });
-document.addEventListener("DOMContentLoaded", () => show(location.hash.slice(1)));
 
 // However they were opened or closed, the cell tells; and the focus is never left in what is hidden.
 document.addEventListener(
