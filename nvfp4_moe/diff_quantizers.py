@@ -16,7 +16,7 @@ from .reference.quantize import Quantized, dequantize
 from .reference.recipe import Recipe, SfLayout
 from .report import Cell, Failure, Section
 
-GOLDEN = "golden"
+GOLDEN = runners.GOLDEN
 _LINEAR = SfLayout.layout_linear
 INTERPRETED_ROWS = 16
 """Rows of a tensor that the interpreter is given, where it is given only some."""

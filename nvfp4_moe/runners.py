@@ -15,6 +15,8 @@ from .reference.quantize import Quantized
 
 Job = tuple[torch.Tensor, Case]
 INTERPRETER = interpreter.NAME
+GOLDEN = "golden"
+"""The side of FlashInfer's own outputs, which are fixed."""
 
 
 def request(x: torch.Tensor, case: Case) -> Request:

@@ -1,0 +1,261 @@
+"""`nvfp4-moe replay`: a failing case from a file, run again."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import interpreter, runners
+from .compare import compare
+from .explain import bits, explain_element, first_element
+from .kernels import moe_dispatch
+from .kernels.dispatch import BACKENDS, UnsupportedError
+from .matrix import Case
+from .matrix_moe import MoECase
+from .moe_parts import to_device
+from .reference.interval import Interval
+from .reference.quantize import Quantized
+from .replay_file import Failure, MoEFailure, QuantizerFailure, ReplayFileError, load
+
+Runner = Callable[[str, MoECase, str | None], torch.Tensor]
+"""(backend, call, configuration or None) to the output, on the CPU."""
+
+
+class CannotRunError(ValueError):
+    """A side cannot run here; the message has the reason."""
+
+
+class UnknownBackendError(CannotRunError):
+    """There is no backend of this name."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came of it."""
+
+    differs: bool
+    text: str
+    facts: dict[str, Any]  # for --json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run the failing case of a file again, both sides of a comparison or a fused call's backend, "
+        "and print the first difference. Exit status: 0 it no longer differs, 1 it does, 2 bad usage, "
+        "or the backend cannot run here."
+    )
+    parser.add_argument("file", metavar="FILE", help="written where a comparison failed")
+    parser.add_argument("--backend", help="run this one in the place of the one that failed")
+    parser.add_argument("--json", metavar="FILE", help="write the outcome to FILE; - is stdout")
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        found = replay(load(options.file), options.backend)
+    except (ReplayFileError, CannotRunError) as error:
+        hint = ""
+        if isinstance(error, CannotRunError) and not isinstance(error, UnknownBackendError):
+            hint = f". On a machine where it can, the file {options.file} is all that replay needs"
+        print(f"nvfp4-moe replay: {error}{hint}", file=sys.stderr)
+        return 2
+    print(found.text, file=sys.stderr if options.json == "-" else sys.stdout)
+    if options.json:
+        text = json.dumps({"differs": found.differs, **found.facts}, indent=1)
+        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
+    return int(found.differs)
+
+
+def run_call(backend: str, case: MoECase, configuration: str | None = None) -> torch.Tensor:
+    """A backend's output of a fused call.
+
+    Raises:
+        CannotRunError: it cannot serve the call here, or cannot be told its configuration.
+    """
+    request = None
+    if backend != interpreter.NAME:
+        if backend not in moe_dispatch.ORDER:
+            raise UnknownBackendError(f"the file's backend is {backend!r}, not one of ours")
+        request = to_device(case, _device()).request()
+        if reason := moe_dispatch.refusal(backend, request):
+            raise CannotRunError(f"{backend} cannot run here: {reason}")
+    if configuration is not None:
+        raise CannotRunError(f"{backend} cannot be told to run {configuration}")
+    if request is None:
+        return interpreter.call("replay:_serve_in_triton", [(case,)])[0]
+    return moe_dispatch.serve(request, backend)[0].cpu()
+
+
+def _serve_in_triton(case: MoECase) -> torch.Tensor:
+    return moe_dispatch.serve(case.request(), "triton")[0]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_side(side: str, x: torch.Tensor, case: Case) -> Quantized:
+    """A side of a comparison, other than the fixed one.
+
+    Raises:
+        CannotRunError: it cannot run here.
+    """
+    if side == runners.INTERPRETER:
+        return runners.interpret([(x, case)])[0]
+    if side not in BACKENDS:
+        raise UnknownBackendError(f"the file's side is {side!r}, not one of ours")
+    x = x.to(_device())
+    if reason := runners.refusal(side, x, case):
+        raise CannotRunError(f"{side} cannot run here: {reason}")
+    try:
+        return runners.run(side, x, case)
+    except UnsupportedError as error:
+        raise CannotRunError(str(error)) from error
+
+
+def replay(failure: Failure, backend: str | None = None, runner: Runner = run_call) -> Replayed:
+    """Run a failure again.
+
+    Args:
+        backend: in the place of the one that failed.
+        runner: of fused calls.
+
+    Raises:
+        CannotRunError: no such backend, or one that cannot run here.
+    """
+    if backend is not None:
+        backend = _backend(backend, isinstance(failure, QuantizerFailure))
+    if isinstance(failure, QuantizerFailure):
+        return _replay_quantizer(failure, backend)
+    return _replay_moe(failure, backend, runner)
+
+
+def _backend(name: str, quantizers: bool) -> str:
+    here = {"triton": "triton" if torch.cuda.is_available() else runners.INTERPRETER}
+    known = (*(BACKENDS if quantizers else moe_dispatch.ORDER), runners.INTERPRETER)
+    if name not in known:
+        raise UnknownBackendError(f"--backend is {name!r}; it must be one of {', '.join(known)}")
+    return here.get(name, name)
+
+
+def _replay_quantizer(failure: QuantizerFailure, backend: str | None) -> Replayed:
+    x, case = failure.x, failure.case
+    sides = [backend if backend and s == failure.suspect else s for s in failure.sides]
+    facts: dict[str, Any] = {"kind": "quantizer", "sides": sides}
+    outputs = []
+    for side in sides:
+        try:
+            fixed = failure.outputs[side] if side == runners.GOLDEN else None
+            outputs.append(fixed or run_side(side, x, case))
+        except RuntimeError as error:
+            return _raised(side, error, facts)
+    what = f"{tuple(x.shape)} {x.dtype}, {case.mode}, {case.recipe}, {case.layout.name}"
+    left, right = outputs
+    difference = compare(x, case, left, right)
+    if difference is None:
+        return Replayed(False, f"{what}: {sides[0]} and {sides[1]} are identical", facts)
+    lines = [f"{what}: {sides[0]} and {sides[1]} differ: {difference}", f"  {difference.where()}"]
+    if difference.row < x.shape[0]:
+        row, block = difference.row, difference.block
+        element = first_element(x, left, right, row, block)
+        lines.append("by the reference:")
+        lines += [f"    {line}" for line in explain_element(x, case, row, block, element)]
+    return Replayed(True, "\n".join(lines), facts | {"difference": difference.as_dict()})
+
+
+def _raised(side: str, error: RuntimeError, facts: dict[str, Any]) -> Replayed:
+    return Replayed(True, f"{side} raised: {error}", facts | {"raised": str(error)})
+
+
+def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Replayed:
+    case, name = failure.case, backend or failure.backend
+    # Another backend has other configurations.
+    configuration = failure.configuration if name == failure.backend else None
+    facts: dict[str, Any] = {"kind": "moe", "backend": name, "configuration": configuration}
+    try:
+        output = runner(name, case, configuration)
+    except RuntimeError as error:
+        return _raised(name, error, facts)
+    what = f"{case.name}, {name}" + (f", {configuration}" if configuration else "")
+    found = outside(failure, output)
+    if found is None:
+        return Replayed(False, f"{what}: {'the same bits' if case.exact else 'inside'}", facts)
+    text = f"{what}: {found.count} of {output.numel()} {found.what}\n  {found.where()}"
+    return Replayed(True, text, facts | {"outside": found.count, "first": found.where()})
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Elements of an output that are not what they may be, and the first."""
+
+    count: int
+    what: str
+    token: int
+    column: int
+    got: torch.Tensor  # one element, as are the others
+    low: torch.Tensor
+    high: torch.Tensor
+    reference: torch.Tensor
+
+    def where(self) -> str:
+        allowed = bits(self.low)
+        if not torch.equal(self.low, self.high):
+            allowed += f" to {bits(self.high)}"
+        return (
+            f"first at token {self.token}, column {self.column}: got {bits(self.got)}, "
+            f"allowed {allowed}, reference {bits(self.reference)}"
+        )
+
+
+def outside(failure: MoEFailure, output: torch.Tensor) -> Outside | None:
+    """The first element of an output [T, H] that the call does not allow."""
+    case = failure.case
+    reference = case.reference()
+    if case.exact:
+        bad = output.view(torch.int16) != reference.view(torch.int16)
+        allowed = Interval.point(reference)
+        what = "elements are not the one right output"
+    else:
+        allowed = case.allowed(failure.accumulation)
+        bad = ~allowed.contains(output)
+        what = f"elements are outside their intervals (sums: {failure.accumulation.name})"
+    if not bad.any():
+        return None
+    token, column = (int(i) for i in bad.nonzero()[0])
+
+    def of(t: torch.Tensor) -> torch.Tensor:
+        return t[token, column].to(output.dtype)
+
+    ends = of(allowed.low), of(allowed.high)
+    return Outside(int(bad.sum()), what, token, column, of(output), *ends, of(reference))
+
+
+def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor], bool]:
+    """For `shrink.shrink_matrix`: whether two sides differ on a tensor; no where one cannot run."""
+
+    def fails(x: torch.Tensor) -> bool:
+        try:
+            return compare(x, case, run_side(left, x, case), run_side(right, x, case)) is not None
+        except CannotRunError:
+            return False
+
+    return fails
+
+
+def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoECase], bool]:
+    """For `shrink_moe.shrink_call`: whether the backend's output of a call is not allowed."""
+
+    def fails(case: MoECase) -> bool:
+        try:
+            case.request()
+            output = runner(failure.backend, case, failure.configuration)
+        except ValueError:  # no call, or none that runs here
+            return False
+        return outside(replace(failure, case=case), output) is not None
+
+    return fails
