@@ -2,12 +2,13 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .kernels.moe_request import MoERequest, make_moe_request
 from .reference import moe
-from .reference.bounds import fused_moe_bounds
+from .reference.bounds import fused_moe_bounds, routed_moe_bounds
 from .reference.experts import Experts
 from .reference.interval import ANY_ORDER, Accumulation, Interval
 from .reference.moe import Activations, FinalizeOrder
@@ -69,9 +70,19 @@ class MoECase:
         ).output  # fmt: skip
 
     def allowed(self, accumulation: Accumulation = ANY_ORDER) -> Interval:
-        """What an implementation's output may be."""
-        return fused_moe_bounds(
-            self.activations, self.experts, *self.routed, recipe=self.recipe,
-            local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            accumulation=accumulation,
-        ).output  # fmt: skip
+        """What an implementation's output may be; from logits, over all that it may choose."""
+        options: dict[str, Any] = {
+            "recipe": self.recipe, "local_expert_offset": self.local_expert_offset,
+            "finalize_order": self.finalize_order, "accumulation": accumulation,
+            "cutlass": self.build == "cutlass",
+        }  # fmt: skip
+        if self.logits is not None:
+            return routed_moe_bounds(
+                self.activations,
+                self.experts,
+                self.logits,
+                self.routing,
+                self.routing_bias,
+                **options,
+            )
+        return fused_moe_bounds(self.activations, self.experts, *self.routed, **options).output
