@@ -14,7 +14,8 @@ import torch
 
 from . import heat, inputs, interpreter, matrix_moe, sums, tactics
 from .kernels import moe_dispatch
-from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K, MoECase
+from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
+from .moe_case import MoECase
 from .reference import moe
 from .reference.activation import ActivationType, activate
 from .reference.experts import Experts, prepare_experts

@@ -1,23 +1,21 @@
-"""What `nvfp4-moe diff` compares of the fused mixture of experts: calls, and what is allowed of them."""
+"""What `nvfp4-moe diff` compares of the fused mixture of experts."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import inputs
 from .kernels import environment
-from .kernels.moe_request import MoERequest, make_moe_request
-from .reference import e2m1, moe
+from .moe_case import MoECase
+from .reference import e2m1
 from .reference.activation import ActivationType
-from .reference.bounds import fused_moe_bounds
 from .reference.cute_dsl import with_cute_dsl
 from .reference.cutlass import with_cutlass
 from .reference.experts import Experts, assemble_experts, prepare_experts
-from .reference.interval import ANY_ORDER, Accumulation, Interval
-from .reference.moe import Activations, FinalizeOrder, quantize_activations
+from .reference.moe import Activations, quantize_activations
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
 from .reference.routing import Routing, RoutingMethodType, route
@@ -26,79 +24,6 @@ TENSOR = "layer0.ffn_in"
 TOKENS, INTERMEDIATE, EXPERTS, TOP_K = 24, 128, 4, 2
 _M = RoutingMethodType
 _GIVEN = Routing(_M.Renormalize, TOP_K)
-
-
-@dataclass(frozen=True)
-class MoECase:
-    """One fused call: from router logits, or with ids [T, K] and weights [T, K] given."""
-
-    name: str
-    activations: Activations
-    experts: Experts  # in the layouts of the build, too
-    routing: Routing
-    num_experts: int
-    logits: torch.Tensor | None = None  # [T, E]
-    routing_bias: torch.Tensor | None = None
-    ids: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-    local_expert_offset: int = 0
-    recipe: Recipe = field(default_factory=Recipe)  # of the intermediate
-    build: LayerBuild = "cuda"
-    finalize_order: FinalizeOrder = "flashinfer"
-    exact: bool = False
-    """Every sum is exact, so that there is one right output, to the bit."""
-
-    @property
-    def routed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, weights)."""
-        if self.logits is None:
-            assert self.ids is not None and self.weights is not None
-            return self.ids, self.weights
-        chosen = route(self.logits, self.routing, self.routing_bias)
-        return chosen.ids, chosen.weights_bf16
-
-    def request(self) -> MoERequest:
-        return make_moe_request(
-            self.activations,
-            self.experts,
-            num_experts=self.num_experts,
-            routing=self.routing,
-            local_expert_offset=self.local_expert_offset,
-            logits=self.logits,
-            routing_bias=self.routing_bias,
-            topk=None if self.logits is not None else (self.ids, self.weights),
-            finalize_order=self.finalize_order,
-            nvfp4_4over6=self.recipe.four_over_six,
-            fast_math=self.recipe.math == "fast",
-            build=self.build,
-        )
-
-    def reference(self) -> torch.Tensor:
-        """The reference's output, [T, H] bf16."""
-        return self._run().output
-
-    def rows(self) -> torch.Tensor:
-        """The reference's rows [T, K, H] bf16, which the weights are applied to."""
-        return self._run().rows
-
-    def _run(self) -> moe.MoEResult:
-        return moe.fused_moe(
-            self.activations, self.experts, *self.routed, recipe=self.recipe,
-            local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            cutlass=self.build == "cutlass",
-        )  # fmt: skip
-
-    def allowed(self, accumulation: Accumulation = ANY_ORDER) -> Interval:
-        """What an implementation's output may be."""
-        return fused_moe_bounds(
-            self.activations, self.experts, *self.routed, recipe=self.recipe,
-            local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            accumulation=accumulation,
-        ).output  # fmt: skip
-
-    def to(self, device: torch.device) -> "MoECase":
-        """The same on another device."""
-        return _to(device, self)
 
 
 def cases() -> list[MoECase]:
@@ -304,11 +229,3 @@ def _normal(
         Routing(_M.Renormalize, top_k), experts, ids=ids.int(), weights=weights.bfloat16(),
         recipe=recipe,
     )  # fmt: skip
-
-
-def _to(device: torch.device, thing: Any) -> Any:
-    if isinstance(thing, torch.Tensor):
-        return thing.to(device)
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return type(thing)(**{f.name: _to(device, getattr(thing, f.name)) for f in fields(thing)})
-    return thing

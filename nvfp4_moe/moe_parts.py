@@ -7,12 +7,12 @@ cutlass' layouts are made anew.
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .matrix_moe import MoECase
+from .moe_case import MoECase
 from .reference.cute_dsl import with_cute_dsl
 from .reference.cutlass import with_cutlass
 from .reference.experts import Experts, row_order
@@ -33,16 +33,6 @@ PER_EXPERT = (
 """Fields of `Experts` whose first dimension is the expert."""
 
 _128X4 = SfLayout.layout_128x4
-
-
-def to_device(thing: Any, device: torch.device | str) -> Any:
-    """A call, with every tensor that it holds on the device."""
-    if isinstance(thing, torch.Tensor):
-        return thing.to(device)
-    if is_dataclass(thing) and not isinstance(thing, type):
-        held = {f.name: to_device(getattr(thing, f.name), device) for f in fields(thing)}
-        return type(thing)(**held)
-    return thing
 
 
 def rebuilt(experts: Experts, **changes: Any) -> Experts:

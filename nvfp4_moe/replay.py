@@ -17,8 +17,7 @@ from .explain import bits, explain_element, first_element
 from .kernels import moe_dispatch
 from .kernels.dispatch import BACKENDS, UnsupportedError
 from .matrix import Case
-from .matrix_moe import MoECase
-from .moe_parts import to_device
+from .moe_case import MoECase, to_device
 from .reference.interval import Interval
 from .reference.quantize import Quantized
 from .replay_file import Failure, MoEFailure, QuantizerFailure, ReplayFileError, load

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from . import runners
 from .doctor import machine
 from .matrix import Case, Mode
-from .matrix_moe import MoECase
+from .moe_case import MoECase
 from .reference.activation import ActivationType
 from .reference.cute_dsl import with_cute_dsl
 from .reference.cutlass import with_cutlass

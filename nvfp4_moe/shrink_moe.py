@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .matrix_moe import MoECase
+from .moe_case import MoECase
 from .moe_parts import (
     hidden_tiles,
     intermediate_tiles,

@@ -10,7 +10,7 @@ from .explain import bits, explain_element, first_element
 from .kernels import environment, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe
 from .kernels.flashinfer import BUILDS
 from .matrix import Case
-from .matrix_moe import MoECase
+from .moe_case import MoECase
 from .reference import moe
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, Build, Recipe
@@ -298,7 +298,7 @@ def _adapter_snippet(backend: str, adapter: Any, case: MoECase, path: str) -> st
             *_environment(case.recipe, build, four_over_six=True),
             f"from flashinfer.fused_moe import {function}",
             f"from nvfp4_moe.kernels.{module} import arguments",
-            "from nvfp4_moe.moe_parts import to_device",
+            "from nvfp4_moe.moe_case import to_device",
             "from nvfp4_moe.replay_file import load",
             "",
             f"case = to_device(load({path!r}).case, 'cuda')",

@@ -15,7 +15,7 @@ from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 from nvfp4_moe import inputs
 from nvfp4_moe.compare import run_reference
 from nvfp4_moe.matrix import Case
-from nvfp4_moe.matrix_moe import MoECase
+from nvfp4_moe.moe_case import MoECase
 from nvfp4_moe.replay_file import MoEFailure, Origin, QuantizerFailure
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)

@@ -20,7 +20,7 @@ import nvfp4_moe
 from nvfp4_moe import __main__, inputs, replay, runners, shrink, shrink_moe
 from nvfp4_moe.compare import compare, run_reference
 from nvfp4_moe.matrix import Case
-from nvfp4_moe.matrix_moe import MoECase
+from nvfp4_moe.moe_case import MoECase
 from nvfp4_moe.replay_file import (
     MoEFailure,
     QuantizerFailure,

@@ -16,7 +16,7 @@ from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 import nvfp4_moe
 from nvfp4_moe import shrink_moe
-from nvfp4_moe.matrix_moe import MoECase
+from nvfp4_moe.moe_case import MoECase
 from nvfp4_moe.moe_parts import (
     PER_EXPERT,
     keep_experts,
