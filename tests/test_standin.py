@@ -12,159 +12,36 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import moe_cases
 import pytest
+import standin
 import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
-from moe_cases import Shape
-from moe_triton_cases import coarse
-from nvfp4_moe.kernels import capability, dispatch, moe_dispatch
+from nvfp4_moe.kernels import capability, dispatch, environment, moe_dispatch
 from nvfp4_moe.reference import moe as reference
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe import quantize_activations
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+from standin import CAPABILITY, LIES, layers, quantizers
+from standin.cases import CASES, EXACT_MATH
+from standin.lies import CUTE_DSL, CUTLASS, TRTLLM
 
 import nvfp4_moe
 from nvfp4_moe import inputs, runners, sums, tactics
 from nvfp4_moe.matrix import Case, global_scale
-from nvfp4_moe.matrix_moe import MoECase
 
 flashinfer = pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
-import standin  # noqa: E402
-from standin import CAPABILITY, LIES, layers, quantizers  # noqa: E402
-from standin.lies import CUTE_DSL, CUTLASS, TRTLLM  # noqa: E402
-
-EXACT_MATH = {"FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH": "1"}
-FOUR_OVER_SIX = {"FLASHINFER_NVFP4_4OVER6": "1"}
-_M = RoutingMethodType
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in nvfp4_moe.kernels.environment.VARIABLES:
+    for name in environment.VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
 # Layers
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A `MoECase` to be made, and where it can run."""
-
-    name: str
-    backends: tuple[str, ...]
-    make: object
-    environment: dict = field(default_factory=dict)
-
-
-def drawn(shape, kind=ActivationType.Swiglu, mode="per-token", recipe=None, **options):
-    """(activations, experts)."""
-    case = moe_cases.make(shape, kind, mode, **options)
-    if recipe is None:
-        return case.activations, case.experts
-    wide = moe_cases.padded(case.x, case.experts.padded_hidden_size)
-    return quantize_activations(wide, recipe), case.experts
-
-
-def case_of(backend, shape, activations, experts, **changes):
-    build = {TRTLLM: "cuda", CUTE_DSL: "cute-dsl", CUTLASS: "cutlass"}[backend]
-    if backend == CUTE_DSL:
-        experts = nvfp4_moe.with_cute_dsl(experts)
-    if backend == CUTLASS:
-        experts = nvfp4_moe.with_cutlass(experts)
-    ids, weights = moe_cases.routing_of(shape)
-    given = {
-        "name": str(shape), "activations": activations, "experts": experts,
-        "routing": Routing(_M.Renormalize, shape.top_k), "num_experts": shape.experts,
-        "ids": ids, "weights": weights, "local_expert_offset": shape.offset, "build": build,
-        "recipe": Recipe(build="cute-dsl" if build == "cute-dsl" else "cuda"),
-        "finalize_order": "flashinfer" if build == "cuda" else "slot",
-    }  # fmt: skip
-    if "logits" in changes:
-        given |= {"ids": None, "weights": None}
-    return MoECase(**given | changes)
-
-
-def plain(shape, kind=ActivationType.Swiglu, mode="per-token", **options):
-    return lambda backend: case_of(backend, shape, *drawn(shape, kind, mode, **options))
-
-
-def exact(shape, kind=ActivationType.Relu2):
-    def make(backend):
-        case = coarse(shape, kind)
-        return case_of(
-            backend, shape, case.activations, case.experts, ids=case.ids, weights=case.weights,
-            exact=True,
-        )  # fmt: skip
-
-    return make
-
-
-def with_biases(backend):
-    shape, g = Shape(24, 256, 128, 4, 2), torch.Generator().manual_seed(3)
-    options = {
-        "w13_bias": torch.randn(4, 256, generator=g), "w2_bias": torch.randn(4, 256, generator=g),
-        "alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0,
-    }  # fmt: skip
-    return case_of(backend, shape, *drawn(shape, **options))
-
-
-def from_logits(routing, ties=False, bias=None):
-    def make(backend):
-        shape, g = Shape(24, 256, 128, 16, routing.top_k, 4, 8), torch.Generator().manual_seed(4)
-        logits = torch.randn(24, 16, generator=g)
-        if ties:
-            logits[:, 3:9] = 3.0
-        return case_of(
-            backend, shape, *drawn(shape), routing=routing, logits=logits,
-            routing_bias=None if bias is None else torch.randn(16, generator=g) * bias,
-        )  # fmt: skip
-
-    return make
-
-
-def with_four_over_six(backend):
-    config, shape = NVFP44Over6Config(), Shape(24, 256, 128, 4, 2)
-    recipe = Recipe("fast", config, "cute-dsl" if backend == CUTE_DSL else "cuda")
-    return case_of(backend, shape, *drawn(shape, recipe=recipe), recipe=recipe)
-
-
-def with_exact_math(backend):
-    shape = Shape(24, 256, 128, 4, 2)
-    recipe = Recipe("exact", None, "cute-dsl" if backend == CUTE_DSL else "cuda")
-    return case_of(backend, shape, *drawn(shape, recipe=recipe), recipe=recipe)
-
-
-PER_TOKEN = (TRTLLM, CUTE_DSL)
-RELU2, SITU = ActivationType.Relu2, ActivationType.Situ
-CASES = {
-    c.name: c
-    for c in (
-        Layer("gated", PER_TOKEN, plain(Shape(24, 256, 128, 4, 2))),
-        Layer("not gated", PER_TOKEN, plain(Shape(24, 256, 128, 4, 2), RELU2)),
-        Layer("second rank", PER_TOKEN, plain(Shape(24, 256, 128, 8, 3, 4, 4))),
-        Layer("eight slots", (TRTLLM,), plain(Shape(5, 384, 64, 8, 8))),
-        Layer("padded", PER_TOKEN, plain(Shape(6, 208, 80, 4, 2))),
-        Layer("biases and parameters", (TRTLLM,), with_biases),
-        Layer("logits", PER_TOKEN, from_logits(Routing(_M.Renormalize, 4))),
-        Layer("logits with ties", (TRTLLM,), from_logits(Routing(_M.Renormalize, 4), ties=True)),
-        Layer("logits with bias", (TRTLLM,), from_logits(Routing(_M.DeepSeekV3, 4), bias=0.2)),
-        Layer("4over6", PER_TOKEN, with_four_over_six, FOUR_OVER_SIX),
-        Layer("exact math", PER_TOKEN, with_exact_math, EXACT_MATH),
-        Layer("static", (TRTLLM, CUTLASS), plain(Shape(24, 256, 128, 4, 2), mode="static")),
-        Layer("static, not gated", (CUTLASS,), plain(Shape(24, 256, 128, 4, 2), RELU2, "static")),
-        Layer("static, SiTU", (CUTLASS,), plain(Shape(24, 256, 128, 4, 2), SITU, "static")),
-        Layer("static, second rank", (CUTLASS,), plain(Shape(24, 256, 128, 8, 4, 4, 4), mode="static")),
-        Layer("exact sums", PER_TOKEN, exact(Shape(24, 256, 128, 4, 2))),
-        Layer("exact sums, second rank", PER_TOKEN, exact(Shape(33, 128, 128, 8, 3, 4, 4))),
-    )
-}  # fmt: skip
 RUNS = [(name, backend) for name, c in CASES.items() for backend in c.backends]
 
 
@@ -261,8 +138,8 @@ MODES = {
 
 
 def quantizer_jobs(backend, mode):
-    """(environment, x, case) that the backend serves in this mode."""
-    environment, recipe = MODES[mode]
+    """(variables, x, case) that the backend serves in this mode."""
+    variables, recipe = MODES[mode]
     recipe = replace(recipe, build="cuda" if backend == "flashinfer:cuda" else "cute-dsl")
     for kind in ("heavy", "grid", "edge"):
         x = inputs.synthetic(kind, 33, 80)
@@ -273,14 +150,14 @@ def quantizer_jobs(backend, mode):
                 if backend != "flashinfer:cake" or (
                     mode == "fast" and how == "per-token" and layout == SfLayout.layout_128x4
                 ):
-                    yield environment, x, case
+                    yield variables, x, case
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", QUANTIZER_BACKENDS)
 def test_the_truth_of_quantizers(monkeypatch, backend, mode):
-    for environment, x, case in quantizer_jobs(backend, mode):
-        for variable, value in environment.items():
+    for variables, x, case in quantizer_jobs(backend, mode):
+        for variable, value in variables.items():
             monkeypatch.setenv(variable, value)
         with standin.installed():
             assert runners.refusal(backend, x, case) is None
@@ -428,10 +305,10 @@ def test_a_lie_of_a_quantizer_shows_where_it_says(monkeypatch, lie):
     expected, seen = QUANTIZER_SEEN[lie], set()
     for backend in LIES[lie].backends:
         for mode in MODES:
-            for environment, x, case in quantizer_jobs(backend, mode):
+            for variables, x, case in quantizer_jobs(backend, mode):
                 for variable in EXACT_MATH:
                     monkeypatch.delenv(variable, raising=False)
-                for variable, value in environment.items():
+                for variable, value in variables.items():
                     monkeypatch.setenv(variable, value)
                 with standin.installed(lie):
                     got = runners.run(backend, x, case)
@@ -552,10 +429,9 @@ REHEARSE = Path(standin.__file__).parent / "rehearse.py"
 
 
 def python(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -206,6 +206,12 @@ def test_tiles_of_triton(an_h100):
     assert moe._configs(request.experts, held, 2, "per-token", False) == table
 
 
+def test_tiles_that_the_kernel_refuses_are_left_out(an_h100, monkeypatch):
+    monkeypatch.setattr(config_cache, "refusal", lambda c, columns, native: c.decoded or None)
+    found = tactics.configurations("triton", request_of())
+    assert len(found) > 20 and not any("decoded" in c.name for c in found)
+
+
 def test_tiles_that_were_not_looked_up_are_an_error(an_h100):
     request = request_of()
     c = tactics.configurations("triton", request)[1]

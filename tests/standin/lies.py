@@ -34,7 +34,7 @@ TRTLLM, CUTE_DSL, CUTLASS = "flashinfer:trtllm", "flashinfer:cute-dsl", "flashin
 @dataclass(frozen=True)
 class Lie:
     of: str
-    """"quantizer" or "layer": flashinfer:cute-dsl names one of each."""
+    """A "quantizer" or a "layer": flashinfer:cute-dsl names one of each."""
     backends: tuple[str, ...]
     """That have it."""
     seen: str
