@@ -94,7 +94,7 @@ def arguments(r: MoERequest) -> dict[str, Any]:
     """Keywords of `cute_dsl_fused_moe`, which takes no logits."""
     e, a, w = r.experts, r.activations, r.experts.cute_dsl
     assert w is not None and a.block_scales is not None
-    ids, weights = r.routed("triton" if r.capability else "reference")
+    ids, weights = r.routed("triton" if r.device.type == "cuda" else "reference")
     return {
         "x": a.hidden_states,
         "x_sf": a.block_scales.view(torch.float8_e4m3fn),

@@ -18,6 +18,7 @@ from ..reference.routing import (
     unpack_topk,
 )
 from . import environment
+from .capability import capability_of
 from .request import UNSET, four_over_six_of, is_unset
 
 Quantize = Literal["per-token", "static"]
@@ -165,9 +166,8 @@ def make_moe_request(
     math: Math = environment.math(quantizers) if fast_math is None else "exact"
     if fast_math:
         math = "fast"
-    device = activations.hidden_states.device
-    if capability is None and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+    if capability is None:
+        capability = capability_of(activations.hidden_states)
     request = MoERequest(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
         weights, Recipe(math, config, quantizers), build, explicit, do_finalize,

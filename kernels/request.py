@@ -8,6 +8,7 @@ import torch
 
 from ..reference.recipe import BLOCK_SIZE, Build, Math, NVFP44Over6Config, Recipe, SfLayout
 from . import environment
+from .capability import capability_of
 
 Backend = Literal[
     "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake", "triton", "reference"
@@ -98,8 +99,8 @@ def make_request(
     _check_out_scale(a, out_scale, per_token_activation)
     if do_shuffle:
         _check_shuffle(a, layout)
-    if capability is None and a.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(a.device)
+    if capability is None:
+        capability = capability_of(a)
     return Request(
         a,
         a_global_sf,

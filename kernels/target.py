@@ -1,10 +1,12 @@
-"""What the kernels run on: the only place that asks the GPU or the interpreter."""
+"""What the kernels run on: beside `capability.py` the only place that asks GPU or interpreter."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
 
 import torch
 import triton
+
+from .capability import of_device
 
 MIN_CAPABILITY = (8, 0)
 # The first Triton whose `tl.dot_scaled` compiles NVFP4 to the hardware's own MMA (seen offline).
@@ -20,7 +22,10 @@ INTERPRETING = bool(triton.knobs.runtime.interpret)
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, (9, 0) for an H100."""
-    return torch.cuda.get_device_capability(device)
+    found = of_device(device)
+    if found is None:
+        raise ValueError(f"the device is {device}; only a GPU has a compute capability")
+    return found
 
 
 @functools.cache

@@ -1,0 +1,87 @@
+"""FlashInfer's compiled quantizers: the CUDA module, the CuTe-DSL kernels and the cake program."""
+
+# SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.recipe import SfLayout
+
+from .behaviour import Behaviour, Matrix
+from .environment import OF_ENVIRONMENT, recipe
+
+Tensor = torch.Tensor
+ONE = torch.ones(1)
+
+
+class Quantizers:
+    def __init__(self, behaviour: Behaviour) -> None:
+        self._behaviour = behaviour
+
+    def _per_token(self, m: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._behaviour.quantize(m)
+        assert q.per_token_scale is not None
+        return q.codes, q.block_scales, q.per_token_scale
+
+    def module(self, arch: str) -> Any:
+        """`get_fp4_quantization_module`."""
+        return SimpleNamespace(
+            nvfp4_quant_and_per_token_scale_sm100=self.nvfp4_quant_and_per_token_scale_sm100,
+            fp4_quantize_sm100=self.fp4_quantize_sm100,
+            block_scale_interleave_sm100=lambda sf: from_linear(
+                sf, SfLayout.layout_128x4
+            ).flatten(),
+        )
+
+    def nvfp4_quant_and_per_token_scale_sm100(
+        self, input, scale_inv, expanded_idx_to_permuted_idx=None, sf_layout=2,
+        nvfp4_4over6_code=OF_ENVIRONMENT,
+    ):  # fmt: skip
+        how, layout = recipe("cuda", nvfp4_4over6_code), SfLayout(sf_layout)
+        return self._per_token(
+            Matrix(input, scale_inv, how, layout, True, expanded_idx_to_permuted_idx)
+        )
+
+    def fp4_quantize_sm100(
+        self, input, global_scale=None, sf_vec_size=16, sf_use_ue8m0=False,
+        is_sf_swizzled_layout=True, is_sf_8x4_layout=False, is_global_scale_inversed=False,
+        enable_pdl=None, nvfp4_4over6_code=OF_ENVIRONMENT,
+    ):  # fmt: skip
+        if sf_vec_size != 16 or sf_use_ue8m0 or is_global_scale_inversed:
+            raise NotImplementedError("the stand-in has NVFP4 with encode scales alone")
+        layout = SfLayout.layout_8x4 if is_sf_8x4_layout else SfLayout.layout_128x4
+        layout = layout if is_sf_swizzled_layout else SfLayout.layout_linear
+        how = recipe("cuda", nvfp4_4over6_code)
+        scale = ONE if global_scale is None else global_scale
+        q = self._behaviour.quantize(Matrix(input, scale, how, layout, False))
+        return q.codes, q.block_scales.flatten()
+
+    def nvfp4_quantize_per_token_cute_dsl(
+        self, input, global_scale_inv, sf_layout=0, enable_pdl=None, out_scale=None,
+        nvfp4_4over6=None,
+    ):  # fmt: skip
+        how = recipe("cute-dsl", _code(nvfp4_4over6))
+        scale, layout = float(global_scale_inv), SfLayout(sf_layout)
+        return self._per_token(Matrix(input, scale, how, layout, True, out_scale=out_scale))
+
+    def nvfp4_quantize_cute_dsl(
+        self, input, global_scale, sf_layout=0, enable_pdl=None, nvfp4_4over6=None, out=None
+    ):  # fmt: skip
+        if out is not None:
+            raise NotImplementedError("the stand-in allocates its outputs")
+        how = recipe("cute-dsl", _code(nvfp4_4over6))
+        q = self._behaviour.quantize(Matrix(input, global_scale, how, SfLayout(sf_layout), False))
+        return q.codes, q.block_scales
+
+    def cake(self, x, global_scale_inv, *, out_scale=None, enable_pdl=None):
+        how = recipe("cute-dsl", 0)
+        layout, scale = SfLayout.layout_128x4, float(global_scale_inv)
+        return self._per_token(Matrix(x, scale, how, layout, True, out_scale=out_scale))
+
+
+def _code(nvfp4_4over6: Any) -> int:
+    """Of an argument of FlashInfer's: omitted, None or a recipe."""
+    from flashinfer.quantization.nvfp4_quantization_utils import _UNSET, nvfp4_4over6_code
+
+    return OF_ENVIRONMENT if nvfp4_4over6 is _UNSET else nvfp4_4over6_code(nvfp4_4over6)
