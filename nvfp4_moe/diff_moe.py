@@ -7,28 +7,28 @@ reference's, is said beside it.
 
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from . import heat, inputs, interpreter, matrix_moe, sums, tactics
+from .allowed import PLACES, Allowed, explain_output
 from .kernels import moe_dispatch
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import MoECase
 from .reference import moe
 from .reference.activation import ActivationType, activate
 from .reference.experts import Experts, prepare_experts
-from .reference.interval import Interval
 from .reference.moe import Activations, quantize_activations
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import Recipe
-from .report import Cell, Failure, Section, Status
+from .report import Cell, Failure, Section, Status, worst
 
 INTERPRETER = interpreter.NAME
 SHOWN = 3
 """Failures that a cell keeps."""
-_PLACES = 10
+Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,31 @@ class Wrong:
     case: MoECase
     backend: str
     configuration: str
+    output: torch.Tensor | None  # on the CPU; None: it raised
     failure: Failure
+
+
+@dataclass(frozen=True)
+class Output:
+    """Of a call, and of the same call made again: bits, or the error."""
+
+    got: torch.Tensor | Exception
+    again: torch.Tensor | Exception | None = None
+
+
+@dataclass
+class Judged:
+    """A cell, and what is wrong in it."""
+
+    cell: Cell
+    wrong: list[Wrong] = field(default_factory=list)
 
 
 @dataclass
 class Judgement:
     section: Section
     not_run: Counter = field(default_factory=Counter)
-    wrong: list[Wrong] = field(default_factory=list)
+    failures: list[Wrong] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,53 +71,7 @@ class Sweep:
 
     every_configuration: bool = False
     replay: bool = False
-    """In a CUDA graph, too, over poisoned memory: the same bits."""
-
-
-class Allowed:
-    """What an output of a case may be, and the reference's."""
-
-    def __init__(self, case: MoECase):
-        self.case = case
-        self.want = case.reference()
-        self.interval = None if case.exact else case.allowed()
-        interval = self.interval or Interval.point(self.want)
-        self.single = (interval.low == interval.high).double().mean().item()
-
-    def wrong(self, got: torch.Tensor) -> torch.Tensor:
-        """Which elements of an output [T, H] are not allowed."""
-        if self.interval is None:
-            return got.view(torch.int16) != self.want.view(torch.int16)
-        return ~self.interval.contains(got)
-
-    def places(self, got: torch.Tensor) -> list[int]:
-        """How many elements lie in each tenth of an interval of more than one value."""
-        if self.interval is None:
-            return [0] * _PLACES
-        low, high = self.interval.low, self.interval.high
-        wide = (high > low) & low.isfinite() & high.isfinite() & ~self.wrong(got)
-        place = (got.double() - low)[wide] / (high - low)[wide]
-        return (place * _PLACES).long().clamp(0, _PLACES - 1).bincount(minlength=_PLACES).tolist()
-
-    def details(self, got: torch.Tensor) -> list[str]:
-        """The first element that is not allowed, with what it is the sum of."""
-        t, h = self.wrong(got).nonzero()[0].tolist()
-        lines = [f"first at token {t}, column {h}: {_value(got[t, h])}"]
-        if self.interval is None:
-            lines.append(f"every sum is exact; right is {_value(self.want[t, h])}")
-        else:
-            low, high = self.interval.low[t, h].item(), self.interval.high[t, h].item()
-            lines.append(
-                f"allowed {low:.9g} to {high:.9g}; the reference has {_value(self.want[t, h])}"
-            )
-        rows = self.case.rows()
-        ids, weights = self.case.routed
-        for k in range(ids.shape[1]):
-            lines.append(
-                f"slot {k}: expert {ids[t, k].item()}, weight {weights[t, k].item():.9g} times row "
-                f"{_value(rows[t, k, h])}"
-            )
-        return lines
+    """Every call once more, on a GPU in a CUDA graph over poisoned memory: the same bits."""
 
 
 def known(names: str | None) -> list[str] | None:
@@ -127,11 +98,11 @@ def run(
     device = torch.device("cuda" if on_gpu else "cpu")
     result = Judgement(Section("fused mixture of experts"))
     every = matrix_moe.cases() + (matrix_moe.large_cases() if large else [])
-    names = list(backends or _that_serve(every, device, result))
+    here = [case.to(device) for case in every]
+    names = list(backends or _that_serve(here, on_gpu, result))
     withheld = {name: _sums(name, device) for name in names}
     interpreted = _interpret(every) if INTERPRETER in names else []
-    for i, case in enumerate(every):
-        case = case.to(device)
+    for i, case in enumerate(here):
         allowed = Allowed(case)
         for name in names:
             if name == INTERPRETER:
@@ -139,11 +110,11 @@ def run(
             else:
                 answer = moe_dispatch.refusal(name, case.request()) or _outputs(case, name, sweep)
             if isinstance(answer, str):
-                cell = Cell("skipped", note=answer)
-            else:
-                outputs = answer if isinstance(answer, dict) else {tactics.DEFAULT: answer}
-                cell = _judge(allowed, name, outputs, withheld[name], result.wrong)
-            result.section.put(case.name, name, cell)
+                result.section.put(case.name, name, Cell("skipped", note=answer))
+                continue
+            judged = _judge(allowed, name, answer, withheld[name])
+            result.section.put(case.name, name, judged.cell)
+            result.failures += judged.wrong
     result.section.notes.append(
         f"{TOKENS} tokens of {TENSOR}, {EXPERTS} experts, top {TOP_K}, I = {INTERMEDIATE}; outputs "
         "that the contract determines, and the relative error and the share of equal elements "
@@ -152,16 +123,16 @@ def run(
     return result
 
 
-def _that_serve(every: list[MoECase], device: torch.device, result: Judgement) -> list[str]:
+def _that_serve(every: list[MoECase], on_gpu: bool, result: Judgement) -> list[str]:
     """The backends that serve any case here; why the others do not is noted."""
     found = []
     for name in moe_dispatch.ORDER:
-        reasons = [moe_dispatch.refusal(name, case.to(device).request()) for case in every]
+        reasons = [moe_dispatch.refusal(name, case.request()) for case in every]
         if None in reasons:
             found.append(name)
-        elif device.type == "cuda" or name != "triton":
+        elif on_gpu or name != "triton":
             result.not_run[f"{name}: {Counter(reasons).most_common(1)[0][0]}"] += len(every)
-    if device.type != "cuda":
+    if not on_gpu:
         found.insert(0, INTERPRETER)
     return found
 
@@ -177,32 +148,27 @@ def _sums(backend: str, device: torch.device) -> str:
     return "" if measured.as_assumed else str(measured)
 
 
-def _outputs(case: MoECase, backend: str, sweep: Sweep) -> dict[str, torch.Tensor | Exception]:
-    """What each configuration gave, by name; the error of one that failed."""
+def _outputs(case: MoECase, backend: str, sweep: Sweep) -> dict[str, Output]:
+    """What each configuration gave, by name."""
     request = case.request()
 
     def call() -> torch.Tensor:
         return moe_dispatch.serve(request, backend)[0]
 
     configurations = [tactics.Configuration(tactics.DEFAULT)]
-    found: dict[str, torch.Tensor | Exception] = {}
     if sweep.every_configuration:
         try:
             configurations = tactics.configurations(backend, request)
         except Exception as error:  # FlashInfer runs the call to be asked
-            return {tactics.DEFAULT: error}
-    for configuration in configurations:
-        found[configuration.name] = _caught(call, configuration)
-        if sweep.replay and request.capability is not None:
-            found[f"{configuration.name}, replayed"] = _caught(
-                lambda: _replayed(call), configuration
-            )
-    return found
+            return {tactics.DEFAULT: Output(error)}
+    again = _replayed if case.activations.hidden_states.is_cuda else _caught
+    return {
+        c.name: Output(_caught(call, c), again(call, c) if sweep.replay else None)
+        for c in configurations
+    }
 
 
-def _caught(
-    call: Callable[[], torch.Tensor], configuration: tactics.Configuration
-) -> torch.Tensor | Exception:
+def _caught(call: Call, configuration: tactics.Configuration) -> torch.Tensor | Exception:
     try:
         with configuration.forced():
             return call()
@@ -210,61 +176,74 @@ def _caught(
         return error
 
 
-def _replayed(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The output of a call that was captured, its memory full of NaN before."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-    output.fill_(torch.nan)
-    graph.replay()
-    torch.cuda.synchronize()
-    return output.clone()
+def _replayed(call: Call, configuration: tactics.Configuration) -> torch.Tensor | Exception:
+    """The output of a call that was captured in a CUDA graph, its memory full of NaN before."""
+
+    def replay() -> torch.Tensor:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
+        output.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        return output.clone()
+
+    return _caught(replay, configuration)
 
 
-def _judge(
-    allowed: Allowed,
-    backend: str,
-    outputs: dict[str, torch.Tensor | Exception],
-    withheld: str,
-    wrong: list[Wrong],
-) -> Cell:
+def _judge(allowed: Allowed, backend: str, outputs: dict[str, Output], withheld: str) -> Judged:
     """One cell of a case's configurations."""
-    if withheld and not allowed.case.exact:
-        return Cell("withheld", len(outputs), note=withheld)
-    failures, places = [], [0] * _PLACES
-    crashed, equal, error = False, 1.0, 0.0
-    want = allowed.want.double()
-    for name, got in outputs.items():
-        title = f"{allowed.case.name}: {backend}, {name}"
-        if isinstance(got, Exception):
-            crashed = True
-            lines = f"{type(got).__name__}: {got}".splitlines()
-            failures.append((name, Failure(title, lines[0], lines[1:])))
-            continue
-        got = got.to(want.device)
-        bad = allowed.wrong(got)
-        if bad.any():
-            summary = f"{int(bad.sum())} of {bad.numel()} outside"
-            found = Failure(title, summary, allowed.details(got), heat.of_output(bad))
-            failures.append((name, found))
-        places = [a + b for a, b in zip(places, allowed.places(got), strict=True)]
-        equal = min(equal, (got == want).double().mean().item())
-        error = max(error, ((got - want).norm() / want.norm()).item())
-    wrong += [Wrong(allowed.case, backend, name, failure) for name, failure in failures]
-    status: Status = "identical" if allowed.case.exact else "inside"
-    if failures:
-        status = "crashed" if crashed else "different" if allowed.case.exact else "outside"
-    note = f"{allowed.single:.1%} determined, error {error:.1e}, {equal:.1%} equal"
-    return Cell(
-        status, len(outputs), len(failures), note, [f for _, f in failures[:SHOWN]],
-        places if sum(places) else None,
+    exact, want = allowed.case.exact, allowed.want.double()
+    compared = sum(1 if output.again is None else 2 for output in outputs.values())
+    if withheld and not exact:
+        return Judged(Cell("withheld", compared, note=withheld))
+    wrong, places = [], [0] * PLACES
+    statuses: list[Status] = ["identical" if exact else "inside"]
+    equal, error = 1.0, 0.0
+    for name, output in outputs.items():
+        for status, failure in _failures(
+            allowed, output, f"{allowed.case.name}: {backend}, {name}"
+        ):
+            statuses.append(status)
+            got = output.got.cpu() if isinstance(output.got, torch.Tensor) else None
+            wrong.append(Wrong(allowed.case, backend, name, got, failure))
+        if isinstance(output.got, torch.Tensor):
+            got = output.got.to(want.device)
+            places = [a + b for a, b in zip(places, allowed.places(got), strict=True)]
+            equal = min(equal, (got == want).double().mean().item())
+            error = max(error, ((got - want).norm() / want.norm()).item())
+    near = "all equal" if equal == 1 else f"{equal:.2%} equal, error {error:.1e}"
+    cell = Cell(
+        worst(statuses), compared, len(wrong), f"{allowed.determined:.1%} determined, {near}",
+        [w.failure for w in wrong[:SHOWN]], places if sum(places) else None,
     )  # fmt: skip
+    return Judged(cell, wrong)
 
 
-def _value(x: torch.Tensor) -> str:
-    """A bf16 number and its bits."""
-    return f"{x.item():.9g} (0x{x.bfloat16().view(torch.int16).item() & 0xFFFF:04x})"
+def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[Status, Failure]]:
+    """What is wrong with an output, and with the call when it is made again."""
+    if isinstance(output.got, Exception):
+        yield "crashed", _crash(title, output.got)
+    else:
+        got = output.got.to(allowed.want.device)
+        found = allowed.first(got)
+        if found is not None:
+            details = [found.where(), *explain_output(allowed.case, found)]
+            status: Status = "outside" if allowed.interval else "different"
+            yield status, Failure(title, str(found), details, heat.of_output(allowed.wrong(got)))
+    if isinstance(output.again, Exception):
+        yield "crashed", _crash(f"{title}, again", output.again)
+    elif output.again is not None and isinstance(output.got, torch.Tensor):
+        other = output.got.view(torch.int16) != output.again.view(torch.int16)
+        if other.any():
+            summary = f"{int(other.sum())} of {other.numel()} elements are other bits"
+            yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))
+
+
+def _crash(title: str, error: Exception) -> Failure:
+    first, *rest = f"{type(error).__name__}: {error}".splitlines()
+    return Failure(title, first, rest)
 
 
 def costs() -> dict[str, float]:
@@ -304,11 +283,12 @@ def costs() -> dict[str, float]:
     return {name: error(a, e) for name, (a, e) in given.items()}
 
 
-def _serve_in_triton(case: MoECase) -> torch.Tensor | str:
+def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
     request = case.request()
-    return moe_dispatch.refusal("triton", request) or moe_dispatch.serve(request, "triton")[0]
+    reason = moe_dispatch.refusal("triton", request)
+    return reason or {tactics.DEFAULT: Output(moe_dispatch.serve(request, "triton")[0])}
 
 
-def _interpret(every: list[MoECase]) -> list[torch.Tensor | str]:
+def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:
     """The Triton kernels' outputs from their interpreter, or why they do not serve."""
     return interpreter.call(f"diff_moe:{_serve_in_triton.__name__}", [(case,) for case in every])

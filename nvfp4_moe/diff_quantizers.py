@@ -11,13 +11,14 @@ import torch
 from . import heat, inputs, matrix, runners
 from .compare import Difference, compare, run_reference
 from .kernels import dispatch, environment
+from .kernels.flashinfer import BUILDS
 from .matrix import Case, Input
 from .reference.quantize import Quantized, dequantize
 from .reference.recipe import Recipe, SfLayout
 from .report import Cell, Failure, Section
 
 GOLDEN = runners.GOLDEN
-_LINEAR = SfLayout.layout_linear
+_LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
 INTERPRETED_ROWS = 16
 """Rows of a tensor that the interpreter is given, where it is given only some."""
 FEW = 100
@@ -101,14 +102,12 @@ def run(choice: Choice, backends: list[str]) -> Comparison:
 
 def available(names: str | None) -> list[str]:
     """The sides to compare, in order; ValueError for an unknown one."""
-    here = ["reference", GOLDEN]
-    if torch.cuda.is_available():
-        here[1:1] = _that_serve()
-    else:
+    on_gpu = torch.cuda.is_available()
+    here = ["reference", *_that_serve(), GOLDEN]
+    if not on_gpu:
         here.insert(1, runners.INTERPRETER)
     if names is None:
         return here
-    on_gpu = torch.cuda.is_available()
     known = {"triton": "triton" if on_gpu else runners.INTERPRETER}
     chosen = [known.get(name, name) for name in names.split(",")]
     for name in chosen:
@@ -116,22 +115,23 @@ def available(names: str | None) -> list[str]:
             allowed = ", ".join((*dispatch.BACKENDS, GOLDEN))
             raise ValueError(f"--backends has {name!r}; it must be among {allowed}")
         if name not in here:
-            raise ValueError(
-                f"--backends has {name!r}, which cannot run here; see `nvfp4-moe doctor`"
-            )
+            raise ValueError(f"--backends has {name!r}, which cannot run here: {_refusal(name)}")
     return chosen
 
 
 def _that_serve() -> list[str]:
-    """The backends that serve a matrix on this GPU in the math that the environment asks for."""
-    x = torch.empty(16, 64, dtype=torch.bfloat16, device="cuda")
-    found = []
-    for build in ("cuda", "cute-dsl"):
-        case = Case("per-token", Recipe(environment.math(build), build=build), _LINEAR)
-        for backend in dispatch.BACKENDS:
-            if backend != "reference" and runners.refusal(backend, x, case) is None:
-                found.append(backend)
-    return sorted(set(found))
+    """The backends that serve a matrix here in the math that the environment asks for."""
+    return [b for b in dispatch.BACKENDS if b != "reference" and _refusal(b) is None]
+
+
+def _refusal(backend: str) -> str | None:
+    """Why a backend serves no matrix here; None if it does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.empty(16, 64, dtype=torch.bfloat16, device=device)
+    build = BUILDS.get(backend, "cuda")
+    return runners.refusal(
+        backend, x, Case("per-token", Recipe(environment.math(build), build=build), _128X4)
+    )
 
 
 def _add(

@@ -63,17 +63,14 @@ class MoECase:
 
     def reference(self) -> torch.Tensor:
         """The reference's output, [T, H] bf16."""
-        return self._run().output
+        return self.run().output
 
-    def rows(self) -> torch.Tensor:
-        """The reference's rows [T, K, H] bf16, which the weights are applied to."""
-        return self._run().rows
-
-    def _run(self) -> moe.MoEResult:
+    def run(self, *, keep_steps: bool = False) -> moe.MoEResult:
+        """The reference's run."""
         return moe.fused_moe(
             self.activations, self.experts, *self.routed, recipe=self.recipe,
             local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            cutlass=self.build == "cutlass",
+            cutlass=self.build == "cutlass", keep_steps=keep_steps,
         )  # fmt: skip
 
     def allowed(self, accumulation: Accumulation = ANY_ORDER) -> Interval:

@@ -5,20 +5,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import interpreter, runners
+from .allowed import Allowed
 from .compare import compare
-from .explain import bits, explain_element, first_element
+from .explain import explain_element, first_element
 from .kernels import moe_dispatch
 from .kernels.dispatch import BACKENDS, UnsupportedError
 from .matrix import Case
 from .moe_case import MoECase, to_device
-from .reference.interval import Interval
 from .reference.quantize import Quantized
 from .replay_file import Failure, MoEFailure, QuantizerFailure, ReplayFileError, load
 
@@ -181,57 +181,11 @@ def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Rep
     except RuntimeError as error:
         return _raised(name, error, facts)
     what = f"{case.name}, {name}" + (f", {configuration}" if configuration else "")
-    found = outside(failure, output)
+    found = Allowed(case, failure.accumulation).first(output)
     if found is None:
         return Replayed(False, f"{what}: {'the same bits' if case.exact else 'inside'}", facts)
-    text = f"{what}: {found.count} of {output.numel()} {found.what}\n  {found.where()}"
+    text = f"{what}: {found}\n  {found.where()}"
     return Replayed(True, text, facts | {"outside": found.count, "first": found.where()})
-
-
-@dataclass(frozen=True)
-class Outside:
-    """Elements of an output that are not what they may be, and the first."""
-
-    count: int
-    what: str
-    token: int
-    column: int
-    got: torch.Tensor  # one element, as are the others
-    low: torch.Tensor
-    high: torch.Tensor
-    reference: torch.Tensor
-
-    def where(self) -> str:
-        allowed = bits(self.low)
-        if not torch.equal(self.low, self.high):
-            allowed += f" to {bits(self.high)}"
-        return (
-            f"first at token {self.token}, column {self.column}: got {bits(self.got)}, "
-            f"allowed {allowed}, reference {bits(self.reference)}"
-        )
-
-
-def outside(failure: MoEFailure, output: torch.Tensor) -> Outside | None:
-    """The first element of an output [T, H] that the call does not allow."""
-    case = failure.case
-    reference = case.reference()
-    if case.exact:
-        bad = output.view(torch.int16) != reference.view(torch.int16)
-        allowed = Interval.point(reference)
-        what = "elements are not the one right output"
-    else:
-        allowed = case.allowed(failure.accumulation)
-        bad = ~allowed.contains(output)
-        what = f"elements are outside their intervals (sums: {failure.accumulation.name})"
-    if not bad.any():
-        return None
-    token, column = (int(i) for i in bad.nonzero()[0])
-
-    def of(t: torch.Tensor) -> torch.Tensor:
-        return t[token, column].to(output.dtype)
-
-    ends = of(allowed.low), of(allowed.high)
-    return Outside(int(bad.sum()), what, token, column, of(output), *ends, of(reference))
 
 
 def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor], bool]:
@@ -255,6 +209,6 @@ def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoEC
             output = runner(failure.backend, case, failure.configuration)
         except ValueError:  # no call, or none that runs here
             return False
-        return outside(replace(failure, case=case), output) is not None
+        return Allowed(case, failure.accumulation).first(output) is not None
 
     return fails

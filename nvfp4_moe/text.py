@@ -49,7 +49,7 @@ def print_judgement(result: Judgement, costs: dict[str, float], stream: TextIO) 
     for row, cells in section.rows.items():
         for backend, cell in cells.items():
             print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
-    _failures([wrong.failure for wrong in result.wrong], stream)
+    _failures([found.failure for found in result.failures], stream)
     _not_run(result.not_run, stream)
     print("mean relative error of a token against the bf16 layer, SwiGLU:", file=stream)
     print("  " + ", ".join(f"{k} {v:.3f}" for k, v in costs.items()), file=stream)

@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 
+from .allowed import Allowed, explain_output
 from .compare import compare
 from .explain import bits, explain_element, first_element
 from .kernels import environment, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe
 from .kernels.flashinfer import BUILDS
 from .matrix import Case
 from .moe_case import MoECase
-from .reference import moe
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, Build, Recipe
-from .replay import Outside, outside
 from .replay_file import Failure, MoEFailure, QuantizerFailure
 
 INLINE = 256
@@ -205,11 +204,11 @@ def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
         call += ["Its arguments:", _code("\n".join(_described(k, v) for k, v in given.items()))]
     if failure.output is None:
         return f"{backend} raises: {case.name}", call, _raised(backend, failure.origin.note)
-    found = outside(failure, failure.output)
+    found = Allowed(case, failure.accumulation).first(failure.output)
     if found is None:
         raise ValueError(f"the output of {backend} is what it may be")
     return f"{backend}: wrong output of the fused call, {case.name}", call, [
-        f"{found.count} of {failure.output.numel()} {found.what}.",
+        f"{found}.",
         _code(found.where()),
         f"The reference's steps to element {found.column} of token {found.token}:",
         _code("\n".join(explain_output(case, found))),
@@ -305,31 +304,3 @@ def _adapter_snippet(backend: str, adapter: Any, case: MoECase, path: str) -> st
             f"print({function}(**arguments(case.request())))",
         ]
     )
-
-
-def explain_output(case: MoECase, found: Outside) -> list[str]:
-    """The reference's values on the way to an element of the output: a line for each slot."""
-    ids, weights = case.routed
-    result = moe.fused_moe(
-        case.activations, case.experts, ids, weights, recipe=case.recipe,
-        local_expert_offset=case.local_expert_offset, finalize_order=case.finalize_order,
-        cutlass=case.build == "cutlass", keep_steps=True,
-    )  # fmt: skip
-    t, column, lines = found.token, found.column, []
-    for k, e in enumerate(ids[t].tolist()):
-        local = e - case.local_expert_offset
-        if not 0 <= local < case.experts.num_local:
-            lines.append(f"slot {k}: expert {e} is held elsewhere")
-            continue
-        text = (
-            f"slot {k}: expert {e}, accumulator2 {bits(result.steps['accumulator2'][t, k, column])}"
-        )
-        if "token scale2" in result.steps:
-            text += f" * token scale {bits(result.steps['token scale2'][t, k])}"
-        if case.experts.gemm2_bias is not None:
-            bias = moe.unshuffled_bias(case.experts.gemm2_bias[local], False)[column]
-            text += f" + bias {bits(bias)}"
-        text += f", * output2_scale_scalar {bits(case.experts.output2_scale_scalar[local])}"
-        text += f" = row {bits(result.rows[t, k, column])}, weight {bits(weights[t, k])}"
-        lines.append(text)
-    return [*lines, f"sum over the slots = {bits(result.output[t, column])}"]

@@ -25,7 +25,7 @@ def statuses(result, column):
 
 def test_the_interpreter_agrees(few_cases):
     result = diff_moe.run()
-    assert result.section.columns == [INTERPRETER, "reference"] and not result.wrong
+    assert result.section.columns == [INTERPRETER, "reference"] and not result.failures
     assert statuses(result, "reference") == ["inside"] * 4 + ["identical"]
     assert statuses(result, INTERPRETER) == ["inside"] * 3 + ["skipped", "identical"]
     (skipped,) = [c for c in result.section.cells if c.status == "skipped"]
@@ -40,7 +40,10 @@ def instead(few_cases, monkeypatch):
     """The interpreter's answers are the reference's, changed."""
 
     def set_to(change):
-        answers = [change(i, case, case.reference()) for i, case in enumerate(few_cases)]
+        answers = [
+            {"default": diff_moe.Output(change(i, case, case.reference()))}
+            for i, case in enumerate(few_cases)
+        ]
         monkeypatch.setattr(diff_moe, "_interpret", lambda every: answers)
         return diff_moe.run([INTERPRETER])
 
@@ -55,7 +58,7 @@ def test_a_wrong_row_is_outside(instead):
 
     result = instead(change)
     assert statuses(result, INTERPRETER) == ["inside", "outside", "inside", "inside", "identical"]
-    (wrong,) = result.wrong
+    (wrong,) = result.failures
     assert wrong.failure.details[0].startswith("first at token 3, column 0")
     assert [i for i, row in enumerate(wrong.failure.heat.tiles) if any(row)] == [3]
 
@@ -68,10 +71,28 @@ def test_one_bit_where_sums_are_exact_is_different(instead):
 
     result = instead(change)
     assert statuses(result, INTERPRETER)[-1] == "different"
-    (wrong,) = result.wrong
+    (wrong,) = result.failures
     assert "token 7, column 11" in wrong.failure.details[0]
-    assert wrong.failure.details[1].startswith("every sum is exact; right is")
-    assert wrong.failure.details[2].startswith("slot 0: expert ")
+    assert wrong.failure.summary == "1 of 6144 elements are not the one right output"
+    assert wrong.failure.details[1].startswith("slot 0: expert ")
+    assert wrong.failure.details[-1].startswith("sum over the slots = ")
+
+
+def test_a_call_made_again_must_give_the_same_bits(few_cases, monkeypatch):
+    serve, calls = diff_moe.moe_dispatch.serve, []
+
+    def restless(request, backend):
+        (output,) = serve(request, backend)
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            output.view(torch.int16)[2, 5] ^= 1
+        return [output]
+
+    monkeypatch.setattr(diff_moe.moe_dispatch, "serve", restless)
+    result = diff_moe.run(["reference"], diff_moe.Sweep(replay=True))
+    assert {c.status for c in result.section.cells} == {"different"}
+    assert {w.failure.summary for w in result.failures} >= {"1 of 9216 elements are other bits"}
+    assert all(w.failure.case.endswith(", again") for w in result.failures)
 
 
 def test_an_error_of_a_backend_is_a_crash(few_cases, monkeypatch):
@@ -81,7 +102,7 @@ def test_an_error_of_a_backend_is_a_crash(few_cases, monkeypatch):
     monkeypatch.setattr(diff_moe.moe_dispatch, "serve", fail)
     result = diff_moe.run(["reference"])
     assert set(statuses(result, "reference")) == {"crashed"}
-    assert result.wrong[0].failure.summary == "RuntimeError: no kernel image"
+    assert result.failures[0].failure.summary == "RuntimeError: no kernel image"
 
 
 def test_a_backend_whose_sums_are_not_as_assumed_is_judged_where_they_are_exact(

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import nvfp4_moe
-from nvfp4_moe import __main__, inputs, replay, runners, shrink, shrink_moe
+from nvfp4_moe import __main__, inputs, matrix, replay, runners, shrink, shrink_moe
+from nvfp4_moe.allowed import Allowed
 from nvfp4_moe.compare import compare, run_reference
 from nvfp4_moe.matrix import Case
 from nvfp4_moe.moe_case import MoECase
@@ -144,7 +145,7 @@ def test_replay_of_a_quantizer(backends, tmp_path, capsys):
 def test_replay_against_what_is_fixed(backends, tmp_path, capsys):
     """FlashInfer's own outputs come out of the file; a row of them stands for itself."""
     path = tmp_path / "case.safetensors"
-    item = next(i for i in nvfp4_moe.diff.matrix.golden([Recipe()]) if i.x.shape[0] > 40)
+    item = next(i for i in matrix.golden([Recipe()]) if i.x.shape[0] > 40)
     case = next(c for c in item.cases if c.layout == SfLayout.layout_128x4)
     outputs = {"golden": item.golden[case], runners.INTERPRETER: wrong(item.golden[case])}
     row = item.x.shape[0] - 1
@@ -183,7 +184,8 @@ def test_the_sums_are_judged_as_the_file_says(monkeypatch):
     allowed = MoECase.allowed
     monkeypatch.setattr(MoECase, "allowed", lambda c, how: asked.append(how) or allowed(c, how))
     failure = moe_failure()
-    assert replay.outside(failure, failure.output).count == 1 and asked == [CONTIGUOUS]
+    assert Allowed(failure.case, failure.accumulation).first(failure.output).count == 1
+    assert asked == [CONTIGUOUS]
 
 
 def test_a_configuration_is_the_runners_affair():

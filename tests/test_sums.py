@@ -1,7 +1,6 @@
 """What the probe of a backend's sums says of additions that are known."""
 
 # SPDX-License-Identifier: Apache-2.0
-import io
 
 import pytest
 import torch
@@ -64,15 +63,7 @@ def test_sums_in_16_bits(adding):
 
 
 def test_diff_withholds_its_judgement(monkeypatch):
-    case = diff_moe.cases()[0]
-    monkeypatch.setattr(diff_moe, "cases", lambda: [case])
-    monkeypatch.setattr(diff_moe, "_interpret", lambda every: [torch.zeros(1)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    """Of a backend that does not add as assumed; test_diff_moe has what becomes of its cells."""
     monkeypatch.setattr(sums, "measure", lambda *_: sums.Sums(0, False, False))
-    how = diff_moe._sums("triton", torch.device("cpu"))
-    monkeypatch.setattr(diff_moe, "_sums", lambda name, _: "" if name == "reference" else how)
-    stream = io.StringIO()
-    right, wrong = diff_moe.run(stream)
-    assert right.agrees and not right.withheld
-    assert wrong.outside and "NOT as assumed" in wrong.withheld
-    assert "not judged: cut 0 bits below" in stream.getvalue()
+    assert "NOT as assumed" in diff_moe._sums("triton", torch.device("cpu"))
+    assert diff_moe._sums("reference", torch.device("cpu")) == ""
