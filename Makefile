@@ -10,7 +10,7 @@ endif
 PYTEST := $(PYTHON) -m pytest
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/rcp_delta.xz
 
-.PHONY: diff test test-full gpu lint types wheel check-wheel bench clean
+.PHONY: diff test test-full gpu blackwell planted-report lint types wheel check-wheel bench clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -30,6 +30,14 @@ gpu:
 	$(PYTHON) -m pytest -m "gpu or blackwell"
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
+
+# The whole matrix through every backend, tactic and math of this machine; the README has what to install.
+blackwell:
+	$(PYTHON) -m nvfp4_moe blackwell --report build/blackwell
+
+# What a report looks like: of a run with three faults, planted.
+planted-report: $(SETUP)
+	PYTHONPATH=. $(PYTHON) tests/planted_report.py build/planted-report
 
 # Needs an NVIDIA GPU. The backends beside each other, then our own tables.
 bench:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from . import diff_moe, diff_quantizers, inputs, matrix, text
+from . import diff_moe, diff_quantizers, folder, inputs, matrix, matrix_moe, text
 from .diff_moe import Judgement, Sweep
 from .diff_quantizers import Choice, Comparison
 from .report import Report
@@ -38,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replay", action="store_true", help="the mixture of experts in CUDA graphs, too"
     )
     parser.add_argument(
-        "--large", action="store_true", help="layers that only a GPU has the time for, too"
-    )
+        "--layers", choices=matrix_moe.SETS, default="small",
+        help="of the mixture of experts: few; those that an interpreter has the time for (small); or "
+        "those that only a GPU has the time for, too (large)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write everything to FILE; - is stdout")
     parser.add_argument(
         "--report",
@@ -77,12 +79,18 @@ def run(options: argparse.Namespace) -> int:
         not_run += compared.not_run
     if "moe" in parts:
         sweep = Sweep(options.every_configuration, options.replay)
-        judged = diff_moe.run(layers, sweep, large=options.large)
+        judged = diff_moe.run(layers, sweep, matrix_moe.SETS[options.layers]())
         whole.sections.append(judged.section)
-        text.print_judgement(judged, diff_moe.costs(), stream)
+        text.print_judgement(judged, stream)
         not_run += judged.not_run
+    if parts == PARTS:
+        text.print_costs(diff_moe.costs(), stream)
     whole.seconds = round(time.monotonic() - start, 1)
     whole.not_run = dict(not_run)
+    if options.report:
+        folder.write_failures(compared, judged, Path(options.report))
+        folder.write(whole, Path(options.report))
+        print(f"the report is in {options.report}", file=stream)
     if options.json:
         printed = json.dumps(whole.as_dict(), indent=1)
         print(printed) if options.json == "-" else Path(options.json).write_text(printed + "\n")

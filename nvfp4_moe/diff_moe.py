@@ -8,11 +8,11 @@ reference's, is said beside it.
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import heat, inputs, interpreter, matrix_moe, sums, tactics
+from . import heat, inputs, interpreter, matrix_moe, processes, sums, tactics
 from .allowed import PLACES, Allowed, explain_output
 from .kernels import moe_dispatch
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
@@ -87,23 +87,23 @@ def known(names: str | None) -> list[str] | None:
 
 
 def run(
-    backends: Iterable[str] | None = None, sweep: Sweep = Sweep(), *, large: bool = False
+    backends: Iterable[str] | None = None,
+    sweep: Sweep = Sweep(),
+    every: list[MoECase] | None = None,
 ) -> Judgement:
-    """Judge the backends (all that work here) on every case.
-
-    Args:
-        large: the cases that only a GPU has the time for, too.
-    """
+    """Judge the backends (all that work here) on every case (those of `matrix_moe.cases`)."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     result = Judgement(Section("fused mixture of experts"))
-    every = matrix_moe.cases() + (matrix_moe.large_cases() if large else [])
+    every = matrix_moe.cases() if every is None else every
     here = [case.to(device) for case in every]
     names = list(backends or _that_serve(here, on_gpu, result))
     withheld = {name: _sums(name, device) for name in names}
     interpreted = _interpret(every) if INTERPRETER in names else []
+    if sweep.every_configuration and "triton" in names and on_gpu:
+        _compile_ahead(every, sweep)
     for i, case in enumerate(here):
-        allowed = Allowed(case)
+        allowed: Allowed | None = None
         for name in names:
             if name == INTERPRETER:
                 answer = interpreted[i]
@@ -112,6 +112,7 @@ def run(
             if isinstance(answer, str):
                 result.section.put(case.name, name, Cell("skipped", note=answer))
                 continue
+            allowed = allowed or Allowed(case)
             judged = _judge(allowed, name, answer, withheld[name])
             result.section.put(case.name, name, judged.cell)
             result.failures += judged.wrong
@@ -281,6 +282,17 @@ def costs() -> dict[str, float]:
         return (difference.norm(dim=1) / want.norm(dim=1)).mean().item()
 
     return {name: error(a, e) for name, (a, e) in given.items()}
+
+
+def _compile_ahead(every: list[MoECase], sweep: Sweep) -> None:
+    """Compile the GEMMs of every configuration side by side, into Triton's cache."""
+    processes.call("diff_moe:_compile", [(case, sweep) for case in every])
+
+
+def _compile(case: MoECase, sweep: Sweep) -> None:
+    case = case.to("cuda")
+    if moe_dispatch.refusal("triton", case.request()) is None:
+        _outputs(case, "triton", replace(sweep, replay=False))
 
 
 def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:

@@ -10,6 +10,7 @@ import torch
 
 from . import heat, inputs, matrix, runners
 from .compare import Difference, compare, run_reference
+from .explain import explain_element, first_element
 from .kernels import dispatch, environment
 from .kernels.flashinfer import BUILDS
 from .matrix import Case, Input
@@ -25,6 +26,8 @@ FEW = 100
 """Cases whose kernels are compiled as they come."""
 SHOWN = 3
 """Failures that a cell keeps."""
+CANNOT = "which cannot run here: "
+"""What the reason of a refusal stands behind."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,15 @@ def _failure(
     difference: Difference,
 ) -> Failure:
     wrong = left.block_scales.cpu() != right.block_scales.cpu()
+    details = difference.where().splitlines()
+    row, block = difference.row - item.first_row, difference.block
+    if row < item.x.shape[0]:  # not in the padding
+        element = first_element(item.x, left, right, row, block)
+        details += ["by the reference:", *explain_element(item.x, case, row, block, element)]
     return Failure(
         f"{item.name}, {case.mode}, {case.recipe}, {case.layout.name}: {pair[0]} and {pair[1]}",
         str(difference),
-        difference.where().splitlines(),
+        details,
         heat.of_block_scales(wrong, case.layout) if wrong.any() else None,
     )
 

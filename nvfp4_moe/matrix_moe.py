@@ -38,9 +38,20 @@ def cases() -> list[MoECase]:
     ]  # fmt: skip
 
 
+def few_cases() -> list[MoECase]:
+    """One for each thing that can go wrong on its own."""
+    names = (
+        "Swiglu, per token", "Relu2, static", "Swiglu, experts 2 to 5 of 8",
+        "Swiglu, routed by DeepSeekV3", "Swiglu, routed by Renormalize, ties",
+        "Swiglu, build cute-dsl", "Geglu, build cutlass", "Relu2, sums exact",
+    )  # fmt: skip
+    every = {case.name: case for case in cases()}
+    return [every[name] for name in names]
+
+
 def large_cases() -> list[MoECase]:
-    """What only a GPU has the time for: many tokens, which take other tiles and tactics."""
-    return [
+    """Those too that only a GPU has the time for: many tokens, which take other tiles and tactics."""
+    return cases() + [
         _normal(f"T = {t}, H = {h}, I = {i}, E = {e}, K = {k}", t, h, i, e, k, kind)
         for t, h, i, e, k, kind in (
             (1, 2048, 768, 128, 8, ActivationType.Swiglu),
@@ -49,6 +60,10 @@ def large_cases() -> list[MoECase]:
             (4096, 2048, 768, 128, 8, ActivationType.Swiglu),  # where one tactic was wrong once
         )
     ]
+
+
+SETS = {"few": few_cases, "small": cases, "large": large_cases}
+"""Choices of `--layers`."""
 
 
 def layer(kind: ActivationType, hidden: int, **options: Any) -> Experts:
@@ -152,6 +167,7 @@ def _routed() -> Iterator[MoECase]:
         routing = Routing(method, 1 if method == _M.Llama4 else TOP_K)
         yield _case(f"routed by {method.name}", ActivationType.Swiglu, routing=routing,
                     logits=logits, routing_bias=bias if biased else None)  # fmt: skip
+    yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
 
 
 def _of_other_builds() -> Iterator[MoECase]:

@@ -86,7 +86,7 @@ class MoECase:
             return routed_moe_bounds(*given, *routing, **options)
         return fused_moe_bounds(*given, *self.routed, **options).output
 
-    def to(self, device: torch.device) -> "MoECase":
+    def to(self, device: torch.device | str) -> "MoECase":
         """The same on another device."""
         return to_device(self, device)
 

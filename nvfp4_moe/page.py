@@ -43,7 +43,7 @@ def render(report: dict[str, Any]) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"nvfp4-moe diff: {verdict}"),
+        element("title", f"{_name(report)}: {verdict}"),
         element("style", style),
         element("script", script),
     )
@@ -71,10 +71,17 @@ def _policy(style: str, script: str) -> str:
 def _cells(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:
     """(key, section's title, row, column, cell) of each cell; the key is that of its details."""
     for i, section in enumerate(report["sections"]):
+        if section["summary"]:
+            continue
         for j, (row, cells) in enumerate(section["rows"].items()):
             for column, cell in cells.items():
                 key = details_key(f"{i}", j, section["columns"].index(column))
                 yield key, section["title"], row, column, cell
+
+
+def _name(report: dict[str, Any]) -> str:
+    """The command without its options."""
+    return " ".join(report["command"].split()[:2])
 
 
 def _verdict(report: dict[str, Any]) -> str:
@@ -106,7 +113,7 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
     failed = any(status in FAILED for status in report["statuses"])
     return element(
         "header",
-        element("p", "nvfp4-moe diff", class_="kicker"),
+        element("p", _name(report), class_="kicker"),
         element("h1", verdict[0].upper() + verdict[1:], class_="bad" if failed else None),
         _failing(report),
         element(

@@ -5,18 +5,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import interpreter, runners
+from . import interpreter, runners, tactics
 from .allowed import Allowed
 from .compare import compare
 from .explain import explain_element, first_element
 from .kernels import moe_dispatch
 from .kernels.dispatch import BACKENDS, UnsupportedError
+from .kernels.moe_request import MoERequest
 from .matrix import Case
 from .moe_case import MoECase, to_device
 from .reference.quantize import Quantized
@@ -83,11 +85,25 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
         request = to_device(case, _device()).request()
         if reason := moe_dispatch.refusal(backend, request):
             raise CannotRunError(f"{backend} cannot run here: {reason}")
-    if configuration is not None:
-        raise CannotRunError(f"{backend} cannot be told to run {configuration}")
     if request is None:
+        if configuration is not None:
+            raise CannotRunError(f"{backend} cannot be told to run {configuration}")
         return interpreter.call("replay:_serve_in_triton", [(case,)])[0]
-    return moe_dispatch.serve(request, backend)[0].cpu()
+    with _forced(backend, request, configuration):
+        return moe_dispatch.serve(request, backend)[0].cpu()
+
+
+def _forced(
+    backend: str, request: MoERequest, configuration: str | None
+) -> AbstractContextManager[None]:
+    if configuration is None:
+        return nullcontext()
+    here = {c.name: c for c in tactics.configurations(backend, request)}
+    if configuration not in here:
+        raise CannotRunError(
+            f"{backend} has no configuration {configuration!r} here; it has {', '.join(here)}"
+        )
+    return here[configuration].forced()
 
 
 def _serve_in_triton(case: MoECase) -> torch.Tensor:

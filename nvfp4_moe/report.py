@@ -66,6 +66,7 @@ class Section:
     columns: list[str] = field(default_factory=list)
     rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    summary: bool = False  # of cells that other sections have: not counted again
 
     def put(self, row: str, column: str, cell: Cell) -> None:
         if column not in self.columns:
@@ -88,15 +89,19 @@ class Report:
     not_run: dict[str, int] = field(default_factory=dict)  # why, and how many comparisons
 
     @property
+    def cells(self) -> list[Cell]:
+        return [cell for s in self.sections if not s.summary for cell in s.cells]
+
+    @property
     def failed(self) -> int:
         """Comparisons that failed."""
-        return sum(c.failed for s in self.sections for c in s.cells if c.status in FAILED)
+        return sum(cell.failed for cell in self.cells if cell.status in FAILED)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "command": shlex.join(self.command),
             "failed": self.failed,
-            "statuses": dict(Counter(c.status for s in self.sections for c in s.cells)),
+            "statuses": dict(Counter(cell.status for cell in self.cells)),
         }
 
 

@@ -4,7 +4,7 @@ FlashInfer's layers all ask `AutoTuner.choose_one(op, runners, config, inputs)` 
 tactic; untuned, that is the first runner and -1. Here it is replaced: once to note what each question
 could have been answered with, in the words of the tuner itself (its profile for these inputs, its
 made-up tensors of that profile, its list of blocked tactics), and then to give one of those answers.
-The Triton backend has its table of tiles, and the candidates of `autotune_fused_moe`.
+The Triton backend has its table of tiles.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -170,7 +170,7 @@ def _of_triton(request: MoERequest) -> list[Configuration]:
     key = config_cache.key_of(experts, held, top_k, mode)
     table = moe.table_configs(experts, held)
     for which in (0, 1):
-        for config in _tiles(table[which], *key.weights[which], native=key.native):
+        for config in _tiles(key.weights[which][1], native=key.native):
             pair = [replace(other, bn=config.bn) for other in table]
             pair[which] = config
             if tuple(pair) != table:
@@ -179,17 +179,19 @@ def _of_triton(request: MoERequest) -> list[Configuration]:
     return found
 
 
-def _tiles(table: "GemmConfig", rows: int, columns: int, *, native: bool) -> "list[GemmConfig]":
-    """Every choice of the shipped table, then the candidates of tuning: what the kernel can run."""
-    from .kernels import config_cache, moe, tuning
+def _tiles(columns: int, *, native: bool) -> "list[GemmConfig]":
+    """Every choice of the shipped table that the kernel can run.
 
-    shipped = [
+    The candidates of `autotune_fused_moe` are compared with the table's when they are measured.
+    """
+    from .kernels import config_cache, moe
+
+    shipped = dict.fromkeys(
         moe.gemm_config(each, 1, width, native=native)
         for each in (1, 17, 65, 1024)
         for width in (128, 4096)
-    ]
-    found = dict.fromkeys(shipped + tuning.candidates(table, rows, columns, native=native))
-    return [c for c in found if config_cache.refusal(c, columns, native=native) is None]
+    )
+    return [c for c in shipped if config_cache.refusal(c, columns, native=native) is None]
 
 
 def _words(c: "GemmConfig") -> str:

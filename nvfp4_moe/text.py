@@ -41,7 +41,7 @@ def print_comparison(
     _not_run(result.not_run, stream)
 
 
-def print_judgement(result: Judgement, costs: dict[str, float], stream: TextIO) -> None:
+def print_judgement(result: Judgement, stream: TextIO) -> None:
     """A line for each case and backend of the mixture of experts."""
     section = result.section
     print(f"\n{section.title}: {section.notes[0]}", file=stream)
@@ -51,6 +51,10 @@ def print_judgement(result: Judgement, costs: dict[str, float], stream: TextIO) 
             print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
     _failures([found.failure for found in result.failures], stream)
     _not_run(result.not_run, stream)
+
+
+def print_costs(costs: dict[str, float], stream: TextIO) -> None:
+    """What four bits cost, for `diff_moe.costs`."""
     print("mean relative error of a token against the bf16 layer, SwiGLU:", file=stream)
     print("  " + ", ".join(f"{k} {v:.3f}" for k, v in costs.items()), file=stream)
 

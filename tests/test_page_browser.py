@@ -7,6 +7,7 @@ import re
 import shutil
 
 import page_cases
+import planted_report
 import pytest
 
 from nvfp4_moe import page
@@ -270,3 +271,33 @@ def test_without_scripts_everything_can_be_opened(browser, address):
         assert not article.is_displayed()
         article.find_element(By.XPATH, "../..").find_element(By.TAG_NAME, "summary").click()
         assert article.is_displayed()
+
+
+@pytest.fixture(scope="module")
+def run_with_faults(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    planted_report.write(folder)
+    return folder
+
+
+def test_the_report_of_a_run_with_three_planted_faults(browser, address, run_with_faults):
+    browser.get((run_with_faults / "report.html").as_uri())
+    red = {
+        cell.find_element(By.XPATH, "..").find_element(By.TAG_NAME, "th").text
+        for cell in browser.find_elements(By.CSS_SELECTOR, "td[class]:not(.absent)")
+        if cell.find_element(By.TAG_NAME, "b").text in FAILED
+    }
+    assert red == set(planted_report.ROWS)
+    for link in browser.find_elements(By.CSS_SELECTOR, ".failing a"):
+        link.click()
+        key = link.get_attribute("href").split("#")[1]
+        told = browser.find_element(By.ID, key).text
+        assert "nvfp4-moe replay failure-0" in told and "first at " in told
+    pictures = browser.find_elements(By.TAG_NAME, "svg")
+    assert any(p.is_displayed() for p in pictures)
+    assert {p.name for p in run_with_faults.iterdir()} == {
+        "report.html", "report.json", *(f"failure-0{i}.safetensors" for i in (1, 2, 3))
+    }  # fmt: skip
+    assert browser.get_log("browser") == []
+    browser.get_log("performance")
+    browser.get(address)  # which the fixture expects

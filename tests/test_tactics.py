@@ -189,7 +189,7 @@ def an_h100(monkeypatch, tmp_path):
 def test_tiles_of_triton(an_h100):
     request = request_of()
     found = tactics.configurations("triton", request)
-    assert found[0].name == "default" and len({c.name for c in found}) == len(found) > 20
+    assert found[0].name == "default" and len({c.name for c in found}) == len(found) >= 6
     assert any("gemm1 256x128x64" in c.name and "decoded" in c.name for c in found)
     held = moe.held_slots(10, request.experts, 4)
     table = moe._configs(request.experts, held, 2, "per-token", False)
@@ -209,7 +209,7 @@ def test_tiles_of_triton(an_h100):
 def test_tiles_that_the_kernel_refuses_are_left_out(an_h100, monkeypatch):
     monkeypatch.setattr(config_cache, "refusal", lambda c, columns, native: c.decoded or None)
     found = tactics.configurations("triton", request_of())
-    assert len(found) > 20 and not any("decoded" in c.name for c in found)
+    assert len(found) >= 4 and not any("decoded" in c.name for c in found)
 
 
 def test_tiles_that_were_not_looked_up_are_an_error(an_h100):
