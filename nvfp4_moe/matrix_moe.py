@@ -34,7 +34,7 @@ def cases() -> list[MoECase]:
     FlashInfer, so that its backends serve.
     """
     return [
-        *_activations(), *_ways(), *_routed(), *_of_other_builds(), *_exact(),
+        *_activations(), *_ways(), *_routed(), *_of_other_builds(), *exact_cases(),
     ]  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _of_other_builds() -> Iterator[MoECase]:
         yield replace(case, experts=with_cutlass(case.experts))
 
 
-def _exact() -> Iterator[MoECase]:
+def exact_cases() -> Iterator[MoECase]:
     """Codes of -1, 0 and 1 under scales that are powers of two: no sum ever rounds."""
     one = 0x38  # 1.0 in e4m3
     for seed, kind in enumerate(

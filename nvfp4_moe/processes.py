@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ import torch
 
 MOST = 16
 """Processes at a time, each of which imports torch."""
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def at_a_time(jobs: int) -> int:
+    """How many processes work at these: one a processor."""
+    return min(os.cpu_count() or 1, MOST, max(1, jobs))
 
 
 def call(function: str, jobs: list[tuple], **environment: str) -> list[Any]:
@@ -24,32 +31,42 @@ def call(function: str, jobs: list[tuple], **environment: str) -> list[Any]:
     Raises:
         RuntimeError: a process failed; the message has the end of what it printed.
     """
-    count = min(os.cpu_count() or 1, MOST, max(1, len(jobs)))
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for i in range(count):
-            path = Path(folder) / f"{i}.pt"
-            torch.save(jobs[i::count], path)
-            child = subprocess.Popen(
-                [sys.executable, "-m", __name__, function, str(path)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            children.append((child, path))
-        results: list[Any] = [None] * len(jobs)
-        for i, (child, path) in enumerate(children):
-            printed, _ = child.communicate()
-            if child.returncode:
-                raise RuntimeError(f"a process of {function} failed:\n{printed[-2000:]}")
-            results[i::count] = torch.load(path, weights_only=False)
+    count = at_a_time(len(jobs))
+    results: list[Any] = [None] * len(jobs)
+    with ThreadPoolExecutor(count) as pool:
+        parts = pool.map(
+            lambda i: call_in_one(function, jobs[i::count], _ROOT, **environment), range(count)
+        )
+        for i, part in enumerate(parts):
+            results[i::count] = part
     return results
+
+
+def call_in_one(
+    function: str, jobs: list[tuple], root: Path = _ROOT, **environment: str
+) -> list[Any]:
+    """The same in one process.
+
+    Args:
+        root: the folder that this package, or the copy of it that is to be called, lies in.
+    """
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = os.pathsep.join([str(root), *map(os.path.abspath, inherited)])
+    variables = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path, **environment}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "jobs.pt"
+        torch.save(jobs, file)
+        child = subprocess.run(
+            [sys.executable, "-m", __name__, function, str(file)],
+            cwd=root,  # `-m` looks there first
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if child.returncode:
+            raise RuntimeError(f"a process of {function} failed:\n{child.stdout[-2000:]}")
+        return torch.load(file, weights_only=False)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from nvfp4_moe.judge import STAGES, judge
 from nvfp4_moe.mutants import command
 from nvfp4_moe.mutants.catalogue import MUTANTS
 from nvfp4_moe.mutants.conforming import CONFORMING, SETTINGS, conforms, perform
+from nvfp4_moe.mutants.kernels import KERNEL_MUTANTS
 
 _OF_QWEN = [m for m in MUTANTS if m.setting == "qwen"][:2]
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,8 @@ def test_a_false_alarm_fails_the_command(monkeypatch, capsys):
 def test_the_shipped_table_has_every_mutant():
     table = (ROOT / "MUTANTS.md").read_text()
     assert all(f"| {m.name} | {m.setting} | {m.stage} |" in table for m in MUTANTS)
-    stream = io.StringIO()
-    command._markdown([], stream)
-    assert stream.getvalue().splitlines()[0] in table
+    assert all(f"| {m.name} | {m.file} | {m.call} | seen |" in table for m in KERNEL_MUTANTS)
+    for rows in (command._rows([]), command._kernel_rows([])):
+        stream = io.StringIO()
+        command._markdown(rows, stream)
+        assert stream.getvalue().splitlines()[0] in table

@@ -5,14 +5,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from ..judge import Call, Run, judge
 from ..reference.moe import Stages
+from . import planted
 from .catalogue import MUTANTS, Mutant
 from .conforming import CONFORMING, SETTINGS, conforms, perform
+from .kernel_calls import CALLS, prepared
+from .kernels import KERNEL_MUTANTS
 
 Tensor = torch.Tensor
 
@@ -81,6 +84,37 @@ def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Out
     return [try_mutant(m, prepared[m.setting]) for m in mutants]
 
 
+@dataclass(frozen=True)
+class KernelOutcome:
+    """Whether each criterion saw a mistake in a Triton kernel."""
+
+    mutant: planted.KernelMutant
+    seen: dict[str, bool]
+
+
+def try_kernels(mutants: Sequence[planted.KernelMutant] = KERNEL_MUTANTS) -> list[KernelOutcome]:
+    """Every mutant of the kernels on its call, in the interpreter."""
+    found = planted.answers([(m, m.call) for m in mutants])
+    return [_judged(m, answer) for m, answer in zip(mutants, found, strict=True)]
+
+
+def _judged(mutant: planted.KernelMutant, answer: Any) -> KernelOutcome:
+    allowed = prepared(mutant.call)[1]
+    got = allowed.values(answer)
+    seen = {name: not accepts(got, allowed.right) for name, accepts in CRITERIA.items()}
+    return KernelOutcome(mutant, {"interval": not allowed.accepts(answer)} | seen)
+
+
+def kernels_as_they_are(calls: Sequence[str] = tuple(CALLS)) -> list[str]:
+    """The calls on which the kernels without a mistake are not accepted."""
+    found = planted.answers([(None, call) for call in calls])
+    return [
+        f"the kernels, {call}"
+        for call, answer in zip(calls, found, strict=True)
+        if not prepared(call)[1].accepts(answer)
+    ]
+
+
 def false_alarms(runs: int) -> tuple[int, list[str]]:
     """(how many conforming runs were judged, at least `runs`; those that were not accepted)."""
     done, alarms, seed = 0, [], 0
@@ -111,6 +145,15 @@ and `allclose(rtol=1e-2, atol=1e-2)`. What no output shows (a scale off by an ul
 differs in its stage's bits alone.
 """
 
+_KERNELS_HEAD = """
+## In the Triton kernels
+
+Each mistake is an edit of the source (`nvfp4_moe/mutants/kernels.py`) of a copy of the package, whose
+kernels run in Triton's interpreter on a small call. Ours is the interval, for the quantizer's calls
+every bit of codes, block scales and per-token scales, and where all sums are exact every bit of the
+output. The others look at a fused call's output, and at the values of what the quantizer wrote.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -121,19 +164,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="inputs of each mutant (3)")
     parser.add_argument("--conforming", type=int, default=200, help="runs, at least (200)")
+    parser.add_argument(
+        "--kernels", action="store_true", help="the mistakes in the Triton kernels, too: minutes"
+    )
     parser.add_argument("--markdown", action="store_true", help="as MUTANTS.md has it")
 
 
 def run(options: argparse.Namespace) -> int:
+    show = _markdown if options.markdown else _text
     outcomes = try_mutants(seeds=options.seeds)
     done, alarms = false_alarms(options.conforming)
     if options.markdown:
         print(_HEAD.format(command=" ".join(["nvfp4-moe mutants", *sys.argv[2:]])))
-    (_markdown if options.markdown else _text)(outcomes, sys.stdout)
+    show(_rows(outcomes), sys.stdout)
+    wrong = any(o.first != o.mutant.stage for o in outcomes)
+    if options.kernels:
+        in_kernels = try_kernels()
+        alarms += kernels_as_they_are()
+        done += len(CALLS)
+        print(_KERNELS_HEAD if options.markdown else "\nIn the Triton kernels:")
+        show(_kernel_rows(in_kernels), sys.stdout)
+        wrong |= not all(o.seen["interval"] for o in in_kernels)
     print(f"\n{done} conforming runs: {len(alarms)} false alarms")
     for alarm in alarms:
         print(f"  FALSE ALARM {alarm}")
-    return 1 if alarms or any(o.first != o.mutant.stage for o in outcomes) else 0
+    return 1 if alarms or wrong else 0
 
 
 def totals(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -157,15 +212,26 @@ def _rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     return [*rows, last]
 
 
-def _text(outcomes: Sequence[Outcome], stream: TextIO) -> None:
-    rows = _rows(outcomes)
+def _kernel_rows(outcomes: Sequence[KernelOutcome]) -> list[list[str]]:
+    names = (OURS[1], *CRITERIA)
+    rows = [["mutant", "file", "call", "ours", *CRITERIA]]
+    for o in outcomes:
+        cells = ["seen" if o.seen[name] else "-" for name in names]
+        if not o.seen[names[0]]:
+            cells[0] = "NOT SEEN"
+        rows.append([o.mutant.name, o.mutant.file, o.mutant.call, *cells])
+    count = [str(sum(o.seen[name] for o in outcomes)) for name in names]
+    return [*rows, [f"seen, of {len(outcomes)}", "", "", *count]]
+
+
+def _text(rows: Sequence[list[str]], stream: TextIO) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip(), file=stream)
 
 
-def _markdown(outcomes: Sequence[Outcome], stream: TextIO) -> None:
-    head, *rows = _rows(outcomes)
-    for row in (head, ["---"] * len(head), *rows):
+def _markdown(rows: Sequence[list[str]], stream: TextIO) -> None:
+    head, *rest = rows
+    for row in (head, ["---"] * len(head), *rest):
         print("| " + " | ".join(row) + " |", file=stream)

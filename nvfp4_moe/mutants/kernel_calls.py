@@ -1,0 +1,187 @@
+"""Small calls of the Triton kernels that between them show every mistake of `kernels.py`.
+
+`answer` runs where the interpreter is on, in a copy of the package; the rest judges, in this one.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from .. import inputs, matrix, matrix_moe, moe_parts, runners
+from ..allowed import Allowed
+from ..compare import compare, run_reference
+from ..kernels import moe, moe_dispatch
+from ..kernels.config_cache import GemmConfig
+from ..moe_case import MoECase
+from ..reference.activation import ActivationType
+from ..reference.moe import Activations, quantize_activations
+from ..reference.quantize import Quantized, dequantize
+from ..reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from ..reference.routing import Routing, RoutingMethodType
+from .conforming import SETTINGS, Setting
+
+Tensor = torch.Tensor
+_M = RoutingMethodType
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """The fused mixture of experts, in few programs, by the paths that small layers take or others."""
+
+    case: MoECase
+    config: GemmConfig = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
+    limits: dict[str, int] = field(default_factory=dict)  # of `kernels.moe`, by name
+
+    def answer(self) -> Tensor:
+        with ExitStack() as stack:
+            for name, value in self.limits.items():
+                stack.enter_context(mock.patch.object(moe, name, value))
+            both = (self.config, self.config)
+            stack.enter_context(mock.patch.object(moe, "_configs", lambda *_: both))
+            return moe_dispatch.serve(self.case.request(), "triton")[0]
+
+
+@dataclass(frozen=True)
+class QuantizerCall:
+    x: Tensor
+    case: matrix.Case
+
+    def answer(self) -> Quantized:
+        return runners.run("triton", self.x, self.case)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What an answer may be, and what the criteria of closeness look at."""
+
+    accepts: Callable[[Any], bool]
+    values: Callable[[Any], Tensor]  # fp64
+    right: Tensor
+
+
+def judge_of(call: FusedCall | QuantizerCall) -> Judge:
+    """Intervals of a fused call, or the one right output; the bits of a quantizer's."""
+    if isinstance(call, FusedCall):
+        allowed = Allowed(call.case)
+        return Judge(
+            lambda got: not allowed.wrong(got).any(), torch.Tensor.double, allowed.want.double()
+        )
+    want, x, case = run_reference(call.x, call.case), call.x, call.case
+
+    def values(q: Quantized) -> Tensor:
+        scale = q.per_token_scale
+        decode = 1 / torch.tensor(case.global_scale) if scale is None else scale
+        return dequantize(q.codes, q.block_scales, decode, case.layout).double()
+
+    return Judge(lambda got: compare(x, case, got, want) is None, values, values(want))
+
+
+_SETTINGS = SETTINGS | {
+    s.name: s
+    for s in (
+        Setting("top 1", 24, 256, 128, 4, Routing(_M.Renormalize, 1), ActivationType.Relu2),
+        # Experts 1 and 2 of 3, each with more than 48 rows: two tiles of 32, the last more than half
+        # full.
+        Setting(
+            "many tokens", 80, 128, 128, 3, Routing(_M.Renormalize, 2), ActivationType.Relu2,
+            offset=1, local=2,
+        ),
+        Setting("no groups", 8, 128, 128, 16, Routing(_M.DeepSeekV3, 4, None, None, 2.5)),
+        Setting("wide", 8, 384, 128, 4, Routing(_M.Renormalize, 2)),
+    )
+}  # fmt: skip
+
+
+def _case(name: str, *, bf16: bool = False) -> MoECase:
+    setting = _SETTINGS[name]
+    call = setting.call(0)
+    states = Activations(call.x) if bf16 else quantize_activations(call.x, call.recipe)
+    return MoECase(
+        name, states, call.experts, call.routing, setting.experts, call.logits, call.routing_bias,
+        local_expert_offset=call.local_expert_offset, recipe=call.recipe,
+    )  # fmt: skip
+
+
+def _cancelling() -> MoECase:
+    """Tokens whose slots 0 and 2 cancel but for what was rounded away, and whose slot 1 remains."""
+    exact = next(c for c in matrix_moe.exact_cases() if "Identity" in c.name)
+    tokens, slots = 4, 8
+    weights = torch.zeros(tokens, slots)
+    weights[:, 0] = 2.0**26 * (1 + torch.arange(1, tokens + 1) / 7)
+    weights[:, 1], weights[:, 2] = 1.0, -weights[:, 0]
+    ids = torch.arange(tokens, dtype=torch.int32)[:, None].expand(-1, slots).contiguous()
+    return replace(
+        moe_parts.keep_tokens(exact, range(tokens)), routing=Routing(_M.Renormalize, slots),
+        ids=ids % exact.num_experts, weights=weights,
+    )  # fmt: skip
+
+
+def _rows() -> Tensor:
+    """[55, 80]: more than 32 rows, blocks that are no multiple of 4; normal numbers, and ties."""
+    some = [inputs.synthetic(kind, 20, 80) for kind in ("normal", "grid")]
+    # Found by search: the order in which 4over6 adds its errors decides.
+    near = inputs.synthetic("grid", 1500, 80, seed=5)[[463, 910, 1496]]
+    return torch.cat([*some, _ties_of_scales(), near])
+
+
+def _ties_of_scales() -> Tensor:
+    """[12, 80]: maxima under which block scales lie between two of e4m3, and 4 and 6 err alike."""
+    x = inputs.synthetic("normal", 12, 80).float().clamp(-1, 1) / 64
+    odd = torch.arange(8)[:, None].remainder(4) * 2 + 1.0
+    x[:8, :1] = 7 * odd  # 448 times the quotient of a block's maximum and this is its scale
+    x[:8, 16::16] = odd * torch.arange(17, 32, 2).view(2, 4).repeat_interleave(4, 0) / 16
+    x[8:] = x[8:].sign() * 7 * 2.0 ** -torch.arange(5).repeat_interleave(16)
+    x[8:, ::3] = 0
+    return x.bfloat16()
+
+
+def _quantizer(recipe: Recipe, layout: SfLayout = SfLayout.layout_linear) -> QuantizerCall:
+    return QuantizerCall(_rows(), matrix.Case("per-token", recipe, layout))
+
+
+def _saturating() -> QuantizerCall:
+    """Under a global scale that is four times too large."""
+    x = _rows()
+    scale = 4 * matrix.global_scale(x, Recipe())
+    return QuantizerCall(x, matrix.Case("global-scale", Recipe(), SfLayout.layout_linear, scale))
+
+
+_WIDE = GemmConfig(128, 32, 128, 1, 4)
+
+CALLS: dict[str, Callable[[], FusedCall | QuantizerCall]] = {
+    **{
+        name: functools.partial(lambda name: FusedCall(_case(name)), name)
+        for name in (
+            "qwen", "deepseek", "gpt-oss", "grid", "4over6", "top 1", "no groups",
+        )
+    },
+    "bf16": lambda: FusedCall(_case("qwen", bf16=True)),
+    "cancelling": lambda: FusedCall(_cancelling()),
+    "tiles of 16": lambda: FusedCall(_case("many tokens")),
+    "tiles of 32": lambda: FusedCall(_case("many tokens"), _WIDE),
+    "three launches": lambda: FusedCall(_case("many tokens"), _WIDE, {"_ONE_LAUNCH_SLOTS": 0}),
+    "K of 1 1/2 tiles": lambda: FusedCall(_case("wide"), GemmConfig(128, 16, 256, 1, 4)),
+    "decoded": lambda: FusedCall(
+        _case("many tokens"), GemmConfig(128, 16, 64, 1, 4, decoded=True), {"_DECODED_BYTES": 1}
+    ),
+    "quantizer, fast, 128x4": lambda: _quantizer(Recipe(), SfLayout.layout_128x4),
+    "quantizer, exact, 8x4": lambda: _quantizer(Recipe("exact"), SfLayout.layout_8x4),
+    "quantizer, 4over6": lambda: _quantizer(Recipe("fast", NVFP44Over6Config())),
+    "quantizer, saturating": _saturating,
+    "quantizer, fp32": lambda: QuantizerCall(
+        _rows().float() * 1.01, matrix.Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
+    ),
+}  # fmt: skip
+"""By name; each takes the interpreter a second or two."""
+
+
+@functools.cache
+def prepared(name: str) -> tuple[FusedCall | QuantizerCall, Judge]:
+    call = CALLS[name]()
+    return call, judge_of(call)

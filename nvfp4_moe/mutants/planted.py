@@ -1,0 +1,93 @@
+"""Mistakes planted into the source of a copy of this package, whose kernels then run interpreted."""
+
+# SPDX-License-Identifier: Apache-2.0
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import processes
+from ..kernels import moe
+from ..reference import moe as reference_moe
+from .kernel_calls import FusedCall, QuantizerCall, prepared
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_UNUSED = shutil.ignore_patterns("__pycache__", "data")
+
+
+@dataclass(frozen=True)
+class KernelMutant:
+    """An edit of `kernels/`, and the call of `kernel_calls` that is to show it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    call: str
+
+    def plant(self, kernels: Path) -> None:
+        """Edit the copy in a folder.
+
+        Raises:
+            ValueError: the source does not have `old` exactly once.
+        """
+        path = kernels / self.file
+        source = path.read_text()
+        found = source.count(self.old)
+        if found != 1:
+            raise ValueError(
+                f"mutant {self.name!r}: {self.old!r} is {found} times in kernels/{self.file}; it must "
+                "be there once"
+            )
+        path.write_text(source.replace(self.old, self.new))
+
+
+def copy_package(root: Path) -> Path:
+    """Copy the package into a folder, laid out as an installed one is; the folder of its kernels."""
+    package = root / _PACKAGE.name
+    kernels = package / "kernels"
+    shutil.copytree(_PACKAGE, package, ignore=_UNUSED)
+    for module in (moe, reference_moe):  # in a checkout these two are elsewhere
+        source = Path(module.__file__ or "").resolve().parent
+        shutil.copytree(source, package / source.name, ignore=_UNUSED, dirs_exist_ok=True)
+    return kernels
+
+
+def answer(mutant: KernelMutant | None, call: str) -> Any:
+    """What the call gives, in the interpreter; None: by the kernels as they are.
+
+    Raises:
+        ValueError: the mutant's edit does not fit.
+        RuntimeError: the call did not come to an end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = copy_package(Path(folder))
+        if mutant is not None:
+            mutant.plant(kernels)
+        try:
+            return processes.call_in_one(
+                f"mutants.planted:{_answer.__name__}", [(prepared(call)[0],)], Path(folder),
+                TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
+            )[0]  # fmt: skip
+        except RuntimeError as error:
+            name = "no mutant" if mutant is None else f"mutant {mutant.name!r}"
+            raise RuntimeError(f"{name}, {call}: {error}") from None
+
+
+def _answer(call: FusedCall | QuantizerCall) -> Any:
+    # Memory that nobody writes is full of NaN, so that a row left out is seen every time.
+    torch.set_deterministic_debug_mode("warn")
+    return call.answer()
+
+
+def answers(runs: Sequence[tuple[KernelMutant | None, str]]) -> list[Any]:
+    """`answer` of each, a process a processor at a time."""
+    for call in sorted({call for _, call in runs}):
+        prepared(call)
+    with ThreadPoolExecutor(processes.at_a_time(len(runs))) as pool:
+        return list(pool.map(lambda run: answer(*run), runs))
