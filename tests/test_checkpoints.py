@@ -264,6 +264,16 @@ CORRUPT = {
     ),
     "extra projection": (_add("0.side_proj.weight", torch.ones(1)), [f"{BASE}.0.side_proj.weight"]),
     "twice": (_add("0.w3.weight", torch.ones(1)), [f"{BASE}.0.w3.weight: extra"]),
+    "fused and apart": (
+        _add(
+            "0.gate_up_proj.weight", torch.zeros(2 * INTERMEDIATE, HIDDEN // 2, dtype=torch.uint8)
+        ),
+        [f"{BASE}.0.gate_up_proj.weight: extra: other tensors stand for it"],
+    ),
+    "codes of one dimension": (
+        _set("3.down_proj.weight", lambda t: t.flatten()),
+        [f"{BASE}.3.down_proj.weight: its shape is [2304]; it must be"] * 2,
+    ),
     "misshapen codes": (
         _set("3.down_proj.weight", lambda t: t[:, 1:].contiguous()),
         [f"{BASE}.3.down_proj.weight: its shape is [96, 23]; it must be [96, 24]"],

@@ -462,6 +462,15 @@ def test_other_quantized_sources_are_refused(config, tmp_path):
         convert(tmp_path / "src", tmp_path / "dst")
 
 
+def test_a_bias_of_stacked_experts_cannot_be_taken_apart(tmp_path):
+    naming = NAMINGS["stacked"]
+    tensors = ordinary(naming, 0, weights())
+    tensors[f"{naming.of(0)}.gate_up_proj_bias"] = torch.ones(EXPERTS, 2 * INTERMEDIATE)
+    write(tmp_path / "src", [tensors], dict(naming.config))
+    with pytest.raises(CheckpointError, match="gate_up_proj_bias: extra: of stacked tensors only"):
+        convert(tmp_path / "src", tmp_path / "dst")
+
+
 def test_a_source_without_experts(tmp_path):
     write(tmp_path / "src", [{"lm_head.weight": torch.ones(2, 2)}], {})
     with pytest.raises(CheckpointError, match="no layers of experts"):
@@ -505,8 +514,7 @@ def test_the_command(tmp_path, capsys):
     assert "it is complete" in capsys.readouterr().err
 
 
-def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
-    """The most that is held at once are the tensors of one shard and the two of a scale."""
+def test_one_shard_is_held_at_a_time(tmp_path, monkeypatch):
     source(tmp_path / "src", split=by_layer)
     held = []
     real = workspace.Workspace.write_shard
@@ -521,8 +529,3 @@ def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
     convert(tmp_path / "src", tmp_path / "dst")
     assert not any(a & b for i, a in enumerate(held) for b in held[:i])
     assert all(sum(f"layers.{n}." in name for name in held[n]) == len(held[n]) for n in LAYERS)
-
-
-def test_sizes_of_the_cases():
-    """The sizes are padded in both directions, so that padding cannot hide."""
-    assert HIDDEN % 128 and INTERMEDIATE % 64 and HIDDEN % 16 == INTERMEDIATE % 16 == 0

@@ -75,11 +75,19 @@ class Headers:
     def stacked(self, place: Place) -> tuple[int, ...]:
         return () if place.expert is None else (self.layer.num_experts,)
 
-    def extra_experts(self) -> None:
-        count = self.layer.num_experts
-        for expert in sorted(self.layer.found_experts):
+    def extra(self, kinds: Sequence[str]) -> None:
+        """Experts beyond the last, and tensors of these kinds that others stand for already."""
+        layer, count = self.layer, self.layer.num_experts
+        for expert in sorted(layer.found_experts):
             if expert >= count:
-                self.add(f"{self.layer.module}.{expert}: extra: there are {count} experts, from 0")
+                self.add(f"{layer.module}.{expert}: extra: there are {count} experts, from 0")
+        places = (
+            layer.place(e, p, k) for e in range(count) for p in layer.projections for k in kinds
+        )
+        used = {place.name for place in places if place is not None}
+        for (of, _, kind), name in layer.names.items():
+            if kind in kinds and (of or 0) < count and name not in used:
+                self.add(f"{name}: extra: other tensors stand for it")
 
     def _vote(self, kind: str, packed: int) -> tuple[int, int]:
         """(H, I) of most matrices; (0, 0) where none can be seen."""
@@ -132,7 +140,7 @@ class Check(Headers):
 
     def _extra(self) -> None:
         layer = self.layer
-        self.extra_experts()
+        self.extra(self._form.kinds)
         for name in layer.strange:
             self.add(f"{name}: extra: not a tensor of an expert's projection, or there twice")
         for (expert, _, kind), name in layer.names.items():

@@ -15,6 +15,7 @@ from .formats import Format, read_quantization
 from .layers import Layer, Projection, config_value, find_layer
 from .progress import Progress, silent
 
+_Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _E4M3_RANGE = 6.0 * 448.0  # by which ModelOpt's activation scales divide the largest magnitude
 _ACTIVATIONS = {
     ("silu", True): ActivationType.Swiglu,
@@ -86,7 +87,7 @@ def load_experts(
     weights = reader.weights(experts, check.hidden_size, check.intermediate_size, progress)
     amax = reader.amax() if static else (None, None)
     return assemble_experts(
-        *weights, activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit,
+        *weights, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit,
         input_amax=amax[0], intermediate_amax=amax[1],
     )  # fmt: skip
 
@@ -119,7 +120,7 @@ class _Reader:
 
     def weights(
         self, experts: range, hidden: int, intermediate: int, progress: Progress
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> _Weights:
         """The first six arguments of `assemble_experts`."""
         halves: tuple[Projection, ...] = ("up", "gate") if self._layer.gated else ("up",)
         rows = len(halves) * intermediate

@@ -60,7 +60,7 @@ class Source:
 
     def partners(self, matrix: Matrix) -> list[Matrix]:
         """The matrices of one scale: gate and up, wherever they lie, or down alone."""
-        keys = ("down",) if matrix.projection == "down" else ("gate", "up")
+        keys: tuple[Projection, ...] = ("down",) if matrix.projection == "down" else ("gate", "up")
         found = [self._matrix.get((matrix.module, matrix.expert, p)) for p in keys]
         return [m for m in found if m is not None]
 
@@ -137,8 +137,11 @@ class _SourceCheck(Headers):
         super().__init__(folder, layer, range(layer.num_experts), WEIGHT, packed=1)
 
     def run(self) -> list[Matrix]:
-        self.extra_experts()
         layer = self.layer
+        self.extra((WEIGHT, BLOCK_SCALE))
+        for (expert, _, kind), name in layer.names.items():
+            if expert is None and kind not in (WEIGHT, BLOCK_SCALE):
+                self.add(f"{name}: extra: of stacked tensors only the weights can be taken apart")
         found = []
         for expert in self.experts:
             places = {p: layer.place(expert, p, WEIGHT) for p in layer.projections}

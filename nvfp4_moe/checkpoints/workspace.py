@@ -40,7 +40,8 @@ class Workspace:
         self._records = path / RECORDS
         if (path / INDEX).exists():
             raise CheckpointError(path, [f"it is complete: it has {INDEX}; give another folder"])
-        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not self._resumes())):
+        resumes = self._records.is_dir()
+        if path.exists() and not resumes and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(
                 path, ["it is neither empty nor an unfinished conversion; give another folder"]
             )
@@ -86,9 +87,6 @@ class Workspace:
         """Write the index, after everything else; then drop the records."""
         self.write_json(INDEX, index)
         shutil.rmtree(self._records)
-
-    def _resumes(self) -> bool:
-        return self._records.is_dir()
 
     def _record(self, shard: str) -> Path:
         return self._records / f"{shard}.json"
