@@ -131,6 +131,19 @@ def test_fp8_blocks(name, sizes, tmp_path):
     ]
 
 
+def test_a_module_quantized_in_some_layers_is_named_in_the_others(tmp_path):
+    tensors, _ = fp8(QWEN, 0, weights())
+    for layer in LAYERS:
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = torch.ones(128, 128).bfloat16()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    write(tmp_path / "src", [tensors], {**dict(QWEN.config), "quantization_config": FP8})
+    convert(tmp_path / "src", tmp_path / "dst")
+    config = json.loads((tmp_path / "dst" / "hf_quant_config.json").read_text())["quantization"]
+    assert config["exclude_modules"] == ["model.layers.1.self_attn.o_proj"]
+
+
 def test_fused_gate_and_up_may_not_share_an_fp8_block(tmp_path):
     fp8_source(tmp_path / "src", NAMINGS["deepseek-v3"], (128, 144), scales_apart=False)
     stack = {n: t for n, t in load_file(next((tmp_path / "src").glob("*"))).items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-_SIDES = {"gate and up": ("gate", "up"), "down": ("down",)}
+_SIDES = {"w13": ("gate", "up"), "w2": ("down",)}
 
 
 @dataclass
