@@ -425,6 +425,14 @@ def test_an_unused_input_scale_of_a_zero_expert_is_harmless(tmp_path):
             {"model.safetensors.index.json": '{"weight_map": {"a": "../b.safetensors"}}'},
             r"'../b.safetensors' is not the name of a \*.safetensors file",
         ),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "sub/b.safetensors"}}'},
+            r"'sub/b.safetensors' is not the name of a \*.safetensors file",
+        ),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "b.bin"}}'},
+            r"'b.bin' is not the name of a \*.safetensors file",
+        ),
     ],
 )
 def test_files_that_say_nothing_of_use(files, message, tmp_path):

@@ -7,6 +7,7 @@ source becomes one shard, under the same name; its other tensors are copied as t
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from ..reference.experts import quantize_weight
 from ..reference.quantize import dequantize
-from ..reference.recipe import Recipe
+from ..reference.recipe import BLOCK_SIZE, Recipe
 from .described import describe
 from .errors import CheckpointError
 from .folder import INDEX, SUFFIX, Folder
@@ -109,12 +110,14 @@ class _Converter:
         folder = self._source.folder
         names = [name for name, file in folder.shard_of.items() if file == shard]
         self._check_values(names)
+        kept = _Kept([m for name in names for m in self._source.matrices.get(name, ())])
         tensors: dict[str, torch.Tensor] = {}
         errors: dict[str, LayerError] = {}
         for name in names:
             for matrix in self._source.matrices.get(name, ()):
                 layer = errors.setdefault(matrix.module, LayerError(matrix.module))
-                tensors |= self._quantize(matrix, layer)
+                made = self._quantize(matrix, layer)
+                tensors |= {name: kept.copy(tensor) for name, tensor in made.items()}
                 self._step(matrix.target)
             if name not in self._source.matrices and name not in self._source.scales:
                 tensors[name] = folder.tensor(name)
@@ -137,14 +140,14 @@ class _Converter:
         bad = [
             f"{m.place}: it has NaN or infinite values"
             for m in asked
-            if not self._source.amax(m).isfinite()
+            if not math.isfinite(self._source.amax(m))
         ]
         if bad:
             raise CheckpointError(self._source.folder.path, bad)
 
     def _quantize(self, matrix: Matrix, error: LayerError) -> dict[str, torch.Tensor]:
         w = self._source.weight(matrix).to(self._device)
-        amax = self._source.shared_amax(matrix).to(self._device)
+        amax = torch.tensor(self._source.shared_amax(matrix), device=self._device)
         codes, scales, decode = quantize_weight(w, amax, self._recipe)
         exact = w.double()
         difference = dequantize(codes, scales, decode).double() - exact
@@ -157,7 +160,28 @@ class _Converter:
         }
         if self._input_scale:
             made[MODELOPT.input_scale] = torch.ones(())
-        return {f"{matrix.target}.{kind}": t.cpu().contiguous() for kind, t in made.items()}
+        return {f"{matrix.target}.{kind}": t for kind, t in made.items()}
+
+
+class _Kept:
+    """Results of a shard, in one piece of memory.
+
+    Between the larger temporaries of the quantizer they would hold the heap's free pieces apart, and
+    several times their own size with them.
+    """
+
+    _ALIGNMENT = 16
+
+    def __init__(self, matrices: Sequence[Matrix]):
+        # A code and a share of a block scale for each element, and two scalars for each matrix.
+        sizes = (m.elements // 2 + m.elements // BLOCK_SIZE + 4 * self._ALIGNMENT for m in matrices)
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._used = 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        part = self._memory[self._used : self._used + tensor.nbytes]
+        self._used += -(-tensor.nbytes // self._ALIGNMENT) * self._ALIGNMENT
+        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:

@@ -8,6 +8,7 @@ what is quantized.
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ class Matrix:
     target: str
     place: Place
     scale: Place | None  # of FP8 blocks
+    elements: int
 
 
 @dataclass
@@ -69,12 +71,13 @@ class Source:
         w = self.folder.matrix(matrix.place)
         return w if matrix.scale is None else dequantize_fp8(w, self.folder.matrix(matrix.scale))
 
-    def _amax(self, matrix: Matrix) -> torch.Tensor:
-        return self.weight(matrix).abs().amax().float()
+    def _amax(self, matrix: Matrix) -> float:
+        # A float: small tensors that live on would hold the heap's large free pieces apart.
+        return float(self.weight(matrix).abs().amax())
 
-    def shared_amax(self, matrix: Matrix) -> torch.Tensor:
-        """[], the largest magnitude of all that share the scale; NaN if there is one."""
-        return torch.stack([self.amax(m) for m in self.partners(matrix)]).amax()
+    def shared_amax(self, matrix: Matrix) -> float:
+        """The largest magnitude of all that share the scale, which are finite."""
+        return max(self.amax(m) for m in self.partners(matrix))
 
 
 def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -154,7 +157,10 @@ class _SourceCheck(Headers):
                     self.add(f"{target}.{WEIGHT}: missing")
                     continue
                 scale = self._scale(expert, projection, place)
-                found.append(Matrix(layer.module, expert, projection, target, place, scale))
+                elements = math.prod(self.size(projection))
+                found.append(
+                    Matrix(layer.module, expert, projection, target, place, scale, elements)
+                )
         return found
 
     def _scale(self, expert: int, projection: Projection, place: Place) -> Place | None:
