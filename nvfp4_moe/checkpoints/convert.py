@@ -147,7 +147,8 @@ class _Converter:
 
     def _quantize(self, matrix: Matrix, error: LayerError) -> dict[str, torch.Tensor]:
         w = self._source.weight(matrix).to(self._device)
-        amax = torch.tensor(self._source.shared_amax(matrix), device=self._device)
+        shared = self._source.shared_amax(matrix)
+        amax = torch.tensor(shared, dtype=torch.float32, device=self._device)
         codes, scales, decode = quantize_weight(w, amax, self._recipe)
         exact = w.double()
         difference = dequantize(codes, scales, decode).double() - exact
