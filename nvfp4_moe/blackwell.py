@@ -139,7 +139,7 @@ def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list
     def run_one(job: Job) -> Done:
         gpu = gpus.get()
         try:
-            return _run_one(job, gpu, options, out)
+            return _run_one(job, gpu, max(1, (os.cpu_count() or 1) // len(names)), options, out)
         finally:
             gpus.put(gpu)
 
@@ -147,10 +147,13 @@ def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list
         return list(pool.map(run_one, planned))
 
 
-def _run_one(job: Job, gpu: str | None, options: argparse.Namespace, out: Path) -> Done:
+def _run_one(
+    job: Job, gpu: str | None, threads: int, options: argparse.Namespace, out: Path
+) -> Done:
     where = out / job.folder
     chosen = {*environment.EXACT_VARIABLES["cuda"], *environment.FOUR_OVER_SIX_VARIABLES}
     variables = {k: v for k, v in os.environ.items() if k not in chosen} | job.variables
+    variables["OMP_NUM_THREADS"] = str(threads)
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
     print(f"running {job.part}, {job.backend}, {job.math}", flush=True)

@@ -108,7 +108,11 @@ def prepare_experts(
     recipe = recipe or Recipe("exact")
     halves = 2 if activation.gated else 1
     _check_weights(w13, w2, halves)
-    quantized = [_quantize_expert(w, recipe) for e in range(w13.shape[0]) for w in (w13[e], w2[e])]
+    quantized = [
+        quantize_weight(w, w.abs().amax(), recipe)
+        for e in range(w13.shape[0])
+        for w in (w13[e], w2[e])
+    ]
     codes, scales, decode = zip(*quantized, strict=True)
     return assemble_experts(
         torch.stack(codes[0::2]), torch.stack(scales[0::2]), torch.stack(decode[0::2]),
@@ -116,6 +120,24 @@ def prepare_experts(
         activation, w13_bias=w13_bias, w2_bias=w2_bias, alpha=alpha, beta=beta,
         clamp_limit=clamp_limit, input_amax=input_amax, intermediate_amax=intermediate_amax,
     )  # fmt: skip
+
+
+def quantize_weight(
+    w: torch.Tensor, amax: torch.Tensor, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize rows of an expert's weights, as `prepare_experts` does.
+
+    Args:
+        w: [rows, K] bf16 or fp16.
+        amax: [], the largest magnitude of all rows that share the scale (gate's and up's).
+
+    Returns:
+        (codes, linear block scales, decode scale []); zeros have scale 1.
+    """
+    amax = amax.float()
+    encode = torch.where(amax == 0, 1.0, 6.0 * recipe.e4m3_max / amax)
+    q = quantize_global_scale(w, encode, recipe)
+    return q.codes, q.block_scales, 1.0 / encode
 
 
 def assemble_experts(
@@ -259,16 +281,6 @@ def _check_weights(w13: torch.Tensor, w2: torch.Tensor, halves: int) -> None:
             f"w13 has shape {tuple(w13.shape)}: H = {hidden} and I = {rows // halves} must be "
             f"multiples of {BLOCK_SIZE}"
         )
-
-
-def _quantize_expert(
-    w: torch.Tensor, recipe: Recipe
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes, linear block scales, decode scale [])."""
-    amax = w.abs().amax().float()
-    encode = torch.where(amax == 0, 1.0, 6.0 * recipe.e4m3_max / amax)
-    q = quantize_global_scale(w, encode, recipe)
-    return q.codes, q.block_scales, 1.0 / encode
 
 
 def _encode_scale(amax: float | None, device: torch.device) -> torch.Tensor | None:

@@ -1,0 +1,194 @@
+"""Everything that is wrong with a layer of NVFP4 experts, before a byte of it is laid out."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import torch
+
+from ..reference.recipe import BLOCK_SIZE
+from .folder import Folder, Place
+from .formats import Format
+from .layers import Layer, Projection
+from .progress import Progress
+
+_NAN = 0x7F
+
+
+class Headers:
+    """What the headers of one layer's tensors must fit: the sizes that most matrices agree on.
+
+    Args:
+        experts: whose weights are wanted.
+        kind: of the matrices, which hold `packed` elements a column.
+    """
+
+    def __init__(
+        self, folder: Folder, layer: Layer, experts: Sequence[int], kind: str, packed: int
+    ):
+        self.folder, self.layer, self.experts = folder, layer, experts
+        self._found: dict[str, None] = {}  # a set that keeps its order
+        self.hidden_size, self.intermediate_size = self._vote(kind, packed)
+        if self.hidden_size % BLOCK_SIZE or self.intermediate_size % BLOCK_SIZE:
+            self.add(
+                f"{layer.module}: H = {self.hidden_size} and I = {self.intermediate_size} must be "
+                f"multiples of {BLOCK_SIZE}"
+            )
+
+    @property
+    def problems(self) -> list[str]:
+        """Each once, in the order they were found."""
+        return list(self._found)
+
+    def add(self, problem: str) -> None:
+        self._found[problem] = None
+
+    def size(self, projection: Projection) -> tuple[int, int]:
+        """Rows and columns of a projection's matrix, in elements."""
+        sizes = self.intermediate_size, self.hidden_size
+        return sizes[::-1] if projection == "down" else sizes
+
+    def fits(self, place: Place, dtypes: Collection[str], shapes: list[tuple[int, ...]]) -> bool:
+        """Whether a tensor is there and as it must be.
+
+        Args:
+            shapes: that the whole tensor may have; nothing is said of it where none is known.
+        """
+        info = self.folder.info(place.name)
+        if info is None:
+            if (shard := self.folder.shard_of[place.name]) not in self.folder.broken:
+                self.add(f"{place.name}: missing: not in {shard}, where the index has it")
+            return False
+        if info.dtype not in dtypes:
+            self.add(f"{place.name}: its dtype is {info.dtype}; it must be {' or '.join(dtypes)}")
+        if shapes and info.shape not in shapes:
+            allowed = " or ".join(str(list(shape)) for shape in shapes)
+            self.add(f"{place.name}: its shape is {list(info.shape)}; it must be {allowed}")
+        return info.dtype in dtypes and info.shape in shapes
+
+    def whole(self, place: Place, rows: int, columns: int) -> list[tuple[int, ...]]:
+        """The shape of the tensor that has a matrix of this shape at the place, if sizes are known."""
+        if not self.hidden_size:
+            return []
+        return [(*self.stacked(place), rows * (1 if place.half is None else 2), columns)]
+
+    def stacked(self, place: Place) -> tuple[int, ...]:
+        return () if place.expert is None else (self.layer.num_experts,)
+
+    def extra(self, kinds: Sequence[str]) -> None:
+        """Experts beyond the last, and tensors of these kinds that others stand for already."""
+        layer, count = self.layer, self.layer.num_experts
+        for expert in sorted(layer.found_experts):
+            if expert >= count:
+                self.add(f"{layer.module}.{expert}: extra: there are {count} experts, from 0")
+        places = (
+            layer.place(e, p, k) for e in range(count) for p in layer.projections for k in kinds
+        )
+        used = {place.name for place in places if place is not None}
+        for (of, _, kind), name in layer.names.items():
+            if kind in kinds and (of or 0) < count and name not in used:
+                self.add(f"{name}: extra: other tensors stand for it")
+
+    def _vote(self, kind: str, packed: int) -> tuple[int, int]:
+        """(H, I) of most matrices; (0, 0) where none can be seen."""
+        votes: Counter[tuple[int, int]] = Counter()
+        for expert in self.experts:
+            for projection in self.layer.projections:
+                place = self.layer.place(expert, projection, kind)
+                info = None if place is None else self.folder.info(place.name)
+                if place is None or info is None:
+                    continue
+                if len(info.shape) < 2 or not all(info.shape):
+                    self.add(f"{place.name}: its shape is {list(info.shape)}; it must be a matrix")
+                    continue
+                rows = info.shape[-2] // (1 if place.half is None else 2)
+                sizes = (info.shape[-1] * packed, rows)
+                votes[sizes[::-1] if projection == "down" else sizes] += 1
+        return votes.most_common(1)[0][0] if votes else (0, 0)
+
+
+class Check(Headers):
+    """The problems of the NVFP4 experts of one layer.
+
+    Headers first: which tensors there are, their dtypes and shapes. Then the values of the scales
+    that are in order: a scale may be no NaN, not infinite and not negative.
+
+    Args:
+        experts: whose weights are wanted.
+        inputs: experts that must have activation scales; of the others they may be missing.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        layer: Layer,
+        form: Format,
+        experts: Sequence[int],
+        inputs: Collection[int],
+    ):
+        super().__init__(folder, layer, experts, form.codes, packed=2)
+        self._form, self._inputs = form, frozenset(inputs)
+
+    def run(self, progress: Progress) -> list[str]:
+        """All problems, those of whole shards first."""
+        self._extra()
+        experts = sorted({*self.experts, *self._inputs})
+        for done, expert in enumerate(experts, 1):
+            self._expert(expert)
+            progress(done, len(experts), f"checked expert {expert} of {self.layer.module}")
+        return [*self.folder.broken.values(), *self.problems]
+
+    def _extra(self) -> None:
+        layer = self.layer
+        self.extra(self._form.kinds)
+        for name in layer.strange:
+            self.add(f"{name}: extra: not a tensor of an expert's projection, or there twice")
+        for (expert, _, kind), name in layer.names.items():
+            if (expert or 0) < layer.num_experts and kind not in self._form.kinds:
+                kinds = ", ".join(self._form.kinds)
+                self.add(f"{name}: extra: the kinds of {self._form.name} are {kinds}")
+
+    def _expert(self, expert: int) -> None:
+        layer, form = self.layer, self._form
+        weights = expert in self.experts
+        kinds = form.kinds if weights else (form.input_scale,)
+        places = {
+            (p, kind): layer.place(expert, p, kind) for p in layer.projections for kind in kinds
+        }
+        if not any(places.values()):
+            self.add(f"{layer.module}.{expert}: missing")
+            return
+        for (projection, kind), place in places.items():
+            if place is not None:
+                self._tensor(place, projection, kind)
+            elif kind != form.input_scale or expert in self._inputs:
+                self.add(f"{layer.module_of(expert, projection)}.{kind}: missing")
+
+    def _tensor(self, place: Place, projection: Projection, kind: str) -> None:
+        form, (rows, columns) = self._form, self.size(projection)
+        if kind == form.codes:
+            self.fits(place, ("U8",), self.whole(place, rows, columns // 2))
+        elif kind == form.block_scales:
+            if self.fits(place, ("F8_E4M3",), self.whole(place, rows, columns // BLOCK_SIZE)):
+                self._block_scales(place)
+        elif self.fits(place, ("F32",), self._scalar_shapes(place)):
+            self._scalar(place)
+
+    def _scalar_shapes(self, place: Place) -> list[tuple[int, ...]]:
+        stacked = self.stacked(place)
+        pair = [] if place.half is None else [(*stacked, 2)]
+        return [stacked, (*stacked, 1), *pair]
+
+    def _block_scales(self, place: Place) -> None:
+        scales = self.folder.matrix(place).view(torch.uint8)
+        nan = int(((scales & 0x7F) == _NAN).sum())
+        negative = int((scales > 0x80).sum()) - int((scales == 0xFF).sum())
+        for count, what in ((nan, "NaN"), (negative, "negative")):
+            if count:
+                self.add(f"{place}: {count} of {scales.numel()} block scales are {what}")
+
+    def _scalar(self, place: Place) -> None:
+        value = self.folder.scalar(place)
+        decode = self._form.decode(value)
+        if not (decode.isfinite() and decode >= 0):
+            self.add(f"{place}: it is {float(value)}, not a scale")

@@ -1,0 +1,60 @@
+"""`nvfp4-moe convert`: the experts of a Hugging Face checkpoint to NVFP4, as ModelOpt writes it."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import sys
+from pathlib import Path
+
+from ..reference.recipe import Recipe, all_recipes
+from .convert import convert
+from .errors import CheckpointError
+from .layer_error import print_errors
+from .progress import Bar
+
+RECIPES: dict[str, Recipe] = {
+    str(r).removesuffix("-cuda"): r
+    for r in all_recipes()
+    if r.math == "exact" and r.build == "cuda"
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write an NVFP4 checkpoint, as ModelOpt does, from a bf16, fp16 or FP8 (128x128 blocks) one: "
+        "the weights of its experts are quantized, all else is copied. Called again after an "
+        "interruption it goes on where it stopped. Prints the error of each layer."
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="the folder of a checkpoint")
+    parser.add_argument("destination", type=Path, metavar="DST", help="a new folder")
+    parser.add_argument("--recipe", choices=RECIPES, default="exact", help="default: %(default)s")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="a module of experts that stays as it is, with wildcards (model.layers.61.*)",
+    )
+    parser.add_argument(
+        "--no-input-scale",
+        action="store_true",
+        help="leave out the activation scales, which are written as 1.0, not calibrated",
+    )
+    parser.add_argument("--device", default="cpu", help="where to quantize; default: %(default)s")
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        errors = convert(
+            options.source,
+            options.destination,
+            recipe=RECIPES[options.recipe],
+            exclude=options.exclude,
+            input_scale=not options.no_input_scale,
+            device=options.device,
+            progress=Bar(),
+        )
+    except CheckpointError as e:
+        print(e, file=sys.stderr)
+        return 2
+    print_errors(errors, sys.stdout)
+    return 0

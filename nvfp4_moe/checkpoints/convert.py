@@ -1,0 +1,229 @@
+"""An ordinary checkpoint to a ModelOpt-style NVFP4 one: the weights of its experts quantized.
+
+Gate and up of an expert share one global scale; an expert of zeros has scale 1. Each shard of the
+source becomes one shard, under the same name; its other tensors are copied as they are.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reference.experts import quantize_weight
+from ..reference.quantize import dequantize
+from ..reference.recipe import BLOCK_SIZE, Recipe
+from .described import describe
+from .errors import CheckpointError
+from .folder import INDEX, SUFFIX, Folder
+from .formats import HF_QUANT_CONFIG, MODELOPT
+from .layer_error import LayerError, merge
+from .progress import Progress, silent
+from .source import Matrix, Source, open_source
+from .workspace import Workspace
+
+_VERSION = 1
+"""Of what a conversion writes: part of the identity that a resumed one must share."""
+_OTHER_WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    exclude: Sequence[str] = (),
+    input_scale: bool = True,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[LayerError]:
+    """Quantize the experts of a bf16, fp16 or FP8 (128x128 blocks) checkpoint to NVFP4.
+
+    Contract: `load_experts` of the result gives bitwise the `Experts` of `prepare_experts` with the
+    same recipe; so does a conversion that was interrupted and called again, which keeps the shards
+    that are finished. Memory: one shard of the result, and an expert. The destination is complete
+    when it has its index, which is written last.
+
+    Args:
+        source: folder of the checkpoint; formats in `source.py`, names in `layers.py`. Stacked and
+            fused experts become per-expert tensors.
+        destination: new, empty, or left by an interrupted conversion.
+        recipe: of the weights; exact math by default.
+        exclude: patterns with wildcards of modules of experts that stay as they are.
+        input_scale: write activation scales of 1.0, which ModelOpt checkpoints have and per-token
+            serving does not read. They are neutral, not calibrated: no good for static scales.
+        device: where to quantize.
+        progress: called after each expert's projection.
+
+    Raises:
+        CheckpointError: with everything wrong with the source's headers, before anything is written;
+            with every weight that is NaN or infinite in a shard, before that shard is written; a
+            destination that is complete or not ours.
+    """
+    recipe = recipe or Recipe("exact")
+    given, target = Path(source), Path(destination)
+    if given.resolve() in (target.resolve(), *target.resolve().parents):
+        raise CheckpointError(target, [f"it lies in the source {given}; give another folder"])
+    plan = open_source(Folder(given), exclude)
+    converter = _Converter(plan, recipe, input_scale, torch.device(device), progress or silent)
+    identity = _identity(plan, recipe, input_scale)
+    work = Workspace(target, identity, plan.folder.shards)
+
+    facts = []
+    for shard in plan.folder.shards:
+        done = work.finished(shard)
+        if done is None:
+            tensors, done = converter.shard(shard)
+            work.write_shard(shard, tensors, plan.folder.file(shard).metadata() or {}, done)
+            del tensors
+        else:
+            converter.skip(shard)
+        facts.append(done)
+    _write_rest(plan, work, recipe)
+    work.complete(_index(plan.folder, target))
+    found = merge(facts)
+    return [found[layer.module] for layer in plan.layers]
+
+
+class _Converter:
+    """Makes the tensors of one shard at a time."""
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        input_scale: bool,
+        device: torch.device,
+        progress: Progress,
+    ):
+        self._source, self._recipe, self._input_scale = source, recipe, input_scale
+        self._device, self._progress = device, progress
+        self._total = sum(map(len, source.matrices.values()))
+        self._done = 0
+
+    def shard(self, shard: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(its tensors; the sums of squares of the error, by module and projection)."""
+        folder = self._source.folder
+        names = [name for name, file in folder.shard_of.items() if file == shard]
+        self._check_values(names)
+        kept = _Kept([m for name in names for m in self._source.matrices.get(name, ())])
+        tensors: dict[str, torch.Tensor] = {}
+        errors: dict[str, LayerError] = {}
+        for name in names:
+            for matrix in self._source.matrices.get(name, ()):
+                layer = errors.setdefault(matrix.module, LayerError(matrix.module))
+                made = self._quantize(matrix, layer)
+                tensors |= {name: kept.copy(tensor) for name, tensor in made.items()}
+                self._step(matrix.target)
+            if name not in self._source.matrices and name not in self._source.scales:
+                tensors[name] = folder.tensor(name)
+        return tensors, {module: layer.sums for module, layer in errors.items()}
+
+    def skip(self, shard: str) -> None:
+        """Count the matrices of a shard that was finished before."""
+        for name, matrices in self._source.matrices.items():
+            if self._source.folder.shard_of[name] == shard:
+                self._done += len(matrices)
+        self._progress(self._done, self._total, f"{shard} was finished before")
+
+    def _step(self, what: str) -> None:
+        self._done += 1
+        self._progress(self._done, self._total, what)
+
+    def _check_values(self, names: list[str]) -> None:
+        matrices = [m for name in names for m in self._source.matrices.get(name, ())]
+        asked = dict.fromkeys(p for m in matrices for p in self._source.partners(m))
+        bad = [
+            f"{m.place}: it has NaN or infinite values"
+            for m in asked
+            if not math.isfinite(self._source.amax(m))
+        ]
+        if bad:
+            raise CheckpointError(self._source.folder.path, bad)
+
+    def _quantize(self, matrix: Matrix, error: LayerError) -> dict[str, torch.Tensor]:
+        w = self._source.weight(matrix).to(self._device)
+        shared = self._source.shared_amax(matrix)
+        amax = torch.tensor(shared, dtype=torch.float32, device=self._device)
+        codes, scales, decode = quantize_weight(w, amax, self._recipe)
+        exact = w.double()
+        difference = dequantize(codes, scales, decode).double() - exact
+        squares = (difference.square().sum(), exact.square().sum())
+        error.add(matrix.projection, *(float(s) for s in squares))
+        made = {
+            MODELOPT.codes: codes,
+            MODELOPT.block_scales: scales.view(torch.float8_e4m3fn),
+            MODELOPT.weight_scale: decode,
+        }
+        if self._input_scale:
+            made[MODELOPT.input_scale] = torch.ones(())
+        return {f"{matrix.target}.{kind}": t for kind, t in made.items()}
+
+
+class _Kept:
+    """Results of a shard, in one piece of memory.
+
+    Between the larger temporaries of the quantizer they would hold the heap's free pieces apart, and
+    several times their own size with them.
+    """
+
+    _ALIGNMENT = 16
+
+    def __init__(self, matrices: Sequence[Matrix]):
+        # A code and a share of a block scale for each element, and two scalars for each matrix.
+        sizes = (m.elements // 2 + m.elements // BLOCK_SIZE + 4 * self._ALIGNMENT for m in matrices)
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._used = 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        part = self._memory[self._used : self._used + tensor.nbytes]
+        self._used += -(-tensor.nbytes // self._ALIGNMENT) * self._ALIGNMENT
+        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
+    """Of a conversion: its settings, and the source's files as far as their names tell."""
+    stats = {shard: (source.folder.path / shard).stat() for shard in source.folder.shards}
+    content = {
+        "version": _VERSION,
+        "recipe": recipe.code,
+        "input_scale": input_scale,
+        "excluded": source.excluded,
+        "shards": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "tensors": source.folder.shard_of,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_rest(source: Source, work: Workspace, recipe: Recipe) -> None:
+    """Everything but the shards and their index."""
+    folder = source.folder
+    made = ("config.json", HF_QUANT_CONFIG, INDEX)
+    for path in sorted(folder.path.rglob("*")):
+        name = path.relative_to(folder.path)
+        if any(part.startswith(".") for part in name.parts) or name.as_posix() in made:
+            continue
+        if path.is_file() and not path.name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+            work.copy(path, name.as_posix())
+    inner, outer = describe(source, recipe)
+    work.write_json("config.json", {**folder.config, "quantization_config": inner})
+    work.write_json(HF_QUANT_CONFIG, outer)
+
+
+def _index(source: Folder, target: Path) -> dict[str, Any]:
+    """Of the shards that were written."""
+    places: dict[str, str] = {}
+    size = 0
+    for shard in source.shards:
+        with (target / shard).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                places[name] = shard
+                size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    metadata = dict((source.index or {}).get("metadata") or {}) | {"total_size": size}
+    return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}

@@ -1,0 +1,56 @@
+"""What quantizing the weights cost, by layer."""
+
+# SPDX-License-Identifier: Apache-2.0
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+_SIDES = {"w13": ("gate", "up"), "w2": ("down",)}
+
+
+@dataclass
+class LayerError:
+    """Sums of squares over the experts of a layer, by projection: (of the error, of the weights)."""
+
+    module: str
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, projection: str, error: float, signal: float) -> None:
+        before = self.sums.get(projection, (0.0, 0.0))
+        self.sums[projection] = (before[0] + error, before[1] + signal)
+
+    def relative(self, *projections: str) -> float:
+        """Frobenius norm of the error by that of the weights, of all projections without any."""
+        chosen = [self.sums[p] for p in projections or self.sums if p in self.sums]
+        error, signal = (sum(part) for part in zip(*chosen, strict=True))
+        return math.sqrt(error / signal) if signal else 0.0
+
+    def snr(self, *projections: str) -> float:
+        """The same in dB; infinite without an error."""
+        relative = self.relative(*projections)
+        return -20.0 * math.log10(relative) if relative else math.inf
+
+
+def merge(facts: Iterable[dict[str, Any]]) -> dict[str, LayerError]:
+    """By module, of the sums that shards recorded."""
+    layers: dict[str, LayerError] = {}
+    for shard in facts:
+        for module, sums in shard.items():
+            layer = layers.setdefault(module, LayerError(module))
+            for projection, (error, signal) in sums.items():
+                layer.add(projection, error, signal)
+    return layers
+
+
+def print_errors(errors: list[LayerError], stream: TextIO) -> None:
+    """A line for each layer: relative Frobenius error and SNR, of each of the two GEMMs' weights."""
+    first = max([len("layer"), *(len(e.module) for e in errors)])
+    head = "".join(f"  {f'{side}: error':>18}  {'SNR':>8}" for side in _SIDES)
+    print(f"{'layer':<{first}}{head}", file=stream)
+    for layer in errors:
+        cells = "".join(
+            f"  {layer.relative(*side):18.5f}  {layer.snr(*side):5.2f} dB"
+            for side in _SIDES.values()
+        )
+        print(f"{layer.module:<{first}}{cells}", file=stream)

@@ -1,0 +1,184 @@
+"""NVFP4 experts from a checkpoint, as the fused call wants them."""
+
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+import torch
+
+from ..reference.activation import ActivationType
+from ..reference.experts import Experts, assemble_experts
+from ..reference.recipe import BLOCK_SIZE
+from .check import Check
+from .errors import CheckpointError
+from .folder import Folder, Place
+from .formats import Format, read_quantization
+from .layers import Layer, Projection, config_value, find_layer
+from .progress import Progress, silent
+
+_Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_E4M3_RANGE = 6.0 * 448.0  # by which ModelOpt's activation scales divide the largest magnitude
+_ACTIVATIONS = {
+    ("silu", True): ActivationType.Swiglu,
+    ("gelu", True): ActivationType.Geglu,
+    ("gelu_pytorch_tanh", True): ActivationType.GegluTanh,
+    ("relu2", False): ActivationType.Relu2,
+    ("silu", False): ActivationType.Silu,
+    ("gelu", False): ActivationType.Gelu,
+    ("relu", False): ActivationType.Relu,
+}
+"""By the configuration's name, and whether there are gate projections."""
+
+
+def load_experts(
+    folder: Path | str | Folder,
+    layer: int | str,
+    *,
+    activation: ActivationType | None = None,
+    device: torch.device | str = "cpu",
+    static: bool = False,
+    local: range | None = None,
+    alpha: torch.Tensor | float | None = None,
+    beta: torch.Tensor | float | None = None,
+    clamp_limit: torch.Tensor | float | None = None,
+    progress: Progress | None = None,
+) -> Experts:
+    """Read the NVFP4 experts of a layer, an expert at a time, and lay them out for every backend.
+
+    Contract: codes and scales are the checkpoint's bits; gate and up keep scales of their own. What
+    `convert` writes gives bitwise the `Experts` that `prepare_experts` makes of the same weights.
+    Formats: `formats.py`; names: `layers.py`.
+
+    Args:
+        folder: of a Hugging Face checkpoint, ModelOpt's NVFP4 or compressed-tensors'.
+        layer: its number, or the name of its module of experts where several have that number
+            (`mtp.layers.0.mlp.experts`).
+        activation: without it, by the configuration's `hidden_act` or `mlp_hidden_act`.
+        static: take the checkpoint's activation scales, of input and of intermediate the largest
+            over all experts, local or not. Otherwise activations have a scale for each token, and
+            the checkpoint's are only checked.
+        local: the experts to read, all without it.
+        alpha, beta, clamp_limit: of the activation, as for `prepare_experts`.
+        progress: called after each expert is checked, and again after each is read.
+
+    Raises:
+        CheckpointError: with the list of everything that is missing, extra, misshapen, of another
+            dtype, NaN or unreadable, before anything is built.
+        ValueError: `activation` does not fit the tensors, or `local` the number of experts.
+    """
+    source = folder if isinstance(folder, Folder) else Folder(folder)
+    progress = progress or silent
+    found = find_layer(source, layer)
+    activation = _activation(source, found, activation)
+    experts = range(found.num_experts) if local is None else local
+    if not experts or min(experts) < 0 or max(experts) >= found.num_experts:
+        raise ValueError(f"local is {local}; it must be a part of range({found.num_experts})")
+    quantization = read_quantization(source)
+    refusal = quantization.refusal(
+        [found.module, *(found.module_of(e, p) for e in experts for p in found.projections)]
+    )
+    if refusal is not None:
+        raise CheckpointError(source.path, [refusal])
+    form = quantization.format
+    check = Check(source, found, form, experts, range(found.num_experts) if static else ())
+    if problems := check.run(progress):
+        raise CheckpointError(source.path, problems)
+
+    reader = _Reader(source, found, form, torch.device(device))
+    weights = reader.weights(experts, check.hidden_size, check.intermediate_size, progress)
+    amax = reader.amax() if static else (None, None)
+    return assemble_experts(
+        *weights, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit,
+        input_amax=amax[0], intermediate_amax=amax[1],
+    )  # fmt: skip
+
+
+def _activation(folder: Folder, layer: Layer, given: ActivationType | None) -> ActivationType:
+    if given is None:
+        name = config_value(folder, "mlp_hidden_act", "hidden_act", "hidden_activation")
+        if (str(name), layer.gated) not in _ACTIVATIONS:
+            raise CheckpointError(
+                folder.path,
+                [
+                    f"config.json: hidden_act is {name!r}, with{'' if layer.gated else 'out'} gate "
+                    "projections, which is no activation known here; give `activation`"
+                ],
+            )
+        return _ACTIVATIONS[str(name), layer.gated]
+    if given.gated != layer.gated:
+        raise ValueError(
+            f"activation is {given.name}, which is {'' if given.gated else 'not '}gated; "
+            f"{layer.module} has {'' if layer.gated else 'no '}gate projections"
+        )
+    return given
+
+
+class _Reader:
+    """Reads what `Check` has found in order."""
+
+    def __init__(self, folder: Folder, layer: Layer, form: Format, device: torch.device):
+        self._folder, self._layer, self._form, self._device = folder, layer, form, device
+
+    def weights(
+        self, experts: range, hidden: int, intermediate: int, progress: Progress
+    ) -> _Weights:
+        """The first six arguments of `assemble_experts`."""
+        halves: tuple[Projection, ...] = ("up", "gate") if self._layer.gated else ("up",)
+        rows = len(halves) * intermediate
+        w13 = self._empty(len(experts), rows, hidden)
+        w2 = self._empty(len(experts), hidden, intermediate)
+        w13_decode = torch.empty(len(experts), len(halves), device=self._device)
+        w2_decode = torch.empty(len(experts), device=self._device)
+        for i, expert in enumerate(experts):
+            for j, projection in enumerate(halves):
+                part = slice(j * intermediate, (j + 1) * intermediate)
+                w13_decode[i, j] = self._fill(expert, projection, w13[0][i, part], w13[1][i, part])
+            w2_decode[i] = self._fill(expert, "down", w2[0][i], w2[1][i])
+            progress(i + 1, len(experts), f"read expert {expert} of {self._layer.module}")
+        if not self._layer.gated:
+            w13_decode = w13_decode[:, 0]
+        return *w13, w13_decode, *w2, w2_decode
+
+    def amax(self) -> tuple[float, float]:
+        """Largest magnitudes of input and intermediate that the activation scales stand for."""
+        found = {}
+        for side, projections in {"input": ("gate", "up"), "intermediate": ("down",)}.items():
+            scales = [
+                float(self._form.decode(self._scalar(expert, p, self._form.input_scale)))
+                for expert in range(self._layer.num_experts)
+                for p in self._layer.projections
+                if p in projections
+            ]
+            if max(scales) == 0:
+                raise CheckpointError(
+                    self._folder.path,
+                    [f"{self._layer.module}: every static scale of the {side} is zero"],
+                )
+            # In double: 2688 / (2688 s) then rounds to the fp32 1 / s that servers compute.
+            found[side] = max(scales) * _E4M3_RANGE
+        return found["input"], found["intermediate"]
+
+    def _empty(self, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and block scales."""
+        codes, scales = (
+            torch.empty(experts, rows, c, dtype=torch.uint8, device=self._device)
+            for c in (columns // 2, columns // BLOCK_SIZE)
+        )
+        return codes, scales
+
+    def _fill(
+        self, expert: int, projection: Projection, codes: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """Read one projection into place; its decode scale."""
+        form = self._form
+        codes.copy_(self._folder.matrix(self._place(expert, projection, form.codes)))
+        blocks = self._folder.matrix(self._place(expert, projection, form.block_scales))
+        scales.copy_(blocks.view(torch.uint8))
+        return form.decode(self._scalar(expert, projection, form.weight_scale))
+
+    def _scalar(self, expert: int, projection: Projection, kind: str) -> torch.Tensor:
+        return self._folder.scalar(self._place(expert, projection, kind))
+
+    def _place(self, expert: int, projection: Projection, kind: str) -> Place:
+        place = self._layer.place(expert, projection, kind)
+        assert place is not None, "checked before"
+        return place
