@@ -30,12 +30,14 @@ gpu:
 	$(PYTHON) -m pytest -m "gpu or blackwell"
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
+	$(PYTHON) bench/dense_speed.py
 
 # Needs an NVIDIA GPU. The backends beside each other, then our own tables.
 bench:
 	$(PYTHON) -m pytest bench
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
+	$(PYTHON) bench/dense_speed.py
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

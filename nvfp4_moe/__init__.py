@@ -12,6 +12,7 @@ if (_checkout / "pyproject.toml").is_file():
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .kernels.dense_dispatch import explain_mm_fp4, mm_fp4
 from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
 from .kernels.moe_dispatch import (
     autotune_fused_moe,
@@ -48,7 +49,9 @@ __all__ = [
     "autotune_fused_moe",
     "explain",
     "explain_fused_moe",
+    "explain_mm_fp4",
     "fused_moe",
+    "mm_fp4",
     "nvfp4_quantize",
     "prepare_experts",
     "trtllm_fp4_block_scale_moe",
