@@ -21,6 +21,11 @@ from .kernels.moe_dispatch import (
     trtllm_fp4_block_scale_moe,
     trtllm_fp4_block_scale_routed_moe,
 )
+from .kernels.producers import (
+    add_rmsnorm_nvfp4_quantize,
+    rmsnorm_nvfp4_quantize,
+    silu_and_mul_nvfp4_quantize,
+)
 from .reference.activation import ActivationType
 from .reference.cute_dsl import with_cute_dsl
 from .reference.cutlass import with_cutlass
@@ -45,6 +50,7 @@ __all__ = [
     "SfLayout",
     "UnsupportedError",
     "__version__",
+    "add_rmsnorm_nvfp4_quantize",
     "assemble_experts",
     "autotune_fused_moe",
     "explain",
@@ -54,6 +60,8 @@ __all__ = [
     "mm_fp4",
     "nvfp4_quantize",
     "prepare_experts",
+    "rmsnorm_nvfp4_quantize",
+    "silu_and_mul_nvfp4_quantize",
     "trtllm_fp4_block_scale_moe",
     "trtllm_fp4_block_scale_routed_moe",
     "with_cute_dsl",
