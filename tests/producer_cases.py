@@ -99,4 +99,24 @@ def every_bf16_number(device):
     assert_bitwise(values, reference.silu_and_mul(both.cpu()), "silu")
 
 
-CASES = (every_recipe_and_layout, odd_shapes, in_two_launches, long_rows, every_bf16_number)
+def order_of_the_sum(device):
+    """An ulp of the sum of squares shows in about one of 2^12 fp16 numbers; here are 2^18."""
+    for m, k in ((256, 512), (40, 4112)):
+        g = torch.Generator().manual_seed(k)
+        x, weight = torch.randn(m, k, generator=g).half(), torch.randn(k, generator=g).half()
+        values = torch.empty(m, k, dtype=torch.float16, device=device)
+        launch._launch(
+            x.to(device), k, launch.k.RMSNORM.value, None, weight.to(device), EPS, 1.0, Recipe(),
+            SfLayout.layout_linear, None, values,
+        )  # fmt: skip
+        assert_bitwise(values, reference.rmsnorm(x, weight, EPS), f"{m} x {k}")
+
+
+CASES = (
+    every_recipe_and_layout,
+    odd_shapes,
+    in_two_launches,
+    long_rows,
+    every_bf16_number,
+    order_of_the_sum,
+)
