@@ -30,6 +30,7 @@ gpu:
 	$(PYTHON) -m pytest -m "gpu or blackwell"
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
+	$(PYTHON) bench/dense_speed.py
 
 # The whole matrix through every backend, tactic and math of this machine; the README has what to install.
 blackwell:
@@ -44,6 +45,7 @@ bench:
 	$(PYTHON) -m pytest bench
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
+	$(PYTHON) bench/dense_speed.py
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

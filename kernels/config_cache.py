@@ -23,7 +23,7 @@ import triton
 
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
-from . import environment, leaves, moe_gemm
+from . import environment, gemm_sums, leaves, moe_gemm
 from .target import arch, gpu_name, native_mma
 
 Mode = Literal["per-token", "static", "bf16"]
@@ -99,7 +99,8 @@ def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
 @functools.cache
 def _digest() -> str:
     """Of the kernel's source: what was measured and compared before a change says nothing after."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (moe_gemm, leaves)]
+    modules = (moe_gemm, gemm_sums, leaves)
+    sources = [Path(module.__file__ or "").read_bytes() for module in modules]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 

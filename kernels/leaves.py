@@ -151,12 +151,12 @@ def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
 
 @triton.jit
 def to_bf16(x, ARCH: tl.constexpr):
-    """fp32 to bf16, to nearest, ties to even; the interpreter's own cast truncates."""
+    """fp32 to bf16, to nearest, ties to even; the interpreter's cast truncates and loses subnormals."""
     if ARCH == 0:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         rounded = tl.where(x == x, rounded, 0x7FC00000)
-        y = rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
+        y = (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         y = x.to(tl.bfloat16)
     return y

@@ -1,31 +1,22 @@
 """The grouped GEMM of the experts: NVFP4 weights in the production layout, tokens on the MMA's N side.
 
-A program owns BM rows of one expert's weights, as they lie in memory, and up to BN of its tokens. The
-weights' rows are the MMA's A operand: codes are decoded into bf16 in registers, exactly (e2m1 times
-e4m3 has at most 6 significant bits), and the accumulator's rows are put back into their natural order
-(`reference/shuffle.py`) once, in the epilogue. The tokens come decoded, each fourth column together, so
-that each nibble of a tile of 16-bit words multiplies a tile of its own and no element has to change
-place. Where an expert has many tokens its weights are decoded once, before, and both operands come from
-shared memory. On Blackwell both stay codes and `tl.dot_scaled` is the hardware's own block-scaled MMA.
+A program owns BM rows of one expert's weights, as they lie in memory, and up to BN of its tokens.
+`gemm_sums.py` multiplies them; the accumulator's rows are put back into their natural order
+(`reference/shuffle.py`) once, in the epilogue. Where an expert has many tokens its weights are decoded
+once, before.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
 import triton.language as tl
 
-from .leaves import await_previous, decode_fourth, operand_scale, scaled, to_bf16
+from .gemm_sums import decoded_sums, native_sums, sums
+from .leaves import await_previous, to_bf16
 
 # reference.activation.ActivationType
 GELU, RELU, SILU, SWIGLU, GEGLU = (tl.constexpr(i) for i in range(5))
 RELU2, SWIGLU_STEP, GEGLU_TANH, IDENTITY, SITU = (tl.constexpr(i) for i in range(6, 11))
 NONE = tl.constexpr(-1)  # the second GEMM
-
-
-@triton.jit
-def _scale_offset(row, column, words):
-    """128x4 (`reference/layouts.py`); `words` is K / 64, the tiles that 128 rows have."""
-    tile = (row // 128) * words + column // 4
-    return tile * 512 + (row % 32) * 16 + row % 128 // 32 * 4 + column % 4
 
 
 @triton.jit
@@ -87,111 +78,6 @@ def _per_expert(ptr, expert, default: tl.constexpr):
 
 
 @triton.jit
-def _sums(
-    x_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K4,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """[BM, BN] fp32: rows of weights, decoded, times rows of decoded tokens."""
-    WORDS: tl.constexpr = BK // 4  # of four codes
-    word = tl.arange(0, WORDS)
-    column = tl.arange(0, BK // 16)
-    w = w_ptr.to(tl.pointer_type(tl.uint16)) + expert_rows * K4
-    w += m[:, None] * K4 + word[None, :]
-    w_sf = w_sf_ptr + expert_rows * (K4 // 4)
-    w_sf += _scale_offset(m[:, None], column[None, :], K4 // 16)
-    x = x_ptr + source[None, :] * (4 * K4) + word[:, None]
-
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in tl.range(0, K4, WORDS, num_stages=STAGES):
-        if EVEN:
-            codes = tl.load(w)
-            sf = tl.load(w_sf)
-            x0 = tl.load(x)
-            x1 = tl.load(x + K4)
-            x2 = tl.load(x + 2 * K4)
-            x3 = tl.load(x + 3 * K4)
-        else:  # K is a multiple of 64
-            inside = word < K4 - k
-            codes = tl.load(w, inside[None, :], other=0)
-            sf = tl.load(w_sf, (column // 4 < (K4 - k) // 16)[None, :], other=0)
-            x0 = tl.load(x, inside[:, None], other=0.0)
-            x1 = tl.load(x + K4, inside[:, None], other=0.0)
-            x2 = tl.load(x + 2 * K4, inside[:, None], other=0.0)
-            x3 = tl.load(x + 3 * K4, inside[:, None], other=0.0)
-        if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
-            x0, x1, x2, x3 = _as_fp32(x0, x1, x2, x3)
-        scale = operand_scale(sf)
-        scale = tl.broadcast_to(scale[:, :, None], (BM, BK // 16, 4)).reshape(BM, WORDS)
-        acc = tl.dot(scaled(decode_fourth(codes, 0, ARCH), scale, ARCH), x0, acc)
-        acc = tl.dot(scaled(decode_fourth(codes, 1, ARCH), scale, ARCH), x1, acc)
-        acc = tl.dot(scaled(decode_fourth(codes, 2, ARCH), scale, ARCH), x2, acc)
-        acc = tl.dot(scaled(decode_fourth(codes, 3, ARCH), scale, ARCH), x3, acc)
-        w += WORDS
-        w_sf += BK // 64 * 512
-        x += WORDS
-    return acc * 256.0
-
-
-@triton.jit
-def _decoded_sums(
-    x_ptr, w_ptr, source, rows, m, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """The same of weights that were decoded before, columns in the order of the tokens'."""
-    column = tl.arange(0, BK)
-    w = w_ptr + rows * K + m[:, None] * K + column[None, :]
-    x = x_ptr + source[None, :] * K + column[:, None]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for _ in tl.range(0, K, BK, num_stages=STAGES):  # BK divides K
-        a = tl.load(w)
-        b = tl.load(x)
-        if ARCH == 0:  # the interpreter multiplies the bit patterns of bf16
-            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-        else:
-            acc = tl.dot(a, b, acc)
-        w += BK
-        x += BK
-    return acc * 256.0
-
-
-@triton.jit
-def _as_fp32(a, b, c, d):
-    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
-
-
-@triton.jit
-def _native_sums(
-    x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The same of codes, by the block-scaled MMA."""
-    HALF: tl.constexpr = BK // 2
-    byte = tl.arange(0, HALF)
-    column = tl.arange(0, BK // 16)
-    w = w_ptr + expert_rows * (K // 2) + m[:, None] * (K // 2) + byte[None, :]
-    w_sf = w_sf_ptr + expert_rows * (K // 16)
-    w_sf += _scale_offset(m[:, None], column[None, :], K // 64)
-    x = x_ptr + source[None, :] * (K // 2) + byte[:, None]
-    x_sf = x_sf_ptr + source[:, None] * (K // 16) + column[None, :]
-
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in tl.range(0, K, BK, num_stages=STAGES):
-        inside = byte < (K - k) // 2  # K is a multiple of 64
-        inside_sf = column < (K - k) // 16
-        w_codes = tl.load(w, inside[None, :], other=0)
-        w_scale = tl.load(w_sf, inside_sf[None, :], other=0).to(tl.float8e4nv, bitcast=True)
-        x_codes = tl.load(x, inside[:, None], other=0)
-        x_scale = tl.load(x_sf, inside_sf[None, :], other=0).to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot_scaled(w_codes, w_scale, "e2m1", x_codes, x_scale, "e2m1", acc)
-        w += HALF
-        w_sf += BK // 64 * 512
-        x += HALF
-        x_sf += BK // 16
-    return acc
-
-
-@triton.jit
 def _expert_tile(
     x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr,
     alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, expert, place, first, end, M, K4,
@@ -216,15 +102,18 @@ def _expert_tile(
     expert_rows = expert.to(tl.int64) * M  # a multiple of 128, as the tiles of scales
     if w_ptr.dtype.element_ty == tl.bfloat16:
         rows = place.to(tl.int64) * M
-        acc = _decoded_sums(x_ptr, w_ptr, source, rows, m, K, BM, BN, BK, STAGES, ARCH)
+        acc = decoded_sums(x_ptr, w_ptr, source, rows, m, K, BM, BN, BK, STAGES, ARCH)
     elif NATIVE:
-        acc = _native_sums(
-            x_ptr, x_sf_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K, BM, BN, BK, STAGES
-        )
+        x_sf = x_sf_ptr + source[:, None] * (K // 16) + tl.arange(0, BK // 16)[None, :]
+        acc = native_sums(
+            x_ptr, x_sf, w_ptr, w_sf_ptr, source, expert_rows, m, K, K // 64, BK // 16,
+            BM, BN, BK, STAGES,
+        )  # fmt: skip
     else:
-        acc = _sums(
-            x_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K4, BM, BN, BK, STAGES, EVEN, ARCH
-        )
+        acc = sums(
+            x_ptr, w_ptr, w_sf_ptr, source, expert_rows, m, K4, K4 // 16, BM, BN, BK, STAGES,
+            EVEN, ARCH,
+        )  # fmt: skip
 
     if token_scale_ptr is not None:
         acc = acc * tl.load(token_scale_ptr + source, live, other=0.0)[None, :]

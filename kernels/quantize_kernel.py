@@ -375,15 +375,23 @@ def _quantize_and_store(
         byte, codes = _quantize_fp32(x, amax, token, rcp_delta_ptr, ARCH)
     else:
         byte, codes = _quantize(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH)
-    mask = live & (column < NB)
     if values_ptr is not None:
-        _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH)
+        _store_values(values_ptr, codes, byte, row, column, live & (column < NB), NB, ARCH)
     else:
-        word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-        tl.store(codes_ptr + word, codes, mask[:, :, None])
-        offset = _scale_offset(row, column, padded_columns, LAYOUT)
-        byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
-        tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
+        _store_codes(codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
+
+
+@triton.jit
+def _store_codes(
+    codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT: tl.constexpr
+):
+    """Codes [R, NB, 2] and block scales of the blocks that stand at (row, column), where live."""
+    mask = live & (column < NB)
+    word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(codes_ptr + word, codes, mask[:, :, None])
+    offset = _scale_offset(row, column, padded_columns, LAYOUT)
+    byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
+    tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
 
 
 @triton.jit

@@ -58,6 +58,13 @@ def native_mma(arch: int) -> bool:
     return since is not None and _triton_version() >= since
 
 
+def shared_memory(arch: int) -> int:
+    """KiB of shared memory that a program may have (CUDA C++ Programming Guide)."""
+    if arch in (86, 89) or arch >= 120:
+        return 99
+    return 163 if arch in (80, 87) else 227
+
+
 @functools.cache
 def _triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -12,6 +12,7 @@ if (_checkout / "pyproject.toml").is_file():
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .kernels.dense_dispatch import explain_mm_fp4, mm_fp4
 from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
 from .kernels.moe_dispatch import (
     autotune_fused_moe,
@@ -19,6 +20,11 @@ from .kernels.moe_dispatch import (
     fused_moe,
     trtllm_fp4_block_scale_moe,
     trtllm_fp4_block_scale_routed_moe,
+)
+from .kernels.producers import (
+    add_rmsnorm_nvfp4_quantize,
+    rmsnorm_nvfp4_quantize,
+    silu_and_mul_nvfp4_quantize,
 )
 from .reference.activation import ActivationType
 from .reference.cute_dsl import with_cute_dsl
@@ -44,13 +50,18 @@ __all__ = [
     "SfLayout",
     "UnsupportedError",
     "__version__",
+    "add_rmsnorm_nvfp4_quantize",
     "assemble_experts",
     "autotune_fused_moe",
     "explain",
     "explain_fused_moe",
+    "explain_mm_fp4",
     "fused_moe",
+    "mm_fp4",
     "nvfp4_quantize",
     "prepare_experts",
+    "rmsnorm_nvfp4_quantize",
+    "silu_and_mul_nvfp4_quantize",
     "trtllm_fp4_block_scale_moe",
     "trtllm_fp4_block_scale_routed_moe",
     "with_cute_dsl",

@@ -4,6 +4,7 @@
 import json
 
 import bf16_layer
+import dense_speed
 import moe_speed
 import pytest
 import torch
@@ -250,3 +251,21 @@ def test_second_gemm_with_a_last_part_compiles(tmp_path):
     kernel = compiled(bf16_layer.TILES[-1], 90, first=False, even=False)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert resources(kernel, tmp_path)[0] <= 64
+
+
+@interpreted
+@pytest.mark.parametrize("m", [3, 130])
+def test_dense_products_are_checked(m, monkeypatch):
+    """The cells' inputs have exact sums, and another weight is seen."""
+    monkeypatch.setattr(dense_speed, "DEVICE", torch.device("cpu"))
+    a, b = dense_speed.operand(m, 192), dense_speed.operand(136, 192)
+    alpha = torch.rand(m) + 0.5
+    dense_speed.check(*a, *b, alpha)
+    right = dense_speed.product
+
+    def wrong(a, a_scales, b, b_scales, alpha):
+        return right(a, a_scales, b.roll(1, 0), b_scales, alpha)
+
+    monkeypatch.setattr(dense_speed, "product", wrong)
+    with pytest.raises(SystemExit, match="wrong bits"):
+        dense_speed.check(*a, *b, alpha)

@@ -1,0 +1,106 @@
+"""The dense GEMM of NVFP4 matrices: rows of `b` are the MMA's A operand, rows of `a` its N side.
+
+The K loops are those of the mixture of experts (`gemm_sums.py`). Here rows are in their natural order,
+neither M nor N need be a multiple of a tile, and block scales are read where FlashInfer's layouts have
+them; what pads them is never read for its value.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+from .gemm_sums import decoded_sums, native_sums, scale_offset, sums
+from .leaves import await_previous, decode_values, e4m3_decode, to_bf16
+
+
+@triton.jit(do_not_specialize=["R"])
+def decode_rows_kernel(
+    codes_ptr,  # [R, K/4] uint16, four codes each
+    sf_ptr,  # uint8, 128x4 or 8x4
+    out_ptr,  # [R, 4, P/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
+    R,
+    NB,  # K / 16
+    padded,  # P / 16 >= K / 16; what is more is zero
+    sf_tiles,
+    FACTOR: tl.constexpr,  # a power of two on every value
+    TILE: tl.constexpr,  # 128 or 8: rows of a tile of scales
+    BLOCKS: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Code times block scale times FACTOR, exact, of eight rows."""
+    await_previous(ARCH)
+    i = tl.arange(0, 8)
+    if TILE == 8:
+        row = tl.program_id(0).to(tl.int64) * 8 + i
+    else:  # rows whose block scales share sectors of memory: a pair in each 32
+        row = tl.program_id(0).to(tl.int64) // 16 * 128
+        row += tl.program_id(0) % 16 * 2 + i % 2 + i // 2 * 32
+    row = row[:, None]
+    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
+    inside = (row < R) & (block < NB)
+    four = tl.arange(0, 4)[None, None, :]
+    word = (row * NB + block)[:, :, None] * 4 + four
+    words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
+    sf = tl.load(sf_ptr + scale_offset(row, block, sf_tiles, TILE), inside, other=0)
+    scale = (e4m3_decode(sf.to(tl.int32)) * FACTOR)[:, :, None]
+    written = ((row < R) & (block < padded))[:, :, None]
+    for j in tl.static_range(4):
+        out = out_ptr + ((row * 4 + j) * padded + block)[:, :, None] * 4 + four
+        tl.store(out, decode_values(words, scale, j, ARCH), written)
+
+
+@triton.jit(do_not_specialize=["M"])
+def dense_gemm_kernel(
+    x_ptr,  # a: [M, 4, K/4] bf16 of `decode_rows_kernel`; with NATIVE codes [M, K/2] uint8
+    x_sf_ptr,  # with NATIVE uint8, 128x4 or 8x4
+    w_ptr,  # b: codes [N, K/2] uint8, or decoded, times 2^-8, [N, 4, K/4] bf16
+    w_sf_ptr,  # uint8, 128x4; None where b is decoded
+    alpha_ptr,  # fp32 [1], with BY_ROW [M]; or None
+    out_ptr,  # [M, N] bf16 or fp16
+    M,
+    N,
+    K4,  # K / 4; of decoded b and a of the padded K
+    sf_tiles,  # K / 64, rounded up
+    BY_ROW: tl.constexpr,
+    X_TILE: tl.constexpr,  # 128 or 8: rows of a tile of a's scales
+    BM: tl.constexpr,  # rows of b
+    BN: tl.constexpr,  # rows of a
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,  # BK divides K
+    NATIVE: tl.constexpr,  # the GPU multiplies codes
+    ARCH: tl.constexpr,
+):
+    await_previous(ARCH)
+    strips = (N + BM - 1) // BM
+    column = tl.program_id(0) % strips * BM + tl.arange(0, BM)
+    n = (tl.program_id(0) // strips).to(tl.int64) * BN + tl.arange(0, BN)
+    live = n < M
+    # Beyond the edges the first row is multiplied, and not stored.
+    source = tl.where(live, n, 0)
+    m = tl.where(column < N, column, 0).to(tl.int64)
+    if NATIVE:
+        x_sf = x_sf_ptr + scale_offset(
+            source[:, None], tl.arange(0, BK // 16)[None, :], sf_tiles, X_TILE
+        )
+        acc = native_sums(
+            x_ptr, x_sf, w_ptr, w_sf_ptr, source, 0, m, K4 * 4, sf_tiles, BK // 16 * X_TILE,
+            BM, BN, BK, STAGES,
+        )  # fmt: skip
+    elif w_sf_ptr is None:
+        acc = decoded_sums(x_ptr, w_ptr, source, 0, m, K4 * 4, BM, BN, BK, STAGES, ARCH)
+    else:
+        acc = sums(
+            x_ptr, w_ptr, w_sf_ptr, source, 0, m, K4, sf_tiles, BM, BN, BK, STAGES, EVEN, ARCH
+        )
+    if alpha_ptr is not None:
+        if BY_ROW:
+            acc = acc * tl.load(alpha_ptr + source)[None, :]
+        else:
+            acc = acc * tl.load(alpha_ptr)
+    out = out_ptr + n[None, :] * N + column[:, None]
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        y = to_bf16(acc, ARCH)
+    else:
+        y = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out, y, live[None, :] & (column < N)[:, None])

@@ -1,0 +1,192 @@
+"""One call of the dense product, checked: what every backend is asked and judged by."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..reference.dense import a_layout
+from ..reference.layouts import padded_shape
+from ..reference.recipe import BLOCK_SIZE, SfLayout
+from .capability import capability_of
+
+_CODES = (torch.uint8, torch.float4_e2m1fn_x2)
+_SCALES = (torch.uint8, torch.float8_e4m3fn)
+_OUTPUTS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class MmRequest:
+    """The arguments of `mm_fp4`, normalized; made by `make_mm_request`, which checks them."""
+
+    a: torch.Tensor  # [M, K/2] uint8
+    b_rows: torch.Tensor  # [N, K/2] uint8, contiguous
+    a_scales: torch.Tensor  # [padded M, padded K/16] uint8, contiguous
+    b_scales: torch.Tensor  # [padded N, padded K/16] uint8, contiguous, 128x4
+    alpha: torch.Tensor | None  # [1] or [M] fp32, contiguous
+    out_dtype: torch.dtype
+    out: torch.Tensor | None  # [M, N], contiguous
+    use_8x4: bool
+    enable_pdl: bool
+    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
+
+    @property
+    def m(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def n(self) -> int:
+        return self.b_rows.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.a.shape[1] * 2
+
+    @property
+    def by_row(self) -> bool:
+        """One alpha a row."""
+        return self.alpha is not None and self.alpha.numel() > 1
+
+    def misaligned(self, alignment: int) -> bool:
+        """Whether a code matrix starts at no multiple of so many bytes (in its storage, which does)."""
+        return any(t.storage_offset() % alignment for t in (self.a, self.b_rows))
+
+    def output(self) -> torch.Tensor:
+        """The caller's `out`, or a new one."""
+        if self.out is not None:
+            return self.out
+        return self.a.new_empty((self.m, self.n), dtype=self.out_dtype)
+
+
+def make_mm_request(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_descale: torch.Tensor,
+    b_descale: torch.Tensor,
+    alpha: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    out: torch.Tensor | None,
+    block_size: int,
+    use_8x4_sf_layout: bool,
+    use_nvfp4: bool,
+    enable_pdl: bool,
+    capability: tuple[int, int] | None = None,
+) -> MmRequest:
+    """Check what no backend accepts.
+
+    Raises:
+        ValueError, TypeError: one argument, what was given and what is allowed.
+    """
+    if not use_nvfp4:
+        raise ValueError("use_nvfp4 is False; mxfp4 is not served, use_nvfp4 must be True")
+    if block_size != BLOCK_SIZE:
+        raise ValueError(f"block_size is {block_size}; NVFP4's blocks have {BLOCK_SIZE}")
+    _check_codes(a, "a", "[M, K/2]")
+    _check_codes(b, "b", "[K/2, N]")
+    half = a.shape[1]
+    if half % (BLOCK_SIZE // 2) or half == 0:
+        raise ValueError(
+            f"a has K = {2 * half} (its columns, doubled); K must be a positive multiple of {BLOCK_SIZE}"
+        )
+    if b.shape[0] != half:
+        raise ValueError(f"b has {b.shape[0]} rows; it must have a's columns, K/2 = {half}")
+    if not b.T.is_contiguous():
+        raise ValueError(
+            f"b has strides {tuple(b.stride())}; it must be column-major, the transpose of contiguous "
+            "codes [N, K/2]"
+        )
+    _check_device(a, b, "b")
+    blocks, layout = 2 * half // BLOCK_SIZE, a_layout(use_8x4_sf_layout)
+    a_scales = _scales(a, a_descale, "a_descale", a.shape[0], blocks, layout)
+    b_scales = _scales(a, b_descale, "b_descale", b.shape[1], blocks, SfLayout.layout_128x4)
+    if out_dtype not in _OUTPUTS:
+        raise ValueError(f"out_dtype is {out_dtype}; it must be bfloat16 or float16")
+    _check_out(a, out, (a.shape[0], b.shape[1]), out_dtype)
+    return MmRequest(
+        _bytes(a),
+        _bytes(b).T,
+        a_scales,
+        b_scales,
+        _alpha(a, alpha),
+        out_dtype,
+        out,
+        bool(use_8x4_sf_layout),
+        bool(enable_pdl),
+        capability or capability_of(a),
+    )
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8."""
+    if t.dtype == torch.uint8:
+        return t
+    # A column-major matrix is viewed by its rows, where the elements lie side by side.
+    return t.view(torch.uint8) if t.is_contiguous() else t.T.view(torch.uint8).T
+
+
+def _check_codes(t: Any, name: str, shape: str) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor")
+    if t.dtype not in _CODES:
+        raise ValueError(
+            f"{name} is {t.dtype}; it must be uint8 or float4_e2m1fn_x2, two codes a byte"
+        )
+    if t.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {shape}")
+
+
+def _check_device(a: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    if other.device != a.device and not a.is_meta:
+        raise ValueError(f"{name} is on {other.device}; it must be on a's device, {a.device}")
+
+
+def _scales(
+    a: torch.Tensor, given: Any, name: str, rows: int, blocks: int, layout: SfLayout
+) -> torch.Tensor:
+    """The block scales as [padded rows, padded K/16] uint8."""
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}; it must be a torch.Tensor")
+    if given.dtype not in _SCALES:
+        raise ValueError(f"{name} is {given.dtype}; it must be uint8 or float8_e4m3fn")
+    shape = padded_shape(rows, blocks, layout)
+    transposed = name == "b_descale" and given.dim() == 2
+    wanted = f"[{shape[1]}, {shape[0]}], a transpose" if name == "b_descale" else f"{list(shape)}"
+    upright = given.T if transposed else given
+    if given.numel() != shape[0] * shape[1] or not upright.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)} and strides {tuple(given.stride())}; the scales of "
+            f"{rows} rows of {blocks} blocks in {layout.name} must be contiguous, {wanted}"
+        )
+    _check_device(a, given, name)
+    return upright.view(torch.uint8).reshape(shape)
+
+
+def _alpha(a: torch.Tensor, alpha: Any) -> torch.Tensor | None:
+    if alpha is None:
+        return None
+    if not isinstance(alpha, torch.Tensor):
+        raise TypeError(f"alpha is a {type(alpha).__name__}; it must be a torch.Tensor or None")
+    if alpha.dtype != torch.float32:
+        raise ValueError(f"alpha is {alpha.dtype}; it must be float32")
+    if alpha.numel() not in (1, a.shape[0]):
+        raise ValueError(
+            f"alpha has {alpha.numel()} elements; it must have one, or one a row of a ({a.shape[0]})"
+        )
+    _check_device(a, alpha, "alpha")
+    return alpha.reshape(-1).contiguous()
+
+
+def _check_out(a: torch.Tensor, out: Any, shape: tuple[int, int], out_dtype: torch.dtype) -> None:
+    if out is None:
+        return
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out is a {type(out).__name__}; it must be a torch.Tensor or None")
+    if out.dtype != out_dtype:
+        raise ValueError(f"out is {out.dtype}; it must be out_dtype, {out_dtype}")
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {tuple(out.stride())}; it must be "
+            f"contiguous, [M, N] = {list(shape)}"
+        )
+    _check_device(a, out, "out")

@@ -1,0 +1,135 @@
+"""The Triton dense product on a GPU, against the reference, in every shipped configuration."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
+import dense_cases
+import pytest
+import torch
+from assertions import assert_bitwise
+from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.dense import dense_config
+from nvfp4_moe.kernels.target import arch
+from nvfp4_moe.reference import dense as reference
+
+import nvfp4_moe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="no NVIDIA GPU of compute capability 8.0 or later here",
+    ),
+]
+
+SHAPES = [
+    (m, n, k) for m in (1, 16, 17, 33, 130, 513, 1024) for n, k in ((4096, 2048), (18432, 4096))
+]
+
+
+def shipped() -> list[GemmConfig]:
+    """Every configuration of the table for this GPU, once."""
+    here = arch(torch.device("cuda"))
+    return list(dict.fromkeys(dense_config(*shape, here) for shape in SHAPES))
+
+
+def test_case_in_every_configuration():
+    for config in shipped():
+        for case in dense_cases.CASES:
+            case("cuda", config)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4096, 4096), (130, 1000, 2880), (33, 7168, 2064), (300, 520, 1008)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_real_widths(shape):
+    """Each configuration: bitwise where sums are exact, inside the interval elsewhere."""
+    for config in shipped():
+        for use_8x4 in (False, True):
+            case = dense_cases.with_poisoned_padding(dense_cases.coarse(*shape, use_8x4=use_8x4))
+            dense_cases.bitwise(case, "cuda", config, f"{config} 8x4 {use_8x4}")
+        dense_cases.close(dense_cases.real(*shape), "cuda", config, str(config))
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 33, 130, 513, 1024, 2050])
+@pytest.mark.parametrize("alpha", dense_cases.ALPHAS)
+def test_the_tables_choice(m, alpha):
+    for dtype in (torch.bfloat16, torch.float16):
+        case = dense_cases.coarse(m, 640, 1536, alpha=alpha, dtype=dtype)
+        dense_cases.bitwise(case, "cuda", None, f"{m} {alpha} {dtype}")
+
+
+def test_beyond_two_to_the_31():
+    """Codes of b, and the output, whose offsets need more than 31 bits."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs a GPU with 40 GiB of memory")
+    case = dense_cases.coarse(2, 128, 4096)
+    n = 2**31 // 2048 + 256  # bytes of codes: n * 2048
+    tiles = n // 128
+    b_rows = case.b_rows.cuda().repeat(tiles, 1)
+    b_scales = case.b_scales.cuda().repeat(tiles, 1)
+    wide = replace(case.to("cuda"), b_rows=b_rows, b_scales=b_scales)
+    got = dense_cases.output_of(wide, "cuda")
+    want = reference.mm_fp4(**case.arguments)
+    for tile in (0, 1, tiles // 2, tiles - 1):
+        assert_bitwise(got[:, tile * 128 : tile * 128 + 128], want, f"columns of tile {tile}")
+    del got, wide, b_rows, b_scales
+    m = 2**31 // 4096 + 256
+    case = dense_cases.coarse(128, 4096, 64)
+    tall = replace(
+        case.to("cuda"), a=case.a.cuda().repeat(m // 128, 1),
+        a_scales=case.a_scales.cuda().repeat(m // 128, 1), alpha=case.alpha.cuda().repeat(m // 128),
+    )  # fmt: skip
+    got = dense_cases.output_of(tall, "cuda")
+    want = reference.mm_fp4(**case.arguments)
+    for tile in (0, m // 256, m // 128 - 1):
+        assert_bitwise(got[tile * 128 : tile * 128 + 128], want, f"rows of tile {tile}")
+
+
+def test_cuda_graph():
+    """Replayed with other codes, scales and alpha, for a few rows and for many."""
+    for m in (1, 33, 1500):
+        first, second = (
+            dense_cases.coarse(m, 256, 512, alpha="rows", seed=seed).to("cuda") for seed in (1, 2)
+        )
+        nvfp4_moe.mm_fp4(**first.arguments, backend="triton")  # compile
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = nvfp4_moe.mm_fp4(**first.arguments, backend="triton")
+        for name in ("a", "b_rows", "a_scales", "b_scales", "alpha"):
+            getattr(first, name).copy_(getattr(second, name))
+        graph.replay()
+        assert_bitwise(captured, reference.mm_fp4(**second.to("cpu").arguments), f"{m} rows")
+
+
+def test_poisoned_memory_is_overwritten():
+    """What lay where decoded rows and the output go must not be seen."""
+    case = dense_cases.coarse(1030, 200, 208).to("cuda")
+    want = reference.mm_fp4(**case.to("cpu").arguments)
+    for _ in range(3):
+        torch.full((1 << 24,), torch.nan, dtype=torch.bfloat16, device="cuda")  # freed at once
+        assert_bitwise(nvfp4_moe.mm_fp4(**case.arguments, backend="triton"), want, "after NaN")
+
+
+def test_compiles_into_one_graph():
+    case = dense_cases.coarse(33, 256, 512).to("cuda")
+    options = {n: v for n, v in case.arguments.items() if n != "a"}
+
+    def call(a):
+        return nvfp4_moe.mm_fp4(a, **options, backend="triton") + 1
+
+    assert_bitwise(torch.compile(call, fullgraph=True)(case.a), call(case.a), "compiled")
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    """With the same configuration a row's bits are its own."""
+    case = dense_cases.real(40, 256, 512)
+    alone = replace(
+        case, a=case.a[:1], a_scales=case.a_scales, alpha=case.alpha[:1]
+    )  # 128 rows of scales either way
+    for config in shipped():
+        both = dense_cases.output_of(case, "cuda", config)
+        assert_bitwise(dense_cases.output_of(alone, "cuda", config)[0], both[0], str(config))

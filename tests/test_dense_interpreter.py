@@ -1,0 +1,103 @@
+"""The Triton dense product in the interpreter, against the reference, on any machine."""
+
+# SPDX-License-Identifier: Apache-2.0
+import dense_cases
+import pytest
+import torch
+import triton.language as tl
+from assertions import assert_bitwise
+from nvfp4_moe.kernels import (
+    dense,
+    reference_dense_ops,  # noqa: F401  registers the op
+)
+from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.reference.quantize import dequantize
+
+import nvfp4_moe
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, at inf and NaN
+]
+
+CONFIGS = {
+    "narrow": GemmConfig(64, 16, 128, 1, 4),
+    "long": GemmConfig(128, 16, 256, 1, 4),
+    "decoded": GemmConfig(64, 32, 64, 1, 4, decoded=True),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("case", dense_cases.CASES, ids=lambda f: f.__name__)
+def test_case(case, config):
+    case("cpu", CONFIGS[config])
+
+
+def _dot_scaled(a, a_scale, a_format, b, b_scale, b_format, acc):
+    """`tl.dot_scaled` of the interpreter, which has none: [M, K/2] codes times [K/2, N]."""
+    assert (a_format, b_format) == ("e2m1", "e2m1")
+
+    def values(codes, scale):
+        codes, scale = (torch.from_numpy(t.handle.data.copy()) for t in (codes, scale))
+        return dequantize(codes.contiguous(), scale.contiguous().view(torch.uint8), 1.0).double()
+
+    product = values(a, a_scale) @ values(tl.trans(b), b_scale).T
+    total = (torch.from_numpy(acc.handle.data).double() + product).float()
+    return tl.tensor(type(acc.handle)(total.numpy(), acc.handle.dtype), acc.type)
+
+
+@pytest.mark.parametrize("case", dense_cases.CASES, ids=lambda f: f.__name__)
+def test_codes_multiplied_as_they_are(case, monkeypatch):
+    """The path of GPUs with a block-scaled MMA, with that instruction spelled out."""
+    monkeypatch.setattr(tl, "dot_scaled", _dot_scaled)
+    monkeypatch.setattr(dense, "native_mma", lambda arch: True)
+    case("cpu", GemmConfig(128, 16, 128, 1, 4))
+
+
+def test_the_door_runs_it():
+    case = dense_cases.coarse(5, 40, 64)
+    want = nvfp4_moe.mm_fp4(**case.arguments, backend="reference")
+    assert_bitwise(nvfp4_moe.mm_fp4(**case.arguments, backend="triton"), want, "triton")
+    out = torch.full((5, 40), torch.nan, dtype=torch.bfloat16)
+    assert nvfp4_moe.mm_fp4(**case.arguments, out=out, backend="triton") is out
+    assert_bitwise(out, want, "out")
+    assert nvfp4_moe.explain_mm_fp4(**case.arguments).backend == "reference"
+
+
+def test_misaligned_and_strided_codes():
+    case = dense_cases.coarse(5, 40, 64)
+    want = nvfp4_moe.mm_fp4(**case.arguments, backend="reference")
+    wide = torch.zeros(5, 40, dtype=torch.uint8)
+    wide[:, 1:33] = case.a
+    flat = torch.zeros(40 * 32 + 3, dtype=torch.uint8)
+    b_rows = flat[3:].view(40, 32)
+    b_rows.copy_(case.b_rows)
+    arguments = case.arguments | {"a": wide[:, 1:33], "b": b_rows.T}
+    assert_bitwise(nvfp4_moe.mm_fp4(**arguments, backend="triton"), want, "a copy is taken")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", "auto"])
+@pytest.mark.parametrize("alpha", dense_cases.ALPHAS)
+def test_compiles_into_one_graph(backend, alpha):
+    torch._dynamo.reset()
+    case = dense_cases.coarse(7, 40, 64, alpha=alpha)
+
+    def call(a, out=None):
+        return nvfp4_moe.mm_fp4(**case.arguments | {"a": a}, out=out, backend=backend) * 2
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert_bitwise(compiled(case.a), call(case.a), backend)
+    out = torch.full((7, 40), torch.nan, dtype=torch.bfloat16)
+    assert_bitwise(compiled(case.a, out), call(case.a), "out")
+    assert_bitwise(out * 2, call(case.a), "out is filled")
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_opcheck(name):
+    op = getattr(torch.ops.nvfp4_moe, f"{name}_mm_fp4").default
+    for alpha, use_8x4 in (("none", False), ("rows", True)):
+        c = dense_cases.coarse(7, 40, 64, alpha=alpha, use_8x4=use_8x4)
+        out = torch.zeros(7, 40, dtype=torch.bfloat16)
+        torch.library.opcheck(op, (c.a, c.b_rows, c.a_scales, c.b_scales, c.alpha, out, use_8x4))

@@ -1,0 +1,177 @@
+"""The reference's producers: their accuracy, their order, and what the doors reject."""
+
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import producer_cases
+import pytest
+import torch
+from assertions import assert_bitwise, assert_inside, assert_quantized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nvfp4_moe.kernels import target
+from nvfp4_moe.reference import producers
+from nvfp4_moe.reference.interval import Interval, rounded
+from nvfp4_moe.reference.quantize import quantize_per_token
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+
+from nvfp4_moe import (
+    UnsupportedError,
+    add_rmsnorm_nvfp4_quantize,
+    rmsnorm_nvfp4_quantize,
+    silu_and_mul_nvfp4_quantize,
+)
+
+ULP = 2.0**-23
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(target, "INTERPRETING", False)
+
+
+def test_exp_is_within_an_ulp_and_a_half():
+    t = torch.linspace(-87, 88.7, 2**20)
+    want = t.double().exp()
+    assert ((producers.exp(t).double() - want) / want).abs().max() < 1.5 * ULP
+    ends = torch.tensor([88.73, 1e30, math.inf, -1e30, -math.inf, math.nan, 0.0])
+    got = producers.exp(ends)
+    assert got[:3].isinf().all() and (got[3:5] == producers.exp(torch.tensor(-87.0))).all()
+    assert got[5].isnan() and got[6] == 1
+
+
+def test_silu_of_every_number_is_inside_the_interval():
+    """Of fp64's, given exp within 2 ulp, one sum, one quotient and one product: 6 * 2^-23.
+
+    Below -88.7 the exponential is infinite, and at most 89 * 2^-128 is lost.
+    """
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    gate = bits.view(torch.bfloat16)
+    gate = gate[gate.isfinite()][:, None]
+    exact = gate.double() * torch.sigmoid(gate.double()) * 3
+    interval = Interval.point(exact).widened(exact.abs() * 6 * ULP + 3 * 89 * 2.0**-128)
+    got = producers.silu_and_mul(torch.cat((gate, torch.full_like(gate, 3)), 1))
+    assert_inside(got, rounded(torch.bfloat16, interval), "silu")
+
+
+def test_the_gate_is_the_first_half():
+    x = torch.tensor([[100.0, 2.0]]).bfloat16()
+    assert producers.silu_and_mul(x).tolist() == [[200.0]]
+    assert producers.silu_and_mul(x.flip(1)).item() == pytest.approx(176, abs=1)
+
+
+@settings(max_examples=30)
+@given(m=st.integers(1, 4), k=st.integers(1, 300), seed=st.integers(0, 99))
+def test_the_sum_of_squares_is_a_tree(m, k, seed):
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
+
+    def tree(terms):
+        if len(terms) == 1:
+            return terms[0]
+        padded = terms + [torch.zeros(())] * (len(terms) % 2)
+        return tree([a + b for a, b in zip(padded[::2], padded[1::2], strict=True)])
+
+    for row, got in zip(x, producers.sum_of_squares(x), strict=True):
+        assert_bitwise(got[None], tree(list(row * row))[None], f"{k} columns")
+
+
+@pytest.mark.parametrize("k", [16, 2048, 7168])
+def test_norms_are_near_those_of_fp64(k):
+    x, weight = producer_cases.matrix(4, k), producer_cases.matrix(1, k, seed=1)[0]
+    residual = producer_cases.matrix(4, k, seed=2)
+    for total, got in (
+        (x.double(), producers.rmsnorm(x, weight, 1e-5)),
+        (x.double() + residual.double(), producers.add_rmsnorm(x, residual, weight, 1e-5)[0]),
+    ):
+        root = (total.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        exact = total / root * weight.double()
+        # log2(K) + 1 roundings of a sum of squares, halved by the root, then six more.
+        interval = Interval.point(exact).widened(exact.abs() * (0.5 * math.log2(2 * k) + 6) * ULP)
+        assert_inside(got, rounded(torch.bfloat16, interval), f"K {k}")
+
+
+def test_the_norm_is_of_the_sum_before_it_is_rounded():
+    """As FlashInfer's: 256 + 1 is no bf16 number, so that the residual loses what the norm has."""
+    x, residual = torch.full((1, 16), 256.0).bfloat16(), torch.zeros(1, 16).bfloat16()
+    residual[0, :8] = 1
+    weight = torch.ones(16).bfloat16() * 128
+    normed, kept = producers.add_rmsnorm(x, residual, weight, 0.0)
+    assert (kept == 256).all()
+    fp32 = x.float() + residual.float()
+    r = fp32[0].double().square().mean().rsqrt()
+    assert (normed == (fp32.double() * r * 128).bfloat16()).all()
+
+
+# The doors
+
+
+@pytest.mark.parametrize("dtype", producer_cases.DTYPES)
+@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+def test_the_doors_are_the_two_steps(dtype, layout):
+    x, weight = producer_cases.matrix(9, 64, dtype), producer_cases.matrix(1, 64, dtype)[0]
+    residual = producer_cases.matrix(9, 64, dtype, seed=4)
+    recipe = Recipe("exact", NVFP44Over6Config(256), "cute-dsl")
+    options = {
+        "sfLayout": layout, "nvfp4_4over6": recipe.four_over_six, "fast_math": False,
+        "build": "cute-dsl",
+    }  # fmt: skip
+
+    def two(values, r):
+        return quantize_per_token(values, r.base_scale_inv, r, layout)
+
+    both = torch.cat((x, residual), 1)
+    assert_quantized(
+        silu_and_mul_nvfp4_quantize(both, **options), two(producers.silu_and_mul(both), recipe), "s"
+    )
+    assert_quantized(
+        rmsnorm_nvfp4_quantize(x, weight, 1e-5, **options),
+        two(producers.rmsnorm(x, weight, 1e-5), recipe),
+        "rmsnorm",
+    )
+    values, total = producers.add_rmsnorm(x, residual, weight)
+    got = add_rmsnorm_nvfp4_quantize(x, residual, weight, sfLayout=layout, fast_math=True)
+    assert_quantized(got, two(values, Recipe()), "add_rmsnorm")
+    assert_bitwise(residual.nan_to_num(), total.nan_to_num(), "the residual is updated in place")
+
+
+X, W = producer_cases.matrix(6, 64), producer_cases.matrix(1, 64)[0]
+INVALID = {
+    "list": (lambda: rmsnorm_nvfp4_quantize([1], W), TypeError, "x is a list; it must be a torch"),
+    "fp32": (lambda: rmsnorm_nvfp4_quantize(X.float(), W), ValueError, "x is torch.float32; it mu"),
+    "K 24": (
+        lambda: silu_and_mul_nvfp4_quantize(X[:, :48]), ValueError,
+        r"x has shape \(6, 48\); it must be \[M, 2K\], K a positive multiple of 16",
+    ),
+    "weight": (
+        lambda: rmsnorm_nvfp4_quantize(X, W[:32]), ValueError,
+        r"weight is torch.bfloat16 of shape \(32,\); .*of shape \(64,\)",
+    ),
+    "weight dtype": (lambda: rmsnorm_nvfp4_quantize(X, W.half()), ValueError, "weight is torch.fl"),
+    "residual": (
+        lambda: add_rmsnorm_nvfp4_quantize(X, X[:3], W), ValueError, r"residual is .*\(3, 64\); "
+    ),
+    "residual strides": (
+        lambda: add_rmsnorm_nvfp4_quantize(X, torch.zeros(64, 6).bfloat16().T, W), ValueError,
+        r"residual has strides \(1, 6\); it must be contiguous",
+    ),
+    "eps": (lambda: rmsnorm_nvfp4_quantize(X, W, torch.ones(1)), TypeError, "eps is a Tensor; it m"),
+    "scale": (
+        lambda: silu_and_mul_nvfp4_quantize(X, torch.ones(2)), ValueError, "a_global_sf has 2 elem",
+    ),
+    "layout": (lambda: silu_and_mul_nvfp4_quantize(X, sfLayout=7), ValueError, "sfLayout is 7; "),
+    "backend": (
+        lambda: silu_and_mul_nvfp4_quantize(X, backend="cuda"), ValueError,
+        "backend is 'cuda'; it must be one of auto, triton, reference",
+    ),
+    "triton": (
+        lambda: silu_and_mul_nvfp4_quantize(X, backend="triton"), UnsupportedError,
+        "backend triton cannot serve this call: x is on the cpu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_the_doors_reject(name):
+    call, error, message = INVALID[name]
+    with pytest.raises(error, match=message):
+        call()
