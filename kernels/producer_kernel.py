@@ -159,7 +159,7 @@ def producer_kernel(
             words = residual_ptr.to(tl.pointer_type(tl.int32))
             x = x + _values(_load(words, row, block, mask, NB, DTYPE), DTYPE)
             tl.store(residual_ptr + start + column, _rounded(x, DTYPE, ARCH), mask[:, :, None])
-        columns = tl.zeros((ROWS,), tl.float32) + NB * 16.0
+        columns = tl.zeros((ROWS,), tl.float32) + NB * 16
         mean = div(_sum_of_squares(x), columns, False, ARCH)
         r = reciprocal(tl.sqrt_rn(mean + eps), False, ARCH)
         weight = _load(weight_ptr, tl.zeros((1, 1), tl.int64), block, block < NB, NB, DTYPE)

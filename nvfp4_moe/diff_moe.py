@@ -163,9 +163,9 @@ def _outputs(case: MoECase, backend: str, sweep: Sweep) -> dict[str, Output]:
         except Exception as error:  # FlashInfer runs the call to be asked
             return {tactics.DEFAULT: Output(error)}
     again = _replayed if case.activations.hidden_states.is_cuda else _caught
+    repeat = sweep.replay and backend != "reference"  # which no graph can capture
     return {
-        c.name: Output(_caught(call, c), again(call, c) if sweep.replay else None)
-        for c in configurations
+        c.name: Output(_caught(call, c), again(call, c) if repeat else None) for c in configurations
     }
 
 
