@@ -80,11 +80,11 @@ class MoECase:
             "finalize_order": self.finalize_order, "accumulation": accumulation,
             "cutlass": self.build == "cutlass",
         }  # fmt: skip
-        given = (self.activations, self.experts)
         if self.logits is not None:
-            routing = (self.logits, self.routing, self.routing_bias)
-            return routed_moe_bounds(*given, *routing, **options)
-        return fused_moe_bounds(*given, *self.routed, **options).output
+            return routed_moe_bounds(
+                self.activations, self.experts, self.logits, self.routing, self.routing_bias, **options
+            )  # fmt: skip
+        return fused_moe_bounds(self.activations, self.experts, *self.routed, **options).output
 
     def to(self, device: torch.device | str) -> "MoECase":
         """The same on another device."""

@@ -8,6 +8,7 @@ ones remains: it goes through the first GEMM, the Identity and a second GEMM tha
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ _ULP = 2.0 ** (2 * _LARGE - 23)  # of the large product
 # Columns of a block that hold 1, 2 and 4 small products: in one step of 8, 8 and 16 whether K is taken
 # in order, or every second or fourth column of a tile first, as the decoding of words makes it.
 _COLUMNS = (0x0001, 0x0011, 0x1111)
-_KINDS: dict[str, tuple[ActivationType, LayerBuild, dict[str, float]]] = {
+_KINDS: dict[str, tuple[ActivationType, LayerBuild, dict[str, Any]]] = {
     "flashinfer:cute-dsl": (ActivationType.Relu2, "cute-dsl", {}),
     # Encode scales of 1, and of 2^10 for the intermediate, of at most 24 ulps.
     "flashinfer:cutlass": (
