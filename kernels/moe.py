@@ -20,7 +20,7 @@ from . import config_cache, moe_gemm, moe_kernels
 from .config_cache import Configs, GemmConfig, Mode
 from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
-from .target import arch, launch_options, native_mma
+from .target import arch, launch_options, native_mma, shared_memory
 
 _DECODED_BYTES = 256 << 20
 """Decoded weights that exist at a time, at most (but one expert's at least)."""
@@ -33,8 +33,11 @@ def gemm_config(
     *,
     batch_invariant: bool = False,
     native: bool = False,
+    shared: int = 227,
 ) -> GemmConfig:
     """By the tokens an expert has on average, of `slots` that are held here, and the weights' columns.
+
+    Tiles of decoded weights take 144 of `shared` KiB (`target.shared_memory`).
 
     Both GEMMs of a call have the same `bn`, whatever their columns. The order in which a sum is taken
     depends on `bk` and `decoded` alone, which with `batch_invariant` are always the same. Measured on
@@ -48,7 +51,7 @@ def gemm_config(
     if each <= 16:
         long = columns >= 4096 and not batch_invariant
         return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(64, 16, 128, 4, 4)
-    if each < 1024 or batch_invariant:
+    if each < 1024 or batch_invariant or shared < 144:
         return GemmConfig(128, 64, 128, 3, 8, registers=128)
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)  # lost at 512
 
@@ -60,11 +63,11 @@ def held_slots(slots: int, experts: Experts, num_experts: int | None) -> int:
 
 def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:
     """`gemm_config` of both GEMMs."""
-    native = native_mma(arch(experts.gemm1_weights.device))
+    here = arch(experts.gemm1_weights.device)
     first, second = (
         gemm_config(
-            slots, experts.num_local, w.shape[2] * 2,
-            batch_invariant=batch_invariant, native=native,
+            slots, experts.num_local, w.shape[2] * 2, batch_invariant=batch_invariant,
+            native=native_mma(here), shared=shared_memory(here),
         )
         for w in (experts.gemm1_weights, experts.gemm2_weights)
     )  # fmt: skip

@@ -4,7 +4,7 @@
 import pytest
 from nvfp4_moe.kernels.moe import GemmConfig, gemm_config
 from nvfp4_moe.kernels.moe_gemm import NONE, expert_gemm_kernel
-from nvfp4_moe.kernels.target import INTERPRETING, native_mma
+from nvfp4_moe.kernels.target import INTERPRETING, native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 from offline import compile_kernel, resources
 
@@ -78,6 +78,16 @@ def test_instructions(arch, instruction, tmp_path):
         assert instruction in kernel.asm["ptx"]
         stack, _ = resources(kernel, tmp_path)
         assert stack <= 64
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+def test_every_tile_fits_a_multiprocessor(arch):
+    """Of shared memory an sm_86 or sm_89 has 99 KiB for a program, which decoded weights exceed."""
+    for slots in (8, 4096, 32768, 1 << 20):
+        for columns in (2048, 7168):
+            config = gemm_config(slots, 128, columns, shared=shared_memory(arch))
+            kernel = compile_gemm(arch, config, int(ActivationType.Swiglu))
+            assert kernel.metadata.shared <= shared_memory(arch) * 1024, config
 
 
 @pytest.mark.parametrize("arch", [90, 100, 120])
