@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
         whole.sections.append(judged.section)
         text.print_judgement(judged, stream)
         not_run += judged.not_run
+    text.print_not_run(not_run, stream)
     if parts == PARTS:
         text.print_costs(diff_moe.costs(), stream)
     whole.seconds = round(time.monotonic() - start, 1)

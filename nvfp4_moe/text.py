@@ -38,7 +38,6 @@ def print_comparison(
     )
     for note in result.section.notes:
         print(note, file=stream)
-    _not_run(result.not_run, stream)
 
 
 def print_judgement(result: Judgement, stream: TextIO) -> None:
@@ -50,7 +49,6 @@ def print_judgement(result: Judgement, stream: TextIO) -> None:
         for backend, cell in cells.items():
             print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
     _failures([found.failure for found in result.failures], stream)
-    _not_run(result.not_run, stream)
 
 
 def print_costs(costs: dict[str, float], stream: TextIO) -> None:
@@ -100,7 +98,8 @@ def _failures(failures: list[Failure], stream: TextIO) -> None:
         print(f"\n... and {len(failures) - _SHOWN} more (--json has all)", file=stream)
 
 
-def _not_run(reasons: Counter, stream: TextIO) -> None:
+def print_not_run(reasons: Counter, stream: TextIO) -> None:
+    """What could not be compared, and why."""
     for reason, count in reasons.items():
         print(f"not run ({count}): {reason}", file=stream)
     if not torch.cuda.is_available():
