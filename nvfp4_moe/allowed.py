@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .explain import bits
+from .arithmetic import bits
 from .moe_case import MoECase
 from .reference.experts import unshuffled_bias
 from .reference.interval import ANY_ORDER, Accumulation, Interval

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import heat, inputs, matrix, runners
+from .arithmetic import explain_element, first_element
 from .compare import Difference, compare, run_reference
-from .explain import explain_element, first_element
 from .kernels import dispatch, environment
 from .kernels.flashinfer import BUILDS
 from .matrix import Case, Input

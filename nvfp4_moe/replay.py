@@ -14,8 +14,8 @@ import torch
 
 from . import interpreter, runners, tactics
 from .allowed import Allowed
+from .arithmetic import explain_element, first_element
 from .compare import compare
-from .explain import explain_element, first_element
 from .kernels import moe_dispatch
 from .kernels.dispatch import BACKENDS, UnsupportedError
 from .kernels.moe_request import MoERequest

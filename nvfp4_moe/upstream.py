@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from .allowed import Allowed, explain_output
+from .arithmetic import bits, explain_element, first_element
 from .compare import compare
-from .explain import bits, explain_element, first_element
 from .kernels import environment, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe
 from .kernels.flashinfer import BUILDS
 from .matrix import Case

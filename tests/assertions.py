@@ -12,7 +12,11 @@ import torch
 from nvfp4_moe.reference import e2m1
 from nvfp4_moe.reference.interval import Interval
 from nvfp4_moe.reference.layouts import to_linear
+from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
+
+from nvfp4_moe.compare import compare
+from nvfp4_moe.matrix import Case
 
 _LINEAR = SfLayout.layout_linear
 
@@ -88,14 +92,29 @@ def assert_quantized(
     expected: Any,
     what: str,
     layout: SfLayout = _LINEAR,
+    of: tuple[torch.Tensor, Case] | None = None,
 ) -> None:
     """(codes, block scales[, per-token scales]), or a `Quantized`, bitwise a reference `Quantized`.
 
     Args:
         layout: that of both; it decides only how a difference in a block scale is named.
+        of: the tensor and the case that were quantized: a difference is told as `nvfp4-moe diff` does.
     """
     if not isinstance(actual, tuple):
         actual = (actual.codes, actual.block_scales, actual.per_token_scale)
+    try:
+        _assert_quantized(actual, expected, what, layout)
+    except AssertionError as error:
+        if of is None or actual[0].shape != expected.codes.shape:
+            raise
+        found = compare(*of, expected, Quantized(*actual[:3]))
+        told = f"{found}; {found.where()}" if found else "no bits differ"
+        raise AssertionError(f"{error}\n{told}") from None
+
+
+def _assert_quantized(
+    actual: tuple[torch.Tensor, ...], expected: Any, what: str, layout: SfLayout
+) -> None:
     assert_codes_bitwise(actual[0], expected.codes, f"{what}: codes")
     assert_block_scales_bitwise(actual[1], expected.block_scales, layout, f"{what}: block scales")
     if expected.per_token_scale is not None:

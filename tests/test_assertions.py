@@ -1,6 +1,8 @@
 """The assertions themselves: each sees one changed bit, and says where it is."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 import torch
 from assertions import (
@@ -12,7 +14,11 @@ from assertions import (
 )
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.quantize import Quantized
-from nvfp4_moe.reference.recipe import SfLayout
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
+
+from nvfp4_moe import inputs
+from nvfp4_moe.compare import run_reference
+from nvfp4_moe.matrix import Case
 
 CODES = torch.arange(3 * 16, dtype=torch.uint8).reshape(3, 16)  # 3 rows of 32 elements
 SCALES = torch.arange(3 * 2, dtype=torch.uint8).reshape(3, 2)
@@ -86,3 +92,16 @@ def test_each_output_of_a_quantizer_counts():
         wrong[i] = changed(wrong[i], 0, to=7)
         with pytest.raises(AssertionError, match=f"x: {name}: "):
             assert_quantized(tuple(wrong), right, "x")
+
+
+def test_a_difference_is_told_as_diff_tells_it():
+    x = inputs.synthetic("normal", 5, 48)
+    case = Case("per-token", Recipe(), SfLayout.layout_linear)
+    right = run_reference(x, case)
+    wrong = replace(right, codes=changed(right.codes, 2, 11, to=right.codes[2, 11] ^ 1))
+    with pytest.raises(AssertionError) as told:
+        assert_quantized(wrong, right, "x", of=(x, case))
+    assert "first at row 2, block 1, in the step: e2m1 code" in str(told.value)
+    assert f"inputs {x[2, 16].view(torch.int16).item() & 0xFFFF:04x}" in str(told.value)
+    with pytest.raises(AssertionError, match="x: codes: shape"):
+        assert_quantized(replace(right, codes=right.codes[:3]), right, "x", of=(x, case))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import nvfp4_moe
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -149,3 +151,9 @@ def test_no_line_names_a_place_on_one_machine():
         if path.suffix in TEXT and path.name != "LICENSE":
             for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
                 assert not place.search(line), f"{path}:{number}: {line.strip()}"
+
+
+def test_no_module_hides_a_public_name():
+    """An imported submodule becomes an attribute of the package, in the place of what is there."""
+    modules = {path.stem for path in (ROOT / "nvfp4_moe").iterdir() if path.stem != "__init__"}
+    assert not modules & set(nvfp4_moe.__all__)

@@ -17,7 +17,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
 
 import nvfp4_moe
-from nvfp4_moe import explain, runners
+from nvfp4_moe import arithmetic, runners
 from nvfp4_moe.matrix import Case
 from nvfp4_moe.replay_file import save_moe, save_quantizer
 from nvfp4_moe.upstream import upstream_text
@@ -103,9 +103,9 @@ def test_the_text_of_a_quantizer():
     for name, q in (("expected", good), ("got     ", bad)):
         codes = bytes(q.codes[row, 8 * block : 8 * block + 8].tolist()).hex()
         assert f"{name} codes {codes} block scale 0x" in text
-    element = explain.first_element(failure.x, good, bad, row, block)
+    element = arithmetic.first_element(failure.x, good, bad, row, block)
     assert element == 3
-    for line in explain.explain_element(failure.x, failure.case, row, block, element):
+    for line in arithmetic.explain_element(failure.x, failure.case, row, block, element):
         assert f"\n{line}\n" in text
 
 
@@ -159,7 +159,7 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
     assert "Configuration: `BLOCK_M=16 warps=4`" in text
     assert "first at token 1, column 7: got 0x447a (1000), allowed 0x" in text
     last = re.search(r"sum over the slots = (0x\w{4})", text).group(1)
-    assert last == explain.bits(failure.case.reference()[1, 7]).split()[0]
+    assert last == arithmetic.bits(failure.case.reference()[1, 7]).split()[0]
     with pytest.raises(ValueError, match="is what it may be"):
         upstream_text(replace(failure, output=failure.case.reference()))
 

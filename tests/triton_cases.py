@@ -8,6 +8,7 @@ from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
 from nvfp4_moe import inputs
+from nvfp4_moe.matrix import Case
 
 PLAIN = [r for r in all_recipes() if r.four_over_six is None]
 
@@ -16,7 +17,10 @@ def per_token(x, recipe, layout=SfLayout.layout_linear, **options):
     g = recipe.base_scale_inv
     expected = reference.quantize_per_token(x, g, recipe, layout, **options)
     actual = triton_quantize.quantize_per_token(x, g, recipe, layout, **options)
-    assert_quantized(actual, expected, f"{tuple(x.shape)} {x.dtype} {recipe} {layout.name}")
+    mode = "fp32 per-token" if x.dtype == torch.float32 else "per-token"
+    told = None if options else (x, Case(mode, recipe, layout))
+    what = f"{tuple(x.shape)} {x.dtype} {recipe} {layout.name}"
+    assert_quantized(actual, expected, what, layout, told)
 
 
 def global_scale(x, scale, recipe, layout=SfLayout.layout_linear, **options):

@@ -10,8 +10,8 @@ from nvfp4_moe.reference import e2m1
 from nvfp4_moe.reference.recipe import Recipe, SfLayout, all_recipes
 
 from nvfp4_moe import inputs, matrix
+from nvfp4_moe.arithmetic import explain_element, first_element
 from nvfp4_moe.compare import run_reference
-from nvfp4_moe.explain import explain_element, first_element
 from nvfp4_moe.matrix import Case
 
 LINEAR = SfLayout.layout_linear
