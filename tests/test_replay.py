@@ -200,7 +200,7 @@ def test_a_configuration_is_the_runners_affair():
     assert not replay.replay(failure, "reference", runner).differs
     assert asked == [("triton", "BLOCK_M=16 warps=4"), ("reference", None)]
     for backend in ("reference", runners.INTERPRETER):
-        with pytest.raises(replay.CannotRunError, match="cannot be told to run BLOCK_M=16"):
+        with pytest.raises(replay.CannotRunError, match=r"(run|configuration) .?BLOCK_M=16"):
             replay.replay(replace(failure, backend=backend))
 
 

@@ -14,7 +14,7 @@ from .planted import KernelMutant
 
 Edit = tuple[str, str, str, str]  # name, old text, new text, call
 
-_GEMM: tuple[Edit, ...] = (
+_SUMS: tuple[Edit, ...] = (
     (
         "128x4: row quarter and column exchanged",
         "row % 128 // 32 * 4 + column % 4",
@@ -24,14 +24,14 @@ _GEMM: tuple[Edit, ...] = (
     ("128x4: row within the tile not divided", "(row % 32) * 16", "(row % 128 // 4) * 16", "qwen"),
     (
         "128x4: columns of the next tile forgotten",
-        "(row // 128) * words + column // 4\n",
-        "(row // 128) * words\n",
+        "(row // TILE) * sf_tiles + column // 4\n",
+        "(row // TILE) * sf_tiles\n",
         "qwen",
     ),
     (
         "block scale of the neighbouring block",
-        "_scale_offset(m[:, None], column[None, :], K4 // 16)",
-        "_scale_offset(m[:, None], column[None, :] ^ 1, K4 // 16)",
+        "column[None, :], sf_tiles)\n    x = x_ptr + source[None, :] * (4 * K4)",
+        "column[None, :] ^ 1, sf_tiles)\n    x = x_ptr + source[None, :] * (4 * K4)",
         "qwen",
     ),
     (
@@ -66,6 +66,9 @@ _GEMM: tuple[Edit, ...] = (
         "for _ in tl.range(BK, K, BK,",
         "decoded",
     ),
+)  # fmt: skip
+
+_GEMM: tuple[Edit, ...] = (
     ("an expert's last row dropped", "live = n < end\n", "live = n < end - 1\n", "qwen"),
     (
         "the slot for the token",
@@ -439,6 +442,7 @@ _LAUNCHES: dict[str, tuple[Edit, ...]] = {
 
 def _catalogue() -> Iterator[KernelMutant]:
     files = {
+        "gemm_sums.py": _SUMS,
         "moe_gemm.py": _GEMM,
         "moe_kernels.py": _SMALL,
         "routing.py": _ROUTING,
