@@ -144,7 +144,7 @@ def _sums(backend: str, device: torch.device) -> str:
         return ""
     try:
         measured = sums.measure(backend, device)
-    except Exception as error:  # a backend that fails here is judged on the cases
+    except Exception as error:  # it is judged where sums are exact alone
         return f"its sums could not be measured: {error}"
     return "" if measured.as_assumed else str(measured)
 
