@@ -12,6 +12,7 @@ if (_checkout / "pyproject.toml").is_file():
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .kernels import reload as _reload  # noqa: F401  `Experts.load_` in Triton
 from .kernels.dense_dispatch import explain_mm_fp4, mm_fp4
 from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
 from .kernels.moe_dispatch import (

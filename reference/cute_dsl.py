@@ -32,7 +32,7 @@ class CuteDslWeights:
 def with_cute_dsl(experts: Experts) -> Experts:
     """The experts, holding their weights in CuTe-DSL's layout too: as much memory again.
 
-    Weights that change afterwards need this call again. It waits for the GPU.
+    `Experts.load_` keeps the copy up to date. It waits for the GPU.
 
     Raises:
         ValueError: the experts have static scales, biases, or scalars of their own for up and gate.
@@ -50,6 +50,22 @@ def with_cute_dsl(experts: Experts) -> Experts:
     w2, w2_sf = _rows(experts.gemm2_weights, experts.gemm2_weights_scale, False)
     weights = CuteDslWeights(w1, w1_sf, gate, w2, w2_sf, experts.output2_scale_scalar)
     return replace(experts, cute_dsl=weights)
+
+
+def refresh_cute_dsl(experts: Experts, some: slice) -> None:
+    """Bring the copy of some experts up to date, in place, where there is one."""
+    w = experts.cute_dsl
+    if w is None:
+        return
+    gated = experts.activation.gated
+    w1, w1_sf = _rows(experts.gemm1_weights[some], experts.gemm1_weights_scale[some], gated)
+    w2, w2_sf = _rows(experts.gemm2_weights[some], experts.gemm2_weights_scale[some], False)
+    w.w1_weight[some].copy_(w1)
+    w.w1_weight_sf[..., some].copy_(w1_sf)
+    w.w2_weight[some].copy_(w2)
+    w.w2_weight_sf[..., some].copy_(w2_sf)
+    w.w1_alpha[some].copy_(experts.output1_scale_gate_scalar[some])
+    w.w2_alpha[some].copy_(experts.output2_scale_scalar[some])
 
 
 def _rows(

@@ -32,7 +32,7 @@ class CutlassWeights:
 def with_cutlass(experts: Experts) -> Experts:
     """The experts, holding their weights in cutlass' layout too: as much memory again.
 
-    Weights that change afterwards need this call again. It waits for the GPU.
+    `Experts.load_` keeps the copy up to date. It waits for the GPU.
 
     Raises:
         ValueError: the experts have no static scales, a bias or a parameter of the activation, or
@@ -55,12 +55,32 @@ def with_cutlass(experts: Experts) -> Experts:
             "output1_scale_scalar is not output1_scale_gate_scalar, or 1 without a gate, times the "
             "intermediate's scale; cutlass' layer has one scalar, so up and gate share theirs"
         )
-    order1 = inverse(row_order(experts.gemm1_weights.shape[1], kind.gated, gate.device))
-    order2 = inverse(row_order(experts.padded_hidden_size, False, gate.device))
-    w1, w1_scales = reordered(experts.gemm1_weights, experts.gemm1_weights_scale, order1)
-    w2, w2_scales = reordered(experts.gemm2_weights, experts.gemm2_weights_scale, order2)
+    w1, w1_scales, w2, w2_scales = _natural(experts, slice(None))
     weights = CutlassWeights(
         w1, w1_scales, encode1.reshape(()), gate,
         w2, w2_scales, encode2.reshape(()), experts.output2_scale_scalar,
     )  # fmt: skip
     return replace(experts, cutlass=weights)
+
+
+def refresh_cutlass(experts: Experts, some: slice) -> None:
+    """Bring the copy of some experts up to date, in place, where there is one."""
+    w = experts.cutlass
+    if w is None:
+        return
+    held = w.fc1_expert_weights, w.fc1_weight_block, w.fc2_expert_weights, w.fc2_weight_block
+    for old, new in zip(held, _natural(experts, some), strict=True):
+        old[some].copy_(new)
+    w.fc1_global[some].copy_(experts.output1_scale_gate_scalar[some])
+    w.fc2_global[some].copy_(experts.output2_scale_scalar[some])
+
+
+def _natural(experts: Experts, some: slice) -> tuple[torch.Tensor, ...]:
+    """(codes, block scales) of both GEMMs of some experts, rows in their natural order."""
+    device, gated = experts.gemm1_weights.device, experts.activation.gated
+    order1 = inverse(row_order(experts.gemm1_weights.shape[1], gated, device))
+    order2 = inverse(row_order(experts.padded_hidden_size, False, device))
+    return (
+        *reordered(experts.gemm1_weights[some], experts.gemm1_weights_scale[some], order1),
+        *reordered(experts.gemm2_weights[some], experts.gemm2_weights_scale[some], order2),
+    )

@@ -67,6 +67,56 @@ class Experts:
     def padded_intermediate_size(self) -> int:
         return self.gemm2_weights.shape[2] * 2
 
+    def load_(
+        self,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        *,
+        first: int = 0,
+        amax: tuple[torch.Tensor, torch.Tensor] | None = None,
+        recipe: Recipe | None = None,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        clamp_limit: torch.Tensor | float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """Quantize new weights into these experts, in place; `reload.py` has the contract.
+
+        On a GPU it is three launches of Triton a GEMM, reads the weights twice, needs a few bytes of
+        memory, and does not wait: it can be captured itself. Experts made by `prepare_experts` stay
+        bitwise what it would make anew of the same recipe.
+
+        Args:
+            w13: [n, 2 I, H] bf16 or fp16, [up; gate], [n, I, H] without a gate: of experts
+                `first` to `first + n - 1`, on the device of these; w2: [n, H, I], the same dtype.
+            amax: [n] fp32 each, largest magnitudes of w13 and of w2, where they are known: the
+                weights are then read once. Larger values than these saturate.
+            recipe: of the weights; exact math by default, as in `prepare_experts`.
+            w13_bias, w2_bias, clamp_limit: as for `prepare_experts`, of the same n experts: needed
+                where these experts have them, refused elsewhere.
+            backend: "auto", "triton" or "reference"; they write the same bits.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit; a missing bias or limit; a backend
+                that cannot serve. Nothing has been written then.
+        """
+        from .reload import load_  # which needs this class
+
+        load_(
+            self, w13, w2, first=first, amax=amax, recipe=recipe, w13_bias=w13_bias,
+            w2_bias=w2_bias, clamp_limit=clamp_limit, backend=backend,
+        )  # fmt: skip
+
+    def checksum(self) -> str:
+        """64 hexadecimal digits over every bit of the layer, the same on every device.
+
+        Of the weights, scales, scalars and sizes; not of copies for other kernels (`with_cute_dsl`).
+        `checksum.py` has the formula. It waits for the GPU.
+        """
+        from .checksum import checksum
+
+        return checksum(self)
+
 
 def padded_sizes(hidden_size: int, intermediate_size: int, gated: bool) -> tuple[int, int]:
     """H and I of the prepared tensors: whole tiles of 128 rows in both GEMMs."""
@@ -135,9 +185,10 @@ def quantize_weight(
         (codes, linear block scales, decode scale []); zeros have scale 1.
     """
     amax = amax.float()
-    encode = torch.where(amax == 0, 1.0, 6.0 * recipe.e4m3_max / amax)
+    # As torch divides a number by a tensor: two roundings, which every writer of weights repeats.
+    encode = torch.where(amax == 0, 1.0, amax.reciprocal() * (6.0 * recipe.e4m3_max))
     q = quantize_global_scale(w, encode, recipe)
-    return q.codes, q.block_scales, 1.0 / encode
+    return q.codes, q.block_scales, encode.reciprocal()
 
 
 def assemble_experts(
@@ -205,17 +256,15 @@ def assemble_experts(
                 ],
                 1,
             )
-        bias1 = _rows13((w13_bias.float() / divisor)[..., None], gated, padded)[..., 0]
+        bias1 = lay_out_bias(w13_bias, divisor, gated, padded[1])
     output2 = w2_decode / c
     bias2 = None
     if w2_bias is not None:
-        bias2 = _rows2((w2_bias.float() / output2[:, None])[..., None], padded)[..., 0]
+        bias2 = lay_out_bias(w2_bias, output2[:, None], False, padded[0])
 
     return Experts(
-        _pad_columns(_rows13(w13_codes, gated, padded), padded[0] // 2),
-        _swizzle(_pad_columns(_rows13(_bytes(w13_scales), gated, padded), padded[0] // BLOCK_SIZE)),
-        _pad_columns(_rows2(w2_codes, padded), padded[1] // 2),
-        _swizzle(_pad_columns(_rows2(_bytes(w2_scales), padded), padded[1] // BLOCK_SIZE)),
+        *lay_out(w13_codes, w13_scales, gated, padded[1], padded[0]),
+        *lay_out(w2_codes, w2_scales, False, padded[0], padded[1]),
         scalar.contiguous(),
         gate_scalar.contiguous(),
         output2.contiguous(),
@@ -230,6 +279,26 @@ def assemble_experts(
         input_scale,
         intermediate_scale,
     )
+
+
+def lay_out(
+    codes: torch.Tensor, scales: torch.Tensor, gated: bool, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, block scales) of natural rows, as the prepared tensors hold them.
+
+    Args:
+        codes: [E, rows, K/2] uint8, of `gated` [up; gate]; scales: [E, rows, K/16], linear.
+        rows: padded ones, of each half; columns: padded ones, not packed.
+    """
+    return (
+        _pad_columns(_rows(codes, gated, rows), columns // 2),
+        _swizzle(_pad_columns(_rows(_bytes(scales), gated, rows), columns // BLOCK_SIZE)),
+    )
+
+
+def lay_out_bias(bias: torch.Tensor, divisor: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
+    """[E, padded rows] fp32 of a bias [E, rows] in physical units: divided by the scalar after it."""
+    return _rows((bias.float() / divisor)[..., None], gated, rows)[..., 0]
 
 
 def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
@@ -303,16 +372,11 @@ def _pad_columns(t: torch.Tensor, columns: int) -> torch.Tensor:
     return full
 
 
-def _rows13(t: torch.Tensor, gated: bool, padded: tuple[int, int]) -> torch.Tensor:
-    """Rows of the first GEMM, [E, M1, C], each half padded, interleaved and shuffled."""
+def _rows(t: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
+    """[E, natural rows, C]: each half padded to `rows`, interleaved and shuffled."""
     halves = t.chunk(2, 1) if gated else (t,)
-    full = torch.cat([_pad_rows(half, padded[1]) for half in halves], 1)
+    full = torch.cat([_pad_rows(half, rows) for half in halves], 1)
     return full[:, row_order(full.shape[1], gated, t.device)].contiguous()
-
-
-def _rows2(t: torch.Tensor, padded: tuple[int, int]) -> torch.Tensor:
-    full = _pad_rows(t, padded[0])
-    return full[:, row_order(full.shape[1], gated=False, device=t.device)].contiguous()
 
 
 def _swizzle(scales: torch.Tensor) -> torch.Tensor:

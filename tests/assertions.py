@@ -40,8 +40,8 @@ def assert_bitwise(
     if got.numel() == 0:
         return
     size = got.element_size()
-    a = got.contiguous().view(torch.uint8).reshape(-1, size)
-    b = want.contiguous().view(torch.uint8).reshape(-1, size)
+    a = got.contiguous().reshape(-1).view(torch.uint8).reshape(-1, size)
+    b = want.contiguous().reshape(-1).view(torch.uint8).reshape(-1, size)
     wrong = (a != b).any(-1)
     if not wrong.any():
         return

@@ -7,6 +7,7 @@ import bf16_layer
 import dense_speed
 import moe_speed
 import pytest
+import reload_speed
 import torch
 from bf16_layer import Tiles, Weights, candidates
 from moe_speed import Shape
@@ -269,3 +270,28 @@ def test_dense_products_are_checked(m, monkeypatch):
     monkeypatch.setattr(dense_speed, "product", wrong)
     with pytest.raises(SystemExit, match="wrong bits"):
         dense_speed.check(*a, *b, alpha)
+
+
+@interpreted
+def test_reload_speed(monkeypatch, capsys):
+    """Every cell is measured, and checked: of weights that change under the clock, it says so."""
+    monkeypatch.setattr(reload_speed, "SHAPES", {"small": (2, 64, 128)})
+    monkeypatch.setattr(reload_speed, "DEVICE", torch.device("cpu"))
+
+    def timed(call, _):
+        call()
+        return 2.0
+
+    monkeypatch.setattr(reload_speed, "microseconds", timed)
+    load = reload_speed.Experts.load_
+    monkeypatch.setattr(
+        reload_speed.Experts, "load_", lambda *a, **k: load(*a, **k, backend="triton")
+    )
+    cells = reload_speed.measure("small", 1.0)
+    whole = [c["share"] for c in cells if c.get("what") == "2 experts"]
+    read, written = 2 * 2 * (256 * 64 + 64 * 128), (2 * (256 * 128 + 128 * 128) * 9) // 16
+    assert whole == [pytest.approx((2 * read + written) / 2 / 1e3)] * 2
+    assert "maxima given" in capsys.readouterr().out and len(cells) == 9
+    monkeypatch.setattr(reload_speed, "microseconds", lambda call, _: 2.0)  # nothing is loaded
+    with pytest.raises(SystemExit, match="wrong bits: gemm1_weights"):
+        reload_speed.measure("small", 1.0)

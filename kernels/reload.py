@@ -1,0 +1,20 @@
+"""`Experts.load_` on a GPU: makes the Triton kernels the writer that `backend="auto"` takes there."""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from ..reference.reload import WRITERS, Writer
+from .capability import of_device
+from .dispatch import triton_refusal_of
+
+
+def _find(device: torch.device) -> tuple[Writer | None, str]:
+    probe = torch.empty(0, device=device)
+    if (reason := triton_refusal_of(probe, "weights are", of_device(device))) is not None:
+        return None, reason
+    from .reload_launch import write
+
+    return write, ""
+
+
+WRITERS["triton"] = _find

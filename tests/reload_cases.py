@@ -1,0 +1,131 @@
+"""What a reload must keep: the bits of experts prepared anew. On any device, by any backend."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from assertions import assert_bitwise
+from nvfp4_moe.reference.cute_dsl import with_cute_dsl
+from nvfp4_moe.reference.cutlass import with_cutlass
+from nvfp4_moe.reference.experts import Experts, prepare_experts
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+
+from nvfp4_moe import ActivationType
+
+EXPERTS, HIDDEN, INTERMEDIATE = (
+    3,
+    208,
+    80,
+)  # neither a multiple of the tiles that they are padded to
+RECIPES = (
+    Recipe("exact"),
+    Recipe(),
+    Recipe("exact", NVFP44Over6Config(256, "MSE")),
+    Recipe("exact", build="cute-dsl"),
+)
+
+
+def weights(
+    kind: ActivationType,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    n: int = EXPERTS,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal ones under scales that differ by expert, with zeros and an outlier."""
+    g = torch.Generator().manual_seed(seed)
+    rows = intermediate * (2 if kind.gated else 1)
+    size = torch.tensor([2.0 ** (3 * e - seed) for e in range(n)])[:, None, None]
+    w13 = torch.randn(n, rows, hidden, generator=g) * size
+    w2 = torch.randn(n, hidden, intermediate, generator=g) * size
+    w13[:, :, :16] = 0
+    w2[0] = 0
+    w13[-1, -1, -1] = -7 * w13[-1].abs().amax()
+    return w13.to(dtype), w2.to(dtype)
+
+
+def moved(experts: Experts, device: str) -> Experts:
+    """Field by field; a tensor held twice is then held twice."""
+
+    def to(value: Any) -> Any:
+        if hasattr(value, "__dataclass_fields__"):
+            return replace(value, **{f.name: to(getattr(value, f.name)) for f in fields(value)})
+        return value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
+
+    return to(experts)
+
+
+def assert_same(got: Experts, want: Experts, what: str) -> None:
+    for field in fields(want):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        if isinstance(b, torch.Tensor):
+            assert_bitwise(a, b, f"{what}, {field.name}")
+        elif hasattr(b, "__dataclass_fields__"):
+            for inner in fields(b):
+                left, right = getattr(a, inner.name), getattr(b, inner.name)
+                assert_bitwise(left, right, f"{what}, {field.name}.{inner.name}")
+        else:
+            assert a == b, (what, field.name)
+
+
+def pointers(experts: Experts) -> list[int]:
+    tensors = (getattr(experts, f.name) for f in fields(experts))
+    return [t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
+
+
+def each_way(device: str, backend: str) -> None:
+    """Every recipe and kind of layer, given maxima and found ones."""
+    swiglu, relu2 = ActivationType.Swiglu, ActivationType.Relu2
+    for recipe in RECIPES:
+        for kind in (swiglu, relu2):
+            reloaded(kind, device, backend, recipe=recipe)
+    for kind in (swiglu, relu2, ActivationType.Situ):
+        reloaded(kind, device, backend, options={"input_amax": 3.0, "intermediate_amax": 5.0})
+    reloaded(swiglu, device, backend, dtype=torch.float16)
+    reloaded(swiglu, device, backend, given=True)
+    for kind in (swiglu, relu2):
+        copies(kind, device, backend)
+
+
+def reloaded(
+    kind: ActivationType,
+    device: str,
+    backend: str,
+    *,
+    recipe: Recipe = RECIPES[0],
+    dtype: torch.dtype = torch.bfloat16,
+    options: dict[str, Any] | None = None,
+    given: bool = False,
+    **sizes: int,
+) -> None:
+    """All experts at once, then one of them once more."""
+    options = (options or {}) | {"recipe": recipe}
+    old, new = (weights(kind, seed, dtype=dtype, **sizes) for seed in (0, 1))
+    experts = moved(prepare_experts(*old, kind, **options), device)
+    before = pointers(experts)
+    want = prepare_experts(*new, kind, **options)
+    w13, w2 = (w.to(device) for w in new)
+    amax = tuple(w.abs().amax((1, 2)).float() for w in (w13, w2)) if given else None
+    experts.load_(w13, w2, amax=amax, recipe=recipe, backend=backend)
+    what = f"{kind.name}, {recipe}, {dtype}, {backend}"
+    assert_same(experts, want, what)
+    one = old[0][1:2], old[1][1:2]
+    experts.load_(*(w.to(device) for w in one), first=1, recipe=recipe, backend=backend)
+    mixed = tuple(torch.cat([n[:1], o, n[2:]]) for n, o in zip(new, one, strict=True))
+    assert_same(experts, prepare_experts(*mixed, kind, **options), f"{what}, one expert")
+    assert pointers(experts) == before
+
+
+def copies(kind: ActivationType, device: str, backend: str) -> None:
+    """The second copies of the weights follow."""
+    static = {"input_amax": 3.0, "intermediate_amax": 5.0}
+    for copied, options in ((with_cute_dsl, {}), (with_cutlass, static)):
+        old, new = (weights(kind, seed, hidden=256, intermediate=128) for seed in (0, 1))
+        experts = moved(copied(prepare_experts(*old, kind, **options)), device)
+        experts.load_(*(w[1:].to(device) for w in new), first=1, backend=backend)
+        mixed = (torch.cat([o[:1], n[1:]]) for o, n in zip(old, new, strict=True))
+        want = copied(prepare_experts(*mixed, kind, **options))
+        assert_same(experts, want, f"{kind.name}, {copied.__name__}, {backend}")

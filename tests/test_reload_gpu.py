@@ -1,0 +1,96 @@
+"""A reload on a GPU: the bits of experts prepared anew, under a captured CUDA graph, little memory."""
+
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import reload_cases as cases
+import torch
+from nvfp4_moe.reference.experts import prepare_experts
+
+from nvfp4_moe import ActivationType, fused_moe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="no NVIDIA GPU of compute capability 8.0 or later here",
+    ),
+]
+SWIGLU = ActivationType.Swiglu
+LARGE = {"n": 6, "hidden": 2048, "intermediate": 768}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", "auto"])
+def test_reload_is_preparation(backend):
+    cases.each_way("cuda", backend)
+
+
+@pytest.mark.parametrize("recipe", cases.RECIPES, ids=str)
+def test_a_real_layer(recipe):
+    for dtype in (torch.bfloat16, torch.float16):
+        cases.reloaded(SWIGLU, "cuda", "triton", recipe=recipe, dtype=dtype, **LARGE)
+    cases.reloaded(ActivationType.Relu2, "cuda", "triton", recipe=recipe, n=2, hidden=1024,
+                   intermediate=2688)  # fmt: skip
+
+
+def test_checksum_is_that_of_the_cpu():
+    experts = prepare_experts(*cases.weights(SWIGLU, 1), SWIGLU, input_amax=1.0)
+    assert cases.moved(experts, "cuda").checksum() == experts.checksum()
+
+
+def test_a_captured_graph_serves_the_new_weights():
+    """Its next replay does, all of a layer at once or an expert at a time; eagerly or captured."""
+    old, new = (tuple(w.cuda() for w in cases.weights(SWIGLU, seed, **LARGE)) for seed in (0, 1))
+    experts = prepare_experts(*old, SWIGLU)
+    x = torch.randn(9, 2048, device="cuda").bfloat16()
+    ids = torch.rand(9, 6, device="cuda").argsort(1)[:, :2].int()
+    routing = ids, torch.rand(9, 2, device="cuda").bfloat16()
+
+    def call():
+        return fused_moe(x, experts, routing, backend="triton")
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    graph.replay()
+    first = got.clone()
+    want = fused_moe(x, prepare_experts(*new, SWIGLU), routing, backend="triton")
+    assert not torch.equal(first, want)
+    experts.load_(*new)
+    graph.replay()
+    assert torch.equal(got, want)
+    for e in range(6):
+        experts.load_(old[0][e : e + 1], old[1][e : e + 1], first=e)
+    graph.replay()
+    assert torch.equal(got, first)
+
+    given = tuple(w.clone() for w in old)
+    reload = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(reload):
+        experts.load_(*given)
+    for w, values in zip(given, new, strict=True):
+        w.copy_(values)
+    reload.replay()
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+def test_little_memory_and_no_wait():
+    """Beyond the old and the new weights a few bytes an expert; one expert's, where a copy must be."""
+    w13, w2 = (w.cuda() for w in cases.weights(SWIGLU, 1, **LARGE))
+    experts = prepare_experts(*(w.cuda() for w in cases.weights(SWIGLU, 0, **LARGE)), SWIGLU)
+    experts.load_(w13, w2)  # compile
+    strided = w13.mT.contiguous().mT
+
+    def peak(first):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        experts.load_(first, w2)
+        torch.cuda.set_sync_debug_mode("default")
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(w13) <= 16 * 512
+    assert peak(strided) <= w13[0].nbytes + 16 * 512
