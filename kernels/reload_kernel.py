@@ -9,7 +9,7 @@ contract; the arithmetic is `quantize_kernel.py`'s with a global scale.
 import triton
 import triton.language as tl
 
-from .leaves import await_previous, flush, mul, reciprocal
+from .leaves import await_previous, div, flush, mul, reciprocal
 from .quantize_kernel import (
     BF16,
     GLOBAL_SCALE,
@@ -74,7 +74,10 @@ def load_weights_kernel(
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
     codes_ptr,  # [n, padded_rows, 2 padded_blocks] int32
     sf_ptr,  # [n, padded_rows, padded_blocks] uint8, 128x4
-    decode_ptr,  # [n] fp32
+    scalar_ptr,  # [n] fp32
+    divisor_ptr,  # [1] fp32, or None
+    up_scalar_ptr,  # [n] fp32, or None
+    factor_ptr,  # [1] fp32, or None
     largest,  # 6 * e4m3_max
     rows,
     half_rows,  # of up, with GATED
@@ -94,7 +97,14 @@ def load_weights_kernel(
     encode = mul(reciprocal(amax, False, ARCH), largest, False, ARCH)
     encode = tl.where(amax == 0, 1.0, encode)
     if tl.program_id(0) == 0:
-        tl.store(decode_ptr + expert, reciprocal(encode, False, ARCH))
+        scalar = reciprocal(encode, False, ARCH)
+        if divisor_ptr is not None:
+            scalar = div(scalar, tl.load(divisor_ptr), False, ARCH)
+        tl.store(scalar_ptr + expert, scalar)
+        if up_scalar_ptr is not None:
+            if factor_ptr is not None:
+                scalar = mul(scalar, tl.load(factor_ptr), False, ARCH)
+            tl.store(up_scalar_ptr + expert, scalar)
     encode = flush(encode, FTZ, ARCH) + tl.zeros((1, 1), tl.float32)
 
     index = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS))[None, :]

@@ -1,82 +1,103 @@
 """The Triton writer of `Experts.load_`: how its kernels are launched.
 
-A maximum that is not given is one launch more, and one more read of the weights. Temporary memory is
-8 bytes an expert. Nothing waits for the GPU.
+Maxima that are not given are one launch more, and one more read of the weights. Temporary memory is
+4 bytes an expert and GEMM. Nothing waits for the GPU.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
 import torch
 import triton
 
 from ..reference.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe
-from ..reference.reload import Target
+from ..reference.reload import Job
 from . import reload_kernel as k
 from .quantize import _DTYPES
 from .target import INTERPRETING, arch, launch_options
 
+_WORDS = 4096 if not INTERPRETING else 1 << 16
+"""Words that a program reads at a time for a maximum."""
+_BLOCKS = 256 if not INTERPRETING else 2048
+"""Blocks that a program quantizes."""
 
-def write(
-    w: torch.Tensor, amax: torch.Tensor | None, recipe: Recipe, target: Target
-) -> torch.Tensor:
+
+def write(jobs: Sequence[Job], recipe: Recipe) -> None:
     """A `reference.reload.Writer`."""
-    decode = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
-    if w.is_contiguous() and w.data_ptr() % 16 == 0:
-        _write(w, amax, recipe, target, decode)
-        return decode
-    for e in range(w.shape[0]):  # a copy of one expert at a time
-        one = slice(e, e + 1)
-        part = Target(target.codes[one], target.block_scales[one], target.gated)
-        _write(
-            w[one].clone(memory_format=torch.contiguous_format),
-            None if amax is None else amax[one],
-            recipe,
-            part,
-            decode[one],
+    if all(job.w.is_contiguous() and job.w.data_ptr() % 16 == 0 for job in jobs):
+        _write(jobs, recipe)
+        return
+    for job in jobs:
+        for one in _copied(job):
+            _write([one], recipe)
+
+
+def _copied(job: Job) -> Iterator[Job]:
+    """A job for each expert, its weights copied to where the kernels can read them."""
+    for e in range(job.w.shape[0]):
+        some = slice(e, e + 1)
+        yield replace(
+            job,
+            w=job.w[some].clone(memory_format=torch.contiguous_format),
+            amax=None if job.amax is None else job.amax[some],
+            codes=job.codes[some],
+            block_scales=job.block_scales[some],
+            scalar=job.scalar[some],
+            up_scalar=None if job.up_scalar is None else job.up_scalar[some],
         )
-    return decode
 
 
-def _write(
-    w: torch.Tensor,
-    amax: torch.Tensor | None,
-    recipe: Recipe,
-    target: Target,
-    decode: torch.Tensor,
-) -> None:
-    n, rows, columns = w.shape
+def _write(jobs: Sequence[Job], recipe: Recipe) -> None:
+    device, n = jobs[0].w.device, jobs[0].w.shape[0]
+    given = [job.amax for job in jobs]
+    if any(amax is None for amax in given):
+        found = torch.zeros((len(jobs), n), dtype=torch.int32, device=device)
+        for job, bits in zip(jobs, found, strict=True):
+            _launch_amax(job.w, bits)
+        given = list(found.view(torch.float32))
+    for job, amax in zip(jobs, given, strict=True):
+        assert amax is not None
+        _launch_quantize(job, amax.contiguous(), recipe)
+
+
+def _options(w: torch.Tensor) -> dict[str, int]:
+    return {"DTYPE": _DTYPES[w.dtype].value, "ARCH": arch(w.device), **launch_options(w.device)}
+
+
+def _launch_amax(w: torch.Tensor, bits: torch.Tensor) -> None:
+    n, size = w.shape[0], w[0].numel() // 2
+    programs = triton.cdiv(size, _WORDS)
+    # Longer programs where there are enough of them: fewer atomic operations.
+    steps = 4 if programs * n >= 4096 else 1
+    k.amax_kernel[(triton.cdiv(programs, steps), n)](
+        w.view(torch.int32), bits, size, WORDS=_WORDS, STEPS=steps, num_warps=8, **_options(w)
+    )
+
+
+def _launch_quantize(job: Job, amax: torch.Tensor, recipe: Recipe) -> None:
+    n, rows, columns = job.w.shape
     blocks = columns // BLOCK_SIZE
-    words = w.view(torch.int32)
-    options = {
-        "DTYPE": _DTYPES[w.dtype].value,
-        "ARCH": arch(w.device),
-        **launch_options(w.device),
-    }
-    size = rows * columns // 2
-    if amax is None:
-        found = torch.zeros(n, dtype=torch.int32, device=w.device)
-        step, steps = (4096, 4) if not INTERPRETING else (1 << 15, 4)
-        k.amax_kernel[(triton.cdiv(size, step * steps), n)](
-            words, found, size, WORDS=step, STEPS=steps, num_warps=8, **options
-        )
-        amax = found.view(torch.float32)
-    at_once = 256 if not INTERPRETING else 2048
-    k.load_weights_kernel[(triton.cdiv(rows * blocks, at_once), n)](
-        words,
-        amax.contiguous(),
-        rcp_delta(w.device) if INTERPRETING else None,
-        target.codes.view(torch.int32),
-        target.block_scales.view(torch.uint8),
-        decode,
+    k.load_weights_kernel[(triton.cdiv(rows * blocks, _BLOCKS), n)](
+        job.w.view(torch.int32),
+        amax,
+        rcp_delta(job.w.device) if INTERPRETING else None,
+        job.codes.view(torch.int32),
+        job.block_scales.view(torch.uint8),
+        job.scalar,
+        job.divisor,
+        job.up_scalar,
+        job.factor,
         6.0 * recipe.e4m3_max,
         rows,
-        rows // 2 if target.gated else rows,
+        rows // 2,
         blocks,
-        target.codes.shape[1],
-        target.block_scales.shape[2],
+        job.codes.shape[1],
+        job.block_scales.shape[2],
         RECIPE=recipe.code,
-        GATED=target.gated,
-        BLOCKS=at_once,
+        GATED=job.gated,
+        BLOCKS=_BLOCKS,
         num_warps=4,
-        **options,
+        **_options(job.w),
     )

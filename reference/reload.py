@@ -14,7 +14,7 @@ limit are held divided by scalars that change, and have to be given again.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,33 +27,40 @@ from .recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where the quantized weights of one GEMM of some experts go."""
+class Job:
+    """New weights of one GEMM of some experts, and everything that follows from them."""
 
-    codes: torch.Tensor  # [n, padded rows, padded K / 2] uint8
-    block_scales: torch.Tensor  # [n, padded rows, padded K / 16] e4m3
-    gated: bool  # rows are [up; gate] of equal height
+    w: torch.Tensor  # [n, rows, K] bf16 or fp16
+    amax: torch.Tensor | None  # [n] fp32; None: of w
+    gated: bool  # rows are [up; gate]
+    codes: torch.Tensor  # [n, padded rows, padded K / 2] uint8, written
+    block_scales: torch.Tensor  # [n, padded rows, padded K / 16] e4m3, written
+    scalar: torch.Tensor  # [n] fp32, becomes decode / divisor
+    divisor: torch.Tensor | None  # [1] fp32; None: 1
+    up_scalar: torch.Tensor | None  # [n] fp32, becomes scalar * factor
+    factor: torch.Tensor | None  # [1] fp32; None: 1
 
 
-Writer = Callable[[torch.Tensor, torch.Tensor | None, Recipe, Target], torch.Tensor]
-"""(w [n, rows, K], amax [n] fp32 or None, recipe, target) -> decode scales [n] fp32, which
-`Target` then agrees with. Nothing else of a reload is done more than one way."""
+Writer = Callable[[Sequence[Job], Recipe], None]
+"""Does jobs. Nothing else of a reload is done more than one way."""
 
 
-def write_by_reference(
-    w: torch.Tensor, amax: torch.Tensor | None, recipe: Recipe, target: Target
-) -> torch.Tensor:
+def write_by_reference(jobs: Sequence[Job], recipe: Recipe) -> None:
     """The specification of a `Writer`; an expert at a time."""
-    rows, columns = target.codes.shape[1], target.codes.shape[2] * 2
-    rows //= 2 if target.gated else 1
-    decode = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
-    for e in range(w.shape[0]):
-        largest = w[e].abs().amax() if amax is None else amax[e]
-        codes, scales, decode[e] = quantize_weight(w[e], largest, recipe)
-        codes, scales = lay_out(codes[None], scales[None], target.gated, rows, columns)
-        target.codes[e].copy_(codes[0])
-        target.block_scales[e].copy_(scales[0])
-    return decode
+    for job in jobs:
+        rows, columns = job.codes.shape[1], job.codes.shape[2] * 2
+        rows //= 2 if job.gated else 1
+        for e in range(job.w.shape[0]):
+            amax = job.w[e].abs().amax() if job.amax is None else job.amax[e]
+            codes, scales, decode = quantize_weight(job.w[e], amax, recipe)
+            codes, scales = lay_out(codes[None], scales[None], job.gated, rows, columns)
+            job.codes[e].copy_(codes[0])
+            job.block_scales[e].copy_(scales[0])
+            one = slice(e, e + 1)
+            job.scalar[one].copy_(decode if job.divisor is None else decode / job.divisor)
+            if job.up_scalar is not None:
+                scalar = job.scalar[one]
+                job.up_scalar[one].copy_(scalar if job.factor is None else scalar * job.factor)
 
 
 WRITERS: dict[str, Callable[[torch.device], tuple[Writer | None, str]]] = {
@@ -82,25 +89,32 @@ def load_(
     some = slice(first, first + w13.shape[0])
     if w13.shape[0] == 0:
         return
-    amax13, amax2 = amax or (None, None)
-    gated = experts.activation.gated
-    first_gemm = Target(experts.gemm1_weights[some], experts.gemm1_weights_scale[some], gated)
-    second_gemm = Target(experts.gemm2_weights[some], experts.gemm2_weights_scale[some], False)
-    decode13 = write(w13, amax13, recipe, first_gemm)
-    decode2 = write(w2, amax2, recipe, second_gemm)
-    _update_scalars(experts, some, decode13, decode2)
+    write(_jobs(experts, some, w13, w2, *(amax or (None, None))), recipe)
     _update_parameters(experts, some, w13_bias, w2_bias, clamp_limit)
     refresh_cute_dsl(experts, some)
     refresh_cutlass(experts, some)
 
 
-def _update_scalars(e: Experts, some: slice, decode13: torch.Tensor, decode2: torch.Tensor) -> None:
-    """As `assemble_experts` makes them of decode scales that gate and up share."""
-    gate, c = e.output1_scale_gate_scalar[some], e.intermediate_scale
-    gate.copy_(decode13 if e.input_scale is None else decode13 / e.input_scale)
-    if e.activation.gated and e.activation != ActivationType.Situ:
-        e.output1_scale_scalar[some].copy_(gate if c is None else gate * c)
-    e.output2_scale_scalar[some].copy_(decode2 if c is None else decode2 / c)
+def _jobs(
+    e: Experts,
+    some: slice,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    amax13: torch.Tensor | None,
+    amax2: torch.Tensor | None,
+) -> tuple[Job, Job]:
+    """Scalars as `assemble_experts` makes them of decode scales that gate and up share."""
+    linear_up = e.activation.gated and e.activation != ActivationType.Situ
+    first = Job(
+        w13, amax13, e.activation.gated, e.gemm1_weights[some], e.gemm1_weights_scale[some],
+        e.output1_scale_gate_scalar[some], e.input_scale,
+        e.output1_scale_scalar[some] if linear_up else None, e.intermediate_scale,
+    )  # fmt: skip
+    second = Job(
+        w2, amax2, False, e.gemm2_weights[some], e.gemm2_weights_scale[some],
+        e.output2_scale_scalar[some], e.intermediate_scale, None, None,
+    )  # fmt: skip
+    return first, second
 
 
 def _update_parameters(

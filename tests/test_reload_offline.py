@@ -23,7 +23,8 @@ def compile_writer(arch, recipe, dtype, gated=True):
     }  # fmt: skip
     types = {
         "x_ptr": "*i32", "amax_ptr": "*fp32", "codes_ptr": "*i32", "sf_ptr": "*u8",
-        "decode_ptr": "*fp32", "largest": "fp32", "rows": "i32", "half_rows": "i32", "NB": "i32",
+        "scalar_ptr": "*fp32", "divisor_ptr": "*fp32", "up_scalar_ptr": "*fp32",
+        "factor_ptr": "*fp32", "largest": "fp32", "rows": "i32", "half_rows": "i32", "NB": "i32",
         "padded_rows": "i32", "padded_blocks": "i32",
     }  # fmt: skip
     aligned = ["x_ptr", "codes_ptr", "sf_ptr", "rows", "half_rows", "NB", "padded_rows",
