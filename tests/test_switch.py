@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+from pathlib import Path
 
 import moe_cases
 import pytest
@@ -195,3 +196,14 @@ def test_experts_with_static_scales_serve_nothing_else(activation):
         case.x, case.experts, (case.ids, case.weights), activation=activation
     )
     assert explained.backend is None
+
+
+def test_the_documentation_has_every_variable_and_backend():
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    table = text.partition("## Every variable")[2]
+    assert [name for name in environment.VARIABLES if f"`{name}`" not in table] == []
+    rows = text.partition("| server |")[2].partition("\n\n")[0]
+    for server, known in SERVERS.items():
+        for backend, row in known.backends.items():
+            if row.refusal is None or row.default is not None:
+                assert f"`{backend.partition('+')[0]}`" in rows, (server, backend)
