@@ -2,7 +2,7 @@
 
 FlashInfer chooses fast or exact math, and 4over6 where the argument is omitted, from them at each
 launch. A variable counts as on when it is exactly "1" (flashinfer-python 0.7.2, `envUtils.cpp:61`,
-`nvfp4_quantization_utils.py:env_flag_enabled`).
+`nvfp4_quantization_utils.py:env_flag_enabled`). The switch of a serving stack has SGLang's spellings.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -23,9 +23,24 @@ FOUR_OVER_SIX_VARIABLES = (
     "FLASHINFER_NVFP4_4OVER6_ERR_USE_FAST_MATH",
     "FLASHINFER_NVFP4_4OVER6_E4M3_USE_256",
 )
+SWITCH_VARIABLES = (
+    "NVFP4_MOE_PER_TOKEN_ACTIVATION",
+    "SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION",
+)
 CACHE_VARIABLES = ("NVFP4_MOE_CACHE", "XDG_CACHE_HOME")
-VARIABLES = (*EXACT_VARIABLES["cuda"], *FOUR_OVER_SIX_VARIABLES, *CACHE_VARIABLES)
+VARIABLES = (
+    *EXACT_VARIABLES["cuda"],
+    *FOUR_OVER_SIX_VARIABLES,
+    *SWITCH_VARIABLES,
+    *CACHE_VARIABLES,
+)
 """Every variable that this library reads."""
+
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "y"), True),
+    **dict.fromkeys(("false", "0", "no", "n"), False),
+}
+"""SGLang's, in any case (sglang 0.5.23, `environ.py:143`)."""
 
 
 def _on(name: str) -> bool:
@@ -58,6 +73,32 @@ def four_over_six() -> NVFP44Over6Config | None:
         return NVFP44Over6Config(256 if _on(use_256) else 448, err_mode, _on(fast))
     except ValueError:
         raise ValueError(f"{mode} is {err_mode!r}; it must be MAE or MSE") from None
+
+
+def per_token_activation() -> bool:
+    """The switch: whether a serving stack quantizes activations online, per token. Default off.
+
+    An empty variable counts as unset. SGLang warns of a value that it cannot read and goes on with
+    static scales; here that is an error.
+
+    Raises:
+        ValueError: a value that is no boolean, or two variables that say different things.
+    """
+    said = {name: _boolean(name) for name in SWITCH_VARIABLES if os.environ.get(name)}
+    if len(set(said.values())) > 1:
+        given = " and ".join(f"{name} is {os.environ[name]!r}" for name in said)
+        raise ValueError(f"{given}; they must agree, or one of them be unset")
+    return any(said.values())
+
+
+def _boolean(name: str) -> bool:
+    value = os.environ[name]
+    try:
+        return _BOOLEANS[value.lower()]
+    except KeyError:
+        raise ValueError(
+            f"{name} is {value!r}; it must be one of {', '.join(_BOOLEANS)}, in any case"
+        ) from None
 
 
 def sources(recipe: Recipe, *, math: bool, config: bool) -> str:

@@ -229,7 +229,7 @@ def fused_moe(
     experts: Experts,
     routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
     *,
-    activation: str = "per-token",
+    activation: str | None = None,
     routing_bias: torch.Tensor | None = None,
     num_experts: int | None = None,
     local_expert_offset: int = 0,
@@ -247,7 +247,8 @@ def fused_moe(
         hidden_states: [T, hidden size] bf16.
         experts: from `prepare_experts` or `assemble_experts`.
         routing: (logits [T, E], a `Routing`), or (ids int32 [T, K], weights bf16 or fp32 [T, K]).
-        activation: "per-token", "static" (experts with `input_amax`) or "bf16" (not quantized).
+        activation: "per-token", "static" (experts with `input_amax`) or "bf16" (not quantized);
+            omitted, static where the experts have static scales, else per token.
         num_experts: of all ranks; omitted with ids, those held here.
         output_dtype: bf16, fp16 or fp32, of which FlashInfer writes the first alone.
         The rest: as for `trtllm_fp4_block_scale_moe`; 4over6 is off unless given, for both
@@ -269,7 +270,7 @@ def explain_fused_moe(
     experts: Experts,
     routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
     *,
-    activation: str = "per-token",
+    activation: str | None = None,
     routing_bias: torch.Tensor | None = None,
     num_experts: int | None = None,
     local_expert_offset: int = 0,
@@ -440,7 +441,7 @@ def _request_of_layer(
     hidden_states: torch.Tensor,
     experts: Experts,
     routing: tuple[torch.Tensor, Any],
-    activation: str,
+    activation: str | None,
     routing_bias: torch.Tensor | None,
     num_experts: int | None,
     local_expert_offset: int,
@@ -452,10 +453,18 @@ def _request_of_layer(
     output_dtype: torch.dtype,
     capability: tuple[int, int] | None = None,
 ) -> MoERequest:
+    static = experts.input_scale is not None
+    if activation is None:
+        activation = "static" if static else "per-token"
     if activation not in ("per-token", "static", "bf16"):
         raise ValueError(f"activation is {activation!r}; it must be per-token, static or bf16")
-    if activation == "static" and experts.input_scale is None:
+    if activation == "static" and not static:
         raise ValueError('activation is "static"; the experts have no input_amax')
+    if activation != "static" and static:
+        raise ValueError(
+            f'activation is "{activation}"; the experts\' scalars hold static scales, by which its '
+            "results would be too large or too small: prepare them without input_amax"
+        )
     if (
         hidden_states.dtype != torch.bfloat16
         or hidden_states.dim() != 2

@@ -131,6 +131,48 @@ def test_sources_name_what_came_from_the_environment(monkeypatch):
     assert environment.sources(Recipe("exact", build="cute-dsl"), math=True, config=True) == ""
 
 
+OURS, SGLANGS = environment.SWITCH_VARIABLES
+
+
+@pytest.mark.parametrize(
+    ("values", "on"),
+    [
+        ({}, False),
+        ({OURS: "", SGLANGS: ""}, False),
+        ({OURS: "1"}, True),
+        ({SGLANGS: "1"}, True),
+        ({SGLANGS: "True"}, True),
+        ({OURS: "YES", SGLANGS: "y"}, True),
+        ({OURS: "0"}, False),
+        ({SGLANGS: "no"}, False),
+        ({OURS: "FALSE", SGLANGS: "N"}, False),
+        ({OURS: "", SGLANGS: "1"}, True),
+    ],
+)
+def test_the_switch(monkeypatch, values, on):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert environment.per_token_activation() is on
+
+
+@pytest.mark.parametrize("name", [OURS, SGLANGS])
+@pytest.mark.parametrize("value", ["on", "2", " 1", "1 ", "None", "truee"])
+def test_a_switch_that_is_no_boolean_is_an_error(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"{name} is '{value}'; it must be one of true, 1, yes"):
+        environment.per_token_activation()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("1", "0"), ("no", "yes")])
+def test_switches_that_disagree_are_an_error(monkeypatch, ours, theirs):
+    monkeypatch.setenv(OURS, ours)
+    monkeypatch.setenv(SGLANGS, theirs)
+    with pytest.raises(
+        ValueError, match=rf"{OURS} is '{ours}' and {SGLANGS} is '{theirs}'; they must agree"
+    ):
+        environment.per_token_activation()
+
+
 @pytest.mark.parametrize(
     ("own", "xdg", "home", "folder"),
     [
@@ -170,4 +212,5 @@ def test_nothing_else_reads_or_writes_the_environment(monkeypatch):
     before = dict(os.environ)
     assert environment.snapshot() == {n: "1" if n == NEW else None for n in environment.VARIABLES}
     environment.math("cuda"), environment.how_to_get("fast", "cuda"), environment.four_over_six()
+    environment.per_token_activation()
     assert dict(os.environ) == before

@@ -1,0 +1,16 @@
+"""NVFP4 experts in a serving stack: the switch, SGLang's and vLLM's scalars, and drop-ins for both."""
+
+# SPDX-License-Identifier: Apache-2.0
+from .fused import fused_experts_fp4
+from .load import load
+from .scales import ServingScales, serving_scales
+from .switch import SERVERS, activation_of
+
+__all__ = [
+    "SERVERS",
+    "ServingScales",
+    "activation_of",
+    "fused_experts_fp4",
+    "load",
+    "serving_scales",
+]

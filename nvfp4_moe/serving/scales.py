@@ -1,0 +1,119 @@
+"""The scalars of a serving stack's fused call, from the scales of a checkpoint.
+
+As sglang 0.5.23 computes them for its TRT-LLM backends, operation by operation in fp32
+(`modelopt_quant.py:2336-2360` and `:2756-2880`, `moe_runner/flashinfer_trtllm.py:587-611`):
+
+    a13, a2       the largest input scale over all experts; per token: 1
+    g1_alphas     a13 * weight_scale_2 of the gate projection
+    g1_alphas_up  a13 * weight_scale_2 of the up projection
+    g2_alphas     a2 * weight_scale_2 of the down projection
+    *_quant       1 / a13, 1 / a2
+    g1_scale_c    1 / a2 * g1_alphas_up; without a gate, and of SiTU, 1 / a2
+
+The kernel clamps both halves of the first GEMM's accumulator at one limit, limit / g1_alphas. Where gate
+and up differ, both are therefore moved to the larger scale, and block scales of the other half rescaled.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+
+import torch
+
+from ..reference.activation import ActivationType
+from .switch import Activation
+
+
+@dataclass(frozen=True)
+class ServingScales:
+    """Of E local experts; SGLang's names. Scales of the input and the intermediate are one number."""
+
+    g1_alphas: torch.Tensor  # [E] fp32, FlashInfer's output1_scale_gate_scalar
+    g1_alphas_up: torch.Tensor  # [E] fp32
+    g1_scale_c: torch.Tensor  # [E] fp32, output1_scale_scalar
+    g2_alphas: torch.Tensor  # [E] fp32, output2_scale_scalar
+    w13_input_scale_quant: torch.Tensor  # [] fp32, encode scale of the input
+    w2_input_scale_quant: torch.Tensor  # [] fp32, encode scale of the intermediate
+    gemm1_clamp_limit: torch.Tensor | None = None  # [E] fp32, in the accumulator's domain
+    block_scale_ratios: torch.Tensor | None = None  # [E, 2] fp32 of (up, gate); None: all 1
+
+    def tied(self, w13_block_scales: torch.Tensor) -> torch.Tensor:
+        """Block scales [E, 2 I, H/16] e4m3, rows [up; gate], as `block_scale_ratios` wants them."""
+        if self.block_scale_ratios is None:
+            return w13_block_scales
+        halves = w13_block_scales.view(torch.float8_e4m3fn).unflatten(1, (2, -1)).float()
+        scaled = halves * self.block_scale_ratios[:, :, None, None]
+        return scaled.to(torch.float8_e4m3fn).flatten(1, 2)
+
+
+def serving_scales(
+    w13_weight_scale_2: torch.Tensor,
+    w2_weight_scale_2: torch.Tensor,
+    w13_input_scale: torch.Tensor,
+    w2_input_scale: torch.Tensor,
+    *,
+    activation: Activation,
+    kind: ActivationType = ActivationType.Swiglu,
+    clamp_limit: float | None = None,
+) -> ServingScales:
+    """The scalars, of per-token activations (the checkpoint's input scales are then not used) or static.
+
+    Args:
+        w13_weight_scale_2: [E, 2] fp32 decode scales of (gate, up), or [E] or [E, 1] shared; E local.
+        w2_weight_scale_2: [E] fp32.
+        w13_input_scale: fp32 decode scales of all experts, local or not, of any shape.
+        w2_input_scale: the same of the intermediate.
+        activation: from `activation_of`: "per-token" or "static".
+        clamp_limit: of a gated activation, in physical units (`swiglu_limit`); SiTU's is not read.
+
+    Raises:
+        ValueError: an argument's shape, no activation scales, or a static one that is not positive.
+    """
+    if activation not in ("per-token", "static"):
+        raise ValueError(f"activation is {activation!r}; it must be per-token or static")
+    gate, up = _gate_and_up(w13_weight_scale_2, kind.gated)
+    if tuple(w2_weight_scale_2.shape) != tuple(gate.shape):
+        raise ValueError(
+            f"w2_weight_scale_2 has shape {tuple(w2_weight_scale_2.shape)}; with "
+            f"w13_weight_scale_2 of {gate.shape[0]} experts it must be ({gate.shape[0]},)"
+        )
+    if activation == "per-token":
+        a13 = a2 = torch.ones((), device=gate.device)
+    else:
+        a13 = _largest("w13_input_scale", w13_input_scale)
+        a2 = _largest("w2_input_scale", w2_input_scale)
+    quant13, quant2 = 1 / a13, 1 / a2
+    alphas, alphas_up = a13 * gate, a13 * up
+    limit = ratios = None
+    if clamp_limit is not None and kind.gated and kind != ActivationType.Situ:
+        untied = alphas != alphas_up
+        if untied.any():
+            shared = torch.maximum(alphas, alphas_up)
+            both = torch.stack([alphas_up, alphas], 1)
+            ratios = torch.where(untied[:, None], both / shared[:, None], 1.0)
+            alphas = alphas_up = shared
+        limit = clamp_limit / alphas
+    linear_up = kind.gated and kind != ActivationType.Situ
+    scale_c = quant2 * alphas_up if linear_up else quant2.expand(len(gate)).contiguous()
+    return ServingScales(
+        alphas, alphas_up, scale_c, a2 * w2_weight_scale_2.float(), quant13, quant2, limit, ratios
+    )
+
+
+def _gate_and_up(scale: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    allowed = (1, 2) if gated else (1,)
+    if scale.dim() not in (1, 2) or (scale.dim() == 2 and scale.shape[1] not in allowed):
+        raise ValueError(
+            f"w13_weight_scale_2 has shape {tuple(scale.shape)}; it must be [E]"
+            f"{', [E, 1] or [E, 2]' if gated else ' or [E, 1] without a gate'}"
+        )
+    scale = scale.float()
+    if scale.dim() == 1:
+        return scale, scale
+    return scale[:, 0], scale[:, -1]
+
+
+def _largest(name: str, scales: torch.Tensor) -> torch.Tensor:
+    largest = scales.max().float()
+    if not 0 < largest < torch.inf:
+        raise ValueError(f"{name} is {largest.item()} at most; static scales must be positive")
+    return largest
