@@ -215,6 +215,9 @@ def assemble_experts(
         w13_scales: [E, 2 I, H/16] e4m3 (uint8 or float8_e4m3fn), linear; w2_scales [E, H, I/16].
         w13_decode: [E] fp32, or [E, 2] for (up, gate) apart; w2_decode [E].
         The rest: as for `prepare_experts`.
+
+    Raises:
+        ValueError: a clamp limit, and scales apart for up and gate.
     """
     gated = activation.gated
     num_experts, rows, half = w13_codes.shape
@@ -243,6 +246,12 @@ def assemble_experts(
         return value.expand(num_experts).contiguous()
 
     limit, added = per_expert(clamp_limit), per_expert(beta)
+    if limit is not None and not torch.equal(up_decode, gate_decode):
+        raise ValueError(
+            "clamp_limit is given, and w13_decode differs between up and gate; the contract clamps both "
+            "halves of the accumulator at one limit, so they must share a scale "
+            "(`nvfp4_moe.serving.serving_scales` ties them)"
+        )
     if added is not None and linear_up:
         added = added * c  # beta adds to what the scalar has multiplied
     bias1 = None

@@ -218,12 +218,16 @@ def test_gate_and_up_may_have_scales_of_their_own():
     q13 = [quantize_global_scale(w, 1.0, Recipe()) for w in w13]
     q2 = [quantize_global_scale(w, 1.0, Recipe()) for w in w2]
     decode = torch.tensor([[2.0, 0.5]]).expand(4, 2)
-    e = assemble_experts(
+    weights = (
         torch.stack([q.codes for q in q13]), torch.stack([q.block_scales for q in q13]), decode,
         torch.stack([q.codes for q in q2]), torch.stack([q.block_scales for q in q2]), torch.ones(4),
     )  # fmt: skip
+    e = assemble_experts(*weights)
     assert e.output1_scale_scalar.tolist() == [2.0] * 4
     assert e.output1_scale_gate_scalar.tolist() == [0.5] * 4
+    # One limit clamps both halves of the accumulator: of the up half it would be another.
+    with pytest.raises(ValueError, match=r"clamp_limit is given, and w13_decode differs"):
+        assemble_experts(*weights, clamp_limit=2.0)
 
 
 @pytest.mark.parametrize(
