@@ -66,12 +66,13 @@ def start(scenario: str, transport: str, ranks: int, folder: Path) -> list[tuple
     return [(p.returncode, log.read_text()) for p, log in zip(processes, logs, strict=True)]
 
 
-def check_cases(transport: str, ranks: int, folder: Path) -> None:
-    ended = start("cases", transport, ranks, folder)
+def check_cases(transport: str, ranks: int, folder: Path, scenario: str = "cases") -> None:
+    ended = start(scenario, transport, ranks, folder)
     told = "\n".join(f"rank {rank}:\n{printed}" for rank, (_, printed) in enumerate(ended))
     assert all(status == 0 for status, _ in ended), told
+    names = list(CASES) if scenario == "cases" else [scenario]
     for rank in range(ranks):
-        assert json.loads((folder / f"{rank}.json").read_text()) == list(CASES)
+        assert json.loads((folder / f"{rank}.json").read_text()) == names
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the reference's ranks run without the interpreter")
@@ -83,8 +84,8 @@ def test_cases(transport, ranks, tmp_path):
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
-def test_cases_of_the_interpreter(tmp_path):
-    check_cases("gloo", 2, tmp_path)
+def test_all_to_all_in_the_interpreter(tmp_path):
+    check_cases("gloo", 2, tmp_path, "all_to_all_is_one_process")
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the reference's ranks run without the interpreter")

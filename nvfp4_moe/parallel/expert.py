@@ -15,7 +15,7 @@ from ..reference.recipe import LayerBuild
 from ..reference.routing import Routing
 from .agreement import AgreementError, Fields, Group, described, prepare
 from .exchange import Arrived, Exchange
-from .reduction import all_reduced
+from .reduction import all_reduced, travelling
 
 Dispatch = Literal["all-reduce", "all-to-all"]
 _OFFSET, _HELD = "local_expert_offset", "local experts"
@@ -78,7 +78,7 @@ def fused_moe_ep(
         first, how = routing
         columns = first.shape[1] if isinstance(how, Routing) else None
         everywhere = num_experts or columns or experts.num_local * dist.get_world_size(group)
-        travels = reduce_dtype if dispatch == "all-reduce" and reduce_dtype else output_dtype
+        travels = travelling(reduce_dtype, output_dtype)
         r = moe_dispatch.request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, everywhere,
             local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order, batch_invariant,
@@ -86,6 +86,10 @@ def fused_moe_ep(
         )  # fmt: skip
         if dispatch == "all-to-all":
             _check_quantized(r)
+            if reduce_dtype is not None:
+                raise ValueError(
+                    'reduce_dtype is given; dispatch "all-to-all" adds at home, in fp32'
+                )
         if not check:
             _check_even(r, dist.get_rank(group), dist.get_world_size(group))
             return r, {}

@@ -13,7 +13,7 @@ from ..reference.moe import FinalizeOrder
 from ..reference.recipe import LayerBuild
 from ..reference.routing import Routing
 from .agreement import AgreementError, Fields, described, prepare
-from .reduction import all_reduced
+from .reduction import all_reduced, travelling
 
 _BIAS = "gemm2_bias"
 
@@ -64,7 +64,7 @@ def fused_moe_tp(
     def make() -> tuple[MoERequest, Fields]:
         r = moe_dispatch.request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, None, 0, fast_math, build,
-            nvfp4_4over6, finalize_order, batch_invariant, reduce_dtype or output_dtype,
+            nvfp4_4over6, finalize_order, batch_invariant, travelling(reduce_dtype, output_dtype),
         )  # fmt: skip
         if not check:
             return r, {}
