@@ -195,14 +195,32 @@ def _fused_moe(
     if not do_finalize:
         return output, rows, p.permuted
 
-    groups = split_k_groups(tokens, top_k, h) if finalize_order == "flashinfer" else 1
+    finalize(rows, p.permuted, weights, output, h, finalize_order)
+    return results
+
+
+def finalize(
+    rows: torch.Tensor,
+    permuted: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    hidden_size: int,
+    order: FinalizeOrder,
+) -> None:
+    """`reference.moe.finalize`, of rows [P, >= width] bf16 that `permuted` [T * K] names, into `output`.
+
+    Args:
+        output: [T, width], bf16, fp16 or fp32.
+        hidden_size: the padded one, which FlashInfer's order depends on.
+    """
+    (tokens, top_k), width = weights.shape, output.shape[1]
+    groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1
     columns = min(1024, triton.next_power_of_2(width))
     moe_kernels.finalize_kernel[(tokens, triton.cdiv(width, columns))](
-        rows, p.permuted, weights.contiguous(), output, h, width,
+        rows, permuted, weights.contiguous(), output, rows.shape[1], width,
         K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
         **launch_options(output.device),
     )  # fmt: skip
-    return results
 
 
 fused_moe = register("triton", _fused_moe)

@@ -257,7 +257,7 @@ def fused_moe(
     Returns:
         [T, hidden size] of output_dtype.
     """
-    request = _request_of_layer(
+    request = request_of_layer(
         hidden_states, experts, routing, activation, routing_bias, num_experts,
         local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
         batch_invariant, output_dtype,
@@ -288,7 +288,7 @@ def explain_fused_moe(
     The hidden states are not quantized. `capability=(10, 0)` asks about another GPU.
     """
     try:
-        request = _request_of_layer(
+        request = request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, num_experts,
             local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
             batch_invariant, output_dtype, capability,
@@ -316,7 +316,13 @@ def refusal(backend: str, r: MoERequest) -> str | None:
     return triton_refusal_of(r.activations.hidden_states, "hidden_states are", r.capability)
 
 
-def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
+def resolve(r: MoERequest, backend: str) -> str:
+    """The backend that serves the request.
+
+    Raises:
+        ValueError: there is none of this name.
+        UnsupportedError: the named one, or every one, cannot serve it.
+    """
     _check_backend(backend)
     name = _choose(r) if backend == "auto" else backend
     if name is None:
@@ -324,8 +330,13 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         raise UnsupportedError(f"no backend can serve this call: {reasons}")
     if (reason := refusal(name, r)) is not None:
         raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
+    return name
+
+
+def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
+    name = resolve(r, backend)
     if r.quantize == "static" or (r.quantize and name in _FLASHINFER):
-        r = _with_codes(r)
+        r = with_codes(r)
     if name in _FLASHINFER:
         try:
             return _FLASHINFER[name].run(r)
@@ -437,7 +448,7 @@ def _experts(
     )  # fmt: skip
 
 
-def _request_of_layer(
+def request_of_layer(
     hidden_states: torch.Tensor,
     experts: Experts,
     routing: tuple[torch.Tensor, Any],
@@ -505,7 +516,7 @@ def _request_of_layer(
     )
 
 
-def _with_codes(r: MoERequest) -> MoERequest:
+def with_codes(r: MoERequest) -> MoERequest:
     """The request with its bf16 hidden states quantized."""
     recipe, per_token = r.recipe, r.quantize == "per-token"
     scale = recipe.base_scale_inv if per_token else r.experts.input_scale
@@ -565,7 +576,7 @@ def autotune_fused_moe(
         )
     like = experts.gemm1_weights
     empty = like.new_empty((0, top_k), dtype=torch.int32), like.new_empty((0, top_k)).bfloat16()
-    request = _request_of_layer(
+    request = request_of_layer(
         like.new_empty((0, experts.hidden_size), dtype=torch.bfloat16), experts, empty, activation,
         None, everywhere, local_expert_offset, None, "cuda", None, "slot", False,
         torch.bfloat16,
@@ -576,5 +587,5 @@ def autotune_fused_moe(
         raise UnsupportedError(f"backend triton cannot serve this layer: {reason}")
     from .tuning import autotune
 
-    mode = cast("Mode", activation)  # which _request_of_layer has checked
+    mode = cast("Mode", activation)  # which request_of_layer has checked
     return autotune(experts, counts, top_k, mode, everywhere, local_expert_offset)

@@ -1,0 +1,130 @@
+"""What the ranks of a call must agree on, compared before any data travels.
+
+Each rank says in a header of fixed size what it was called with, or why it cannot take part: a rank with
+bad input takes part in this exchange too, so that the others learn of it. Whoever sees a difference sees
+the same headers as everyone else, so that all raise.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..kernels import moe_dispatch
+from ..kernels.moe_request import MoERequest
+
+HEADER_BYTES = 2048
+Fields = dict[str, object]
+Group = dist.ProcessGroup | None
+_T = TypeVar("_T")
+
+
+class AgreementError(ValueError):
+    """The ranks were called with what does not fit together, or one cannot serve; raised on each."""
+
+
+def prepare(
+    call: str,
+    make: Callable[[], tuple[_T, Fields]],
+    group: Group,
+    *,
+    check: bool,
+    may_differ: Collection[str] = (),
+) -> tuple[_T, list[Fields] | None]:
+    """This rank's part of a call, once all ranks have said that theirs fit it.
+
+    Args:
+        call: what is called, which the ranks must agree on, too.
+        make: checks this rank's arguments; (what it needs of them, what the others must know).
+        check: False: nothing travels; errors of this rank are raised here alone.
+        may_differ: fields that every rank has its own value of.
+
+    Returns:
+        (what `make` made, the fields of every rank; None without `check`).
+
+    Raises:
+        AgreementError: on every rank, if one could not make its part, or fields differ.
+    """
+    if not check:
+        return make()[0], None
+    try:
+        made, fields = make()
+    except Exception as error:  # whatever it is, the others wait for this rank's header
+        _compare(_exchange({"call": call, "error": f"{type(error).__name__}: {error}"}, group), ())
+        raise
+    every = _exchange({"call": call, **fields}, group)
+    _compare(every, may_differ)
+    return made, every
+
+
+def described(r: MoERequest, backend: str) -> Fields:
+    """What every rank of a call must have alike, wherever its experts are."""
+    e = r.experts
+    return {
+        "backend": moe_dispatch.resolve(r, backend),
+        "num_experts": r.num_experts,
+        "top_k": r.routing.top_k,
+        "hidden_size": e.hidden_size,
+        "intermediate_size": e.intermediate_size,
+        "activation_type": e.activation.name,
+        "activation": r.quantize or "bf16",
+        "input_scale": e.input_scale.item() if r.is_static and e.input_scale is not None else None,
+        "routing": str(r.routing) if r.logits is not None else "ids and weights",
+        "routing weights": _dtype(r.weights) if r.logits is None else "from logits",
+        "recipe": str(r.recipe),
+        "build": r.build,
+        "finalize_order": r.finalize_order,
+        "batch_invariant": r.batch_invariant,
+        "output_dtype": str(r.output_dtype),
+    }
+
+
+def _dtype(t: torch.Tensor | None) -> str:
+    return "none" if t is None else str(t.dtype)
+
+
+def _exchange(mine: Mapping[str, object], group: Group) -> list[Fields]:
+    """The headers of all ranks, by rank."""
+    text = json.dumps(mine).encode()
+    if len(text) > HEADER_BYTES:  # a long reason
+        short = str(mine.get("error", "its header is too long"))[: HEADER_BYTES // 4]
+        text = json.dumps({"call": mine["call"], "error": short}).encode()
+    header = torch.frombuffer(bytearray(text.ljust(HEADER_BYTES)), dtype=torch.uint8)
+    header = header.to(_device(group))
+    every = [torch.empty_like(header) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, header, group=group)
+    return [json.loads(bytes(t.tolist())) for t in every]
+
+
+def _device(group: Group) -> torch.device:
+    """Where the group moves headers: on the CPU if it can."""
+    if "gloo" in str(dist.get_backend_config(group)):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _compare(every: list[Fields], may_differ: Collection[str]) -> None:
+    errors = [f"rank {rank}: {f['error']}" for rank, f in enumerate(every) if "error" in f]
+    if errors:
+        raise AgreementError(f"not every rank can take part; {'; '.join(errors)}")
+    names = dict.fromkeys(name for fields in every for name in fields if name not in may_differ)
+    if len({str(fields["call"]) for fields in every}) > 1:
+        names = {"call": None}  # of other calls nothing else need be alike
+    wrong = [
+        text for name in names if (text := _difference(name, [f.get(name) for f in every])) is not None
+    ]  # fmt: skip
+    if wrong:
+        raise AgreementError(f"the ranks' calls differ: {'; '.join(wrong)}")
+
+
+def _difference(name: str, values: list[object]) -> str | None:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(str(value), []).append(rank)
+    if len(ranks) == 1:
+        return None
+    told = (f"{value} on {', '.join(map(str, where))}" for value, where in ranks.items())
+    return f"{name} is {', '.join(told)}"

@@ -1,0 +1,182 @@
+"""A layer over several ranks: each rank's experts, and what the sum of tensor-parallel shards is.
+
+A shard has some of the intermediate's columns: rows of the first GEMM, columns of the second. Weights
+are quantized before they are cut, so that every shard has the expert's scalars, and cut between blocks
+of 16. Then, with n shards,
+
+    row_r[t, k]   what `moe.fused_moe` computes of shard r: its intermediate is quantized by its *own*
+                  row maximum, its rows are rounded to bf16; gemm2_bias is shard 0's alone
+    output_r[t]   row_r finalized by shard r, rounded to the dtype that travels
+    output[t]     output_0 + output_1 + ... in that dtype, rounded to the output's
+
+so n shards are another function than one: other row maxima give other block scales and codes.
+
+Sources: sizes, `align_fp4_moe_weights_for_flashinfer_trtllm` of sglang 0.5.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from .experts import Experts, assemble_experts, row_order, unshuffled_bias
+from .layouts import to_linear
+from .moe import Accumulate, Activations, FinalizeOrder, MoEResult, fused_moe
+from .recipe import BLOCK_SIZE, Recipe, SfLayout
+from .shuffle import inverse
+
+_UNSHARDED = ("hidden_size", "intermediate_size", "activation", "input_scale", "intermediate_scale")
+
+
+def shard_columns(intermediate_size: int, rank: int, shards: int) -> slice:
+    """The intermediate's columns that shard `rank` of `shards` holds: whole blocks, spread evenly.
+
+    Raises:
+        ValueError: there is no such shard, or a shard would have no block.
+    """
+    blocks = intermediate_size // BLOCK_SIZE
+    if intermediate_size % BLOCK_SIZE or not 1 <= shards <= blocks:
+        raise ValueError(
+            f"shards is {shards}; an intermediate of {intermediate_size} has {blocks} whole blocks of "
+            f"{BLOCK_SIZE}, and each shard takes one at least"
+        )
+    if not 0 <= rank < shards:
+        raise ValueError(f"rank is {rank}; of {shards} shards it must be 0 to {shards - 1}")
+    start, stop = (r * blocks // shards * BLOCK_SIZE for r in (rank, rank + 1))
+    return slice(start, stop)
+
+
+def shard_size(intermediate_size: int, shards: int, gated: bool) -> int:
+    """The intermediate size of every shard, zeros included: a multiple of 16, of 128 without a gate."""
+    largest = -(-intermediate_size // (BLOCK_SIZE * shards)) * BLOCK_SIZE
+    return largest if gated else -(-largest // 128) * 128
+
+
+def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
+    """Shard `rank` of prepared experts, prepared: the same codes, block scales and scalars.
+
+    Layouts of other backends (`with_cute_dsl`, `with_cutlass`) are the shard's to make again.
+
+    Raises:
+        ValueError: as `shard_columns`.
+    """
+    e, gated = experts, experts.activation.gated
+    columns = shard_columns(e.intermediate_size, rank, shards)
+    size, width = shard_size(e.intermediate_size, shards, gated), columns.stop - columns.start
+    m1, padded = e.gemm1_weights.shape[1], e.padded_hidden_size
+    order1 = inverse(row_order(m1, gated, e.gemm1_weights.device))
+    order2 = inverse(row_order(padded, False, e.gemm1_weights.device))[: e.hidden_size]
+
+    def rows1(t: torch.Tensor) -> torch.Tensor:
+        """[E, halves * size, C] of natural rows [E, M1, C]."""
+        halves = [half[:, columns] for half in t.chunk(2 if gated else 1, 1)]
+        return torch.cat([_extended(half, 1, size) for half in halves], 1)
+
+    def columns2(t: torch.Tensor, per: int) -> torch.Tensor:
+        """[E, H, size / per] of natural rows [E, H, I / per]."""
+        part = t[:, order2, columns.start // per : columns.stop // per]
+        return _extended(part, 2, size // per)
+
+    def linear(scales: torch.Tensor, rows: int, k: int) -> torch.Tensor:
+        return to_linear(scales.view(torch.uint8), rows, k // BLOCK_SIZE, SfLayout.layout_128x4)
+
+    assert 0 < width <= size
+    hidden, ones = e.hidden_size, torch.ones_like(e.output2_scale_scalar)
+    codes1 = e.gemm1_weights[:, order1, : hidden // 2]
+    scales1 = linear(e.gemm1_weights_scale, m1, padded)[:, order1, : hidden // BLOCK_SIZE]
+    scales2 = linear(e.gemm2_weights_scale, padded, e.padded_intermediate_size)
+    bias1 = bias2 = None
+    if e.gemm1_bias is not None:
+        bias1 = rows1(unshuffled_bias(e.gemm1_bias, gated)[..., None])[..., 0]
+    if e.gemm2_bias is not None and rank == 0:
+        bias2 = unshuffled_bias(e.gemm2_bias, gated=False)[:, :hidden]
+    shard = assemble_experts(
+        rows1(codes1), rows1(scales1), ones, columns2(e.gemm2_weights, 2),
+        columns2(scales2, BLOCK_SIZE), ones, e.activation, w13_bias=bias1, w2_bias=bias2,
+    )  # fmt: skip
+    # Scalars, and biases divided by them, are taken over: made again they might round otherwise.
+    return replace(
+        shard,
+        output1_scale_scalar=e.output1_scale_scalar,
+        output1_scale_gate_scalar=e.output1_scale_gate_scalar,
+        output2_scale_scalar=e.output2_scale_scalar,
+        gemm1_alpha=e.gemm1_alpha,
+        gemm1_beta=e.gemm1_beta,
+        gemm1_clamp_limit=e.gemm1_clamp_limit,
+        input_scale=e.input_scale,
+        intermediate_scale=e.intermediate_scale,
+    )
+
+
+def select_experts(experts: Experts, first: int, count: int) -> Experts:
+    """`count` experts from `first` on: what a rank holds whose `local_expert_offset` is `first`.
+
+    Layouts of other backends are the rank's to make again.
+
+    Raises:
+        ValueError: the experts do not hold that many.
+    """
+    if not 0 <= first < first + count <= experts.num_local:
+        raise ValueError(
+            f"first is {first} and count {count}; there are {experts.num_local} experts, and a rank "
+            "holds one at least"
+        )
+    some = slice(first, first + count)
+    held: dict[str, Any] = {
+        f.name: value[some].contiguous()
+        for f in fields(experts)
+        if f.name not in _UNSHARDED and (value := getattr(experts, f.name)) is not None
+        and isinstance(value, torch.Tensor)
+    }  # fmt: skip
+    return replace(experts, **held, cute_dsl=None, cutlass=None)
+
+
+@dataclass(frozen=True)
+class ShardedResult:
+    output: torch.Tensor  # [T, H] of the dtype asked for
+    shards: tuple[MoEResult, ...]  # each rank's, whose outputs travel
+
+
+def fused_moe_shards(
+    activations: Activations,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    tp_shards: int,
+    recipe: Recipe | None = None,
+    local_expert_offset: int = 0,
+    accumulate: Accumulate = "fp64",
+    finalize_order: FinalizeOrder = "flashinfer",
+    reduce_dtype: torch.dtype | None = None,
+    output_dtype: torch.dtype = torch.bfloat16,
+    keep_steps: bool = False,
+) -> ShardedResult:
+    """`moe.fused_moe` over `tp_shards` tensor-parallel ranks, summed in rank order; see the module.
+
+    Args:
+        experts: of the whole layer.
+        reduce_dtype: in which the shards' outputs travel and are added; None: output_dtype.
+        The rest: as for `moe.fused_moe`.
+    """
+    travels = reduce_dtype or output_dtype
+    results = tuple(
+        fused_moe(
+            activations, shard_experts(experts, rank, tp_shards), ids, weights, recipe=recipe,
+            local_expert_offset=local_expert_offset, accumulate=accumulate,
+            finalize_order=finalize_order, output_dtype=travels, keep_steps=keep_steps,
+        )
+        for rank in range(tp_shards)
+    )  # fmt: skip
+    total = results[0].output
+    for result in results[1:]:
+        total = total + result.output
+    return ShardedResult(total.to(output_dtype), results)
+
+
+def _extended(t: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Zeros behind, up to `size`."""
+    shape = list(t.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([t, t.new_zeros(shape)], dim)
