@@ -30,7 +30,7 @@ def fused_moe_ep(
     num_experts: int | None = None,
     dispatch: Dispatch = "all-to-all",
     group: dist.ProcessGroup | None = None,
-    activation: str = "per-token",
+    activation: str | None = None,
     routing_bias: torch.Tensor | None = None,
     backend: str = "auto",
     fast_math: bool | None = None,

@@ -24,7 +24,7 @@ def fused_moe_tp(
     routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
     *,
     group: dist.ProcessGroup | None = None,
-    activation: str = "per-token",
+    activation: str | None = None,
     routing_bias: torch.Tensor | None = None,
     backend: str = "auto",
     fast_math: bool | None = None,
