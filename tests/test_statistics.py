@@ -374,10 +374,23 @@ class TestBackends:
 
 
 def test_the_page_shows_what_its_programs_print():
+    """Numbers to 1 %: those of random weights differ in their last bits between processors."""
     page = Path(__file__).resolve().parent.parent / "docs" / "telemetry.md"
     pairs = re.findall(r"```python\n(# prints.*?)```\n+```text\n(.*?)```", page.read_text(), re.S)
     assert len(pairs) == 2
     for program, text in pairs:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, {})
-        assert printed.getvalue() == text
+        got, want = (
+            [re.split(r"\s{2,}", line) for line in lines.splitlines()]
+            for lines in (printed.getvalue(), text)
+        )
+        assert [len(line) for line in got] == [len(line) for line in want]
+        cells = ([cell for line in lines for cell in line] for lines in (got, want))
+        for a, b in zip(*cells, strict=True):
+            numbers = [re.fullmatch(r"([\d.]+)%?", cell) for cell in (a, b)]
+            if all(numbers):
+                x, y = (float(number[1]) for number in numbers)
+                assert x == pytest.approx(y, rel=1e-2, abs=0.02), (a, b)
+            else:
+                assert a == b
