@@ -241,7 +241,7 @@ def fused_moe(
     batch_invariant: bool = False,
     output_dtype: torch.dtype = torch.bfloat16,
     stats: bool = False,
-) -> torch.Tensor | Any:  # a pair with stats: see there
+) -> torch.Tensor | Any:  # a pair with stats
     """The layer from ordinary tensors: quantize the hidden states, then the fused call.
 
     Args:
