@@ -19,6 +19,7 @@ from ..reference.recipe import Recipe
 from . import config_cache, moe_gemm, moe_kernels
 from .config_cache import Configs, GemmConfig, Mode
 from .moe_ops import Triple, empty_results, register
+from .moe_request import Observe
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
 from .target import arch, launch_options, native_mma, shared_memory
 
@@ -168,6 +169,7 @@ def _fused_moe(
     batch_invariant: bool = False,
     quantize: bool = False,
     config: GemmConfig | None = None,
+    observe: Observe | None = None,
 ) -> Triple:
     tokens, top_k = ids.shape
     slots = tokens * top_k
@@ -187,6 +189,8 @@ def _fused_moe(
     x = activations.hidden_states
     x1 = quantized(x, recipe) if quantize else operand(activations)
     intermediate = _gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
+    if observe is not None:
+        observe(ids, intermediate, p.permuted)
     if plain:
         x2 = operand(Activations(intermediate))
     else:

@@ -19,10 +19,10 @@ from ..reference.moe import Activations, FinalizeOrder
 from ..reference.moe import fused_moe as reference_fused_moe
 from ..reference.recipe import LayerBuild, SfLayout
 from ..reference.routing import Routing
-from . import flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe
+from . import flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe, moe_statistics
 from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
 from .moe_ops import FusedMoE
-from .moe_request import MoERequest, check_linear, make_moe_request, routing_of
+from .moe_request import MoERequest, Observe, check_linear, make_moe_request, routing_of
 from .request import UNSET
 
 if TYPE_CHECKING:
@@ -240,7 +240,8 @@ def fused_moe(
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
     output_dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
+    stats: bool = False,
+) -> torch.Tensor | Any:  # a pair with stats
     """The layer from ordinary tensors: quantize the hidden states, then the fused call.
 
     Args:
@@ -251,18 +252,23 @@ def fused_moe(
             omitted, static where the experts have static scales, else per token.
         num_experts: of all ranks; omitted with ids, those held here.
         output_dtype: bf16, fp16 or fp32, of which FlashInfer writes the first alone.
+        stats: also report what both quantizations did, by expert; not by FlashInfer, nor compiled. The
+            output has the bits of the same backend without.
         The rest: as for `trtllm_fp4_block_scale_moe`; 4over6 is off unless given, for both
         quantizations.
 
     Returns:
-        [T, hidden size] of output_dtype.
+        [T, hidden size] of output_dtype; with stats (that, a `MoEStatistics`).
     """
     request = request_of_layer(
         hidden_states, experts, routing, activation, routing_bias, num_experts,
         local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
         batch_invariant, output_dtype,
     )  # fmt: skip
-    return serve(request, backend)[0]
+    if not stats:
+        return serve(request, backend)[0]
+    request, seen = moe_statistics.observed(request)
+    return serve(request, backend)[0], seen.statistics
 
 
 def explain_fused_moe(
@@ -281,6 +287,7 @@ def explain_fused_moe(
     finalize_order: FinalizeOrder = "flashinfer",
     batch_invariant: bool = False,
     output_dtype: torch.dtype = torch.bfloat16,
+    stats: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> Explanation:
     """Which backend `fused_moe` of the same arguments would run, and why each other would not.
@@ -293,6 +300,8 @@ def explain_fused_moe(
             local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,
             batch_invariant, output_dtype, capability,
         )  # fmt: skip
+        if stats:
+            request, _ = moe_statistics.observed(request)
         _check_backend(backend)
     except (TypeError, ValueError) as error:
         return Explanation(None, tuple((name, str(error)) for name in ORDER))
@@ -303,6 +312,8 @@ def explain_fused_moe(
 
 def refusal(backend: str, r: MoERequest) -> str | None:
     """Why a backend cannot serve the request; None if it can."""
+    if (reason := moe_statistics.refusal(backend, r)) is not None:
+        return reason
     if backend in _FLASHINFER:
         return _FLASHINFER[backend].refusal(r)
     if r.lora_delta is not None:
@@ -354,7 +365,7 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
             output_dtype=r.output_dtype,
         ).output  # fmt: skip
         return r.returned(output)
-    output, rows, permuted = _implementation(name)(
+    output, rows, permuted = _implementation(name, r.observe)(
         r.activations,
         r.experts,
         ids,
@@ -373,11 +384,13 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
     return r.returned(output)
 
 
-def _implementation(name: str) -> FusedMoE:
+def _implementation(name: str, observe: Observe | None = None) -> FusedMoE:
     if name == "triton":
         from . import moe as ours
     else:
         from . import reference_moe_ops as ours  # type: ignore[no-redef]
+    if observe is not None:  # which no op has among its arguments
+        return functools.partial(ours._fused_moe, observe=observe)
     return ours.fused_moe
 
 

@@ -1,6 +1,7 @@
 """One call of the fused mixture of experts, checked: what every backend is asked and judged by."""
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,10 @@ from .request import UNSET, four_over_six_of, is_unset
 
 Quantize = Literal["per-token", "static"]
 """What is still to be done to bf16 hidden states; Triton does the first on its way."""
+
+Observe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Is shown ids [T, K], the intermediate [T * K, padded I] before it is quantized (bf16, fp32 with static
+scales), and the row of each slot, [T * K] int32, -1 held elsewhere; None: slot by slot, all there."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class MoERequest:
     shared_experts: int
     capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
     quantize: Quantize | None = None
+    observe: Observe | None = None
 
     @property
     def is_w4a16(self) -> bool:

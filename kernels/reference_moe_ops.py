@@ -8,6 +8,7 @@ from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
 from ..reference.recipe import Recipe
 from .moe_ops import Triple, empty_results, register
+from .moe_request import Observe
 
 
 def _fused_moe(
@@ -24,14 +25,17 @@ def _fused_moe(
     output_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     quantize: bool = False,
+    observe: Observe | None = None,
 ) -> Triple:
     if quantize:
         activations = moe.quantize_activations(activations.hidden_states, recipe)
     result = moe.fused_moe(
         activations, experts, ids, weights, recipe=recipe,
         local_expert_offset=local_expert_offset, finalize_order=finalize_order,
-        output_dtype=output_dtype,
+        output_dtype=output_dtype, keep_steps=observe is not None,
     )  # fmt: skip
+    if observe is not None:
+        observe(ids, result.steps["activated"].flatten(0, 1), None)
     output, rows, permuted = empty_results(
         activations.hidden_states, ids.shape[0], ids.numel(), experts.hidden_size,
         experts.padded_hidden_size, do_finalize, output_dtype,

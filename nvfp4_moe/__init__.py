@@ -31,8 +31,15 @@ from .reference.activation import ActivationType
 from .reference.cute_dsl import with_cute_dsl
 from .reference.cutlass import with_cutlass
 from .reference.experts import Experts, assemble_experts, prepare_experts
+from .reference.moe_statistics import LayerStatistics, MoEStatistics
 from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
 from .reference.routing import Routing, RoutingMethodType
+from .reference.statistics import (
+    QuantizationStatistics,
+    quantization_statistics,
+    weight_statistics,
+)
+from .reference.statistics_table import table as statistics_table
 
 try:
     __version__ = version("nvfp4-moe")
@@ -43,8 +50,11 @@ __all__ = [
     "ActivationType",
     "Experts",
     "Explanation",
+    "LayerStatistics",
+    "MoEStatistics",
     "NVFP44Over6Config",
     "NVFP44Over6ErrMode",
+    "QuantizationStatistics",
     "Recipe",
     "Routing",
     "RoutingMethodType",
@@ -61,10 +71,13 @@ __all__ = [
     "mm_fp4",
     "nvfp4_quantize",
     "prepare_experts",
+    "quantization_statistics",
     "rmsnorm_nvfp4_quantize",
     "silu_and_mul_nvfp4_quantize",
+    "statistics_table",
     "trtllm_fp4_block_scale_moe",
     "trtllm_fp4_block_scale_routed_moe",
+    "weight_statistics",
     "with_cute_dsl",
     "with_cutlass",
 ]

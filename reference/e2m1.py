@@ -7,6 +7,8 @@ NaN gives +6 (CUDA 13.0, `cuda_fp4.hpp`).
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import torch
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -30,8 +32,12 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 def decode(code: torch.Tensor) -> torch.Tensor:
     """e2m1 codes 0..15 (uint8) to their fp32 values, code 8 to -0."""
-    values = torch.tensor(VALUES + tuple(-v for v in VALUES), device=code.device)
-    return values[code.int()]
+    return _values(code.device)[code.int()]
+
+
+@functools.cache  # a copy to the GPU waits for it
+def _values(device: torch.device) -> torch.Tensor:
+    return torch.tensor(VALUES + tuple(-v for v in VALUES), device=device)
 
 
 def pack(code: torch.Tensor) -> torch.Tensor:

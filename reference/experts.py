@@ -184,11 +184,16 @@ def quantize_weight(
     Returns:
         (codes, linear block scales, decode scale []); zeros have scale 1.
     """
-    amax = amax.float()
-    # As torch divides a number by a tensor: two roundings, which every writer of weights repeats.
-    encode = torch.where(amax == 0, 1.0, amax.reciprocal() * (6.0 * recipe.e4m3_max))
+    encode = weight_encode_scale(amax, recipe)
     q = quantize_global_scale(w, encode, recipe)
     return q.codes, q.block_scales, encode.reciprocal()
+
+
+def weight_encode_scale(amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Encode scales, fp32, of weights with the given largest magnitudes; zeros have 1."""
+    amax = amax.float()
+    # As torch divides a number by a tensor: two roundings, which every writer of weights repeats.
+    return torch.where(amax == 0, 1.0, amax.reciprocal() * (6.0 * recipe.e4m3_max))
 
 
 def assemble_experts(

@@ -1,0 +1,88 @@
+"""`fused_moe(..., stats=True)`: the statistics of a call, taken while its intermediate is there."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
+import torch
+
+from ..reference.moe_statistics import MoEStatistics
+from ..reference.statistics import quantization_statistics
+from .moe_request import MoERequest
+
+
+class Observer:
+    """What a backend shows the intermediate of a call to (`moe_request.Observe`)."""
+
+    def __init__(self, request: MoERequest):
+        self._request = request
+        self._seen: MoEStatistics | None = None
+
+    def __call__(
+        self, ids: torch.Tensor, intermediate: torch.Tensor, row_of_slot: torch.Tensor | None
+    ) -> None:
+        r, e = self._request, self._request.experts
+        local = ids - r.local_expert_offset
+        ids = torch.where((local >= 0) & (local < e.num_local), ids, -1)
+        static = r.is_static
+        x = r.activations.hidden_states[:, : e.hidden_size]
+        hidden_states = quantization_statistics(
+            x, r.recipe, experts=ids, num_experts=_everywhere(r),
+            encode_scale=e.input_scale if static else None,
+        )  # fmt: skip
+        encode = None
+        if static:
+            encode = e.intermediate_scale
+            encode = intermediate.new_ones(1) if encode is None else encode
+        self._seen = MoEStatistics(
+            hidden_states,
+            quantization_statistics(
+                intermediate[:, : e.intermediate_size], r.recipe,
+                experts=_of_rows(ids.flatten(), row_of_slot), num_experts=_everywhere(r),
+                encode_scale=encode,
+            ),
+        )  # fmt: skip
+
+    @property
+    def statistics(self) -> MoEStatistics:
+        """Of no tokens where no backend had an intermediate to show."""
+        if self._seen is None:
+            return MoEStatistics.empty(_everywhere(self._request), self._request.device)
+        return self._seen
+
+
+def _everywhere(r: MoERequest) -> int:
+    return r.num_experts + r.shared_experts
+
+
+def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.Tensor:
+    """The expert of each row, -1 for rows of no slot, which nothing has written."""
+    if row_of_slot is None:
+        return of_slot
+    nowhere = len(of_slot)
+    rows = torch.where(row_of_slot < 0, nowhere, row_of_slot).long()
+    return of_slot.new_full((nowhere + 1,), -1).scatter_(0, rows, of_slot)[:-1]
+
+
+def observed(r: MoERequest) -> tuple[MoERequest, Observer]:
+    """The request, to be shown to the observer.
+
+    Raises:
+        ValueError: nothing of it is quantized.
+    """
+    if r.is_w4a16:
+        raise ValueError('stats is True; with activation "bf16" no activations are quantized')
+    observer = Observer(r)
+    return replace(r, observe=observer), observer
+
+
+def refusal(backend: str, r: MoERequest) -> str | None:
+    """Why a backend cannot show a call's intermediate; None if it can, or need not."""
+    if r.observe is None:
+        return None
+    if backend.startswith("flashinfer"):
+        return "stats=True needs the intermediate, which FlashInfer does not return"
+    if r.build == "cutlass":
+        return 'stats=True knows no build="cutlass"'
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace stats=True"
+    return None

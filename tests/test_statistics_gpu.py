@@ -1,0 +1,91 @@
+"""Statistics on a GPU: the reference's, without waiting, and added up by a captured CUDA graph."""
+
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import statistics_cases
+import torch
+from assertions import assert_bitwise
+from moe_cases import Shape
+from moe_triton_cases import to
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
+from nvfp4_moe.reference.statistics import quantization_statistics, weight_statistics
+
+import nvfp4_moe
+from nvfp4_moe import inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+        reason="no NVIDIA GPU of compute capability 8.0 or later here",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", statistics_cases.ON_TRITON, ids=lambda f: f.__name__)
+def test_case(case):
+    case("cuda")
+
+
+@pytest.mark.parametrize("recipe", all_recipes(), ids=str)
+def test_statistics_are_those_of_the_cpu(recipe):
+    for kind in ("normal", "heavy", "edge"):
+        x = inputs.synthetic(kind, 40, 64)
+        ids = torch.arange(80).remainder(5).reshape(40, 2)
+        got = quantization_statistics(x.cuda(), recipe, experts=ids.cuda(), num_experts=4)
+        want = quantization_statistics(x, recipe, experts=ids, num_experts=4)
+        statistics_cases.assert_same(got, want, f"{kind} {recipe}")
+    w = inputs.synthetic("heavy", 24, 64).reshape(3, 8, 64)
+    statistics_cases.assert_same(
+        weight_statistics(w.cuda(), recipe), weight_statistics(w, recipe), "w"
+    )
+
+
+def layer():
+    x, experts, ids, weights = (
+        to("cuda", t) for t in statistics_cases.exact_call(Shape(9, 256, 128, 6, 3))
+    )
+
+    def call(x, stats=True):
+        return nvfp4_moe.fused_moe(
+            x, experts, (ids, weights), nvfp4_4over6=NVFP44Over6Config(), stats=stats
+        )
+
+    return x, call
+
+
+def test_nothing_waits():
+    x, call = layer()
+    seen = nvfp4_moe.LayerStatistics()
+    for _ in range(2):  # compiles; loads tables
+        seen.record("layer", call(x))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen.record("layer", call(x))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert seen["layer"].hidden_states.count("rows").sum() == 3 * 9 * 3
+
+
+def test_a_captured_graph_adds_at_every_replay():
+    x, call = layer()
+    seen = nvfp4_moe.LayerStatistics()
+    seen.record("layer", call(x))
+    torch.cuda.synchronize()
+    once = seen["layer"].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = seen.record("layer", call(x))
+    want = call(x, stats=False)
+    graph.replay()
+    graph.replay()
+    assert_bitwise(output, want, "output of a replay")
+    expected = once + once + once
+    for name, part in seen["layer"].parts().items():
+        statistics_cases.assert_same(part, expected.parts()[name], name)
+    x.mul_(2)
+    graph.replay()
+    assert (
+        seen["layer"].hidden_states.total().largest() == 2 * once.hidden_states.total().largest()
+    ).all()
