@@ -5,7 +5,7 @@ Maxima that are not given are one launch more, and one more read of the weights.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -30,23 +30,24 @@ def write(jobs: Sequence[Job], recipe: Recipe) -> None:
         _write(jobs, recipe)
         return
     for job in jobs:
-        for one in _copied(job):
-            _write([one], recipe)
+        _write_copied(job, recipe)
 
 
-def _copied(job: Job) -> Iterator[Job]:
-    """A job for each expert, its weights copied to where the kernels can read them."""
+def _write_copied(job: Job, recipe: Recipe) -> None:
+    """An expert at a time, its weights copied to where the kernels can read them."""
+    copy = torch.empty_like(job.w[:1], memory_format=torch.contiguous_format)
     for e in range(job.w.shape[0]):
         some = slice(e, e + 1)
-        yield replace(
+        one = replace(
             job,
-            w=job.w[some].clone(memory_format=torch.contiguous_format),
+            w=copy.copy_(job.w[some]),
             amax=None if job.amax is None else job.amax[some],
             codes=job.codes[some],
             block_scales=job.block_scales[some],
             scalar=job.scalar[some],
             up_scalar=None if job.up_scalar is None else job.up_scalar[some],
         )
+        _write([one], recipe)
 
 
 def _write(jobs: Sequence[Job], recipe: Recipe) -> None:

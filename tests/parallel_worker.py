@@ -65,6 +65,8 @@ def raised(me: Rank, call: Callable[[], object]) -> dict[str, object]:
     start = time.monotonic()
     try:
         call()
+        if me.device.type == "cuda":
+            torch.cuda.synchronize()  # NCCL's calls return at once, and fail where they are awaited
     except Exception as error:
         name = type(error).__name__
         return {"raised": name, "text": str(error), "seconds": time.monotonic() - start}
