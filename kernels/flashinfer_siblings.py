@@ -23,7 +23,7 @@ from .flashinfer import INSTALLED, VERSION
 
 NAMES: dict[Format, str] = {
     "bf16": "flashinfer:bf16",
-    "fp8 per tensor": "flashinfer:fp8-per-tensor",
+    "fp8 per tensor": "flashinfer:fp8-tensor",
     "fp8 block": "flashinfer:fp8-block",
     "mxfp8": "flashinfer:mxfp8",
 }
@@ -72,6 +72,14 @@ RULES: tuple[Rule, ...] = (
     (lambda r: r.activations.hidden_states.shape[0] == 0, "there are no tokens"),
     # launcher:1697
     (lambda r: r.capability not in _CAPABILITIES, "the GPU is not sm_100, 103 or 107"),
+    # launcher:4276
+    (
+        lambda r: (
+            r.experts.format in ("fp8 block", "mxfp8")
+            and (r.num_experts % 4 or r.num_experts <= r.routing.top_k)
+        ),
+        "num_experts must be a multiple of 4 above top_k",
+    ),
     (
         lambda r: r.experts.activation not in _FUSED,
         "the activation is not among Swiglu, SwigluStep, Geglu, Relu2 and Identity",

@@ -48,5 +48,7 @@ class Behaviour:
     route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]] = routed
     layer: Callable[[Given, str], Given] = lambda given, tactic: given
     """Changes the arguments of `reference.moe.fused_moe`; knows the name of the tactic."""
+    sibling: Callable[[Given, str], Given] = lambda given, tactic: given
+    """The same of `reference.siblings.sibling_moe`."""
     output: Callable[[Tensor, int], Tensor] = lambda output, calls: output
     """Changes the finalized output; knows how many calls came before."""
