@@ -34,6 +34,12 @@ _FUNCTIONS: dict[Format, str] = {
     "fp8 block": "trtllm_fp8_block_scale",
     "mxfp8": "trtllm_fp8_block_scale",
 }
+_OPTIONS: dict[Format, dict[str, Any]] = {
+    "bf16": {"use_shuffled_weight": True, "weight_layout": 2},  # BlockMajorK
+    "fp8 per tensor": {"use_routing_scales_on_input": False},
+    "fp8 block": {"use_shuffled_weight": False, "weight_layout": 0, "fp8_quantization_type": 1},
+    "mxfp8": {"use_shuffled_weight": True, "weight_layout": 0, "fp8_quantization_type": 2},
+}
 _BLOCK_K_BYTES = 128  # of BlockMajorK, prepare.py:1333
 _CAPABILITIES = ((10, 0), (10, 3), (10, 7))
 _FUSED = (
@@ -162,12 +168,7 @@ def arguments(r: SiblingRequest) -> dict[str, Any]:
     }
     if r.activations.scale is not None:
         given["hidden_states_scale"] = r.activations.scale
-    given |= {
-        "bf16": {"use_shuffled_weight": True, "weight_layout": 2},  # BlockMajorK
-        "fp8 per tensor": {"use_routing_scales_on_input": False},
-        "fp8 block": {"use_shuffled_weight": False, "weight_layout": 0, "fp8_quantization_type": 1},
-        "mxfp8": {"use_shuffled_weight": True, "weight_layout": 0, "fp8_quantization_type": 2},
-    }[format]
+    given |= _OPTIONS[format]
     if r.logits is None:
         given |= {"topk_ids": r.topk}
     else:

@@ -1,6 +1,8 @@
 """What a format costs: the error of its layer against the bf16 one, as the references compute them."""
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
 
 from . import inputs, matrix_moe
@@ -26,7 +28,9 @@ def costs() -> dict[str, dict[str, float]]:
     w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])
     ids, weights = matrix_moe.choice(x.shape[0])
     want, largest = exact_layer(x, w13, w2, ids, weights)
-    maxima = {"input_amax": x.abs().max().item(), "intermediate_amax": largest}
+    maxima: dict[str, Any] = {
+        "input_amax": x.abs().max().item(), "intermediate_amax": largest
+    }  # fmt: skip
     experts = prepare_experts(w13, w2, KIND, **maxima)
     assert experts.input_scale is not None
     plain = prepare_experts(w13, w2, KIND)

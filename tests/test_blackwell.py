@@ -31,7 +31,7 @@ def test_every_backend_in_every_math():
 
 def test_an_unknown_backend(capsys):
     assert main(["blackwell", "--backends", "marlin"]) == 2
-    assert "'marlin'; it must be among flashinfer:cake" in capsys.readouterr().err
+    assert "'marlin'; it must be among flashinfer:bf16" in capsys.readouterr().err
 
 
 def test_the_rehearsal(tmp_path):
