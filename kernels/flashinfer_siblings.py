@@ -17,7 +17,7 @@ from ..reference.experts import row_order
 from ..reference.layouts import from_linear
 from ..reference.recipe import SfLayout
 from ..reference.routing import Routing
-from ..reference.siblings import Format, SiblingActivations, SiblingExperts
+from ..reference.siblings import Format, SiblingActivations, SiblingExperts, quantize_for
 from .capability import capability_of
 from .flashinfer import INSTALLED, VERSION
 
@@ -135,6 +135,27 @@ def _block_major(w: torch.Tensor) -> torch.Tensor:
     """[E, rows, K] to [E, K / block, rows, block]."""
     block = _BLOCK_K_BYTES // w.element_size()
     return w.unflatten(-1, (-1, block)).transpose(1, 2).contiguous()
+
+
+def quantize(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations:
+    """[T, H] bf16 hidden states in the experts' format, by what FlashInfer has for it.
+
+    That of mxfp8 is a kernel, whose bits are the reference's. fp8 block's is torch, which on a GPU
+    multiplies by 1 / 448 where the reference divides: an ulp of some scales.
+    """
+    if experts.format == "mxfp8":
+        from flashinfer import mxfp8_quantize
+
+        codes, scale = mxfp8_quantize(x, is_sf_swizzled_layout=False)
+        return SiblingActivations(codes, scale.view(torch.uint8).view(x.shape[0], -1))
+    if experts.format == "fp8 block":
+        from flashinfer.fused_moe.api import QuantConfig, QuantFormat
+        from flashinfer.fused_moe.prepare import prepare_trtllm_fp8_block_activations
+
+        deepseek = QuantFormat.DeepSeekFp8
+        quant = QuantConfig(deepseek, deepseek)
+        return SiblingActivations(*prepare_trtllm_fp8_block_activations(x, quant=quant))
+    return quantize_for(x, experts)
 
 
 def function(r: SiblingRequest) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import torch
 
-from . import heat, matrix_siblings, tactics
+from . import heat, inputs, matrix_siblings, tactics
 from .calls import ONCE, Output, Sweep, crash, outputs
 from .kernels import flashinfer_siblings as adapter
 from .kernels.flashinfer_siblings import NAMES, SiblingRequest
 from .matrix_siblings import SiblingCase
-from .reference.siblings import FORMATS, Format
+from .reference.siblings import FORMATS, Format, SiblingExperts, quantize_for
 from .report import Cell, Failure, Section, Status, worst
 
 TITLE = "BF16, FP8 and MXFP8 layers"
@@ -54,6 +54,9 @@ def run(names: list[str] | None = None, sweep: Sweep = ONCE) -> tuple[Section, C
         for case in every:
             cell = Cell("skipped", note=reason) if reason else _judged(case, NAMES[format], sweep)
             section.put(case.name, NAMES[format], cell)
+        if format == "mxfp8":  # the one with a kernel for it, whose bits are determined
+            cell = Cell("skipped", note=reason) if reason else _of_quantizer(every[0].experts)
+            section.put(f"{format}, its quantizer", NAMES[format], cell)
     for reason, layers in idle.items():
         not_run[f"{', '.join(layers)}: {reason}"] = count * len(layers)
     section.notes.append("the reference's bits where sums are exact, elsewhere how near they are")
@@ -76,6 +79,25 @@ def _judged(case: SiblingCase, name: str, sweep: Sweep) -> Cell:
     got = [output.got for output in found.values() if isinstance(output.got, torch.Tensor)]
     note = _nearness(got, want) if got else "no output"
     return Cell(worst(statuses), compared, len(wrong), note, [f for _, f in wrong[:SHOWN]])
+
+
+def _of_quantizer(experts: SiblingExperts) -> Cell:
+    """Synthetic inputs of every kind through FlashInfer's kernel."""
+    every = [inputs.synthetic(kind, 64, 256).bfloat16() for kind in inputs.KINDS]
+    x = torch.cat(every).to(experts.w13.device)
+    title = f"mxfp8, its quantizer: {NAMES['mxfp8']}"
+    try:
+        got, want = adapter.quantize(x, experts), quantize_for(x, experts)
+    except Exception as error:
+        return Cell("crashed", 1, 1, "no output", [crash(title, error)])
+    assert got.scale is not None and want.scale is not None
+    codes = got.hidden_states.view(torch.uint8) != want.hidden_states.view(torch.uint8)
+    scales = got.scale != want.scale
+    if not codes.any() and not scales.any():
+        return Cell("identical", 1, note="all equal")
+    summary = f"{int(codes.sum())} codes and {int(scales.sum())} scales are other bits"
+    failure = Failure(title, summary, heat=heat.of_output(codes))
+    return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])
 
 
 def _configurations(request: SiblingRequest) -> list[tactics.Configuration]:

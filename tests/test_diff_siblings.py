@@ -27,7 +27,12 @@ needs_flashinfer = pytest.mark.skipif(
     not adapter.INSTALLED or importlib.util.find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
 )
-LIES = [(n, b) for n, lie in standin.LIES.items() if lie.of == "sibling" for b in lie.backends]
+QUANTIZER_LIE = "MXFP8's scale rounded down"
+LIES = [
+    (n, b) for n, lie in standin.LIES.items()
+    if lie.of == "sibling" and n != QUANTIZER_LIE
+    for b in lie.backends
+]  # fmt: skip
 
 
 def judged(name, lie=None, sweep=EVERY):
@@ -36,7 +41,11 @@ def judged(name, lie=None, sweep=EVERY):
         section, not_run = diff_siblings.run([name], sweep)
     assert not not_run and section.columns == [name]
     assert {ran.backend for ran in fake.ran} <= {name}
-    return {case: row[name] for case, row in section.rows.items()}, [ran.tactic for ran in fake.ran]
+    cells = {case: row[name] for case, row in section.rows.items()}
+    quantizer = cells.pop("mxfp8, its quantizer", None)
+    wrong = lie == QUANTIZER_LIE
+    assert quantizer is None or quantizer.status == ("different" if wrong else "identical")
+    return cells, [ran.tactic for ran in fake.ran]
 
 
 # Cases
@@ -114,6 +123,12 @@ def test_a_lie_shows_where_sums_are_exact(lie, name):
     failure = part.failures[0]
     assert "elements are other bits" in failure.summary and "instead of" in failure.details[0]
     assert sum(map(sum, failure.heat.tiles)) == int(failure.summary.split()[0])
+
+
+@needs_flashinfer
+def test_the_quantizer_of_mxfp8():
+    cells, _ = judged(NAMES["mxfp8"], QUANTIZER_LIE)  # which looks at its cell
+    assert [c.status for c in cells.values()] == ["withheld", "identical", "identical"]
 
 
 @needs_flashinfer

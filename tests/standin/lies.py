@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from nvfp4_moe.reference import e2m1, quantize
+from nvfp4_moe.reference import e2m1, e4m3, fp8, quantize
 from nvfp4_moe.reference.activation import activate
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe import read_back
@@ -193,6 +193,14 @@ def _halves_exchanged(given: Given) -> Given:
     return given | {"experts": changed}
 
 
+def _scale_rounded_down(x: Tensor) -> fp8.Scaled:
+    """As FlashInfer's trace template does: 448 is exceeded and saturates."""
+    q = fp8.quantize_mxfp8(x)
+    byte = q.scale - (q.scale > 1).to(torch.uint8) * (q.scale < 255)
+    values = x.float().unflatten(-1, (-1, fp8.MX_BLOCK)) / fp8.mx_scale(byte).float()[..., None]
+    return fp8.Scaled(e4m3.encode(values).view(torch.float8_e4m3fn).flatten(-2), byte)
+
+
 def _scale_of_the_next_block(given: Given) -> Given:
     e = given["experts"]
     return given | {"experts": replace(e, w13_scale=e.w13_scale.roll(1, -1))}
@@ -317,6 +325,9 @@ LIES: dict[str, Lie] = {
         Behaviour(route=_bias_in_the_weights),
     ),
     "siblings' gate and up exchanged": _sibling(SIBLINGS, "outputs", _halves_exchanged),
+    "MXFP8's scale rounded down": Lie(
+        "sibling", (MXFP8,), "its quantizer", Behaviour(mxfp8=_scale_rounded_down)
+    ),
     "siblings' local offset ignored": _sibling(
         SIBLINGS, "outputs of expert parallelism", lambda given: given | {"local_expert_offset": 0}
     ),
