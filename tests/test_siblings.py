@@ -19,6 +19,7 @@ from nvfp4_moe.kernels.flashinfer_siblings import SiblingRequest
 from nvfp4_moe.reference import e4m3, fp8, siblings
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.fp32 import rcp_approx_ftz
+from nvfp4_moe.reference.moe import finalize
 from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.siblings import FORMATS, prepare_sibling, quantize_for, sibling_moe
 
@@ -205,6 +206,8 @@ def test_the_layer_by_loops(format):
             want[t] += weights[t, k].float() * row[0].bfloat16().float()
     # Far less than the intermediate's quantization costs, but for a last bit of the sigmoid.
     assert (got.output - want).norm() < 2**-8 * want.norm() and want.norm() > 0.1
+    ordered = finalize(got.rows.float(), weights, 256, "flashinfer")  # of bf16 rows
+    assert_bitwise(got.output, ordered.bfloat16(), "finalized rows")
 
 
 @pytest.mark.parametrize(
