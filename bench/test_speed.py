@@ -2,16 +2,23 @@
 
 Device time of calls in a CUDA graph, inputs on the GPU. A group holds one shape, so that its table
 compares what runs here: Triton (and what its options cost), FlashInfer where it serves, the reference,
-and for the mixture of experts two bf16 layers: `torch._grouped_mm`'s and Triton's, tuned.
+and for the mixture of experts two bf16 layers, `torch._grouped_mm`'s and Triton's, tuned, and
+FlashInfer's own of BF16, FP8 and MXFP8, from bf16 hidden states and logits as ours.
 `quantize_speed.py` and `moe_speed.py` print the project's own tables, with ratios and floors.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import bf16_layer
 import measure
 import moe_speed
 import pytest
 import torch
+from moe_speed import Shape
+from nvfp4_moe.kernels import flashinfer_siblings
+from nvfp4_moe.reference import siblings
+from nvfp4_moe.reference.routing import route
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
@@ -78,17 +85,54 @@ LAYERS = {
 }
 
 
+SIBLINGS = {name: format for format, name in flashinfer_siblings.NAMES.items()}
+
+
+def sibling_call(s: Shape, format, x, logits):
+    """A call of FlashInfer's layer of a format, its hidden states quantized in it; or skip."""
+    if s.biased:
+        pytest.skip("FlashInfer's layers beside NVFP4 are measured without biases")
+    w = moe_speed.bf16_weights(s)
+    routing = Routing(RoutingMethodType.Renormalize, s.top_k)
+    raw = siblings.SiblingExperts(format, s.activation, w.w13, w.w2)
+    request = flashinfer_siblings.SiblingRequest(
+        siblings.SiblingActivations(x), raw, {}, routing, s.routed, logits=logits
+    )
+    if (reason := flashinfer_siblings.refusal(request)) is not None:
+        pytest.skip(reason)
+    amax = {"input_amax": 8.0, "intermediate_amax": 8.0} if format == "fp8 per tensor" else {}
+    try:
+        experts = siblings.prepare_sibling(format, w.w13, w.w2, s.activation, **amax)
+    except ValueError as error:
+        pytest.skip(str(error))
+    weights = flashinfer_siblings.flashinfer_weights(experts)
+    request = replace(request, experts=experts, weights=weights)
+
+    def call():
+        a = flashinfer_siblings.quantize(x, experts)
+        return flashinfer_siblings.run(replace(request, activations=a))
+
+    got, chosen = call(), route(logits[:5], routing)
+    some = siblings.quantize_for(x[:5], experts)
+    want = siblings.sibling_moe(some, experts, chosen.ids, chosen.weights_bf16).output.double()
+    assert (got[:5].double() - want).norm() < 1e-1 * want.norm()
+    return call
+
+
 @pytest.fixture(scope="module", params=moe_speed.SHAPES, ids=lambda s: s.name)
 def shape_and_experts(request):
     return request.param, moe_speed.random_experts(request.param)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 1024])
-@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16"])
+@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16", *SIBLINGS])
 def test_moe(benchmark, shape_and_experts, tokens, layer):
     s, experts = shape_and_experts
     benchmark.group = f"{s.name}, {tokens} tokens"
     x, logits = moe_speed.inputs(s, tokens)
+    if layer in SIBLINGS:
+        device_time(benchmark, sibling_call(s, SIBLINGS[layer], x, logits))
+        return
     if layer not in LAYERS:
         w = moe_speed.bf16_weights(s)
         if layer == "triton, bf16":

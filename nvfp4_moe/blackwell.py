@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from . import diff_quantizers, folder, report
-from .kernels import dispatch, environment, moe_dispatch
+from . import diff_quantizers, diff_siblings, folder, report
+from .kernels import dispatch, environment, flashinfer_siblings, moe_dispatch
 from .report import FAILED, Cell, Failure, Report, Section, worst
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
@@ -35,14 +35,19 @@ LAYER_MATHS = MATHS | {
     "4over6 of 256 by MSE, exact math": {_SWITCH: "1", _MODE: "MSE", _USE_256: "1", _EXACT: "1"},
 }
 """What FlashInfer's kernels can be asked through the environment, by name."""
-TITLES = {"quantizers": "quantizers", "moe": "fused mixture of experts"}
+ANY_MATH: dict[str, dict[str, str]] = {"any math": {}}
+"""Of layers without NVFP4."""
+SIBLINGS = tuple(flashinfer_siblings.NAMES.values())
+TITLES = {
+    "quantizers": "quantizers", "moe": "fused mixture of experts", "siblings": diff_siblings.TITLE
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job:
     """One process."""
 
-    part: str  # "quantizers" or "moe"
+    part: str  # of `diff --only`
     backend: str
     math: str
     variables: dict[str, str] = field(default_factory=dict, compare=False)
@@ -52,12 +57,14 @@ class Job:
         return re.sub(r"\W+", "-", f"{self.part} {self.backend} {self.math}")
 
     def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
-        names = self.backend if self.part == "moe" else f"reference,{self.backend},golden"
+        layers = self.part != "quantizers"
+        names = self.backend if layers else f"reference,{self.backend},golden"
         given = ["diff", "--only", self.part, "--backends", names, "--report", str(out)]
-        if self.part == "moe":
+        if layers:
             given += ["--every-configuration", "--replay"]
+        if self.part == "moe":
             given += ["--layers", "few" if options.small else "large"]
-        elif options.small:
+        elif options.small and not layers:
             given += ["--kind", "grid"]
         return given
 
@@ -88,13 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def jobs(chosen: str | None) -> Iterator[Job]:
     """Every process to be started; ValueError for a backend that is none."""
     names = None if chosen is None else chosen.split(",")
-    known = {*dispatch.BACKENDS, *moe_dispatch.ORDER} - {"reference"}
+    known = {*dispatch.BACKENDS, *moe_dispatch.ORDER, *SIBLINGS} - {"reference"}
     for name in names or ():
         if name not in known:
             raise ValueError(
                 f"--backends has {name!r}; it must be among {', '.join(sorted(known))}"
             )
-    parts = (("quantizers", dispatch.BACKENDS, MATHS), ("moe", moe_dispatch.ORDER, LAYER_MATHS))
+    parts = (
+        ("quantizers", dispatch.BACKENDS, MATHS), ("moe", moe_dispatch.ORDER, LAYER_MATHS),
+        ("siblings", SIBLINGS, ANY_MATH),
+    )  # fmt: skip
     for part, backends, maths in parts:
         for backend in backends:
             if backend != "reference" and (names is None or backend in names):

@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from . import diff_moe, diff_quantizers, folder, inputs, matrix, matrix_moe, text
-from .diff_moe import Judgement, Sweep
+from . import diff_moe, diff_quantizers, diff_siblings, folder, inputs, matrix, matrix_moe, text
+from .calls import Sweep
+from .costs import costs
+from .diff_moe import Judgement
 from .diff_quantizers import Choice, Comparison
 from .report import Report
 
@@ -17,9 +19,10 @@ from .report import Report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Quantize the same tensors by every backend that works here and compare codes, block scales "
-        "and per-token scales to the bit, then the fused mixture of experts. Plain recipes are "
-        "compared in all three scale layouts, "
-        "4over6 in one each in turn. Exit status: 0 all identical, 1 a difference, 2 bad usage."
+        "and per-token scales to the bit, then the fused mixture of experts, then FlashInfer's BF16, "
+        "FP8 and MXFP8 layers where it serves them. Plain recipes are compared in all three scale "
+        "layouts, 4over6 in one each in turn. Exit status: 0 all identical, 1 a difference, 2 bad "
+        "usage."
     )
     parser.add_argument(
         "--input", metavar="FILE", help="your own tensors, [M, K], from safetensors"
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-PARTS = ("quantizers", "moe")
+PARTS = ("quantizers", "moe", "siblings")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         names = options.backends
         backends = diff_quantizers.available(names) if "quantizers" in parts else []
         layers = diff_moe.known(names) if "moe" in parts else None
+        siblings = diff_siblings.known(names) if "siblings" in parts else None
         if options.input:
             matrix.check_file(options.input)
         if options.rows is not None and options.rows < 1:
@@ -77,15 +81,21 @@ def run(options: argparse.Namespace) -> int:
         whole.sections.append(compared.section)
         text.print_comparison(compared, backends, time.monotonic() - start, stream)
         not_run += compared.not_run
+    sweep = Sweep(options.every_configuration, options.replay)
     if "moe" in parts:
-        sweep = Sweep(options.every_configuration, options.replay)
         judged = diff_moe.run(layers, sweep, matrix_moe.SETS[options.layers]())
         whole.sections.append(judged.section)
-        text.print_judgement(judged, stream)
+        text.print_judgement(judged.section, [found.failure for found in judged.failures], stream)
         not_run += judged.not_run
+    if "siblings" in parts:
+        section, idle = diff_siblings.run(siblings, sweep)
+        whole.sections += [section] if section.rows else []
+        failures = [failure for cell in section.cells for failure in cell.failures]
+        text.print_judgement(section, failures, stream)
+        not_run += idle
     text.print_not_run(not_run, stream)
-    if parts == PARTS:
-        text.print_costs(diff_moe.costs(), stream)
+    if "moe" in parts and not names:
+        text.print_costs(costs(), stream)
     whole.seconds = round(time.monotonic() - start, 1)
     whole.not_run = dict(not_run)
     if options.report:
@@ -101,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
 def _parts(options: argparse.Namespace) -> tuple[str, ...]:
     """What to compare: a file or a kind of input is the quantizers'."""
     about_quantizers = options.input or options.kind
-    if options.only == "moe" and about_quantizers:
-        raise ValueError("--only is moe; --input and --kind are of the quantizers")
+    if options.only not in (None, "quantizers") and about_quantizers:
+        raise ValueError(f"--only is {options.only}; --input and --kind are of the quantizers")
     if options.only:
         return (options.only,)
     return ("quantizers",) if about_quantizers or options.backends else PARTS

@@ -7,28 +7,22 @@ reference's, is said beside it.
 
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import heat, inputs, interpreter, matrix_moe, processes, sums, tactics
+from . import heat, interpreter, matrix_moe, processes, sums, tactics
 from .allowed import PLACES, Allowed, explain_output
+from .calls import ONCE, Output, Sweep, crash, outputs
 from .kernels import moe_dispatch
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import MoECase
-from .reference import moe
-from .reference.activation import ActivationType, activate
-from .reference.experts import Experts, prepare_experts
-from .reference.moe import Activations, quantize_activations
-from .reference.quantize import quantize_global_scale
-from .reference.recipe import Recipe
 from .report import Cell, Failure, Section, Status, worst
 
 INTERPRETER = interpreter.NAME
 SHOWN = 3
 """Failures that a cell keeps."""
-Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,6 @@ class Wrong:
     configuration: str
     output: torch.Tensor | None  # on the CPU; None: it raised
     failure: Failure
-
-
-@dataclass(frozen=True)
-class Output:
-    """Of a call, and of the same call made again: bits, or the error."""
-
-    got: torch.Tensor | Exception
-    again: torch.Tensor | Exception | None = None
 
 
 @dataclass
@@ -65,15 +51,6 @@ class Judgement:
     failures: list[Wrong] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What is run of every case beside the configuration that a call takes by itself."""
-
-    every_configuration: bool = False
-    replay: bool = False
-    """Every call once more, on a GPU in a CUDA graph over poisoned memory: the same bits."""
-
-
 def known(names: str | None) -> list[str] | None:
     """The backends that were named, comma-separated; ValueError for an unknown one."""
     if names is None:
@@ -88,7 +65,7 @@ def known(names: str | None) -> list[str] | None:
 
 def run(
     backends: Iterable[str] | None = None,
-    sweep: Sweep = Sweep(),
+    sweep: Sweep = ONCE,
     every: list[MoECase] | None = None,
 ) -> Judgement:
     """Judge the backends (all that work here) on every case (those of `matrix_moe.cases`)."""
@@ -152,57 +129,25 @@ def _sums(backend: str, device: torch.device) -> str:
 def _outputs(case: MoECase, backend: str, sweep: Sweep) -> dict[str, Output]:
     """What each configuration gave, by name."""
     request = case.request()
-
-    def call() -> torch.Tensor:
-        return moe_dispatch.serve(request, backend)[0]
-
-    configurations = [tactics.Configuration(tactics.DEFAULT)]
-    if sweep.every_configuration:
-        try:
-            configurations = tactics.configurations(backend, request)
-        except Exception as error:  # FlashInfer runs the call to be asked
-            return {tactics.DEFAULT: Output(error)}
-    again = _replayed if case.activations.hidden_states.is_cuda else _caught
-    repeat = sweep.replay and backend != "reference"  # which no graph can capture
-    return {
-        c.name: Output(_caught(call, c), again(call, c) if repeat else None) for c in configurations
-    }
+    if backend == "reference":  # which no graph can capture
+        sweep = replace(sweep, replay=False)
+    return outputs(
+        lambda: moe_dispatch.serve(request, backend)[0],
+        lambda: tactics.configurations(backend, request),
+        sweep, case.activations.hidden_states.is_cuda,
+    )  # fmt: skip
 
 
-def _caught(call: Call, configuration: tactics.Configuration) -> torch.Tensor | Exception:
-    try:
-        with configuration.forced():
-            return call()
-    except Exception as error:
-        return error
-
-
-def _replayed(call: Call, configuration: tactics.Configuration) -> torch.Tensor | Exception:
-    """The output of a call that was captured in a CUDA graph, its memory full of NaN before."""
-
-    def replay() -> torch.Tensor:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = call()
-        output.fill_(torch.nan)
-        graph.replay()
-        torch.cuda.synchronize()
-        return output.clone()
-
-    return _caught(replay, configuration)
-
-
-def _judge(allowed: Allowed, backend: str, outputs: dict[str, Output], withheld: str) -> Judged:
+def _judge(allowed: Allowed, backend: str, found: dict[str, Output], withheld: str) -> Judged:
     """One cell of a case's configurations."""
     exact, want = allowed.case.exact, allowed.want.double()
-    compared = sum(1 if output.again is None else 2 for output in outputs.values())
+    compared = sum(1 if output.again is None else 2 for output in found.values())
     if withheld and not exact:
         return Judged(Cell("withheld", compared, note=withheld))
     wrong, places = [], [0] * PLACES
     statuses: list[Status] = ["identical" if exact else "inside"]
     equal, error = 1.0, 0.0
-    for name, output in outputs.items():
+    for name, output in found.items():
         for status, failure in _failures(
             allowed, output, f"{allowed.case.name}: {backend}, {name}"
         ):
@@ -225,7 +170,7 @@ def _judge(allowed: Allowed, backend: str, outputs: dict[str, Output], withheld:
 def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[Status, Failure]]:
     """What is wrong with an output, and with the call when it is made again."""
     if isinstance(output.got, Exception):
-        yield "crashed", _crash(title, output.got)
+        yield "crashed", crash(title, output.got)
     else:
         got = output.got.to(allowed.want.device)
         found = allowed.first(got)
@@ -234,54 +179,12 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
             status: Status = "outside" if allowed.interval else "different"
             yield status, Failure(title, str(found), details, heat.of_output(allowed.wrong(got)))
     if isinstance(output.again, Exception):
-        yield "crashed", _crash(f"{title}, again", output.again)
+        yield "crashed", crash(f"{title}, again", output.again)
     elif output.again is not None and isinstance(output.got, torch.Tensor):
         other = output.got.view(torch.int16) != output.again.view(torch.int16)
         if other.any():
             summary = f"{int(other.sum())} of {other.numel()} elements are other bits"
             yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))
-
-
-def _crash(title: str, error: Exception) -> Failure:
-    first, *rest = f"{type(error).__name__}: {error}".splitlines()
-    return Failure(title, first, rest)
-
-
-def costs() -> dict[str, float]:
-    """Mean over tokens of the reference's relative error against the bf16 layer, in fp64.
-
-    By token, since one with an outlier has most of the norm of all.
-    """
-    x = inputs.activations()[TENSOR].bfloat16()
-    kind = ActivationType.Swiglu
-    w13, w2 = matrix_moe.layer_weights(kind, x.shape[1])
-    ids, weights = matrix_moe.choice(x.shape[0])
-    want = torch.zeros(x.shape, dtype=torch.float64)
-    largest = 0.0
-    for t in range(x.shape[0]):
-        for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
-            y = activate((w13[e].double() @ x[t].double())[None], kind)[0]
-            largest = max(largest, y.abs().max().item())
-            want[t] += weight * (w2[e].double() @ y)
-    experts = prepare_experts(
-        w13, w2, kind, input_amax=x.abs().max().item(), intermediate_amax=largest
-    )
-    assert experts.input_scale is not None
-    plain = prepare_experts(w13, w2, kind)
-    static = quantize_global_scale(x, experts.input_scale, Recipe())
-    given = {
-        "bf16 (weights alone are quantized)": (Activations(x), plain),
-        "per token": (quantize_activations(x, Recipe()), plain),
-        "static, its scales from these very tokens": (
-            Activations(static.codes, static.block_scales), experts
-        ),
-    }  # fmt: skip
-
-    def error(a: Activations, e: Experts) -> float:
-        difference = moe.fused_moe(a, e, ids, weights).output - want
-        return (difference.norm(dim=1) / want.norm(dim=1)).mean().item()
-
-    return {name: error(a, e) for name, (a, e) in given.items()}
 
 
 def _compile_ahead(every: list[MoECase], sweep: Sweep) -> None:

@@ -6,7 +6,6 @@ from typing import TextIO
 
 import torch
 
-from .diff_moe import Judgement
 from .diff_quantizers import Comparison
 from .report import FAILED, Cell, Failure, Section
 
@@ -40,21 +39,23 @@ def print_comparison(
         print(note, file=stream)
 
 
-def print_judgement(result: Judgement, stream: TextIO) -> None:
-    """A line for each case and backend of the mixture of experts."""
-    section = result.section
+def print_judgement(section: Section, failures: list[Failure], stream: TextIO) -> None:
+    """A line for each case and backend of layers, and their first failures."""
+    if not section.rows:
+        return
     print(f"\n{section.title}: {section.notes[0]}", file=stream)
     width = max(map(len, section.rows), default=0)
     for row, cells in section.rows.items():
         for backend, cell in cells.items():
             print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
-    _failures([found.failure for found in result.failures], stream)
+    _failures(failures, stream)
 
 
-def print_costs(costs: dict[str, float], stream: TextIO) -> None:
-    """What four bits cost, for `diff_moe.costs`."""
+def print_costs(costs: dict[str, dict[str, float]], stream: TextIO) -> None:
+    """What four bits cost, and eight, of `costs.costs`."""
     print("mean relative error of a token against the bf16 layer, SwiGLU:", file=stream)
-    print("  " + ", ".join(f"{k} {v:.3f}" for k, v in costs.items()), file=stream)
+    for group, found in costs.items():
+        print(f"  {group}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=stream)
 
 
 def _table(section: Section, stream: TextIO) -> None:

@@ -2,12 +2,16 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import replace
+from importlib.util import find_spec
 
 import bf16_layer
 import dense_speed
 import moe_speed
 import pytest
 import reload_speed
+import standin
+import test_speed
 import torch
 from bf16_layer import Tiles, Weights, candidates
 from moe_speed import Shape
@@ -53,6 +57,25 @@ def case(monkeypatch):
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     error = (got.double() - want.double()).norm() / want.double().norm()
     assert error < 1e-2, error
+
+
+@pytest.mark.skipif(
+    find_spec("flashinfer") is None or find_spec("cutlass") is None,
+    reason="needs flashinfer-python and nvidia-cutlass-dsl",
+)
+@pytest.mark.parametrize("name", test_speed.SIBLINGS)
+def test_siblings(monkeypatch, name):
+    """A whole call, and its check, through FlashInfer's Python."""
+    monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
+    s = Shape("EP", 256, 128, 4, 2, ranks=2)
+    x, logits = moe_speed.inputs(s, 9)
+    with standin.installed() as fake:
+        call = test_speed.sibling_call(s, test_speed.SIBLINGS[name], x, logits)
+        assert torch.equal(call(), call())
+    assert [ran.backend for ran in fake.ran] == [name] * 3
+    for changed, reason in (({"biased": True}, "without biases"), ({}, "on the CPU")):
+        with pytest.raises(pytest.skip.Exception, match=reason):
+            test_speed.sibling_call(replace(s, **changed), test_speed.SIBLINGS[name], x, logits)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nvfp4_moe import diff_moe, matrix_moe
+from nvfp4_moe.costs import costs
 
 INTERPRETER = diff_moe.INTERPRETER
 
@@ -117,9 +118,12 @@ def test_a_backend_whose_sums_are_not_as_assumed_is_judged_where_they_are_exact(
 
 
 def test_costs_are_those_of_four_bits():
-    weights, per_token, static = diff_moe.costs().values()
+    nvfp4, others = costs().values()
+    weights, per_token, static = nvfp4.values()
     assert 0.1 < weights < 0.2 < per_token < 0.3
     assert abs(static - per_token) < 0.03  # its scales come from the very tokens it is judged on
+    bf16, *eight_bits = others.values()
+    assert 0 < bf16 < 2**-8 and all(0.05 < error < 0.1 for error in eight_bits)
 
 
 def test_the_exact_cases_are_exact():

@@ -386,6 +386,11 @@ def test_signatures_of_the_compiled_layers():
     for source, name, ours in (
         (launcher, "trtllm_fp4_block_scale_moe", layers.Trtllm.trtllm_fp4_block_scale_moe),
         (launcher, "trtllm_get_valid_moe_configs", layers.Trtllm.trtllm_get_valid_moe_configs),
+        (launcher, "trtllm_bf16_moe", layers.Trtllm.trtllm_bf16_moe),
+        *((launcher, name, getattr(layers.Trtllm, name)) for name in (
+            "trtllm_fp8_per_tensor_scale_moe", "trtllm_fp8_per_tensor_scale_routed_moe",
+            "trtllm_fp8_block_scale_moe",
+        )),
         (binding, "runMoe", layers.Cutlass.run_moe),
     ):  # fmt: skip
         assert names_of(ours) == parameters_of_cpp(source, name), name

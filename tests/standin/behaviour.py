@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nvfp4_moe.reference import quantize
+from nvfp4_moe.reference import fp8, quantize
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.routing import Routing, route
@@ -46,7 +46,10 @@ def routed(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tenso
 class Behaviour:
     quantize: Callable[[Matrix], Quantized] = quantized
     route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]] = routed
+    mxfp8: Callable[[Tensor], fp8.Scaled] = fp8.quantize_mxfp8
     layer: Callable[[Given, str], Given] = lambda given, tactic: given
     """Changes the arguments of `reference.moe.fused_moe`; knows the name of the tactic."""
+    sibling: Callable[[Given, str], Given] = lambda given, tactic: given
+    """The same of `reference.siblings.sibling_moe`."""
     output: Callable[[Tensor, int], Tensor] = lambda output, calls: output
     """Changes the finalized output; knows how many calls came before."""

@@ -76,6 +76,7 @@ def _pretend_a_gpu(replace: Any) -> None:
 def _replace_quantizers(replace: Any, ours: Quantizers) -> None:
     from flashinfer.experimental.cake_nvfp4_per_token import cake_backend
     from flashinfer.quantization import fp4_quantization as wrappers
+    from flashinfer.quantization import fp8_quantization as fp8_wrappers
     from flashinfer.quantization.kernels import nvfp4_quantize as cute_dsl
 
     replace(adapter, "HAS_CAKE_PROGRAMS", True)
@@ -84,6 +85,8 @@ def _replace_quantizers(replace: Any, ours: Quantizers) -> None:
     for name in ("nvfp4_quantize_per_token_cute_dsl", "nvfp4_quantize_cute_dsl"):
         replace(cute_dsl, name, getattr(ours, name))
     replace(cake_backend, "nvfp4_quantize_per_token", ours.cake)
+    module = SimpleNamespace(mxfp8_quantize_sm100=ours.mxfp8)
+    replace(fp8_wrappers, "get_mxfp8_quantization_sm100_module", lambda: module)
 
 
 def _replace_layers(replace: Any, kernels: Kernels) -> None:

@@ -15,12 +15,14 @@ from nvfp4_moe.reference.moe import Activations, MoEResult, Stages, fused_moe, r
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.routing import Routing, RoutingMethodType, unpack_topk
+from nvfp4_moe.reference.siblings import sibling_moe
 
 from nvfp4_moe.mutants.conforming import CONFORMING
 
 from . import decode
 from .behaviour import Behaviour
 from .environment import recipe
+from .siblings import SiblingLayers
 
 Tensor = torch.Tensor
 UNTUNED = -1
@@ -53,6 +55,13 @@ class Kernels:
     def run(self, layer: str, tactic: str, given: dict[str, Any]) -> MoEResult:
         self.ran.append(Ran(f"flashinfer:{layer}", tactic))
         result = fused_moe(**self.behaviour.layer(given, tactic))
+        return self._changed(result)
+
+    def run_sibling(self, layer: str, tactic: str, given: dict[str, Any]) -> MoEResult:
+        self.ran.append(Ran(layer, tactic))
+        return self._changed(sibling_moe(**self.behaviour.sibling(given, tactic)))
+
+    def _changed(self, result: MoEResult) -> MoEResult:
         return replace(result, output=self.behaviour.output(result.output, len(self.ran) - 1))
 
 
@@ -99,7 +108,7 @@ class Module:
         return absent
 
 
-class Trtllm(Module):
+class Trtllm(SiblingLayers, Module):
     """`gen_trtllm_gen_fused_moe_sm100_module().build_and_load()`, of TensorRT-LLM's cubins."""
 
     def trtllm_get_valid_moe_configs(
@@ -171,7 +180,8 @@ class Trtllm(Module):
             ids, weights = self._kernels.behaviour.route(logits, routing, bias)
         else:
             ids, weights = unpack_topk(topk_ids)
-        topk_weights.copy_(weights)  # the caller's buffer, which the kernel fills
+        if topk_weights.numel():  # the caller's buffer, which the kernel fills
+            topk_weights.copy_(weights)
         return ids, weights
 
     def _unfinalized(self, rows, local, num_local, tile):

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from nvfp4_moe.reference import e2m1, quantize
+from nvfp4_moe.reference import e2m1, e4m3, fp8, quantize
 from nvfp4_moe.reference.activation import activate
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe import read_back
@@ -25,16 +25,18 @@ from nvfp4_moe.mutants.tensors import next_row, of_one
 
 from .behaviour import Behaviour, Given, Matrix, quantized, routed
 from .layers import fused_finalize
+from .siblings import NAMES as SIBLING_NAMES
 
 Tensor = torch.Tensor
 QUANTIZERS_OF = ("flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake")
 TRTLLM, CUTE_DSL, CUTLASS = "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass"
+SIBLINGS = BF16, FP8_TENSOR, FP8_BLOCK, MXFP8 = tuple(SIBLING_NAMES.values())
 
 
 @dataclass(frozen=True)
 class Lie:
     of: str
-    """A "quantizer" or a "layer": flashinfer:cute-dsl names one of each."""
+    """A "quantizer", a "layer" or a "sibling": flashinfer:cute-dsl names one of each."""
     backends: tuple[str, ...]
     """That have it."""
     seen: str
@@ -56,6 +58,18 @@ def _layer(backends: tuple[str, ...], seen: str, f: Callable[[Given], Given], *t
         layer=lambda given, tactic: f(given) if not tactics or tactic in tactics else given
     )
     return Lie("layer", backends, seen, apply, tactics)
+
+
+def _sibling(
+    backends: tuple[str, ...], seen: str, f: Callable[[Given], Given], *tactics: str
+) -> Lie:
+    """f changes the arguments of the siblings' reference."""
+
+    def sibling(given: Given, tactic: str) -> Given:
+        here = SIBLING_NAMES[given["experts"].format] in backends
+        return f(given) if here and (not tactics or tactic in tactics) else given
+
+    return Lie("sibling", backends, seen, Behaviour(sibling=sibling), tactics)
 
 
 def _stages(**changes: Any) -> Callable[[Given], Given]:
@@ -169,6 +183,50 @@ def _first_gemm_in_fp32(given: Given) -> Given:
     return _stages(activate=of_raw, requantize=requantize)(given | {"cutlass": False})
 
 
+def _halves_exchanged(given: Given) -> Given:
+    e = given["experts"]
+
+    def exchanged(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dim() == 1 else torch.cat(t.chunk(2, 1)[::-1], 1)
+
+    changed = replace(e, w13=exchanged(e.w13), w13_scale=exchanged(e.w13_scale))
+    return given | {"experts": changed}
+
+
+def _scale_rounded_down(x: Tensor) -> fp8.Scaled:
+    """As FlashInfer's trace template does: 448 is exceeded and saturates."""
+    q = fp8.quantize_mxfp8(x)
+    byte = q.scale - (q.scale > 1).to(torch.uint8) * (q.scale < 255)
+    values = x.float().unflatten(-1, (-1, fp8.MX_BLOCK)) / fp8.mx_scale(byte).float()[..., None]
+    return fp8.Scaled(e4m3.encode(values).view(torch.float8_e4m3fn).flatten(-2), byte)
+
+
+def _scale_of_the_next_block(given: Given) -> Given:
+    e = given["experts"]
+    return given | {"experts": replace(e, w13_scale=e.w13_scale.roll(1, -1))}
+
+
+def _scale_of_the_next_token(given: Given) -> Given:
+    a = given["activations"]
+    tokens = 0 if a.scale.dtype == torch.uint8 else 1
+    return given | {"activations": replace(a, scale=a.scale.roll(1, tokens))}
+
+
+def _scale_of_the_next_expert(given: Given) -> Given:
+    e = given["experts"]
+    return given | {"experts": replace(e, w2_scale=e.w2_scale.roll(1, 0))}
+
+
+def _last_expert_dropped(given: Given) -> Given:
+    e = given["experts"]
+    return given | {"experts": replace(
+        e, **{
+            name: None if getattr(e, name) is None else getattr(e, name)[:-1]
+            for name in ("w13", "w2", "w13_scale", "w2_scale")
+        }
+    )}  # fmt: skip
+
+
 def _ties_to_the_larger(
     logits: Tensor, routing: Routing, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -265,6 +323,19 @@ LIES: dict[str, Lie] = {
     "the bias in the weights": Lie(
         "layer", (TRTLLM,), "outputs from logits with a bias",
         Behaviour(route=_bias_in_the_weights),
+    ),
+    "siblings' gate and up exchanged": _sibling(SIBLINGS, "outputs", _halves_exchanged),
+    "MXFP8's scale rounded down": Lie(
+        "sibling", (MXFP8,), "its quantizer", Behaviour(mxfp8=_scale_rounded_down)
+    ),
+    "siblings' local offset ignored": _sibling(
+        SIBLINGS, "outputs of expert parallelism", lambda given: given | {"local_expert_offset": 0}
+    ),
+    "scale of the next block": _sibling((FP8_BLOCK, MXFP8), "outputs", _scale_of_the_next_block),
+    "scale of the next token": _sibling((FP8_BLOCK, MXFP8), "outputs", _scale_of_the_next_token),
+    "scale of the next expert": _sibling((FP8_TENSOR,), "outputs", _scale_of_the_next_expert),
+    "tactic 16 drops the last expert": _sibling(
+        SIBLINGS, "the output of this tactic alone", _last_expert_dropped, "[16, 19]"
     ),
     "last bit of every second call": Lie(
         "layer", (TRTLLM, CUTE_DSL, CUTLASS), "two runs of one call, and a graph's replay",

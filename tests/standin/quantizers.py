@@ -79,6 +79,12 @@ class Quantizers:
         layout, scale = SfLayout.layout_128x4, float(global_scale_inv)
         return self._per_token(Matrix(x, scale, how, layout, True, out_scale=out_scale))
 
+    def mxfp8(self, input, sf_swizzle_layout, alignment=32, enable_pdl=None):
+        """`mxfp8_quantize_sm100`; the scales are flat."""
+        assert int(sf_swizzle_layout) == SfLayout.layout_linear and alignment == 32
+        q = self._behaviour.mxfp8(input)
+        return q.codes, q.scale.flatten()
+
 
 def _code(nvfp4_4over6: Any) -> int:
     """Of an argument of FlashInfer's: omitted, None or a recipe."""

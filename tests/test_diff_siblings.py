@@ -1,0 +1,215 @@
+"""BF16, FP8 and MXFP8 layers in `nvfp4-moe diff`: FlashInfer's Python over kernels stood in for."""
+
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+from dataclasses import replace
+from unittest import mock
+
+import moe_cases
+import pytest
+import standin
+import torch
+from assertions import assert_bitwise
+from nvfp4_moe.kernels import flashinfer_siblings as adapter
+from nvfp4_moe.reference import fp8
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.routing import Routing, RoutingMethodType, route
+from nvfp4_moe.reference.siblings import FORMATS, SiblingActivations, prepare_sibling, quantize_for
+from standin import layers
+
+from nvfp4_moe import diff_siblings
+from nvfp4_moe.calls import Sweep
+from nvfp4_moe.matrix_siblings import SiblingCase, exact_case
+
+NAMES = adapter.NAMES
+EVERY = Sweep(every_configuration=True, replay=True)
+needs_flashinfer = pytest.mark.skipif(
+    not adapter.INSTALLED or importlib.util.find_spec("cutlass") is None,
+    reason="needs flashinfer-python and nvidia-cutlass-dsl",
+)
+QUANTIZER_LIE = "MXFP8's scale rounded down"
+LIES = [
+    (n, b) for n, lie in standin.LIES.items()
+    if lie.of == "sibling" and n != QUANTIZER_LIE
+    for b in lie.backends
+]  # fmt: skip
+
+
+def judged(name, lie=None, sweep=EVERY):
+    """Cells of one layer by case, and the tactics that ran."""
+    with standin.installed(lie) as fake:
+        section, not_run = diff_siblings.run([name], sweep)
+    assert not not_run and section.columns == [name]
+    assert {ran.backend for ran in fake.ran} <= {name}
+    cells = {case: row[name] for case, row in section.rows.items()}
+    quantizer = cells.pop("mxfp8, its quantizer", None)
+    wrong = lie == QUANTIZER_LIE
+    assert quantizer is None or quantizer.status == ("different" if wrong else "identical")
+    return cells, [ran.tactic for ran in fake.ran]
+
+
+# Cases
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_exact_cases_are_one_output(offset):
+    every = [exact_case(format, offset) for format in FORMATS]
+    want = every[0].reference()
+    for case in every:
+        assert_bitwise(case.reference(), want, case.name)
+    assert (want != 0).double().mean() > 0.75
+    # Nothing was lost on the way: fp64 from the values of the plainest format.
+    case, total = every[0], torch.zeros(want.shape, dtype=torch.float64)
+    for t, k in torch.cartesian_prod(torch.arange(want.shape[0]), torch.arange(2)).tolist():
+        e = int(case.ids[t, k]) - offset
+        if 0 <= e < 4:
+            h = case.experts.w13[e].double() @ case.activations.hidden_states[t].double()
+            y = h[:128] * h[128:]
+            assert set(h[128:].tolist()) <= {
+                0.0,
+                *(v * 2.0**i for v in (64, 112) for i in range(3)),
+            }
+            total[t] += case.weights[t, k].double() * (case.experts.w2[e].double() @ y)
+    assert torch.equal(total.float().bfloat16(), want) and case.exact
+
+
+@pytest.mark.parametrize("towards", [0.0, torch.inf])
+def test_exact_cases_do_not_depend_on_the_last_bit_of_a_scale(towards):
+    """Of what a cubin quantizes the scale is not determined: an ulp of it must not show."""
+    want, quantize = exact_case("fp8 block").reference(), fp8.quantize_blocks
+
+    def other(x, rows=1, least=fp8.LEAST):
+        q = quantize(x, rows, least)
+        return q._replace(scale=torch.nextafter(q.scale, torch.tensor(towards)))
+
+    with mock.patch.object(fp8, "quantize_blocks", other):
+        assert_bitwise(exact_case("fp8 block").reference(), want, "fp8 block")
+
+
+@pytest.mark.parametrize("format", ["fp8 per tensor", "fp8 block", "mxfp8"])
+def test_codes_are_not_those_of_another_format(format):
+    """So that a scale which is ignored shows."""
+    values = exact_case("bf16").experts
+    codes = exact_case(format).experts
+    assert not torch.equal(codes.w13.float(), values.w13.float())
+    assert not torch.equal(codes.w2.float(), values.w2.float())
+
+
+# FlashInfer's Python
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("name", NAMES.values())
+def test_the_truth(name):
+    cells, ran = judged(name)
+    assert [c.status for c in cells.values()] == ["withheld", "identical", "identical"]
+    tactics = len(layers.TRTLLM_TACTICS)
+    assert all(c.compared == 2 * (tactics + 1) and not c.failed for c in cells.values())
+    assert {c.note for c in cells.values()} == {"all equal"}
+    assert len(set(ran)) == tactics + 1
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("lie,name", LIES)
+def test_a_lie_shows_where_sums_are_exact(lie, name):
+    cells, _ = judged(name, lie)
+    real, whole, part = cells.values()
+    assert real.status == "withheld"  # said, not judged
+    assert part.status == "different" and (whole.status == "different" or "offset" in lie)
+    only = standin.LIES[lie].tactics
+    assert part.failed == (1 if only else part.compared // 2)
+    told = [failure.case for failure in part.failures]
+    assert all(tactic in case for tactic in only for case in told)
+    failure = part.failures[0]
+    assert "elements are other bits" in failure.summary and "instead of" in failure.details[0]
+    assert sum(map(sum, failure.heat.tiles)) == int(failure.summary.split()[0])
+
+
+@needs_flashinfer
+def test_the_quantizer_of_mxfp8():
+    cells, _ = judged(NAMES["mxfp8"], QUANTIZER_LIE)  # which looks at its cell
+    assert [c.status for c in cells.values()] == ["withheld", "identical", "identical"]
+
+
+@needs_flashinfer
+def test_another_answer_to_the_same_call():
+    cells, _ = judged(NAMES["mxfp8"], "last bit of every second call", Sweep(replay=True))
+    assert {c.status for c in cells.values()} == {"different"}
+    assert "again" in next(iter(cells.values())).failures[0].case
+
+
+@needs_flashinfer
+def test_a_crash_of_one_layer():
+    def crashes(given, tactic):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    lie = standin.Lie("sibling", (), "", layers.Behaviour(sibling=crashes))
+    with mock.patch.dict(standin.LIES, crashing=lie):
+        cells, _ = judged(NAMES["bf16"], "crashing")
+    assert {c.status for c in cells.values()} == {"crashed"}
+    failure = next(iter(cells.values())).failures[0]
+    assert failure.summary == "RuntimeError: no kernel image"
+    assert failure.details == ["for this device"]
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("format", FORMATS)
+def test_from_logits(format):
+    shape = moe_cases.Shape(9, 256, 128, 16, 4, 4, 8)
+    w13, w2 = moe_cases.weights_of(shape, ActivationType.Swiglu)
+    amax = {"input_amax": 40.0, "intermediate_amax": 30.0} if "tensor" in format else {}
+    experts = prepare_sibling(format, w13, w2, **amax)
+    x = quantize_for(moe_cases.hidden_states(shape), experts)
+    logits = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
+    chosen = route(logits, routing := Routing(RoutingMethodType.Renormalize, 4))
+    case = SiblingCase("", x, experts, chosen.ids, chosen.weights_bf16, 16, 4)
+    request = replace(case.request(), routing=routing, logits=logits, topk=None)
+    with standin.installed():
+        assert adapter.refusal(request) is None
+        assert_bitwise(adapter.run(request), case.reference(), format)
+        assert_bitwise(adapter.run(case.request()), case.reference(), f"{format}, routed")
+
+
+# What is not run
+
+
+def test_without_a_gpu():
+    section, not_run = diff_siblings.run()
+    assert not section.rows and sum(not_run.values()) == 12
+    section, not_run = diff_siblings.run([NAMES["bf16"]])
+    assert not not_run and {c.status for c in section.cells} == {"skipped"}
+
+
+def test_an_unknown_layer():
+    with pytest.raises(
+        ValueError, match="--backends has 'fp8'; it must be among flashinfer:bf16, "
+    ):
+        diff_siblings.known("flashinfer:mxfp8,fp8")
+    assert diff_siblings.known(None) is None
+
+
+@pytest.mark.parametrize(
+    "format,change,message",
+    [
+        ("bf16", {}, None),
+        ("mxfp8", {"num_experts": 6}, "num_experts must be a multiple of 4 above top_k"),
+        ("bf16", {"num_experts": 6}, None),
+        ("fp8 block", {"routing": Routing(RoutingMethodType.Renormalize, 4)}, "above top_k"),
+        ("bf16", {"activations": SiblingActivations(torch.zeros(0, 256))}, "there are no tokens"),
+        ("bf16", {"kind": ActivationType.Situ}, "the activation is not among Swiglu"),
+        ("bf16", {"capability": (9, 0)}, "the GPU is not sm_100, 103 or 107"),
+        ("bf16", {"version": (0, 6)}, "flashinfer-python is older than 0.7"),
+        ("bf16", {"installed": False}, "flashinfer-python is not installed"),
+    ],
+)  # fmt: skip
+def test_refusals(monkeypatch, format, change, message):
+    here = {"capability": (10, 0), "version": (0, 7), "installed": True, "kind": None} | change
+    monkeypatch.setattr(adapter, "capability_of", lambda t: here["capability"])
+    monkeypatch.setattr(adapter, "VERSION", here["version"])
+    monkeypatch.setattr(adapter, "INSTALLED", here["installed"])
+    request = exact_case(format).request()
+    kind = here["kind"] or request.experts.activation
+    of_request = {k: v for k, v in change.items() if hasattr(request, k) and k != "capability"}
+    request = replace(request, experts=replace(request.experts, activation=kind), **of_request)
+    reason = adapter.refusal(request)
+    assert reason is None if message is None else message in reason
