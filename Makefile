@@ -31,6 +31,7 @@ gpu:
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
 	$(PYTHON) bench/dense_speed.py
+	$(PYTHON) bench/reload_speed.py
 
 # The whole matrix through every backend, tactic and math of this machine; the README has what to install.
 blackwell:
@@ -46,6 +47,7 @@ bench:
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
 	$(PYTHON) bench/dense_speed.py
+	$(PYTHON) bench/reload_speed.py
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
