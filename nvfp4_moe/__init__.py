@@ -33,6 +33,7 @@ from .reference.cutlass import with_cutlass
 from .reference.experts import Experts, assemble_experts, prepare_experts
 from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
 from .reference.routing import Routing, RoutingMethodType
+from .training import fake_quantized_moe
 
 try:
     __version__ = version("nvfp4-moe")
@@ -57,6 +58,7 @@ __all__ = [
     "explain",
     "explain_fused_moe",
     "explain_mm_fp4",
+    "fake_quantized_moe",
     "fused_moe",
     "mm_fp4",
     "nvfp4_quantize",
