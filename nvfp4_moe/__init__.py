@@ -40,6 +40,7 @@ from .reference.statistics import (
     weight_statistics,
 )
 from .reference.statistics_table import table as statistics_table
+from .training import fake_quantized_moe
 
 try:
     __version__ = version("nvfp4-moe")
@@ -67,6 +68,7 @@ __all__ = [
     "explain",
     "explain_fused_moe",
     "explain_mm_fp4",
+    "fake_quantized_moe",
     "fused_moe",
     "mm_fp4",
     "nvfp4_quantize",

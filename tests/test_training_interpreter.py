@@ -1,0 +1,25 @@
+"""Training through the Triton kernels in the interpreter: a trainer's batch, a server's tokens."""
+
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import training_cases as cases
+from moe_cases import Shape
+from nvfp4_moe.kernels.target import INTERPRETING
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
+]
+SHAPE = Shape(4, 208, 80, 3, 2)
+
+
+def test_a_batch_is_its_tokens():
+    cases.alone_and_together("cpu", "triton", SHAPE)
+
+
+def test_inside_the_bounds():
+    cases.inside_the_bounds("cpu", "triton", SHAPE)
+
+
+def test_gradients_are_the_references():
+    cases.gradients_are_the_references("cpu", "triton", SHAPE)
