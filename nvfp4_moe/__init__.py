@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from .kernels import reload as _reload  # noqa: F401  `Experts.load_` in Triton
 from .kernels.dense_dispatch import explain_mm_fp4, mm_fp4
 from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
+from .kernels.moe_autotune import autotune_fused_moe
 from .kernels.moe_dispatch import (
-    autotune_fused_moe,
     explain_fused_moe,
     fused_moe,
     trtllm_fp4_block_scale_moe,

@@ -1,0 +1,77 @@
+"""The door to measuring tiles: `autotune_fused_moe` checks a layer as a call of it would be checked."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from ..reference.experts import Experts
+from .dispatch import UnsupportedError
+from .moe_dispatch import refusal, request_of_layer
+
+if TYPE_CHECKING:
+    from .config_cache import Mode
+    from .tuning import Tuning
+
+
+def autotune_fused_moe(
+    experts: Experts,
+    tokens: int | Iterable[int],
+    top_k: int,
+    *,
+    activation: str = "per-token",
+    num_experts: int | None = None,
+    local_expert_offset: int = 0,
+) -> "list[Tuning]":
+    """Measure the Triton backend's GEMM configurations on this GPU, and keep the fastest on disk.
+
+    Later calls of the same layer, in this process and in those that start afterwards, use them, and
+    others those of a table; no call measures by itself. A result serves a GPU model, a Triton version,
+    the kernels' source, and all that a layer's kernels depend on; and counts of slots T * K up to the
+    next power of two, from above the one before. Measured again, it is replaced. Of
+    `batch_invariant=True` nothing is tuned: the bits of such calls must not depend on files. Those of
+    other calls then do: another order of the two sums moves their last bits.
+
+    Every candidate's rows are compared with those of the table's choice: the same bits where the order
+    of sums is the same, else a row is at most 2^-7 of its norm apart. Nothing else may run on the GPU.
+
+    Args:
+        experts: on the GPU; what their values are does not matter to the times.
+        tokens: counts T; of several in a bucket the largest is measured.
+        top_k: K, of tokens spread evenly over all experts.
+        activation: as for `fused_moe`.
+        num_experts: of all ranks; omitted, those held here.
+        local_expert_offset: the first expert held here.
+
+    Returns:
+        One `Tuning` a bucket: candidates, microseconds, choice; `print` shows it.
+
+    Raises:
+        ValueError, TypeError: an argument that `fused_moe` would not accept.
+        UnsupportedError: the experts are not on a GPU that the Triton backend runs on.
+    """
+    counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    for count in counts:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"tokens has {count!r}; every count must be a positive integer")
+    everywhere = experts.num_local if num_experts is None else num_experts
+    if type(top_k) is not int or not 1 <= top_k <= everywhere:
+        raise ValueError(
+            f"top_k is {top_k!r}; of {everywhere} experts it must be 1 to {everywhere}"
+        )
+    like = experts.gemm1_weights
+    empty = like.new_empty((0, top_k), dtype=torch.int32), like.new_empty((0, top_k)).bfloat16()
+    request = request_of_layer(
+        like.new_empty((0, experts.hidden_size), dtype=torch.bfloat16), experts, empty, activation,
+        None, everywhere, local_expert_offset, None, "cuda", None, "slot", False,
+        torch.bfloat16,
+    )  # fmt: skip
+    if request.capability is None:
+        raise UnsupportedError(f"experts are on the {like.device.type}; only a GPU can be measured")
+    if (reason := refusal("triton", request)) is not None:
+        raise UnsupportedError(f"backend triton cannot serve this layer: {reason}")
+    from .tuning import autotune
+
+    mode = cast("Mode", activation)  # which request_of_layer has checked
+    return autotune(experts, counts, top_k, mode, everywhere, local_expert_offset)
