@@ -55,8 +55,7 @@ class StraightThrough(torch.autograd.Function):
         inputs = (x, w13, w2, weights, w13_bias, w2_bias)
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in inputs]
         routing = ids.contiguous(), weights.contiguous()
-        with torch.autocast(x.device.type, enabled=False):
-            return fused_moe(x.contiguous(), experts, routing, **call)
+        return fused_moe(x.contiguous(), experts, routing, **call)
 
     @staticmethod
     @once_differentiable
@@ -70,7 +69,7 @@ class StraightThrough(torch.autograd.Function):
         )
         if into.x is not None:
             into = into._replace(x=into.x.float())  # which several experts add to
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):  # it would multiply in bf16
             values = _dequantized(x, ctx.recipe)
             for e in range(ctx.experts.num_local):
                 token, slot = (ids == e).nonzero(as_tuple=True)

@@ -68,18 +68,22 @@ def make(
     master: torch.dtype = torch.float32,
     biases: bool = False,
     weights: torch.dtype = torch.float32,
+    shift: int = 0,
     **options: Any,
 ) -> Trained:
+    """shift: w13 times 2^shift and w2 divided by it; 18 leaves the range of fp16."""
     w13, w2 = moe_cases.weights_of(shape, activation)
     ids, scores = moe_cases.routing_of(shape, dtype=weights)
     leaves = {
         "x": moe_cases.hidden_states(shape), "w13": w13.to(master), "w2": w2.to(master),
         "weights": scores,
     }  # fmt: skip
+    g = torch.Generator().manual_seed(9)
     if master == torch.float32:  # values that bf16 does not hold
-        leaves |= {name: leaves[name] * (1 + 2**-11) for name in ("w13", "w2")}
+        for name, power in (("w13", 2.0**shift), ("w2", 2.0**-shift)):
+            w = leaves[name]
+            leaves[name] = w * (1 + torch.rand(w.shape, generator=g) / 256) * power
     if biases:
-        g = torch.Generator().manual_seed(9)
         for name, w in (("w13_bias", w13), ("w2_bias", w2)):
             leaves[name] = torch.randn(w.shape[:2], generator=g)
     on = {name: t.to(device).requires_grad_() for name, t in leaves.items()}
