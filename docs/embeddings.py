@@ -164,8 +164,9 @@ def measure(folder: Path, device: str, texts: tuple[Sequence[str], Sequence[str]
     model = MiniLM.load(folder, torch.bfloat16, device)
     wanted = model.embed(these)
     ranges = {"these": Ranges.of(model, these), "others": Ranges.of(model, others)}
-    maxima = ranges["these"].row_maxima
-    results = Results(spread=[tuple((m.max() / m.min()).item() for m in pair) for pair in maxima])
+    results = Results()
+    for inputs, intermediates in ranges["these"].row_maxima:
+        results.spread.append((spread(inputs), spread(intermediates)))
     results.to_fp32[BASELINE] = errors(wanted, exact)
 
     def run(label: str) -> None:
@@ -186,6 +187,10 @@ def measure(folder: Path, device: str, texts: tuple[Sequence[str], Sequence[str]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, (SPLIT, *METHODS)))
     return results
+
+
+def spread(row_maxima: torch.Tensor) -> float:
+    return (row_maxima.max() / row_maxima.min()).item()
 
 
 def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -49,8 +49,11 @@ class MiniLM:
         return cls({n: t.to(device, dtype) for n, t in tensors.items() if t.is_floating_point()})
 
     def dense(self, layer: int) -> Dense:
-        names = ("intermediate.dense.weight", "intermediate.dense.bias")
-        names += ("output.dense.weight", "output.dense.bias")
+        names = [
+            f"{part}.dense.{kind}"
+            for part in ("intermediate", "output")
+            for kind in ("weight", "bias")
+        ]
         return Dense(*(self.tensors[f"encoder.layer.{layer}.{name}"] for name in names))
 
     def embed(
