@@ -409,7 +409,7 @@ _LAUNCHES: dict[str, tuple[Edit, ...]] = {
         ),
         (
             "finalize: slots ascending for groups",
-            'groups = split_k_groups(tokens, top_k, h) if finalize_order == "flashinfer" else 1',
+            'groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1',
             "groups = 1",
             "cancelling",
         ),
