@@ -10,7 +10,7 @@ import torch
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
 from ..reference.moe import OUTPUT_DTYPES, Activations, FinalizeOrder
-from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Math, Recipe, SfLayout
+from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Recipe, SfLayout
 from ..reference.routing import (
     Routing,
     RoutingMethodType,
@@ -20,7 +20,7 @@ from ..reference.routing import (
 )
 from . import environment
 from .capability import capability_of
-from .request import UNSET, four_over_six_of, is_unset
+from .request import UNSET, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
 """What is still to be done to bf16 hidden states; Triton does the first on its way."""
@@ -169,9 +169,7 @@ def make_moe_request(
     if build not in get_args(LayerBuild):
         raise ValueError(f"build is {build!r}; it must be one of {get_args(LayerBuild)}")
     quantizers: Build = "cuda" if build == "cutlass" else build
-    math: Math = environment.math(quantizers) if fast_math is None else "exact"
-    if fast_math:
-        math = "fast"
+    math = math_of(fast_math, quantizers)
     if capability is None:
         capability = capability_of(activations.hidden_states)
     request = MoERequest(

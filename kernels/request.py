@@ -87,9 +87,7 @@ def make_request(
     layout = _layout(sfLayout)
     explicit = not is_unset(nvfp4_4over6)
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
-    math: Math = environment.math(build) if fast_math is None else "exact"
-    if fast_math:
-        math = "fast"
+    math = math_of(fast_math, build)
     recipe = Recipe(math, config, build)
     _check_dtype(a, recipe, per_token_activation, explicit, fast_math is None)
     if a.dtype == torch.float8_e4m3fn and config is not None:
@@ -127,6 +125,13 @@ def _layout(value: Any) -> SfLayout:
     except (TypeError, ValueError):
         allowed = ", ".join(layout.name for layout in SfLayout)
         raise ValueError(f"sfLayout is {value!r}; it must be one of {allowed}") from None
+
+
+def math_of(fast_math: bool | None, build: Build) -> Math:
+    """The math that a `fast_math` argument means now; omitted, the environment's."""
+    if fast_math is None:
+        return environment.math(build)
+    return "fast" if fast_math else "exact"
 
 
 def four_over_six_of(value: Any) -> NVFP44Over6Config | None:

@@ -18,11 +18,9 @@ from .calls import ONCE, Output, Sweep, crash, outputs
 from .kernels import moe_dispatch
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import MoECase
-from .report import Cell, Failure, Section, Status, worst
+from .report import SHOWN, Cell, Failure, Section, Status, worst
 
 INTERPRETER = interpreter.NAME
-SHOWN = 3
-"""Failures that a cell keeps."""
 
 
 @dataclass(frozen=True)

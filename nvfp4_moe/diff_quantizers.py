@@ -16,7 +16,7 @@ from .kernels.flashinfer import BUILDS
 from .matrix import Case, Input
 from .reference.quantize import Quantized, dequantize
 from .reference.recipe import Recipe, SfLayout
-from .report import Cell, Failure, Section
+from .report import SHOWN, Cell, Failure, Section
 
 GOLDEN = runners.GOLDEN
 _LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
@@ -24,8 +24,6 @@ INTERPRETED_ROWS = 16
 """Rows of a tensor that the interpreter is given, where it is given only some."""
 FEW = 100
 """Cases whose kernels are compiled as they come."""
-SHOWN = 3
-"""Failures that a cell keeps."""
 CANNOT = "which cannot run here: "
 """What the reason of a refusal stands behind."""
 

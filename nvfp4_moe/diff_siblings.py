@@ -17,11 +17,9 @@ from .kernels import flashinfer_siblings as adapter
 from .kernels.flashinfer_siblings import NAMES, SiblingRequest
 from .matrix_siblings import SiblingCase
 from .reference.siblings import FORMATS, Format, SiblingExperts, quantize_for
-from .report import Cell, Failure, Section, Status, worst
+from .report import SHOWN, Cell, Failure, Section, Status, worst
 
 TITLE = "BF16, FP8 and MXFP8 layers"
-SHOWN = 3
-"""Failures that a cell keeps."""
 _OF_NAME: dict[str, Format] = {name: format for format, name in NAMES.items()}
 
 

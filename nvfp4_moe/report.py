@@ -16,6 +16,8 @@ Status = Literal["identical", "inside", "different", "outside", "crashed", "with
 """Of a cell, best first: the same bits; in the proved intervals; other bits; out of an interval; the
 backend raised or its process died; not judged, since its sums are not as assumed; not run."""
 FAILED: tuple[Status, ...] = ("different", "outside", "crashed")
+SHOWN = 3
+"""Failures that a cell keeps."""
 
 
 @dataclass

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from .kernels import environment
-from .kernels.request import four_over_six_of
+from .kernels.request import four_over_six_of, math_of
 from .reference.activation import ActivationType
 from .reference.experts import Experts, prepare_experts
 from .reference.recipe import Build, Recipe
@@ -93,10 +92,8 @@ def fake_quantized_moe(
 
 def _recipe_of_activations(fast_math: bool | None, build: Build, nvfp4_4over6: Any) -> Recipe:
     """As `fused_moe` takes it from the same arguments."""
-    recipe = Recipe("fast", four_over_six_of(nvfp4_4over6), build)
-    if fast_math is None:
-        fast_math = environment.math(build) == "fast"
-    return recipe if fast_math else replace(recipe, math="exact")
+    recipe = Recipe("fast", four_over_six_of(nvfp4_4over6), build)  # checks the build
+    return replace(recipe, math=math_of(fast_math, build))
 
 
 def _shipped(w: torch.Tensor) -> torch.Tensor:

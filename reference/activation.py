@@ -39,6 +39,14 @@ class ActivationType(enum.IntEnum):
         return self in _GATED or self in _PLAIN
 
     @property
+    def linear_up(self) -> bool:
+        """Whether the up half is times `output1_scale_scalar`, and the result linear in it.
+
+        SiTU and the activations without a gate apply `output1_scale_gate_scalar` to their argument.
+        """
+        return self.gated and self != ActivationType.Situ
+
+    @property
     def parameters(self) -> frozenset[str]:
         """Which of alpha, beta and clamp_limit it reads."""
         return _PARAMETERS.get(self, frozenset())

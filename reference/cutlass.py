@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .activation import ActivationType
 from .experts import Experts, reordered, row_order
 from .shuffle import inverse
 
@@ -48,8 +47,7 @@ def with_cutlass(experts: Experts) -> Experts:
                 f"the experts have {name}, in TensorRT-LLM's units; we hand none to cutlass"
             )
     kind, gate = experts.activation, experts.output1_scale_gate_scalar
-    linear_up = kind.gated and kind != ActivationType.Situ
-    shared = gate * encode2 if linear_up else encode2.expand_as(gate)
+    shared = gate * encode2 if kind.linear_up else encode2.expand_as(gate)
     if not torch.equal(experts.output1_scale_scalar, shared):
         raise ValueError(
             "output1_scale_scalar is not output1_scale_gate_scalar, or 1 without a gate, times the "

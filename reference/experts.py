@@ -82,8 +82,8 @@ class Experts:
     ) -> None:
         """Quantize new weights into these experts, in place; `reload.py` has the contract.
 
-        On a GPU it is three launches of Triton a GEMM, reads the weights twice, needs a few bytes of
-        memory, and does not wait: it can be captured itself. Experts made by `prepare_experts` stay
+        On a GPU it is five launches, reads the weights twice, needs a few bytes of memory, and does not
+        wait: it can be captured itself. Experts made by `prepare_experts` stay
         bitwise what it would make anew of the same recipe.
 
         Args:
@@ -240,8 +240,7 @@ def assemble_experts(
     c = 1.0 if intermediate_scale is None else intermediate_scale
     a = 1.0 if input_scale is None else input_scale
     gate_scalar = gate_decode / a
-    # SiTU and the activations without a gate apply `gate_scalar` to their argument.
-    linear_up = gated and activation != ActivationType.Situ
+    linear_up = activation.linear_up
     scalar = up_decode / a * c if linear_up else torch.full_like(gate_scalar, 1.0) * c
 
     def per_expert(value: torch.Tensor | float | None) -> torch.Tensor | None:

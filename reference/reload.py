@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .activation import ActivationType
 from .cute_dsl import refresh_cute_dsl
 from .cutlass import refresh_cutlass
 from .experts import Experts, lay_out, lay_out_bias, quantize_weight
@@ -74,15 +73,15 @@ def load_(
     w13: torch.Tensor,
     w2: torch.Tensor,
     *,
-    first: int = 0,
-    amax: tuple[torch.Tensor, torch.Tensor] | None = None,
-    recipe: Recipe | None = None,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    clamp_limit: torch.Tensor | float | None = None,
-    backend: str = "auto",
+    first: int,
+    amax: tuple[torch.Tensor, torch.Tensor] | None,
+    recipe: Recipe | None,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    clamp_limit: torch.Tensor | float | None,
+    backend: str,
 ) -> None:
-    """`Experts.load_`, which has the arguments' meaning."""
+    """`Experts.load_`, which has the arguments' meaning, and defaults."""
     _check(experts, w13, w2, first, amax, w13_bias, w2_bias, clamp_limit)
     write = _writer(backend, w13.device)
     recipe = recipe or Recipe("exact")
@@ -104,11 +103,10 @@ def _jobs(
     amax2: torch.Tensor | None,
 ) -> tuple[Job, Job]:
     """Scalars as `assemble_experts` makes them of decode scales that gate and up share."""
-    linear_up = e.activation.gated and e.activation != ActivationType.Situ
     first = Job(
         w13, amax13, e.activation.gated, e.gemm1_weights[some], e.gemm1_weights_scale[some],
         e.output1_scale_gate_scalar[some], e.input_scale,
-        e.output1_scale_scalar[some] if linear_up else None, e.intermediate_scale,
+        e.output1_scale_scalar[some] if e.activation.linear_up else None, e.intermediate_scale,
     )  # fmt: skip
     second = Job(
         w2, amax2, False, e.gemm2_weights[some], e.gemm2_weights_scale[some],

@@ -7,6 +7,7 @@ import dense_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from marks import ON_A_GPU
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.kernels.dense import dense_config
 from nvfp4_moe.kernels.target import arch
@@ -14,13 +15,7 @@ from nvfp4_moe.reference import dense as reference
 
 import nvfp4_moe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 
 SHAPES = [
     (m, n, k) for m in (1, 16, 17, 33, 130, 513, 1024) for n, k in ((4096, 2048), (18432, 4096))

@@ -5,6 +5,7 @@ import moe_triton_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
 from nvfp4_moe.kernels import moe
@@ -15,13 +16,7 @@ from nvfp4_moe.reference.recipe import Recipe
 
 from nvfp4_moe import sums
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 
 OPTIONS = {
     "recipe": Recipe(), "local_expert_offset": 0, "finalize_order": "flashinfer",

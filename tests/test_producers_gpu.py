@@ -5,19 +5,14 @@ import producer_cases
 import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
+from marks import ON_A_GPU
 from nvfp4_moe.reference import producers as reference
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 import nvfp4_moe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.mark.parametrize("case", producer_cases.CASES, ids=lambda f: f.__name__)

@@ -4,17 +4,12 @@
 import pytest
 import reload_cases as cases
 import torch
+from marks import ON_A_GPU
 from nvfp4_moe.reference.experts import prepare_experts
 
 from nvfp4_moe import ActivationType, fused_moe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 SWIGLU = ActivationType.Swiglu
 LARGE = {"n": 6, "hidden": 2048, "intermediate": 768}
 

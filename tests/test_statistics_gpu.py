@@ -5,6 +5,7 @@ import pytest
 import statistics_cases
 import torch
 from assertions import assert_bitwise
+from marks import ON_A_GPU
 from moe_cases import Shape
 from moe_triton_cases import to
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
@@ -13,13 +14,7 @@ from nvfp4_moe.reference.statistics import quantization_statistics, weight_stati
 import nvfp4_moe
 from nvfp4_moe import inputs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.mark.parametrize("case", statistics_cases.ON_TRITON, ids=lambda f: f.__name__)

@@ -5,17 +5,12 @@ import pytest
 import torch
 import training_cases as cases
 from assertions import assert_bitwise
+from marks import ON_A_GPU
 from moe_cases import Shape
 
 from nvfp4_moe import fake_quantized_moe, fused_moe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 SHAPES = [Shape(64, 208, 80, 7, 3), Shape(64, 2048, 768, 16, 4)]
 
 

@@ -6,6 +6,7 @@ import torch
 import triton_cases
 from assertions import assert_bitwise, assert_quantized
 from golden_cases import OUTPUTS, cases
+from marks import ON_A_GPU
 from nvfp4_moe.kernels import quantize as triton_quantize
 from nvfp4_moe.reference import fp32
 from nvfp4_moe.reference import quantize as reference
@@ -14,13 +15,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_
 import nvfp4_moe
 from nvfp4_moe import inputs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from assertions import assert_bitwise
+from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import to
 from nvfp4_moe.kernels import config_cache, moe, tuning
@@ -11,13 +12,7 @@ from nvfp4_moe.kernels.config_cache import GemmConfig
 
 import nvfp4_moe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-        reason="no NVIDIA GPU of compute capability 8.0 or later here",
-    ),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def serving_scales(
     quant13, quant2 = 1 / a13, 1 / a2
     alphas, alphas_up = a13 * gate, a13 * up
     limit = ratios = None
-    if clamp_limit is not None and kind.gated and kind != ActivationType.Situ:
+    if clamp_limit is not None and kind.linear_up:
         untied = alphas != alphas_up
         if untied.any():
             shared = torch.maximum(alphas, alphas_up)
@@ -92,8 +92,7 @@ def serving_scales(
             ratios = torch.where(untied[:, None], both / shared[:, None], 1.0)
             alphas = alphas_up = shared
         limit = clamp_limit / alphas
-    linear_up = kind.gated and kind != ActivationType.Situ
-    scale_c = quant2 * alphas_up if linear_up else quant2.expand(len(gate)).contiguous()
+    scale_c = quant2 * alphas_up if kind.linear_up else quant2.expand(len(gate)).contiguous()
     return ServingScales(
         alphas, alphas_up, scale_c, a2 * w2_weight_scale_2.float(), quant13, quant2, limit, ratios
     )
