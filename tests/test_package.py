@@ -153,6 +153,19 @@ def test_no_line_names_a_place_on_one_machine():
                 assert not place.search(line), f"{path}:{number}: {line.strip()}"
 
 
+def test_the_extra_admits_the_flashinfer_that_the_adapters_call():
+    """The one that `constraints.txt` pins and the adapters cite, and none with other signatures."""
+    requirements = pytest.importorskip("packaging.requirements", reason="needs packaging")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    admitted = requirements.Requirement(extras["flashinfer"][0]).specifier
+    pins = (ROOT / "constraints.txt").read_text()
+    assert (pinned := re.search(r"^flashinfer-python==(\S+)", pins, re.MULTILINE))
+    assert pinned[1] in admitted
+    assert "0.7.4" not in admitted
+
+
 def test_no_module_hides_a_public_name():
     """An imported submodule becomes an attribute of the package, in the place of what is there."""
     modules = {path.stem for path in (ROOT / "nvfp4_moe").iterdir() if path.stem != "__init__"}
