@@ -1,47 +1,102 @@
 """Mistakes in the source of the Triton kernels are found, and the kernels as they are accepted."""
 
 # SPDX-License-Identifier: Apache-2.0
+import ast
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from nvfp4_moe.kernels import moe
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.mutants import command, planted
 from nvfp4_moe.mutants.kernel_calls import CALLS
 from nvfp4_moe.mutants.kernels import KERNEL_MUTANTS
+from nvfp4_moe.mutants.syntax import Edit, spots
 
-_BY_NAME = {(m.file, m.name): m for m in KERNEL_MUTANTS}
+_BY_NAME = {m.name: m for m in KERNEL_MUTANTS if m.call != "qwen"}
 # One of each file that few calls show.
 SAMPLE = [
-    _BY_NAME[key]
-    for key in (
-        ("moe_gemm.py", "results truncated to bf16"),
-        ("moe_kernels.py", "finalize: product rounded"),
-        ("routing.py", "ties to the larger index"),
-        ("quantize_kernel.py", "padded columns of block scales not written"),
-        ("leaves.py", "reciprocal by division"),
+    _BY_NAME[name]
+    for name in (
+        "half a tile for more rows than it holds",
+        "finalize: product rounded",
+        "scaling factor left out",
+        "padded columns of block scales not written",
+        "reciprocal by division",
     )
 ]
 
 
 def test_the_catalogue_fits_the_source():
-    kernels = Path(moe.__file__).parent
-    assert len(_BY_NAME) == len(KERNEL_MUTANTS) >= 25
+    assert len({(m.name, m.call) for m in KERNEL_MUTANTS}) == len(KERNEL_MUTANTS) >= 25
     assert {m.call for m in KERNEL_MUTANTS} == set(CALLS)
-    assert all((kernels / m.file).read_text().count(m.old) == 1 for m in KERNEL_MUTANTS)
+    for mutant in KERNEL_MUTANTS:
+        source = mutant.place(planted.KERNELS)[0].read_text()
+        assert mutant.edit.applied(source) != ast.unparse(ast.parse(source))
+
+
+def _edited(mutant, **changes):
+    return replace(mutant, edit=replace(mutant.edit, **changes))
 
 
 def test_an_edit_that_does_not_fit_names_the_mutant():
-    with pytest.raises(ValueError, match=r"'of long ago': 'no such text' is 0 times in .*moe\.py"):
-        planted.answer(
-            planted.KernelMutant("of long ago", "moe.py", "no such text", "", "qwen"), "qwen"
-        )
+    gone = _edited(SAMPLE[0], old="no_such(name)", within=("of_long_ago",))
+    with pytest.raises(
+        ValueError, match=r"mutant 'half .*`no_such\(name\)`, within `of_long_ago` fits 0"
+    ):
+        planted.answer(gone, gone.call)
+
+
+def test_an_edit_that_fits_twice_names_the_places():
+    everywhere = _edited(SAMPLE[0], old="await_previous(ARCH)")
+    with pytest.raises(
+        ValueError, match=r"fits \d+ places of kernels/ \(.*moe_gemm.py:\d+.*must fit one"
+    ):
+        everywhere.place(planted.KERNELS)
+
+
+_MODULE = """
+def first(x, limit):
+    if MODE == 1:
+        return [x, (x + 1) *  # the factor
+                limit]
+    else:
+        return x + 1
+
+def second(y):
+    a = y << 1
+    b = a + y
+    return b
+"""
+
+
+@pytest.mark.parametrize(
+    "edit,expected",
+    [
+        (Edit("(x + 1) * A_", "(x - 1) * A_"), "[x, (x - 1) * limit]"),
+        (Edit("x + 1", "x", ("MODE == 1",)), "[x, x * limit]"),
+        (Edit("A_ + B_", "B_ - A_", ("second",)), "b = y - a"),
+        (Edit("a = Y_ << 1\nb = a + Y_", "b = Y_"), "def second(y):\n    b = y\n"),
+        (Edit("a = y << 1", "pass\na = 1"), "pass\n    a = 1\n    b = a + y"),
+        (Edit("A_ + A_", "A_"), None),
+        (Edit("x + 1", "x"), None),
+        (Edit("x + 1", "x", ("second",)), None),
+    ],
+)
+def test_a_pattern_fits_by_syntax(tmp_path, edit, expected):
+    """Brackets, comments and line breaks do not matter; None: it does not fit one place."""
+    module = tmp_path / "module.py"
+    module.write_text(_MODULE)
+    if expected is None:
+        with pytest.raises(ValueError, match="must fit one"):
+            edit.place(tmp_path)
+    else:
+        assert edit.place(tmp_path)[0] == module
+        assert expected in edit.applied(_MODULE)
+        assert ast.unparse(spots(_MODULE)[0]) == ast.unparse(ast.parse(_MODULE)), "left changed"
 
 
 def test_a_call_that_fails_is_no_mutant_that_was_seen():
-    broken = replace(SAMPLE[3], name="broken", new="no_such_name, mask")
+    broken = replace(_edited(SAMPLE[3], new="tl.store(P_, no_such_name)"), name="broken")
     with pytest.raises(RuntimeError, match="mutant 'broken', quantizer, fast, 128x4: "):
         planted.answer(broken, broken.call)
 
@@ -63,7 +118,7 @@ def test_all_are_seen():
 
 def test_a_mutant_that_nobody_sees_fails_the_command(monkeypatch, capsys):
     """An edit that changes nothing, on the cheapest call."""
-    unseen = replace(SAMPLE[3], name="nothing at all", new=SAMPLE[3].old)
+    unseen = replace(_edited(SAMPLE[3], new=SAMPLE[3].edit.old), name="nothing at all")
     monkeypatch.setattr(command.try_mutants, "__defaults__", ((), 3))
     monkeypatch.setattr(command.try_kernels, "__defaults__", ((unseen,),))
     monkeypatch.setattr(command.kernels_as_they_are, "__defaults__", ((),))

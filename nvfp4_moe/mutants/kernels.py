@@ -1,4 +1,4 @@
-"""A catalogue of realistic mistakes in the Triton kernels, each an edit of their source.
+"""A catalogue of realistic mistakes in the Triton kernels, each an edit of their syntax (`syntax.py`).
 
 Only what the interpreter runs can be shown: integer paths in place of inline assembly, one launch
 configuration of the quantizer. Not here, since no output can show them: both operands' nibbles or
@@ -8,96 +8,101 @@ other is zero), the zero in padded columns of block scales (a block of zeros has
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
-
 from .planted import KernelMutant
+from .syntax import Edit
 
-Edit = tuple[str, str, str, str]  # name, old text, new text, call
+# Name, old syntax, new syntax, call, then names of functions and tests of `if`s that the place is in.
+Entry = tuple[str, ...]
 
-_SUMS: tuple[Edit, ...] = (
+_SUMS: tuple[Entry, ...] = (
     (
         "128x4: row quarter and column exchanged",
-        "row % 128 // 32 * 4 + column % 4",
-        "row % 128 // 32 + column % 4 * 4",
+        "O_ + row % 128 // 32 * 4 + column % 4",
+        "O_ + row % 128 // 32 + column % 4 * 4",
         "qwen",
     ),
-    ("128x4: row within the tile not divided", "(row % 32) * 16", "(row % 128 // 4) * 16", "qwen"),
+    ("128x4: row within the tile not divided", "row % 32 * 16", "row % 128 // 4 * 16", "qwen",
+     "scale_offset"),
     (
         "128x4: columns of the next tile forgotten",
-        "(row // TILE) * sf_tiles + column // 4\n",
-        "(row // TILE) * sf_tiles\n",
+        "row // TILE * sf_tiles + column // 4",
+        "row // TILE * sf_tiles",
         "qwen",
     ),
     (
         "block scale of the neighbouring block",
-        "column[None, :], sf_tiles)\n    x = x_ptr + source[None, :] * (4 * K4)",
-        "column[None, :] ^ 1, sf_tiles)\n    x = x_ptr + source[None, :] * (4 * K4)",
+        "scale_offset(R_, column[None, :], sf_tiles)",
+        "scale_offset(R_, column[None, :] ^ 1, sf_tiles)",
         "qwen",
+        "sums",
     ),
     (
         "block scales half a tile behind",
-        "        w_sf += BK // 64 * 512\n        x += WORDS\n",
-        "        w_sf += BK // 64 * 256\n        x += WORDS\n",
+        "w_sf += BK // 64 * 512",
+        "w_sf += BK // 64 * 256",
         "qwen",
+        "sums",
     ),
     ("fourth columns from the third plane", "x3 = tl.load(x + 3 * K4)", "x3 = tl.load(x + 2 * K4)",
      "qwen"),
     (
         "K loop one tile short",
-        "for k in tl.range(0, K4, WORDS,",
-        "for k in tl.range(WORDS, K4, WORDS,",
+        "tl.range(0, K4, WORDS, num_stages=S_)",
+        "tl.range(WORDS, K4, WORDS, num_stages=S_)",
         "qwen",
     ),
     (
         "columns after the last whole K tile dropped",
-        "inside = word < K4 - k\n",
-        "inside = word < (K4 - k) // WORDS * WORDS\n",
+        "word < K4 - k",
+        "word < (K4 - k) // WORDS * WORDS",
         "K of 1 1/2 tiles",
     ),
     (
         "the accumulator not carried on",
-        "scaled(decode_fourth(codes, 3, ARCH), scale, ARCH), x3, acc)",
-        "scaled(decode_fourth(codes, 3, ARCH), scale, ARCH), x3)",
+        "tl.dot(A_, x3, acc)",
+        "tl.dot(A_, x3)",
         "qwen",
     ),
     (
         "decoded weights: K loop one tile short",
-        "for _ in tl.range(0, K, BK,",
-        "for _ in tl.range(BK, K, BK,",
+        "tl.range(0, K, BK, num_stages=S_)",
+        "tl.range(BK, K, BK, num_stages=S_)",
         "decoded",
+        "decoded_sums",
     ),
 )  # fmt: skip
 
-_GEMM: tuple[Edit, ...] = (
-    ("an expert's last row dropped", "live = n < end\n", "live = n < end - 1\n", "qwen"),
+_GEMM: tuple[Entry, ...] = (
+    ("an expert's last row dropped", "n < end", "n < end - 1", "qwen"),
     (
         "the slot for the token",
-        "live, other=0) // X_DIVISOR",
-        "live, other=0) % X_DIVISOR",
+        "L_ // X_DIVISOR",
+        "L_ % X_DIVISOR",
         "qwen",
     ),
     (
         "hidden states of the permuted row",
-        "    source = tl.where(live, source, 0)",
-        "    source = tl.where(live, n, 0)",
+        "tl.where(live, source, 0)",
+        "tl.where(live, n, 0)",
         "top 1",
     ),
     (
         "per-token scale of the permuted row",
-        "tl.load(token_scale_ptr + source, live",
-        "tl.load(token_scale_ptr + n, live",
+        "token_scale_ptr + source",
+        "token_scale_ptr + n",
         "top 1",
     ),
     (
         "per-token scale left out",
-        "    if token_scale_ptr is not None:\n        acc = acc * ",
-        "    if token_scale_ptr is not None:\n        acc = acc + 0 * ",
+        "acc * S_",
+        "acc + 0 * S_",
         "qwen",
+        "token_scale_ptr is not None",
     ),
     (
         "bias added after the scalar",
-        "acc = acc + tl.load(bias_ptr + expert_rows + m)[:, None]",
-        "acc = acc + tl.load(bias_ptr + expert_rows + m)[:, None] / tl.load(scale_ptr + expert)",
+        "tl.load(bias_ptr + expert_rows + m)[:, None]",
+        "tl.load(bias_ptr + expert_rows + m)[:, None] / tl.load(scale_ptr + expert)",
         "gpt-oss",
     ),
     (
@@ -119,20 +124,22 @@ _GEMM: tuple[Edit, ...] = (
         "tl.reshape(acc, (G, 8, 4, BN))",
         "grid",
     ),
-    ("gate and up exchanged", "up, gate = tl.split", "gate, up = tl.split", "qwen"),
+    ("gate and up exchanged", "up, gate = tl.split(P_)", "gate, up = tl.split(P_)", "qwen"),
     (
         "limit after the scale",
-        "g = tl.minimum(gate, limit) * gate_scale\n        y = g / (1.0 + tl.exp(-alpha",
-        "g = tl.minimum(gate * gate_scale, limit)\n        y = g / (1.0 + tl.exp(-alpha",
+        "tl.minimum(gate, limit) * gate_scale",
+        "tl.minimum(gate * gate_scale, limit)",
         "gpt-oss",
+        "ACT == SWIGLU",
     ),
     (
         "up limited from above alone",
-        "u = tl.minimum(tl.maximum(up, -limit), limit) * scale",
-        "u = tl.minimum(up, limit) * scale",
+        "tl.minimum(tl.maximum(up, -limit), limit)",
+        "tl.minimum(up, limit)",
         "gpt-oss",
+        "ACT == SWIGLU",
     ),
-    ("beta left out", "(u + beta)", "u", "gpt-oss"),
+    ("beta left out", "u + beta", "u", "gpt-oss", "ACT == SWIGLU"),
     ("alpha left out", "tl.exp(-alpha * g)", "tl.exp(-g)", "gpt-oss"),
     (
         "sigmoid of the unscaled gate",
@@ -141,20 +148,20 @@ _GEMM: tuple[Edit, ...] = (
         "qwen",
     ),
     ("Relu2 squares before the scale", "g = g * g", "g = g * gate", "top 1"),
-    ("results truncated to bf16", "y = to_bf16(y, ARCH)", "y = y.to(tl.bfloat16)", "qwen"),
+    ("results truncated to bf16", "to_bf16(y, ARCH)", "y.to(tl.bfloat16)", "qwen", "_expert_tile"),
     (
         "half a tile for more rows than it holds",
-        "half = end - first <= BN // 2",
-        "half = end - first <= BN",
+        "end - first <= BN // 2",
+        "end - first <= BN",
         "tiles of 32",
     ),
 )  # fmt: skip
 
-_SMALL: tuple[Edit, ...] = (
+_SMALL: tuple[Entry, ...] = (
     (
         "an expert's last tile dropped",
-        "own = (count + TILE - 1) // TILE",
-        "own = count // TILE",
+        "(count + TILE - 1) // TILE",
+        "count // TILE",
         "tiles of 16",
     ),
     (
@@ -165,20 +172,20 @@ _SMALL: tuple[Edit, ...] = (
     ),
     (
         "tiles of 16 rows for any tile",
-        "first_row + i * TILE, i < until",
-        "first_row + i * 16, i < until",
+        "first_row + i * TILE",
+        "first_row + i * 16",
         "tiles of 32",
     ),
     (
         "counts of one expert less before an expert",
-        "first_row = tl.sum(tl.where(bins < expert, counts, 0))",
-        "first_row = tl.sum(tl.where(bins < expert - 1, counts, 0))",
+        "tl.sum(tl.where(bins < expert, counts, 0))",
+        "tl.sum(tl.where(bins < expert - 1, counts, 0))",
         "tiles of 16",
     ),
     (
         "slots held elsewhere given row 0",
-        "tl.store(permuted_ptr + index, -1, elsewhere",
-        "tl.store(permuted_ptr + index, 0, elsewhere",
+        "tl.store(permuted_ptr + index, -1, M_)",
+        "tl.store(permuted_ptr + index, 0, M_)",
         "deepseek",
     ),
     (
@@ -189,24 +196,24 @@ _SMALL: tuple[Edit, ...] = (
     ),
     (
         "hidden states: block scale of the neighbouring block",
-        "row * (K // 16) + word // 4,",
-        "row * (K // 16) + (word // 4 ^ 1),",
+        "A_ + row * (K // 16) + word // 4",
+        "A_ + row * (K // 16) + (word // 4 ^ 1)",
         "qwen",
     ),
     (
         "hidden states: columns in reverse within four",
-        "tl.store(out + i * (K // 4),",
-        "tl.store(out + (3 - i) * (K // 4),",
+        "out + i * (K // 4)",
+        "out + (3 - i) * (K // 4)",
         "qwen",
     ),
     (
         "decoded weights: 128x4's row quarter and column exchanged",
-        "line // 32 * 4 + block % 4",
-        "line // 32 + block % 4 * 4",
+        "O_ + line // 32 * 4 + block % 4",
+        "O_ + line // 32 + block % 4 * 4",
         "decoded",
     ),
     ("finalize: row -1 read", "held = tl.where(inside, row, -1) >= 0",
-     "row = tl.maximum(row, 0)\n            held = inside", "deepseek"),
+     "row = tl.maximum(row, 0)\nheld = inside", "deepseek"),
     (
         "finalize: weight of the first slot",
         "tl.load(weights_ptr + token * K + k)",
@@ -220,8 +227,8 @@ _SMALL: tuple[Edit, ...] = (
         "cancelling",
     ),
     ("finalize: the last group alone", "part if j == 0 else total + part", "part", "deepseek"),
-    ("finalize: partial sums in bf16", "if j == 0 else total + part\n",
-     "if j == 0 else total + part\n        total = to_bf16(total, ARCH).to(tl.float32)\n",
+    ("finalize: partial sums in bf16", "total = part if j == 0 else total + part",
+     "total = to_bf16(part if j == 0 else total + part, ARCH).to(tl.float32)",
      "deepseek"),
     (
         "finalize: truncated to bf16",
@@ -231,7 +238,7 @@ _SMALL: tuple[Edit, ...] = (
     ),
 )  # fmt: skip
 
-_ROUTING: tuple[Edit, ...] = (
+_ROUTING: tuple[Entry, ...] = (
     (
         "ties to the larger index",
         "tl.min(tl.where(inside & (key == best), expert, WIDTH), 0)",
@@ -244,9 +251,8 @@ _ROUTING: tuple[Edit, ...] = (
         "tl.where(expert == first, score, 0.0)",
         "no groups",
     ),
-    ("the bias not added", "score = score + tl.load(bias_ptr", "score = score + 0 * tl.load(bias_ptr",
-     "no groups"),
-    ("scaling factor left out", "weight = chosen * scale /", "weight = chosen /", "no groups"),
+    ("the bias not added", "score + B_", "score + 0 * B_", "no groups", "route_kernel"),
+    ("scaling factor left out", "chosen * scale / S_", "chosen / S_", "no groups"),
     ("weights not normalized", "weight = e / tl.sum(e, 0)", "weight = e", "qwen"),
     (
         "weights truncated to bf16",
@@ -262,7 +268,7 @@ _ROUTING: tuple[Edit, ...] = (
     ),
 )  # fmt: skip
 
-_QUANTIZER: tuple[Edit, ...] = (
+_QUANTIZER: tuple[Entry, ...] = (
     (
         "row maximum of half the row",
         "_or_zero(tl.max(largest, 1))",
@@ -277,50 +283,52 @@ _QUANTIZER: tuple[Edit, ...] = (
     ),
     (
         "128x4: row quarter and column exchanged",
-        "(row % 128 // 32) * 4 + block % 4",
-        "(row % 128 // 32) + block % 4 * 4",
+        "O_ + row % 128 // 32 * 4 + block % 4",
+        "O_ + row % 128 // 32 + block % 4 * 4",
         "quantizer, fast, 128x4",
     ),
     (
         "8x4: row and column exchanged",
-        "(row % 8) * 4 + block % 4",
-        "(row % 8) + block % 4 * 8",
+        "O_ + row % 8 * 4 + block % 4",
+        "O_ + row % 8 + block % 4 * 8",
         "quantizer, exact, 8x4",
     ),
     (
         "first padding row of block scales not written",
-        "(base + row >= M)",
-        "(base + row > M)",
+        "base + row >= M",
+        "base + row > M",
         "quantizer, fast, 128x4",
     ),
     (
         "padded columns of block scales not written",
-        "byte, live & (column < padded_columns)",
-        "byte, mask",
+        "tl.store(P_, byte, live & (column < padded_columns))",
+        "tl.store(P_, byte, mask)",
         "quantizer, fast, 128x4",
     ),
     (
         "exact math: division by 6 for the product",
-        "unrounded = mul(amax, mul(encode, SIXTH, FTZ, ARCH), FTZ, ARCH)",
-        "unrounded = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)",
+        "mul(amax, mul(encode, SIXTH, FTZ, ARCH), FTZ, ARCH)",
+        "mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)",
         "quantizer, exact, 8x4",
     ),
     (
         "output scale from the unrounded block scale",
-        "byte = e4m3_encode(unrounded, ARCH)\n        output_scale = _output_scale(e4m3_decode(byte),",
-        "byte = e4m3_encode(unrounded, ARCH)\n        output_scale = _output_scale(unrounded,",
+        "byte = e4m3_encode(unrounded, ARCH)\n"
+        "output_scale = _output_scale(e4m3_decode(byte), encode, A_, B_, C_, D_)",
+        "byte = e4m3_encode(unrounded, ARCH)\n"
+        "output_scale = _output_scale(unrounded, encode, A_, B_, C_, D_)",
         "quantizer, fast, 128x4",
     ),
     (
         "4over6: the candidate of the larger error",
-        "better = (this_error < error)",
-        "better = (this_error > error)",
+        "this_error < error",
+        "this_error > error",
         "quantizer, 4over6",
     ),
     (
         "4over6: ties to 4",
-        "better = (this_error < error)",
-        "better = (this_error <= error)",
+        "this_error < error",
+        "this_error <= error",
         "quantizer, 4over6",
     ),
     (
@@ -340,7 +348,7 @@ _QUANTIZER: tuple[Edit, ...] = (
     ),
 )  # fmt: skip
 
-_LEAVES: tuple[Edit, ...] = (
+_LEAVES: tuple[Entry, ...] = (
     (
         "nibbles exchanged in the decoding",
         "(words.to(tl.int32) >> (4 * WHICH)) & 15",
@@ -354,7 +362,12 @@ _LEAVES: tuple[Edit, ...] = (
         "shift = ((tl.arange(0, 8) ^ 1) * 4)[None, None, None, :].to(tl.uint32)",
         "quantizer, fast, 128x4",
     ),
-    ("codes saturate at 4", "twos), 0x4B000007)", "twos), 0x4B000006)", "quantizer, fast, 128x4"),
+    (
+        "codes saturate at 4",
+        "tl.minimum(A_, 0x4B000007)",
+        "tl.minimum(A_, 0x4B000006)",
+        "quantizer, fast, 128x4",
+    ),
     (
         "ties of a code round up",
         "tl.fma(a, 2.0, 8388608.0)",
@@ -393,66 +406,53 @@ _LEAVES: tuple[Edit, ...] = (
     ),
 )  # fmt: skip
 
-_LAUNCHES: dict[str, tuple[Edit, ...]] = {
-    "moe.py": (
-        (
-            "local expert offset ignored",
-            "slots, tiles, local_expert_offset, num_local,",
-            "slots, tiles, 0, num_local,",
-            "deepseek",
-        ),
-        (
-            "decoded weights: always of the first experts",
-            "some = slice(expert, expert + at_once)",
-            "some = slice(0, at_once)",
-            "decoded",
-        ),
-        (
-            "finalize: slots ascending for groups",
-            'groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1',
-            "groups = 1",
-            "cancelling",
-        ),
-        (
-            "intermediate not requantized",
-            "    if plain:\n        x2 = operand",
-            "    if not static:\n        x2 = operand",
-            "qwen",
-        ),
-        ("up scalar for the gate", "experts.output1_scale_gate_scalar if first",
-         "experts.output2_scale_scalar if first", "qwen"),
+_LAUNCHES: tuple[Entry, ...] = (
+    (
+        "local expert offset ignored",
+        "ids = ids.contiguous()",
+        "ids, local_expert_offset = ids.contiguous(), 0",
+        "deepseek",
+        "permute",
     ),
-    "quantize.py": (
-        (
-            "base scale of requantization 1",
-            "(k.PER_TOKEN, recipe.base_scale_inv) if per_token",
-            "(k.PER_TOKEN, 1.0) if per_token",
-            "qwen",
-        ),
-        (
-            "base scale of e4m3_max 448 whatever the recipe",
-            "values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)\n",
-            "values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)\n"
-            "    recipe = Recipe(recipe.math)\n",
-            "4over6",
-        ),
+    (
+        "decoded weights: always of the first experts",
+        "some = slice(expert, expert + at_once)",
+        "some = slice(0, at_once)",
+        "decoded",
     ),
-}  # fmt: skip
+    (
+        "finalize: slots ascending for groups",
+        'groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1',
+        "groups = 1",
+        "cancelling",
+    ),
+    (
+        "intermediate not requantized",
+        "if plain:\n    x2 = A_\nelse:\n    x2 = B_",
+        "if not static:\n    x2 = A_\nelse:\n    x2 = B_",
+        "qwen",
+    ),
+    ("up scalar for the gate", "experts.output1_scale_gate_scalar if first else None",
+     "experts.output2_scale_scalar if first else None", "qwen"),
+    (
+        "base scale of requantization 1",
+        "(k.PER_TOKEN, recipe.base_scale_inv) if per_token else S_",
+        "(k.PER_TOKEN, 1.0) if per_token else S_",
+        "qwen",
+    ),
+    (
+        "base scale of e4m3_max 448 whatever the recipe",
+        "values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)",
+        "values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)\n"
+        "recipe = Recipe(recipe.math)",
+        "4over6",
+    ),
+)  # fmt: skip
 
 
-def _catalogue() -> Iterator[KernelMutant]:
-    files = {
-        "gemm_sums.py": _SUMS,
-        "moe_gemm.py": _GEMM,
-        "moe_kernels.py": _SMALL,
-        "routing.py": _ROUTING,
-        "quantize_kernel.py": _QUANTIZER,
-        "leaves.py": _LEAVES,
-        **_LAUNCHES,
-    }
-    for file, edits in files.items():
-        for name, old, new, call in edits:
-            yield KernelMutant(name, file, old, new, call)
-
-
-KERNEL_MUTANTS = tuple(_catalogue())
+KERNEL_MUTANTS = tuple(
+    KernelMutant(name, call, Edit(old, new, tuple(within)))
+    for name, old, new, call, *within in (
+        *_SUMS, *_GEMM, *_SMALL, *_ROUTING, *_QUANTIZER, *_LEAVES, *_LAUNCHES,
+    )
+)  # fmt: skip

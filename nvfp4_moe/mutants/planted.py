@@ -15,8 +15,10 @@ from .. import processes
 from ..kernels import moe
 from ..reference import moe as reference_moe
 from .kernel_calls import FusedCall, QuantizerCall, prepared
+from .syntax import Edit, Spot
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+KERNELS = Path(moe.__file__).resolve().parent
 _UNUSED = shutil.ignore_patterns("__pycache__", "data")
 
 
@@ -25,26 +27,29 @@ class KernelMutant:
     """An edit of `kernels/`, and the call of `kernel_calls` that is to show it."""
 
     name: str
-    file: str
-    old: str
-    new: str
     call: str
+    edit: Edit
 
-    def plant(self, kernels: Path) -> None:
-        """Edit the copy in a folder.
+    @property
+    def file(self) -> str:
+        """The module of this package's kernels that has the place."""
+        return self.place(KERNELS)[0].name
+
+    def place(self, kernels: Path) -> tuple[Path, Spot]:
+        """Where the edit goes in a folder of kernels.
 
         Raises:
-            ValueError: the source does not have `old` exactly once.
+            ValueError: nowhere, or in more than one place.
         """
-        path = kernels / self.file
-        source = path.read_text()
-        found = source.count(self.old)
-        if found != 1:
-            raise ValueError(
-                f"mutant {self.name!r}: {self.old!r} is {found} times in kernels/{self.file}; it must "
-                "be there once"
-            )
-        path.write_text(source.replace(self.old, self.new))
+        try:
+            return self.edit.place(kernels)
+        except ValueError as error:
+            raise ValueError(f"mutant {self.name!r}: {error}") from None
+
+    def plant(self, kernels: Path) -> None:
+        """Edit the copy in a folder."""
+        path = self.place(kernels)[0]
+        path.write_text(self.edit.applied(path.read_text()))
 
 
 def copy_package(root: Path) -> Path:
