@@ -228,9 +228,10 @@ def finalize_kernel(
             held = tl.where(inside, row, -1) >= 0
             value = tl.load(rows_ptr + row.to(tl.int64) * H + column, held, other=0.0)
             if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
-                part = (value.to(tl.float64) * weight + part).to(tl.float32)
+                added = (value.to(tl.float64) * weight + part).to(tl.float32)
             else:
-                part = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
+                added = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
+            part = tl.where(held, added, part)  # the weight of a slot of no expert may be NaN
         total = part if j == 0 else total + part
     out = out_ptr + token.to(tl.int64) * width + column
     if out_ptr.dtype.element_ty == tl.bfloat16:

@@ -18,6 +18,7 @@ from .reference.moe import (
     FinalizeOrder,
     MoEResult,
     finalize,
+    held_slots,
     quantize_activations,
     requantize,
 )
@@ -110,14 +111,13 @@ def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdi
     differing["intermediate"] = outside(staged.intermediate, steps["intermediate"])
     again: dict[str, torch.Tensor] = {}
     requantize(steps["intermediate"].bfloat16(), None, call.recipe, again)
-    local = ids - call.local_expert_offset
-    held = (local >= 0) & (local < e.num_local)
+    held = held_slots(ids, e.num_local, call.local_expert_offset)
     differing["requantization"] = sum(
         _unequal(steps[name][held], again[name][held])
         for name in ("codes2", "block scales2", "token scale2")
     )
     differing["rows"] = outside(staged.rows, r.rows)
-    ordered = finalize(r.rows.float(), weights, e.padded_hidden_size, call.finalize_order)
+    ordered = finalize(r.rows.float(), weights, e.padded_hidden_size, call.finalize_order, held)
     differing["output"] = _unequal(r.output, ordered.to(r.output.dtype))
     whole = bounds(right, chosen.ids, chosen.weights_bf16)
     return Verdict(differing, outside(whole.output, r.output))

@@ -50,7 +50,7 @@ from .bounds_layer import Layer
 from .bounds_routing import routing_bounds
 from .experts import Experts
 from .interval import ANY_ORDER, Accumulation, Interval, U, choose, hull, rounded, unless
-from .moe import Activations, FinalizeOrder, finalize
+from .moe import Activations, FinalizeOrder, finalize, held_slots
 from .recipe import Recipe
 from .routing import Routing
 
@@ -91,7 +91,10 @@ def fused_moe_bounds(
     local = ids.long() - local_expert_offset
     acc, mid, rows = layer.through(local, accumulator1, intermediate)
     given = weights if isinstance(weights, Interval) else Interval.point(weights)
-    output = _finalized(rows, given, experts.padded_hidden_size, finalize_order, output_dtype)
+    held = held_slots(ids, experts.num_local, local_expert_offset)
+    output = _finalized(
+        rows, _where(held, given), experts.padded_hidden_size, finalize_order, output_dtype
+    )
     return MoEBounds(output, rows, acc, mid)
 
 
@@ -119,13 +122,15 @@ def routed_moe_bounds(
     layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass)
     ids, places = _union(chosen.ids, logits.shape[1])
     rows = layer.through(ids - local_expert_offset)[2]
+    held = held_slots(ids, experts.num_local, local_expert_offset)
     output: Interval | None = None
     for place, low, high, ordered in zip(
         places, chosen.weights.low, chosen.weights.high, chosen.ordered, strict=True
     ):
         index = place[..., None].expand(-1, -1, experts.hidden_size)
         found = _finalized(
-            Interval(rows.low.gather(1, index), rows.high.gather(1, index)), Interval(low, high),
+            Interval(rows.low.gather(1, index), rows.high.gather(1, index)),
+            _where(held.gather(1, place), Interval(low, high)),
             experts.padded_hidden_size, finalize_order, output_dtype, ordered,
         )  # fmt: skip
         output = found if output is None else hull(output, found)
@@ -146,6 +151,11 @@ def _union(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Ten
     behind = torch.arange(order.shape[1], device=ids.device) >= count[:, None]
     rank = held.long().cumsum(1) - 1
     return order.masked_fill(behind, -1), torch.stack([rank.gather(1, some) for some in index])
+
+
+def _where(held: torch.Tensor, weights: Interval) -> Interval:
+    """Zero in slots that the finalize skips."""
+    return weights.map(lambda end: torch.where(held, end, 0.0))
 
 
 def _finalized(

@@ -8,7 +8,8 @@ For each token t and slot k, with e = ids[t, k] an expert held here:
     requantized   `quantize_per_token` of the intermediate with `recipe` (CUDA build of FlashInfer)
     accumulator2  sum over I
     row           (accumulator2 * token scale 2 + gemm2_bias[e]) * output2_scale_scalar[e], to bf16
-    output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to output_dtype
+    output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to output_dtype;
+                  slots whose expert is not held here are skipped, whatever their weight
 
 Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
 intermediate, is quantized by blocks from fp32. FlashInfer's cutlass layer, which has static scales
@@ -164,7 +165,8 @@ def fused_moe(
     rows = rows[..., : experts.hidden_size]
     if round_to_bf16:
         rows = do.round_rows(rows)
-    output = do.finalize(rows.float(), weights, h, finalize_order).to(output_dtype)
+    held = held_slots(ids, experts.num_local, local_expert_offset)
+    output = do.finalize(rows.float(), weights, h, finalize_order, held).to(output_dtype)
     if keep_steps:
         steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
     return MoEResult(output, rows, steps if keep_steps else {})
@@ -180,13 +182,19 @@ def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Te
     return total
 
 
+def held_slots(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
+    """[T, K] bool: whether the expert of a slot, a global id, is held here."""
+    local = ids.long() - local_expert_offset
+    return (local >= 0) & (local < num_local)
+
+
 def permutation(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
     """[T * K] int32: the permuted row of each expanded index token * K + slot, -1 held elsewhere.
 
     Rows are sorted by expert, ascending in it, without padding (FlashInfer pads experts to tiles).
     """
     local = ids.reshape(-1).long() - local_expert_offset
-    here = (local >= 0) & (local < num_local)
+    here = held_slots(ids, num_local, local_expert_offset).reshape(-1)
     order = torch.where(here, local, num_local).argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(order.numel(), device=order.device)
@@ -208,12 +216,19 @@ def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
 
 
 def finalize(
-    rows: torch.Tensor, weights: torch.Tensor, hidden_size: int, order: FinalizeOrder
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    hidden_size: int,
+    order: FinalizeOrder,
+    held: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
 
     Args:
         hidden_size: the padded one, which FlashInfer's order depends on.
+        held: [T, K] bool, the slots that are added; None: all. Weights of the others are not read, so
+            that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
+            `:925`, `:947`, `:1036-1046`: permuted index -1 is skipped).
     """
     tokens, top_k, _ = rows.shape
     groups = 1 if order == "slot" else split_k_groups(tokens, top_k, hidden_size)
@@ -222,7 +237,8 @@ def finalize(
     for j in range(groups):
         part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
         for k in range(j, top_k, groups):
-            part = _fma(w[:, k, None], rows[:, k], part)
+            added = _fma(w[:, k, None], rows[:, k], part)
+            part = added if held is None else torch.where(held[:, k, None], added, part)
         total = part if total is None else total + part
     assert total is not None
     return total

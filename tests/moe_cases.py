@@ -1,12 +1,12 @@
 """Inputs of the fused mixture of experts, small and made the same way everywhere."""
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.experts import Experts, prepare_experts
-from nvfp4_moe.reference.moe import Activations, quantize_activations
+from nvfp4_moe.reference.moe import Activations, held_slots, quantize_activations
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe
 
@@ -71,6 +71,17 @@ def hidden_states(shape: Shape, seed: int = 0) -> torch.Tensor:
 
 def padded(x: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+
+
+def with_strange_weights(case: Case, shape: Shape) -> Case:
+    """The case with an id of -1 in each second token, and NaN, inf and -inf where no expert is held."""
+    ids = case.ids.clone()
+    ids[::2, 0] = -1
+    nowhere = ~held_slots(ids, shape.held, shape.offset)
+    assert nowhere.any() and not nowhere.all()
+    strange = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(case.weights)
+    place = torch.arange(ids.numel()).view(ids.shape) % 3
+    return replace(case, ids=ids, weights=torch.where(nowhere, strange[place], case.weights))
 
 
 def make(

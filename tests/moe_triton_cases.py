@@ -217,6 +217,16 @@ def skewed_routing(device, config=SMALL):
         assert_bitwise(*both(case, device, config=config), f"T={t} K={k}")
 
 
+def slots_of_no_expert(device, config=SMALL):
+    """Ids of -1 and of another rank, with every kind of weight; with K = 5 in two groups."""
+    for shape in (Shape(6, 128, 128, 6, 2, 2, 3), Shape(6, 128, 128, 6, 5, 2, 3)):
+        case = moe_cases.with_strange_weights(coarse(shape, ActivationType.Relu2), shape)
+        got, want = both(case, device, local_expert_offset=2, config=config)
+        assert got.isfinite().all()
+        assert_bitwise(got, want, str(shape))
+        close(case, device, str(shape), local_expert_offset=2, config=config)
+
+
 def finalize_orders(device, config=SMALL):
     case = moe_cases.make(Shape(3, 128, 128, 8, 8), weights_dtype=torch.float32)
     for order in ("flashinfer", "slot"):
@@ -265,6 +275,7 @@ CASES = [
     static_scales,
     quantized_on_the_way,
     skewed_routing,
+    slots_of_no_expert,
     finalize_orders,
     output_dtypes,
 ]

@@ -148,6 +148,20 @@ def all_to_all_is_one_process(r: Rank) -> None:
 
 
 @case
+def slots_of_no_expert_add_nothing(r: Rank) -> None:
+    """Ids of -1 with weights of NaN and infinity; on a rank, so are ids of another rank's experts."""
+    layer, tokens = biased(), r.mine(SHAPE.tokens)
+    strange = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(layer.weights)
+    weights = torch.where(layer.ids < 0, strange.repeat(22)[:65].view(13, 5), layer.weights)
+    odd = replace(layer, weights=weights)
+    for order in ("slot", "flashinfer")[: 2 if r.backend == "reference" else 1]:
+        given = {"finalize_order": order, "batch_invariant": order == "slot"}
+        got = r.ep(odd, "all-to-all", tokens, **given)
+        assert_bitwise(got, r.one_process(layer, tokens, **given), order)
+    assert r.ep(odd, "all-reduce").isfinite().all()
+
+
+@case
 def all_to_all_in_flashinfers_order(r: Rank) -> None:
     """The order of the finalize shows in fp32, and is that of this rank's own number of tokens."""
     if r.backend != "reference":

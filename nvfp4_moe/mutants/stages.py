@@ -159,8 +159,8 @@ def one_lost(rows: Tensor, w: Tensor) -> Tensor:
     return moe.finalize(rows, w, rows.shape[2], "flashinfer")
 
 
-def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any) -> Tensor:
-    return moe.finalize(rows, weights, hidden, "slot")
+def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any, held: Any) -> Tensor:
+    return moe.finalize(rows, weights, hidden, "slot", held)
 
 
 def weights_first(rows: Tensor, weights: Tensor, *_: Any) -> Tensor:

@@ -189,10 +189,11 @@ def _finalized(
     """[T, hidden size]: this rank's tokens, as one process finalizes them."""
     width, order = r.experts.padded_hidden_size, r.finalize_order
     if name == "reference" or moe_dispatch.refusal("triton", r) is not None:
-        # Slots without an expert anywhere are zeros, as in `reference.moe`.
+        # -1, a slot without an expert anywhere, reads the row of zeros, and is skipped.
         wide = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         by_slot = wide[permuted.long()].unflatten(0, weights.shape)
-        return finalize(by_slot.float(), weights, width, order).to(r.output_dtype)
+        held = permuted.view(weights.shape) >= 0
+        return finalize(by_slot.float(), weights, width, order, held).to(r.output_dtype)
     from ..kernels import moe as triton_moe
 
     output = rows.new_empty((r.tokens, rows.shape[1]), dtype=r.output_dtype)
