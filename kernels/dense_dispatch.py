@@ -11,6 +11,7 @@ import logging
 
 import torch
 
+from ..reference import checks
 from . import flashinfer_dense as fi
 from .dense_request import MmRequest, make_mm_request
 from .dispatch import Explanation, UnsupportedError, triton_refusal_of
@@ -161,8 +162,8 @@ def _log_once(backend: str, reason: str) -> None:
 
 def _backend(backend: str) -> str:
     """The full name of a backend, or "auto"."""
-    name = f"flashinfer:{backend}" if f"flashinfer:{backend}" in fi.RULES else backend
-    if name not in (*BACKENDS, "auto"):
-        allowed = ", ".join(("auto", *BACKENDS))
-        raise ValueError(f"backend is {backend!r}; it must be one of {allowed}")
-    return name
+    name = f"flashinfer:{backend}"
+    if name in fi.RULES:
+        return name
+    checks.one_of("backend", backend, ("auto", *BACKENDS))
+    return backend

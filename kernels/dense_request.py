@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..reference import checks
 from ..reference.dense import a_layout
 from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, SfLayout
@@ -78,12 +79,18 @@ def make_mm_request(
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
     """
+    for name, flag in (
+        ("use_nvfp4", use_nvfp4),
+        ("use_8x4_sf_layout", use_8x4_sf_layout),
+        ("enable_pdl", enable_pdl),
+    ):
+        checks.flag(name, flag)
     if not use_nvfp4:
-        raise ValueError("use_nvfp4 is False; mxfp4 is not served, use_nvfp4 must be True")
+        raise ValueError("use_nvfp4 is False; mxfp4 is not served, so it must be True")
     if block_size != BLOCK_SIZE:
-        raise ValueError(f"block_size is {block_size}; NVFP4's blocks have {BLOCK_SIZE}")
-    _check_codes(a, "a", "[M, K/2]")
-    _check_codes(b, "b", "[K/2, N]")
+        checks.wrong_value("block_size", block_size, f"{BLOCK_SIZE}, the size of NVFP4's blocks")
+    checks.tensor("a", a, _CODES, ("M", "K/2"))
+    checks.tensor("b", b, _CODES, ("K/2", "N"))
     half = a.shape[1]
     if half % (BLOCK_SIZE // 2) or half == 0:
         raise ValueError(
@@ -101,7 +108,7 @@ def make_mm_request(
     a_scales = _scales(a, a_descale, "a_descale", a.shape[0], blocks, layout)
     b_scales = _scales(a, b_descale, "b_descale", b.shape[1], blocks, SfLayout.layout_128x4)
     if out_dtype not in _OUTPUTS:
-        raise ValueError(f"out_dtype is {out_dtype}; it must be bfloat16 or float16")
+        checks.wrong_value("out_dtype", out_dtype, "torch.bfloat16 or torch.float16")
     _check_out(a, out, (a.shape[0], b.shape[1]), out_dtype)
     return MmRequest(
         _bytes(a),
@@ -111,8 +118,8 @@ def make_mm_request(
         _alpha(a, alpha),
         out_dtype,
         out,
-        bool(use_8x4_sf_layout),
-        bool(enable_pdl),
+        use_8x4_sf_layout,
+        enable_pdl,
         capability or capability_of(a),
     )
 
@@ -125,30 +132,16 @@ def _bytes(t: torch.Tensor) -> torch.Tensor:
     return t.view(torch.uint8) if t.is_contiguous() else t.T.view(torch.uint8).T
 
 
-def _check_codes(t: Any, name: str, shape: str) -> None:
-    if not isinstance(t, torch.Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor")
-    if t.dtype not in _CODES:
-        raise ValueError(
-            f"{name} is {t.dtype}; it must be uint8 or float4_e2m1fn_x2, two codes a byte"
-        )
-    if t.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {shape}")
-
-
 def _check_device(a: torch.Tensor, other: torch.Tensor, name: str) -> None:
-    if other.device != a.device and not a.is_meta:
-        raise ValueError(f"{name} is on {other.device}; it must be on a's device, {a.device}")
+    if not a.is_meta:  # which `explain_mm_fp4` takes, beside tensors of any device
+        checks.same_device(name, other, "a", a)
 
 
 def _scales(
     a: torch.Tensor, given: Any, name: str, rows: int, blocks: int, layout: SfLayout
 ) -> torch.Tensor:
     """The block scales as [padded rows, padded K/16] uint8."""
-    if not isinstance(given, torch.Tensor):
-        raise TypeError(f"{name} is a {type(given).__name__}; it must be a torch.Tensor")
-    if given.dtype not in _SCALES:
-        raise ValueError(f"{name} is {given.dtype}; it must be uint8 or float8_e4m3fn")
+    checks.tensor(name, given, _SCALES)
     shape = padded_shape(rows, blocks, layout)
     transposed = name == "b_descale" and given.dim() == 2
     wanted = f"[{shape[1]}, {shape[0]}], a transpose" if name == "b_descale" else f"{list(shape)}"
@@ -165,13 +158,10 @@ def _scales(
 def _alpha(a: torch.Tensor, alpha: Any) -> torch.Tensor | None:
     if alpha is None:
         return None
-    if not isinstance(alpha, torch.Tensor):
-        raise TypeError(f"alpha is a {type(alpha).__name__}; it must be a torch.Tensor or None")
-    if alpha.dtype != torch.float32:
-        raise ValueError(f"alpha is {alpha.dtype}; it must be float32")
+    checks.tensor("alpha", alpha, (torch.float32,))
     if alpha.numel() not in (1, a.shape[0]):
-        raise ValueError(
-            f"alpha has {alpha.numel()} elements; it must have one, or one a row of a ({a.shape[0]})"
+        checks.wrong_value(
+            "alpha", alpha, f"a tensor of float32 of one element, or of one a row ({a.shape[0]})"
         )
     _check_device(a, alpha, "alpha")
     return alpha.reshape(-1).contiguous()
@@ -180,13 +170,5 @@ def _alpha(a: torch.Tensor, alpha: Any) -> torch.Tensor | None:
 def _check_out(a: torch.Tensor, out: Any, shape: tuple[int, int], out_dtype: torch.dtype) -> None:
     if out is None:
         return
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out is a {type(out).__name__}; it must be a torch.Tensor or None")
-    if out.dtype != out_dtype:
-        raise ValueError(f"out is {out.dtype}; it must be out_dtype, {out_dtype}")
-    if tuple(out.shape) != shape or not out.is_contiguous():
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} and strides {tuple(out.stride())}; it must be "
-            f"contiguous, [M, N] = {list(shape)}"
-        )
+    checks.tensor("out", out, (out_dtype,), shape, contiguous=True)
     _check_device(a, out, "out")

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from ..reference import checks
 from ..reference.layouts import from_linear
 from ..reference.recipe import Build, SfLayout
 from ..reference.shuffle import shuffle_rows
@@ -252,14 +253,12 @@ def _log_once(backend: str, reason: str) -> None:
 
 def _backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
     """The full name of a backend, or "auto", and the build that is asked for."""
+    checks.one_of("backend", backend, ("auto", "flashinfer", *BACKENDS, *sorted(_FLASHINFER_NAMES)))
+    if build is not None:
+        checks.one_of("build", build, get_args(Build))
     name = f"flashinfer:{backend}" if backend in _FLASHINFER_NAMES else backend
-    if build is not None and build not in get_args(Build):
-        raise ValueError(f"build is {build!r}; it must be one of {get_args(Build)}")
     if name == "flashinfer":
         name = f"flashinfer:{build or 'cuda'}"
-    if name not in (*BACKENDS, "auto"):
-        allowed = ("auto", "flashinfer", *BACKENDS, *sorted(_FLASHINFER_NAMES))
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(allowed)}")
     return name, build or fi.BUILDS.get(name, "cuda")
 
 

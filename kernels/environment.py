@@ -9,6 +9,7 @@ launch. A variable counts as on when it is exactly "1" (flashinfer-python 0.7.2,
 import os
 from pathlib import Path
 
+from ..reference.checks import VALUES_VARIABLE
 from ..reference.recipe import Build, Math, NVFP44Over6Config, Recipe
 
 EXACT_VARIABLES: dict[Build, tuple[str, ...]] = {
@@ -33,8 +34,9 @@ VARIABLES = (
     *FOUR_OVER_SIX_VARIABLES,
     *SWITCH_VARIABLES,
     *CACHE_VARIABLES,
+    VALUES_VARIABLE,
 )
-"""Every variable that this library reads."""
+"""Every variable that this library reads; the reference reads the last one, in `checks.py`."""
 
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "y"), True),

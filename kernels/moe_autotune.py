@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from ..reference import checks
 from ..reference.experts import Experts
 from .dispatch import UnsupportedError
 from .moe_dispatch import refusal, request_of_layer
@@ -51,15 +52,13 @@ def autotune_fused_moe(
         ValueError, TypeError: an argument that `fused_moe` would not accept.
         UnsupportedError: the experts are not on a GPU that the Triton backend runs on.
     """
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
     for count in counts:
-        if type(count) is not int or count < 1:
-            raise ValueError(f"tokens has {count!r}; every count must be a positive integer")
+        checks.integer("tokens", count, 1)
     everywhere = experts.num_local if num_experts is None else num_experts
-    if type(top_k) is not int or not 1 <= top_k <= everywhere:
-        raise ValueError(
-            f"top_k is {top_k!r}; of {everywhere} experts it must be 1 to {everywhere}"
-        )
+    checks.integer("num_experts", everywhere, experts.num_local)
+    checks.integer("top_k", top_k, 1, everywhere)
     like = experts.gemm1_weights
     empty = like.new_empty((0, top_k), dtype=torch.int32), like.new_empty((0, top_k)).bfloat16()
     request = request_of_layer(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..reference import checks
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
@@ -408,8 +409,7 @@ def _log_once(backend: str, reason: str) -> None:
 
 
 def _check_backend(backend: str) -> None:
-    if backend not in (*ORDER, "auto"):
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(ORDER)}")
+    checks.one_of("backend", backend, ("auto", *ORDER))
 
 
 def _experts(
@@ -434,19 +434,18 @@ def _experts(
 ) -> Experts:
     try:
         activation = ActivationType(int(activation_type))
-    except ValueError:
-        raise ValueError(
-            f"activation_type is {activation_type!r}; it must be a value of ActivationType"
-        ) from None
-    if not isinstance(gemm2_weights, torch.Tensor) or gemm2_weights.dim() != 3:
-        raise ValueError("gemm2_weights must be a tensor [experts, H, I / 2]")
+    except (TypeError, ValueError):
+        checks.wrong_value("activation_type", activation_type, "a value of ActivationType")
+    checks.tensor("gemm2_weights", gemm2_weights, (torch.uint8,), ("experts", "H", "I/2"))
+    checks.integer("num_fused_shared_experts", shared_experts, 0)
     local, hidden, half = gemm2_weights.shape
     for name, given, held in (
-        ("local_num_experts", local_num_experts + shared_experts, local),
+        ("local_num_experts", local_num_experts, local - shared_experts),
         ("intermediate_size", intermediate_size, half * 2),
     ):
+        checks.integer(name, given)
         if given != held:
-            raise ValueError(f"{name} is {given}; gemm2_weights hold {held}")
+            raise ValueError(f"{name} is {given}; it must be {held}, which gemm2_weights hold")
     return Experts(
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
         output1_scale_gate_scalar, output2_scale_scalar,
@@ -472,34 +471,25 @@ def request_of_layer(
     output_dtype: torch.dtype,
     capability: tuple[int, int] | None = None,
 ) -> MoERequest:
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     static = experts.input_scale is not None
     if activation is None:
         activation = "static" if static else "per-token"
-    if activation not in ("per-token", "static", "bf16"):
-        raise ValueError(f"activation is {activation!r}; it must be per-token, static or bf16")
+    checks.one_of("activation", activation, ("per-token", "static", "bf16"))
     if activation == "static" and not static:
-        raise ValueError('activation is "static"; the experts have no input_amax')
+        raise ValueError(
+            'activation is "static"; the experts must have been given input_amax for it'
+        )
     if activation != "static" and static:
         raise ValueError(
             f'activation is "{activation}"; the experts\' scalars hold static scales, by which its '
-            "results would be too large or too small: prepare them without input_amax"
+            "results would be too large or too small: it must be static, or the experts prepared "
+            "without input_amax"
         )
-    if (
-        hidden_states.dtype != torch.bfloat16
-        or hidden_states.dim() != 2
-        or (hidden_states.shape[1] != experts.hidden_size)
-    ):
-        raise ValueError(
-            f"hidden_states is {hidden_states.dtype} of shape {tuple(hidden_states.shape)}; it must be "
-            f"bfloat16 [T, {experts.hidden_size}]"
-        )
-    first, second = routing
-    if isinstance(second, Routing):
-        logits, given, how = first, None, second
-        num_experts = num_experts or first.shape[1]
-    else:
-        logits, given = None, (first, second)
-        how = routing_of(1, first.shape[1], None, None, None)
+    checks.tensor("hidden_states", hidden_states, (torch.bfloat16,), ("T", experts.hidden_size))
+    logits, given, how, num_experts = _routing(
+        routing, hidden_states, experts.num_local, num_experts
+    )
     x = hidden_states
     width = experts.padded_hidden_size
     if width != x.shape[1]:
@@ -507,7 +497,7 @@ def request_of_layer(
     return make_moe_request(
         Activations(x),
         experts,
-        num_experts=num_experts or experts.num_local,
+        num_experts=num_experts,
         routing=how,
         local_expert_offset=local_expert_offset,
         logits=logits,
@@ -521,7 +511,38 @@ def request_of_layer(
         build=build,
         capability=capability,
         quantize=None if activation == "bf16" else activation,  # type: ignore[arg-type]
+        topk_names=("routing[0]", "routing[1]"),
     )
+
+
+def _routing(
+    routing: Any, x: torch.Tensor, num_local: int, num_experts: int | None
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None, Routing, int]:
+    """(logits, (ids, weights), how, experts of all ranks), of which one of the first two is None."""
+    allowed = "(logits [T, E], Routing) or (ids int32 [T, K], weights [T, K])"
+    checks.pair("routing", routing, allowed)
+    first, second = routing
+    if isinstance(first, Routing) or not isinstance(second, Routing | torch.Tensor):
+        kinds = ", ".join(type(part).__name__ for part in routing)
+        raise TypeError(f"routing is ({kinds}); it must be {allowed}")
+    if num_experts is not None:
+        checks.integer("num_experts", num_experts, num_local)
+    tokens = x.shape[0]
+    if isinstance(second, Routing):
+        floats = (torch.float32, torch.bfloat16)
+        columns = "E" if num_experts is None else num_experts
+        checks.tensor("routing[0]", first, floats, (tokens, columns), like=("hidden_states", x))
+        if first.shape[1] < num_local:
+            raise ValueError(
+                f"routing[0] is {checks.given(first)}; it must have a column for each expert of all "
+                f"ranks, of which {num_local} are here"
+            )
+        return first, None, second, first.shape[1]
+    checks.tensor("routing[0]", first, (torch.int32,), (tokens, "K"), like=("hidden_states", x))
+    weights = (torch.bfloat16, torch.float32)
+    checks.tensor("routing[1]", second, weights, first.shape, like=("hidden_states", x))
+    how = routing_of(1, first.shape[1], None, None, None)
+    return None, (first, second), how, num_local if num_experts is None else num_experts
 
 
 def with_codes(r: MoERequest) -> MoERequest:

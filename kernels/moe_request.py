@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..reference import checks
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts
 from ..reference.moe import OUTPUT_DTYPES, Activations, FinalizeOrder
@@ -20,7 +21,7 @@ from ..reference.routing import (
 )
 from . import environment
 from .capability import capability_of
-from .request import UNSET, four_over_six_of, is_unset, math_of
+from .request import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
 """What is still to be done to bf16 hidden states; Triton does the first on its way."""
@@ -120,19 +121,27 @@ def make_moe_request(
     build: LayerBuild = "cuda",
     capability: tuple[int, int] | None = None,
     quantize: Quantize | None = None,
+    topk_names: tuple[str, str] = ("topk_ids[0]", "topk_ids[1]"),
 ) -> MoERequest:
     """Check what no backend accepts, and resolve what the environment decides.
 
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
     """
+    checks.flag("do_finalize", do_finalize)
+    checks.flag("batch_invariant", batch_invariant)
+    check_optional_flags(enable_pdl=enable_pdl, fast_math=fast_math)
+    checks.one_of("finalize_order", finalize_order, get_args(FinalizeOrder))
+    checks.one_of("build", build, get_args(LayerBuild))
+    checks.integer("num_experts", num_experts, 1)
+    checks.integer("num_fused_shared_experts", shared_experts, 0)
     _check_experts(experts)
     tokens = _check_activations(activations, experts)
     ids = weights = None
     if topk is None:
         _check_logits(logits, routing_bias, tokens, num_experts, routing)
     else:
-        ids, weights = _topk(topk, tokens, routing.top_k)
+        ids, weights = _topk(topk, tokens, routing.top_k, topk_names)
     if shared_experts and (topk is not None or not routing.grouped):
         raise ValueError(
             f"num_fused_shared_experts is {shared_experts}; only DeepSeekV3 with groups, routed from "
@@ -145,29 +154,19 @@ def make_moe_request(
             f"of {num_experts} + {shared_experts} shared it must be 0 to {most}, and shared experts "
             "need them all"
         )
-    if finalize_order not in ("flashinfer", "slot"):
-        raise ValueError(f"finalize_order is {finalize_order!r}; it must be flashinfer or slot")
     width = experts.hidden_size
-    if output is not None and (
-        output.dtype not in OUTPUT_DTYPES
-        or tuple(output.shape) != (tokens, width)
-        or not output.is_contiguous()
-    ):
-        raise ValueError(
-            f"output is {output.dtype} of shape {tuple(output.shape)}; it must be contiguous "
-            f"({tokens}, {width}), bfloat16, float16 or float32"
-        )
+    if output is not None:
+        checks.tensor("output", output, OUTPUT_DTYPES, (tokens, width), contiguous=True)
     if output_dtype is None:
         output_dtype = torch.bfloat16 if output is None else output.dtype
     if output_dtype not in OUTPUT_DTYPES:
-        raise ValueError(
-            f"output_dtype is {output_dtype}; it must be torch.bfloat16, float16 or float32"
-        )
+        allowed = checks.any_of(map(str, OUTPUT_DTYPES))
+        checks.wrong_value("output_dtype", output_dtype, allowed)
     _check_devices(activations, experts, logits, routing_bias, ids, weights, output)
+    if ids is not None and weights is not None:
+        check_routed_values(ids, weights, num_experts + shared_experts, topk_names)
     explicit = not is_unset(nvfp4_4over6)
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
-    if build not in get_args(LayerBuild):
-        raise ValueError(f"build is {build!r}; it must be one of {get_args(LayerBuild)}")
     quantizers: Build = "cuda" if build == "cutlass" else build
     math = math_of(fast_math, quantizers)
     if capability is None:
@@ -187,15 +186,8 @@ def make_moe_request(
     return request
 
 
-def _want(name: str, t: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    if not isinstance(t, torch.Tensor):
-        raise TypeError(f"{name} is {type(t).__name__}; it must be a tensor, {allowed} {shape}")
-    if t.dtype not in dtypes or tuple(t.shape) != shape:
-        given = str(t.dtype).removeprefix("torch.")
-        raise ValueError(f"{name} is {given} {tuple(t.shape)}; it must be {allowed} {shape}")
-    if not t.is_contiguous():
-        raise ValueError(f"{name} is not contiguous (strides {t.stride()}); it must be")
+def _want(name: str, t: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | str, ...]) -> None:
+    checks.tensor(name, t, dtypes, shape, contiguous=True)
 
 
 def _check_experts(e: Experts) -> None:
@@ -203,29 +195,21 @@ def _check_experts(e: Experts) -> None:
         names = ", ".join(a.name for a in ActivationType if a.implemented)
         raise ValueError(f"activation_type is {e.activation!r}; it must be one of {names}")
     w1, w2 = e.gemm1_weights, e.gemm2_weights
-    for name, w in (("gemm1_weights", w1), ("gemm2_weights", w2)):
-        if not isinstance(w, torch.Tensor) or w.dim() != 3:
-            raise ValueError(
-                f"{name} must be a tensor of 3 dimensions: [experts, rows, columns / 2]"
-            )
+    u8, f8, f32 = (torch.uint8,), (torch.float8_e4m3fn,), (torch.float32,)
+    checks.tensor("gemm1_weights", w1, u8, ("experts", "rows", "H/2"))
     local, rows, half = w1.shape
     hidden, gated = half * 2, e.activation.gated
     if rows % 128 or hidden % 128:
         raise ValueError(
-            f"gemm1_weights has shape {tuple(w1.shape)}; its rows, and H = {hidden}, must be multiples "
-            "of 128: pad with zeros and give valid_hidden_size or valid_intermediate_size"
+            f"gemm1_weights is {checks.given(w1)}; its rows, and H = {hidden}, must be multiples of "
+            "128: pad with zeros and give valid_hidden_size or valid_intermediate_size"
         )
     intermediate = rows // 2 if gated else rows
-    u8, f8, f32 = (torch.uint8,), (torch.float8_e4m3fn,), (torch.float32,)
     _want("gemm1_weights", w1, u8, (local, rows, half))
     _want("gemm2_weights", w2, u8, (local, hidden, intermediate // 2))
-    _want("gemm1_weights_scale", e.gemm1_weights_scale, f8, (local, rows, hidden // BLOCK_SIZE))
-    _want(
-        "gemm2_weights_scale",
-        e.gemm2_weights_scale,
-        f8,
-        (local, hidden, intermediate // BLOCK_SIZE),
-    )
+    for name, columns in (("gemm1", hidden), ("gemm2", intermediate)):
+        name, height = f"{name}_weights_scale", rows if name == "gemm1" else hidden
+        _want(name, getattr(e, name), f8, (local, height, columns // BLOCK_SIZE))
     for name in ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar"):
         _want(name, getattr(e, name), f32, (local,))
     for name in ("alpha", "beta", "clamp_limit"):
@@ -234,7 +218,10 @@ def _check_experts(e: Experts) -> None:
             continue
         _want(f"gemm1_{name}", value, f32, (local,))
         if name not in e.activation.parameters:
-            raise ValueError(f"gemm1_{name} is given, which activation {e.activation.name} has not")
+            raise ValueError(
+                f"gemm1_{name} is {checks.given(value)}; it must be None with activation "
+                f"{e.activation.name}, which does not read it"
+            )
     if e.gemm1_bias is not None:
         _want("gemm1_bias", e.gemm1_bias, f32, (local, rows))
     if e.gemm2_bias is not None:
@@ -243,6 +230,7 @@ def _check_experts(e: Experts) -> None:
         ("valid_hidden_size", e.hidden_size, hidden),
         ("valid_intermediate_size", e.intermediate_size, intermediate),
     ):
+        checks.integer(name, value)
         if not most - 128 < value <= most or value % BLOCK_SIZE:
             raise ValueError(
                 f"{name} is {value}; of {most} padded it must be a multiple of {BLOCK_SIZE} above "
@@ -252,28 +240,26 @@ def _check_experts(e: Experts) -> None:
 
 def _check_activations(a: Activations, e: Experts) -> int:
     states, hidden = a.hidden_states, e.padded_hidden_size
-    if not isinstance(states, torch.Tensor) or states.dim() != 2:
-        raise ValueError("hidden_states must be a tensor of 2 dimensions")
+    checks.tensor(
+        "hidden_states", states, (torch.uint8, torch.bfloat16), ("T", "H/2, or H of bf16")
+    )
     tokens = states.shape[0]
     if a.is_bf16:
         _want("hidden_states", states, (torch.bfloat16,), (tokens, hidden))
-        if a.block_scales is not None or a.per_token_scale is not None:
-            raise ValueError(
-                "hidden_states_scale and per_token_scale must be None with bf16 hidden_states"
-            )
+        for name, value in (
+            ("hidden_states_scale", a.block_scales),
+            ("per_token_scale", a.per_token_scale),
+        ):
+            if value is not None:
+                checks.wrong_value(name, value, "None with bfloat16 hidden_states")
         return tokens
     _want("hidden_states", states, (torch.uint8,), (tokens, hidden // 2))
-    scales = a.block_scales
-    if scales is None:
-        raise ValueError("hidden_states_scale is None; NVFP4 hidden_states need their block scales")
-    if scales.dtype not in (torch.float8_e4m3fn, torch.uint8) or (
-        scales.numel() != tokens * hidden // BLOCK_SIZE or not scales.is_contiguous()
-    ):
-        raise ValueError(
-            f"hidden_states_scale is {scales.dtype} of shape {tuple(scales.shape)}, strides "
-            f"{scales.stride()}; it must be float8_e4m3fn of {tokens} x {hidden // BLOCK_SIZE} "
-            "elements, linear, contiguous"
-        )
+    scales, blocks = a.block_scales, hidden // BLOCK_SIZE
+    dtypes = (torch.float8_e4m3fn, torch.uint8)
+    if scales is None or scales.numel() != tokens * blocks:  # FlashInfer, too, asks for no shape
+        wanted = f"a tensor of float8_e4m3fn [{tokens}, {blocks}], linear"
+        checks.wrong_value("hidden_states_scale", scales, wanted)
+    checks.tensor("hidden_states_scale", scales, dtypes, contiguous=True)
     if a.per_token_scale is not None:
         _want("per_token_scale", a.per_token_scale, (torch.float32,), (tokens,))
     return tokens
@@ -286,38 +272,53 @@ def _check_logits(
     num_experts: int,
     routing: Routing,
 ) -> None:
-    if routing.top_k > num_experts:
-        raise ValueError(f"top_k is {routing.top_k}; of {num_experts} experts it is at most that")
+    checks.integer("top_k", routing.top_k, 1, num_experts)
     floats = (torch.float32, torch.bfloat16)
     _want("routing_logits", logits, floats, (tokens, num_experts))
     if bias is not None:
         _want("routing_bias", bias, floats, (num_experts,))
 
 
-def _topk(topk: Any, tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _topk(
+    topk: Any, tokens: int, top_k: int, names: tuple[str, str]
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (tokens, top_k)
     if isinstance(topk, torch.Tensor):
         _want("topk_ids", topk, (torch.int32,), shape)
         return unpack_topk(topk)
-    if not isinstance(topk, tuple | list) or len(topk) != 2:
-        raise TypeError(
-            f"topk_ids is {type(topk).__name__}; it must be packed int32 or (ids, weights)"
-        )
+    checks.pair("topk_ids", topk, "packed int32 [T, K] or (ids, weights)")
     ids, weights = topk
-    _want("topk_ids[0]", ids, (torch.int32,), shape)
-    _want("topk_ids[1]", weights, (torch.bfloat16, torch.float32), shape)
+    _want(names[0], ids, (torch.int32,), shape)
+    _want(names[1], weights, (torch.bfloat16, torch.float32), shape)
     return ids, weights
 
 
+def check_routed_values(
+    ids: torch.Tensor, weights: torch.Tensor, num_experts: int, names: tuple[str, str]
+) -> None:
+    """Raise for an id that is no expert's, and for a NaN weight of an expert.
+
+    Where `checks.reads_values` allows it. An id of -1 stands for no expert, whose weight is not read.
+
+    Args:
+        num_experts: of all ranks, shared ones included.
+        names: of the arguments, for the message.
+    """
+    if not checks.reads_values(ids, weights):
+        return
+    known = (ids >= -1) & (ids < num_experts)
+    checks.values(names[0], ids, known, f"-1 (no expert) or from 0 to {num_experts - 1}")
+    checks.values(names[1], weights, ~weights.isnan() | (ids < 0), "no NaN")
+
+
 def _check_devices(a: Activations, e: Experts, *others: torch.Tensor | None) -> None:
-    device = a.hidden_states.device
     held = {f.name: getattr(e, f.name) for f in fields(e)}
     held |= {"hidden_states_scale": a.block_scales, "per_token_scale": a.per_token_scale}
     names = ("routing_logits", "routing_bias", "topk_ids[0]", "topk_ids[1]", "output")
     held |= dict(zip(names, others, strict=True))
     for name, t in held.items():
-        if isinstance(t, torch.Tensor) and t.device != device:
-            raise ValueError(f"{name} is on {t.device}; hidden_states are on {device}")
+        if isinstance(t, torch.Tensor):
+            checks.same_device(name, t, "hidden_states", a.hidden_states)
 
 
 def routing_of(
@@ -333,15 +334,17 @@ def routing_of(
         kind = RoutingMethodType(int(method))
     except (TypeError, ValueError):
         raise ValueError(
-            f"routing_method_type is {method!r}; it must be 0 to 9 ({RoutingMethodType.__name__})"
+            f"routing_method_type is {checks.given(method)}; it must be 0 to 9 "
+            f"({RoutingMethodType.__name__})"
         ) from None
     return Routing(kind, top_k, n_group, topk_group, routed_scaling_factor, norm_topk_prob)
 
 
 def check_linear(layout: Any) -> None:
     """`hidden_states_scale_layout`: linear, or not said."""
-    if layout is not None and int(layout) != SfLayout.layout_linear:
-        raise ValueError(
-            f"hidden_states_scale_layout is {layout!r}; it must be layout_linear, in which every "
-            "backend reads hidden_states_scale"
+    if layout is not None and layout != SfLayout.layout_linear:
+        checks.wrong_value(
+            "hidden_states_scale_layout",
+            layout,
+            "layout_linear, in which every backend reads hidden_states_scale",
         )

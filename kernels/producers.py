@@ -5,10 +5,12 @@ with static scales only, so it is no backend.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, SfLayout
 from .dispatch import UnsupportedError, triton_refusal_of
 from .ops import Triple
@@ -47,7 +49,7 @@ def silu_and_mul_nvfp4_quantize(
         ValueError, TypeError: an argument that no backend accepts.
         UnsupportedError: Triton was named and cannot run here.
     """
-    _check_matrix(x, 2 * BLOCK_SIZE, "[M, 2K]")
+    _check_matrix(x, 2 * BLOCK_SIZE, "2K")
     half = x[:, : x.shape[1] // 2]
     request = _request(half, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
     ops = _implementation(x, request, backend)
@@ -102,10 +104,9 @@ def add_rmsnorm_nvfp4_quantize(
         residual: [M, K] of x's dtype, contiguous; updated in place.
         the others, returns and errors: as `rmsnorm_nvfp4_quantize` has them.
     """
-    _check_matrix(x, BLOCK_SIZE, "[M, K]")
-    _check_like(residual, "residual", x, tuple(x.shape))
-    if not residual.is_contiguous():
-        raise ValueError(f"residual has strides {tuple(residual.stride())}; it must be contiguous")
+    _check_matrix(x, BLOCK_SIZE, "K")
+    _check_like("residual", residual, x, x.shape)
+    checks.tensor("residual", residual, contiguous=True)
     return _norm(
         x, residual, weight, eps, a_global_sf, sfLayout, backend, nvfp4_4over6, fast_math, build
     )
@@ -123,10 +124,11 @@ def _norm(
     fast_math: bool | None,
     build: Build,
 ) -> Triple:
-    _check_matrix(x, BLOCK_SIZE, "[M, K]")
-    _check_like(weight, "weight", x, (x.shape[1],))
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps is a {type(eps).__name__}; it must be a float")
+    _check_matrix(x, BLOCK_SIZE, "K")
+    _check_like("weight", weight, x, x.shape[1:])
+    checks.number("eps", eps)
+    if eps < 0:
+        checks.wrong_value("eps", eps, "a finite number of at least 0")
     request = _request(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
     ops = _implementation(x, request, backend)
     return ops.rmsnorm(
@@ -159,8 +161,7 @@ def _request(
 
 
 def _implementation(x: torch.Tensor, r: Request, backend: str) -> Producers:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
+    checks.one_of("backend", backend, ("auto", *BACKENDS))
     reason = triton_refusal_of(x, "x is", r.capability)
     if backend == "triton" and reason is not None:
         raise UnsupportedError(f"backend triton cannot serve this call: {reason}")
@@ -172,23 +173,10 @@ def _implementation(x: torch.Tensor, r: Request, backend: str) -> Producers:
 
 
 def _check_matrix(x: Any, columns: int, shape: str) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; it must be a torch.Tensor")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x is {x.dtype}; it must be bfloat16 or float16")
-    if x.dim() != 2 or x.shape[1] % columns or x.shape[1] == 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; it must be {shape}, K a positive multiple of {BLOCK_SIZE}"
-        )
+    checks.tensor("x", x, _DTYPES, ("M", shape))
+    if x.shape[1] % columns or x.shape[1] == 0:
+        checks.wrong_value("x", x, f"[M, {shape}], K a positive multiple of {BLOCK_SIZE}")
 
 
-def _check_like(t: Any, name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(t, torch.Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor")
-    if t.dtype != x.dtype or tuple(t.shape) != shape:
-        raise ValueError(
-            f"{name} is {t.dtype} of shape {tuple(t.shape)}; it must be {x.dtype}, as x, of shape "
-            f"{shape}"
-        )
-    if t.device != x.device and not x.is_meta:
-        raise ValueError(f"{name} is on {t.device}; it must be on x's device, {x.device}")
+def _check_like(name: str, t: Any, x: torch.Tensor, shape: Sequence[int]) -> None:
+    checks.tensor(name, t, (x.dtype,), shape, like=None if x.is_meta else ("x", x))

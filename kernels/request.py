@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, Math, NVFP44Over6Config, Recipe, SfLayout
 from . import environment
 from .capability import capability_of
@@ -83,6 +84,12 @@ def make_request(
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
     """
+    for name, value in (
+        ("do_shuffle", do_shuffle),
+        ("per_token_activation", per_token_activation),
+    ):
+        checks.flag(name, value)
+    check_optional_flags(enable_pdl=enable_pdl, fast_math=fast_math)
     _check_matrix(a, sf_vec_size)
     layout = _layout(sfLayout)
     explicit = not is_unset(nvfp4_4over6)
@@ -119,12 +126,21 @@ def is_unset(value: Any) -> bool:
     return value is UNSET or type(value).__name__ == "_UnsetType"
 
 
+def check_optional_flags(**flags: Any) -> None:
+    """Flags whose None leaves the choice to the environment or to the backend."""
+    for name, value in flags.items():
+        if value is not None:
+            checks.flag(name, value)
+
+
 def _layout(value: Any) -> SfLayout:
+    allowed = f"one of {', '.join(layout.name for layout in SfLayout)}"
     try:
-        return SfLayout(int(value))
+        if not isinstance(value, bool | str):
+            return SfLayout(int(value))
     except (TypeError, ValueError):
-        allowed = ", ".join(layout.name for layout in SfLayout)
-        raise ValueError(f"sfLayout is {value!r}; it must be one of {allowed}") from None
+        pass
+    return checks.wrong_value("sfLayout", value, allowed)
 
 
 def math_of(fast_math: bool | None, build: Build) -> Math:
@@ -139,47 +155,41 @@ def four_over_six_of(value: Any) -> NVFP44Over6Config | None:
         return value
     if all(hasattr(value, f) for f in ("e4m3_max", "err_mode", "err_use_fast_math")):
         return NVFP44Over6Config.of(value)
-    raise TypeError(f"nvfp4_4over6 is {value!r}; it must be an NVFP44Over6Config or None")
+    return checks.wrong_type("nvfp4_4over6", value, "an NVFP44Over6Config or None")
 
 
 def _check_matrix(a: torch.Tensor, sf_vec_size: int) -> None:
-    if not isinstance(a, torch.Tensor):
-        raise TypeError(f"a is a {type(a).__name__}; it must be a torch.Tensor")
-    if a.dim() != 2:
-        raise ValueError(f"a has shape {tuple(a.shape)}; it must be [M, K]")
+    checks.tensor("a", a, shape=("M", "K"))
     if sf_vec_size != BLOCK_SIZE:
-        raise ValueError(f"sf_vec_size is {sf_vec_size}; NVFP4's blocks have {BLOCK_SIZE}")
+        checks.wrong_value("sf_vec_size", sf_vec_size, f"{BLOCK_SIZE}, the size of NVFP4's blocks")
     if a.shape[1] % BLOCK_SIZE or a.shape[1] == 0:
-        raise ValueError(f"a has K = {a.shape[1]}; K must be a positive multiple of {BLOCK_SIZE}")
+        raise ValueError(
+            f"a is {checks.given(a)}, K = {a.shape[1]}; K must be a positive multiple of {BLOCK_SIZE}"
+        )
 
 
 def _check_dtype(
     a: torch.Tensor, recipe: Recipe, per_token: bool, explicit: bool, math_from_environment: bool
 ) -> None:
-    if a.dtype in (torch.bfloat16, torch.float16):
+    allowed = [torch.float16, torch.bfloat16]
+    if a.dtype in allowed:
         return
-    if a.dtype == torch.float8_e4m3fn:
-        if per_token:
-            raise ValueError(f"a is {a.dtype}; per-token quantization takes float16 or bfloat16")
-        if explicit and recipe.four_over_six is not None:
-            raise ValueError(f"a is {a.dtype}; 4over6 takes float16 or bfloat16")
-        return
-    if a.dtype == torch.float32:
-        if not per_token:
-            raise ValueError(
-                f"a is {a.dtype}; a global scale takes float16, bfloat16 or float8_e4m3fn"
-            )
-        if recipe != Recipe():
-            sources = environment.sources(recipe, math=math_from_environment, config=not explicit)
-            raise ValueError(
-                f"a is {a.dtype}; its only recipe is fast math without 4over6, build cuda, "
-                f"not {recipe}" + (f" (from {sources} in the environment)" if sources else "")
-            )
-        return
-    raise ValueError(
-        f"a is {a.dtype}; it must be float16, bfloat16, float8_e4m3fn (global scale) or float32 "
-        "(per token)"
-    )
+    mode = "per token" if per_token else "with a global scale"
+    if explicit and recipe.four_over_six is not None:
+        mode += " and 4over6"
+    else:
+        allowed.append(torch.float32 if per_token else torch.float8_e4m3fn)
+    if a.dtype not in allowed:
+        raise ValueError(
+            f"a is {checks.given(a)}; {mode} it must be {checks.any_of(map(checks.name_of, allowed))}"
+        )
+    if a.dtype == torch.float32 and recipe != Recipe():
+        sources = environment.sources(recipe, math=math_from_environment, config=not explicit)
+        raise ValueError(
+            f"a is {checks.given(a)}, whose only recipe is fast math without 4over6, build cuda; "
+            f"with {recipe}" + (f" (from {sources} in the environment)" if sources else "") + " it "
+            "must be float16 or bfloat16"
+        )
 
 
 def _check_scale(
@@ -187,13 +197,18 @@ def _check_scale(
 ) -> None:
     if isinstance(scale, torch.Tensor):
         allowed = (1,) if per_token else (1, a.shape[0])
-        if scale.numel() not in allowed:
-            wanted = "one" if per_token else f"one, or one a row ({a.shape[0]})"
-            raise ValueError(f"a_global_sf has {scale.numel()} elements; it must have {wanted}")
+        if scale.numel() not in allowed or scale.dtype != torch.float32:
+            wanted = "one element" if per_token else f"one element, or one a row ({a.shape[0]})"
+            checks.wrong_value(
+                "a_global_sf", scale, f"a tensor of float32 of {wanted}, or a number"
+            )
         if scale.device.type != "cpu" or scale.numel() > 1:
             _check_device(a, scale, "a_global_sf")
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"a_global_sf is a {type(scale).__name__}; it must be a float or a tensor")
+        if scale.is_cpu and checks.reads_values(scale):
+            good = scale.isfinite() & (scale > 0)
+            checks.values("a_global_sf", scale, good, "positive and finite")
+    else:
+        checks.number("a_global_sf", scale, positive=True)
     if per_token and explicit and _readable(scale):
         value = float(scale)
         if abs(value / recipe.base_scale_inv - 1) > 1e-3:  # FlashInfer's tolerance
@@ -203,47 +218,41 @@ def _check_scale(
             )
 
 
-def _readable(scale: Any) -> bool:
-    """Whether a scale's value can be had without waiting for a GPU or breaking a trace."""
-    if not isinstance(scale, torch.Tensor):
-        return True
-    real = type(scale) in (torch.Tensor, torch.nn.Parameter)  # no fake tensor
-    return real and scale.device.type == "cpu" and not torch.compiler.is_compiling()
+def _readable(scale: float | torch.Tensor) -> bool:
+    """A number, or a tensor whose value can be had without waiting for a GPU or breaking a trace."""
+    return not isinstance(scale, torch.Tensor) or (scale.is_cpu and checks.reads_values(scale))
 
 
 def _check_device(a: torch.Tensor, other: torch.Tensor, name: str) -> None:
-    if other.device != a.device and not a.is_meta:
-        raise ValueError(f"{name} is on {other.device}; it must be on a's device, {a.device}")
+    if not a.is_meta:  # which `explain` takes, beside tensors of any device
+        checks.same_device(name, other, "a", a)
 
 
 def _check_out_scale(a: torch.Tensor, out_scale: Any, per_token: bool) -> None:
     if out_scale is None:
         return
-    if not per_token:
-        raise ValueError("out_scale is given; it needs per_token_activation=True")
-    if not isinstance(out_scale, torch.Tensor):
-        raise TypeError(f"out_scale is a {type(out_scale).__name__}; it must be a torch.Tensor")
+    _check_per_token("out_scale", out_scale, per_token)
+    checks.tensor("out_scale", out_scale, (torch.float32,))
     if out_scale.numel() != 1:
-        raise ValueError(f"out_scale has {out_scale.numel()} elements; it must have one")
+        checks.wrong_value("out_scale", out_scale, "a tensor of float32 of one element")
     _check_device(a, out_scale, "out_scale")
+
+
+def _check_per_token(name: str, value: Any, per_token: bool) -> None:
+    if not per_token:
+        raise ValueError(
+            f"{name} is {checks.given(value)}; without per_token_activation=True it must be None"
+        )
 
 
 def _check_row_index(a: torch.Tensor, index: Any, per_token: bool) -> None:
     if index is None:
         return
     name = "expanded_idx_to_permuted_idx"
-    if not per_token:
-        raise ValueError(f"{name} is given; it needs per_token_activation=True")
-    if not isinstance(index, torch.Tensor):
-        raise TypeError(f"{name} is a {type(index).__name__}; it must be a torch.Tensor")
-    if index.dtype != torch.int32 or index.dim() != 1:
-        raise ValueError(
-            f"{name} is {index.dtype} of shape {tuple(index.shape)}; it must be int32 and 1-D"
-        )
+    _check_per_token(name, index, per_token)
+    checks.tensor(name, index, (torch.int32,), ("at least M",))
     if index.numel() < a.shape[0]:
-        raise ValueError(
-            f"{name} has {index.numel()} entries; it must have at least M = {a.shape[0]}"
-        )
+        checks.wrong_value(name, index, f"a tensor of int32 of at least M = {a.shape[0]} elements")
     _check_device(a, index, name)
 
 
@@ -251,9 +260,9 @@ def _check_shuffle(a: torch.Tensor, layout: SfLayout) -> None:
     # `shuffle_matrix_sf_a` wants whole 128-row tiles, and its result is given the shape of unpadded
     # scales, so that there must be no padded columns (fp4_quantization.py:1540 and :1885).
     if layout != SfLayout.layout_128x4:
-        raise ValueError(f"do_shuffle is given with sfLayout {layout.name}; it needs layout_128x4")
+        raise ValueError(f"do_shuffle is True with sfLayout {layout.name}; it must be layout_128x4")
     if a.shape[0] % 128 or a.shape[1] % 64:
         raise ValueError(
-            f"do_shuffle is given with a of shape {tuple(a.shape)}; it needs M a multiple of 128 "
-            "and K of 64"
+            f"do_shuffle is True with a of shape {list(a.shape)}; M must be a multiple of 128 and K "
+            "of 64"
         )

@@ -7,11 +7,12 @@ trainer computes what the server will: the same function, on experts made of the
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .kernels.request import four_over_six_of, math_of
+from .reference import checks
 from .reference.activation import ActivationType
 from .reference.experts import Experts, prepare_experts
 from .reference.recipe import Build, Recipe
@@ -51,7 +52,7 @@ def fake_quantized_moe(
         w13: [E, 2 I, H], [up; gate], or [E, I, H] without a gate; w2: [E, H, I]. fp32 ones are
             rounded to bf16, which is what a server has to be given: `load_(w13.bfloat16(), ...)`.
         routing: (ids int32 [T, K], weights bf16 or fp32 [T, K]); those of `reference.routing.route`
-            are differentiable in its logits. An id that is none of 0 to E - 1 adds nothing.
+            are differentiable in its logits. A slot of id -1 adds nothing.
         experts: hold the weights and all options of `prepare_experts` already, by it or by `load_`:
             once a step instead of once a call. Nothing may be loaded into them between a forward and
             its backward. That they hold these weights is the caller's promise.
@@ -69,7 +70,11 @@ def fake_quantized_moe(
         UnsupportedError: the named backend cannot serve the call.
     """
     _check_routing(routing)
+    checks.instance("activation", activation, ActivationType, "an ActivationType")
+    checks.flag("batch_invariant", batch_invariant)
+    checks.one_of("build", build, get_args(Build))
     _check_weights(w13, w2, w13_bias, w2_bias)
+    checks.tensor("x", x, (torch.bfloat16,), ("T", w13.shape[2]), like=("w13", w13))
     options: dict[str, Any] = {
         "recipe": recipe, "alpha": alpha, "beta": beta, "clamp_limit": clamp_limit,
     }  # fmt: skip
@@ -102,15 +107,13 @@ def _shipped(w: torch.Tensor) -> torch.Tensor:
 
 
 def _check_routing(routing: Any) -> None:
-    if (
-        not isinstance(routing, tuple | list)
-        or len(routing) != 2
-        or not all(isinstance(t, torch.Tensor) for t in routing)
-    ):
-        raise TypeError(
-            "routing must be two tensors, (ids, weights), so that trainer and server sum the same: "
-            "`reference.routing.route` makes them of logits"
-        )
+    allowed = (
+        "two tensors, (ids, weights), so that trainer and server sum the same: "
+        "`reference.routing.route` makes them of logits"
+    )
+    checks.pair("routing", routing, allowed)
+    if not all(isinstance(part, torch.Tensor) for part in routing):
+        checks.wrong_type("routing", routing, allowed)
 
 
 def _check_weights(
@@ -120,17 +123,11 @@ def _check_weights(
     w2_bias: torch.Tensor | None,
 ) -> None:
     """What `prepare_experts` says nothing about, or not in these words."""
-    for name, w in (("w13", w13), ("w2", w2)):
-        if w.dtype not in (torch.bfloat16, torch.float16, torch.float32) or w.dim() != 3:
-            raise ValueError(
-                f"{name} is {w.dtype} of shape {tuple(w.shape)}; it must be bf16, fp16 or fp32 of 3 "
-                "dimensions"
-            )
+    checks.tensor("w13", w13, checks.FLOATS, ("E", "rows", "H"))
+    checks.tensor("w2", w2, checks.FLOATS, ("E", "H", "I"))
     for name, bias, w in (("w13_bias", w13_bias, w13), ("w2_bias", w2_bias, w2)):
-        if bias is not None and bias.shape != w.shape[:2]:
-            raise ValueError(
-                f"{name} has shape {tuple(bias.shape)}; it must be {tuple(w.shape[:2])}"
-            )
+        if bias is not None:
+            checks.tensor(name, bias, checks.FLOATS, w.shape[:2], like=("w13", w13))
 
 
 def _check_held(
@@ -143,24 +140,22 @@ def _check_held(
     options: dict[str, Any],
 ) -> None:
     """Experts that the caller prepared: per token, of the same options and sizes."""
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     for name, value in options.items():
         if value is not None:
-            raise ValueError(
-                f"{name} is given; the experts were prepared with theirs: leave it out"
-            )
+            checks.wrong_value(name, value, "None with experts, which were prepared with theirs")
     if experts.activation != activation:
-        raise ValueError(
-            f"activation is {activation!r}; the experts were prepared for {experts.activation!r}"
-        )
+        checks.wrong_value("activation", activation, f"{experts.activation!r}, as of the experts")
     if experts.input_scale is not None or experts.intermediate_scale is not None:
-        raise ValueError("experts have static activation scales; training is per token")
+        raise ValueError(
+            "experts have static activation scales; training is per token, so they must have none"
+        )
     n, h, i = experts.num_local, experts.hidden_size, experts.intermediate_size
     rows = i * (2 if activation.gated else 1)
-    for name, w, shape in (("w13", w13, (n, rows, h)), ("w2", w2, (n, h, i))):
-        if tuple(w.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(w.shape)}; the experts hold {shape}")
+    checks.tensor("w13", w13, checks.FLOATS, (n, rows, h))
+    checks.tensor("w2", w2, checks.FLOATS, (n, h, i))
     held = {"w13_bias": experts.gemm1_bias, "w2_bias": experts.gemm2_bias}
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
         if (bias is None) != (held[name] is None):
-            words = ("is given", "without") if bias is not None else ("is missing", "with one")
-            raise ValueError(f"{name} {words[0]}; the experts were prepared {words[1]}")
+            words = "None" if held[name] is None else "a bias"
+            checks.wrong_value(name, bias, f"{words}, as the experts were prepared with")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
+from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 from nvfp4_moe.kernels import dispatch, environment, target
 from nvfp4_moe.kernels import flashinfer as fi
 from nvfp4_moe.kernels.request import UNSET
@@ -19,7 +20,6 @@ from nvfp4_moe.reference.recipe import Recipe, all_recipes
 
 import nvfp4_moe
 from nvfp4_moe import (
-    NVFP44Over6Config,
     SfLayout,
     UnsupportedError,
     explain,
@@ -28,13 +28,7 @@ from nvfp4_moe import (
 )
 
 NEW, OLD = environment.EXACT_VARIABLES["cuda"]
-G = 1 / 2688
 ROOT = Path(nvfp4_moe.__file__).parent.parent
-FOUR = NVFP44Over6Config()
-FOUR_256 = NVFP44Over6Config(256, "MSE", True)
-X = inputs.synthetic("heavy", 128, 192)
-INDEX = torch.arange(128, dtype=torch.int32)
-TOKEN = {"per_token_activation": True}
 
 
 @pytest.fixture(autouse=True)
@@ -58,98 +52,6 @@ def meta(m=128, k=192, dtype=torch.bfloat16):
 
 # What no backend accepts
 
-INVALID = {
-    "a list": ({"a": [1.0]}, TypeError, "a is a list; it must be a torch.Tensor"),
-    "1-D": ({"a": X[0]}, ValueError, r"a has shape \(192,\); it must be \[M, K\]"),
-    "3-D": ({"a": X[None]}, ValueError, r"a has shape \(1, 128, 192\)"),
-    "K 24": ({"a": X[:, :24]}, ValueError, "a has K = 24; K must be a positive multiple of 16"),
-    "K 0": ({"a": X[:, :0]}, ValueError, "K = 0"),
-    "int dtype": ({"a": X.int()}, ValueError, "a is torch.int32; it must be float16, bfloat16"),
-    "fp64": ({"a": X.double()}, ValueError, "a is torch.float64; it must be"),
-    "e5m2": ({"a": X.to(torch.float8_e5m2)}, ValueError, "a is torch.float8_e5m2"),
-    "e4m3 per token": ({"a": X.to(torch.float8_e4m3fn)}, ValueError, "e4m3fn; per-token"),
-    "e4m3 4over6": (
-        {
-            "a": X.to(torch.float8_e4m3fn),
-            "a_global_sf": 1.0,
-            "per_token_activation": False,
-            "nvfp4_4over6": FOUR,
-        },
-        ValueError,
-        "e4m3fn; 4over6 takes float16 or bfloat16",
-    ),
-    "fp32 global": (
-        {"a": X.float(), "per_token_activation": False},
-        ValueError,
-        "float32; a global scale takes",
-    ),
-    "fp32 exact": ({"a": X.float(), "fast_math": False}, ValueError, "not exact-cuda$"),
-    "fp32 4over6": ({"a": X.float(), "nvfp4_4over6": FOUR}, ValueError, "only recipe is fast"),
-    "fp32 cute-dsl": ({"a": X.float(), "build": "cute-dsl"}, ValueError, "not fast-cute-dsl"),
-    "vector 32": ({"sf_vec_size": 32}, ValueError, "sf_vec_size is 32; NVFP4's blocks have 16"),
-    "layout 3": ({"sfLayout": 3}, ValueError, "sfLayout is 3; it must be one of layout_128x4, "),
-    "layout name": ({"sfLayout": "128x4"}, ValueError, "sfLayout is '128x4'"),
-    "no scale": ({"a_global_sf": None}, TypeError, "a_global_sf is a NoneType; it must be a float"),
-    "two scales": ({"a_global_sf": torch.ones(2)}, ValueError, "2 elements; it must have one$"),
-    "rows per token": ({"a_global_sf": torch.ones(128)}, ValueError, "128 elements; it must have"),
-    "127 rows": (
-        {"a_global_sf": torch.ones(127), "per_token_activation": False},
-        ValueError,
-        r"127 elements; it must have one, or one a row \(128\)",
-    ),
-    "scales elsewhere": (
-        {"a_global_sf": torch.ones(128, device="meta"), "per_token_activation": False},
-        ValueError,
-        "a_global_sf is on meta; it must be on a's device, cpu",
-    ),
-    "scale of 448 for 256": (
-        {"nvfp4_4over6": FOUR_256},
-        ValueError,
-        r"a_global_sf is 0.00037.*with e4m3_max 256 it must be 1 / \(6 \* 256\)",
-    ),
-    "scale 1 for off": ({"a_global_sf": 1.0, "nvfp4_4over6": None}, ValueError, "e4m3_max 448"),
-    "scale tensor for off": (
-        {"a_global_sf": torch.full((1,), G * 1.002), "nvfp4_4over6": None},
-        ValueError,
-        "e4m3_max 448",
-    ),
-    "index, global": (
-        {"expanded_idx_to_permuted_idx": INDEX, "per_token_activation": False},
-        ValueError,
-        "expanded_idx_to_permuted_idx is given; it needs per_token_activation=True",
-    ),
-    "index list": ({"expanded_idx_to_permuted_idx": [0] * 128}, TypeError, "idx is a list"),
-    "index int64": ({"expanded_idx_to_permuted_idx": INDEX.long()}, ValueError, "must be int32"),
-    "index 2-D": ({"expanded_idx_to_permuted_idx": INDEX[:, None]}, ValueError, "and 1-D"),
-    "index short": ({"expanded_idx_to_permuted_idx": INDEX[1:]}, ValueError, "127 entries; .*128"),
-    "index elsewhere": (
-        {"expanded_idx_to_permuted_idx": INDEX.to("meta")},
-        ValueError,
-        "expanded_idx_to_permuted_idx is on meta; it must be on a's device",
-    ),
-    "out_scale, global": (
-        {"out_scale": torch.ones(1), "per_token_activation": False},
-        ValueError,
-        "out_scale is given; it needs per_token_activation=True",
-    ),
-    "out_scale float": ({"out_scale": 0.5}, TypeError, "out_scale is a float"),
-    "out_scale 2": ({"out_scale": torch.ones(2)}, ValueError, "out_scale has 2 elements"),
-    "out_scale elsewhere": (
-        {"out_scale": torch.ones(1, device="meta")},
-        ValueError,
-        "out_scale is on meta",
-    ),
-    "shuffle 8x4": ({"do_shuffle": True, "sfLayout": 1}, ValueError, "it needs layout_128x4"),
-    "shuffle linear": ({"do_shuffle": True, "sfLayout": 2}, ValueError, "it needs layout_128x4"),
-    "shuffle M": ({"do_shuffle": True, "a": X[:96]}, ValueError, "M a multiple of 128 and K of 64"),
-    "shuffle K": (
-        {"do_shuffle": True, "a": X[:, :112]},
-        ValueError,
-        "M a multiple of 128 and K of 64",
-    ),
-    "4over6 type": ({"nvfp4_4over6": True}, TypeError, "nvfp4_4over6 is True; it must be an NVFP4"),
-    "build": ({"build": "cake"}, ValueError, r"build is 'cake'; it must be one of \('cuda'"),
-}
 BACKEND_NAMES = (
     *("auto", "reference", "triton", "flashinfer"),
     *("flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake"),
