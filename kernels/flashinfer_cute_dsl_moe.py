@@ -103,7 +103,9 @@ def arguments(r: MoERequest) -> dict[str, Any]:
         "w1_weight": w.w1_weight,
         "w1_weight_sf": w.w1_weight_sf,
         "w1_alpha": w.w1_alpha,
-        "fc2_input_scale": torch.full((1,), r.recipe.base_scale_inv, device=r.device),
+        "fc2_input_scale": torch.full(
+            (1,), r.recipe.base_scale_inv, dtype=torch.float32, device=r.device
+        ),
         "w2_weight": w.w2_weight,
         "w2_weight_sf": w.w2_weight_sf,
         "w2_alpha": w.w2_alpha,

@@ -34,9 +34,11 @@ class Trial:
     ) -> None:
         device = experts.gemm1_weights.device
         g = torch.Generator(device).manual_seed(tokens)
-        score = torch.rand(tokens, num_experts, device=device, generator=g)
+        score = torch.rand(tokens, num_experts, dtype=torch.float32, device=device, generator=g)
         if skewed:
-            place = (torch.arange(num_experts, device=device) - local_expert_offset) % num_experts
+            place = (
+                torch.arange(num_experts, dtype=torch.int64, device=device) - local_expert_offset
+            ) % num_experts
             score = (num_experts - place).expand(tokens, -1)
         self.experts, self.top_k, self.tokens, self.mode = experts, top_k, tokens, mode
         self.ids, self.slots = score.topk(top_k).indices.int(), tokens * top_k
@@ -47,7 +49,8 @@ class Trial:
         self.num_experts = num_experts
         local = self.ids - local_expert_offset
         self.rows = int(((local >= 0) & (local < experts.num_local)).sum())
-        x = torch.randn(tokens, experts.padded_hidden_size, device=device, generator=g).bfloat16()
+        size = tokens, experts.padded_hidden_size
+        x = torch.randn(size, dtype=torch.float32, device=device, generator=g).bfloat16()
         self._permutations: dict[int, moe.Permutation] = {}
         self.activations = Activations(x)
         if mode == "static":

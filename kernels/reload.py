@@ -9,7 +9,7 @@ from .dispatch import triton_refusal_of
 
 
 def _find(device: torch.device) -> tuple[Writer | None, str]:
-    probe = torch.empty(0, device=device)
+    probe = torch.empty(0, dtype=torch.uint8, device=device)
     if (reason := triton_refusal_of(probe, "weights are", of_device(device))) is not None:
         return None, reason
     from .reload_launch import write

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import host
 from .compare import run_reference
 from .matrix import Case
 from .reference import e2m1, e4m3
@@ -16,7 +17,7 @@ from .reference.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, NVFP44Over6Config, NVFP44Over6ErrMode
 
-_SIXTH = torch.tensor([1.0 / 6.0])
+_SIXTH = host.fp32([1.0 / 6.0])
 
 
 def explain_element(x: torch.Tensor, case: Case, row: int, block: int, element: int) -> list[str]:
@@ -101,7 +102,7 @@ class _Steps:
         top = values[at : at + 1].abs().float()
         where = f"|x[{self.row}, {first + at}]|"
         if top.isnan():
-            return self.say(name, "of nothing but NaN", torch.tensor([none]))
+            return self.say(name, "of nothing but NaN", host.fp32([none]))
         flushed = self.ar.flush(top)
         return self.say(name, where + (", flushed" if flushed != top else ""), flushed)
 
@@ -134,26 +135,26 @@ def _encode_scale(s: _Steps) -> torch.Tensor:
     """enc, and the per-token scale where there is one."""
     if s.case.mode == "global-scale":
         assert s.case.global_scale is not None
-        return s.say("encode scale enc", "given", s.ar.flush(torch.tensor([s.case.global_scale])))
+        return s.say("encode scale enc", "given", s.ar.flush(host.fp32([s.case.global_scale])))
     recipe = s.case.recipe
-    g = s.say("g", f"1 / (6 * {recipe.e4m3_max})", torch.tensor([recipe.base_scale_inv]))
+    g = s.say("g", f"1 / (6 * {recipe.e4m3_max})", host.fp32([recipe.base_scale_inv]))
     a = s.maximum("row maximum A", 0, s.line, 0.0)
     zero_row = 0.0 if recipe.four_over_six else FLT_MAX
     if s.fast:
         scale = s.say("per-token scale", "A * g", s.ar.mul(a, g))
         if recipe.build == "cuda" and scale == 0:
-            return s.say("encode scale enc", "0, since A * g is 0", torch.zeros(1))
+            return s.say("encode scale enc", "0, since A * g is 0", host.zeros(1))
         if recipe.build != "cuda" and a == 0:
-            return s.say("encode scale enc", "that of a zero row", torch.tensor([zero_row]))
+            return s.say("encode scale enc", "that of a zero row", host.fp32([zero_row]))
         return s.say("encode scale enc", "rcp(A * g)", rcp_approx_ftz(scale))
     if a == 0:
-        s.say("per-token scale", "0, since A is 0", torch.zeros(1))
-        return s.say("encode scale enc", "that of a zero row", torch.tensor([zero_row]))
+        s.say("per-token scale", "0, since A is 0", host.zeros(1))
+        return s.say("encode scale enc", "that of a zero row", host.fp32([zero_row]))
     inverse = s.say("1 / g", "", s.ar.div(1.0, g))
     encode = s.say("(1/g) / A", "", s.ar.div(inverse, a))
     encode = s.say("encode scale enc", "min(that, FLT_MAX)", s.ar.min_flt_max(encode))
     if encode == 0:
-        encode = s.say("encode scale enc", "1, since that is 0", torch.ones(1))
+        encode = s.say("encode scale enc", "1, since that is 0", host.ones(1))
     s.say("per-token scale", "1 / enc", s.ar.div(1.0, encode))
     return encode
 
@@ -178,7 +179,7 @@ def _plain(s: _Steps, encode: torch.Tensor) -> None:
     if s.fast:
         unrounded = _fast_unrounded(s, v, encode, "block scale, unrounded")
     elif v == 0:
-        unrounded = s.say("block scale, unrounded", "0, since V is 0", torch.zeros(1))
+        unrounded = s.say("block scale, unrounded", "0, since V is 0", host.zeros(1))
     else:
         sixth = s.say("enc * (1/6)", "", s.ar.mul(encode, _SIXTH))
         unrounded = s.say("block scale, unrounded", "V * that", s.ar.mul(v, sixth))
@@ -186,7 +187,7 @@ def _plain(s: _Steps, encode: torch.Tensor) -> None:
     by_scale = s.fast and s.case.recipe.build == "cute-dsl"
     if (scale if by_scale else v) == 0:
         why = f"0, since {'sf' if by_scale else 'V'} is 0"
-        factor = s.say("output scale", why, torch.zeros(1))
+        factor = s.say("output scale", why, host.zeros(1))
     else:
         factor = _output_scale(s, scale, "", encode)
     s.code("code", factor, "output scale")
@@ -234,7 +235,7 @@ def _difference(
         wanted = s.say("x * enc", "", s.ar.mul(s.x, encode))
         s.say(f"d{n}", "the one minus the other", s.ar.sub(scaled, wanted))
         return
-    a = torch.zeros(1)
+    a = host.zeros(1)
     if s.case.mode == "per-token":
         a = s.ar.flush(s.line[_top(s.line)].abs().nan_to_num(nan=0.0, posinf=torch.inf).float())
     if a > 0:
@@ -248,18 +249,18 @@ def _difference(
 
 
 def _fp32_per_token(s: _Steps) -> None:
-    g = s.say("g", "1 / (6 * 448)", torch.tensor([s.case.recipe.base_scale_inv]))
+    g = s.say("g", "1 / (6 * 448)", host.fp32([s.case.recipe.base_scale_inv]))
     a = s.maximum("row maximum A", 0, s.line, 0.0)
     per_token = s.say("per-token scale", "A * g", s.ar.mul(a, g))
     v = s.maximum("block maximum V", s.block * BLOCK_SIZE, s.values, 0.0)
     if v == 0:
-        factor = s.say("output scale", "0, since V is 0", torch.zeros(1))
+        factor = s.say("output scale", "0, since V is 0", host.zeros(1))
     else:
         inverse = s.say("rcp(V)", "", rcp_approx_ftz(v))
         factor = s.say("output scale", "6 * rcp(V)", s.ar.mul(inverse, e2m1.MAX))
     product = s.say("(A * g) * output scale", "", s.ar.mul(per_token, factor))
     if product == 0:
-        unrounded = s.say("block scale, unrounded", "0, since that is 0", torch.zeros(1))
+        unrounded = s.say("block scale, unrounded", "0, since that is 0", host.zeros(1))
     else:
         unrounded = s.say("block scale, unrounded", "rcp(that)", rcp_approx_ftz(product))
     s.scale_byte("block scale sf", "that", unrounded)

@@ -55,7 +55,7 @@ def compare(
             left.per_token_scale.view(torch.int32), right.per_token_scale.view(torch.int32)
         )
     else:
-        tokens = torch.zeros(x.shape[0], dtype=torch.bool)
+        tokens = torch.zeros(x.shape[0], dtype=torch.bool, device=codes.device)
     if not (codes.any() or scales.any() or tokens.any()):
         return None
     rows, columns = x.shape[0], x.shape[1] // BLOCK_SIZE

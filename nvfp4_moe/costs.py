@@ -66,7 +66,7 @@ def exact_layer(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
     """(output [T, H] in fp64 of a SwiGLU layer, the largest magnitude of its intermediate)."""
-    want = torch.zeros(x.shape, dtype=torch.float64)
+    want = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     largest = 0.0
     for t in range(x.shape[0]):
         for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):

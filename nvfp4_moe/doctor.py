@@ -98,7 +98,9 @@ def _fused_moe(device: torch.device) -> dict:
     w2 = torch.zeros(2, 128, 128, dtype=torch.bfloat16, device=device)
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
     explanation = explain_fused_moe(
-        w2[0, :1], prepare_experts(w13, w2), (ids, torch.ones(1, 1, device=device))
+        w2[0, :1],
+        prepare_experts(w13, w2),
+        (ids, torch.ones(1, 1, dtype=torch.float32, device=device)),
     )
     return {
         "auto": list(ORDER),

@@ -7,6 +7,7 @@ from importlib.resources import files
 import torch
 from safetensors.torch import load
 
+from . import host
 from .reference import e2m1
 
 KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
@@ -25,7 +26,7 @@ def synthetic(
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng)
+        return host.normal(rng, *shape)
 
     if kind == "normal":
         return normal(m, k).to(dtype)
@@ -33,18 +34,18 @@ def synthetic(
         magnitude = 2 * normal(m, k) + 1.5 * normal(m, 1)
         return (normal(m, k).sign() * magnitude.exp()).clamp(-6e4, 6e4).to(dtype)
     if kind == "grid":
-        points = torch.tensor(e2m1.VALUES)
+        points = host.fp32(e2m1.VALUES)
         points = torch.cat((points, (points[1:] + points[:-1]) / 2))
-        pick = points[torch.randint(len(points), (m, k), generator=rng)] * normal(m, k).sign()
-        return (pick * 2.0 ** torch.randint(-6, 7, (m, 1), generator=rng)).to(dtype)
+        pick = points[host.integers(rng, 0, len(points), (m, k))] * normal(m, k).sign()
+        return (pick * host.powers(host.integers(rng, -6, 7, (m, 1)))).to(dtype)
     if kind == "sparse":
-        x = normal(m, k) * (torch.rand(m, k, generator=rng) < 0.05)
+        x = normal(m, k) * (host.uniform(rng, m, k) < 0.05)
         x[::3] = 0
         return x.to(dtype)
     if kind == "bits":
-        bits = torch.randint(-(2**15), 2**15, (m, k), generator=rng).to(torch.int16)
+        bits = host.integers(rng, -(2**15), 2**15, (m, k)).to(torch.int16)
         x = bits.view(dtype)
-        return torch.where(x.isfinite(), x, torch.copysign(torch.ones((), dtype=dtype), x))
+        return torch.where(x.isfinite(), x, torch.copysign(torch.ones_like(x), x))
     if kind == "edge":
         return _edge(m, k, dtype, rng)
     raise ValueError(f"kind is {kind!r}; it must be one of {KINDS}")
@@ -54,7 +55,7 @@ def _edge(m: int, k: int, dtype: torch.dtype, rng: torch.Generator) -> torch.Ten
     """Rows of ordinary numbers, each with one treatment of its first block or of the whole row."""
     finfo = torch.finfo(dtype)
     tiny = finfo.smallest_normal
-    x = torch.randn(m, k, generator=rng).to(dtype)
+    x = host.normal(rng, m, k).to(dtype)
     first = slice(0, 16)
     for r, row in enumerate(x):
         match r % 20:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import inputs
+from . import host, inputs
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, Recipe, SfLayout, all_recipes
 
@@ -65,7 +65,7 @@ def global_scale(x: torch.Tensor, recipe: Recipe) -> float:
     """Encode scale e4m3_max * 6 / amax in fp32, amax over the finite elements; 1 if none is usable."""
     magnitude = x.abs()
     amax = magnitude.where(magnitude.isfinite(), 0).max().float()
-    scale = torch.tensor(recipe.e4m3_max * 6.0) / amax.cpu()
+    scale = host.fp32(recipe.e4m3_max * 6.0) / amax.cpu()
     return scale.item() if scale.isfinite() else 1.0
 
 
@@ -130,7 +130,8 @@ def from_file(
             if reason := _unfit(part.get_shape(), part.get_dtype()):
                 skipped[name] = reason
                 continue
-            x = part[:rows]
+            with host.READING:
+                x = part[:rows]
             found = _pieces("file", name, x, rows, recipes, every_layout)
             if found:
                 yield name, x, found

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import inputs
+from . import host, inputs
 from .kernels import environment
 from .moe_case import MoECase
 from .reference import e2m1
@@ -74,8 +74,8 @@ def layer(kind: ActivationType, hidden: int, **options: Any) -> Experts:
 def layer_weights(kind: ActivationType, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(int(kind))
     rows = INTERMEDIATE * (2 if kind.gated else 1)
-    w13 = torch.randn(EXPERTS, rows, hidden, generator=g) / hidden**0.5
-    w2 = torch.randn(EXPERTS, hidden, INTERMEDIATE, generator=g) / INTERMEDIATE**0.5
+    w13 = host.normal(g, EXPERTS, rows, hidden) / hidden**0.5
+    w2 = host.normal(g, EXPERTS, hidden, INTERMEDIATE) / INTERMEDIATE**0.5
     return w13.bfloat16(), w2.bfloat16()
 
 
@@ -86,7 +86,7 @@ def choice(tokens: int = TOKENS, top_k: int = TOP_K) -> tuple[torch.Tensor, torc
 
 
 def _logits(tokens: int, experts: int) -> torch.Tensor:
-    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(7))
+    return host.normal(torch.Generator().manual_seed(7), tokens, experts)
 
 
 def _states(experts: Experts, recipe: Recipe, mode: str = "per-token") -> Activations:
@@ -143,8 +143,8 @@ def _ways() -> Iterator[MoECase]:
         "alpha, beta, limit, biases", swiglu,
         experts={
             "alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5,
-            "w13_bias": torch.randn(EXPERTS, 2 * INTERMEDIATE, generator=g),
-            "w2_bias": torch.randn(EXPERTS, _width(), generator=g),
+            "w13_bias": host.normal(g, EXPERTS, 2 * INTERMEDIATE),
+            "w2_bias": host.normal(g, EXPERTS, _width()),
         },
     )  # fmt: skip
     ids, weights = choice()
@@ -159,7 +159,7 @@ def _ways() -> Iterator[MoECase]:
 def _routed() -> Iterator[MoECase]:
     """From logits, by each method."""
     logits = _logits(TOKENS, EXPERTS)
-    bias = torch.linspace(-0.5, 0.5, EXPERTS)
+    bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
     for method in RoutingMethodType:
         if method == _M.Unspecified:
             continue
@@ -190,15 +190,15 @@ def exact_cases() -> Iterator[MoECase]:
         g = torch.Generator().manual_seed(seed)
 
         def codes(*size: int, density: float, g: torch.Generator = g) -> torch.Tensor:
-            value = torch.randint(0, 2, size, generator=g) * 8 + 2  # the codes of 1 and -1
-            some = torch.rand(size, generator=g) < density
+            value = host.integers(g, 0, 2, size) * 8 + 2  # the codes of 1 and -1
+            some = host.uniform(g, *size) < density
             return e2m1.pack(torch.where(some, value, 0).to(torch.uint8))
 
         def ones(*size: int) -> torch.Tensor:
-            return torch.full(size, one, dtype=torch.uint8)
+            return torch.full(size, one, dtype=torch.uint8, device="cpu")
 
         e, h, i = EXPERTS, 256, INTERMEDIATE
-        power = 2.0 ** torch.arange(e).remainder(3)
+        power = host.powers(host.arange(e).remainder(3))
         experts = assemble_experts(
             codes(e, i, h, density=0.2), ones(e, i, h // BLOCK_SIZE), power,
             codes(e, h, i, density=0.1), ones(e, h, i // BLOCK_SIZE), 1 / power, kind,
@@ -206,10 +206,10 @@ def exact_cases() -> Iterator[MoECase]:
         states = Activations(
             codes(TOKENS, h, density=0.3),
             ones(TOKENS, h // BLOCK_SIZE),
-            2.0 ** torch.arange(TOKENS).remainder(5).sub(2),
+            host.powers(host.arange(TOKENS).remainder(5).sub(2)),
         )
         ids, _ = choice()
-        weights = 2.0 ** -torch.arange(TOP_K).remainder(3).expand(TOKENS, -1).float()
+        weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)
         yield MoECase(
             f"{kind.name}, sums exact", states, experts, _GIVEN, e, ids=ids,
             weights=weights.bfloat16(), recipe=_recipe(), exact=True,
@@ -225,20 +225,20 @@ def _normal(
     rows = intermediate * (2 if kind.gated else 1)
 
     def random(low: int, high: int, *size: int) -> torch.Tensor:
-        return torch.randint(low, high, size, dtype=torch.uint8, generator=g)
+        return torch.randint(low, high, size, dtype=torch.uint8, device="cpu", generator=g)
 
     prepared = assemble_experts(
         random(0, 256, experts, rows, hidden // 2),
         random(0x28, 0x40, experts, rows, hidden // BLOCK_SIZE),
-        torch.full((experts,), 0.25 * hidden**-0.5),
+        host.full((experts,), 0.25 * hidden**-0.5),
         random(0, 256, experts, hidden, intermediate // 2),
         random(0x28, 0x40, experts, hidden, intermediate // BLOCK_SIZE),
-        torch.full((experts,), 0.25 * intermediate**-0.5),
+        host.full((experts,), 0.25 * intermediate**-0.5),
         kind,
     )
     recipe = _recipe()
-    x = torch.randn(tokens, hidden, generator=g).bfloat16()
-    scores = torch.rand(tokens, experts, generator=g)
+    x = host.normal(g, tokens, hidden).bfloat16()
+    scores = host.uniform(g, tokens, experts)
     weights, ids = scores.topk(top_k, dim=1)
     return MoECase(
         f"{kind.name}, {name}", quantize_activations(x, replace(recipe, build="cuda")), prepared,

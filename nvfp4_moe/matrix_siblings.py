@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import inputs, matrix_moe
+from . import host, inputs, matrix_moe
 from .costs import exact_layer
 from .kernels.flashinfer_siblings import SiblingRequest, flashinfer_weights
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
@@ -90,24 +90,24 @@ def exact_case(format: Format, offset: int = 0) -> SiblingCase:
     """
     g = torch.Generator().manual_seed(11)
     signs = _signs(g, HIDDEN)
-    shares = torch.tensor([4.0, -2, 1, 1, 2, -1, 2, 1]).repeat_interleave(HIDDEN // 8) * signs
-    x = torch.zeros(TOKENS, 8, HIDDEN // 8)  # one value in each eighth, so that a row's sum is 8
-    x.scatter_(2, torch.randint(0, HIDDEN // 8, (TOKENS, 8, 1), generator=g), 1.0)
-    x = x.flatten(1) * signs * 2.0 ** torch.arange(TOKENS).remainder(3)[:, None]
+    shares = host.fp32([4.0, -2, 1, 1, 2, -1, 2, 1]).repeat_interleave(HIDDEN // 8) * signs
+    x = host.zeros(TOKENS, 8, HIDDEN // 8)  # one value in each eighth, so that a row's sum is 8
+    x.scatter_(2, host.integers(g, 0, HIDDEN // 8, (TOKENS, 8, 1)), 1.0)
+    x = x.flatten(1) * signs * host.powers(host.arange(TOKENS).remainder(3))[:, None]
 
     size = (EXPERTS, INTERMEDIATE)
-    seven = torch.rand(size, generator=g) < 0.5  # in the gate
-    larger = torch.randint(0, 2, size, generator=g)
-    up = _signs(g, size) * torch.where(seven, 2.0, 3.5) * 2.0**larger
-    gate = torch.where(seven, 112.0, 64.0) * (torch.rand(size, generator=g) < 0.9)
+    seven = host.uniform(g, *size) < 0.5  # in the gate
+    larger = host.integers(g, 0, 2, size)
+    up = _signs(g, size) * (3.5 - 1.5 * seven.float()) * host.powers(larger)
+    gate = (64.0 + 48.0 * seven.float()) * (host.uniform(g, *size) < 0.9)
     w13 = torch.cat([up, gate], 1)[..., None] / 8 * shares
-    some = torch.rand(EXPERTS, HIDDEN, INTERMEDIATE, generator=g).argsort(2) < 8
+    some = host.uniform(g, EXPERTS, HIDDEN, INTERMEDIATE).argsort(2) < 8
     w2 = _signs(g, some.shape) * some
     activations, experts = _assembled(format, x, w13, w2)
     ids, _ = matrix_moe.choice()
     if offset:
-        ids = ids + torch.arange(TOKENS, dtype=ids.dtype).remainder(EXPERTS + 1)[:, None]
-    weights = 2.0 ** -torch.arange(TOP_K).remainder(3).expand(TOKENS, -1).float()
+        ids = ids + host.arange(TOKENS).to(ids.dtype).remainder(EXPERTS + 1)[:, None]
+    weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)
     where = f", experts {offset} to {offset + EXPERTS - 1}" if offset else ""
     return SiblingCase(
         f"{format}, sums exact{where}", activations, experts, ids, weights.bfloat16(),
@@ -117,7 +117,7 @@ def exact_case(format: Format, offset: int = 0) -> SiblingCase:
 
 def _signs(g: torch.Generator, size: torch.Size | tuple[int, ...] | int) -> torch.Tensor:
     size = (size,) if isinstance(size, int) else size
-    return torch.randint(0, 2, size, generator=g) * 2.0 - 1
+    return host.integers(g, 0, 2, size).float() * 2 - 1
 
 
 def _assembled(
@@ -135,10 +135,10 @@ def _assembled(
             format, SWIGLU, w13.bfloat16(), w2.bfloat16()
         )
     if format == "fp8 per tensor":
-        power = 2.0 ** torch.arange(EXPERTS).remainder(3)
+        power = host.powers(host.arange(EXPERTS).remainder(3))
         experts = SiblingExperts(
             format, SWIGLU, codes(w13 * power[:, None, None]), codes(w2 / power[:, None, None]),
-            power, 1 / power, torch.tensor(2.0), torch.tensor(2.0**-4),
+            power, 1 / power, host.fp32(2.0), host.fp32(2.0**-4),
         )  # fmt: skip
         return SiblingActivations(codes(x * 2)), experts
     rows, columns = (BLOCK, BLOCK) if format == "fp8 block" else (1, MX_BLOCK)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import host
 from .moe_case import MoECase
 from .reference.cute_dsl import with_cute_dsl
 from .reference.cutlass import with_cutlass
@@ -200,7 +201,7 @@ def _keep_columns(
 
 def _kept_rows(rows: int, tile: int, index: list[int], gated: bool) -> torch.Tensor:
     """Places in the prepared order of the rows that stay, in the order they then have."""
-    natural = torch.arange(rows).chunk(2 if gated else 1)
+    natural = host.arange(rows).chunk(2 if gated else 1)
     kept = torch.cat([_keep(half, 0, tile, index) for half in natural])
     order = row_order(kept.numel(), gated)
     return inverse(row_order(rows, gated))[kept[order]]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from . import runners
 from .doctor import machine
+from .host import READING
 from .matrix import Case, Mode
 from .moe_case import MoECase
 from .reference.activation import ActivationType
@@ -187,7 +188,7 @@ def load(path: str | Path) -> Failure:
         ReplayFileError: it is missing, cut off, of another format, or not what those write.
     """
     try:
-        with safe_open(str(path), "pt") as file:
+        with READING, safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

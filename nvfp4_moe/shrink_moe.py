@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import host
 from .moe_case import MoECase
 from .moe_parts import (
     hidden_tiles,
@@ -28,7 +29,7 @@ from .reference import e4m3
 from .reference.recipe import BLOCK_SIZE
 from .shrink import Search, fewest
 
-_ONE = int(e4m3.encode(torch.ones(())))
+_ONE = int(e4m3.encode(host.ones()))
 _BLOCK_BYTES = BLOCK_SIZE // 2
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import host
 from .kernels import environment, moe_dispatch
 from .moe_case import MoECase
 from .reference import e2m1, e4m3
@@ -93,8 +94,8 @@ def _row(
         terms: in which columns of a block there are small products, as bits.
         exponent: they are `small` times 2^-exponent of the large one.
     """
-    value = torch.zeros(_BLOCKS, BLOCK_SIZE)
-    scale = torch.full((_BLOCKS,), 2.0 ** (2 * _LARGE - _SMALL - exponent))
+    value = host.zeros(_BLOCKS, BLOCK_SIZE)
+    scale = host.full((_BLOCKS,), 2.0 ** (2 * _LARGE - _SMALL - exponent))
     value[0, 0], value[-1, 0] = 1.0, -1.0
     scale[0] = scale[-1] = 2.0**_LARGE
     for block, columns in terms.items():
@@ -114,24 +115,25 @@ def _ask(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
 def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
     """The layer: an expert of ones in the first GEMM, of one 1 in the second."""
     device, tokens, h, i = codes.device, codes.shape[0], _BLOCKS * BLOCK_SIZE, 128
-    one = int(e2m1.encode(torch.ones(1)))
-    exponents = torch.full((_BLOCKS,), 2.0**_SMALL)
+    one = int(e2m1.encode(host.ones(1)))
+    exponents = host.full((_BLOCKS,), 2.0**_SMALL)
     exponents[0] = exponents[-1] = 2.0**_LARGE
-    w13 = torch.full((1, i, h // 2), one * 17, dtype=torch.uint8)
-    w2 = torch.zeros(1, h, i // 2, dtype=torch.uint8)
+    w13 = torch.full((1, i, h // 2), one * 17, dtype=torch.uint8, device=device)
+    w2 = torch.zeros(1, h, i // 2, dtype=torch.uint8, device=device)
     w2[0, 0, 0] = one
-    ones = torch.full((1, h, i // BLOCK_SIZE), int(e4m3.encode(torch.ones(1))), dtype=torch.uint8)
+    scale = int(e4m3.encode(host.ones(1)))
+    w2_scales = torch.full((1, h, i // BLOCK_SIZE), scale, dtype=torch.uint8, device=device)
+    unit = host.ones(1).to(device)
     kind, build, static = _KINDS.get(backend, (ActivationType.Identity, "cuda", {}))
     experts = assemble_experts(
-        w13.to(device), e4m3.encode(exponents).expand(1, i, -1).contiguous().to(device),
-        torch.ones(1, device=device), w2.to(device), ones.to(device), torch.ones(1, device=device),
-        kind, **static,
+        w13, e4m3.encode(exponents).expand(1, i, -1).contiguous().to(device), unit, w2,
+        w2_scales, unit, kind, **static,
     )  # fmt: skip
     if build == "cute-dsl":
         experts = with_cute_dsl(experts)
     if build == "cutlass":
         experts = with_cutlass(experts)
-    token_scale = None if static else torch.ones(tokens, device=device)
+    token_scale = None if static else torch.ones(tokens, dtype=torch.float32, device=device)
     return MoECase(
         "sums",
         Activations(codes, scales.view(torch.float8_e4m3fn), token_scale),
@@ -139,7 +141,7 @@ def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
         Routing(RoutingMethodType.Renormalize, 1),
         num_experts=1,
         ids=torch.zeros(tokens, 1, dtype=torch.int32, device=device),
-        weights=torch.ones(tokens, 1, device=device),
+        weights=torch.ones(tokens, 1, dtype=torch.float32, device=device),
         recipe=Recipe(
             environment.math("cuda" if build != "cute-dsl" else build), environment.four_over_six(),
             "cute-dsl" if build == "cute-dsl" else "cuda",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from . import host
 from .allowed import Allowed, explain_output
 from .arithmetic import bits, explain_element, first_element
 from .compare import compare
@@ -135,7 +136,7 @@ def _scale(case: Case, backend: str) -> str:
     scale = case.recipe.base_scale_inv if case.global_scale is None else case.global_scale
     if case.mode != "global-scale" and backend == "flashinfer:cuda":
         return repr(scale)
-    pattern = bits(torch.tensor(scale)).split()[0]
+    pattern = bits(host.fp32(scale)).split()[0]
     return f"torch.tensor([{pattern}], dtype=torch.uint32).view(torch.float32).cuda()"
 
 

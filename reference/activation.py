@@ -109,11 +109,11 @@ def activate(
         return _plain(raw * gate_scale, kind) * scale
     x0, x1 = raw.chunk(2, -1)
     if kind == ActivationType.SwigluStep:
-        limit = torch.as_tensor(STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit)
+        limit = _limit(STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit, raw)
         gate = F.silu(x1 * gate_scale).clamp(max=limit * gate_scale)
         return gate * (x0.clamp(-limit, limit) * scale)
     if clamp_limit is not None:
-        limit = torch.as_tensor(clamp_limit)
+        limit = _limit(clamp_limit, raw)
         x0, x1 = x0.clamp(-limit, limit), x1.clamp(max=limit)
     gate = x1 * gate_scale
     if kind == ActivationType.Situ:
@@ -132,6 +132,12 @@ def activate(
 def _gelu(x: torch.Tensor) -> torch.Tensor:
     """Without the cancellation in 1 + erf(x)."""
     return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+
+
+def _limit(value: torch.Tensor | float, raw: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float32, device=raw.device)
 
 
 def _plain(x: torch.Tensor, kind: ActivationType) -> torch.Tensor:

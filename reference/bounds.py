@@ -148,7 +148,7 @@ def _union(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Ten
     order = held.byte().argsort(dim=1, descending=True, stable=True)[
         :, : int(count.max()) if count.numel() else 0
     ]
-    behind = torch.arange(order.shape[1], device=ids.device) >= count[:, None]
+    behind = torch.arange(order.shape[1], dtype=torch.int64, device=ids.device) >= count[:, None]
     rank = held.long().cumsum(1) - 1
     return order.masked_fill(behind, -1), torch.stack([rank.gather(1, some) for some in index])
 

@@ -62,7 +62,7 @@ def activation_bounds(raw: Interval, experts: Experts, expert: torch.Tensor) -> 
 
 def _clamped(x: Interval, low: torch.Tensor | float, high: torch.Tensor | float) -> Interval:
     bottom, top = (
-        torch.as_tensor(end, dtype=torch.float64).to(x.low.device) for end in (low, high)
+        torch.as_tensor(end, dtype=torch.float64, device=x.low.device) for end in (low, high)
     )
     return x.map(lambda t: torch.minimum(torch.maximum(t, bottom), top))
 
@@ -97,7 +97,7 @@ def _silu(x: Interval, alpha: torch.Tensor | float) -> Interval:
     )
     value = _relatively(value, (12 + 1.2 * alpha * x.magnitude) * 2.0**-23)
     # With alpha below zero it has a maximum in place of the minimum: nothing is claimed.
-    return unless(torch.as_tensor(alpha <= 0, device=x.low.device), value)
+    return unless(torch.as_tensor(alpha <= 0, dtype=torch.bool, device=x.low.device), value)
 
 
 def _gelu(x: Interval, tanh: bool) -> Interval:

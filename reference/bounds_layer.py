@@ -123,7 +123,7 @@ class Layer:
         """[N, H] of an intermediate [N, I]: bf16 numbers."""
         n, experts = middle.low.shape[0], self.experts
         values, scale = middle, None
-        row = torch.arange(n, device=middle.low.device)
+        row = torch.arange(n, dtype=torch.int64, device=middle.low.device)
         unknown = torch.zeros_like(row, dtype=torch.bool)
         counts = slots.counts
         if self.activations.is_static:

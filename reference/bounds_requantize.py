@@ -59,9 +59,11 @@ def _row_maxima(middle: Interval) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     count = most - least + 1
     unknown = (count > CANDIDATES) | (most >= 0x7F80) | middle.low.isnan().any(1)
     count = torch.where(unknown, 1, count)
-    row = torch.arange(count.numel(), device=count.device).repeat_interleave(count)
+    row = torch.arange(count.numel(), dtype=torch.int64, device=count.device).repeat_interleave(
+        count
+    )
     first = (count.cumsum(0) - count)[row]
-    step = torch.arange(row.numel(), device=row.device) - first
+    step = torch.arange(row.numel(), dtype=torch.int64, device=row.device) - first
     amax = (least[row] + step).to(torch.int16).view(torch.bfloat16).float()
     return row, torch.where(unknown[row], 1.0, amax), unknown
 

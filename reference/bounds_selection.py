@@ -63,13 +63,13 @@ def selections(
         for i in range(len(low))
     ]
     many = torch.zeros_like(near)
-    many[tokens] = torch.tensor([f is None for f in found], device=many.device)
+    many[tokens] = torch.tensor([f is None for f in found], dtype=torch.bool, device=many.device)
     most = max(len(f or ()) for f in found) or 1
     ids = first.expand(most, -1, -1).clone()
     for token, sets in zip(tokens.tolist(), found, strict=True):
         if sets is not None:
             every = sets + sets[:1] * (most - len(sets))
-            ids[:, token] = torch.tensor(every, device=ids.device)
+            ids[:, token] = torch.tensor(every, dtype=ids.dtype, device=ids.device)
     return ids.int(), many
 
 

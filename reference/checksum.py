@@ -50,7 +50,7 @@ def digests(t: torch.Tensor) -> list[int]:
     parts = [*words.view(torch.int64).split(_WORDS), rest.clone().view(torch.int64)]
     place = 0
     for part in parts:
-        index = torch.arange(place, place + part.numel(), device=t.device)
+        index = torch.arange(place, place + part.numel(), dtype=torch.int64, device=t.device)
         place += part.numel()
         for i, seed in enumerate(_SEEDS):
             totals[i] += _mix(part ^ _mix(index + seed)).sum()

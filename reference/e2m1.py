@@ -37,7 +37,7 @@ def decode(code: torch.Tensor) -> torch.Tensor:
 
 @functools.cache  # a copy to the GPU waits for it
 def _values(device: torch.device) -> torch.Tensor:
-    return torch.tensor(VALUES + tuple(-v for v in VALUES), device=device)
+    return torch.tensor(VALUES + tuple(-v for v in VALUES), dtype=torch.float32, device=device)
 
 
 def pack(code: torch.Tensor) -> torch.Tensor:

@@ -317,13 +317,15 @@ def lay_out_bias(bias: torch.Tensor, divisor: torch.Tensor, gated: bool, rows: i
 def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
     """[M1, H] fp32 of one expert: code times block scale (exact), rows [up; gate]."""
     codes, scales = experts.gemm1_weights[expert], experts.gemm1_weights_scale[expert]
-    return _values(codes, scales)[inverse(row_order(codes.shape[0], experts.activation.gated))]
+    return _values(codes, scales)[
+        inverse(row_order(codes.shape[0], experts.activation.gated, codes.device))
+    ]
 
 
 def gemm2_values(experts: Experts, expert: int) -> torch.Tensor:
     """[H, I] fp32 of one expert: code times block scale (exact)."""
     codes, scales = experts.gemm2_weights[expert], experts.gemm2_weights_scale[expert]
-    return _values(codes, scales)[inverse(row_order(codes.shape[0], gated=False))]
+    return _values(codes, scales)[inverse(row_order(codes.shape[0], False, codes.device))]
 
 
 def unshuffled_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -340,7 +342,7 @@ def reordered(
     return codes[:, order].contiguous(), _swizzle(linear[:, order])
 
 
-def row_order(rows: int, gated: bool, device: torch.device | None = None) -> torch.Tensor:
+def row_order(rows: int, gated: bool, device: torch.device | str = "cpu") -> torch.Tensor:
     """Indices that bring natural rows into the order of the prepared tensors."""
     order = shuffle_rows(rows, device=device)
     return interleave_gated_rows(rows, device)[order] if gated else order
@@ -366,7 +368,11 @@ def _check_weights(w13: torch.Tensor, w2: torch.Tensor, halves: int) -> None:
 
 
 def _encode_scale(amax: float | None, device: torch.device) -> torch.Tensor | None:
-    return None if amax is None else torch.full((1,), 2688.0 / amax, device=device)
+    return (
+        None
+        if amax is None
+        else torch.full((1,), 2688.0 / amax, dtype=torch.float32, device=device)
+    )
 
 
 def _bytes(scales: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ def _live(x: torch.Tensor, masked_m: torch.Tensor) -> torch.Tensor:
         )
     if ((masked_m < 0) | (masked_m > most)).any():
         raise ValueError(f"masked_m is {masked_m.tolist()}; each must be 0 to {most}")
-    return torch.arange(most, device=x.device) < masked_m.to(x.device)[:, None]
+    return torch.arange(most, dtype=torch.int64, device=x.device) < masked_m.to(x.device)[:, None]
 
 
 def _scatter(rows: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,7 @@ def permutation(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0)
     here = held_slots(ids, num_local, local_expert_offset).reshape(-1)
     order = torch.where(here, local, num_local).argsort(stable=True)
     row = torch.empty_like(order)
-    row[order] = torch.arange(order.numel(), device=order.device)
+    row[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
     return torch.where(here, row, -1).int()
 
 

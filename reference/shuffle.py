@@ -10,7 +10,7 @@ import torch
 
 
 def shuffle_rows(
-    rows: int, epilogue_tile_m: int = 128, device: torch.device | str | None = None
+    rows: int, epilogue_tile_m: int = 128, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Order in which the GEMM's epilogue wants the rows of its A operand.
 
@@ -23,11 +23,15 @@ def shuffle_rows(
     group = 32 if epilogue_tile_m % 128 == 0 else 16
     if rows % group:
         raise ValueError(f"rows is {rows}; the row shuffle needs a multiple of {group}")
-    order = torch.arange(group, device=device).reshape(8, group // 8).T.reshape(-1)
-    return (torch.arange(0, rows, group, device=device)[:, None] + order).reshape(-1)
+    order = (
+        torch.arange(group, dtype=torch.int64, device=device).reshape(8, group // 8).T.reshape(-1)
+    )
+    return (
+        torch.arange(0, rows, group, dtype=torch.int64, device=device)[:, None] + order
+    ).reshape(-1)
 
 
-def interleave_gated_rows(rows: int, device: torch.device | str | None = None) -> torch.Tensor:
+def interleave_gated_rows(rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """[first half; second half] to row 0 of each half, row 1 of each half, ...
 
     Raises:
@@ -35,11 +39,11 @@ def interleave_gated_rows(rows: int, device: torch.device | str | None = None) -
     """
     if rows % 2:
         raise ValueError(f"rows is {rows}; a gated matrix has an even number")
-    return torch.arange(rows, device=device).reshape(2, rows // 2).T.reshape(-1)
+    return torch.arange(rows, dtype=torch.int64, device=device).reshape(2, rows // 2).T.reshape(-1)
 
 
 def inverse(indices: torch.Tensor) -> torch.Tensor:
     """The indices that undo `indices`: `w[indices][inverse(indices)]` is `w`."""
     undo = torch.empty_like(indices)
-    undo[indices] = torch.arange(indices.numel(), device=indices.device)
+    undo[indices] = torch.arange(indices.numel(), dtype=torch.int64, device=indices.device)
     return undo

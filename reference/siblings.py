@@ -62,7 +62,7 @@ class SiblingExperts:
     def scalars(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[E] fp32 each: of the up half or the result, of the gate or the argument, of the row."""
         if self.format != "fp8 per tensor":
-            one = torch.ones(self.num_local, device=self.w13.device)
+            one = torch.ones(self.num_local, dtype=torch.float32, device=self.w13.device)
             return one, one, one
         w13, w2, a, c = self.w13_scale, self.w2_scale, self.input_scale, self.intermediate_scale
         assert w13 is not None and w2 is not None and a is not None and c is not None
@@ -109,7 +109,7 @@ def prepare_sibling(
             raise ValueError(f"{missing} is None; fp8 per tensor has static scales")
         encode13, encode2 = (fp8.encode_scale(w.float().abs().amax((1, 2))) for w in (w13, w2))
         a, c = (
-            fp8.encode_scale(torch.tensor(amax, device=w13.device))
+            fp8.encode_scale(torch.tensor(amax, dtype=torch.float32, device=w13.device))
             for amax in (input_amax, intermediate_amax)
         )
         codes13, codes2 = (
@@ -160,9 +160,9 @@ def sibling_moe(
     tokens, top_k = ids.shape
     hidden, intermediate = experts.w2.shape[1:]
     up_scalar, gate_scalar, row_scalar = experts.scalars
-    acc1 = torch.zeros(tokens, top_k, experts.w13.shape[1], device=x.device)
+    acc1 = torch.zeros(tokens, top_k, experts.w13.shape[1], dtype=torch.float32, device=x.device)
     middle = torch.zeros(tokens, top_k, intermediate, dtype=torch.float64, device=x.device)
-    rows = torch.zeros(tokens, top_k, hidden, device=x.device)
+    rows = torch.zeros(tokens, top_k, hidden, dtype=torch.float32, device=x.device)
     for e in range(experts.num_local):
         token, slot = (ids == e + local_expert_offset).nonzero(as_tuple=True)
         if not token.numel():
@@ -210,7 +210,9 @@ def _rounded(y: torch.Tensor, format: Format) -> torch.Tensor:
     if format == "bf16":
         return y.bfloat16().double()
     if format == "fp8 per tensor":
-        return fp8.quantize_per_tensor(y, torch.ones((), device=y.device)).double()
+        return fp8.quantize_per_tensor(
+            y, torch.ones((), dtype=torch.float32, device=y.device)
+        ).double()
     return _of_128(y) if format == "fp8 block" else fp8.mx_values(fp8.quantize_mxfp8(y))
 
 

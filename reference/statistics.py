@@ -219,7 +219,7 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
     recipe = recipe or Recipe("exact")
     held, rows, _ = w.shape
     encode = weight_encode_scale(w.abs().flatten(1).amax(1), recipe)
-    place = torch.arange(held, device=w.device)
+    place = torch.arange(held, dtype=torch.int64, device=w.device)
     return quantization_statistics(
         w.flatten(0, 1), recipe, experts=place[:, None].expand(-1, rows).reshape(-1),
         num_experts=held, encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
@@ -275,7 +275,7 @@ def _quantize(
     """The rows with the steps of their arithmetic, and the decode scale [N] of each."""
     if encode is None:
         # A tensor: of a number the quantizer would make one on the host, and wait for its copy.
-        g = torch.full((1,), recipe.base_scale_inv, device=x.device)
+        g = torch.full((1,), recipe.base_scale_inv, dtype=torch.float32, device=x.device)
         q = quantize_per_token(x, g, recipe, keep_steps=True)
         assert q.per_token_scale is not None
         return q, q.per_token_scale

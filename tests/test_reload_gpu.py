@@ -72,7 +72,11 @@ def test_a_captured_graph_serves_the_new_weights():
 
 
 def test_little_memory_and_no_wait():
-    """Beyond the old and the new weights a few bytes an expert; one expert's, where a copy must be."""
+    """Beyond the old and the new weights a few bytes an expert; one expert's, where a copy must be.
+
+    Bytes that were asked for: the allocator may hand out a block that is up to 1 MiB larger, by what
+    ran before in this process, and counts all of it as allocated.
+    """
     w13, w2 = (w.cuda() for w in cases.weights(SWIGLU, 1, **LARGE))
     experts = prepare_experts(*(w.cuda() for w in cases.weights(SWIGLU, 0, **LARGE)), SWIGLU)
     experts.load_(w13, w2)  # compile
@@ -81,11 +85,14 @@ def test_little_memory_and_no_wait():
     def peak(first):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         torch.cuda.set_sync_debug_mode("error")
-        experts.load_(first, w2)
-        torch.cuda.set_sync_debug_mode("default")
-        return torch.cuda.max_memory_allocated() - before
+        try:
+            experts.load_(first, w2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
-    assert peak(w13) <= 16 * 512
-    assert peak(strided) <= w13[0].nbytes + 16 * 512
+    few = 16 * experts.num_local
+    assert peak(w13) <= few
+    assert peak(strided) <= w13[0].nbytes + few

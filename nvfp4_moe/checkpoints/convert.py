@@ -160,7 +160,7 @@ class _Converter:
             MODELOPT.weight_scale: decode,
         }
         if self._input_scale:
-            made[MODELOPT.input_scale] = torch.ones(())
+            made[MODELOPT.input_scale] = torch.ones((), dtype=torch.float32, device="cpu")
         return {f"{matrix.target}.{kind}": t for kind, t in made.items()}
 
 
@@ -176,7 +176,7 @@ class _Kept:
     def __init__(self, matrices: Sequence[Matrix]):
         # A code and a share of a block scale for each element, and two scalars for each matrix.
         sizes = (m.elements // 2 + m.elements // BLOCK_SIZE + 4 * self._ALIGNMENT for m in matrices)
-        self._memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         self._used = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..host import READING
 from .errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -109,7 +110,8 @@ class Folder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor."""
-        return self.file(self.shard_of[name]).get_tensor(name)
+        with READING:
+            return self.file(self.shard_of[name]).get_tensor(name)
 
     def matrix(self, place: Place) -> torch.Tensor:
         """[rows, columns] at a place."""
@@ -117,7 +119,8 @@ class Folder:
         rows = piece.get_shape()[-2]
         halves = (slice(None), slice(rows // 2), slice(rows // 2, None))
         half = halves[0 if place.half is None else place.half + 1]
-        return piece[half] if place.expert is None else piece[place.expert, half]
+        with READING:
+            return piece[half] if place.expert is None else piece[place.expert, half]
 
     def scalar(self, place: Place) -> torch.Tensor:
         """[] at a place; a fused pair of scalars (gate, up) has one for each half."""

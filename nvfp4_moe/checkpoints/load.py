@@ -126,8 +126,10 @@ class _Reader:
         rows = len(halves) * intermediate
         w13 = self._empty(len(experts), rows, hidden)
         w2 = self._empty(len(experts), hidden, intermediate)
-        w13_decode = torch.empty(len(experts), len(halves), device=self._device)
-        w2_decode = torch.empty(len(experts), device=self._device)
+        w13_decode, w2_decode = (
+            torch.empty(size, dtype=torch.float32, device=self._device)
+            for size in ((len(experts), len(halves)), (len(experts),))
+        )
         for i, expert in enumerate(experts):
             for j, projection in enumerate(halves):
                 part = slice(j * intermediate, (j + 1) * intermediate)

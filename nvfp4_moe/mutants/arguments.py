@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import host
 from ..reference.experts import Experts, reordered, row_order
 from ..reference.layouts import from_linear, to_linear
 from ..reference.recipe import BLOCK_SIZE, SfLayout
@@ -79,7 +80,7 @@ def padding_filled(e: Experts) -> Given:
 
     rows, size, half = e.gemm1_weights.shape[1], e.padded_intermediate_size, e.intermediate_size
     order = row_order(rows, e.activation.gated)
-    valid = torch.arange(rows) % size < half
+    valid = host.arange(rows) % size < half
     s = e.gemm1_weights_scale
     linear = to_linear(s.view(torch.uint8), rows, s.shape[2], SfLayout.layout_128x4)
     w2, s2 = e.gemm2_weights.clone(), e.gemm2_weights_scale

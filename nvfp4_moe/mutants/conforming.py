@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import host
 from ..judge import Call, Run
 from ..reference.activation import ActivationType
 from ..reference.experts import Experts, prepare_experts
@@ -47,19 +48,19 @@ class Setting:
         g = torch.Generator().manual_seed(seed)
 
         def random(*size: int) -> torch.Tensor:
-            x = torch.randn(*size, generator=g)
+            x = host.normal(g, *size)
             if self.grid:
-                middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
-                code = torch.randint(0, 8, size, generator=g)
+                middles = host.fp32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+                code = host.integers(g, 0, 8, size)
                 code[..., 0] = 7  # every row's maximum
                 return middles[code] * x.sign() * 448 / 4096
             if self.heavy:
-                x = x * (3 / torch.randn(3, *size, generator=g).square().sum(0)).sqrt()
+                x = x * (3 / host.normal(g, 3, *size).square().sum(0)).sqrt()
             return x
 
         gated, held = self.activation.gated, self.local or self.experts
         rows = self.intermediate * (2 if gated else 1)
-        size = 2.0 ** torch.arange(held).remainder(3).sub(1)[:, None, None]
+        size = host.powers(host.arange(held).remainder(3).sub(1))[:, None, None]
         w13 = random(held, rows, self.hidden) * size
         w2 = random(held, self.hidden, self.intermediate) * size
         if not self.grid:
@@ -68,23 +69,21 @@ class Setting:
         if self.parameters:
             options = {
                 "alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5,
-                "w13_bias": torch.randn(held, rows, generator=g) * 0.5,
-                "w2_bias": torch.randn(held, self.hidden, generator=g) * 0.5,
+                "w13_bias": host.normal(g, held, rows) * 0.5,
+                "w2_bias": host.normal(g, held, self.hidden) * 0.5,
             }  # fmt: skip
         experts = prepare_experts(w13.bfloat16(), w2.bfloat16(), self.activation, **options)
-        x = random(self.tokens, self.hidden) * 2.0 ** torch.arange(self.tokens)[:, None].remainder(
-            3
-        )
+        place = host.arange(self.tokens)[:, None]
+        x = random(self.tokens, self.hidden) * host.powers(place.remainder(3))
         if (
             self.grid
         ):  # half of the rows with another maximum, whose codes' ties the reciprocal decides
-            row = torch.arange(self.tokens)[:, None]
-            x = x * torch.where(row % 2 == 0, 1.0, 1 + row / 16)
+            x = x * torch.where(place % 2 == 0, 1.0, 1 + place.float() / 16)
         padding = experts.padded_hidden_size - self.hidden
-        logits = torch.randn(self.tokens, self.experts, generator=g).bfloat16()
+        logits = host.normal(g, self.tokens, self.experts).bfloat16()
         # Ties, and logits above which a sigmoid saturates, choose by the smaller index.
         logits[0, : self.routing.top_k + 2] = logits[0].max()
-        bias = torch.randn(self.experts, generator=g) * 0.2
+        bias = host.normal(g, self.experts) * 0.2
         biased = self.routing.method in (_M.DeepSeekV3, _M.MiniMax2)
         return Call(
             logits,
@@ -158,7 +157,8 @@ def _ascending(x: torch.Tensor, w: torch.Tensor, _: Any = None) -> torch.Tensor:
 
 
 def _permuted(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
-    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(x.shape[0]))
+    g = torch.Generator().manual_seed(x.shape[0])
+    order = torch.randperm(x.shape[1], generator=g, dtype=torch.int64, device="cpu")
     return _ascending(x[:, order], w[:, order])
 
 
@@ -206,7 +206,7 @@ def _approximate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
     """A relative error of up to 2^-22, of either sign."""
     y = activate_raw(raw, experts, e)
     g = torch.Generator().manual_seed(y.numel())
-    return y * (1 + (torch.rand(y.shape, generator=g) * 2 - 1) * 2.0**-22)
+    return y * (1 + (host.uniform(g, *y.shape) * 2 - 1) * 2.0**-22)
 
 
 def _both(gemm: Gemm) -> Stages:

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from .. import inputs, matrix, matrix_moe, moe_parts, runners
+from .. import host, inputs, matrix, matrix_moe, moe_parts, runners
 from ..allowed import Allowed
 from ..compare import compare, run_reference
 from ..kernels import moe, moe_dispatch
@@ -76,7 +76,7 @@ def judge_of(call: FusedCall | QuantizerCall) -> Judge:
 
     def values(q: Quantized) -> Tensor:
         scale = q.per_token_scale
-        decode = 1 / torch.tensor(case.global_scale) if scale is None else scale
+        decode = 1 / host.fp32(case.global_scale) if scale is None else scale
         return dequantize(q.codes, q.block_scales, decode, case.layout).double()
 
     return Judge(lambda got: compare(x, case, got, want) is None, values, values(want))
@@ -112,10 +112,10 @@ def _cancelling() -> MoECase:
     """Tokens whose slots 0 and 2 cancel but for what was rounded away, and whose slot 1 remains."""
     exact = next(c for c in matrix_moe.exact_cases() if "Identity" in c.name)
     tokens, slots = 4, 8
-    weights = torch.zeros(tokens, slots)
-    weights[:, 0] = 2.0**26 * (1 + torch.arange(1, tokens + 1) / 7)
+    weights = host.zeros(tokens, slots)
+    weights[:, 0] = 2.0**26 * (1 + host.arange(1, tokens + 1).float() / 7)
     weights[:, 1], weights[:, 2] = 1.0, -weights[:, 0]
-    ids = torch.arange(tokens, dtype=torch.int32)[:, None].expand(-1, slots).contiguous()
+    ids = host.arange(tokens).int()[:, None].expand(-1, slots).contiguous()
     return replace(
         moe_parts.keep_tokens(exact, range(tokens)), routing=Routing(_M.Renormalize, slots),
         ids=ids % exact.num_experts, weights=weights,
@@ -133,10 +133,10 @@ def _rows() -> Tensor:
 def _ties_of_scales() -> Tensor:
     """[12, 80]: maxima under which block scales lie between two of e4m3, and 4 and 6 err alike."""
     x = inputs.synthetic("normal", 12, 80).float().clamp(-1, 1) / 64
-    odd = torch.arange(8)[:, None].remainder(4) * 2 + 1.0
+    odd = host.arange(8)[:, None].remainder(4).float() * 2 + 1
     x[:8, :1] = 7 * odd  # 448 times the quotient of a block's maximum and this is its scale
-    x[:8, 16::16] = odd * torch.arange(17, 32, 2).view(2, 4).repeat_interleave(4, 0) / 16
-    x[8:] = x[8:].sign() * 7 * 2.0 ** -torch.arange(5).repeat_interleave(16)
+    x[:8, 16::16] = odd * host.arange(17, 32, 2).view(2, 4).repeat_interleave(4, 0) / 16
+    x[8:] = x[8:].sign() * 7 * host.powers(-host.arange(5)).repeat_interleave(16)
     x[8:, ::3] = 0
     return x.bfloat16()
 

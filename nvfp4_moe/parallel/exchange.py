@@ -56,8 +56,8 @@ class Exchange:
         """Args:
         counts: how many experts each rank holds.
         """
-        starts = torch.tensor([0, *counts], device=ids.device).cumsum(0)
-        ranks = torch.arange(len(counts), device=ids.device)[:, None, None]
+        starts = torch.tensor([0, *counts], dtype=torch.int64, device=ids.device).cumsum(0)
+        ranks = torch.arange(len(counts), dtype=torch.int64, device=ids.device)[:, None, None]
         held = torch.searchsorted(starts, ids.long(), right=True)[None] - 1 == ranks  # [R, T, K]
         token = held.any(2).nonzero()[:, 1]
         place = held.flatten().cumsum(0) - 1
@@ -84,7 +84,7 @@ class Exchange:
         rows = torch.cat([part[self.token] for part in parts], 1)
 
         device = self.ids.device
-        counts = torch.tensor(self.sent, device=device)
+        counts = torch.tensor(self.sent, dtype=torch.int64, device=device)
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.group)
         arriving = theirs.tolist()

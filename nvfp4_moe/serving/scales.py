@@ -77,7 +77,7 @@ def serving_scales(
             f"w13_weight_scale_2 of {gate.shape[0]} experts it must be ({gate.shape[0]},)"
         )
     if activation == "per-token":
-        a13 = a2 = torch.ones((), device=gate.device)
+        a13 = a2 = torch.ones((), dtype=torch.float32, device=gate.device)
     else:
         a13 = _largest("w13_input_scale", w13_input_scale)
         a2 = _largest("w2_input_scale", w2_input_scale)
