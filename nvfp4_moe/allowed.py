@@ -55,7 +55,7 @@ class Allowed:
         """The share of elements that may have one value alone."""
         if self.interval is None:
             return 1.0
-        return (self.interval.low == self.interval.high).double().mean().item()
+        return self.interval.single.double().mean().item()
 
     def wrong(self, got: torch.Tensor) -> torch.Tensor:
         """Which elements are not allowed."""

@@ -72,9 +72,12 @@ class Verdict:
 
 
 def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many elements are other bits; every NaN is the same."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.numel(), 1)
-    return int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    other = a.contiguous().view(bits) != b.contiguous().view(bits)
+    return int((other & ~(a.isnan() & b.isnan())).sum() if a.is_floating_point() else other.sum())
 
 
 def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdict:

@@ -36,9 +36,20 @@ scalar. The argument:
    the order of a set's slots is open too, 7 may have any: it rounds at most K times, by 2^-24 of the sum
    of magnitudes.
 
-Numbers that fp32 cannot hold (overflow, NaN, a subnormal sum) are outside the argument: there the
-interval is infinite. So it is where the maximum of a row has more than `CANDIDATES` candidates, and
-where a token may choose more than `SETS` sets.
+Numbers that fp32 cannot hold. `Interval` says what its ends mean: a number, a number or an infinity, NaN
+for sure, or nothing claimed.
+
+9. *Overflow*: `bounds_sums` and `bounds_product` have where a sum or a product may be infinite, must be,
+   or may be NaN. A rounding to bf16 or to the output's dtype is monotone, infinities included.
+10. *Underflow*: implementations may flush or not; each number below 2^-126 costs as much at most, times
+   what multiplies it after. The quantizers are determined: they flush, or not, as their build does.
+11. *NaN* goes through sums, products, activations and roundings. A quantizer's maxima drop it, and its
+   code is that of 6; a block of NaN alone, or one with infinity under fast math, has the scale NaN.
+12. *Finalize*: both chains of 7 meet an invalid operation only where every chain does. Where one of them
+   alone does, nothing is claimed.
+
+Nothing is claimed either where the maximum of a row has more than `CANDIDATES` candidates, and where a
+token may choose more than `SETS` sets.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -49,7 +60,7 @@ import torch
 from .bounds_layer import Layer
 from .bounds_routing import routing_bounds
 from .experts import Experts
-from .interval import ANY_ORDER, Accumulation, Interval, U, choose, hull, rounded, unless
+from .interval import ANY_ORDER, LARGEST, Accumulation, Interval, U, choose, hull, rounded, unless
 from .moe import Activations, FinalizeOrder, finalize, held_slots
 from .recipe import Recipe
 from .routing import Routing
@@ -178,10 +189,11 @@ def _finalized(
         finalize(end, ones, hidden_size, order).to(output_dtype).double()
         for end in (products.low, products.high)
     )
-    output = Interval(low, high)
+    # Both chains meet an invalid sum only where every one does.
+    output = unless(low.isnan() != high.isnan(), Interval(low, high))
     if ordered is not None and not ordered.all():
-        roundings = products.magnitude.sum(1) * (rows.low.shape[1] * U * 1.001)
-        total = products.map(lambda end: end.sum(1)).widened(roundings)
-        output = choose(ordered[:, None], output, rounded(output_dtype, total))
-    unknown = (rows.low.isinf() | rows.high.isinf()).any(1)
-    return unless(unknown, output)
+        size = products.magnitude.sum(1)
+        total = products.map(lambda end: end.sum(1)).widened(size * (rows.low.shape[1] * U * 1.001))
+        beyond = ~(size < LARGEST / 2)
+        output = choose(ordered[:, None], output, unless(beyond, rounded(output_dtype, total)))
+    return output

@@ -6,11 +6,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from .bounds_product import Product
+from .bounds_sums import sum_of_products
 from .dense import operands
-from .interval import ANY_ORDER, Accumulation, Interval, rounded, sum_of_products, times, unless
-
-_LARGEST = torch.finfo(torch.float32).max
-_SMALLEST_ALPHA = 2.0**-106  # a product is a multiple of 2^-20, so that above nothing is subnormal
+from .interval import ANY_ORDER, Accumulation, Interval, rounded
 
 
 def mm_fp4_bounds(
@@ -24,15 +23,9 @@ def mm_fp4_bounds(
     use_8x4_sf_layout: bool = False,
     accumulation: Accumulation = ANY_ORDER,
 ) -> Interval:
-    """[M, N]: what a call of `reference.dense.mm_fp4`, whose arguments these are, may return.
-
-    Infinite where alpha carries a sum out of fp32's normal range, and where a value is NaN.
-    """
+    """[M, N]: what a call of `reference.dense.mm_fp4`, whose arguments these are, may return."""
     x, w = operands(a, b, a_descale, b_descale, use_8x4_sf_layout)
-    unknown = x.isnan().any(1)[:, None] | w.isnan().any(1)[None, :]
-    total = sum_of_products(Interval.point(x.nan_to_num()), w.nan_to_num(), accumulation)
+    total = sum_of_products(Interval.point(x), w, accumulation)
     if alpha is not None:
-        factor = alpha.reshape(-1, 1)
-        unknown = unknown | ~factor.isfinite() | (factor.abs() < _SMALLEST_ALPHA) & (factor != 0)
-        total = times(total, factor.nan_to_num(posinf=0.0, neginf=0.0))
-    return unless(unknown | (total.magnitude > _LARGEST), rounded(out_dtype, total))
+        total = Product.of(total).times(alpha.reshape(-1, 1)).result()
+    return rounded(out_dtype, total)

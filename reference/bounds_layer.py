@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from .bounds_activation import activation_bounds
+from .bounds_product import Product
 from .bounds_requantize import requantize_blocks, requantize_rows
+from .bounds_sums import sum_of_products
 from .experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
-from .interval import Accumulation, Interval, plus_bias, rounded, sum_of_products, times, unless
+from .interval import Accumulation, Interval, rounded, unless
 from .moe import Activations, hidden_values
 from .recipe import Recipe
 
@@ -108,10 +110,13 @@ class Layer:
     def activated(self, sums: Interval, slots: Slots) -> Interval:
         """The intermediate, bf16 numbers but with the static scales of TensorRT-LLM."""
         scale, experts = self.activations.per_token_scale, self.experts
-        raw = sums if scale is None else times(sums, scale[slots.token, None])
+        raw = Product.of(sums)
+        if scale is not None:
+            raw = raw.times(scale[slots.token, None])
         if self.cutlass:
             scalar = experts.output1_scale_gate_scalar
-            raw = rounded(torch.bfloat16, times(raw, scalar[slots.expert, None]))
+            scaled = raw.times(scalar[slots.expert, None]).result()
+            raw = Product.of(rounded(torch.bfloat16, scaled))
             one = torch.ones_like(scalar)
             experts = replace(experts, output1_scale_scalar=one, output1_scale_gate_scalar=one)
         middle = activation_bounds(raw, experts, slots.expert)
@@ -139,20 +144,15 @@ class Layer:
 
         sums = self._sums(lambda rows: values[rows], weights, slots.first, counts)
         expert = slots.expert[row]
+        product = Product.of(sums)
         if scale is not None:
-            sums = times(sums, scale[:, None])
+            product = product.times(scale[:, None])
         if experts.gemm2_bias is not None:
-            sums = plus_bias(sums, unshuffled_bias(experts.gemm2_bias, gated=False)[expert])
+            bias = unshuffled_bias(experts.gemm2_bias, gated=False)
+            product = product.plus(bias[expert])
         scalar = experts.output2_scale_scalar[expert, None]
-        found = rounded(torch.bfloat16, times(sums, scalar))
-        if row.numel() == n:  # one candidate each
-            return unless(unknown[:, None], found)
-        index = row[:, None].expand_as(found.low)
-        low = found.low.new_full((n, found.low.shape[1]), torch.inf)
-        high = -low
-        low = low.scatter_reduce(0, index, found.low, "amin")
-        high = high.scatter_reduce(0, index, found.high, "amax")
-        return unless(unknown[:, None], Interval(low, high))
+        found = rounded(torch.bfloat16, product.times(scalar).result())
+        return unless(unknown[:, None], _hulls(found, row, n))
 
     def _sums(
         self,
@@ -169,3 +169,20 @@ class Layer:
                 parts.append(sum_of_products(x, weights(e), self.accumulation))
                 start += count
         return Interval(torch.cat([p.low for p in parts]), torch.cat([p.high for p in parts]))
+
+
+def _hulls(x: Interval, row: torch.Tensor, n: int) -> Interval:
+    """[n, H]: the hull of x [C, H] over the candidates of each row [C], which has one at least."""
+    if row.numel() == n:
+        return x
+    index = row[:, None].expand_as(x.low)
+
+    def over(of: torch.Tensor, start: float, reduction: str) -> torch.Tensor:
+        full = torch.full((n, of.shape[1]), start, dtype=torch.float64, device=of.device)
+        return full.scatter_reduce(0, index, of, reduction)
+
+    low = over(x.low.masked_fill(x.nan, torch.inf), torch.inf, "amin")
+    high = over(x.high.masked_fill(x.nan, -torch.inf), -torch.inf, "amax")
+    some, every = (over(x.nan.double(), s, f) == 1 for s, f in ((0.0, "amax"), (1.0, "amin")))
+    numbers = unless(some, Interval(low, high))
+    return numbers.map(lambda end: end.masked_fill(every, torch.nan))

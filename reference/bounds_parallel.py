@@ -1,6 +1,6 @@
 """Intervals that hold the outputs of a layer over several ranks: `bounds.py`, and one sum more.
 
-9. *All-reduce.* Each of n ranks has an output in its interval, a number of the dtype that travels,
+13. *All-reduce.* Each of n ranks has an output in its interval, a number of the dtype that travels,
    which has p bits (bf16 8, fp16 11, fp32 24). They are added in that dtype or in a wider one, in any
    order, as rings, trees and switches do. Let P and -N be the sums of the largest positive and of the
    most negative ends and B = max(P, N): no partial sum is further from zero, but for what was rounded
@@ -8,7 +8,9 @@
    numbers n - 2 additions come before it, each wrong by 2^-p of its sum at most: by
    k 2^-p B / (1 - k 2^-p) together, k = n - 2. Numbers that are zero add exactly, and of two ranks the
    sum is one rounding: nothing is free then. An addition may go by way of fp32 to bf16, twice rounded,
-   which moves a tie by 2^-23 at most. A partial sum that the dtype cannot hold is outside the argument.
+   which moves a tie by 2^-23 at most. Where a partial sum may exceed the dtype, P towards +inf and N
+   towards -inf, so may the sum, and where both may, it may be NaN. Of infinite and NaN outputs the sum
+   is what 12 says of a chain.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -38,7 +40,7 @@ def all_reduce_bounds(
     """
     low_ends, high_ends = (torch.stack([getattr(p, end) for p in parts]) for end in ("low", "high"))
     terms = torch.maximum(low_ends.abs(), high_ends.abs()).count_nonzero(0).double()
-    positive, negative = high_ends.clamp(min=0).sum(0), (-low_ends).clamp(min=0).sum(0)
+    positive, negative = (_finite(end).clamp(min=0).sum(0) for end in (high_ends, -low_ends))
     largest = torch.maximum(positive, negative)
     before = (terms - 2).clamp(min=0) * _UNIT[reduce_dtype]
     error = torch.where(before == 0, 0.0, before * largest / (1 - before)) * 1.001
@@ -47,9 +49,19 @@ def all_reduce_bounds(
     if reduce_dtype == torch.float32:
         summed = summed.map(lambda end: end.float().double())
     else:
-        summed = rounded(reduce_dtype, summed.widened(summed.magnitude * (2 * U * 1.001)))
+        summed = rounded(reduce_dtype, summed.relatively(2 * U * 1.001))
+    most = torch.finfo(reduce_dtype).max
+    above, below = ((before > 0) & (size + error > most) for size in (positive, negative))
+    summed = Interval(
+        torch.where(below & ~summed.nan, -torch.inf, summed.low),
+        torch.where(above & ~summed.nan, torch.inf, summed.high),
+    )
     summed = summed.map(lambda end: end.float().to(output_dtype).double())
-    return unless((before > 0) & (largest + error > torch.finfo(reduce_dtype).max), summed)
+    return unless(summed.low.isnan() != summed.high.isnan(), summed)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def expert_parallel_bounds(
@@ -117,5 +129,5 @@ def _total(ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before, total = total, total + end
         virtual = total - before
         wrong |= (before - (total - virtual)) + (end - virtual) != 0
-        size = size + end.abs()
-    return total, torch.where(wrong, size * len(ends) * 2.0**-52, 0.0)
+        size = size + _finite(end.abs())
+    return total, torch.where(wrong & total.isfinite(), size * len(ends) * 2.0**-52, 0.0)

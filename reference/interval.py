@@ -1,4 +1,4 @@
-"""Intervals, and the sums of exact products that any order may compute; `bounds.py` has the argument."""
+"""Intervals, and how far sums may be from the true ones; `bounds.py` has the argument."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch
 
 U = 2.0**-24
 """Unit roundoff of fp32."""
+LARGEST = torch.finfo(torch.float32).max
+SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,15 @@ CONTIGUOUS = replace(
 
 @dataclass(frozen=True)
 class Interval:
-    """All values from `low` to `high`, fp64 tensors of one shape; one tensor is both ends of a point."""
+    """What a number may be: fp64 tensors of one shape; one tensor is both ends of a point.
+
+        low <= high    a number from low to high; an end that is infinite is one of its values
+        -inf, inf      anything, NaN too: nothing is claimed
+        NaN, NaN       NaN, and nothing else
+
+    An operation is invalid (0 * inf, inf - inf) where an end of its result is NaN. Where only some of
+    the values make it so, nothing is claimed.
+    """
 
     low: torch.Tensor
     high: torch.Tensor
@@ -67,27 +77,62 @@ class Interval:
         """Whether the ends are one tensor; where they only have the same values, it is False."""
         return self.low is self.high
 
+    @property
+    def nan(self) -> torch.Tensor:
+        """Which elements are NaN for sure."""
+        return self.low.isnan()
+
+    @property
+    def unknown(self) -> torch.Tensor:
+        """Of which elements nothing is claimed."""
+        return (self.low == -torch.inf) & (self.high == torch.inf)
+
+    @property
+    def single(self) -> torch.Tensor:
+        """Which elements have one value alone; NaN is one."""
+        return (self.low == self.high) | self.nan
+
     def widened(self, by: torch.Tensor | float) -> "Interval":
+        """By a finite number."""
         return Interval(self.low - by, self.high + by)
 
+    def relatively(self, error: torch.Tensor | float) -> "Interval":
+        """Times 1 - error to 1 + error, which is less than 1; infinite ends stay."""
+        low, high = (end.abs().nan_to_num(posinf=0.0) * error for end in (self.low, self.high))
+        return Interval(self.low - low, self.high + high)
+
     def map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
-        """Of a nondecreasing f."""
+        """f of both ends, for f that is nondecreasing, or moves elements about."""
         low = f(self.low)
         return Interval(low, low if self.is_point else f(self.high))
 
+    def rising(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
+        """Of a nondecreasing f of numbers, which lets a NaN through."""
+        return self.map(f) if self.is_point else unless(self.unknown, self.map(f))
+
+    def __neg__(self) -> "Interval":
+        low = -self.high
+        return Interval(low, low if self.is_point else -self.low)
+
     def __mul__(self, other: "Interval") -> "Interval":
+        if self.is_point and other.is_point:
+            return Interval.point(self.low * other.low)
         if self.is_point:
             self, other = other, self
-        a, b = self.low * other.low, self.high * other.low
-        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        low = high = self.low * other.low
+        corners = [(self.high, other.low)]
         if not other.is_point:
-            a, b = self.low * other.high, self.high * other.high
-            low = torch.minimum(low, torch.minimum(a, b))
-            high = torch.maximum(high, torch.maximum(a, b))
-        return Interval(low, high)
+            corners += [(self.low, other.high), (self.high, other.high)]
+        for a, b in corners:
+            corner = a * b
+            low, high = torch.minimum(low, corner), torch.maximum(high, corner)
+        surely = self.nan | other.nan | (self.single & other.single)
+        return unless(low.isnan() & ~surely, Interval(low, high))
 
     def __add__(self, other: "Interval") -> "Interval":
-        return Interval(self.low + other.low, self.high + other.high)
+        if self.is_point and other.is_point:
+            return Interval.point(self.low + other.low)
+        return _valid(Interval(self.low + other.low, self.high + other.high))
 
     def __getitem__(self, index: object) -> "Interval":
         return self.map(lambda end: end[index])  # type: ignore[index]
@@ -98,14 +143,14 @@ class Interval:
 
     @property
     def mignitude(self) -> torch.Tensor:
-        """The smallest magnitude."""
+        """The smallest magnitude; 0 for NaN."""
         same_sign = (self.low > 0) | (self.high < 0)
         return torch.where(same_sign, torch.minimum(self.low.abs(), self.high.abs()), 0.0)
 
     def contains(self, x: torch.Tensor) -> torch.Tensor:
-        """Elementwise; an infinite interval contains everything, NaN too."""
+        """Elementwise: whether x may be the value."""
         x = x.double()
-        return ((x >= self.low) & (x <= self.high)) | (self.low.isinf() & self.high.isinf())
+        return ((x >= self.low) & (x <= self.high)) | self.unknown | (self.nan & x.isnan())
 
 
 def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
@@ -115,89 +160,28 @@ def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
 
 def hull(a: Interval, b: Interval) -> Interval:
     """The smallest interval that holds both."""
-    return Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
+    both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
+    return unless(a.nan != b.nan, both)
 
 
 def unless(unknown: torch.Tensor, i: Interval) -> Interval:
-    """Infinite where unknown, and where an end is NaN."""
+    """Nothing is claimed where unknown."""
     return Interval(
-        torch.where(unknown | i.low.isnan(), -torch.inf, i.low),
-        torch.where(unknown | i.high.isnan(), torch.inf, i.high),
+        torch.where(unknown, -torch.inf, i.low), torch.where(unknown, torch.inf, i.high)
     )
 
 
-def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:
-    """[N, M]: x [N, K] times w [M, K] transposed; w and, where it is a point, x are fp32 numbers."""
-    k, w64 = w.shape[1], w.double()
-    points = x.is_point or bool((x.low == x.high).all())
-    if points:
-        x = Interval.point(x.low)
-    magnitude, sizes = x.magnitude, w64.abs()
-    centre = x.low if points else (x.low + x.high) / 2
-    radius = None if points else (x.high - x.low) / 2
-    size = magnitude @ sizes.T
-    low = high = centre @ w64.T
-    if radius is not None:
-        spread = radius @ sizes.T
-        low, high = low - spread, high + spread
-    largest = torch.maximum(size + high, size - low) / 2
-    if accumulation.chunk is not None:
-        ranges = _largest_of_ranges(centre, radius, magnitude, w64, sizes, accumulation.chunk)
-        largest = torch.minimum(largest, ranges)
-    terms = torch.minimum((magnitude != 0).sum(1)[:, None], (w != 0).sum(1)[None, :])
-    error = accumulation.error(largest, terms, k) + size * k * 2.0**-52  # these sums are fp64
-    if points:  # of an interval's inner values nothing is known: they have no common divisor
-        unit = _unit(x.low.float())[:, None] * _unit(w)[None, :]
-        error = torch.where(largest <= unit * 2**24, 0.0, error)
-    return Interval(low - error, high + error)
+def fp32_range(i: Interval) -> Interval:
+    """Of numbers that fp32 holds: those beyond its largest are infinite."""
+    return Interval(
+        torch.where(i.low > LARGEST, torch.inf, i.low),
+        torch.where(i.high < -LARGEST, -torch.inf, i.high),
+    )
 
 
-def _largest_of_ranges(
-    centre: torch.Tensor,
-    radius: torch.Tensor | None,
-    magnitude: torch.Tensor,
-    w: torch.Tensor,
-    sizes: torch.Tensor,
-    chunk: int,
-) -> torch.Tensor:
-    """A bound of the magnitude of every contiguous range of chunks, and of what is within one."""
-    total = centre.new_zeros(centre.shape[0], w.shape[0])
-    least, most, spread, inside = total, total, total, total
-    for k in range(0, w.shape[1], chunk):
-        part = slice(k, k + chunk)
-        total = total + centre[:, part] @ w[:, part].T
-        if radius is not None:
-            spread = spread + radius[:, part] @ sizes[:, part].T
-        inside = torch.maximum(inside, magnitude[:, part] @ sizes[:, part].T)
-        least, most = torch.minimum(least, total), torch.maximum(most, total)
-    return most - least + spread + inside
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """The power of two that every fp32 number of a row is a multiple of, fp64; infinite for zeros."""
-    a = x.abs()
-    bits = a.view(torch.int32)
-    # Without its lowest set bit a number loses its unit, if that bit is one of the significand.
-    rest = (bits & (bits - 1)).view(torch.float32)
-    unit = torch.where(bits & 0x7FFFFF == 0, a, a - rest)
-    return torch.where(a == 0, torch.inf, unit).amin(-1).double()
-
-
-def _inexact(scale: torch.Tensor) -> torch.Tensor:
-    """How often a product with each scale rounds: 0 for powers of two."""
-    return (torch.frexp(scale)[0].abs() != 0.5).double()
-
-
-def times(x: Interval, scale: torch.Tensor) -> Interval:
-    """x times an fp32 factor, rounded unless that is a power of two."""
-    product = x * Interval.point(scale)
-    return product.widened(product.magnitude * _inexact(scale) * U * 1.001)
-
-
-def plus_bias(x: Interval, bias: torch.Tensor) -> Interval:
-    """x plus an fp32 bias; a closed epilogue may scale both first, and add then."""
-    size = x.magnitude + bias.double().abs()
-    return (x + Interval.point(bias)).widened(2 * U * size)
+def _valid(i: Interval) -> Interval:
+    """Nothing is claimed where one end alone is NaN."""
+    return unless(i.low.isnan() != i.high.isnan(), i)
 
 
 def rounded(dtype: torch.dtype, x: Interval) -> Interval:

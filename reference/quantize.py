@@ -85,9 +85,9 @@ def quantize_per_token(
     if x.dtype == torch.float32:
         result = _fp32_per_token(x, g, recipe, ar)
     else:
-        amax = ar.flush(_max_ignoring_nan(x).nan_to_num(nan=0.0, posinf=torch.inf).float())
+        amax = ar.flush(max_ignoring_nan(x).nan_to_num(nan=0.0, posinf=torch.inf).float())
         encode, scale = row_scales(amax, g, recipe, ar)
-        tops = _max_ignoring_nan(_split(x)).float()
+        tops = max_ignoring_nan(_split(x)).float()
         blocks = quantize_blocks(x.float(), tops, encode, amax, recipe, ar)
         steps = {"row amax": amax, "encode scale": encode, **blocks.steps}
         result = replace(blocks, per_token_scale=scale, steps=steps)
@@ -133,7 +133,7 @@ def quantize_global_scale(
     if x.dtype == torch.float8_e4m3fn:
         result = _e4m3_blocks(x, encode, recipe, ar)
     else:
-        amax = _max_ignoring_nan(_split(x)).float()
+        amax = max_ignoring_nan(_split(x)).float()
         result = quantize_blocks(x.float(), amax, encode, None, recipe, ar)
     result = replace(result, steps={"encode scale": encode, **result.steps})
     return _finish(result, layout, keep_steps)
@@ -146,7 +146,7 @@ def quantize_block_scales(x: torch.Tensor, recipe: Recipe) -> Quantized:
     proven on FlashInfer.
     """
     ar = Arithmetic(ftz=recipe.build == "cuda")
-    amax = _max_ignoring_nan(_split(x))
+    amax = max_ignoring_nan(_split(x))
     return quantize_blocks(x, amax, x.new_ones(x.shape[0]), None, recipe, ar)
 
 
@@ -174,7 +174,7 @@ def _split(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (-1, BLOCK_SIZE))
 
 
-def _max_ignoring_nan(x: torch.Tensor) -> torch.Tensor:
+def max_ignoring_nan(x: torch.Tensor) -> torch.Tensor:
     """Largest magnitude along the last dimension; NaN where there is nothing but NaN."""
     a = x.abs()
     top = a.masked_fill(a.isnan(), -1.0).amax(-1)  # torch's own maxima let a NaN through
@@ -301,7 +301,7 @@ def _e4m3_blocks(
     exact = recipe.math == "exact" and recipe.build == "cute-dsl"
     prescale = ar.mul(ar.div(1.0, encode) if exact else rcp_approx_ftz(encode), e2m1.MAX)
     values = ar.mul(x.float(), prescale[:, None]).half()
-    amax = _max_ignoring_nan(_split(values)).float()
+    amax = max_ignoring_nan(_split(values)).float()
     if recipe.build == "cute-dsl":
         return quantize_blocks(values.float(), amax, encode, None, recipe, ar)
     unrounded = ar.mul(encode[:, None], ar.mul(amax, _SIXTH))
@@ -320,7 +320,7 @@ def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithm
             f"x is fp32; its recipe must be fast, without 4over6, build cuda: {recipe}"
         )
     values = ar.flush(_split(x))
-    amax = _max_ignoring_nan(values).nan_to_num(nan=0.0, posinf=torch.inf)
+    amax = max_ignoring_nan(values).nan_to_num(nan=0.0, posinf=torch.inf)
     row_amax = amax.amax(-1)
     scale = ar.mul(row_amax, g)
     output_scale = torch.where(amax == 0, 0.0, ar.mul(rcp_approx_ftz(amax), e2m1.MAX))

@@ -145,12 +145,17 @@ def test_the_interval_sees_a_second_rounding_and_truncation():
             assert_inside(wrong, bounds)
 
 
-def test_nothing_is_claimed_of_nan_and_of_tiny_alphas():
+def test_rows_of_nan_and_of_tiny_and_infinite_alphas():
     case = dense_cases.real(6, 8, 64)
     scales, alpha = case.a_scales.clone(), case.alpha.clone()
     scales.view(-1)[16] = dense_cases.NAN  # row 1
     alpha[2], alpha[3], alpha[4] = torch.nan, 1e-38, torch.inf
-    bounds = mm_fp4_bounds(**replace(case, a_scales=scales, alpha=alpha).arguments)
-    known = bounds.low.isfinite().all(1)
-    assert known.tolist() == [True, False, False, False, False, True]
-    assert bounds.contains(torch.full((6, 8), torch.nan))[~known].all()
+    case = replace(case, a_scales=scales, alpha=alpha)
+    bounds = mm_fp4_bounds(**case.arguments)
+    assert bounds.nan.all(1).tolist() == [False, True, True, False, False, False]
+    assert bounds.low[4].isinf().all() and not bounds.unknown.any()
+    got = dense.mm_fp4(**case.arguments)
+    flushed = got.masked_fill(got.abs() < 2.0**-126, 0.0)
+    assert bounds.contains(got).all() and bounds.contains(flushed).all()
+    finite = torch.where(got.isfinite(), torch.nan, 1.0).bfloat16()
+    assert not bounds.contains(finite).any()

@@ -224,11 +224,11 @@ def test_intervals_of_sums(dtype):
         assert not allowed.contains(coarse).all(), "bf16 is not fp32"
 
 
-def test_sums_that_overflow_are_unknown():
+def test_sums_that_may_overflow():
     large = Interval.point(torch.tensor([6e4, 1.0]))
     minus = Interval.point(torch.tensor([-6e4, 1.0]))
     allowed = all_reduce_bounds([large, large, minus], torch.float16, torch.float16)
-    assert allowed.low[0].isinf() and allowed.high[0].isinf()
+    assert 5.9e4 < allowed.low[0] <= 6e4 and allowed.high[0] == torch.inf
     assert 2.99 < allowed.low[1] <= 3 <= allowed.high[1] < 3.01
 
 

@@ -70,7 +70,7 @@ def _unsigned_zero(x: Tensor) -> Tensor:
 
 
 _ENCODE_E2M1, _ENCODE_E4M3 = e2m1.encode, e4m3.encode
-_MAX = quantize._max_ignoring_nan
+_MAX = quantize.max_ignoring_nan
 
 
 def _up(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "codes round towards zero": _with(e2m1, "encode", _towards_zero),
     "block scale rounded up": _with(e4m3, "encode", _up),
     "reciprocals by division": _with(quantize, "rcp_approx_ftz", torch.reciprocal),
-    "row maximum of half the row": _with(quantize, "_max_ignoring_nan", _of_half),
+    "row maximum of half the row": _with(quantize, "max_ignoring_nan", _of_half),
     "exact math for fast": _recipe(math="exact"),
     "4over6 though it is off": _recipe(four_over_six=NVFP44Over6Config()),
     "base scale 1": lambda x, r: quantize_per_token(x, 1.0, r),
