@@ -83,7 +83,8 @@ def _row_maxima(middle: Interval, ftz: bool) -> tuple[torch.Tensor, torch.Tensor
         count
     )
     first = (count.cumsum(0) - count)[row]
-    bits = least[row] + torch.arange(row.numel(), device=row.device) - first
+    step = torch.arange(row.numel(), dtype=torch.int64, device=row.device) - first
+    bits = least[row] + step
     bits = torch.where(bits > 0, bits + subnormal, 0)
     amax = bits.to(torch.int16).view(torch.bfloat16).float()
     return row, torch.where(unknown[row], 0.0, amax), unknown
