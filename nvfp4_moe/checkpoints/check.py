@@ -3,13 +3,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import product
 
 import torch
 
 from ..reference.recipe import BLOCK_SIZE
-from .folder import Folder, Place
-from .formats import Format
-from .layers import Layer, Projection
+from .folder import Folder
+from .formats import BIAS, Format
+from .layers import WEIGHTS, Layer, Projection
+from .places import Place, read_matrix, read_scalar, read_vector
 from .progress import Progress
 
 _NAN = 0x7F
@@ -70,7 +73,24 @@ class Headers:
         """The shape of the tensor that has a matrix of this shape at the place, if sizes are known."""
         if not self.hidden_size:
             return []
-        return [(*self.stacked(place), rows * (1 if place.half is None else 2), columns)]
+        rows *= 1 if place.half is None else 2
+        if place.flat:
+            return [(place.flat * rows, columns)]
+        return [(*self.stacked(place), *((columns, rows) if place.transposed else (rows, columns)))]
+
+    def vector(self, place: Place, rows: int) -> list[tuple[int, ...]]:
+        """The shape of the tensor that has a vector of a row each at the place, if sizes are known."""
+        return [shape[:-1] for shape in self.whole(replace(place, transposed=False), rows, 1)]
+
+    def scalars(self, place: Place) -> list[tuple[int, ...]]:
+        """The shapes of a tensor of scalars: one for all, one an expert, or one for gate and up each."""
+        shapes: list[tuple[int, ...]] = [(), (1,), (1, 1)]
+        stacked = self.stacked(place)
+        if stacked:
+            shapes += [stacked, (*stacked, 1), (*stacked, 1, 1)]
+        if place.half is not None:
+            shapes += [(*stacked, 2)]
+        return shapes
 
     def stacked(self, place: Place) -> tuple[int, ...]:
         return () if place.expert is None else (self.layer.num_experts,)
@@ -101,8 +121,9 @@ class Headers:
                 if len(info.shape) < 2 or not all(info.shape):
                     self.add(f"{place.name}: its shape is {list(info.shape)}; it must be a matrix")
                     continue
-                rows = info.shape[-2] // (1 if place.half is None else 2)
-                sizes = (info.shape[-1] * packed, rows)
+                rows, columns = info.shape[-2:][::-1] if place.transposed else info.shape[-2:]
+                rows //= (1 if place.half is None else 2) * (place.flat or 1)
+                sizes = (columns * packed, rows)
                 votes[sizes[::-1] if projection == "down" else sizes] += 1
         return votes.most_common(1)[0][0] if votes else (0, 0)
 
@@ -115,7 +136,7 @@ class Check(Headers):
 
     Args:
         experts: whose weights are wanted.
-        inputs: experts that must have activation scales; of the others they may be missing.
+        inputs: experts that must have activation scales; those of the others are not looked at.
     """
 
     def __init__(
@@ -131,6 +152,8 @@ class Check(Headers):
 
     def run(self, progress: Progress) -> list[str]:
         """All problems, those of whole shards first."""
+        if (other := self._other_format()) is not None:
+            return [other]
         self._extra()
         experts = sorted({*self.experts, *self._inputs})
         for done, expert in enumerate(experts, 1):
@@ -140,29 +163,49 @@ class Check(Headers):
 
     def _extra(self) -> None:
         layer = self.layer
-        self.extra(self._form.kinds)
+        self.extra((*self._form.kinds, BIAS))
         for name in layer.strange:
             self.add(f"{name}: extra: not a tensor of an expert's projection, or there twice")
         for (expert, _, kind), name in layer.names.items():
-            if (expert or 0) < layer.num_experts and kind not in self._form.kinds:
-                kinds = ", ".join(self._form.kinds)
+            if (expert or 0) < layer.num_experts and kind not in (*self._form.kinds, BIAS):
+                kinds = ", ".join((*self._form.kinds, BIAS))
                 self.add(f"{name}: extra: the kinds of {self._form.name} are {kinds}")
+
+    def _other_format(self) -> str | None:
+        """What the weights are, where none of them are packed NVFP4."""
+        layer, infos = self.layer, {}
+        for expert in self.experts:
+            for projection, kind in product(layer.projections, WEIGHTS):
+                place = layer.place(expert, projection, kind)
+                if place is not None and (info := self.folder.info(place.name)) is not None:
+                    infos[place.name] = info
+        if not infos or any(info.dtype in ("U8", "I8") for info in infos.values()):
+            return None
+        name, info = next(iter(infos.items()))
+        return (
+            f"{layer.module}: its weights are not NVFP4: {name} is {info.dtype} "
+            f"{list(info.shape)}, and {self._form.name} has {self._form.codes} in U8; "
+            "`nvfp4-moe convert` makes NVFP4 of BF16, F16, F32 and F8_E4M3"
+        )
 
     def _expert(self, expert: int) -> None:
         layer, form = self.layer, self._form
-        weights = expert in self.experts
-        kinds = form.kinds if weights else (form.input_scale,)
+        kinds = [form.codes, form.block_scales, form.weight_scale] if expert in self.experts else []
+        kinds += [form.input_scale] if expert in self._inputs else []
         places = {
             (p, kind): layer.place(expert, p, kind) for p in layer.projections for kind in kinds
         }
         if not any(places.values()):
             self.add(f"{layer.module}.{expert}: missing")
             return
+        if expert in self.experts:
+            biases = [p for p in layer.projections if layer.has_bias(p)]
+            places |= {(p, BIAS): layer.place(expert, p, BIAS) for p in biases}
         for (projection, kind), place in places.items():
-            if place is not None:
-                self._tensor(place, projection, kind)
-            elif kind != form.input_scale or expert in self._inputs:
+            if place is None:
                 self.add(f"{layer.module_of(expert, projection)}.{kind}: missing")
+            else:
+                self._tensor(place, projection, kind)
 
     def _tensor(self, place: Place, projection: Projection, kind: str) -> None:
         form, (rows, columns) = self._form, self.size(projection)
@@ -171,16 +214,18 @@ class Check(Headers):
         elif kind == form.block_scales:
             if self.fits(place, ("F8_E4M3",), self.whole(place, rows, columns // BLOCK_SIZE)):
                 self._block_scales(place)
-        elif self.fits(place, ("F32",), self._scalar_shapes(place)):
+        elif kind == BIAS:
+            if self.fits(place, ("F32", "BF16", "F16"), self.vector(place, rows)):
+                self._bias(place)
+        elif self.fits(place, ("F32",), self.scalars(place)):
             self._scalar(place)
 
-    def _scalar_shapes(self, place: Place) -> list[tuple[int, ...]]:
-        stacked = self.stacked(place)
-        pair = [] if place.half is None else [(*stacked, 2)]
-        return [stacked, (*stacked, 1), *pair]
+    def _bias(self, place: Place) -> None:
+        if not read_vector(self.folder, place).isfinite().all():
+            self.add(f"{place}: it has NaN or infinite values")
 
     def _block_scales(self, place: Place) -> None:
-        scales = self.folder.matrix(place).view(torch.uint8)
+        scales = read_matrix(self.folder, place).view(torch.uint8)
         nan = int(((scales & 0x7F) == _NAN).sum())
         negative = int((scales > 0x80).sum()) - int((scales == 0xFF).sum())
         for count, what in ((nan, "NaN"), (negative, "negative")):
@@ -188,7 +233,7 @@ class Check(Headers):
                 self.add(f"{place}: {count} of {scales.numel()} block scales are {what}")
 
     def _scalar(self, place: Place) -> None:
-        value = self.folder.scalar(place)
+        value = read_scalar(self.folder, place)
         decode = self._form.decode(value)
         if not (decode.isfinite() and decode >= 0):
             self.add(f"{place}: it is {float(value)}, not a scale")

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..reference.recipe import BLOCK_SIZE, Recipe
-from .formats import matches
+from .patterns import matches
 from .source import Source
 
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")

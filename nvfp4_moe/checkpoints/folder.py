@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..host import READING
 from .errors import CheckpointError
+from .mistral import MISTRAL, mistral_config
 
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
@@ -27,25 +28,6 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an expert's matrix or scalar lies.
-
-    A whole tensor; or an expert's part of a stacked one; and of these the first half of the rows
-    (gate, 0) or the second (up, 1), where gate and up are fused.
-    """
-
-    name: str
-    expert: int | None = None
-    half: int | None = None
-
-    def __str__(self) -> str:
-        part = "" if self.expert is None else f"[{self.expert}]"
-        return (
-            self.name + part + ("", " (gate)", " (up)")[0 if self.half is None else self.half + 1]
-        )
 
 
 class Folder:
@@ -65,7 +47,7 @@ class Folder:
         self._infos: dict[str, dict[str, TensorInfo | None]] = {}
         if not self.path.is_dir():
             raise CheckpointError(self.path, ["there is no such folder"])
-        self.config = self.json("config.json") or {}
+        self.config = self.json("config.json") or mistral_config(self.json(MISTRAL) or {})
         self.index = self.json(INDEX)
         self.shard_of = self._from_files() if self.index is None else self._from_index(self.index)
         self.shards = sorted(set(self.shard_of.values()) | set(self.broken))
@@ -113,20 +95,9 @@ class Folder:
         with READING:
             return self.file(self.shard_of[name]).get_tensor(name)
 
-    def matrix(self, place: Place) -> torch.Tensor:
-        """[rows, columns] at a place."""
-        piece = self.file(self.shard_of[place.name]).get_slice(place.name)
-        rows = piece.get_shape()[-2]
-        halves = (slice(None), slice(rows // 2), slice(rows // 2, None))
-        half = halves[0 if place.half is None else place.half + 1]
-        with READING:
-            return piece[half] if place.expert is None else piece[place.expert, half]
-
-    def scalar(self, place: Place) -> torch.Tensor:
-        """[] at a place; a fused pair of scalars (gate, up) has one for each half."""
-        value = self.tensor(place.name)
-        value = (value if place.expert is None else value[place.expert]).reshape(-1)
-        return value[place.half] if place.half is not None and len(value) == 2 else value[0]
+    def slice(self, name: str) -> Any:
+        """A tensor to be read in part: indexing reads what is asked for."""
+        return self.file(self.shard_of[name]).get_slice(name)
 
     def _from_index(self, index: dict[str, Any]) -> dict[str, str]:
         places = index.get("weight_map")

@@ -1,24 +1,22 @@
 """How a checkpoint says that it is NVFP4, and what each format calls its tensors.
 
 ModelOpt (`hf_quant_config.json`, or `quantization_config` of `config.json`, `quant_method` modelopt;
-`quant_algo` NVFP4, or MIXED_PRECISION with `quantized_layers`; `exclude_modules` or `ignore` with
-wildcards), for each projection:
+`quant_algo` NVFP4, or MIXED_PRECISION with `quantized_layers` or `config_groups`, in capitals or not;
+`exclude_modules` or `ignore` with wildcards), for each projection:
 
     weight          uint8 [rows, K/2], the even column in the low nibble
     weight_scale    e4m3 [rows, K/16], linear
     weight_scale_2  fp32 scalar, decode: amax / (6 * 448)
     input_scale     fp32 scalar, decode: largest input / (6 * 448)
 
-compressed-tensors (`quant_method` compressed-tensors, `ignore` with `re:` patterns) has
-`weight_packed`, `weight_scale`, and two *encode* scales, the reciprocals: `weight_global_scale` and
-`input_global_scale`.
+compressed-tensors (`quant_method` compressed-tensors, `config_groups` or the `format` alone, `ignore`
+with `re:` patterns) has `weight_packed`, `weight_scale`, and two *encode* scales, the reciprocals:
+`weight_global_scale` and `input_global_scale`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,14 +24,20 @@ import torch
 from ..reference.recipe import BLOCK_SIZE
 from .errors import CheckpointError
 from .folder import Folder
+from .groups import Group, group_refusal, read_groups
+from .layers import Layer
+from .model_config import model_config
+from .patterns import matches
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+NVFP4, MIXED = ("NVFP4", "W4A16_NVFP4"), "MIXED_PRECISION"
+BIAS = "bias"
+NVFP4_PACKED = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
 class Format:
-    """The kinds of tensors of a projection."""
+    """The kinds of tensors of a projection; `bias` has one name everywhere."""
 
     name: str
     codes: str
@@ -69,25 +73,34 @@ class Quantization:
     format: Format
     excluded: tuple[str, ...] = ()
     algorithms: dict[str, str] = field(default_factory=dict)  # by module, of MIXED_PRECISION
+    groups: tuple[Group, ...] = ()  # without any the format holds for all
 
-    def refusal(self, modules: Iterable[str]) -> str | None:
-        """Why the modules (a module of experts and those in it) are not NVFP4; None if they are."""
-        names = list(modules)
+    def refusal(self, layer: Layer, experts: Iterable[int]) -> str | None:
+        """Why experts of a layer are not NVFP4; None if they are."""
+        called = [layer.called(e, p) for e in experts for p in layer.projections]
+        names = [layer.module, *dict.fromkeys(name for names in called for name in names)]
         for pattern in self.excluded:  # outside: fnmatch remembers few compiled patterns
             for name in names:
                 if matches(pattern, name):
                     return f"{name} is excluded from quantization (by {pattern!r})"
-        if self.algorithms and not any(self.algorithms.get(n) in _NVFP4 for n in names):
-            given = {self.algorithms.get(n) for n in names} - {None}
-            return f"{names[0]}: its algorithm is {given or 'not given'}, not one of {_NVFP4}"
+        for projection in called:
+            own = [*projection, layer.module]
+            reason = self._algorithm(own) or group_refusal(self.groups, own)
+            if reason is not None:
+                return reason
         return None
 
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of `exclude_modules` or `ignore` means a module."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return fnmatchcase(module, pattern)
+    def _algorithm(self, names: Sequence[str]) -> str | None:
+        if not self.algorithms:
+            return None
+        given = {self.algorithms[n] for n in names if n in self.algorithms} or {
+            algorithm
+            for pattern, algorithm in self.algorithms.items()
+            if "*" in pattern and any(matches(pattern, n) for n in names)
+        }
+        if given and given <= set(NVFP4):
+            return None
+        return f"{names[0]}: its algorithm is {sorted(given) or 'not given'}, not one of {NVFP4}"
 
 
 def read_quantization(folder: Folder) -> Quantization:
@@ -96,48 +109,68 @@ def read_quantization(folder: Folder) -> Quantization:
     Raises:
         CheckpointError: nothing, or something else than NVFP4 in one of the two formats.
     """
-    config = folder.config.get("quantization_config") or {}
-    if config.get("quant_method") == "compressed-tensors":
+    config = model_config(folder).get("quantization_config") or {}
+    method = str(config.get("quant_method", "modelopt")).lower()
+    if method == "compressed-tensors":
         return _compressed_tensors(folder, config)
     separate = (folder.json(HF_QUANT_CONFIG) or {}).get("quantization") or {}
     inner = config.get("quantization") or config
-    if not separate and not str(config.get("quant_method", "modelopt")).startswith("modelopt"):
+    if not separate and not method.startswith("modelopt"):
         inner = {}
-    algorithm = separate.get("quant_algo") or inner.get("quant_algo")
-    layers = separate.get("quantized_layers") or inner.get("quantized_layers") or {}
-    if algorithm not in (*_NVFP4, "MIXED_PRECISION"):
+    given = separate.get("quant_algo") or inner.get("quant_algo")
+    algorithm = str(given).upper()
+    if algorithm not in (*NVFP4, MIXED):
         raise CheckpointError(
             folder.path,
             [
-                f"its quant_algo is {algorithm!r} (quant_method {config.get('quant_method')!r}); it "
+                f"its quant_algo is {given!r} (quant_method {config.get('quant_method')!r}); it "
                 f"must be NVFP4 of ModelOpt, in {HF_QUANT_CONFIG} or config.json, or of "
-                "compressed-tensors"
+                f"compressed-tensors; {advice(method)}"
             ],
         )
-    size = separate.get("group_size") or inner.get("group_size") or BLOCK_SIZE
-    _check_group_size(folder, size)
+    check_group_size(folder, separate.get("group_size") or inner.get("group_size"))
     excluded = [
         *separate.get("exclude_modules", ()),
         *(inner.get("exclude_modules") or inner.get("ignore") or ()),
     ]
-    algorithms = {name: str(entry.get("quant_algo")) for name, entry in layers.items()}
-    return Quantization(MODELOPT, tuple(excluded), algorithms)
+    layers = separate.get("quantized_layers") or inner.get("quantized_layers") or {}
+    algorithms = {name: str(entry.get("quant_algo")).upper() for name, entry in layers.items()}
+    for entry in layers.values():
+        if str(entry.get("quant_algo")).upper() in NVFP4:
+            check_group_size(folder, entry.get("group_size"))
+    groups = read_groups(inner) if algorithm == MIXED and not layers else ()
+    return Quantization(MODELOPT, tuple(excluded), algorithms, groups)
 
 
 def _compressed_tensors(folder: Folder, config: dict[str, Any]) -> Quantization:
-    groups = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
-    fours = [g for g in groups if g.get("num_bits") == 4 and g.get("type") == "float"]
-    if not fours:
+    groups = read_groups(config)
+    if not groups and config.get("format") != NVFP4_PACKED:
         raise CheckpointError(
             folder.path,
             [
-                f"none of its config_groups has 4-bit float weights (format {config.get('format')!r})"
+                f"it has no config_groups, and its format is {config.get('format')!r}, not "
+                f"{NVFP4_PACKED!r}"
             ],
         )
-    _check_group_size(folder, fours[0].get("group_size", BLOCK_SIZE))
-    return Quantization(COMPRESSED_TENSORS, tuple(config.get("ignore") or ()))
+    if groups and not any(group.is_nvfp4 for group in groups):
+        each = ", ".join(f"{group.name}: {group.described}" for group in groups)
+        raise CheckpointError(
+            folder.path,
+            [
+                f"none of its config_groups has 4-bit float weights in groups of {BLOCK_SIZE} ({each})"
+            ],
+        )
+    return Quantization(COMPRESSED_TENSORS, tuple(config.get("ignore") or ()), groups=groups)
 
 
-def _check_group_size(folder: Folder, size: Any) -> None:
-    if size != BLOCK_SIZE:
+def check_group_size(folder: Folder, size: Any) -> None:
+    """Refuse a group size that is not NVFP4's; None stands for it."""
+    if size is not None and str(size) != str(BLOCK_SIZE):
         raise CheckpointError(folder.path, [f"its group_size is {size!r}; NVFP4 has {BLOCK_SIZE}"])
+
+
+def advice(method: str) -> str:
+    """What would serve a checkpoint of another quant_method."""
+    if method in ("fp8", "fbgemm_fp8", "none"):
+        return "`nvfp4-moe convert` makes NVFP4 of its weights"
+    return "convert the checkpoint that it was made from with `nvfp4-moe convert`"

@@ -1,40 +1,25 @@
-"""The layers of experts in a checkpoint, whatever their tensors are called.
+"""The layers of experts in a checkpoint, whatever their tensors are called (`naming.py`).
 
-    Qwen3-MoE, DeepSeek-V3   model.layers.N.mlp.experts.E.{gate_proj,up_proj,down_proj}.KIND
-    Mixtral                  model.layers.N.block_sparse_moe.experts.E.{w1,w3,w2}.KIND
-    Nemotron-H (not gated)   backbone.layers.N.mixer.experts.E.{up_proj,down_proj}.KIND
-    fused, per expert        ...experts.E.{gate_up_proj,w13}.KIND and the down projection's
-    stacked                  ...experts.{gate_up_proj,down_proj}[_KIND], [E, rows, columns]
-                             (transformers 5), and ...experts.{w13,w2}_KIND (vLLM, SGLang)
-
-Fused rows are [gate; up], as transformers 5, vLLM and SGLang have them. A KIND is `weight`, or a
-scale of the format; a stacked tensor without one is the weight. Tensors of `shared_experts` are not
-of experts here: they are ordinary layers.
+Fused rows are [gate; up], as transformers 5, vLLM and SGLang have them, or alternate (GPT-OSS).
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from .errors import CheckpointError
-from .folder import Folder, Place
+from .folder import Folder, TensorInfo
+from .model_config import is_model, model_config
+from .model_fields import EXPERT_COUNTS, INTERLEAVED_MODELS
+from .naming import LAYER, OF_EXPERTS, PERHAPS, parse
+from .places import Place
 
 Projection = Literal["gate", "up", "down"]
 
-_OF_EXPERT = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)\.(\w+)")
-_STACKED = re.compile(
-    r"((?:.+\.)?experts)\.(gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3)(?:[._](\w+))?"
-)
-_OF_ANY = re.compile(r"((?:.+\.)?experts)\.")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?=\.|$)")
-_MEANING = {
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "fused",
-    "w1": "gate", "w3": "up", "w2": "down", "w13": "fused",
-}  # fmt: skip
 _HALF = {"gate": 0, "up": 1}
-_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+WEIGHTS = ("weight", "weight_packed")
+"""Kinds that are the matrix itself, in one format or another."""
 
 
 @dataclass
@@ -42,19 +27,23 @@ class Layer:
     """One module of experts and the names of its tensors.
 
     `names` maps (expert, or None of a stacked tensor; gate, up, down or fused; kind) to a tensor's
-    name. `strange` are tensors inside the module that fit none of the namings above.
+    name. `strange` are tensors inside the module that fit none of the namings. `flat` are stacked
+    tensors whose first dimension is that of all experts' rows.
     """
 
     module: str
     names: dict[tuple[int | None, str, str], str] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
+    flat: set[str] = field(default_factory=set)
     short: bool = False  # w1, w3 and w2 instead of gate_proj, up_proj and down_proj
+    transposed: bool = False  # stacked matrices are [E, columns, rows]
+    interleaved: bool = False
     num_experts: int = 0
 
     @property
     def index(self) -> int | None:
         """The number of the layer."""
-        found = _LAYER.findall(self.module)
+        found = LAYER.findall(self.module)
         return int(found[-1]) if found else None
 
     @property
@@ -70,39 +59,73 @@ class Layer:
         """Experts that have a tensor of their own."""
         return {expert for expert, _, _ in self.names if expert is not None}
 
+    @property
+    def target(self) -> str:
+        """The module of the same experts, one by one, in a converted checkpoint."""
+        last = self.module.rpartition(".")[2]
+        return self.module if last == "experts" else f"{self.module}.experts"
+
+    def has_bias(self, projection: Projection) -> bool:
+        """Whether any expert has a bias in the GEMM of a projection; all must then."""
+        down = projection == "down"
+        return any(kind == "bias" and (p == "down") == down for _, p, kind in self.names)
+
     def place(self, expert: int, projection: Projection, kind: str) -> Place | None:
         half = _HALF.get(projection)
-        if (name := self.names.get((expert, projection, kind))) is not None:
-            return Place(name)
-        if half is not None and (name := self.names.get((expert, "fused", kind))) is not None:
-            return Place(name, half=half)
-        if (name := self.names.get((None, projection, kind))) is not None:
-            return Place(name, expert)
-        if half is not None and (name := self.names.get((None, "fused", kind))) is not None:
-            return Place(name, expert, half)
+        for owner in (expert, None):
+            for part in (None, half) if half is not None else (None,):
+                key = owner, projection if part is None else "fused", kind
+                if (name := self.names.get(key)) is not None:
+                    return Place(
+                        name,
+                        None if owner is not None else expert,
+                        part,
+                        self.num_experts if name in self.flat else 0,
+                        self.transposed and owner is None,
+                        self.interleaved and part is not None,
+                    )
         return None
 
     def module_of(self, expert: int, projection: Projection) -> str:
         """The name of one expert's projection, as per-expert checkpoints have it."""
+        return f"{self.target}.{expert}.{self._projection(projection)}"
+
+    def called(self, expert: int, projection: Projection) -> list[str]:
+        """Names by which a checkpoint's description may mean one expert's projection."""
+        fused = "fused" if projection in _HALF else projection
+        own = {
+            name.removesuffix(f".{kind}")
+            for (e, p, kind), name in self.names.items()
+            if kind in WEIGHTS and e in (expert, None) and p in (projection, fused)
+        }
+        return [self.module_of(expert, projection), *sorted(own)]
+
+    def _projection(self, projection: Projection) -> str:
         short = {"gate": "w1", "up": "w3", "down": "w2"}[projection]
-        return f"{self.module}.{expert}.{short if self.short else f'{projection}_proj'}"
+        return short if self.short else f"{projection}_proj"
 
 
 def find_layers(folder: Folder) -> list[Layer]:
     """Every layer of experts, by the number of the layer, then by name."""
     layers: dict[str, Layer] = {}
     for name in sorted(folder.shard_of):
-        if (match := _OF_ANY.match(name)) is None:
+        parts = parse(name)
+        if parts is None:
+            if (match := OF_EXPERTS.match(name)) is not None:
+                module = match["module"]
+                layers.setdefault(module, Layer(module)).strange.append(name)
             continue
-        layer = layers.setdefault(match[1], Layer(match[1]))
-        key = _key(name)
-        if key is None or key in layer.names:
+        layer = layers.setdefault(parts.module, Layer(parts.module))
+        key = parts.expert, parts.projection, parts.kind
+        if key in layer.names:
             layer.strange.append(name)
         else:
             layer.names[key] = name
-            layer.short |= name.removeprefix(layer.module).lstrip(".0123456789").startswith("w")
+            layer.short |= parts.short
     found = [layer for layer in layers.values() if layer.names]
+    interleaved = is_model(model_config(folder), INTERLEAVED_MODELS) is not None
     for layer in found:
+        layer.interleaved = interleaved
         layer.num_experts = _count(folder, layer)
     return sorted(
         found, key=lambda layer: (-1 if layer.index is None else layer.index, layer.module)
@@ -119,46 +142,30 @@ def find_layer(folder: Folder, layer: int | str) -> Layer:
     found = [x for x in layers if layer in (x.module, x.index)]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(x.module for x in (found or layers)[:8]) or "none"
+    names = ", ".join(x.module for x in (found or layers)[:8]) or f"none{_perhaps(folder)}"
     told = f"{len(found)} have that number; give the name" if found else "there are"
     raise CheckpointError(folder.path, [f"no single layer of experts {layer!r}; {told}: {names}"])
 
 
-def _key(name: str) -> tuple[int | None, str, str] | None:
-    if (match := _OF_EXPERT.fullmatch(name)) is not None:
-        meaning = _MEANING.get(match[3])
-        return None if meaning is None else (int(match[2]), meaning, match[4])
-    if (match := _STACKED.fullmatch(name)) is not None:
-        kind = match[3] or "weight"
-        # transformers 5 calls the block scales of a stacked FP8 tensor NAME_scale_inv.
-        kind = "weight_scale_inv" if kind == "scale_inv" else kind
-        return None, _MEANING[match[2]], kind
-    return None
-
-
 def _count(folder: Folder, layer: Layer) -> int:
     """What the configuration says; else as many as there are."""
-    for config in _configs(folder.config):
-        for key in _COUNTS:
-            if isinstance(config.get(key), int):
-                return config[key]
+    config = model_config(folder)
+    for key in EXPERT_COUNTS:
+        if isinstance(config.get(key), int):
+            return config[key]
     if layer.found_experts:
         return max(layer.found_experts) + 1
-    infos = (folder.info(name) for name in layer.names.values())
-    return max((info.shape[0] for info in infos if info is not None and info.shape), default=0)
+    infos = [i for n in layer.names.values() if (i := folder.info(n)) is not None]
+    return max((i.shape[0] for i in infos if len(i.shape) > 2), default=_by_vectors(infos))
 
 
-def _configs(config: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The configuration, and the language model's inside it where there are several."""
-    yield config
-    if isinstance(inner := config.get("text_config"), dict):
-        yield inner
+def _by_vectors(infos: list[TensorInfo]) -> int:
+    """Of flattened stacks: as many as the scales of one value each."""
+    return max((i.shape[0] for i in infos if len(i.shape) == 1), default=0)
 
 
-def config_value(folder: Folder, *keys: str) -> Any:
-    """The first of these entries that the configuration has; None without any."""
-    for config in _configs(folder.config):
-        for key in keys:
-            if config.get(key) is not None:
-                return config[key]
-    return None
+def _perhaps(folder: Folder) -> str:
+    """What could be of experts, to be told where none are found."""
+    names = {re.sub(r"\d+", "N", name) for name in folder.shard_of if PERHAPS.search(name)}
+    shown = ", ".join(sorted(names)[:6])
+    return f"; of no scheme that is known here: {shown}" if names else ""

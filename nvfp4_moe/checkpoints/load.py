@@ -1,6 +1,7 @@
 """NVFP4 experts from a checkpoint, as the fused call wants them."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,23 +11,16 @@ from ..reference.experts import Experts, assemble_experts
 from ..reference.recipe import BLOCK_SIZE
 from .check import Check
 from .errors import CheckpointError
-from .folder import Folder, Place
-from .formats import Format, read_quantization
-from .layers import Layer, Projection, config_value, find_layer
+from .folder import Folder
+from .formats import BIAS, Format, read_quantization
+from .function import function_of
+from .layers import Layer, Projection, find_layer
+from .places import Place, read_matrix, read_scalar, read_vector
 from .progress import Progress, silent
+from .stacks import settle
 
 _Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _E4M3_RANGE = 6.0 * 448.0  # by which ModelOpt's activation scales divide the largest magnitude
-_ACTIVATIONS = {
-    ("silu", True): ActivationType.Swiglu,
-    ("gelu", True): ActivationType.Geglu,
-    ("gelu_pytorch_tanh", True): ActivationType.GegluTanh,
-    ("relu2", False): ActivationType.Relu2,
-    ("silu", False): ActivationType.Silu,
-    ("gelu", False): ActivationType.Gelu,
-    ("relu", False): ActivationType.Relu,
-}
-"""By the configuration's name, and whether there are gate projections."""
 
 
 def load_experts(
@@ -46,36 +40,41 @@ def load_experts(
 
     Contract: codes and scales are the checkpoint's bits; gate and up keep scales of their own. What
     `convert` writes gives bitwise the `Experts` that `prepare_experts` makes of the same weights.
-    Formats: `formats.py`; names: `layers.py`.
+    Formats: `formats.py`; names: `naming.py`; what the configuration says of the experts' function is
+    followed, or refused by the field's name: `function.py`.
 
     Args:
         folder: of a Hugging Face checkpoint, ModelOpt's NVFP4 or compressed-tensors'.
         layer: its number, or the name of its module of experts where several have that number
             (`mtp.layers.0.mlp.experts`).
-        activation: without it, by the configuration's `hidden_act` or `mlp_hidden_act`.
+        activation: omitted, the configuration's (`hidden_act` and its like, `swiglu_limits`, the model).
         static: take the checkpoint's activation scales, of input and of intermediate the largest
             over all experts, local or not. Otherwise activations have a scale for each token, and
-            the checkpoint's are only checked.
+            the checkpoint's are not looked at.
         local: the experts to read, all without it.
-        alpha, beta, clamp_limit: of the activation, as for `prepare_experts`.
+        alpha, beta, clamp_limit: of the activation, as for `prepare_experts`; omitted, the
+            configuration's. What is given counts, whatever the configuration says: 1, 0 and infinity
+            stand for none.
         progress: called after each expert is checked, and again after each is read.
 
     Raises:
         CheckpointError: with the list of everything that is missing, extra, misshapen, of another
-            dtype, NaN or unreadable, before anything is built.
+            dtype, NaN or unreadable, before anything is built; or of the fields of the configuration
+            that cannot be followed, each with the argument that overrules it.
         ValueError: `activation` does not fit the tensors, or `local` the number of experts.
     """
     source = folder if isinstance(folder, Folder) else Folder(folder)
     progress = progress or silent
     found = find_layer(source, layer)
-    activation = _activation(source, found, activation)
+    settle(source, found)
+    function = function_of(
+        source, found, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit
+    )
     experts = range(found.num_experts) if local is None else local
     if not experts or min(experts) < 0 or max(experts) >= found.num_experts:
         raise ValueError(f"local is {local}; it must be a part of range({found.num_experts})")
     quantization = read_quantization(source)
-    refusal = quantization.refusal(
-        [found.module, *(found.module_of(e, p) for e in experts for p in found.projections)]
-    )
+    refusal = quantization.refusal(found, experts)
     if refusal is not None:
         raise CheckpointError(source.path, [refusal])
     form = quantization.format
@@ -85,31 +84,14 @@ def load_experts(
 
     reader = _Reader(source, found, form, torch.device(device))
     weights = reader.weights(experts, check.hidden_size, check.intermediate_size, progress)
+    biases = reader.biases(experts)
     amax = reader.amax() if static else (None, None)
-    return assemble_experts(
-        *weights, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit,
+    made = assemble_experts(
+        *weights, function.activation, w13_bias=biases[0], w2_bias=biases[1],
+        alpha=function.alpha, beta=function.beta, clamp_limit=function.clamp_limit,
         input_amax=amax[0], intermediate_amax=amax[1],
     )  # fmt: skip
-
-
-def _activation(folder: Folder, layer: Layer, given: ActivationType | None) -> ActivationType:
-    if given is None:
-        name = config_value(folder, "mlp_hidden_act", "hidden_act", "hidden_activation")
-        if (str(name), layer.gated) not in _ACTIVATIONS:
-            raise CheckpointError(
-                folder.path,
-                [
-                    f"config.json: hidden_act is {name!r}, with{'' if layer.gated else 'out'} gate "
-                    "projections, which is no activation known here; give `activation`"
-                ],
-            )
-        return _ACTIVATIONS[str(name), layer.gated]
-    if given.gated != layer.gated:
-        raise ValueError(
-            f"activation is {given.name}, which is {'' if given.gated else 'not '}gated; "
-            f"{layer.module} has {'' if layer.gated else 'no '}gate projections"
-        )
-    return given
+    return replace(made, router_weight_on_input=function.router_weight_on_input)
 
 
 class _Reader:
@@ -139,6 +121,20 @@ class _Reader:
         if not self._layer.gated:
             w13_decode = w13_decode[:, 0]
         return *w13, w13_decode, *w2, w2_decode
+
+    def biases(self, experts: range) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(w13_bias, w2_bias) of `assemble_experts`, fp32; None of a GEMM without any."""
+        layer = self._layer
+        first: tuple[Projection, ...] = ("up", "gate") if layer.gated else ("up",)
+        found = []
+        for projections in (first, ("down",)):
+            rows = [
+                torch.cat([self._vector(e, p) for p in projections])
+                for e in experts
+                if layer.has_bias(projections[0])
+            ]
+            found.append(torch.stack(rows).to(self._device) if rows else None)
+        return found[0], found[1]
 
     def amax(self) -> tuple[float, float]:
         """Largest magnitudes of input and intermediate that the activation scales stand for."""
@@ -172,13 +168,16 @@ class _Reader:
     ) -> torch.Tensor:
         """Read one projection into place; its decode scale."""
         form = self._form
-        codes.copy_(self._folder.matrix(self._place(expert, projection, form.codes)))
-        blocks = self._folder.matrix(self._place(expert, projection, form.block_scales))
+        codes.copy_(read_matrix(self._folder, self._place(expert, projection, form.codes)))
+        blocks = read_matrix(self._folder, self._place(expert, projection, form.block_scales))
         scales.copy_(blocks.view(torch.uint8))
         return form.decode(self._scalar(expert, projection, form.weight_scale))
 
+    def _vector(self, expert: int, projection: Projection) -> torch.Tensor:
+        return read_vector(self._folder, self._place(expert, projection, BIAS)).float()
+
     def _scalar(self, expert: int, projection: Projection, kind: str) -> torch.Tensor:
-        return self._folder.scalar(self._place(expert, projection, kind))
+        return read_scalar(self._folder, self._place(expert, projection, kind))
 
     def _place(self, expert: int, projection: Projection, kind: str) -> Place:
         place = self._layer.place(expert, projection, kind)

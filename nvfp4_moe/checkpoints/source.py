@@ -17,8 +17,10 @@ import torch
 
 from .check import Headers
 from .errors import CheckpointError
-from .folder import Folder, Place
+from .folder import Folder
 from .layers import Layer, Projection, find_layers
+from .places import Place, read_matrix
+from .stacks import settle
 
 BLOCK = 128
 WEIGHT, BLOCK_SCALE = "weight", "weight_scale_inv"
@@ -68,8 +70,10 @@ class Source:
 
     def _weight(self, matrix: Matrix) -> torch.Tensor:
         """[rows, K] bf16 or fp16."""
-        w = self.folder.matrix(matrix.place)
-        return w if matrix.scale is None else dequantize_fp8(w, self.folder.matrix(matrix.scale))
+        w = read_matrix(self.folder, matrix.place)
+        return (
+            w if matrix.scale is None else dequantize_fp8(w, read_matrix(self.folder, matrix.scale))
+        )
 
     def _amax(self, matrix: Matrix) -> float:
         # A float: small tensors that live on would hold the heap's large free pieces apart.
@@ -103,6 +107,7 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
     matrices: dict[str, list[Matrix]] = {}
     problems: list[str] = []
     for layer in layers:
+        settle(folder, layer)
         check = _SourceCheck(folder, layer)
         for matrix in check.run():
             matrices.setdefault(matrix.place.name, []).append(matrix)
