@@ -24,6 +24,7 @@ from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refu
 from .moe_ops import FusedMoE
 from .moe_request import MoERequest, Observe, check_linear, make_moe_request, routing_of
 from .request import UNSET
+from .weight_on_input import weigh_rows
 
 _FLASHINFER = {m.NAME: m for m in (flashinfer_moe, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe)}
 ORDER = (*_FLASHINFER, "triton", "reference")
@@ -242,7 +243,9 @@ def fused_moe(
 
     Args:
         hidden_states: [T, hidden size] bf16.
-        experts: from `prepare_experts` or `assemble_experts`.
+        experts: from `prepare_experts`, `assemble_experts` or a checkpoint; with
+            `router_weight_on_input` the rows are scaled first, of which the routing may have one weight
+            each.
         routing: (logits [T, E], a `Routing`), or (ids int32 [T, K], weights bf16 or fp32 [T, K]).
         activation: "per-token", "static" (experts with `input_amax`) or "bf16" (not quantized);
             omitted, static where the experts have static scales, else per token.
@@ -490,6 +493,10 @@ def request_of_layer(
     logits, given, how, num_experts = _routing(
         routing, hidden_states, experts.num_local, num_experts
     )
+    if experts.router_weight_on_input:
+        pair = given if logits is None else (logits, how)
+        hidden_states, given = weigh_rows(hidden_states, pair, routing_bias)
+        logits, routing_bias, how = None, None, routing_of(1, 1, None, None, None)
     x = hidden_states
     width = experts.padded_hidden_size
     if width != x.shape[1]:

@@ -37,11 +37,7 @@ from .reference.routing import Routing, RoutingMethodType
 FORMAT = 1
 _KEY = "nvfp4_moe"
 ACCUMULATIONS = {a.name: a for a in (ANY_ORDER, CONTIGUOUS, FP32)}
-_EXPERT_TENSORS = tuple(
-    f.name
-    for f in fields(Experts)
-    if f.name not in ("hidden_size", "intermediate_size", "activation", "cute_dsl", "cutlass")
-)
+_EXPERT_TENSORS = tuple(f.name for f in fields(Experts) if "torch.Tensor" in str(f.type))
 _OUTPUTS = ("codes", "block_scales", "per_token_scale")
 
 

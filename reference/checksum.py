@@ -73,5 +73,5 @@ def _state(experts: "Experts") -> Iterator[tuple[str, object]]:
     for field in fields(experts):
         value = getattr(experts, field.name)
         # The copies of the weights for other kernels follow from the rest.
-        if field.name not in _COPIES and value is not None:
+        if field.name not in _COPIES and value is not None and value is not False:
             yield field.name, int(value) if isinstance(value, int) else value

@@ -54,9 +54,7 @@ class Experts:
     intermediate_scale: torch.Tensor | None = None  # [1] fp32, the same of the intermediate
     cute_dsl: "CuteDslWeights | None" = None  # by `reference.cute_dsl.with_cute_dsl`
     cutlass: "CutlassWeights | None" = None  # by `reference.cutlass.with_cutlass`
-    router_weight_on_input: bool = (
-        False  # the router's weight multiplies the rows before the experts
-    )
+    router_weight_on_input: bool = False  # weights multiply the rows, not the results: Llama 4
 
     @property
     def num_local(self) -> int:

@@ -175,7 +175,7 @@ def test_monolithic(mode):
     assert ours.apply_monolithic(hooked, *given).eq(1).all()
     with pytest.raises(UnsupportedError, match="routing_replay_out"):
         ours.apply_monolithic(experts, *given, routing_replay_out=logits)
-    with pytest.raises(UnsupportedError, match="is False with routing method 3; it belongs to"):
+    with pytest.raises(UnsupportedError, match="is False with routing method 3, Llama4"):
         experts.routing_method_type = 3
         ours.apply_monolithic(experts, *given)
 

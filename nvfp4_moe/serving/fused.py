@@ -11,7 +11,10 @@ import torch
 from ..kernels import environment
 from ..kernels.dispatch import UnsupportedError, nvfp4_quantize
 from ..kernels.moe_dispatch import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
+from ..kernels.moe_request import routing_of
+from ..kernels.weight_on_input import weigh_rows
 from ..reference.recipe import Build, Recipe, SfLayout
+from ..reference.routing import Routing, unpack_topk
 
 
 def fused_experts_fp4(
@@ -44,6 +47,7 @@ def fused_experts_fp4(
     gemm1_alpha: torch.Tensor | None = None,
     gemm1_beta: torch.Tensor | None = None,
     gemm1_clamp_limit: torch.Tensor | None = None,
+    router_weight_on_input: bool = False,
     do_finalize: bool = True,
     enable_pdl: bool | None = None,
     output: torch.Tensor | None = None,
@@ -63,6 +67,8 @@ def fused_experts_fp4(
             `serving_scales` has them.
         topk: the routing, packed int32 [T, K] or (ids, weights); without it `router_logits` [T, E] and
             the keywords after it.
+        router_weight_on_input: the weights multiply the rows, before these are quantized, in place of
+            the results; top_k is 1.
         quantizer_build: of the hidden states' quantization: SGLang's is CuTe-DSL's.
         The rest: as for `trtllm_fp4_block_scale_moe`.
 
@@ -72,9 +78,19 @@ def fused_experts_fp4(
     Raises:
         ValueError: codes without the scales that `use_per_token_activation` asks for, or with others;
             no routing, or two; and what `trtllm_fp4_block_scale_moe` raises.
+        UnsupportedError: router weights on the input, and codes or another top_k than 1.
     """
     if (topk is None) == (router_logits is None):
         raise ValueError("one of topk and router_logits must be given, and not both")
+    if router_logits is not None and top_k is None:
+        raise ValueError("top_k is None; it must be given with router_logits")
+    if router_weight_on_input:
+        routing = None
+        if router_logits is not None and top_k is not None:
+            routing = routing_of(
+                routing_method_type, top_k, num_expert_group, topk_group, routed_scaling_factor
+            )
+        hidden_states, topk = _weighed(hidden_states, topk, router_logits, routing, correction_bias)
     codes = _codes(
         hidden_states, hidden_states_scale, per_token_scale, w13_input_scale_quant,
         use_per_token_activation, quantizer_build,
@@ -115,13 +131,37 @@ def fused_experts_fp4(
         if weights is not None and not do_finalize:
             result[1] = weights  # not rounded: FlashInfer's have the caller's dtype too
         return result
-    if router_logits is None or top_k is None:
-        raise ValueError("top_k is None; it must be given with router_logits")
+    assert router_logits is not None and top_k is not None, "checked above"
     return trtllm_fp4_block_scale_moe(
         router_logits, correction_bias, top_k=top_k, n_group=num_expert_group,
         topk_group=topk_group, routed_scaling_factor=routed_scaling_factor,
         routing_method_type=routing_method_type, **common,
     )  # fmt: skip
+
+
+def _weighed(
+    x: torch.Tensor,
+    topk: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+    logits: torch.Tensor | None,
+    routing: Routing | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states times the router's weights, and the routing that is left."""
+    if x.dtype == torch.uint8:
+        raise UnsupportedError(
+            "router_weight_on_input needs hidden states in bf16: codes were quantized before the "
+            "weights could multiply the rows"
+        )
+    given: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor]
+    if logits is not None and routing is not None:
+        given = logits, routing
+    else:
+        assert topk is not None, "checked before"
+        given = topk if isinstance(topk, tuple) else unpack_topk(topk)
+    try:
+        return weigh_rows(x, given, bias)
+    except ValueError as e:
+        raise UnsupportedError(str(e)) from None
 
 
 def refuse_a_dropped_switch(per_token: bool) -> None:

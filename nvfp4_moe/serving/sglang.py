@@ -87,6 +87,7 @@ def fused_experts_none_to_flashinfer_trtllm_fp4(
         gemm1_alpha=quant_info.gemm1_alpha,
         gemm1_beta=quant_info.gemm1_beta,
         gemm1_clamp_limit=quant_info.gemm1_clamp_limit,
+        router_weight_on_input=getattr(runner_config, "apply_router_weight_on_input", False),
         do_finalize=not deferred,
         enable_pdl=theirs.trtllm_moe_enable_pdl(tokens),
         output=None if deferred else buffer(width + padding, not padding),

@@ -61,7 +61,10 @@ def apply_modular(
             on the input; or an activation that vLLM's experts refuse.
     """
     if apply_router_weight_on_input:
-        raise UnsupportedError("apply_router_weight_on_input needs the routing inside (monolithic)")
+        raise UnsupportedError(
+            "apply_router_weight_on_input is True with the routing given; it is served with router "
+            "logits (monolithic)"
+        )
     tokens, most = hidden_states.shape[0], experts._get_chunk_size()
     ids = topk_ids.to(torch.int32).contiguous()
     weights = topk_weights.contiguous()
@@ -116,14 +119,15 @@ def apply_monolithic(
         [T, H] bf16, or an `UnfinalizedMoEOutput` where the layer defers its finalize.
 
     Raises:
-        UnsupportedError: as `apply_modular`, and `routing_replay_out`.
+        UnsupportedError: as `apply_modular`, but router weights on the input are served of bf16 hidden
+            states with top_k 1; and `routing_replay_out`.
     """
-    llama4 = 3  # the one method that weighs the input; the same number in vLLM and FlashInfer
+    llama4 = 3  # the same number in vLLM and FlashInfer
     method = int(experts.routing_method_type)
-    if apply_router_weight_on_input != (method == llama4):
+    if method == llama4 and not apply_router_weight_on_input:
         raise UnsupportedError(
-            f"apply_router_weight_on_input is {apply_router_weight_on_input} with routing method "
-            f"{method}; it belongs to Llama4, {llama4}, alone"
+            f"apply_router_weight_on_input is False with routing method {llama4}, Llama4, whose router "
+            "weights multiply the input"
         )
     if routing_replay_out is not None:
         raise UnsupportedError("routing_replay_out is not written here")
@@ -146,6 +150,7 @@ def apply_monolithic(
         topk_group=topk_group,
         routed_scaling_factor=routed_scaling_factor,
         routing_method_type=method,
+        router_weight_on_input=apply_router_weight_on_input,
     )
     if not deferred:
         return result[0]
