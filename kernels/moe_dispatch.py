@@ -494,8 +494,7 @@ def request_of_layer(
         routing, hidden_states, experts.num_local, num_experts
     )
     if experts.router_weight_on_input:
-        pair = given if logits is None else (logits, how)
-        hidden_states, given = weigh_rows(hidden_states, pair, routing_bias)
+        hidden_states, given = weigh_rows(hidden_states, routing, routing_bias)
         logits, routing_bias, how = None, None, routing_of(1, 1, None, None, None)
     x = hidden_states
     width = experts.padded_hidden_size

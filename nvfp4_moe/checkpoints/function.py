@@ -75,8 +75,8 @@ def function_of(
     reading = _Reading(model_config(folder), layer)
     kind = reading.activation(activation)
     found = {name: reading.parameter(name, kind, value) for name, value in given.items()}
-    arguments = {"activation": activation, **given}
-    reading.unknown_fields(kind, [name for name, value in arguments.items() if value is not None])
+    arguments = [("activation", activation), *given.items()]
+    reading.unknown_fields(kind, [name for name, value in arguments if value is not None])
     if reading.problems:
         raise CheckpointError(folder.path, [f"config.json: {p}" for p in reading.problems])
     assert kind is not None, "a problem otherwise"
