@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from ..reference.moe_statistics import MoEStatistics
-from ..reference.statistics import quantization_statistics
+from ..reference.statistics import QuantizationStatistics, quantization_statistics
 from .moe_request import MoERequest
 
 
@@ -15,7 +15,7 @@ class Observer:
 
     def __init__(self, request: MoERequest):
         self._request = request
-        self._seen: MoEStatistics | None = None
+        self._seen: tuple[QuantizationStatistics, QuantizationStatistics] | None = None
 
     def __call__(
         self, ids: torch.Tensor, intermediate: torch.Tensor, row_of_slot: torch.Tensor | None
@@ -33,7 +33,7 @@ class Observer:
         if static:
             encode = e.intermediate_scale
             encode = intermediate.new_ones(1) if encode is None else encode
-        self._seen = MoEStatistics(
+        self._seen = (
             hidden_states,
             quantization_statistics(
                 intermediate[:, : e.intermediate_size], r.recipe,
@@ -45,9 +45,18 @@ class Observer:
     @property
     def statistics(self) -> MoEStatistics:
         """Of no tokens where no backend had an intermediate to show."""
+        r = self._request
         if self._seen is None:
-            return MoEStatistics.empty(_everywhere(self._request), self._request.device)
-        return self._seen
+            return MoEStatistics.empty(_everywhere(r), r.device)
+        return MoEStatistics(*self._seen, _invalid(r))
+
+
+def _invalid(r: MoERequest) -> torch.Tensor:
+    """[2] int64: slots that `check_routed_values` refuses where it may read them."""
+    if r.ids is None or r.weights is None:  # a router's own
+        return torch.zeros(2, dtype=torch.int64, device=r.device)
+    out_of_range = (r.ids < -1) | (r.ids >= _everywhere(r))
+    return torch.stack((out_of_range.sum(), (r.weights.isnan() & (r.ids >= 0)).sum()))
 
 
 def _everywhere(r: MoERequest) -> int:

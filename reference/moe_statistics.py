@@ -9,6 +9,9 @@ import torch
 from .statistics import QuantizationStatistics
 from .statistics_table import by_expert, table
 
+INVALID = ("ids out of range", "NaN weights")
+"""Slots of ids and weights that a call was given: on the CPU such a call raises."""
+
 
 @dataclass(frozen=True)
 class MoEStatistics:
@@ -20,12 +23,14 @@ class MoEStatistics:
 
     hidden_states: QuantizationStatistics
     intermediate: QuantizationStatistics
+    invalid: torch.Tensor  # [2] int64, columns `INVALID`; every rank counts what it was given
 
     @classmethod
     def empty(cls, num_experts: int, device: torch.device | str | None = None) -> "MoEStatistics":
         """Of no tokens."""
         empty = QuantizationStatistics.empty
-        return cls(empty(num_experts, device), empty(num_experts, device))
+        invalid = torch.zeros(len(INVALID), dtype=torch.int64, device=device)
+        return cls(empty(num_experts, device), empty(num_experts, device), invalid)
 
     def __add__(self, other: "MoEStatistics") -> "MoEStatistics":
         """Of the tokens of both; ValueError if their numbers of experts differ."""
@@ -37,24 +42,28 @@ class MoEStatistics:
             raise TypeError(f"other is {type(other).__name__}; it must be MoEStatistics")
         self.hidden_states.add_(other.hidden_states)
         self.intermediate.add_(other.intermediate)
+        self.invalid.add_(other.invalid)
         return self
 
     def clone(self) -> "MoEStatistics":
-        return MoEStatistics(self.hidden_states.clone(), self.intermediate.clone())
+        return MoEStatistics(
+            self.hidden_states.clone(), self.intermediate.clone(), self.invalid.clone()
+        )
 
     def parts(self) -> dict[str, QuantizationStatistics]:
         """Both by name."""
         return {"hidden states": self.hidden_states, "intermediate": self.intermediate}
 
     def __str__(self) -> str:
-        """A table by expert. It waits for the device."""
-        return table(
+        """A table by expert, and what should not be there. It waits for the device."""
+        lines = table(
             {
                 f"{what}, {name}": statistics
                 for what, part in self.parts().items()
                 for name, statistics in by_expert(part).items()
             }
         )
+        return "\n".join([lines, *_invalid_slots("", self)])
 
 
 class LayerStatistics(Mapping[str, MoEStatistics]):
@@ -91,10 +100,21 @@ class LayerStatistics(Mapping[str, MoEStatistics]):
 
     def __str__(self) -> str:
         """A table by layer, of all experts together. It waits for the device."""
-        return table(
-            {
-                f"{layer}, {what}": part
-                for layer, statistics in self.items()
-                for what, part in statistics.parts().items()
-            }
-        )
+        lines = [
+            table(
+                {
+                    f"{layer}, {what}": part
+                    for layer, statistics in self.items()
+                    for what, part in statistics.parts().items()
+                }
+            )
+        ]
+        for layer, statistics in self.items():
+            lines += _invalid_slots(f"{layer}: ", statistics)
+        return "\n".join(lines)
+
+
+def _invalid_slots(prefix: str, statistics: MoEStatistics) -> list[str]:
+    """A line for each count of `INVALID` that is not 0."""
+    counts = zip(INVALID, statistics.invalid.tolist(), strict=True)
+    return [f"{prefix}{count} slots with {what}" for what, count in counts if count]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
+from . import checks
+
 Math = Literal["fast", "exact"]
 Build = Literal["cuda", "cute-dsl"]
 LayerBuild = Literal["cuda", "cute-dsl", "cutlass"]
@@ -52,8 +54,8 @@ class NVFP44Over6Config:
     err_use_fast_math: bool = False
 
     def __post_init__(self) -> None:
-        if self.e4m3_max not in (256, 448):
-            raise ValueError(f"e4m3_max is {self.e4m3_max!r}; it must be 448 or 256")
+        if type(self.e4m3_max) is not int or self.e4m3_max not in (256, 448):
+            checks.wrong_value("e4m3_max", self.e4m3_max, "448 or 256")
         try:
             mode = (
                 NVFP44Over6ErrMode[self.err_mode.upper()]
@@ -61,7 +63,8 @@ class NVFP44Over6Config:
                 else NVFP44Over6ErrMode(self.err_mode)
             )
         except (KeyError, ValueError):
-            raise ValueError(f"err_mode is {self.err_mode!r}; it must be MAE or MSE") from None
+            checks.wrong_value("err_mode", self.err_mode, "MAE or MSE")
+        checks.flag("err_use_fast_math", self.err_use_fast_math)
         object.__setattr__(self, "err_mode", mode)
 
     @classmethod
@@ -88,10 +91,11 @@ class Recipe:
     build: Build = "cuda"
 
     def __post_init__(self) -> None:
-        if self.math not in get_args(Math):
-            raise ValueError(f"math is {self.math!r}; it must be one of {get_args(Math)}")
-        if self.build not in get_args(Build):
-            raise ValueError(f"build is {self.build!r}; it must be one of {get_args(Build)}")
+        checks.one_of("math", self.math, get_args(Math))
+        checks.one_of("build", self.build, get_args(Build))
+        if self.four_over_six is not None:
+            kind, allowed = NVFP44Over6Config, "an NVFP44Over6Config or None"
+            checks.instance("four_over_six", self.four_over_six, kind, allowed)
 
     @property
     def e4m3_max(self) -> int:

@@ -42,6 +42,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import checks
+
 
 class RoutingMethodType(enum.IntEnum):
     """FlashInfer's names and values (`tllm_enums.py:10`)."""
@@ -99,31 +101,28 @@ class Routing:
             method = RoutingMethodType(self.method)
         except ValueError:
             method = RoutingMethodType.Unspecified
-        if method == RoutingMethodType.Unspecified:
-            names = ", ".join(m.name for m in RoutingMethodType if m != method)
-            raise ValueError(f"method is {self.method!r}; it must be one of {names}")
+        if method == RoutingMethodType.Unspecified or isinstance(self.method, bool):
+            names = ", ".join(m.name for m in RoutingMethodType if m.name != "Unspecified")
+            checks.wrong_value("method", self.method, f"one of {names}")
         object.__setattr__(self, "method", method)
-        if not isinstance(self.top_k, int) or self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k!r}; it must be a positive integer")
+        checks.integer("top_k", self.top_k, 1)
+        for name in ("n_group", "topk_group"):
+            if (value := getattr(self, name)) is not None:
+                checks.integer(name, value, 0)
         groups = self.n_group or 0
-        if groups < 0 or (groups > 1 and method != RoutingMethodType.DeepSeekV3):
-            allowed = "at least 0" if method == RoutingMethodType.DeepSeekV3 else "None, 0 or 1"
-            raise ValueError(f"n_group is {self.n_group}; with {method.name} it must be {allowed}")
+        if groups > 1 and method != RoutingMethodType.DeepSeekV3:
+            checks.wrong_value("n_group", groups, f"None, 0 or 1 with {method.name}")
         if groups > 1 and not 1 <= (self.topk_group or 0) <= groups:
-            raise ValueError(f"topk_group is {self.topk_group}; it must be from 1 to {groups}")
+            checks.wrong_value("topk_group", self.topk_group, f"from 1 to n_group, {groups}")
         if groups <= 1 and self.topk_group not in (None, 0, 1):
-            raise ValueError(
-                f"topk_group is {self.topk_group}; without groups it must be None, 0 or 1"
-            )
-        if not math.isfinite(self.scale):
-            raise ValueError(
-                f"routed_scaling_factor is {self.routed_scaling_factor}; it must be finite"
-            )
-        if method not in _BIASED and self.scale != 1:
-            raise ValueError(
-                f"routed_scaling_factor is {self.routed_scaling_factor}; {method.name} has none, "
-                "so it must be None or 1"
-            )
+            checks.wrong_value("topk_group", self.topk_group, "None, 0 or 1 without groups")
+        factor = self.routed_scaling_factor
+        if factor is not None:
+            checks.number("routed_scaling_factor", factor)
+            if method not in _BIASED and factor != 1:
+                allowed = f"None or 1 with {method.name}, which has none"
+                checks.wrong_value("routed_scaling_factor", factor, allowed)
+        checks.flag("norm_topk_prob", self.norm_topk_prob)
 
     @property
     def grouped(self) -> bool:
@@ -223,11 +222,10 @@ def append_shared_experts(
     Raises:
         ValueError: num_shared is negative, or num_experts is not the E of `result`.
     """
-    if num_shared < 0:
-        raise ValueError(f"num_shared is {num_shared}; it must be at least 0")
+    checks.integer("num_shared", num_shared, 0)
     if num_experts != result.scores.shape[1]:
-        raise ValueError(
-            f"num_experts is {num_experts}; the result is of {result.scores.shape[1]} experts"
+        checks.wrong_value(
+            "num_experts", num_experts, f"{result.scores.shape[1]}, as of the result"
         )
     ids, weights, scores = result
     tokens = ids.shape[0]
@@ -295,23 +293,16 @@ def unpack_topk(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _check(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -> None:
-    allowed = (torch.float32, torch.bfloat16)
-    if logits.dim() != 2 or logits.dtype not in allowed:
-        raise ValueError(
-            f"logits is {logits.dtype} of shape {tuple(logits.shape)}; "
-            "it must be float32 or bfloat16 [num_tokens, num_experts]"
-        )
+    floats = (torch.float32, torch.bfloat16)
+    checks.tensor("logits", logits, floats, ("T", "E"))
     experts = logits.shape[1]
     if routing.top_k > experts:
-        raise ValueError(f"top_k is {routing.top_k}; logits has only {experts} experts")
+        checks.wrong_value("top_k", routing.top_k, f"at most {experts}, the columns of logits")
     if bias is not None:
         if routing.method not in _BIASED:
-            raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
-        if bias.shape != (experts,) or bias.dtype not in allowed:
-            raise ValueError(
-                f"bias is {bias.dtype} of shape {tuple(bias.shape)}; "
-                f"it must be float32 or bfloat16 [{experts}]"
-            )
+            allowed = f"None with {routing.method.name}, which has none"
+            checks.wrong_value("bias", bias, allowed)
+        checks.tensor("bias", bias, floats, (experts,), like=("logits", logits))
     if routing.grouped and (reason := _indivisible(routing, experts)):
         raise ValueError(reason)
 

@@ -178,3 +178,24 @@ class TestRoutedValues:
         ids = CASE.ids.clone()
         ids[2, 0] = -1
         layer(ids, weights)
+
+
+def wrong_routing():
+    """Two ids of no expert, one NaN weight of an expert, one of none."""
+    ids, weights = CASE.ids.clone(), CASE.weights.clone()
+    ids[0, 0], ids[4, 1], ids[1, 0] = 4, -7, -1
+    weights[1, 0], weights[2, 1] = float("nan"), float("nan")
+    return ids, weights
+
+
+def test_statistics_count_what_is_not_read(monkeypatch):
+    """As on a GPU, where a call does not wait to read values."""
+    monkeypatch.setattr(checks, "reads_values", lambda *tensors: False)
+    _, s = layer(*wrong_routing(), stats=True)
+    assert s.invalid.tolist() == [2, 1] and (s + s).invalid.tolist() == [4, 2]
+    seen = nvfp4_moe.LayerStatistics()
+    for _ in range(2):
+        seen.record("3", layer(*wrong_routing(), stats=True))
+    lines = [f"{n} slots with {what}" for n, what in ((4, "ids out of range"), (2, "NaN weights"))]
+    assert str(seen).splitlines()[-2:] == [f"3: {line}" for line in lines]
+    assert "slots with" not in str(layer(CASE.ids, CASE.weights, stats=True)[1])

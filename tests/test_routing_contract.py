@@ -78,18 +78,18 @@ def test_shared_experts_follow_with_weight_one():
         ({"method": "TopK"}, "method is 'TopK'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 2.0}, "top_k is 2.0"),
-        ({"n_group": 2}, "n_group is 2; with Renormalize it must be None, 0 or 1"),
-        ({"method": 7, "n_group": 2, "topk_group": 1}, "n_group is 2; with MiniMax2"),
-        ({"method": 2, "n_group": -1}, "n_group is -1; with DeepSeekV3 it must be at least 0"),
-        ({"method": 2, "n_group": 4}, "topk_group is None; it must be from 1 to 4"),
-        ({"method": 2, "n_group": 4, "topk_group": 5}, "topk_group is 5; it must be from 1 to 4"),
-        ({"method": 2, "topk_group": 2}, "topk_group is 2; without groups"),
-        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5; Renormalize has none"),
+        ({"n_group": 2}, "n_group is 2; it must be None, 0 or 1 with Renormalize"),
+        ({"method": 7, "n_group": 2, "topk_group": 1}, "n_group is 2; .*with MiniMax2"),
+        ({"method": 2, "n_group": -1}, "n_group is -1; it must be an integer of at least 0"),
+        ({"method": 2, "n_group": 4}, "topk_group is None; it must be from 1 to n_group, 4"),
+        ({"method": 2, "n_group": 4, "topk_group": 5}, "topk_group is 5; it must be from 1 to"),
+        ({"method": 2, "topk_group": 2}, "topk_group is 2; it must be None, 0 or 1 without groups"),
+        ({"routed_scaling_factor": 2.5}, "factor is 2.5; it must be None or 1 with Renorm"),
         ({"method": 2, "routed_scaling_factor": math.inf}, "routed_scaling_factor is inf"),
     ],
 )
 def test_wrong_fields(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         Routing(**{"method": M.Renormalize, "top_k": 2, **fields})
 
 
@@ -102,13 +102,13 @@ def test_fields_that_change_nothing_are_accepted():
 @pytest.mark.parametrize(
     "logits,routing,bias,message",
     [
-        (torch.zeros(4), Routing(0, 1), None, r"logits is torch.float32 of shape \(4,\)"),
-        (torch.zeros(1, 4).half(), Routing(0, 1), None, "logits is torch.float16"),
-        (torch.zeros(1, 4), Routing(0, 5), None, "top_k is 5; logits has only 4 experts"),
-        (torch.zeros(1, 4), Routing(1, 1), torch.zeros(4), "bias is given; Renormalize has none"),
-        (torch.zeros(1, 4), Routing(2, 1), torch.zeros(5), r"bias is .* of shape \(5,\)"),
-        (torch.zeros(1, 4), Routing(2, 1), torch.zeros(1, 4), r"bias is .* of shape \(1, 4\)"),
-        (torch.zeros(1, 4), Routing(2, 1), torch.zeros(4).half(), "bias is torch.float16"),
+        (torch.zeros(4), Routing(0, 1), None, r"logits is float32 \[4\]"),
+        (torch.zeros(1, 4).half(), Routing(0, 1), None, "logits is float16"),
+        (torch.zeros(1, 4), Routing(0, 5), None, "top_k is 5; it must be at most 4"),
+        (torch.zeros(1, 4), Routing(1, 1), torch.zeros(4), "bias is .*None with Renormalize"),
+        (torch.zeros(1, 4), Routing(2, 1), torch.zeros(5), r"bias is float32 \[5\]"),
+        (torch.zeros(1, 4), Routing(2, 1), torch.zeros(1, 4), r"bias is float32 \[1, 4\]"),
+        (torch.zeros(1, 4), Routing(2, 1), torch.zeros(4).half(), "bias is float16"),
         (torch.zeros(1, 10), GROUPED, None, "n_group is 4; 10 experts must divide"),
         (torch.zeros(1, 4), Routing(2, 1, 4, 1), None, "n_group is 4; 4 experts must divide"),
         (torch.zeros(1, 8), Routing(2, 5, 2, 1), None, "the 1 chosen groups have only 4 experts"),

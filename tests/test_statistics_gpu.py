@@ -6,13 +6,13 @@ import statistics_cases
 import torch
 from assertions import assert_bitwise
 from marks import ON_A_GPU
-from moe_cases import Shape
+from moe_cases import Shape, make
 from moe_triton_cases import to
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
 from nvfp4_moe.reference.statistics import quantization_statistics, weight_statistics
 
 import nvfp4_moe
-from nvfp4_moe import inputs
+from nvfp4_moe import fused_moe, inputs
 
 pytestmark = ON_A_GPU
 
@@ -84,3 +84,21 @@ def test_a_captured_graph_adds_at_every_replay():
     assert (
         seen["layer"].hidden_states.total().largest() == 2 * once.hidden_states.total().largest()
     ).all()
+
+
+def test_values_are_counted_without_waiting_and_read_when_told(monkeypatch):
+    case = make(Shape(5, 128, 64, 4, 2))
+    ids, weights = case.ids.clone(), case.weights.clone()
+    ids[0, 0], ids[4, 1], ids[1, 0] = 4, -7, -1
+    weights[1, 0], weights[2, 1] = float("nan"), float("nan")
+    x, experts, *routing = (to("cuda", t) for t in (case.x, case.experts, ids, weights))
+    fused_moe(x, experts, tuple(routing), stats=True)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, s = fused_moe(x, experts, tuple(routing), stats=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert s.invalid.tolist() == [2, 1]
+    monkeypatch.setenv("NVFP4_MOE_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match=r"routing\[0\]\[0, 0\] is 4, one of 2 such values of 10"):
+        fused_moe(x, experts, tuple(routing))
