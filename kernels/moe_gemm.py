@@ -27,9 +27,9 @@ def _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT: tl.constex
         g = tl.minimum(g / (1.0 + tl.exp(-g)), limit * gate_scale)
         y = g * (tl.minimum(tl.maximum(up, -limit), limit) * scale)
     elif ACT == SWIGLU:
-        u = tl.minimum(tl.maximum(up, -limit), limit) * scale
+        u = tl.minimum(tl.maximum(up, -limit), limit)
         g = tl.minimum(gate, limit) * gate_scale
-        y = g / (1.0 + tl.exp(-alpha * g)) * (u + beta)
+        y = g / (1.0 + tl.exp(-alpha * g)) * ((u + beta) * scale)
     elif ACT == SITU:
         u = tl.minimum(tl.maximum(up, -limit), limit) * gate_scale
         g = tl.minimum(gate, limit) * gate_scale

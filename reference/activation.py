@@ -2,7 +2,8 @@
 
 A gated activation takes (up, gate), the first and the second half of the first GEMM's rows; the others
 take one value, here `gate`. Formulas: flashinfer-python 0.7.2, `fused_moe/core.py:6470-6490`,
-`trace/templates/moe.py:1615-1665` (clamps before scalars), `tllm_enums.py` (names and values).
+`trace/templates/moe.py:1615-1665` (clamps before scalars), `data/include/flashinfer/trtllm/
+batched_gemm/KernelRunner.h:36-48` (beta before the scalar), `tllm_enums.py` (names and values).
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -87,8 +88,8 @@ def activate(
 ) -> torch.Tensor:
     """The activation of rows of the first GEMM, before the expert's scalars: [N, M1] to [N, I] fp32.
 
-    Swiglu       up = clamp(x0, +-limit) * scale, gate = min(x1, limit) * gate_scale;
-                 gate * sigmoid(alpha * gate) * (up + beta); alpha 1, beta 0
+    Swiglu       up = (clamp(x0, +-limit) + beta) * scale, gate = min(x1, limit) * gate_scale;
+                 gate * sigmoid(alpha * gate) * up; alpha 1, beta 0
     SwigluStep   min(silu(x1 * gate_scale), limit * gate_scale) * clamp(x0, +-limit) * scale; limit
                  7 / gate_scale
     Geglu(Tanh)  gelu(x1 * gate_scale) * x0 * scale
@@ -100,7 +101,7 @@ def activate(
         raw: [N, M1] fp32: accumulators times the per-token scale, bias added.
         scale: `output1_scale_scalar` of the expert.
         gate_scale: `output1_scale_gate_scalar`.
-        clamp_limit: in the domain of `raw`.
+        clamp_limit: in units of `raw`, and Swiglu's beta too; `docs/units.md` has the unit of each.
 
     Raises:
         ValueError: an activation that is not implemented.
@@ -120,13 +121,12 @@ def activate(
         alpha, beta = 1.0 if alpha is None else alpha, 1.0 if beta is None else beta
         up = beta * torch.tanh(x0 * gate_scale / beta)
         return up * (alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate)) * scale
-    up = x0 * scale
     if kind == ActivationType.Swiglu:
         sigmoid = torch.sigmoid(gate if alpha is None else alpha * gate)
-        return gate * sigmoid * (up if beta is None else up + beta)
+        return gate * sigmoid * ((x0 if beta is None else x0 + beta) * scale)
     return (
         F.gelu(gate, approximate="tanh") if kind == ActivationType.GegluTanh else _gelu(gate)
-    ) * up
+    ) * (x0 * scale)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:

@@ -64,10 +64,10 @@ def activation_bounds(raw: Product | Interval, experts: Experts, expert: torch.T
         beta = parameter(experts.gemm1_beta).double()
         curved = _situ_up(up.times(gate_scale).result(), beta)
         return Product.of(curved).times(_situ_gate(argument, alpha), _FEW).times(scale).result()
+    if kind == ActivationType.Swiglu and experts.gemm1_beta is not None:
+        up = up.plus(of_rows(experts.gemm1_beta))
     up = up.times(scale)
     if kind == ActivationType.Swiglu:
-        if experts.gemm1_beta is not None:
-            up = up.plus(of_rows(experts.gemm1_beta))
         return up.times(_silu(argument, alpha), _FEW).result()
     return up.times(_gelu(argument, kind == ActivationType.GegluTanh), _FEW).result()
 

@@ -18,6 +18,7 @@ from .activation import ActivationType
 from .layouts import from_linear, to_linear
 from .quantize import quantize_global_scale
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
+from .scalars import check_one_scale, in_raw_units, per_expert
 from .shuffle import interleave_gated_rows, inverse, shuffle_rows
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Experts:
 
     H and I below are the padded sizes, multiples of 128 (I of 64, gated); padding is zero.
     `hidden_size` and `intermediate_size` are the valid ones. M1 is 2 I for gated activations, else I.
+    The unit of every scalar and parameter, with its source: `docs/units.md`.
     """
 
     gemm1_weights: torch.Tensor  # [E, M1, H/2] uint8, rows shuffled
@@ -48,7 +50,7 @@ class Experts:
     gemm1_bias: torch.Tensor | None = None  # [E, M1] fp32, rows shuffled, divided by the scalar
     gemm2_bias: torch.Tensor | None = None  # [E, H] fp32, likewise
     gemm1_alpha: torch.Tensor | None = None  # [E] fp32
-    gemm1_beta: torch.Tensor | None = None  # [E] fp32
+    gemm1_beta: torch.Tensor | None = None  # [E] fp32; SwiGLU's: divided by up's scalar
     gemm1_clamp_limit: torch.Tensor | None = None  # [E] fp32, divided by the gate scalar
     input_scale: torch.Tensor | None = None  # [1] fp32 encode scale of static activations
     intermediate_scale: torch.Tensor | None = None  # [1] fp32, the same of the intermediate
@@ -78,6 +80,7 @@ class Experts:
         recipe: Recipe | None = None,
         w13_bias: torch.Tensor | None = None,
         w2_bias: torch.Tensor | None = None,
+        beta: torch.Tensor | float | None = None,
         clamp_limit: torch.Tensor | float | None = None,
         backend: str = "auto",
     ) -> None:
@@ -93,19 +96,20 @@ class Experts:
             amax: [n] fp32 each, largest magnitudes of w13 and of w2, where they are known: the
                 weights are then read once. Larger values than these saturate.
             recipe: of the weights; exact math by default, as in `prepare_experts`.
-            w13_bias, w2_bias, clamp_limit: as for `prepare_experts`, of the same n experts: needed
-                where these experts have them, refused elsewhere.
+            w13_bias, w2_bias, beta, clamp_limit: as for `prepare_experts`, of the same n experts:
+                needed where these experts have them, refused elsewhere, and SiTU's beta, which does
+                not depend on the weights, everywhere.
             backend: "auto", "triton" or "reference"; they write the same bits.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit; a missing bias or limit; a backend
-                that cannot serve. Nothing has been written then.
+            ValueError: shapes, dtypes or devices that do not fit; a missing bias, beta or limit; a
+                backend that cannot serve. Nothing has been written then.
         """
         from .reload import load_  # which needs this class
 
         load_(
             self, w13, w2, first=first, amax=amax, recipe=recipe, w13_bias=w13_bias,
-            w2_bias=w2_bias, clamp_limit=clamp_limit, backend=backend,
+            w2_bias=w2_bias, beta=beta, clamp_limit=clamp_limit, backend=backend,
         )  # fmt: skip
 
     def checksum(self) -> str:
@@ -223,7 +227,8 @@ def assemble_experts(
         The rest: as for `prepare_experts`.
 
     Raises:
-        ValueError: a clamp limit, and scales apart for up and gate.
+        ValueError: scales apart for up and gate that the contract cannot express: with a clamp limit,
+            SwigluStep or SiTU.
     """
     gated = activation.gated
     num_experts, rows, half = w13_codes.shape
@@ -244,21 +249,10 @@ def assemble_experts(
     linear_up = activation.linear_up
     scalar = up_decode / a * c if linear_up else torch.full_like(gate_scalar, 1.0) * c
 
-    def per_expert(value: torch.Tensor | float | None) -> torch.Tensor | None:
-        if value is None:
-            return None
-        value = torch.as_tensor(value, dtype=torch.float32, device=device)
-        return value.expand(num_experts).contiguous()
-
-    limit, added = per_expert(clamp_limit), per_expert(beta)
-    if limit is not None and not torch.equal(up_decode, gate_decode):
-        raise ValueError(
-            "clamp_limit is given, and w13_decode differs between up and gate; the contract clamps both "
-            "halves of the accumulator at one limit, so they must share a scale "
-            "(`nvfp4_moe.serving.serving_scales` ties them)"
-        )
+    limit, added = (per_expert(value, num_experts, device) for value in (clamp_limit, beta))
+    check_one_scale(activation, up_decode, gate_decode, limit)
     if added is not None and linear_up:
-        added = added * c  # beta adds to what the scalar has multiplied
+        added = in_raw_units(added, up_decode / a)
     bias1 = None
     if w13_bias is not None:
         divisor = gate_scalar[:, None].expand(num_experts, rows)
@@ -287,9 +281,9 @@ def assemble_experts(
         activation,
         bias1,
         bias2,
-        per_expert(alpha),
+        per_expert(alpha, num_experts, device),
         added,
-        None if limit is None else limit / gate_scalar,
+        None if limit is None else in_raw_units(limit, gate_scalar),
         input_scale,
         intermediate_scale,
     )
@@ -312,7 +306,7 @@ def lay_out(
 
 def lay_out_bias(bias: torch.Tensor, divisor: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
     """[E, padded rows] fp32 of a bias [E, rows] in physical units: divided by the scalar after it."""
-    return _rows((bias.float() / divisor)[..., None], gated, rows)[..., 0]
+    return _rows(in_raw_units(bias, divisor)[..., None], gated, rows)[..., 0]
 
 
 def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ sees the old layer or the new one.
     encode   (1 / amax) * (6 * e4m3_max), 1 where amax is 0;  decode = 1 / encode
     rows     quantized with encode, shuffled, block scales in 128x4 (`experts.py`)
 
-What does not depend on weights stays: static activation scales, alpha, beta. Biases and the clamp
-limit are held divided by scalars that change, and have to be given again.
+What does not depend on weights stays: static activation scales, alpha, SiTU's beta. Biases, SwiGLU's
+beta and the clamp limit are held divided by scalars that change, and have to be given again.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -19,10 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .activation import ActivationType
 from .cute_dsl import refresh_cute_dsl
 from .cutlass import refresh_cutlass
 from .experts import Experts, lay_out, lay_out_bias, quantize_weight
 from .recipe import Recipe
+from .scalars import in_raw_units
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,19 @@ def load_(
     recipe: Recipe | None,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
+    beta: torch.Tensor | float | None,
     clamp_limit: torch.Tensor | float | None,
     backend: str,
 ) -> None:
     """`Experts.load_`, which has the arguments' meaning, and defaults."""
-    _check(experts, w13, w2, first, amax, w13_bias, w2_bias, clamp_limit)
+    _check(experts, w13, w2, first, amax, w13_bias, w2_bias, beta, clamp_limit)
     write = _writer(backend, w13.device)
     recipe = recipe or Recipe("exact")
     some = slice(first, first + w13.shape[0])
     if w13.shape[0] == 0:
         return
     write(_jobs(experts, some, w13, w2, *(amax or (None, None))), recipe)
-    _update_parameters(experts, some, w13_bias, w2_bias, clamp_limit)
+    _update_parameters(experts, some, w13_bias, w2_bias, beta, clamp_limit)
     refresh_cute_dsl(experts, some)
     refresh_cutlass(experts, some)
 
@@ -120,6 +123,7 @@ def _update_parameters(
     some: slice,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
+    beta: torch.Tensor | float | None,
     clamp_limit: torch.Tensor | float | None,
 ) -> None:
     gate, gated = e.output1_scale_gate_scalar[some], e.activation.gated
@@ -129,11 +133,13 @@ def _update_parameters(
     if e.gemm2_bias is not None and w2_bias is not None:
         divisor = e.output2_scale_scalar[some, None]
         e.gemm2_bias[some].copy_(lay_out_bias(w2_bias, divisor, False, e.padded_hidden_size))
-    if e.gemm1_clamp_limit is not None and clamp_limit is not None:
-        if isinstance(clamp_limit, torch.Tensor):
-            e.gemm1_clamp_limit[some].copy_(clamp_limit.to(gate) / gate)
-        else:  # a tensor made of the number would be a copy from the host, which no graph captures
-            e.gemm1_clamp_limit[some].copy_(torch.full_like(gate, clamp_limit) / gate)
+    for held, new in ((e.gemm1_beta, beta), (e.gemm1_clamp_limit, clamp_limit)):
+        if held is None or new is None:
+            continue
+        if not isinstance(new, torch.Tensor):
+            # A tensor made of the number would be a copy from the host, which no graph captures.
+            new = torch.full_like(gate, new)
+        held[some].copy_(in_raw_units(new.to(gate), gate))
 
 
 def _writer(backend: str, device: torch.device) -> Writer:
@@ -158,6 +164,7 @@ def _check(
     amax: tuple[torch.Tensor, torch.Tensor] | None,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
+    beta: torch.Tensor | float | None,
     clamp_limit: torch.Tensor | float | None,
 ) -> None:
     device = e.gemm1_weights.device
@@ -189,11 +196,16 @@ def _check(
             )
     if type(first) is not int or not 0 <= first <= first + n <= e.num_local:
         raise ValueError(f"first is {first!r}; {n} experts from there must be of {e.num_local}")
-    if isinstance(clamp_limit, torch.Tensor) and tuple(clamp_limit.shape) not in ((), (n,)):
-        raise ValueError(f"clamp_limit has shape {tuple(clamp_limit.shape)}; it must be [{n}]")
+    for name, value in (("beta", beta), ("clamp_limit", clamp_limit)):
+        if isinstance(value, torch.Tensor) and tuple(value.shape) not in ((), (n,)):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [{n}]")
+    if beta is not None and e.activation == ActivationType.Situ:
+        raise ValueError("beta is given; SiTU's does not depend on the weights: leave it out")
+    swiglu_beta = e.gemm1_beta if e.activation.linear_up else None
     for name, held, new in (
         ("w13_bias", e.gemm1_bias, w13_bias),
         ("w2_bias", e.gemm2_bias, w2_bias),
+        ("beta", swiglu_beta, beta),
         ("clamp_limit", e.gemm1_clamp_limit, clamp_limit),
     ):
         if held is not None and new is None:

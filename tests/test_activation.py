@@ -29,7 +29,7 @@ def clamp(x):
 
 FORMULAS = {
     ActivationType.Swiglu: lambda u, g: (
-        (y := min(g, LIMIT) * GATE_SCALE) * sigmoid(ALPHA * y) * (clamp(u) * SCALE + BETA)
+        (y := min(g, LIMIT) * GATE_SCALE) * sigmoid(ALPHA * y) * (clamp(u) + BETA) * SCALE
     ),
     ActivationType.SwigluStep: lambda u, g: (
         min(g * GATE_SCALE * sigmoid(g * GATE_SCALE), LIMIT * GATE_SCALE) * clamp(u) * SCALE

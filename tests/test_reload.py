@@ -19,6 +19,7 @@ SWIGLU = ActivationType.Swiglu
 PARAMETERS = {
     "w13_bias": torch.linspace(-1, 1, 3 * 160).reshape(3, 160),
     "w2_bias": torch.linspace(-2, 1, 3 * 208).reshape(3, 208),
+    "beta": torch.tensor([0.25, 1.0, -0.5]),
     "clamp_limit": torch.tensor([1.5, 2.5, 3.5]),
 }
 
@@ -35,9 +36,9 @@ def test_reload_is_preparation():
 def test_biases_and_limit_follow(kind):
     rows = 80 * (2 if kind.gated else 1)
     given = {"w13_bias": PARAMETERS["w13_bias"][:, :rows], "w2_bias": PARAMETERS["w2_bias"]}
-    kept = {"alpha": 1.7, "beta": 0.5} if kind.gated else {}
-    for limit in (PARAMETERS["clamp_limit"], 2.0) if kind.gated else (None,):
-        some = given if limit is None else given | {"clamp_limit": limit}
+    kept = {"alpha": 1.7} if kind.gated else {}
+    for change in (PARAMETERS, {"beta": 0.5, "clamp_limit": 2.0}) if kind.gated else ({},):
+        some = given | {name: change[name] for name in ("beta", "clamp_limit") if change}
         static = {"input_amax": 3.0, "intermediate_amax": 5.0}
         experts = prepare_experts(*cases.weights(kind, 0), kind, **some, **kept, **static)
         experts.load_(*cases.weights(kind, 1), **some)
@@ -72,6 +73,8 @@ def test_the_layer_computes_with_the_new_weights():
         ({"amax": (torch.ones(3), torch.ones(2))}, "amax[1] is .*(2,)"),
         ({"w2_bias": torch.zeros(3, 208)}, "w2_bias is given; these experts were prepared without"),
         ({"clamp_limit": 1.0}, "clamp_limit is given"),
+        ({"beta": 1.0}, "beta is given; these experts were prepared without"),
+        ({"beta": torch.ones(2)}, "beta has shape (2,); it must be [3]"),
     ],
 )
 def test_bad_arguments_leave_the_experts_alone(change, message):
@@ -103,7 +106,7 @@ def test_no_expert():
 
 
 def test_checksum_is_of_every_bit():
-    experts = layer(**PARAMETERS, input_amax=3.0, intermediate_amax=5.0, alpha=1.0, beta=1.0)
+    experts = layer(**PARAMETERS, input_amax=3.0, intermediate_amax=5.0, alpha=1.0)
     seen = {experts.checksum()}
     assert len(seen) == 1 and re.fullmatch("[0-9a-f]{64}", next(iter(seen)))
     for name in vars(experts):

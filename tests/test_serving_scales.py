@@ -42,7 +42,7 @@ def functions(path: str, *names: str) -> dict:
 @pytest.mark.parametrize("activation", ["per-token", "static"])
 @pytest.mark.parametrize(
     ("kind", "columns"),
-    [(kind, c) for kind in KINDS for c in (None, 1, 2) if kind.gated or c != 2],
+    [(kind, c) for kind in KINDS for c in (None, 1, 2) if kind.linear_up or c != 2],
     ids=str,
 )
 def test_equal_to_what_sglang_computes(kind, columns, activation):
@@ -85,7 +85,7 @@ def test_the_formulas(seed):
 @pytest.mark.parametrize("activation", ["per-token", "static"])
 def test_equal_to_the_scalars_of_assembled_experts(kind, activation):
     """To the bit per token; our static ones divide by the encode scale, SGLang's multiply."""
-    c = scales_of(3, 2 if kind.gated else None)
+    c = scales_of(3, 2 if kind.linear_up else None)
     rows = 128 if kind.gated else 64
     codes1 = torch.zeros(E, rows, 64, dtype=torch.uint8)
     codes2 = torch.zeros(E, 128, 32, dtype=torch.uint8)
@@ -100,7 +100,7 @@ def test_equal_to_the_scalars_of_assembled_experts(kind, activation):
             "intermediate_amax": c["w2_input_scale"].max().item() * 2688,
         }
     experts = assemble_experts(
-        codes1, sf1, decode.flip(1) if kind.gated else decode,  # (up, gate)
+        codes1, sf1, decode.flip(1) if kind.linear_up else decode,  # (up, gate)
         codes2, sf2, c["w2_weight_scale_2"], kind, **static,
     )  # fmt: skip
     got = serving_scales(**c, activation=activation, kind=kind)
@@ -129,11 +129,28 @@ def test_a_limit_is_in_the_domain_of_the_accumulator():
         assert scales.gemm1_clamp_limit is None
 
 
+def apart() -> dict[str, torch.Tensor]:
+    return scales_of() | {
+        "w13_weight_scale_2": torch.tensor([[0.5, 0.125], [0.25, 1.0], [0.5, 0.5]]),
+        "w2_weight_scale_2": torch.ones(3),
+    }
+
+
+@pytest.mark.parametrize("kind", [k for k in ActivationType if k.gated], ids=lambda k: k.name)
+def test_which_activations_want_one_scale_of_gate_and_up(kind):
+    """SiTU multiplies both halves by one scalar; SwigluStep has a limit where none is given."""
+    got = serving_scales(**apart(), activation="per-token", kind=kind)
+    if kind in (ActivationType.Situ, ActivationType.SwigluStep):
+        assert got.block_scale_ratios.tolist() == [[0.25, 1.0], [1.0, 0.25], [1.0, 1.0]]
+        assert got.g1_alphas.tolist() == got.g1_alphas_up.tolist() == [0.5, 1.0, 0.5]
+    else:
+        assert got.block_scale_ratios is None
+        assert got.g1_alphas_up.tolist() == [0.125, 1.0, 0.5]
+
+
 def test_gate_and_up_apart_are_tied_where_one_limit_clamps_both():
     """The kernel's limit is in the accumulator's domain: one number for two halves."""
-    c = scales_of()
-    c["w13_weight_scale_2"] = torch.tensor([[0.5, 0.125], [0.25, 1.0], [0.5, 0.5]])
-    c["w2_weight_scale_2"] = torch.ones(3)
+    c = apart()
     got = serving_scales(**c, activation="per-token", clamp_limit=2.0)
     assert got.g1_alphas.tolist() == got.g1_alphas_up.tolist() == got.g1_scale_c.tolist()
     assert got.g1_alphas.tolist() == [0.5, 1.0, 0.5]

@@ -31,6 +31,7 @@ from .stages import (
     ROUNDINGS,
     ROUTINGS,
     as_gemm,
+    beta_after_scale,
     bias_after_scale,
     clamp_after_scale,
     coarse_sigmoid,
@@ -149,6 +150,7 @@ def _catalogue() -> Iterator[Mutant]:
     for name, stages in {
         "alpha ignored": of_other_experts(gemm1_alpha=None),
         "beta ignored": of_other_experts(gemm1_beta=None),
+        "beta after the scale": other_activation(beta_after_scale),
         "limit ignored": of_other_experts(gemm1_clamp_limit=None),
         "limit after the scale": other_activation(clamp_after_scale),
         "bias forgotten": of_other_experts(gemm1_bias=None),

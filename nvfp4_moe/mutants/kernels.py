@@ -140,6 +140,7 @@ _GEMM: tuple[Entry, ...] = (
         "ACT == SWIGLU",
     ),
     ("beta left out", "u + beta", "u", "gpt-oss", "ACT == SWIGLU"),
+    ("beta after the scale", "(u + beta) * scale", "u * scale + beta", "gpt-oss", "ACT == SWIGLU"),
     ("alpha left out", "tl.exp(-alpha * g)", "tl.exp(-g)", "gpt-oss"),
     (
         "sigmoid of the unscaled gate",

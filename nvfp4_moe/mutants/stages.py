@@ -99,6 +99,12 @@ def clamp_after_scale(raw: Tensor, e: Experts, i: int) -> Tensor:
     return moe.activate_raw(raw, replace(e, gemm1_clamp_limit=limits), i)
 
 
+def beta_after_scale(raw: Tensor, e: Experts, i: int) -> Tensor:
+    assert e.gemm1_beta is not None
+    beta = e.gemm1_beta / e.output1_scale_scalar
+    return moe.activate_raw(raw, replace(e, gemm1_beta=beta), i)
+
+
 def bias_after_scale(raw: Tensor, e: Experts, i: int) -> Tensor:
     assert e.gemm1_bias is not None
     bias = e.gemm1_bias / e.output1_scale_gate_scalar[:, None]

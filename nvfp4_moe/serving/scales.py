@@ -11,7 +11,9 @@ As sglang 0.5.23 computes them for its TRT-LLM backends, operation by operation 
     g1_scale_c    1 / a2 * g1_alphas_up; without a gate, and of SiTU, 1 / a2
 
 The kernel clamps both halves of the first GEMM's accumulator at one limit, limit / g1_alphas. Where gate
-and up differ, both are therefore moved to the larger scale, and block scales of the other half rescaled.
+and up differ, both are therefore moved to the larger scale, and block scales of the other half rescaled;
+here SiTU's too, since the kernel multiplies both halves by one scalar, and SwigluStep's, since its limit
+is 7 where none is given.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from ..reference.activation import ActivationType
+from ..reference.scalars import must_share, per_expert
 from .switch import Activation
 
 
@@ -83,14 +86,17 @@ def serving_scales(
         a2 = _largest("w2_input_scale", w2_input_scale)
     quant13, quant2 = 1 / a13, 1 / a2
     alphas, alphas_up = a13 * gate, a13 * up
-    limit = ratios = None
-    if clamp_limit is not None and kind.linear_up:
-        untied = alphas != alphas_up
-        if untied.any():
-            shared = torch.maximum(alphas, alphas_up)
-            both = torch.stack([alphas_up, alphas], 1)
-            ratios = torch.where(untied[:, None], both / shared[:, None], 1.0)
-            alphas = alphas_up = shared
+    ratios = None
+    if not kind.linear_up:
+        clamp_limit = None
+    limit = per_expert(clamp_limit, len(gate), gate.device)
+    untied = must_share(kind, alphas_up, alphas, limit)
+    if untied.any():
+        shared = torch.where(untied, torch.maximum(alphas, alphas_up), alphas)
+        both = torch.stack([alphas_up, alphas], 1)
+        ratios = torch.where(untied[:, None], both / shared[:, None], 1.0)
+        alphas, alphas_up = shared, torch.where(untied, shared, alphas_up)
+    if clamp_limit is not None:
         limit = clamp_limit / alphas
     scale_c = quant2 * alphas_up if kind.linear_up else quant2.expand(len(gate)).contiguous()
     return ServingScales(
