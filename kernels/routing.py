@@ -1,8 +1,8 @@
 """Routing in one Triton kernel, a program a token: `reference.routing` but for groups.
 
-Which experts are chosen, and ties, follow the reference's integer keys; exp and sigmoid are fp32, so
-that weights, and the choice between scores a few ulp apart, may differ in the last bits. FlashInfer
-does not determine those, either.
+Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, exp and
+tanh are rounded from fp64, sums have the reference's order. Only an fp64 value that lies next to an fp32
+rounding border may round to the other side.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference.routing import Routing, RoutingMethodType
-from .leaves import await_previous, to_bf16
+from .leaves import add, await_previous, div, flush, mul, to_bf16
 from .target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
@@ -25,9 +25,31 @@ MINIMAX = tl.constexpr(int(RoutingMethodType.MiniMax2))
 SIGMOID_RENORM = tl.constexpr(int(RoutingMethodType.SigmoidRenorm))
 
 
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
+    e = tl.exp(-tl.abs(x.to(tl.float64)))
+    tanh = ((1.0 - e) / (1.0 + e)).to(tl.float32)
+    return 0.5 * tl.where(x < 0, -tanh, tanh) + 0.5
+
+
+@triton.jit
+def _exp(x, ARCH: tl.constexpr):
+    return flush(tl.exp(x.to(tl.float64)).to(tl.float32), True, ARCH)
+
+
+@triton.jit
+def _warp_sum(x):
+    """A butterfly, lane i with lane i + width / 2: sums of two, which commute."""
+    LEVELS: tl.constexpr = _log2(x.shape[0])
+    for _ in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
+    return tl.sum(x, 0)
 
 
 @triton.jit
@@ -61,40 +83,49 @@ def route_kernel(
             value = tl.where(x == x, x, float("-inf"))
         score = value
     elif METHOD == DEFAULT:
-        e = tl.exp(x - tl.max(x, 0))
-        value = e / tl.sum(e, 0)
+        e = _exp(x - tl.max(x, 0), ARCH)
+        value = div(e, tl.zeros_like(e) + _warp_sum(e), True, ARCH)
         score = value
     else:
         value = _sigmoid(x)
         score = value
         if BIASED and bias_ptr is not None:
-            score = score + tl.load(bias_ptr + expert, inside, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + expert, inside, other=0.0).to(tl.float32)
+            score = add(score, bias, True, ARCH)
     # Sign-magnitude integers, as the kernels of FlashInfer compare; nothing is below an expert.
     bits = score.to(tl.int32, bitcast=True)
+    if not RAW and ARCH == 0:  # a GPU's arithmetic makes positive NaN only; the host's does not
+        bits = tl.where(score == score, bits, 0x7FC00000)
     key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
 
     slot = tl.arange(0, SLOTS)
     ids = tl.zeros((SLOTS,), tl.int32)
-    chosen = tl.zeros((SLOTS,), tl.float32)
+    chosen = tl.zeros((SLOTS,), tl.int32)
+    value = value.to(tl.int32, bitcast=True)  # of which a sum with zeros keeps -0 and NaN
     for i in tl.static_range(K):
         best = tl.max(key, 0)
         first = tl.min(tl.where(inside & (key == best), expert, WIDTH), 0)
         ids = tl.where(slot == i, first, ids)
-        chosen = tl.where(slot == i, tl.sum(tl.where(expert == first, value, 0.0), 0), chosen)
+        chosen = tl.where(slot == i, tl.sum(tl.where(expert == first, value, 0), 0), chosen)
         inside = inside & (expert != first)
         key = tl.where(expert == first, -2147483648, key)
 
+    chosen = chosen.to(tl.float32, bitcast=True)
     live = slot < K
     if METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE:
         top = tl.max(tl.where(live, chosen, float("-inf")), 0)
-        e = tl.where(live, tl.exp(chosen - top), 0.0)
-        weight = e / tl.sum(e, 0)
+        e = tl.where(live, _exp(chosen - top, ARCH), 0.0)
+        weight = div(e, tl.zeros_like(e) + _warp_sum(e), True, ARCH)
     elif METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID:
         weight = _sigmoid(chosen)
     elif BIASED:
-        weight = chosen * scale / (tl.sum(tl.where(live, chosen, 0.0), 0) + 1e-20)
+        total = _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20
+        scaled = mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)
+        weight = div(scaled, tl.zeros_like(chosen) + total, True, ARCH)
     elif METHOD == SIGMOID_RENORM and NORM:
-        weight = chosen / tl.maximum(tl.sum(tl.where(live, chosen, 0.0), 0), 1e-20)
+        total = _warp_sum(tl.where(live, chosen, 0.0))
+        total = tl.where(total > 1e-20, total, 1e-20)  # fmaxf: a NaN loses
+        weight = div(chosen, tl.zeros_like(chosen) + total, True, ARCH)
     else:
         weight = chosen
     tl.store(ids_ptr + token * K + slot, ids, live)

@@ -26,6 +26,8 @@ The policies are in FlashInfer 0.7.2's `RoutingCustomPolicy.cuh:54-530`, groups 
   `tanh.approx.f32`, of relative error up to 2^-11: its scores may be off by 2^-12, whatever their
   size, and experts nearer to each other than twice that may change places. exp and the divisions
   of softmax are approximate too.
+- Subnormal inputs and results of fp32 arithmetic are zero, which that flag makes them: scores of
+  Default below 2^-126 tie. Raw logits are compared as they are.
 - Sums are a warp's butterfly (`coalesced_reduce.h:67`), which makes the K-sums here FlashInfer's.
   Default's sum over all experts has another order in each of its kernels.
 
@@ -43,6 +45,7 @@ from typing import NamedTuple
 import torch
 
 from . import checks
+from .fp32 import Arithmetic
 
 
 class RoutingMethodType(enum.IntEnum):
@@ -62,6 +65,7 @@ class RoutingMethodType(enum.IntEnum):
 
 
 _M = RoutingMethodType
+_CUDA = Arithmetic(ftz=True)
 _RAW = (_M.Renormalize, _M.RenormalizeNaive, _M.TopK, _M.TopKSigmoid, _M.Llama4)
 _BIASED = (_M.DeepSeekV3, _M.MiniMax2)
 # The last tier of each list covers all before it (`RoutingCustomPolicy.cuh:829-900`).
@@ -190,11 +194,11 @@ def route(
         unbiased = scores = _sigmoid(values)
         if bias is not None:
             bias = bias.to(torch.bfloat16) if routing.grouped else bias
-            scores = _positive_nan(unbiased + bias.float())
+            scores = _positive_nan(_CUDA.add(unbiased, _CUDA.flush(bias.float())))
         key = _key(scores)
         ids = _order(_limit_to_groups(key, scores, routing) if routing.grouped else key)[:, :k]
         chosen = unbiased.gather(1, ids)
-        weights = chosen * routing.scale / (_warp_sum(chosen) + 1e-20)
+        weights = _CUDA.div(_CUDA.mul(chosen, routing.scale), _warp_sum(chosen) + 1e-20)
     else:
         scores = _sigmoid(values)
         ids = _order(_key(scores))[:, :k]
@@ -377,8 +381,8 @@ def _sigmoid(values: torch.Tensor) -> torch.Tensor:
 
 def _softmax(values: torch.Tensor) -> torch.Tensor:
     difference = values - values.amax(dim=-1, keepdim=True)
-    exp = torch.exp(difference.double()).float()
-    return _positive_nan(exp / _warp_sum(exp))
+    exp = _CUDA.flush(torch.exp(difference.double()).float())
+    return _positive_nan(_CUDA.div(exp, _warp_sum(exp)))
 
 
 def _warp_sum(values: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 SMALL = GemmConfig(128, 16, 128, 1, 4)
 ONE = 0x38  # 1.0 in e4m3
+RAW = (1, 3, 4, 5, 9)  # the methods that compare logits as they are
 EXACT = [ActivationType.Identity, ActivationType.Relu, ActivationType.Relu2]
 
 
@@ -242,7 +243,7 @@ def output_dtypes(device, config=SMALL):
 
 
 def routing(device, config=None):
-    """Ids as the reference's, ties of raw logits included; weights to a step of bf16."""
+    """Ids, ties of raw logits included, and weights as the reference's."""
     g = torch.Generator().manual_seed(11)
     for method in RoutingMethodType:
         if method == RoutingMethodType.Unspecified:
@@ -252,20 +253,63 @@ def routing(device, config=None):
             logits = torch.randn(9, experts, generator=g)
             biased = method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2)
             bias = torch.randn(experts, generator=g) / 4 if biased else None
-            raw = int(method) in (1, 3, 4, 5, 9)
-            if raw:
+            if int(method) in RAW:
                 logits = (logits * 4).round().bfloat16()  # ties
-            on = (logits.to(device), None if bias is None else bias.to(device))
-            ids, weights = triton_routing.route(on[0], r, on[1])
-            want = reference_routing.route(logits, r, bias)
-            assert torch.equal(ids.cpu(), want.ids), f"{method.name} {experts} {k}"
-            torch.testing.assert_close(
-                weights.cpu().float(), want.weights_bf16.float(), rtol=2**-7, atol=1e-6
-            )
+            _routed_alike(device, logits, r, bias, f"{method.name} {experts} {k}")
+
+
+def _routed_alike(device, logits, routing, bias, what):
+    ids, weights = triton_routing.route(
+        logits.to(device), routing, None if bias is None else bias.to(device)
+    )
+    want = reference_routing.route(logits, routing, bias)
+    assert_bitwise(ids, want.ids, f"{what}: ids")
+    weights, right = weights.cpu(), want.weights_bf16
+    assert torch.equal(weights.isnan(), right.isnan()), what
+    assert_bitwise(weights.nan_to_num(), right.nan_to_num(), f"{what}: weights")
+
+
+def strange_logits(rows: int) -> dict[str, torch.Tensor]:
+    """[rows, 16] fp32 where scores tie, vanish or are no numbers."""
+    g = torch.Generator().manual_seed(18)
+    normal = torch.randn(rows, 16, generator=g)
+    special = torch.tensor(
+        [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38]
+    )
+    place = torch.randint(0, len(special), (rows, 16), generator=g)
+    masked = normal.masked_fill(torch.rand(rows, 16, generator=g) < 0.5, -torch.inf)
+    return {
+        "sigmoids near 0": normal - 18.5,
+        "sigmoids near 1": normal + 17.5,
+        "exponentials that underflow": normal * 60,
+        "exponentials near 2^-126": normal.mul(1e-2).sub(87.34).index_fill(1, torch.tensor([3]), 0),
+        "nearly equal": normal * 1e-7 + 1,
+        "masked by -inf": masked,
+        "zeros of both signs": torch.where(normal < 0, -0.0, 0.0),
+        "special values": torch.where(normal < 0, special[place], normal),
+        "special values alone": special[place],
+        "all -inf": torch.full_like(normal, -torch.inf),
+        "all NaN": torch.full_like(normal, torch.nan),
+    }
+
+
+def routing_of_strange_logits(device, config=None):
+    for what, logits in strange_logits(2 if device == "cpu" else 64).items():
+        for method in RoutingMethodType:
+            if method == RoutingMethodType.Unspecified:
+                continue
+            r = Routing(method, 1 if method == RoutingMethodType.Llama4 else 5)
+            bias = None
+            if method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2):
+                bias = torch.tensor([1e-38, -1e-39, 0.0, -0.0, 2e-39, -3.0, 1e-9, -torch.inf] * 2)
+            _routed_alike(device, logits, r, bias, f"{method.name} {what}")
+            if int(method) in RAW:  # the others compare fp32 scores
+                _routed_alike(device, logits.bfloat16(), r, bias, f"{method.name} {what}, bf16")
 
 
 CASES = [
     routing,
+    routing_of_strange_logits,
     activations_bitwise_or_close,
     odd_sizes,
     expert_parallel,

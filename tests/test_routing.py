@@ -111,6 +111,20 @@ def test_saturated_sigmoids_tie(method):
     assert result.scores.tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
+def test_subnormal_scores_of_a_softmax_tie_at_zero():
+    """e^-88 and e^-90 are below 2^-126, e^-87 is not."""
+    logits = torch.tensor([[-90.0, -88.0, 0.0, -87.0, -91.0]])
+    result = route(logits, Routing(M.Default, 4))
+    assert result.ids.tolist() == [[2, 3, 0, 1]]
+    assert result.weights[0, 2:].tolist() == [0.0, 0.0]
+    assert route(logits, Routing(M.Renormalize, 4)).weights[0, 2:].tolist() == [0.0, 0.0]
+
+
+def test_subnormal_biases_are_zero():
+    logits, bias = torch.full((1, 4), -40.0), torch.tensor([-1e-39, 1e-39, 2e-38, 1e-45])
+    assert route(logits, Routing(M.DeepSeekV3, 3), bias).ids.tolist() == [[2, 0, 1]]
+
+
 def test_topk_sigmoid_ranks_what_sigmoid_saturates():
     result = route(torch.tensor([[-50.0, -20.0, 30.0, 40.0]]), Routing(M.TopKSigmoid, 4))
     assert result.ids.tolist() == [[3, 2, 1, 0]]

@@ -248,13 +248,18 @@ _ROUTING: tuple[Entry, ...] = (
     ),
     (
         "the bias in the weights",
-        "tl.where(expert == first, value, 0.0)",
-        "tl.where(expert == first, score, 0.0)",
+        "tl.where(expert == first, value, 0)",
+        "tl.where(expert == first, bits, 0)",
         "no groups",
     ),
-    ("the bias not added", "score + B_", "score + 0 * B_", "no groups", "route_kernel"),
-    ("scaling factor left out", "chosen * scale / S_", "chosen / S_", "no groups"),
-    ("weights not normalized", "weight = e / tl.sum(e, 0)", "weight = e", "qwen"),
+    ("the bias not added", "score = add(score, bias, True, ARCH)", "score = score", "no groups"),
+    (
+        "scaling factor left out",
+        "mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)",
+        "chosen",
+        "no groups",
+    ),
+    ("weights not normalized", "weight = div(e, S_, True, ARCH)", "weight = e", "qwen"),
     (
         "weights truncated to bf16",
         "to_bf16(weight, ARCH)",
