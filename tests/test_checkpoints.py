@@ -440,20 +440,23 @@ def test_an_unused_input_scale_of_a_zero_expert_is_harmless(tmp_path):
             "quant_algo is 'FP8'",
         ),
         ({"hf_quant_config.json": json.dumps(modelopt_config(group_size=32))}, "group_size is 32"),
-        ({"config.json": "{"}, "config.json: not JSON"),
-        ({"config.json": "[]"}, "config.json: not a JSON object"),
-        ({"model.safetensors.index.json": "{}"}, "it has no weight_map"),
+        ({"config.json": "{"}, "config.json: not JSON that is read"),
+        ({"config.json": "[]"}, r"config.json: it is \[\]; it must be an object"),
+        (
+            {"model.safetensors.index.json": "{}"},
+            "weight_map is missing; it must be an object with",
+        ),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "../b.safetensors"}}'},
-            r"'../b.safetensors' is not the name of a \*.safetensors file",
+            r'weight_map.a is "../b.safetensors"; it must be the name of a \*.safetensors file',
         ),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "sub/b.safetensors"}}'},
-            r"'sub/b.safetensors' is not the name of a \*.safetensors file",
+            r'weight_map.a is "sub/b.safetensors"; it must be the name of a \*.safetensors file',
         ),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "b.bin"}}'},
-            r"'b.bin' is not the name of a \*.safetensors file",
+            r'weight_map.a is "b.bin"; it must be the name of a \*.safetensors file',
         ),
     ],
 )

@@ -96,8 +96,14 @@ class Headers:
         return () if place.expert is None else (self.layer.num_experts,)
 
     def extra(self, kinds: Sequence[str]) -> None:
-        """Experts beyond the last, and tensors of these kinds that others stand for already."""
+        """Tensors of no projection, experts beyond the last, and what others stand for already.
+
+        Args:
+            kinds: of the tensors of which the last is asked.
+        """
         layer, count = self.layer, self.layer.num_experts
+        for name in layer.strange:
+            self.add(f"{name}: extra: not a tensor of an expert's projection, or there twice")
         for expert in sorted(layer.found_experts):
             if expert >= count:
                 self.add(f"{layer.module}.{expert}: extra: there are {count} experts, from 0")
@@ -149,6 +155,7 @@ class Check(Headers):
     ):
         super().__init__(folder, layer, experts, form.codes, packed=2)
         self._form, self._inputs = form, frozenset(inputs)
+        self._biased = [p for p in layer.projections if layer.has_bias(p)]
 
     def run(self, progress: Progress) -> list[str]:
         """All problems, those of whole shards first."""
@@ -164,8 +171,6 @@ class Check(Headers):
     def _extra(self) -> None:
         layer = self.layer
         self.extra((*self._form.kinds, BIAS))
-        for name in layer.strange:
-            self.add(f"{name}: extra: not a tensor of an expert's projection, or there twice")
         for (expert, _, kind), name in layer.names.items():
             if (expert or 0) < layer.num_experts and kind not in (*self._form.kinds, BIAS):
                 kinds = ", ".join((*self._form.kinds, BIAS))
@@ -199,8 +204,7 @@ class Check(Headers):
             self.add(f"{layer.module}.{expert}: missing")
             return
         if expert in self.experts:
-            biases = [p for p in layer.projections if layer.has_bias(p)]
-            places |= {(p, BIAS): layer.place(expert, p, BIAS) for p in biases}
+            places |= {(p, BIAS): layer.place(expert, p, BIAS) for p in self._biased}
         for (projection, kind), place in places.items():
             if place is None:
                 self.add(f"{layer.module_of(expert, projection)}.{kind}: missing")

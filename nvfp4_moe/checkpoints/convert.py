@@ -19,8 +19,9 @@ from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe
 from .described import describe
 from .errors import CheckpointError
-from .folder import INDEX, SUFFIX, Folder
-from .formats import HF_QUANT_CONFIG, MODELOPT
+from .files import SUFFIX
+from .folder import CONFIG, HF_QUANT_CONFIG, INDEX, Folder
+from .formats import MODELOPT
 from .layer_error import LayerError, merge
 from .progress import Progress, silent
 from .source import Matrix, Source, open_source
@@ -202,7 +203,7 @@ def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
 def _write_rest(source: Source, work: Workspace, recipe: Recipe) -> None:
     """Everything but the shards and their index."""
     folder = source.folder
-    made = ("config.json", HF_QUANT_CONFIG, INDEX)
+    made = (CONFIG, HF_QUANT_CONFIG, INDEX)
     for path in sorted(folder.path.rglob("*")):
         name = path.relative_to(folder.path)
         if any(part.startswith(".") for part in name.parts) or name.as_posix() in made:
@@ -210,7 +211,7 @@ def _write_rest(source: Source, work: Workspace, recipe: Recipe) -> None:
         if path.is_file() and not path.name.endswith((*_OTHER_WEIGHTS, ".index.json")):
             work.copy(path, name.as_posix())
     inner, outer = describe(source, recipe)
-    work.write_json("config.json", {**folder.config, "quantization_config": inner})
+    work.write_json(CONFIG, {**folder.config, "quantization_config": inner})
     work.write_json(HF_QUANT_CONFIG, outer)
 
 

@@ -2,11 +2,12 @@
 
 The tensors lie in safetensors shards that `model.safetensors.index.json` names (`weight_map`: tensor
 to file), or, without an index, in every `*.safetensors` file of the folder. A shard is opened when a
-tensor in it is asked for, and read a slice at a time.
+tensor in it is asked for, and read a slice at a time. Nothing in a folder is trusted: which files are
+opened `files.py` says, which JSON is read `strict_json.py`, and which types it must have `documents.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import strict_json
 from ..host import READING
+from . import documents
 from .errors import CheckpointError
+from .files import SUFFIX, is_shard_name, local, name_of, refusal
 from .mistral import MISTRAL, mistral_config
+from .schema import Schema, shown
 
+CONFIG = "config.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
-SUFFIX = ".safetensors"
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,13 @@ class TensorInfo:
 class Folder:
     """Reads one checkpoint.
 
-    `shard_of` maps every tensor to its file; `broken` maps the files that could not be opened, so
-    far, to the reason.
+    `config`, `hf_quant_config` (None without the file) and `index` (None) are JSON objects with the
+    types of `documents.py`. `shard_of` maps every tensor to its file; `broken` maps the files that
+    could not be opened, so far, to the reason.
 
     Raises:
-        CheckpointError: no such folder, no safetensors files in it, or unreadable JSON.
+        CheckpointError: no such folder, no safetensors files in it, or everything that is wrong in
+            its JSON files.
     """
 
     def __init__(self, path: Path | str):
@@ -47,25 +56,68 @@ class Folder:
         self._infos: dict[str, dict[str, TensorInfo | None]] = {}
         if not self.path.is_dir():
             raise CheckpointError(self.path, ["there is no such folder"])
-        self.config = self.json("config.json") or mistral_config(self.json(MISTRAL) or {})
-        self.index = self.json(INDEX)
-        self.shard_of = self._from_files() if self.index is None else self._from_index(self.index)
+        problems: list[str] = []
+        config = self._json(CONFIG, documents.CONFIG, problems)
+        params = None if config else self._json(MISTRAL, documents.PARAMS, problems)
+        self.config = config or mistral_config(params or {})
+        self.hf_quant_config = self._json(HF_QUANT_CONFIG, documents.HF_QUANT_CONFIG, problems)
+        self.index = self._json(INDEX, documents.INDEX, problems)
+        if problems:
+            raise CheckpointError(self.path, problems)
+        self.shard_of: dict[str, str] = (
+            self._from_files() if self.index is None else self.index["weight_map"]
+        )
         self.shards = sorted(set(self.shard_of.values()) | set(self.broken))
         if not self.shards:
             raise CheckpointError(self.path, [f"no {INDEX} and no *{SUFFIX} file"])
+        if long := [name for name in self.shard_of if len(name) > _LONGEST_NAME]:
+            raise CheckpointError(
+                self.path,
+                [
+                    f"{self.shard_of[name]}: the name {shown(name)} is too long; a tensor's may have "
+                    f"{_LONGEST_NAME} characters"
+                    for name in long
+                ],
+            )
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file's object; None where there is no such file."""
-        path = self.path / name
-        if not path.is_file():
+    def json(self, name: str, schema: Schema) -> dict[str, Any] | None:
+        """A JSON file's object, its types checked; None where there is no such file.
+
+        Raises:
+            CheckpointError: everything that is wrong in it.
+        """
+        problems: list[str] = []
+        found = self._json(name, schema, problems)
+        if problems:
+            raise CheckpointError(self.path, problems)
+        return found
+
+    def file_path(self, name: str) -> Path:
+        """Where a file of the folder is, if it may be opened.
+
+        Raises:
+            OSError: there is none, it cannot be reached, or it may not be opened, with the reason.
+        """
+        path = self.path / local(name)
+        if reason := refusal(self.path, path):
+            raise OSError(reason)
+        return path
+
+    def _json(self, name: str, schema: Schema, problems: list[str]) -> dict[str, Any] | None:
+        if not os.path.lexists(self.path / name):
             return None
         try:
-            found = json.loads(path.read_text())
+            with self.file_path(name).open("rb") as file:
+                found = strict_json.parse(file.read(strict_json.MOST_BYTES + 1))
+        except OSError as e:
+            problems.append(f"{name}: cannot be read: {e.strerror or e}")
         except ValueError as e:
-            raise CheckpointError(self.path, [f"{name}: not JSON: {e}"]) from None
-        if not isinstance(found, dict):
-            raise CheckpointError(self.path, [f"{name}: not a JSON object"])
-        return found
+            problems.append(f"{name}: not JSON that is read: {e}")
+        else:
+            wrong = list(schema.problems("", found))
+            problems += [f"{name}: {problem}" for problem in wrong]
+            return None if wrong else found
+        return None
 
     def info(self, name: str) -> TensorInfo | None:
         """A tensor's dtype and shape; None if its shard lacks it or is in `broken`."""
@@ -83,7 +135,7 @@ class Folder:
         """The open shard; None, and an entry in `broken`, if it cannot be opened."""
         if shard not in self._files and shard not in self.broken:
             try:
-                file = safe_open(self.path / shard, framework="pt")
+                file = safe_open(self.file_path(shard), framework="pt")
                 self._infos[shard] = dict.fromkeys(file.keys())
                 self._files[shard] = file
             except (SafetensorError, OSError) as e:
@@ -99,23 +151,11 @@ class Folder:
         """A tensor to be read in part: indexing reads what is asked for."""
         return self.file(self.shard_of[name]).get_slice(name)
 
-    def _from_index(self, index: dict[str, Any]) -> dict[str, str]:
-        places = index.get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(self.path, [f"{INDEX}: it has no weight_map"])
-        wrong = sorted(
-            {str(f) for f in places.values() if not (isinstance(f, str) and _is_plain(f))}
-        )
-        if wrong:
-            raise CheckpointError(
-                self.path, [f"{INDEX}: {f!r} is not the name of a *{SUFFIX} file" for f in wrong]
-            )
-        return places
-
     def _from_files(self) -> dict[str, str]:
-        names = sorted(p.name for p in self.path.glob(f"*{SUFFIX}") if _is_plain(p.name))
-        return {tensor: name for name in names if self.file(name) for tensor in self._infos[name]}
-
-
-def _is_plain(name: str) -> bool:
-    return name.endswith(SUFFIX) and Path(name).name == name and not name.startswith(".")
+        found: dict[str, str] = {}
+        names = {name_of(path.name) for path in self.path.iterdir()}
+        for shard in sorted(name for name in names if name is not None and is_shard_name(name)):
+            for tensor in self._infos[shard] if self.file(shard) else ():
+                if (other := found.setdefault(tensor, shard)) != shard:
+                    self.broken[shard] = f"{shard}: it has {tensor}, which {other} has too"
+        return found

@@ -23,13 +23,12 @@ import torch
 
 from ..reference.recipe import BLOCK_SIZE
 from .errors import CheckpointError
-from .folder import Folder
+from .folder import HF_QUANT_CONFIG, Folder
 from .groups import Group, group_refusal, read_groups
 from .layers import Layer
 from .model_config import model_config
-from .patterns import matches
+from .patterns import matcher, matches
 
-HF_QUANT_CONFIG = "hf_quant_config.json"
 NVFP4, MIXED = ("NVFP4", "W4A16_NVFP4"), "MIXED_PRECISION"
 BIAS = "bias"
 NVFP4_PACKED = "nvfp4-pack-quantized"
@@ -79,9 +78,10 @@ class Quantization:
         """Why experts of a layer are not NVFP4; None if they are."""
         called = [layer.called(e, p) for e in experts for p in layer.projections]
         names = [layer.module, *dict.fromkeys(name for names in called for name in names)]
-        for pattern in self.excluded:  # outside: fnmatch remembers few compiled patterns
+        for pattern in self.excluded:
+            means = matcher(pattern)
             for name in names:
-                if matches(pattern, name):
+                if means(name):
                     return f"{name} is excluded from quantization (by {pattern!r})"
         for projection in called:
             own = [*projection, layer.module]
@@ -113,7 +113,7 @@ def read_quantization(folder: Folder) -> Quantization:
     method = str(config.get("quant_method", "modelopt")).lower()
     if method == "compressed-tensors":
         return _compressed_tensors(folder, config)
-    separate = (folder.json(HF_QUANT_CONFIG) or {}).get("quantization") or {}
+    separate = (folder.hf_quant_config or {}).get("quantization") or {}
     inner = config.get("quantization") or config
     if not separate and not method.startswith("modelopt"):
         inner = {}

@@ -6,6 +6,7 @@ Fused rows are [gate; up], as transformers 5, vLLM and SGLang have them, or alte
 # SPDX-License-Identifier: Apache-2.0
 import re
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from .errors import CheckpointError
@@ -17,6 +18,7 @@ from .places import Place
 
 Projection = Literal["gate", "up", "down"]
 
+MOST_EXPERTS = 65_536
 _HALF = {"gate": 0, "up": 1}
 WEIGHTS = ("weight", "weight_packed")
 """Kinds that are the matrix itself, in one format or another."""
@@ -95,8 +97,8 @@ class Layer:
         fused = "fused" if projection in _HALF else projection
         own = {
             name.removesuffix(f".{kind}")
-            for (e, p, kind), name in self.names.items()
-            if kind in WEIGHTS and e in (expert, None) and p in (projection, fused)
+            for e, p, kind in product((expert, None), (projection, fused), WEIGHTS)
+            if (name := self.names.get((e, p, kind))) is not None
         }
         return [self.module_of(expert, projection), *sorted(own)]
 
@@ -136,15 +138,33 @@ def find_layer(folder: Folder, layer: int | str) -> Layer:
     """The layer of experts of a number, or of a module's name.
 
     Raises:
-        CheckpointError: there is none, or several have that number.
+        CheckpointError: there is none, several have that number, or its number of experts is impossible.
     """
     layers = find_layers(folder)
     found = [x for x in layers if layer in (x.module, x.index)]
     if len(found) == 1:
+        if problem := count_problem(folder, found[0]):
+            raise CheckpointError(folder.path, [*folder.broken.values(), problem])
         return found[0]
     names = ", ".join(x.module for x in (found or layers)[:8]) or f"none{_perhaps(folder)}"
     told = f"{len(found)} have that number; give the name" if found else "there are"
     raise CheckpointError(folder.path, [f"no single layer of experts {layer!r}; {told}: {names}"])
+
+
+def count_problem(folder: Folder, layer: Layer) -> str | None:
+    """Why a layer's number of experts cannot be right; None if it can.
+
+    It comes from the configuration or from names, and is asked for before anything counts up to it.
+    """
+    infos = (folder.info(name) for (expert, _, _), name in layer.names.items() if expert is None)
+    stacked = (i.shape[0] for i in infos if i is not None and i.shape and all(i.shape))
+    held = min(max([len(layer.names), *stacked]), MOST_EXPERTS)
+    if 1 <= layer.num_experts <= held:
+        return None
+    return (
+        f"{layer.module}: by config.json or its names it has {layer.num_experts} experts; by its "
+        f"tensors it can have 1 to {held}"
+    )
 
 
 def _count(folder: Folder, layer: Layer) -> int:

@@ -71,7 +71,7 @@ def load_experts(
         source, found, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit
     )
     experts = range(found.num_experts) if local is None else local
-    if not experts or min(experts) < 0 or max(experts) >= found.num_experts:
+    if not experts or experts[0] < 0 or experts[-1] >= found.num_experts or experts.step != 1:
         raise ValueError(f"local is {local}; it must be a part of range({found.num_experts})")
     quantization = read_quantization(source)
     refusal = quantization.refusal(found, experts)
@@ -128,11 +128,8 @@ class _Reader:
         first: tuple[Projection, ...] = ("up", "gate") if layer.gated else ("up",)
         found = []
         for projections in (first, ("down",)):
-            rows = [
-                torch.cat([self._vector(e, p) for p in projections])
-                for e in experts
-                if layer.has_bias(projections[0])
-            ]
+            biased = experts if layer.has_bias(projections[0]) else ()
+            rows = [torch.cat([self._vector(e, p) for p in projections]) for e in biased]
             found.append(torch.stack(rows).to(self._device) if rows else None)
         return found[0], found[1]
 

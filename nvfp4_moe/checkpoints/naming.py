@@ -24,11 +24,12 @@ MEANING = {
 }  # fmt: skip
 _LONG = "gate_up_proj|gate_proj|up_proj|down_proj"
 _ANY = f"{_LONG}|w13|w1|w2|w3"
+_NUMBER = r"0|[1-9][0-9]{0,5}"  # no longer: names are not trusted
 SCHEMES = tuple(
     re.compile(pattern)
     for pattern in (
-        r"(?P<module>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.(?P<kind>\w+)",
-        rf"(?P<module>(?:.+\.)?experts)\.(?P<projection>{_ANY})\.(?P<expert>\d+)\.(?P<kind>\w+)",
+        rf"(?P<module>(?:.+\.)?experts)\.(?P<expert>{_NUMBER})\.(?P<projection>\w+)\.(?P<kind>\w+)",
+        rf"(?P<module>(?:.+\.)?experts)\.(?P<projection>{_ANY})\.(?P<expert>{_NUMBER})\.(?P<kind>\w+)",
         rf"(?P<module>(?:.+\.)?experts)\.(?P<projection>{_ANY})(?:[._](?P<kind>\w+))?",
         rf"(?P<module>(?:.+\.)?moe)\.(?P<projection>{_LONG})(?:[._](?P<kind>\w+))?",
     )
@@ -36,7 +37,7 @@ SCHEMES = tuple(
 """The first that a tensor's whole name matches says what it is."""
 OF_EXPERTS = re.compile(r"(?P<module>(?:.+\.)?experts)\.")
 """A tensor inside a module of experts, whatever the rest of its name."""
-LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
+LAYER = re.compile(rf"(?:^|\.)(?:layers|blocks|h)\.({_NUMBER})(?=\.|$)")
 PERHAPS = re.compile(r"(?<!shared_)expert|moe|ffn")
 """Part of a name that could be of experts, to be told where none are found."""
 KINDS = {"scale_inv": "weight_scale_inv"}

@@ -18,7 +18,7 @@ import torch
 from .check import Headers
 from .errors import CheckpointError
 from .folder import Folder
-from .layers import Layer, Projection, find_layers
+from .layers import Layer, Projection, count_problem, find_layers
 from .places import Place, read_matrix
 from .stacks import settle
 
@@ -107,6 +107,9 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
     matrices: dict[str, list[Matrix]] = {}
     problems: list[str] = []
     for layer in layers:
+        if problem := count_problem(folder, layer):
+            problems.append(problem)
+            continue
         settle(folder, layer)
         check = _SourceCheck(folder, layer)
         for matrix in check.run():
@@ -125,7 +128,7 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
 
 def _check_quantization(folder: Folder) -> None:
     config = folder.config.get("quantization_config")
-    if not config and folder.json("hf_quant_config.json") is None:
+    if not config and folder.hf_quant_config is None:
         return
     method, block = (config or {}).get("quant_method"), (config or {}).get("weight_block_size")
     if method != "fp8" or block != [BLOCK, BLOCK]:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import CheckpointError
-from .folder import INDEX, SUFFIX
+from .files import SUFFIX
+from .folder import INDEX
 
 RECORDS = ".nvfp4-moe-convert"
 _PART = ".part"
