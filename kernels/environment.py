@@ -29,11 +29,13 @@ SWITCH_VARIABLES = (
     "SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION",
 )
 CACHE_VARIABLES = ("NVFP4_MOE_CACHE", "XDG_CACHE_HOME")
+TRACEBACK_VARIABLE = "NVFP4_MOE_TRACEBACK"
 VARIABLES = (
     *EXACT_VARIABLES["cuda"],
     *FOUR_OVER_SIX_VARIABLES,
     *SWITCH_VARIABLES,
     *CACHE_VARIABLES,
+    TRACEBACK_VARIABLE,
     VALUES_VARIABLE,
 )
 """Every variable that this library reads; the reference reads the last one, in `checks.py`."""
@@ -126,6 +128,11 @@ def cache_folder() -> Path | None:
         return Path.home() / ".cache" / "nvfp4-moe"
     except RuntimeError:
         return None
+
+
+def traceback_wanted() -> bool:
+    """Whether the command line prints the traceback of a crash, which it else writes to a file."""
+    return _on(TRACEBACK_VARIABLE)
 
 
 def snapshot() -> dict[str, str | None]:

@@ -10,18 +10,17 @@ import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import diff_quantizers, diff_siblings, folder, report
+from . import diff_quantizers, diff_siblings, files, folder, processes, report, text
+from .exits import CommandError, Exit
 from .kernels import dispatch, environment, flashinfer_siblings, moe_dispatch
 from .report import FAILED, Cell, Failure, Report, Section, worst
 
@@ -72,7 +71,7 @@ class Job:
 @dataclass(frozen=True)
 class Done:
     job: Job
-    status: int  # of the process
+    status: int | None  # of the process; None: it did not end
     printed: str
     report: Report | None  # None: it wrote none
 
@@ -81,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run the whole matrix through every backend of this machine, FlashInfer's with every tactic "
         "that it advertises, in fast and exact math, with 4over6, and replayed in CUDA graphs; "
-        "write the report; end with a table of verdicts. Exit status: 0 nothing failed, 1 something "
-        "did, 3 nothing failed but no backend of FlashInfer's ran."
+        "write the report; end with a table of verdicts. Named backends of which nothing was judged "
+        "count as not run; where none are named, so does FlashInfer if none of its backends was."
     )
     parser.add_argument("--report", metavar="DIR", default="report", help="where to (report)")
     parser.add_argument("--backends", help="comma-separated; default: all")
@@ -93,12 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def jobs(chosen: str | None) -> Iterator[Job]:
-    """Every process to be started; ValueError for a backend that is none."""
+    """Every process to be started; CommandError for a backend that is none."""
     names = None if chosen is None else chosen.split(",")
     known = {*dispatch.BACKENDS, *moe_dispatch.ORDER, *SIBLINGS} - {"reference"}
     for name in names or ():
         if name not in known:
-            raise ValueError(
+            raise CommandError(
                 f"--backends has {name!r}; it must be among {', '.join(sorted(known))}"
             )
     parts = (
@@ -112,27 +111,49 @@ def jobs(chosen: str | None) -> Iterator[Job]:
                     yield Job(part, backend, math, variables)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Exit:
     start = time.monotonic()
     out = Path(options.report)
-    try:
-        planned = list(jobs(options.backends))
-    except ValueError as error:
-        print(f"nvfp4-moe blackwell: {error}", file=sys.stderr)
-        return 2
+    planned = list(jobs(options.backends))
+    if not options.timeout > 0:
+        raise CommandError(f"--timeout is {options.timeout:g}; it must be more than 0 seconds")
+    files.check_folder("--report", out)
     out.mkdir(parents=True, exist_ok=True)
-    subprocess.run([*CHILD, "doctor"], check=False)
+    print(processes.run([*CHILD, "doctor"], options.timeout)[1], end="")
     found = _run_all(planned, options, out)
     verdicts = _verdicts(found)
     whole = Report(sections=[verdicts, *_tables(found)])
     whole.seconds = round(time.monotonic() - start, 1)
+    whole.missing = _missing(verdicts, options.backends)
     folder.write(whole, out)
     _print(verdicts, out)
-    cells = {b: [row[b] for row in verdicts.rows.values() if b in row] for b in verdicts.columns}
-    if any(cell.status in FAILED for column in cells.values() for cell in column):
-        return 1
-    ran = (c.status != "skipped" for b in cells if b.startswith("flashinfer:") for c in cells[b])
-    return 0 if any(ran) else 3
+    text.print_end(whole, sys.stdout)
+    return whole.status
+
+
+def left(options: argparse.Namespace) -> str:
+    """What an interrupt leaves."""
+    return (
+        f"what finished is below {options.report}, a folder a process, without the page of all; the "
+        "same command starts over"
+    )
+
+
+def _missing(verdicts: Section, chosen: str | None) -> list[str]:
+    """What was asked for and not judged: each backend that was named, else FlashInfer as a whole."""
+    if chosen is not None:
+        idle = verdicts.missing(chosen.split(","))
+        return [f"backend {name}: {_why(verdicts, [name])}" for name in idle]
+    of_flashinfer = [b for b in verdicts.columns if b.startswith("flashinfer:")]
+    if len(verdicts.missing(of_flashinfer)) < len(of_flashinfer):
+        return []
+    return [f"every backend of FlashInfer's: {_why(verdicts, of_flashinfer)}"]
+
+
+def _why(verdicts: Section, backends: list[str]) -> str:
+    """The reason that most cells of the backends have."""
+    notes = Counter(row[b].note for row in verdicts.rows.values() for b in backends if b in row)
+    return notes.most_common(1)[0][0]
 
 
 def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list[Done]:
@@ -153,8 +174,7 @@ def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list
         finally:
             gpus.put(gpu)
 
-    with ThreadPoolExecutor(len(names)) as pool:
-        return list(pool.map(run_one, planned))
+    return processes.side_by_side(run_one, planned, len(names))
 
 
 def _run_one(
@@ -168,15 +188,9 @@ def _run_one(
         variables["CUDA_VISIBLE_DEVICES"] = gpu
     print(f"running {job.part}, {job.backend}, {job.math}", flush=True)
     shutil.rmtree(where, ignore_errors=True)
-    try:
-        child = subprocess.run(
-            [*CHILD, *job.arguments(options, where)], env=variables, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=options.timeout,
-        )  # fmt: skip
-        status, printed = child.returncode, child.stdout
-    except subprocess.TimeoutExpired as error:
-        printed = (error.stdout or b"").decode(errors="replace")
-        status = -1
+    command = [*CHILD, *job.arguments(options, where)]
+    status, printed = processes.run(command, options.timeout, env=variables)
+    if status is None:
         printed += f"\nstill running after {options.timeout:g} s: ended"
     where.mkdir(parents=True, exist_ok=True)
     (where / "printed.txt").write_text(printed)
@@ -197,7 +211,7 @@ def _verdicts(found: list[Done]) -> Section:
 
 def _verdict(done: Done) -> Cell:
     last = (done.printed.strip().splitlines() or ["nothing was printed"])[-1]
-    if done.report is None and done.status == 2:  # refused before any work
+    if done.report is None and done.status == Exit.NOT_RUN:  # refused before any work
         return Cell("skipped", note=last.split(diff_quantizers.CANNOT, 1)[-1])
     if done.report is None:
         lines = done.printed.strip().splitlines()[-20:]

@@ -8,11 +8,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from . import diff_moe, diff_quantizers, diff_siblings, folder, inputs, matrix, matrix_moe, text
+from . import (
+    diff_moe,
+    diff_quantizers,
+    diff_siblings,
+    files,
+    folder,
+    inputs,
+    matrix,
+    matrix_moe,
+    text,
+)
 from .calls import Sweep
 from .costs import costs
 from .diff_moe import Judgement
 from .diff_quantizers import Choice, Comparison
+from .exits import CommandError, Exit
 from .report import Report
 
 
@@ -21,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Quantize the same tensors by every backend that works here and compare codes, block scales "
         "and per-token scales to the bit, then the fused mixture of experts, then FlashInfer's BF16, "
         "FP8 and MXFP8 layers where it serves them. Plain recipes are compared in all three scale "
-        "layouts, 4over6 in one each in turn. Exit status: 0 all identical, 1 a difference, 2 bad "
-        "usage."
+        "layouts, 4over6 in one each in turn. A side or a tensor that was named and took part in no "
+        "comparison counts as not run."
     )
     parser.add_argument(
         "--input", metavar="FILE", help="your own tensors, [M, K], from safetensors"
@@ -56,21 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 PARTS = ("quantizers", "moe", "siblings")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Exit:
     start = time.monotonic()
-    try:
-        parts = _parts(options)
-        names = options.backends
-        backends = diff_quantizers.available(names) if "quantizers" in parts else []
-        layers = diff_moe.known(names) if "moe" in parts else None
-        siblings = diff_siblings.known(names) if "siblings" in parts else None
-        if options.input:
-            matrix.check_file(options.input)
-        if options.rows is not None and options.rows < 1:
-            raise ValueError(f"--rows is {options.rows}; it must be at least 1")
-    except (ValueError, *matrix.FILE_ERRORS) as error:
-        print(f"nvfp4-moe diff: {error}", file=sys.stderr)
-        return 2
+    parts, names = _parts(options), options.backends
+    backends = diff_quantizers.available(names) if "quantizers" in parts else []
+    layers = diff_moe.known(names) if "moe" in parts else None
+    siblings = diff_siblings.known(names) if "siblings" in parts else None
+    if options.input:
+        matrix.check_file(options.input)
+    if options.report:
+        files.check_folder("--report", options.report)
+    if options.json not in (None, "-"):
+        files.check_file("--json", options.json)
+    if options.rows is not None and options.rows < 1:
+        raise CommandError(f"--rows is {options.rows}; it must be at least 1")
     stream = sys.stderr if options.json == "-" else sys.stdout
     whole, not_run = Report(), Counter[str]()
     compared: Comparison | None = None
@@ -81,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         whole.sections.append(compared.section)
         text.print_comparison(compared, backends, time.monotonic() - start, stream)
         not_run += compared.not_run
+        whole.missing += compared.missing
     sweep = Sweep(options.every_configuration, options.replay)
     if "moe" in parts:
         judged = diff_moe.run(layers, sweep, matrix_moe.SETS[options.layers]())
@@ -98,6 +109,10 @@ def run(options: argparse.Namespace) -> int:
         text.print_costs(costs(), stream)
     whole.seconds = round(time.monotonic() - start, 1)
     whole.not_run = dict(not_run)
+    if names:  # of one part
+        sides = backends or layers or siblings or []
+        missing = [side for section in whole.sections for side in section.missing(sides)]
+        whole.missing += [f"backend {side}: it took part in no comparison" for side in missing]
     if options.report:
         folder.write_failures(compared, judged, Path(options.report))
         folder.write(whole, Path(options.report))
@@ -105,14 +120,15 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         printed = json.dumps(whole.as_dict(), indent=1)
         print(printed) if options.json == "-" else Path(options.json).write_text(printed + "\n")
-    return 1 if whole.failed else 0
+    text.print_end(whole, stream)
+    return whole.status
 
 
 def _parts(options: argparse.Namespace) -> tuple[str, ...]:
     """What to compare: a file or a kind of input is the quantizers'."""
     about_quantizers = options.input or options.kind
     if options.only not in (None, "quantizers") and about_quantizers:
-        raise ValueError(f"--only is {options.only}; --input and --kind are of the quantizers")
+        raise CommandError(f"--only is {options.only}; --input and --kind are of the quantizers")
     if options.only:
         return (options.only,)
     return ("quantizers",) if about_quantizers or options.backends else PARTS

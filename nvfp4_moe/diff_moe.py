@@ -15,6 +15,7 @@ import torch
 from . import heat, interpreter, matrix_moe, processes, sums, tactics
 from .allowed import PLACES, Allowed, explain_output
 from .calls import ONCE, Output, Sweep, crash, outputs
+from .exits import CommandError
 from .kernels import moe_dispatch
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import MoECase
@@ -50,15 +51,15 @@ class Judgement:
 
 
 def known(names: str | None) -> list[str] | None:
-    """The backends that were named, comma-separated; ValueError for an unknown one."""
+    """The backends that were named, comma-separated; CommandError for an unknown one."""
     if names is None:
         return None
     here = {} if torch.cuda.is_available() else {"triton": INTERPRETER}
     for name in names.split(","):
         if name not in moe_dispatch.ORDER:
             allowed = ", ".join(moe_dispatch.ORDER)
-            raise ValueError(f"--backends has {name!r}; it must be among {allowed}")
-    return [here.get(name, name) for name in names.split(",")]
+            raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
+    return [here.get(name, name) for name in dict.fromkeys(names.split(","))]
 
 
 def run(
@@ -204,4 +205,6 @@ def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
 
 def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:
     """The Triton kernels' outputs from their interpreter, or why they do not serve."""
+    if reason := interpreter.refusal():
+        return [reason] * len(every)
     return interpreter.call(f"diff_moe:{_serve_in_triton.__name__}", [(case,) for case in every])

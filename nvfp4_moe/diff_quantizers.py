@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import heat, inputs, matrix, runners
+from . import heat, inputs, interpreter, matrix, runners
 from .arithmetic import explain_element, first_element
 from .compare import Difference, compare, run_reference
+from .exits import CommandError, Exit
 from .kernels import dispatch, environment
 from .kernels.flashinfer import BUILDS
 from .matrix import Case, Input
 from .reference.quantize import Quantized, dequantize
 from .reference.recipe import Recipe, SfLayout
-from .report import SHOWN, Cell, Failure, Section
+from .report import PAIRED, SHOWN, Cell, Failure, Section
 
 GOLDEN = runners.GOLDEN
 _LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
@@ -46,6 +47,7 @@ class Comparison:
     section: Section
     facts: list[dict] = field(default_factory=list)
     not_run: Counter = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)  # tensors of one's own that were not compared
     elements: int = 0
     failures: list["Found"] = field(default_factory=list)
 
@@ -72,6 +74,8 @@ def run(choice: Choice, backends: list[str]) -> Comparison:
     """Compare the backends, which `available` let pass, on all inputs of the choice."""
     result = Comparison(Section("quantizers"))
     items = list(_inputs(choice, result))
+    if len(backends) < 2:  # one side is no comparison
+        return result
     if runners.INTERPRETER in backends:
         items = [_for_the_interpreter(item) for item in items]
         result.section.notes.append(
@@ -102,10 +106,10 @@ def run(choice: Choice, backends: list[str]) -> Comparison:
 
 
 def available(names: str | None) -> list[str]:
-    """The sides to compare, in order; ValueError for an unknown one."""
+    """The sides to compare, in order, each once; CommandError for one that is unknown or not here."""
     on_gpu = torch.cuda.is_available()
     here = ["reference", *_that_serve(), GOLDEN]
-    if not on_gpu:
+    if not on_gpu and interpreter.refusal() is None:
         here.insert(1, runners.INTERPRETER)
     if names is None:
         return here
@@ -114,10 +118,10 @@ def available(names: str | None) -> list[str]:
     for name in chosen:
         if name not in (*dispatch.BACKENDS, GOLDEN, runners.INTERPRETER):
             allowed = ", ".join((*dispatch.BACKENDS, GOLDEN))
-            raise ValueError(f"--backends has {name!r}; it must be among {allowed}")
+            raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
         if name not in here:
-            raise ValueError(f"--backends has {name!r}, which cannot run here: {_refusal(name)}")
-    return chosen
+            raise CommandError(f"--backends has {name!r}, {CANNOT}{_refusal(name)}", Exit.NOT_RUN)
+    return list(dict.fromkeys(chosen))
 
 
 def _that_serve() -> list[str]:
@@ -127,6 +131,8 @@ def _that_serve() -> list[str]:
 
 def _refusal(backend: str) -> str | None:
     """Why a backend serves no matrix here; None if it does."""
+    if backend == runners.INTERPRETER:
+        return interpreter.refusal()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(16, 64, dtype=torch.bfloat16, device=device)
     build = BUILDS.get(backend, "cuda")
@@ -149,11 +155,11 @@ def _add(
         if reason.startswith("its bits are those"):
             continue  # of another build: no part of the matrix
         result.not_run[f"{backend}: {reason}"] += 1
-        column = f"reference = {backend}"
+        column = PAIRED.join(("reference", backend))
         if column not in section.rows.get(row, {}):
             section.put(row, column, Cell("skipped", note=reason))
     for pair in itertools.combinations(outputs, 2):
-        column = " = ".join(pair)
+        column = PAIRED.join(pair)
         cell = section.rows.get(row, {}).get(column)
         if cell is None or cell.status == "skipped":
             cell = Cell("identical")
@@ -211,13 +217,25 @@ def _inputs(choice: Choice, result: Comparison) -> Iterator[Input]:
         yield from matrix.synthetic(kinds, choice.seed, choice.rows, recipes, False)
         if choice.rows is None and not choice.kind:
             yield from matrix.golden(recipes)
-    for name, reason in skipped.items():
-        result.not_run[f"tensor {name}: {reason}"] += 1
+    result.missing = [f"tensor {name}: {reason}" for name, reason in skipped.items()]
 
 
 def _what_per_token_is_for(x: torch.Tensor) -> dict:
-    """Spread of the rows' maxima, and the SNR in dB with one scale a row and with one for all."""
+    """Spread of the rows' maxima, and the SNR in dB with one scale a row and with one for all.
+
+    Rows with a NaN or an infinity have neither and are left out; their number is given. Where no row
+    is left that has a value but 0, spread and SNR are None.
+    """
     x = x[:4096]
+    finite = x.isfinite().all(1)
+    facts = {
+        "shape": list(x.shape),
+        "rows_with_nan": int(x.isnan().any(1).sum()),
+        "rows_with_infinity": int(x.isinf().any(1).sum()),
+    }
+    x = x[finite]
+    if not x.any():
+        return facts | {"spread": None, "snr_per_token": None, "snr_global": None}
     exact = x.double()
     maxima = exact.abs().amax(1)
     recipe = Recipe("exact")
@@ -229,8 +247,7 @@ def _what_per_token_is_for(x: torch.Tensor) -> dict:
     def snr(values: torch.Tensor) -> float:
         return float(10 * torch.log10(exact.square().sum() / (values - exact).square().sum()))
 
-    return {
-        "shape": list(x.shape),
+    return facts | {
         "spread": float(maxima.max() / maxima[maxima > 0].min()),
         "snr_per_token": snr(dequantize(q.codes, q.block_scales, q.per_token_scale).double()),
         "snr_global": snr(dequantize(g.codes, g.block_scales, 1 / scale).double()),

@@ -13,6 +13,7 @@ import torch
 
 from . import heat, inputs, matrix_siblings, tactics
 from .calls import ONCE, Output, Sweep, crash, outputs
+from .exits import CommandError
 from .kernels import flashinfer_siblings as adapter
 from .kernels.flashinfer_siblings import NAMES, SiblingRequest
 from .matrix_siblings import SiblingCase
@@ -24,11 +25,13 @@ _OF_NAME: dict[str, Format] = {name: format for format, name in NAMES.items()}
 
 
 def known(names: str | None) -> list[str] | None:
-    """The layers that were named, comma-separated; ValueError for an unknown one."""
-    for name in names.split(",") if names else ():
+    """The layers that were named, comma-separated; CommandError for an unknown one."""
+    if names is None:
+        return None
+    for name in names.split(","):
         if name not in _OF_NAME:
-            raise ValueError(f"--backends has {name!r}; it must be among {', '.join(_OF_NAME)}")
-    return names.split(",") if names else None
+            raise CommandError(f"--backends has {name!r}; it must be among {', '.join(_OF_NAME)}")
+    return list(dict.fromkeys(names.split(",")))
 
 
 def run(names: list[str] | None = None, sweep: Sweep = ONCE) -> tuple[Section, Counter[str]]:

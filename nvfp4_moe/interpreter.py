@@ -4,11 +4,17 @@ Triton reads TRITON_INTERPRET when it is imported, so that takes processes of th
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
 from typing import Any
 
 from . import processes
 
 NAME = "triton (interpreter)"
+
+
+def refusal() -> str | None:
+    """Why nothing can be interpreted here; None if it can."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def call(function: str, jobs: list[tuple]) -> list[Any]:

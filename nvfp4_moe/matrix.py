@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from . import host, inputs
+from . import files, host, inputs
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, Recipe, SfLayout, all_recipes
 
@@ -121,8 +121,7 @@ def from_file(
 ) -> Iterator[tuple[str, torch.Tensor, list[Input]]]:
     """Like `activations`, for a safetensors file; `skipped` collects names and reasons.
 
-    Raises:
-        OSError, SafetensorError: the file is missing or is no safetensors file.
+    The file is one that `check_file` let pass.
     """
     with safe_open(path, "pt") as file:
         for name in sorted(file.keys()):
@@ -140,12 +139,8 @@ def from_file(
 
 
 def check_file(path: str) -> None:
-    """Raise what `from_file` would, before any work."""
-    with safe_open(path, "pt") as file:
-        file.keys()
-
-
-FILE_ERRORS = (OSError, SafetensorError)
+    """CommandError, before any work, where `from_file` could not read the file."""
+    files.check_safetensors("--input", path)
 
 
 def golden(recipes: list[Recipe]) -> Iterator[Input]:

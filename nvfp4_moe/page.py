@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
+from .exits import Exit
 from .markup import Markup, element, join
 from .report import FAILED, Status
-from .tables import UNJUDGED, copyable, count_of, counts, details_key, section_table, tells
+from .tables import copyable, count_of, counts, details_key, section_table, tells
 
 LEGEND: dict[Status, str] = {
     "identical": "the same bits",
@@ -86,16 +87,19 @@ def _name(report: dict[str, Any]) -> str:
 
 def _verdict(report: dict[str, Any]) -> str:
     cells = [cell for *_, cell in _cells(report)]
-    compared = sum(cell["compared"] for cell in cells if cell["status"] not in UNJUDGED)
+    compared, missing = report["compared"], report["missing"]
     uncounted = sum(cell["status"] in FAILED and not cell["failed"] for cell in cells)
     parts = []
     if report["failed"]:
         parts.append(f"{report['failed']:,} of {count_of(compared, 'comparison')} failed")
     if uncounted:  # a process that died before it compared anything
         parts.append(f"{count_of(uncounted, 'cell')} failed without a count")
-    if not compared and not parts:
-        return "nothing was judged"
-    return ", ".join(parts) or f"nothing failed in {count_of(compared, 'comparison')}"
+    if not parts:
+        every = f"nothing failed in {count_of(compared, 'comparison')}"
+        parts.append(every if compared else "nothing was judged")
+    if missing:
+        parts.append(f"{count_of(len(missing), 'thing')} asked for and not run")
+    return ", ".join(parts)
 
 
 def _header(report: dict[str, Any], verdict: str) -> Markup:
@@ -110,11 +114,13 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
         "Versions": element("span", ", ".join(versions)),
         "Environment": _lines(variables, "code") if variables else "none of its variables is set",
     }
-    failed = any(status in FAILED for status in report["statuses"])
+    look = {Exit.DONE: None, Exit.NOT_RUN: "open"}.get(report["exit_status"], "bad")
+    missing = [element("li", f"Asked for and not run: {what}") for what in report["missing"]]
     return element(
         "header",
         element("p", _name(report), class_="kicker"),
-        element("h1", verdict[0].upper() + verdict[1:], class_="bad" if failed else None),
+        element("h1", verdict[0].upper() + verdict[1:], class_=look),
+        element("ul", *missing, class_="failing") if missing else "",
         _failing(report),
         element(
             "dl",

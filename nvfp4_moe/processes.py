@@ -1,4 +1,8 @@
-"""Functions of this package called in several processes: compilation and the interpreter are slow."""
+"""Functions of this package called in several processes: compilation and the interpreter are slow.
+
+No process outlives the call that it works for: an exception in this process, an interrupt among them,
+ends them all, and each ends itself when this process has died.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib
@@ -6,20 +10,71 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 MOST = 16
 """Processes at a time, each of which imports torch."""
 _ROOT = Path(__file__).resolve().parent.parent
+_running: set[subprocess.Popen] = set()
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def at_a_time(jobs: int) -> int:
     """How many processes work at these: one a processor."""
     return min(os.cpu_count() or 1, MOST, max(1, jobs))
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T], count: int) -> list[R]:
+    """`function` of each item in `count` threads, each of which waits for processes of its own.
+
+    An exception ends all processes that run, and is raised.
+    """
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            while wait(futures, timeout=0.1).not_done:  # a thread may be starting another one
+                for child in list(_running):
+                    child.kill()
+            raise
+
+
+def run(
+    command: Sequence[str], timeout: float | None = None, **options: Any
+) -> tuple[int | None, str]:
+    """A process, run to its end: (exit status, all that it printed).
+
+    Args:
+        timeout: seconds after which it is ended; the exit status is then None.
+        options: of `subprocess.Popen`.
+    """
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", errors="replace", **options,
+    )  # fmt: skip
+    _running.add(child)
+    try:
+        printed, _ = child.communicate(timeout=timeout)
+        return child.returncode, printed
+    except subprocess.TimeoutExpired:
+        child.kill()
+        printed, _ = child.communicate()
+        return None, printed
+    finally:
+        child.kill()
+        child.wait()
+        _running.discard(child)
 
 
 def call(function: str, jobs: list[tuple], **environment: str) -> list[Any]:
@@ -33,19 +88,18 @@ def call(function: str, jobs: list[tuple], **environment: str) -> list[Any]:
     """
     count = at_a_time(len(jobs))
     results: list[Any] = [None] * len(jobs)
-    with ThreadPoolExecutor(count) as pool:
-        parts = pool.map(
-            lambda i: call_in_one(function, jobs[i::count], _ROOT, **environment), range(count)
-        )
-        for i, part in enumerate(parts):
-            results[i::count] = part
+    parts = side_by_side(
+        lambda i: call_in_one(function, jobs[i::count], _ROOT, **environment), range(count), count
+    )
+    for i, part in enumerate(parts):
+        results[i::count] = part
     return results
 
 
 def call_in_one(
     function: str, jobs: list[tuple], root: Path = _ROOT, **environment: str
 ) -> list[Any]:
-    """The same in one process.
+    """`call` in one process.
 
     Args:
         root: the folder that this package, or the copy of it that is to be called, lies in.
@@ -56,20 +110,21 @@ def call_in_one(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "jobs.pt"
         torch.save(jobs, file)
-        child = subprocess.run(
-            [sys.executable, "-m", __name__, function, str(file)],
-            cwd=root,  # `-m` looks there first
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if child.returncode:
-            raise RuntimeError(f"a process of {function} failed:\n{child.stdout[-2000:]}")
+        command = [sys.executable, "-m", __name__, function, str(file), str(os.getpid())]
+        status, printed = run(command, cwd=root, env=variables)  # `-m` looks in cwd first
+        if status:
+            raise RuntimeError(f"a process of {function} failed:\n{printed[-2000:]}")
         return torch.load(file, weights_only=False)
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
     module, name = sys.argv[1].split(":")
     function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     file = Path(sys.argv[2])

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from . import interpreter, runners, tactics
+from . import files, interpreter, runners, tactics
 from .allowed import Allowed
 from .arithmetic import explain_element, first_element
 from .compare import compare
+from .exits import CommandError, Exit
 from .kernels import moe_dispatch
 from .kernels.dispatch import BACKENDS, UnsupportedError
 from .kernels.moe_request import MoERequest
@@ -48,28 +49,29 @@ class Replayed:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run the failing case of a file again, both sides of a comparison or a fused call's backend, "
-        "and print the first difference. Exit status: 0 it no longer differs, 1 it does, 2 bad usage, "
-        "or the backend cannot run here."
+        "and print the first difference. A backend that cannot run here counts as not run."
     )
     parser.add_argument("file", metavar="FILE", help="written where a comparison failed")
     parser.add_argument("--backend", help="run this one in the place of the one that failed")
     parser.add_argument("--json", metavar="FILE", help="write the outcome to FILE; - is stdout")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Exit:
+    files.check_safetensors("FILE", options.file)
+    if options.json not in (None, "-"):
+        files.check_file("--json", options.json)
     try:
         found = replay(load(options.file), options.backend)
-    except (ReplayFileError, CannotRunError) as error:
-        hint = ""
-        if isinstance(error, CannotRunError) and not isinstance(error, UnknownBackendError):
-            hint = f". On a machine where it can, the file {options.file} is all that replay needs"
-        print(f"nvfp4-moe replay: {error}{hint}", file=sys.stderr)
-        return 2
+    except (ReplayFileError, UnknownBackendError) as error:
+        raise CommandError(str(error)) from None
+    except CannotRunError as error:
+        hint = f". On a machine where it can, the file {options.file} is all that replay needs"
+        raise CommandError(f"{error}{hint}", Exit.NOT_RUN) from None
     print(found.text, file=sys.stderr if options.json == "-" else sys.stdout)
     if options.json:
         text = json.dumps({"differs": found.differs, **found.facts}, indent=1)
         print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
-    return int(found.differs)
+    return Exit.DIFFERENCE if found.differs else Exit.DONE
 
 
 def run_call(backend: str, case: MoECase, configuration: str | None = None) -> torch.Tensor:
@@ -88,6 +90,8 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
     if request is None:
         if configuration is not None:
             raise CannotRunError(f"{backend} cannot be told to run {configuration}")
+        if reason := interpreter.refusal():
+            raise CannotRunError(f"{backend} cannot run here: {reason}")
         return interpreter.call("replay:_serve_in_triton", [(case,)])[0]
     with _forced(backend, request, configuration):
         return moe_dispatch.serve(request, backend)[0].cpu()
@@ -121,6 +125,8 @@ def run_side(side: str, x: torch.Tensor, case: Case) -> Quantized:
         CannotRunError: it cannot run here.
     """
     if side == runners.INTERPRETER:
+        if reason := interpreter.refusal():
+            raise CannotRunError(f"{side} cannot run here: {reason}")
         return runners.interpret([(x, case)])[0]
     if side not in BACKENDS:
         raise UnknownBackendError(f"the file's side is {side!r}, not one of ours")

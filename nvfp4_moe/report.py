@@ -5,17 +5,23 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .doctor import machine
+from .exits import Exit
 
 Status = Literal["identical", "inside", "different", "outside", "crashed", "withheld", "skipped"]
 """Of a cell, best first: the same bits; in the proved intervals; other bits; out of an interval; the
 backend raised or its process died; not judged, since its sums are not as assumed; not run."""
 FAILED: tuple[Status, ...] = ("different", "outside", "crashed")
+UNJUDGED: tuple[Status, ...] = ("withheld", "skipped")
+ORACLE = "reference"
+"""The side that the others are compared with; alone it is compared with itself."""
+PAIRED = " = "
+"""Between the two sides in the name of a column."""
 SHOWN = 3
 """Failures that a cell keeps."""
 
@@ -79,6 +85,18 @@ class Section:
     def cells(self) -> list[Cell]:
         return [cell for row in self.rows.values() for cell in row.values()]
 
+    def judged(self) -> Iterator[tuple[str, Cell]]:
+        """(column, cell) where something came to a verdict; the oracle with itself is no comparison."""
+        for row in self.rows.values():
+            for column, cell in row.items():
+                if column != ORACLE and cell.status not in UNJUDGED:
+                    yield column, cell
+
+    def missing(self, sides: Iterable[str]) -> list[str]:
+        """The sides of which no comparison came to a verdict; the oracle is none of them."""
+        part = {ORACLE} | {side for column, _ in self.judged() for side in column.split(PAIRED)}
+        return [side for side in dict.fromkeys(sides) if side not in part]
+
 
 @dataclass
 class Report:
@@ -89,6 +107,7 @@ class Report:
     seconds: float = 0.0
     sections: list[Section] = field(default_factory=list)
     not_run: dict[str, int] = field(default_factory=dict)  # why, and how many comparisons
+    missing: list[str] = field(default_factory=list)  # what was asked for and not run, and why
 
     @property
     def cells(self) -> list[Cell]:
@@ -99,10 +118,25 @@ class Report:
         """Comparisons that failed."""
         return sum(cell.failed for cell in self.cells if cell.status in FAILED)
 
+    @property
+    def compared(self) -> int:
+        """Comparisons that came to a verdict."""
+        judged = (s.judged() for s in self.sections if not s.summary)
+        return sum(cell.compared for cells in judged for _, cell in cells)
+
+    @property
+    def status(self) -> Exit:
+        """How a command ends that found this."""
+        if any(cell.status in FAILED for cell in self.cells):
+            return Exit.DIFFERENCE
+        return Exit.NOT_RUN if self.missing or not self.compared else Exit.DONE
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "command": shlex.join(self.command),
             "failed": self.failed,
+            "compared": self.compared,
+            "exit_status": self.status.value,
             "statuses": dict(Counter(cell.status for cell in self.cells)),
         }
 
@@ -112,7 +146,7 @@ def read(path: Path) -> Report:
     found = json.loads(path.read_text("utf-8"))
     return Report(
         shlex.split(found["command"]), found["machine"], found["seconds"],
-        [_section(s) for s in found["sections"]], found["not_run"],
+        [_section(s) for s in found["sections"]], found["not_run"], found["missing"],
     )  # fmt: skip
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from .markup import Markup, element, join
 from .pictures import heat, histogram
-from .report import Status
-
-UNJUDGED: tuple[Status, ...] = ("withheld", "skipped")
+from .report import UNJUDGED
 
 QUIET = 8
 """A table shows this many rows of only identical cells; more are folded where others are shown."""

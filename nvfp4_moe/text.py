@@ -2,12 +2,13 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from .diff_quantizers import Comparison
-from .report import FAILED, Cell, Failure, Section
+from .exits import Exit
+from .report import FAILED, Cell, Failure, Report, Section
 
 _SHOWN = 10
 
@@ -22,21 +23,40 @@ def print_comparison(
         print("\nwhat a per-token scale is for (exact math, no 4over6):", file=stream)
         width = max(len(f["tensor"]) for f in result.facts)
         for f in result.facts:
-            print(
-                f"  {f['tensor']:<{width}}  row maxima spread {f['spread']:5.1f} x   "
-                f"SNR per token {f['snr_per_token']:5.2f} dB, one scale {f['snr_global']:5.2f} dB",
-                file=stream,
-            )
+            print(f"  {f['tensor']:<{width}}  {_facts(f)}", file=stream)
     cells = result.section.cells
-    failed = sum(c.failed for c in cells)
+    compared, failed = sum(c.compared for c in cells), sum(c.failed for c in cells)
     print(
-        f"\n{sum(c.compared for c in cells)} comparisons of {result.elements:,} elements by "
-        f"{', '.join(backends)}: {f'{failed} DIFFER' if failed else 'all identical'} "
-        f"({seconds:.0f} s)",
+        f"\n{compared} comparisons of {result.elements:,} elements by {', '.join(backends)}: "
+        f"{_outcome(compared, failed, len(result.missing))} ({seconds:.0f} s)",
         file=stream,
     )
     for note in result.section.notes:
         print(note, file=stream)
+
+
+def _outcome(compared: int, failed: int, missing: int) -> str:
+    if failed:
+        return f"{failed} DIFFER"
+    if not compared:
+        return "nothing was compared"
+    return f"identical, but {missing} of the tensors not compared" if missing else "all identical"
+
+
+def _facts(f: dict[str, Any]) -> str:
+    """The spread and the SNR of a tensor, and what has none."""
+    told = []
+    for what, name in (("NaN", "rows_with_nan"), ("an infinity", "rows_with_infinity")):
+        if f[name]:
+            told.append(f"{f[name]} of {f['shape'][0]} rows with {what}, left out here")
+    if f["spread"] is None:
+        told.append("no value but 0: no SNR" if not told else "no other value but 0: no SNR")
+    else:
+        told.append(
+            f"row maxima spread {f['spread']:5.1f} x   SNR per token {f['snr_per_token']:5.2f} dB, "
+            f"one scale {f['snr_global']:5.2f} dB"
+        )
+    return "; ".join(told)
 
 
 def print_judgement(section: Section, failures: list[Failure], stream: TextIO) -> None:
@@ -105,3 +125,11 @@ def print_not_run(reasons: Counter, stream: TextIO) -> None:
         print(f"not run ({count}): {reason}", file=stream)
     if not torch.cuda.is_available():
         print("not run: FlashInfer and Triton on a GPU: no CUDA device here", file=stream)
+
+
+def print_end(whole: Report, stream: TextIO) -> None:
+    """What was asked for and not run, and what the exit status then means."""
+    for what in whole.missing:
+        print(f"asked for and not run: {what}", file=stream)
+    if whole.status is Exit.NOT_RUN:
+        print(f"exit status {whole.status.value}: {whole.status.meaning}", file=stream)

@@ -57,7 +57,28 @@ def test_the_rehearsal(tmp_path):
 def test_nothing_of_flashinfers_ran(tmp_path, capsys):
     arguments = ["blackwell", "--small", "--backends", "flashinfer:cutlass", "--report"]
     assert main([*arguments, str(tmp_path)]) == 3
-    assert "not run: hidden_states are on the CPU" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not run: hidden_states are on the CPU" in printed
+    missing = "backend flashinfer:cutlass: hidden_states are on the CPU"
+    assert f"asked for and not run: {missing}" in printed
+    assert "exit status 3: nothing was compared" in printed
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert missing in page and "Nothing failed" not in page
+    assert report.read(tmp_path / "report.json").missing == [missing]
+
+
+def test_ours_alone_is_not_what_was_asked_for(tmp_path, monkeypatch, capsys):
+    """Where no backend is named FlashInfer is asked for, however much of ours passed."""
+    verdicts = report.Section("verdicts", summary=True)
+    verdicts.put("quantizers", "triton", report.Cell("identical", 148))
+    verdicts.put("quantizers", "flashinfer:cuda", report.Cell("skipped", note="no GPU"))
+    assert blackwell._missing(verdicts, None) == ["every backend of FlashInfer's: no GPU"]
+    assert blackwell._missing(verdicts, "triton") == []
+    assert blackwell._missing(verdicts, "triton,flashinfer:cuda") == [
+        "backend flashinfer:cuda: no GPU"
+    ]
+    verdicts.put("layers", "flashinfer:trtllm", report.Cell("inside", 2))
+    assert blackwell._missing(verdicts, None) == []
 
 
 def test_a_process_that_dies(tmp_path, monkeypatch, capfd):
@@ -76,16 +97,11 @@ def test_a_process_that_dies(tmp_path, monkeypatch, capfd):
 def test_a_process_that_does_not_end(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(blackwell, "CHILD", (sys.executable, "-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(blackwell, "MATHS", {"fast math": {}})
-    monkeypatch.setattr(blackwell.subprocess, "run", _skipping_doctor(subprocess.run))
     arguments = ["blackwell", "--backends", "flashinfer:cake", "--timeout", "1"]
     assert main([*arguments, "--report", str(tmp_path)]) == 1
     assert "FAIL: 1 of 1 crashed" in capfd.readouterr().out
     found = report.read(tmp_path / "report.json")
     assert "still running after 1 s" in found.sections[0].cells[0].note
-
-
-def _skipping_doctor(run):
-    return lambda command, **options: None if "doctor" in command else run(command, **options)
 
 
 MATH_OF = {

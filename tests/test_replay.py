@@ -215,7 +215,7 @@ def test_a_backend_that_is_not_here(kind, backends, tmp_path, capsys):
     else:
         save_moe(path, replace(moe_failure(), backend="flashinfer:trtllm", configuration=None))
     status, out, err = run(capsys, path)
-    assert status == 2 and out == "" and len(err.strip().splitlines()) == 1
+    assert status == 3 and out == "" and len(err.strip().splitlines()) == 1
     assert "flashinfer:" in err and "cannot run here: " in err and "on the " in err
     assert f"the file {path} is all that replay needs" in err
     status, _, err = run(capsys, path, "--backend", "marlin")

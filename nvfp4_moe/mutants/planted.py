@@ -4,7 +4,6 @@
 import shutil
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,5 +93,5 @@ def answers(runs: Sequence[tuple[KernelMutant | None, str]]) -> list[Any]:
     """`answer` of each, a process a processor at a time."""
     for call in sorted({call for _, call in runs}):
         prepared(call)
-    with ThreadPoolExecutor(processes.at_a_time(len(runs))) as pool:
-        return list(pool.map(lambda run: answer(*run), runs))
+    at_a_time = processes.at_a_time(len(runs))
+    return processes.side_by_side(lambda run: answer(*run), runs, at_a_time)

@@ -1,0 +1,44 @@
+"""The command that this process runs, as a line that does it again when it is pasted."""
+
+# SPDX-License-Identifier: Apache-2.0
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+SCRIPT = "nvfp4-moe"
+_given: list[str] | None = None
+
+
+def remember(arguments: list[str]) -> None:
+    """Keep the arguments that the command line was called with."""
+    global _given
+    _given = list(arguments)
+
+
+def command() -> list[str]:
+    """Program and arguments; those of the process where no command of ours runs."""
+    if _given is None:
+        return [sys.executable, *sys.argv]
+    return [*program(), *_given]
+
+
+def program() -> list[str]:
+    """The words that start the command line: the installed script, or this interpreter's module."""
+    script = Path(sys.argv[0])
+    if script.name != SCRIPT:
+        return [sys.executable, "-m", str(__package__)]
+    found = shutil.which(SCRIPT)
+    same = found is not None and Path(found).resolve() == script.resolve()
+    return [SCRIPT if same else str(script.absolute())]
+
+
+def folder() -> str:
+    """The working folder, which relative paths of the arguments, and a checkout, are found from."""
+    return os.getcwd()
+
+
+def pasted(words: list[str], where: str) -> str:
+    """A line for a shell in any folder."""
+    return f"cd {shlex.quote(where)} && {shlex.join(words)}"
