@@ -69,6 +69,12 @@ def refresh_cutlass(experts: Experts, some: slice) -> None:
     held = w.fc1_expert_weights, w.fc1_weight_block, w.fc2_expert_weights, w.fc2_weight_block
     for old, new in zip(held, _natural(experts, some), strict=True):
         old[some].copy_(new)
+    for act, encode in (
+        (w.fc1_act_global, experts.input_scale),
+        (w.fc2_act_global, experts.intermediate_scale),
+    ):
+        assert encode is not None, "checked by with_cutlass"
+        act.copy_(encode.reshape(()))
     w.fc1_global[some].copy_(experts.output1_scale_gate_scalar[some])
     w.fc2_global[some].copy_(experts.output2_scale_scalar[some])
 

@@ -18,7 +18,7 @@ from .activation import ActivationType
 from .layouts import from_linear, to_linear
 from .quantize import quantize_global_scale
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
-from .scalars import check_one_scale, in_raw_units, per_expert
+from .scalars import check_one_scale, in_raw_units, per_expert, static_encode_scale
 from .shuffle import interleave_gated_rows, inverse, shuffle_rows
 
 if TYPE_CHECKING:
@@ -80,15 +80,19 @@ class Experts:
         recipe: Recipe | None = None,
         w13_bias: torch.Tensor | None = None,
         w2_bias: torch.Tensor | None = None,
+        alpha: torch.Tensor | float | None = None,
         beta: torch.Tensor | float | None = None,
         clamp_limit: torch.Tensor | float | None = None,
+        input_amax: float | None = None,
+        intermediate_amax: float | None = None,
         backend: str = "auto",
     ) -> None:
         """Quantize new weights into these experts, in place; `reload.py` has the contract.
 
-        On a GPU it is five launches, reads the weights twice, needs a few bytes of memory, and does not
-        wait: it can be captured itself. Experts made by `prepare_experts` stay
-        bitwise what it would make anew of the same recipe.
+        On a GPU it is five launches and two for each padded GEMM, reads the weights twice, needs a few
+        bytes of memory, and does not wait: it can be captured itself. Afterwards every byte is what
+        `prepare_experts` makes of the same arguments. No gradient reaches the weights, and nothing of
+        them is kept.
 
         Args:
             w13: [n, 2 I, H] bf16 or fp16, [up; gate], [n, I, H] without a gate: of experts
@@ -96,21 +100,24 @@ class Experts:
             amax: [n] fp32 each, largest magnitudes of w13 and of w2, where they are known: the
                 weights are then read once. Larger values than these saturate.
             recipe: of the weights; exact math by default, as in `prepare_experts`.
-            w13_bias, w2_bias, beta, clamp_limit: as for `prepare_experts`, of the same n experts:
-                needed where these experts have them, refused elsewhere, and SiTU's beta, which does
-                not depend on the weights, everywhere.
+            w13_bias, w2_bias, alpha, beta, clamp_limit: as for `prepare_experts`, of the same n
+                experts: needed where these experts have them, refused elsewhere.
+            input_amax, intermediate_amax: likewise; of a part of the experts, those of the layer.
             backend: "auto", "triton" or "reference"; they write the same bits.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit; a missing bias, beta or limit; a
-                backend that cannot serve. Nothing has been written then.
+            TypeError, ValueError: an argument that does not fit, on a CPU also by its values; a missing
+                option; a backend that cannot serve. Nothing has been written then.
         """
         from .reload import load_  # which needs this class
+        from .reload_arguments import Options
 
+        options = Options(
+            w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax
+        )
         load_(
-            self, w13, w2, first=first, amax=amax, recipe=recipe, w13_bias=w13_bias,
-            w2_bias=w2_bias, beta=beta, clamp_limit=clamp_limit, backend=backend,
-        )  # fmt: skip
+            self, w13, w2, first=first, amax=amax, recipe=recipe, options=options, backend=backend
+        )
 
     def checksum(self) -> str:
         """64 hexadecimal digits over every bit of the layer, the same on every device.
@@ -129,6 +136,7 @@ def padded_sizes(hidden_size: int, intermediate_size: int, gated: bool) -> tuple
     return -(-hidden_size // 128) * 128, -(-intermediate_size // tile) * tile
 
 
+@torch.no_grad()
 def prepare_experts(
     w13: torch.Tensor,
     w2: torch.Tensor,
@@ -201,6 +209,7 @@ def weight_encode_scale(amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     return torch.where(amax == 0, 1.0, amax.reciprocal() * (6.0 * recipe.e4m3_max))
 
 
+@torch.no_grad()
 def assemble_experts(
     w13_codes: torch.Tensor,
     w13_scales: torch.Tensor,
@@ -363,11 +372,9 @@ def _check_weights(w13: torch.Tensor, w2: torch.Tensor, halves: int) -> None:
 
 
 def _encode_scale(amax: float | None, device: torch.device) -> torch.Tensor | None:
-    return (
-        None
-        if amax is None
-        else torch.full((1,), 2688.0 / amax, dtype=torch.float32, device=device)
-    )
+    if amax is None:
+        return None
+    return torch.full((1,), static_encode_scale(amax), dtype=torch.float32, device=device)
 
 
 def _bytes(scales: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ sees the old layer or the new one.
     encode   (1 / amax) * (6 * e4m3_max), 1 where amax is 0;  decode = 1 / encode
     rows     quantized with encode, shuffled, block scales in 128x4 (`experts.py`)
 
-What does not depend on weights stays: static activation scales, alpha, SiTU's beta. Biases, SwiGLU's
-beta and the clamp limit are held divided by scalars that change, and have to be given again.
+Every byte of these experts is written, padding included, so that nothing of them needs to have lasted: a
+server that sleeps may drop their memory's pages. What `prepare_experts` was given beside the weights has
+to be given again.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .activation import ActivationType
+from . import checks
 from .cute_dsl import refresh_cute_dsl
 from .cutlass import refresh_cutlass
 from .experts import Experts, lay_out, lay_out_bias, quantize_weight
 from .recipe import Recipe
-from .scalars import in_raw_units
+from .reload_arguments import Options, check
+from .scalars import in_raw_units, static_encode_scale
+from .versions import mark_written
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Job:
 
 
 Writer = Callable[[Sequence[Job], Recipe], None]
-"""Does jobs. Nothing else of a reload is done more than one way."""
+"""Does jobs, padding included. Nothing else of a reload is done more than one way."""
 
 
 def write_by_reference(jobs: Sequence[Job], recipe: Recipe) -> None:
@@ -78,23 +81,24 @@ def load_(
     first: int,
     amax: tuple[torch.Tensor, torch.Tensor] | None,
     recipe: Recipe | None,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    beta: torch.Tensor | float | None,
-    clamp_limit: torch.Tensor | float | None,
+    options: Options,
     backend: str,
 ) -> None:
     """`Experts.load_`, which has the arguments' meaning, and defaults."""
-    _check(experts, w13, w2, first, amax, w13_bias, w2_bias, beta, clamp_limit)
+    options = check(experts, w13, w2, first, amax, recipe, options)
     write = _writer(backend, w13.device)
-    recipe = recipe or Recipe("exact")
-    some = slice(first, first + w13.shape[0])
-    if w13.shape[0] == 0:
+    n = w13.shape[0]
+    if n == 0:
         return
-    write(_jobs(experts, some, w13, w2, *(amax or (None, None))), recipe)
-    _update_parameters(experts, some, w13_bias, w2_bias, beta, clamp_limit)
-    refresh_cute_dsl(experts, some)
-    refresh_cutlass(experts, some)
+    some = slice(first, first + n)
+    # Without a graph; and tensors that were made in this mode can be written in no other.
+    with torch.inference_mode():
+        _write_static_scales(experts, some, options)
+        write(_jobs(experts, some, w13, w2, *(amax or (None, None))), recipe or Recipe("exact"))
+        _write_parameters(experts, some, options)
+        refresh_cute_dsl(experts, some)
+        refresh_cutlass(experts, some)
+    mark_written(experts)
 
 
 def _jobs(
@@ -118,100 +122,52 @@ def _jobs(
     return first, second
 
 
-def _update_parameters(
-    e: Experts,
-    some: slice,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    beta: torch.Tensor | float | None,
-    clamp_limit: torch.Tensor | float | None,
-) -> None:
+def _write_static_scales(e: Experts, some: slice, options: Options) -> None:
+    """Before the weights' scalars, which have these in them."""
+    for held, amax in (
+        (e.input_scale, options.input_amax),
+        (e.intermediate_scale, options.intermediate_amax),
+    ):
+        if held is not None and amax is not None:
+            held.fill_(static_encode_scale(amax))
+    if not e.activation.linear_up:
+        c = e.intermediate_scale
+        up = e.output1_scale_scalar[some]
+        up.fill_(1.0) if c is None else up.copy_(c.expand_as(up))
+
+
+def _write_parameters(e: Experts, some: slice, options: Options) -> None:
+    """After the weights' scalars, by which all but alpha and SiTU's beta are divided."""
     gate, gated = e.output1_scale_gate_scalar[some], e.activation.gated
-    if e.gemm1_bias is not None and w13_bias is not None:
+    if e.gemm1_bias is not None and options.w13_bias is not None:
         rows = e.padded_intermediate_size
-        e.gemm1_bias[some].copy_(lay_out_bias(w13_bias, gate[:, None], gated, rows))
-    if e.gemm2_bias is not None and w2_bias is not None:
+        e.gemm1_bias[some].copy_(lay_out_bias(options.w13_bias, gate[:, None], gated, rows))
+    if e.gemm2_bias is not None and options.w2_bias is not None:
         divisor = e.output2_scale_scalar[some, None]
-        e.gemm2_bias[some].copy_(lay_out_bias(w2_bias, divisor, False, e.padded_hidden_size))
-    for held, new in ((e.gemm1_beta, beta), (e.gemm1_clamp_limit, clamp_limit)):
+        bias = lay_out_bias(options.w2_bias, divisor, False, e.padded_hidden_size)
+        e.gemm2_bias[some].copy_(bias)
+    for held, new, raw in (
+        (e.gemm1_alpha, options.alpha, False),
+        (e.gemm1_beta, options.beta, e.activation.linear_up),
+        (e.gemm1_clamp_limit, options.clamp_limit, True),
+    ):
         if held is None or new is None:
             continue
-        if not isinstance(new, torch.Tensor):
-            # A tensor made of the number would be a copy from the host, which no graph captures.
-            new = torch.full_like(gate, new)
-        held[some].copy_(in_raw_units(new.to(gate), gate))
+        if isinstance(new, torch.Tensor):
+            held[some].copy_(new)
+        else:  # a tensor made of the number would be a copy from the host, which no graph captures
+            held[some].fill_(new)
+        if raw:
+            held[some].copy_(in_raw_units(held[some], gate))
 
 
 def _writer(backend: str, device: torch.device) -> Writer:
+    checks.one_of("backend", backend, ("auto", *WRITERS))
     if backend == "auto":
         faster = WRITERS.get("triton") if device.type == "cuda" else None
         writer = faster(device)[0] if faster else None
         return writer or write_by_reference
-    if backend not in WRITERS:
-        allowed = ", ".join(["auto", *WRITERS])
-        raise ValueError(f"backend is {backend!r}; it must be one of {allowed}")
     writer, reason = WRITERS[backend](device)
     if writer is None:
         raise ValueError(f"backend {backend} cannot load these weights: {reason}")
     return writer
-
-
-def _check(
-    e: Experts,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    first: int,
-    amax: tuple[torch.Tensor, torch.Tensor] | None,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    beta: torch.Tensor | float | None,
-    clamp_limit: torch.Tensor | float | None,
-) -> None:
-    device = e.gemm1_weights.device
-    if not isinstance(w13, torch.Tensor) or w13.dtype not in (torch.bfloat16, torch.float16):
-        given = w13.dtype if isinstance(w13, torch.Tensor) else type(w13).__name__
-        raise ValueError(f"w13 is {given}; it must be a bf16 or fp16 tensor")
-    n = w13.shape[0] if w13.dim() else 0
-    rows = e.intermediate_size * (2 if e.activation.gated else 1)
-    shapes: dict[str, tuple[torch.Tensor | None, tuple[int, ...], torch.dtype | None]] = {
-        "w13": (w13, (n, rows, e.hidden_size), w13.dtype),
-        "w2": (w2, (n, e.hidden_size, e.intermediate_size), w13.dtype),
-        "w13_bias": (w13_bias, (n, rows), None),
-        "w2_bias": (w2_bias, (n, e.hidden_size), None),
-    }
-    if amax is not None:
-        if not isinstance(amax, tuple | list) or len(amax) != 2:
-            raise ValueError("amax must be two tensors: largest magnitudes of w13 and of w2")
-        shapes["amax[0]"] = amax[0], (n,), torch.float32
-        shapes["amax[1]"] = amax[1], (n,), torch.float32
-    for name, (t, shape, dtype) in shapes.items():
-        if t is None and name.endswith("bias"):
-            continue
-        if not isinstance(t, torch.Tensor):
-            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor {list(shape)}")
-        if tuple(t.shape) != shape or t.dtype != (dtype or t.dtype) or t.device != device:
-            raise ValueError(
-                f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}; these experts take "
-                f"{dtype or 'a float dtype'} {list(shape)} on {device}"
-            )
-    if type(first) is not int or not 0 <= first <= first + n <= e.num_local:
-        raise ValueError(f"first is {first!r}; {n} experts from there must be of {e.num_local}")
-    for name, value in (("beta", beta), ("clamp_limit", clamp_limit)):
-        if isinstance(value, torch.Tensor) and tuple(value.shape) not in ((), (n,)):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [{n}]")
-    if beta is not None and e.activation == ActivationType.Situ:
-        raise ValueError("beta is given; SiTU's does not depend on the weights: leave it out")
-    swiglu_beta = e.gemm1_beta if e.activation.linear_up else None
-    for name, held, new in (
-        ("w13_bias", e.gemm1_bias, w13_bias),
-        ("w2_bias", e.gemm2_bias, w2_bias),
-        ("beta", swiglu_beta, beta),
-        ("clamp_limit", e.gemm1_clamp_limit, clamp_limit),
-    ):
-        if held is not None and new is None:
-            raise ValueError(
-                f"{name} is missing: the experts hold it divided by a scalar of their weights; give it "
-                "with the weights"
-            )
-        if held is None and new is not None:
-            raise ValueError(f"{name} is given; these experts were prepared without")

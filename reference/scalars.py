@@ -13,11 +13,16 @@ from .activation import ActivationType
 def per_expert(
     value: torch.Tensor | float | None, experts: int, device: torch.device
 ) -> torch.Tensor | None:
-    """[E] fp32 of one value or one an expert."""
+    """[E] fp32 of one value or one an expert; a copy, which a reload may write."""
     if value is None:
         return None
     value = torch.as_tensor(value, dtype=torch.float32, device=device)
-    return value.expand(experts).contiguous()
+    return value.expand(experts).clone(memory_format=torch.contiguous_format)
+
+
+def static_encode_scale(amax: float) -> float:
+    """Encode scale of activations whose largest magnitude is known; to be rounded to fp32."""
+    return 2688.0 / amax
 
 
 def in_raw_units(value: torch.Tensor, scalar: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,13 @@ from .moe import Accumulate, Activations, FinalizeOrder, MoEResult, fused_moe
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
 from .shuffle import inverse
 
-_UNSHARDED = ("hidden_size", "intermediate_size", "activation", "input_scale", "intermediate_scale")
+_ALIKE = (
+    "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar", "gemm1_alpha",
+    "gemm1_beta", "gemm1_clamp_limit", "input_scale", "intermediate_scale",
+)  # fmt: skip
+"""Fields that every shard has as the whole layer does; copies, since a reload writes them."""
+_OF_THE_LAYER = ("input_scale", "intermediate_scale")
+"""Tensors that are not one an expert."""
 
 
 def shard_columns(intermediate_size: int, rank: int, shards: int) -> slice:
@@ -98,21 +104,16 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     # Scalars, and biases divided by them, are taken over: made again they might round otherwise.
     return replace(
         shard,
-        output1_scale_scalar=e.output1_scale_scalar,
-        output1_scale_gate_scalar=e.output1_scale_gate_scalar,
-        output2_scale_scalar=e.output2_scale_scalar,
-        gemm1_alpha=e.gemm1_alpha,
-        gemm1_beta=e.gemm1_beta,
-        gemm1_clamp_limit=e.gemm1_clamp_limit,
-        input_scale=e.input_scale,
-        intermediate_scale=e.intermediate_scale,
+        router_weight_on_input=e.router_weight_on_input,
+        **{name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE},
     )
 
 
 def select_experts(experts: Experts, first: int, count: int) -> Experts:
     """`count` experts from `first` on: what a rank holds whose `local_expert_offset` is `first`.
 
-    Layouts of other backends are the rank's to make again.
+    They are copies: the whole layer need not stay in memory, and a reload writes the part alone. Layouts
+    of other backends are the rank's to make again.
 
     Raises:
         ValueError: the experts do not hold that many.
@@ -124,11 +125,10 @@ def select_experts(experts: Experts, first: int, count: int) -> Experts:
         )
     some = slice(first, first + count)
     held: dict[str, Any] = {
-        f.name: value[some].contiguous()
+        f.name: (value if f.name in _OF_THE_LAYER else value[some]).clone()
         for f in fields(experts)
-        if f.name not in _UNSHARDED and (value := getattr(experts, f.name)) is not None
-        and isinstance(value, torch.Tensor)
-    }  # fmt: skip
+        if isinstance(value := getattr(experts, f.name), torch.Tensor)
+    }
     return replace(experts, **held, cute_dsl=None, cutlass=None)
 
 

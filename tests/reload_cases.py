@@ -10,6 +10,7 @@ from nvfp4_moe.reference.cute_dsl import with_cute_dsl
 from nvfp4_moe.reference.cutlass import with_cutlass
 from nvfp4_moe.reference.experts import Experts, prepare_experts
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.versions import tensors_of
 
 from nvfp4_moe import ActivationType
 
@@ -102,21 +103,63 @@ def reloaded(
     **sizes: int,
 ) -> None:
     """All experts at once, then one of them once more."""
-    options = (options or {}) | {"recipe": recipe}
+    again = options or {}
+    options = again | {"recipe": recipe}
     old, new = (weights(kind, seed, dtype=dtype, **sizes) for seed in (0, 1))
     experts = moved(prepare_experts(*old, kind, **options), device)
     before = pointers(experts)
     want = prepare_experts(*new, kind, **options)
     w13, w2 = (w.to(device) for w in new)
     amax = tuple(w.abs().amax((1, 2)).float() for w in (w13, w2)) if given else None
-    experts.load_(w13, w2, amax=amax, recipe=recipe, backend=backend)
+    poison(experts)
+    experts.load_(w13, w2, amax=amax, recipe=recipe, backend=backend, **again)
     what = f"{kind.name}, {recipe}, {dtype}, {backend}"
     assert_same(experts, want, what)
     one = old[0][1:2], old[1][1:2]
-    experts.load_(*(w.to(device) for w in one), first=1, recipe=recipe, backend=backend)
+    some = (w.to(device) for w in one)
+    experts.load_(*some, first=1, recipe=recipe, backend=backend, **again)
     mixed = tuple(torch.cat([n[:1], o, n[2:]]) for n, o in zip(new, one, strict=True))
     assert_same(experts, prepare_experts(*mixed, kind, **options), f"{what}, one expert")
     assert pointers(experts) == before
+
+
+def poison(experts: Experts, byte: int = 0x7F) -> None:
+    """Every byte of every tensor, as pages have it that a sleeping server has dropped."""
+    for t in tensors_of(experts):
+        (t if t.dim() else t.reshape(1)).view(torch.uint8).fill_(byte)
+
+
+def restored(device: str, backend: str) -> None:
+    """Every option of `prepare_experts` that a layer can have, after its pages were dropped."""
+    swiglu, relu2, situ = ActivationType.Swiglu, ActivationType.Relu2, ActivationType.Situ
+    static = {"input_amax": 3.0, "intermediate_amax": 5.0}
+    biases = {"w13_bias": torch.linspace(-1, 1, 3 * 160).reshape(3, 160).to(device)}
+    biases["w2_bias"] = torch.linspace(-2, 1, 3 * 208).reshape(3, 208).to(device)
+    apart = {name: torch.tensor([1.5, 2.5, 0.7], device=device) for name in ("alpha", "beta")}
+    made: list[tuple[ActivationType, dict[str, Any]]] = [
+        (swiglu, {}),
+        (swiglu, {"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0} | biases),
+        (swiglu, apart | static),
+        (situ, apart | {"clamp_limit": 3.0} | static),
+        (ActivationType.SwigluStep, {"clamp_limit": 0.3}),
+        (relu2, static),
+        (relu2, {}),
+    ]
+    for kind, options in made:
+        w13, w2 = (w.to(device) for w in weights(kind, 1))
+        want = prepare_experts(w13, w2, kind, **options)
+        for byte in (0x7F,) if options else (0, 0x7F):
+            for split in (slice(0, 3),), (slice(2, 3), slice(0, 2)):
+                got = moved(want, device)
+                poison(got, byte)
+                for some in split:
+                    given = {
+                        name: v[some] if isinstance(v, torch.Tensor) else v
+                        for name, v in options.items()
+                    }
+                    got.load_(w13[some], w2[some], first=some.start, backend=backend, **given)
+                what = f"{kind.name}, {sorted(options)}, {backend}, pages of {byte}, {split}"
+                assert_same(got, want, what)
 
 
 def copies(kind: ActivationType, device: str, backend: str) -> None:
@@ -125,7 +168,9 @@ def copies(kind: ActivationType, device: str, backend: str) -> None:
     for copied, options in ((with_cute_dsl, {}), (with_cutlass, static)):
         old, new = (weights(kind, seed, hidden=256, intermediate=128) for seed in (0, 1))
         experts = moved(copied(prepare_experts(*old, kind, **options)), device)
-        experts.load_(*(w[1:].to(device) for w in new), first=1, backend=backend)
+        poison(experts)
+        experts.load_(*(w[:1].to(device) for w in old), backend=backend, **options)
+        experts.load_(*(w[1:].to(device) for w in new), first=1, backend=backend, **options)
         mixed = (torch.cat([o[:1], n[1:]]) for o, n in zip(old, new, strict=True))
         want = copied(prepare_experts(*mixed, kind, **options))
         assert_same(experts, want, f"{kind.name}, {copied.__name__}, {backend}")

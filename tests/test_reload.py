@@ -1,9 +1,12 @@
 """`Experts.load_` and `Experts.checksum`: the specification, on the CPU."""
 
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import reload_cases as cases
 import torch
 from nvfp4_moe.reference.checksum import digests
 from nvfp4_moe.reference.experts import prepare_experts
+from nvfp4_moe.reference.shards import select_experts, shard_experts
+from nvfp4_moe.reference.versions import tensors_of
 
 from nvfp4_moe import ActivationType, fused_moe
 
@@ -32,6 +37,10 @@ def test_reload_is_preparation():
     cases.each_way("cpu", "reference")
 
 
+def test_every_byte_is_written():
+    cases.restored("cpu", "reference")
+
+
 @pytest.mark.parametrize("kind", [SWIGLU, ActivationType.Relu2])
 def test_biases_and_limit_follow(kind):
     rows = 80 * (2 if kind.gated else 1)
@@ -41,7 +50,7 @@ def test_biases_and_limit_follow(kind):
         some = given | {name: change[name] for name in ("beta", "clamp_limit") if change}
         static = {"input_amax": 3.0, "intermediate_amax": 5.0}
         experts = prepare_experts(*cases.weights(kind, 0), kind, **some, **kept, **static)
-        experts.load_(*cases.weights(kind, 1), **some)
+        experts.load_(*cases.weights(kind, 1), **some, **kept, **static)
         want = prepare_experts(*cases.weights(kind, 1), kind, **some, **kept, **static)
         cases.assert_same(experts, want, kind.name)
 
@@ -55,46 +64,144 @@ def test_the_layer_computes_with_the_new_weights():
     assert torch.equal(fused_moe(x, experts, routing), want)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"w13": torch.zeros(3, 160, 208)}, "w13 is torch.float32; it must be a bf16 or fp16"),
-        ({"w13": torch.zeros(3, 160, 192).bfloat16()}, "w13 is .*(3, 160, 192).*[3, 160, 208]"),
-        ({"w2": torch.zeros(2, 208, 80).bfloat16()}, "w2 is .*(2, 208, 80).*[3, 208, 80]"),
-        ({"w2": torch.zeros(3, 208, 80).half()}, "w2 is torch.float16 .* take torch.bfloat16"),
-        (
-            {"w2": torch.zeros(3, 208, 80, dtype=torch.bfloat16, device="meta")},
-            "w2 is .* on meta; these experts take .* on cpu",
-        ),
-        ({"first": 1}, "first is 1; 3 experts from there must be of 3"),
-        ({"first": -1}, "first is -1"),
-        ({"backend": "cuda"}, "backend is 'cuda'; it must be one of auto, reference, triton"),
-        ({"amax": torch.ones(3)}, "amax must be two tensors"),
-        ({"amax": (torch.ones(3), torch.ones(2))}, "amax[1] is .*(2,)"),
-        ({"w2_bias": torch.zeros(3, 208)}, "w2_bias is given; these experts were prepared without"),
-        ({"clamp_limit": 1.0}, "clamp_limit is given"),
-        ({"beta": 1.0}, "beta is given; these experts were prepared without"),
-        ({"beta": torch.ones(2)}, "beta has shape (2,); it must be [3]"),
-    ],
-)
-def test_bad_arguments_leave_the_experts_alone(change, message):
+W13, W2 = (w.clone() for w in cases.weights(SWIGLU, 1))
+META = {"dtype": torch.bfloat16, "device": "meta"}
+BAD = [
+    ({"w13": None}, TypeError, "w13 is None; it must be a tensor of bfloat16 or float16"),
+    ({"w13": W13.float()}, ValueError, "w13 is float32 .*; it must be a tensor of bfloat16 or"),
+    ({"w13": W13[:, :, :192]}, ValueError, "w13 is .*[3, 160, 192]; .*[n, 160, 208]"),
+    ({"w13": W13[0]}, ValueError, "w13 is bfloat16 [160, 208]; .*[n, 160, 208]"),
+    ({"w13": W13.to_sparse()}, ValueError, "w13 has the layout sparse_coo"),
+    ({"w13": W13.new_empty(W13.shape, **META)}, ValueError, "w13 is on meta; it must be on"),
+    ({"w2": W2[:2]}, ValueError, "w2 is .*[2, 208, 80]; .*[3, 208, 80]"),
+    ({"w2": W2.half()}, ValueError, "w2 is float16 .*; it must be a tensor of bfloat16"),
+    ({"w2": W2.to_sparse()}, ValueError, "w2 has the layout sparse_coo"),
+    ({"w2": W2.to(torch.complex64)}, ValueError, "w2 is complex64"),
+    ({"w2": torch.empty(W2.shape, **META)}, ValueError, "w2 is on meta"),
+    ({"first": 1}, ValueError, "first is 1; 3 experts from there must be of 3"),
+    ({"first": -1}, ValueError, "first is -1; 3 experts from there must be of 3"),
+    ({"first": True}, TypeError, "first is True; it must be an integer"),
+    ({"first": 0.0}, TypeError, "first is 0.0; it must be an integer"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        "backend is 'cuda'; it must be one of auto, reference, triton",
+    ),
+    ({"backend": None}, TypeError, "backend is None; it must be one of auto, reference, triton"),
+    ({"recipe": "exact"}, TypeError, "recipe is 'exact'; it must be a Recipe"),
+    ({"amax": torch.ones(3)}, TypeError, "amax is float32 [3]; it must be two tensors"),
+    ({"amax": (torch.ones(3), torch.ones(2))}, ValueError, "amax[1] is float32 [2]; .*[3]"),
+    ({"amax": (torch.ones(3), None)}, TypeError, "amax[1] is None"),
+    ({"amax": (torch.ones(3), torch.ones(3).double())}, ValueError, "amax[1] is float64"),
+    ({"amax": (-torch.ones(3), torch.ones(3))}, ValueError, "amax[0][0] is -1.0, .*0 or above"),
+    ({"amax": (torch.ones(3), torch.ones(3) * torch.nan)}, ValueError, "amax[1][0] is nan"),
+    ({"amax": (torch.ones(3), torch.ones(3) / 0)}, ValueError, "amax[1][0] is inf"),
+]
+GIVEN = PARAMETERS | {"alpha": 1.7, "input_amax": 3.0, "intermediate_amax": 5.0}
+BAD_OPTIONS = [
+    (option, value, error)
+    for option in ("alpha", "beta", "clamp_limit")
+    for value, error in (
+        ("x", TypeError), ([1.0, 2.0, 3.0], TypeError), (1j, TypeError), (True, TypeError),
+        (float("nan"), ValueError), (torch.ones(2), ValueError), (torch.ones(3, 1), ValueError),
+        (torch.ones(3, device="meta"), ValueError), (torch.ones(3).to_sparse(), ValueError),
+        (torch.ones(3, dtype=torch.complex64), ValueError), (torch.ones(3).bool(), ValueError),
+        (torch.ones(3).int(), ValueError), (torch.ones(3).to(torch.float8_e4m3fn), ValueError),
+    )
+] + [
+    (option, make(PARAMETERS[option]), error)
+    for option in ("w13_bias", "w2_bias")
+    for make, error in (
+        (lambda b: 1.0, TypeError), (lambda b: b.tolist(), TypeError),
+        (lambda b: b[:, 1:], ValueError), (lambda b: b[:2], ValueError),
+        (lambda b: b[0], ValueError), (lambda b: b.to_sparse(), ValueError),
+        (lambda b: b.to("meta"), ValueError), (lambda b: b.to(torch.complex64), ValueError),
+        (lambda b: b.bool(), ValueError), (lambda b: b.int(), ValueError),
+    )
+] + [
+    (option, value, error)
+    for option in ("input_amax", "intermediate_amax")
+    for value, error in (
+        ("x", TypeError), (torch.ones(1), TypeError), (True, TypeError), (0.0, ValueError),
+        (-1.0, ValueError), (float("inf"), ValueError), (float("nan"), ValueError),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments_leave_the_experts_alone(change, error, message):
     experts = layer()
     before = experts.checksum()
-    w13, w2 = cases.weights(SWIGLU, 1)
     pattern = re.escape(message).replace(r"\.\*", ".*")
-    with pytest.raises(ValueError, match=pattern):
-        experts.load_(**({"w13": w13, "w2": w2} | change))
+    with pytest.raises(error, match=pattern):
+        experts.load_(**({"w13": W13, "w2": W2} | change))
     assert experts.checksum() == before
 
 
-@pytest.mark.parametrize("missing", list(PARAMETERS))
-def test_what_depends_on_the_weights_must_come_with_them(missing):
-    experts = layer(**PARAMETERS)
+def test_bad_options_leave_the_experts_alone():
+    experts = layer(**GIVEN)
     before = experts.checksum()
-    given = {name: value for name, value in PARAMETERS.items() if name != missing}
-    with pytest.raises(ValueError, match=f"{missing} is missing"):
-        experts.load_(*cases.weights(SWIGLU, 1), **given)
+    for option, value, error in BAD_OPTIONS:
+        with pytest.raises(error, match=rf"^{option} "):
+            experts.load_(W13, W2, **GIVEN | {option: value})
+        assert experts.checksum() == before, (option, value)
+
+
+def test_the_options_of_the_preparation_must_come_with_the_weights():
+    experts = layer(**GIVEN)
+    before = experts.checksum()
+    for option in GIVEN:
+        given = {name: value for name, value in GIVEN.items() if name != option}
+        with pytest.raises(ValueError, match=f"^{option} is missing"):
+            experts.load_(W13, W2, **given)
+        with pytest.raises(ValueError, match=f"^{option} is given; .* prepared without"):
+            layer().load_(W13, W2, **{option: GIVEN[option]})
+    names = "w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax are missing"
+    with pytest.raises(ValueError, match=names):
+        experts.load_(W13, W2)
     assert experts.checksum() == before
+
+
+def test_no_gradient_and_no_copy_of_the_weights_is_kept():
+    """The trainer's weights require gradients, and what it hands over is the end of a graph."""
+    masters = [w.float().requires_grad_() for w in cases.weights(SWIGLU, 0)]
+    given = {k: v.clone().requires_grad_() for k, v in PARAMETERS.items()}
+    experts = prepare_experts(*(w.bfloat16() for w in masters), SWIGLU, **given)
+    kept = []
+    for _ in range(3):
+        w13, w2 = (w.bfloat16() for w in masters)
+        assert w13.requires_grad
+        kept += [weakref.ref(w13), weakref.ref(w2)]
+        experts.load_(w13, w2, **given)
+        del w13, w2
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+    assert not any(t.requires_grad for t in tensors_of(experts))
+    copied = copy.deepcopy(experts)
+    cases.assert_same(copied, experts, "a deep copy")
+
+
+def test_experts_made_in_inference_mode():
+    with torch.inference_mode():
+        experts = layer(0)
+    experts.load_(*cases.weights(SWIGLU, 1))
+    cases.assert_same(experts, layer(1), "outside")
+    with torch.inference_mode():
+        experts.load_(*cases.weights(SWIGLU, 0))
+    cases.assert_same(experts, layer(0), "inside")
+
+
+def test_a_reload_writes_no_tensor_of_another():
+    """Neither an argument of the preparation, nor the layer that a part was taken from."""
+    given = {"alpha": torch.full((3,), 1.5), "input_amax": 3.0, "intermediate_amax": 5.0}
+    whole = layer(**given)
+    before = whole.checksum()
+    selected, shard = select_experts(whole, 1, 2), shard_experts(whole, 0, 1)
+    shard.load_(W13, W2, alpha=2.5, input_amax=4.0, intermediate_amax=6.0)
+    selected.load_(W13[1:], W2[1:], alpha=2.5, input_amax=4.0, intermediate_amax=6.0)
+    assert whole.checksum() == before
+    whole.load_(W13, W2, **given | {"alpha": 2.5})
+    assert (given["alpha"] == 1.5).all()
 
 
 def test_no_expert():

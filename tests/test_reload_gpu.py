@@ -19,6 +19,10 @@ def test_reload_is_preparation(backend):
     cases.each_way("cuda", backend)
 
 
+def test_every_byte_is_written():
+    cases.restored("cuda", "triton")
+
+
 @pytest.mark.parametrize("recipe", cases.RECIPES, ids=str)
 def test_a_real_layer(recipe):
     for dtype in (torch.bfloat16, torch.float16):

@@ -19,6 +19,10 @@ def test_reload_is_preparation():
     cases.each_way("cpu", "triton")
 
 
+def test_every_byte_is_written():
+    cases.restored("cpu", "triton")
+
+
 def test_auto_never_takes_the_interpreter(monkeypatch):
     from nvfp4_moe.kernels import reload_launch
 
