@@ -105,6 +105,13 @@ def weights(
     return Weights(gate.to(dtype) if gated else None, up.to(dtype), down.to(dtype))
 
 
+def biases(dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """[E, I] of gate and up, [E, H] of down."""
+    g = torch.Generator().manual_seed(5)
+    sizes = {"gate": INTERMEDIATE, "up": INTERMEDIATE, "down": HIDDEN}
+    return {p: torch.randn(EXPERTS, n, generator=g).to(dtype) for p, n in sizes.items()}
+
+
 def tensors_of(naming: Naming, layer: int, kinds: dict[str, dict[str, torch.Tensor]]) -> Tensors:
     """The tensors of a layer's experts.
 

@@ -14,6 +14,7 @@ from checkpoint_cases import (
     MODELOPT_KINDS,
     NAMINGS,
     assert_same_experts,
+    biases,
     compressed_config,
     modelopt_config,
     nvfp4,
@@ -160,12 +161,6 @@ def test_one_scale_stands_for_all_experts(shape, flat, parts, tmp_path):
     assert_same_experts(got, load_experts(saved(tmp_path / "b", of_each), 5))
 
 
-def biased(dtype=torch.bfloat16):
-    g = torch.Generator().manual_seed(5)
-    sizes = {"gate": INTERMEDIATE, "up": INTERMEDIATE, "down": HIDDEN}
-    return {p: torch.randn(EXPERTS, n, generator=g).to(dtype) for p, n in sizes.items()}
-
-
 def with_biases(b):
     return prepare_experts(
         W.w13,
@@ -177,7 +172,7 @@ def with_biases(b):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_biases_of_each_expert(dtype, parts, tmp_path):
-    b = biased(dtype)
+    b = biases(dtype)
     tensors = apart(parts, P + ".{e}.{p}")
     for p, value in b.items():
         tensors |= {f"{P}.{e}.{p}_proj.bias": row for e, row in enumerate(value)}
@@ -186,7 +181,7 @@ def test_biases_of_each_expert(dtype, parts, tmp_path):
 
 @pytest.mark.parametrize("lies", ["usual", "transposed", "flat"])
 def test_gpt_oss_alternates_rows_of_gate_and_up(lies, parts, tmp_path):
-    b = biased()
+    b = biases()
     tensors = stacked(fused(parts, interleaved=True), P + ".{p}_{kind}")
     if lies == "transposed":
         tensors = {n: t.transpose(1, 2) if t.dim() == 3 else t for n, t in tensors.items()}

@@ -11,7 +11,6 @@ import torch
 from checkpoint_cases import (
     EXPERTS,
     HIDDEN,
-    INTERMEDIATE,
     NAMINGS,
     Naming,
     Weights,
@@ -410,9 +409,17 @@ def bad_sources():
             change("4.up_proj.weight", lambda t: t[name].clone()),
             ["4: extra: there are 4 experts"],
         ),
-        "fp32": (
-            change("0.up_proj.weight", lambda t: t[name].float()),
-            ["0.up_proj.weight: its dtype is F32; it must be BF16 or F16"],
+        "fp64": (
+            change("0.up_proj.weight", lambda t: t[name].double()),
+            ["0.up_proj.weight: its dtype is F64; it must be BF16 or F16 or F32"],
+        ),
+        "FP8 without scales": (
+            change("0.up_proj.weight", lambda t: t[name].to(torch.float8_e4m3fn)),
+            ["0.up_proj.weight: its dtype is F8_E4M3; it must be BF16 or F16 or F32"],
+        ),
+        "a kind that is unknown": (
+            change("0.up_proj.pre_quant_scale", lambda t: torch.ones(HIDDEN)),
+            ["0.up_proj.pre_quant_scale: extra: the kinds of a source are"],
         ),
         "misshapen": (
             change("0.up_proj.weight", lambda t: t[name].T.contiguous()),
@@ -466,21 +473,17 @@ def test_a_truncated_source_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{"quant_method": "modelopt", "quant_algo": "NVFP4"}, {**FP8, "weight_block_size": None}],
+    [
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "mxfp4"},
+    ],
 )
 def test_other_quantized_sources_are_refused(config, tmp_path):
     tensors = ordinary(QWEN, 0, weights())
     write(tmp_path / "src", [tensors], {**dict(QWEN.config), "quantization_config": config})
     with pytest.raises(CheckpointError, match="its quant_method is"):
-        convert(tmp_path / "src", tmp_path / "dst")
-
-
-def test_a_bias_of_stacked_experts_cannot_be_taken_apart(tmp_path):
-    naming = NAMINGS["stacked"]
-    tensors = ordinary(naming, 0, weights())
-    tensors[f"{naming.of(0)}.gate_up_proj_bias"] = torch.ones(EXPERTS, 2 * INTERMEDIATE)
-    write(tmp_path / "src", [tensors], dict(naming.config))
-    with pytest.raises(CheckpointError, match="gate_up_proj_bias: extra: of stacked tensors only"):
         convert(tmp_path / "src", tmp_path / "dst")
 
 

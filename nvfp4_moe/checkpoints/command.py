@@ -20,7 +20,7 @@ RECIPES: dict[str, Recipe] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write an NVFP4 checkpoint, as ModelOpt does, from a bf16, fp16 or FP8 (128x128 blocks) one: "
+        "Write an NVFP4 checkpoint, as ModelOpt does, from a bf16, fp16, fp32 or FP8 one: "
         "the weights of its experts are quantized, all else is copied. Called again after an "
         "interruption it goes on where it stopped. Prints the error of each layer."
     )

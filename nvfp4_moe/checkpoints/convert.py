@@ -17,7 +17,7 @@ import torch
 from ..reference.experts import quantize_weight
 from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe
-from .described import describe
+from .described import configurations, describe
 from .errors import CheckpointError
 from .files import SUFFIX
 from .folder import CONFIG, HF_QUANT_CONFIG, INDEX, Folder
@@ -27,7 +27,7 @@ from .progress import Progress, silent
 from .source import Matrix, Source, open_source
 from .workspace import Workspace
 
-_VERSION = 1
+_VERSION = 2
 """Of what a conversion writes: part of the identity that a resumed one must share."""
 _OTHER_WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -42,7 +42,7 @@ def convert(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[LayerError]:
-    """Quantize the experts of a bf16, fp16 or FP8 (128x128 blocks) checkpoint to NVFP4.
+    """Quantize the experts of a bf16, fp16, fp32 or FP8 checkpoint to NVFP4.
 
     Contract: `load_experts` of the result gives bitwise the `Experts` of `prepare_experts` with the
     same recipe; so does a conversion that was interrupted and called again, which keeps the shards
@@ -50,8 +50,9 @@ def convert(
     when it has its index, which is written last.
 
     Args:
-        source: folder of the checkpoint; formats in `source.py`, names in `layers.py`. Stacked and
-            fused experts become per-expert tensors.
+        source: folder of the checkpoint; formats in `source.py` and `fp8_scales.py`, names in
+            `naming.py`. Stacked and fused experts become per-expert tensors, biases too. fp32 weights
+            are quantized as they are, FP8 by way of bf16. Scales of FP8 activations are dropped.
         destination: new, empty, or left by an interrupted conversion.
         recipe: of the weights; exact math by default.
         exclude: patterns with wildcards of modules of experts that stay as they are.
@@ -120,7 +121,8 @@ class _Converter:
                 made = self._quantize(matrix, layer)
                 tensors |= {name: kept.copy(tensor) for name, tensor in made.items()}
                 self._step(matrix.target)
-            if name not in self._source.matrices and name not in self._source.scales:
+            tensors |= self._source.taken_apart(name)
+            if not self._source.replaces(name):
                 tensors[name] = folder.tensor(name)
         return tensors, {module: layer.sums for module, layer in errors.items()}
 
@@ -203,15 +205,17 @@ def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
 def _write_rest(source: Source, work: Workspace, recipe: Recipe) -> None:
     """Everything but the shards and their index."""
     folder = source.folder
-    made = (CONFIG, HF_QUANT_CONFIG, INDEX)
+    inner, outer = describe(source, recipe)
+    described = configurations(folder, inner)
+    made = (*described, HF_QUANT_CONFIG, INDEX)
     for path in sorted(folder.path.rglob("*")):
         name = path.relative_to(folder.path)
         if any(part.startswith(".") for part in name.parts) or name.as_posix() in made:
             continue
         if path.is_file() and not path.name.endswith((*_OTHER_WEIGHTS, ".index.json")):
             work.copy(path, name.as_posix())
-    inner, outer = describe(source, recipe)
-    work.write_json(CONFIG, {**folder.config, "quantization_config": inner})
+    for file, content in described.items():
+        work.write_json(file, content)
     work.write_json(HF_QUANT_CONFIG, outer)
 
 

@@ -2,17 +2,23 @@
 
 As ModelOpt exports it: `quant_algo` NVFP4, and the modules left alone under `exclude_modules` (in
 `config.json`: `ignore`). Where the source's other layers stay FP8 the algorithm is MIXED_PRECISION,
-with `quantized_layers` (NVFP4 of each module of experts, FP8_PB_WO of the others). The producer is
-called `modelopt`, since servers take the format from that name; its version names this package.
+with `quantized_layers` (NVFP4 of each module of experts, FP8's algorithm of each of the others). The
+producer is called `modelopt`, since servers take the format from that name; its version names this
+package.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import math
 import re
 from typing import Any
 
 from .. import __version__
 from ..reference.recipe import BLOCK_SIZE, Recipe
+from . import documents
+from .folder import CONFIG, Folder, TensorInfo
+from .mistral import MISTRAL
+from .model_fields import LANGUAGE_MODELS
 from .patterns import matches
 from .source import Source
 
@@ -22,15 +28,15 @@ _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 def describe(source: Source, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """(`quantization_config` of config.json, the content of hf_quant_config.json)."""
     fp8 = fp8_modules(source)
-    left = left_alone(source, fp8)
+    left = left_alone(source, list(fp8))
     producer = {"name": "modelopt", "version": f"0+nvfp4.moe.{__version__.partition('+')[0]}"}
     settings: dict[str, Any] = {"quant_algo": "NVFP4", "group_size": BLOCK_SIZE}
     if fp8:
-        layers = {x.module: dict(settings) for x in source.layers}
-        layers |= {module: {"quant_algo": "FP8_PB_WO"} for module in fp8}
+        layers = {x.target: dict(settings) for x in source.layers}
+        layers |= {module: {"quant_algo": algorithm} for module, algorithm in fp8.items()}
         settings |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
-    targets = [x.module for x in source.layers] if fp8 else ["Linear"]
+    targets = [x.target for x in source.layers] if fp8 else ["Linear"]
     group = {"input_activations": four, "weights": four, "targets": targets}
     inner = {"config_groups": {"group_0": group}, "ignore": left, **settings}
     inner |= {"producer": producer, "quant_method": "modelopt"}
@@ -41,17 +47,55 @@ def describe(source: Source, recipe: Recipe) -> tuple[dict[str, Any], dict[str, 
     return inner, outer
 
 
-def fp8_modules(source: Source) -> list[str]:
-    """Modules, not of converted experts, that stay FP8."""
-    names = source.folder.shard_of
-    found = set()
-    for name in names:
-        if name in source.scales or not name.endswith("_scale_inv"):
+def fp8_modules(source: Source) -> dict[str, str]:
+    """Modules, not of converted experts, that stay FP8, with ModelOpt's names of their algorithms."""
+    folder, found = source.folder, {}
+    for name in folder.shard_of:
+        info = folder.info(name)
+        if info is None or info.dtype != "F8_E4M3" or name in source.matrices:
             continue
-        weight = name.removesuffix("_scale_inv")  # a stacked tensor is a module of its own
-        if weight in names:
-            found.add(weight.removesuffix(".weight"))
-    return sorted(found)
+        module = name.removesuffix(".weight")  # a stacked tensor is a module of its own
+        names = (f"{name}_scale_inv", f"{name}_scale", f"{module}.scale")
+        scale = next((n for n in names if n in folder.shard_of), None)
+        scale_info = None if scale is None else folder.info(scale)
+        if scale is not None and scale_info is not None:
+            found[module] = _algorithm(scale, scale_info, info)
+    return dict(sorted(found.items()))
+
+
+def _algorithm(name: str, scale: TensorInfo, weight: TensorInfo) -> str:
+    """Of FP8 weights with such scales."""
+    rows, columns = weight.shape[-2:] if len(weight.shape) > 1 else (1, *weight.shape)
+    if scale.dtype in ("U8", "F8_E8M0") and scale.shape[-1:] == (columns // 32,):
+        return "MXFP8"
+    if name.endswith("_scale_inv"):
+        return "FP8_PB_WO"
+    if math.prod(scale.shape) == 1:
+        return "FP8"
+    return "FP8_PER_CHANNEL_PER_TOKEN" if math.prod(scale.shape) == rows else "FP8_PB_WO"
+
+
+def configurations(folder: Folder, inner: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files that describe the model, by name, with `inner` for what they said of quantization."""
+    found = {}
+    config = folder.json(CONFIG, documents.CONFIG)
+    params = folder.json(MISTRAL, documents.PARAMS)
+    if config is not None or params is None:
+        found[CONFIG] = {**_without_quantization(config or {}), "quantization_config": inner}
+    if params is not None and (config is None or "quantization" in params):
+        found[MISTRAL] = {**params, "quantization": inner}
+    return found
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields, of the language model inside too, but for what describes the source's numbers."""
+    kept = {
+        k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")
+    }
+    for key in LANGUAGE_MODELS:
+        if isinstance(kept.get(key), dict):
+            kept[key] = _without_quantization(kept[key])
+    return kept
 
 
 def left_alone(source: Source, fp8: list[str]) -> list[str]:

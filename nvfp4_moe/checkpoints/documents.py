@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .files import SUFFIX, is_shard_name
+from .model_fields import ACTIVATION_FIELDS, EXPERT_COUNTS, LANGUAGE_MODELS
 from .patterns import has_wildcard, matcher
 from .schema import ANY, COUNT, SIZE, STRING, Leaf, ListOf, MapOf, OrNull, Record, shown
 
@@ -68,7 +69,7 @@ QUANTIZATION = Record(
         "quant_method": OrNull(STRING),
         "ignore": OrNull(_PATTERNS),
         "quantization": OrNull(Record({**_MODELOPT, "ignore": OrNull(_PATTERNS)})),
-        "config_groups": MapOf(_GROUP),
+        "config_groups": OrNull(MapOf(_GROUP)),
         "format": OrNull(STRING),
         "weight_block_size": OrNull(ListOf(COUNT)),
     }
@@ -78,17 +79,13 @@ QUANTIZATION = Record(
 HF_QUANT_CONFIG = Record({"quantization": Record({**_MODELOPT, "ignore": OrNull(_PATTERNS)})})
 
 _MODEL = {
-    **dict.fromkeys(("mlp_hidden_act", "hidden_act", "hidden_activation"), OrNull(STRING)),
-    **dict.fromkeys(
-        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), OrNull(COUNT)
-    ),
+    **dict.fromkeys((*ACTIVATION_FIELDS, "model_type"), OrNull(STRING)),
+    **dict.fromkeys(EXPERT_COUNTS, OrNull(COUNT)),
+    "architectures": OrNull(ListOf(STRING)),
     "quantization_config": OrNull(QUANTIZATION),
 }
 _LANGUAGE = OrNull(Record({**_MODEL, "text_config": OrNull(Record(_MODEL))}))
-CONFIG = Record(
-    _MODEL
-    | dict.fromkeys(("text_config", "language_config", "llm_config", "thinker_config"), _LANGUAGE)
-)
+CONFIG = Record(_MODEL | dict.fromkeys(LANGUAGE_MODELS, _LANGUAGE))
 
 PARAMS = Record(
     {

@@ -39,7 +39,7 @@ def read_matrix(folder: Folder, place: Place) -> torch.Tensor:
     if place.transposed:
         with READING:
             matrix = piece[:] if place.expert is None else piece[place.expert]
-        return matrix.T[_rows(place, matrix.shape[1])].contiguous()
+        return matrix.T[rows_of(place, matrix.shape[1])].contiguous()
     return _part(piece, piece.get_shape(), place, dimension=-2)
 
 
@@ -62,16 +62,16 @@ def _part(piece: Any, shape: list[int], place: Place, dimension: int) -> torch.T
     """The expert's part of a slice of safetensors, and of that the rows of a half."""
     if place.flat and place.expert is not None:
         count = shape[0] // place.flat
-        index: Any = _rows(place, count, place.expert * count)
+        index: Any = rows_of(place, count, place.expert * count)
     else:
-        rows = _rows(place, shape[dimension])
+        rows = rows_of(place, shape[dimension])
         index = rows if place.expert is None else (place.expert, rows)
     with READING:
         return piece[index]
 
 
-def _rows(place: Place, count: int, first: int = 0) -> slice:
-    """Of `count` rows from `first`."""
+def rows_of(place: Place, count: int, first: int = 0) -> slice:
+    """The rows of a place, of `count` from `first`."""
     if place.half is None:
         return slice(first, first + count)
     if place.interleaved:

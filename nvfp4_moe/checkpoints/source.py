@@ -1,30 +1,31 @@
-"""The expert weights of an ordinary checkpoint: bf16, fp16, or FP8 with a scale a block of 128x128.
+"""The expert weights of an ordinary checkpoint: bf16, fp16, fp32, or FP8 with decode scales.
 
-FP8 as DeepSeek-V3 has it (`quantization_config` with `quant_method` fp8 and `weight_block_size`
-[128, 128]): `weight` e4m3 [rows, K], `weight_scale_inv` fp32 [rows/128, K/128], rounded up, which
-despite its name is the decode scale. Value: e4m3 * scale in fp32, rounded once to bf16, which is then
-what is quantized.
+fp32 weights are quantized as they are, not rounded to bf16 before. FP8 (`fp8_scales.py`) becomes bf16,
+which then is quantized. Stacked and fused experts are taken apart, transposed and interleaved ones too.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
 from .check import Headers
 from .errors import CheckpointError
 from .folder import Folder
+from .formats import BIAS
+from .fp8_scales import BLOCK, KINDS, check_scale, dequantize_fp8, find_scale, read_scale
 from .layers import Layer, Projection, count_problem, find_layers
-from .places import Place, read_matrix
+from .model_config import model_config
+from .places import Place, read_matrix, read_vector
 from .stacks import settle
 
-BLOCK = 128
-WEIGHT, BLOCK_SCALE = "weight", "weight_scale_inv"
-_ORDINARY = ("BF16", "F16")
+WEIGHT, INPUT_SCALE = "weight", "input_scale"
+_ORDINARY = ("BF16", "F16", "F32")
+_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "modelopt_mixed")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Matrix:
     projection: Projection
     target: str
     place: Place
-    scale: Place | None  # of FP8 blocks
+    scale: Place | None  # of FP8
     elements: int
 
 
@@ -44,13 +45,15 @@ class Matrix:
 class Source:
     """A checkpoint to convert, its headers checked.
 
-    `matrices` are the weights to quantize, by the tensor that holds them; `scales` the tensors of
-    their FP8 scales, which have no place in the result; `excluded` the modules of experts that stay.
+    `matrices` are the weights to quantize, by the tensor that holds them; `biases`, by tensor, the parts
+    of stacked or fused ones with their targets; `scales` the tensors of FP8 scales, of weights and of
+    activations, which have no place in the result; `excluded` the modules of experts that stay.
     """
 
     folder: Folder
     layers: list[Layer]
     matrices: dict[str, list[Matrix]] = field(default_factory=dict)
+    biases: dict[str, list[tuple[str, Place]]] = field(default_factory=dict)
     scales: set[str] = field(default_factory=set)
     excluded: list[str] = field(default_factory=list)
 
@@ -68,12 +71,25 @@ class Source:
         found = [self._matrix.get((matrix.module, matrix.expert, p)) for p in keys]
         return [m for m in found if m is not None]
 
+    def replaces(self, name: str) -> bool:
+        """Whether the result has something else in the place of a tensor."""
+        return name in self.matrices or name in self.biases or name in self.scales
+
+    def taken_apart(self, name: str) -> dict[str, torch.Tensor]:
+        """The biases that a stacked or fused tensor holds, by their names in the result."""
+        return {
+            f"{target}.{BIAS}": read_vector(self.folder, place).clone()
+            for target, place in self.biases.get(name, ())
+        }
+
     def _weight(self, matrix: Matrix) -> torch.Tensor:
-        """[rows, K] bf16 or fp16."""
+        """[rows, K] bf16, fp16 or fp32."""
         w = read_matrix(self.folder, matrix.place)
-        return (
-            w if matrix.scale is None else dequantize_fp8(w, read_matrix(self.folder, matrix.scale))
-        )
+        if matrix.scale is None:
+            return w
+        rows, columns = w.shape
+        scale = read_scale(self.folder, matrix.scale, rows, columns, _block_of(self.folder))
+        return dequantize_fp8(w, scale)
 
     def _amax(self, matrix: Matrix) -> float:
         # A float: small tensors that live on would hold the heap's large free pieces apart.
@@ -82,13 +98,6 @@ class Source:
     def shared_amax(self, matrix: Matrix) -> float:
         """The largest magnitude of all that share the scale, which are finite."""
         return max(self.amax(m) for m in self.partners(matrix))
-
-
-def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 [rows, K] and decode scales of 128x128 blocks to bf16 [rows, K], rounded once."""
-    rows, columns = weight.shape
-    by_row = scale.float().repeat_interleave(BLOCK, 0)[:rows]
-    return (weight.float() * by_row.repeat_interleave(BLOCK, 1)[:, :columns]).bfloat16()
 
 
 def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
@@ -103,87 +112,108 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
     _check_quantization(folder)
     every = find_layers(folder)
     excluded = [x.module for x in every if any(fnmatchcase(x.module, p) for p in exclude)]
-    layers = [layer for layer in every if layer.module not in excluded]
-    matrices: dict[str, list[Matrix]] = {}
+    found = Source(folder, [layer for layer in every if layer.module not in excluded])
     problems: list[str] = []
-    for layer in layers:
+    for layer in found.layers:
         if problem := count_problem(folder, layer):
             problems.append(problem)
             continue
         settle(folder, layer)
-        check = _SourceCheck(folder, layer)
-        for matrix in check.run():
-            matrices.setdefault(matrix.place.name, []).append(matrix)
+        check = _SourceCheck(folder, layer, found)
+        check.run()
         problems += check.problems
     for name in folder.shard_of:
         if folder.info(name) is None and (shard := folder.shard_of[name]) not in folder.broken:
             problems.append(f"{name}: missing: not in {shard}, where the index has it")
-    if not layers:
+    if not found.layers:
         problems.append("no layers of experts" + (f" outside {excluded}" if excluded else ""))
     if problems or folder.broken:
         raise CheckpointError(folder.path, [*folder.broken.values(), *dict.fromkeys(problems)])
-    scales = {m.scale.name for found in matrices.values() for m in found if m.scale is not None}
-    return Source(folder, layers, matrices, scales, excluded)
+    return Source(folder, found.layers, found.matrices, found.biases, found.scales, excluded)
+
+
+def source_quantization(folder: Folder) -> Mapping[str, Any]:
+    """What the checkpoint says of its own quantization, empty of an ordinary one."""
+    config = model_config(folder).get("quantization_config")
+    if config:
+        return config
+    return (folder.hf_quant_config or {}).get("quantization") or {}
+
+
+def _block_of(folder: Folder) -> tuple[int, int]:
+    """Rows and columns of the blocks of FP8 scales."""
+    block = source_quantization(folder).get("weight_block_size")
+    return (block[0], block[1]) if block and len(block) == 2 else BLOCK
 
 
 def _check_quantization(folder: Folder) -> None:
-    config = folder.config.get("quantization_config")
-    if not config and folder.hf_quant_config is None:
+    """Refuse what is no FP8, by its name; of FP8 the tensors themselves say the rest."""
+    config = source_quantization(folder)
+    if not config:
         return
-    method, block = (config or {}).get("quant_method"), (config or {}).get("weight_block_size")
-    if method != "fp8" or block != [BLOCK, BLOCK]:
+    method = config.get("quant_method") or ("modelopt" if "quant_algo" in config else None)
+    algorithm, form = config.get("quant_algo"), config.get("format")
+    already = "NVFP4" in str(algorithm).upper() or "nvfp4" in str(form)
+    if str(method).lower() not in _METHODS or already:
+        told = {"quant_algo": algorithm, "format": form}
+        more = "".join(f", its {key} {value!r}" for key, value in told.items() if value is not None)
         raise CheckpointError(
             folder.path,
             [
-                f"its quant_method is {method!r}, its weight_block_size {block!r}; a source is not "
-                f"quantized, or fp8 by blocks of [{BLOCK}, {BLOCK}]"
+                f"its quant_method is {method!r}{more}; a source is not quantized, or FP8 (fp8, "
+                "fbgemm_fp8, compressed-tensors or modelopt): convert the checkpoint that it was made "
+                "from" + (", or load it as it is" if already else "")
             ],
         )
 
 
 class _SourceCheck(Headers):
-    """The matrices of one layer, and what is wrong with their headers."""
+    """Collects the matrices of one layer in a source, and what is wrong with their headers."""
 
-    def __init__(self, folder: Folder, layer: Layer):
+    def __init__(self, folder: Folder, layer: Layer, source: Source):
         super().__init__(folder, layer, range(layer.num_experts), WEIGHT, packed=1)
+        self._source, self._block = source, _block_of(folder)
 
-    def run(self) -> list[Matrix]:
-        layer = self.layer
-        self.extra((WEIGHT, BLOCK_SCALE))
-        for (expert, _, kind), name in layer.names.items():
-            if expert is None and kind not in (WEIGHT, BLOCK_SCALE):
-                self.add(f"{name}: extra: of stacked tensors only the weights can be taken apart")
-        found = []
+    def run(self) -> None:
+        layer, source = self.layer, self._source
+        self.extra((WEIGHT, *KINDS, BIAS))
+        for (_, _, kind), name in layer.names.items():
+            if kind in (*KINDS, INPUT_SCALE):
+                source.scales.add(name)
+            elif kind not in (WEIGHT, BIAS):
+                self.add(
+                    f"{name}: extra: the kinds of a source are {WEIGHT}, {BIAS} and FP8's scales"
+                )
         for expert in self.experts:
             places = {p: layer.place(expert, p, WEIGHT) for p in layer.projections}
             if not any(places.values()):
                 self.add(f"{layer.module}.{expert}: missing")
                 continue
             for projection, place in places.items():
-                target = layer.module_of(expert, projection)
-                if place is None:
-                    self.add(f"{target}.{WEIGHT}: missing")
-                    continue
-                scale = self._scale(expert, projection, place)
-                elements = math.prod(self.size(projection))
-                found.append(
-                    Matrix(layer.module, expert, projection, target, place, scale, elements)
-                )
-        return found
+                self._matrix(expert, projection, place)
 
-    def _scale(self, expert: int, projection: Projection, place: Place) -> Place | None:
-        """Check a matrix, and find its FP8 scale."""
+    def _matrix(self, expert: int, projection: Projection, place: Place | None) -> None:
+        target = self.layer.module_of(expert, projection)
+        if place is None:
+            self.add(f"{target}.{WEIGHT}: missing")
+            return
         rows, columns = self.size(projection)
+        scale = find_scale(self.layer, expert, projection)
         whole = self.whole(place, rows, columns)
-        scale = self.layer.place(expert, projection, BLOCK_SCALE)
         if scale is None:
             self.fits(place, _ORDINARY, whole)
-            return None
-        self.fits(place, ("F8_E4M3",), whole)
-        if scale.half is not None and rows % BLOCK:
-            self.add(
-                f"{place.name}: gate and up, of {rows} rows each, share an FP8 block of {BLOCK}"
-            )
-        blocks = self.whole(scale, -(-rows // BLOCK), -(-columns // BLOCK))
-        self.fits(scale, ("F32", "BF16"), blocks)
-        return scale
+        else:
+            self.fits(place, ("F8_E4M3",), whole)
+            check_scale(self, scale, rows, columns, self._block)
+        matrix = Matrix(self.layer.module, expert, projection, target, place, scale, rows * columns)
+        self._source.matrices.setdefault(place.name, []).append(matrix)
+        if self.layer.has_bias(projection):
+            self._bias(expert, projection, rows, target)
+
+    def _bias(self, expert: int, projection: Projection, rows: int, target: str) -> None:
+        place = self.layer.place(expert, projection, BIAS)
+        if place is None:
+            self.add(f"{target}.{BIAS}: missing")
+            return
+        self.fits(place, _ORDINARY, self.vector(place, rows))
+        self._source.biases.setdefault(place.name, []).append((target, place))

@@ -10,7 +10,7 @@ from .folder import Folder
 from .layers import WEIGHTS, Layer
 from .model_config import config_value
 
-_OF_ROWS = (*WEIGHTS, "weight_scale", "weight_scale_inv", "bias")
+_OF_ROWS = (*WEIGHTS, "weight_scale", "weight_scale_inv", "scale", "bias")
 
 
 def settle(folder: Folder, layer: Layer) -> None:
