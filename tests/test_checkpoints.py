@@ -156,7 +156,9 @@ def test_layers_are_found_by_number_and_by_name(tmp_path):
 
 
 def test_the_activation_must_fit_the_tensors(tmp_path):
-    folder, _ = checkpoint(tmp_path / "c")
+    parts = quantized(weights())
+    parts["gate"]["decode"] = parts["up"]["decode"]
+    folder, _ = checkpoint(tmp_path / "c", parts=parts)
     situ = load_experts(folder, 3, activation=ActivationType.Situ)
     assert situ.activation == ActivationType.Situ
     with pytest.raises(ValueError, match="activation is Relu2, which is not gated"):

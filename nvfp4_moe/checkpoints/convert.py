@@ -20,7 +20,7 @@ from ..reference.recipe import BLOCK_SIZE, Recipe
 from .described import configurations, describe
 from .errors import CheckpointError
 from .files import SUFFIX
-from .folder import CONFIG, HF_QUANT_CONFIG, INDEX, Folder
+from .folder import HF_QUANT_CONFIG, INDEX, Folder
 from .formats import MODELOPT
 from .layer_error import LayerError, merge
 from .progress import Progress, silent
