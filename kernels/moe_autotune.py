@@ -53,7 +53,9 @@ def autotune_fused_moe(
         UnsupportedError: the experts are not on a GPU that the Triton backend runs on.
     """
     checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
-    counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    counts = [tokens] if isinstance(tokens, int | str) else tokens
+    checks.instance("tokens", counts, Iterable, "an integer or several")  # type: ignore[type-abstract]
+    counts = list(counts)
     for count in counts:
         checks.integer("tokens", count, 1)
     everywhere = experts.num_local if num_experts is None else num_experts

@@ -259,6 +259,7 @@ def fused_moe(
     Returns:
         [T, hidden size] of output_dtype; with stats (that, a `MoEStatistics`).
     """
+    checks.flag("stats", stats)
     request = request_of_layer(
         hidden_states, experts, routing, activation, routing_bias, num_experts,
         local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order,

@@ -147,6 +147,7 @@ def make_moe_request(
             f"num_fused_shared_experts is {shared_experts}; only DeepSeekV3 with groups, routed from "
             "logits, has any"
         )
+    checks.integer("local_expert_offset", local_expert_offset)
     most = num_experts + shared_experts - experts.num_local
     if not 0 <= local_expert_offset <= most or (shared_experts and most):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -90,6 +90,7 @@ def make_request(
     ):
         checks.flag(name, value)
     check_optional_flags(enable_pdl=enable_pdl, fast_math=fast_math)
+    checks.one_of("build", build, get_args(Build))
     _check_matrix(a, sf_vec_size)
     layout = _layout(sfLayout)
     explicit = not is_unset(nvfp4_4over6)

@@ -11,10 +11,11 @@ from typing import Any, get_args
 
 import torch
 
-from .kernels.request import four_over_six_of, math_of
+from .kernels.request import check_optional_flags, four_over_six_of, math_of
 from .reference import checks
 from .reference.activation import ActivationType
-from .reference.experts import Experts, prepare_experts
+from .reference.expert_arguments import Options, check_preparation, check_values
+from .reference.experts import Experts, quantize_experts
 from .reference.recipe import Build, Recipe
 from .straight_through import StraightThrough
 
@@ -72,19 +73,24 @@ def fake_quantized_moe(
     _check_routing(routing)
     checks.instance("activation", activation, ActivationType, "an ActivationType")
     checks.flag("batch_invariant", batch_invariant)
+    check_optional_flags(fast_math=fast_math)
     checks.one_of("build", build, get_args(Build))
     _check_weights(w13, w2, w13_bias, w2_bias)
     checks.tensor("x", x, (torch.bfloat16,), ("T", w13.shape[2]), like=("w13", w13))
-    options: dict[str, Any] = {
-        "recipe": recipe, "alpha": alpha, "beta": beta, "clamp_limit": clamp_limit,
-    }  # fmt: skip
+    options: Options = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit}
     if experts is None:
-        experts = prepare_experts(
-            _shipped(w13), _shipped(w2), activation,
-            w13_bias=None if w13_bias is None else w13_bias.detach(),
-            w2_bias=None if w2_bias is None else w2_bias.detach(), **options,
-        )  # fmt: skip
+        options |= {
+            "w13_bias": None if w13_bias is None else w13_bias.detach(),
+            "w2_bias": None if w2_bias is None else w2_bias.detach(),
+            "input_amax": None, "intermediate_amax": None,
+        }  # fmt: skip
+        shipped = _shipped(w13), _shipped(w2)
+        check_preparation(*shipped, activation, recipe, options)
+        if checks.reads_values(*shipped):
+            check_values(*shipped, options)
+        experts = quantize_experts(*shipped, activation, recipe, options)
     else:
+        options["recipe"] = recipe
         _check_held(experts, activation, w13, w2, w13_bias, w2_bias, options)
     online = _recipe_of_activations(fast_math, build, nvfp4_4over6)
     call = {

@@ -177,20 +177,23 @@ def device(name: str, value: Any) -> torch.device:
     return found
 
 
-def reads_values(*tensors: torch.Tensor) -> bool:
-    """Whether the values of these may be read: they are here, or the caller asked to wait for them.
+def reads_values(*tensors: torch.Tensor, waits: bool = False) -> bool:
+    """Whether the values of these may be read: they are on the CPU, or the caller waits for the GPU.
 
     A trace, a fake tensor and a CUDA graph under capture have no values to read.
+
+    Args:
+        waits: the call waits for the GPU anyway, as preparation does once; else the variable decides.
     """
     if torch.compiler.is_compiling():
         return False
     for t in tensors:
         if t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter):
             return False
-        if t.is_cuda and (
-            os.environ.get(VALUES_VARIABLE) != "1" or torch.cuda.is_current_stream_capturing()
-        ):
-            return False
+        if t.is_cuda:
+            waits = waits or os.environ.get(VALUES_VARIABLE) == "1"
+            if not waits or torch.cuda.is_current_stream_capturing():
+                return False
     return True
 
 

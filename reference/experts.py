@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import e2m1, e4m3
+from . import checks, e2m1, e4m3
 from .activation import ActivationType
+from .expert_arguments import Options, check_assembly, check_preparation, check_values
 from .layouts import from_linear, to_linear
 from .quantize import quantize_global_scale
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
@@ -166,11 +167,29 @@ def prepare_experts(
             static activation scales; without them activations have a scale for each token.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError, TypeError: an argument, or two that do not fit together; a NaN or an infinity in
+            weights or biases, for which preparation waits for the GPU.
     """
+    options = {
+        "w13_bias": w13_bias, "w2_bias": w2_bias, "alpha": alpha, "beta": beta,
+        "clamp_limit": clamp_limit, "input_amax": input_amax,
+        "intermediate_amax": intermediate_amax,
+    }  # fmt: skip
+    check_preparation(w13, w2, activation, recipe, options)
+    if checks.reads_values(w13, w2, waits=True):
+        check_values(w13, w2, options)
+    return quantize_experts(w13, w2, activation, recipe, options)
+
+
+def quantize_experts(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    activation: ActivationType,
+    recipe: Recipe | None,
+    options: Options,
+) -> Experts:
+    """`prepare_experts` of arguments that are checked; it does not wait for the GPU."""
     recipe = recipe or Recipe("exact")
-    halves = 2 if activation.gated else 1
-    _check_weights(w13, w2, halves)
     quantized = [
         quantize_weight(w, w.abs().amax(), recipe)
         for e in range(w13.shape[0])
@@ -180,8 +199,7 @@ def prepare_experts(
     return assemble_experts(
         torch.stack(codes[0::2]), torch.stack(scales[0::2]), torch.stack(decode[0::2]),
         torch.stack(codes[1::2]), torch.stack(scales[1::2]), torch.stack(decode[1::2]),
-        activation, w13_bias=w13_bias, w2_bias=w2_bias, alpha=alpha, beta=beta,
-        clamp_limit=clamp_limit, input_amax=input_amax, intermediate_amax=intermediate_amax,
+        activation, **options,
     )  # fmt: skip
 
 
@@ -236,9 +254,17 @@ def assemble_experts(
         The rest: as for `prepare_experts`.
 
     Raises:
+        ValueError, TypeError: an argument, or two that do not fit together.
         ValueError: scales apart for up and gate that the contract cannot express: with a clamp limit,
             SwigluStep or SiTU.
     """
+    options = {
+        "w13_bias": w13_bias, "w2_bias": w2_bias, "alpha": alpha, "beta": beta,
+        "clamp_limit": clamp_limit, "input_amax": input_amax,
+        "intermediate_amax": intermediate_amax,
+    }  # fmt: skip
+    quantized = (w13_codes, w13_scales, w13_decode), (w2_codes, w2_scales, w2_decode)
+    check_assembly(*quantized, activation, options)
     gated = activation.gated
     num_experts, rows, half = w13_codes.shape
     hidden, intermediate = half * 2, rows // (2 if gated else 1)
@@ -259,7 +285,8 @@ def assemble_experts(
     scalar = up_decode / a * c if linear_up else torch.full_like(gate_scalar, 1.0) * c
 
     limit, added = (per_expert(value, num_experts, device) for value in (clamp_limit, beta))
-    check_one_scale(activation, up_decode, gate_decode, limit)
+    if w13_decode.dim() == 2:
+        check_one_scale(activation, up_decode, gate_decode, limit)
     if added is not None and linear_up:
         added = in_raw_units(added, up_decode / a)
     bias1 = None
@@ -350,25 +377,6 @@ def row_order(rows: int, gated: bool, device: torch.device | str = "cpu") -> tor
     """Indices that bring natural rows into the order of the prepared tensors."""
     order = shuffle_rows(rows, device=device)
     return interleave_gated_rows(rows, device)[order] if gated else order
-
-
-def _check_weights(w13: torch.Tensor, w2: torch.Tensor, halves: int) -> None:
-    if w13.dim() != 3 or w13.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"w13 is {w13.dtype} of shape {tuple(w13.shape)}; it must be bf16 or fp16 [E, rows, H]"
-        )
-    experts, rows, hidden = w13.shape
-    wanted = (experts, hidden, rows // halves)
-    if w2.dtype != w13.dtype or tuple(w2.shape) != wanted or rows % halves:
-        raise ValueError(
-            f"w2 is {w2.dtype} of shape {tuple(w2.shape)}; with w13 {w13.dtype} of shape "
-            f"{tuple(w13.shape)} it must be {w13.dtype} {wanted}"
-        )
-    if hidden % BLOCK_SIZE or rows // halves % BLOCK_SIZE:
-        raise ValueError(
-            f"w13 has shape {tuple(w13.shape)}: H = {hidden} and I = {rows // halves} must be "
-            f"multiples of {BLOCK_SIZE}"
-        )
 
 
 def _encode_scale(amax: float | None, device: torch.device) -> torch.Tensor | None:

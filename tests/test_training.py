@@ -227,6 +227,7 @@ def test_a_batch_of_the_reference_is_its_tokens():
 
 
 X, W13, W2 = torch.zeros(2, 208).bfloat16(), torch.zeros(7, 160, 208), torch.zeros(7, 208, 80)
+STATIC = {"input_amax": 1.0, "intermediate_amax": 1.0}
 IDS, SCORES = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
 
 
@@ -236,7 +237,7 @@ IDS, SCORES = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
         ({"x": X.float()}, "x is float32 [2, 208]; it must be a tensor of bfloat16 [T, 208]"),
         ({"w13": W13.double()}, "w13 is float64 [7, 160, 208]; it must be a tensor of bfloat16"),
         ({"w2": W2[0]}, "w2 is float32 [208, 80]; it must be a tensor of bfloat16, float16 or float32"),
-        ({"w2": W2[:, :192]}, "w2 is torch.bfloat16 of shape (7, 192, 80); with w13"),
+        ({"w2": W2[:, :192]}, "w2 is bfloat16 [7, 192, 80]; it must be"),
         ({"w13_bias": torch.zeros(7, 80)}, "w13_bias is float32 [7, 80]; it must be"),
         ({"w2_bias": torch.zeros(208)}, "w2_bias is float32 [208]; it must be"),
         ({"routing": (IDS.long(), SCORES)}, "routing[0] is int64 [2, 1]; it must be a tensor of int32"),
@@ -263,8 +264,7 @@ def test_a_routing_that_is_not_chosen_yet(routing):
         ({}, {"clamp_limit": 1.0}, "clamp_limit is 1.0; it must be None with experts"),
         ({}, {"recipe": Recipe()}, "recipe is "),
         ({}, {"activation": ActivationType.Geglu}, "activation is <ActivationType.Geglu"),
-        ({"input_amax": 1.0}, {}, "experts have static activation scales"),
-        ({"intermediate_amax": 1.0}, {}, "experts have static activation scales"),
+        (STATIC, {}, "experts have static activation scales"),
         ({}, {"w13": W13[:6]}, "w13 is float32 [6, 160, 208]; it must be a tensor"),
         ({}, {"w2": W2[:, :16]}, "w2 is float32 [7, 16, 80]; it must be a tensor"),
         ({"w2_bias": W2[..., 0]}, {}, "w2_bias is None; it must be a bias"),

@@ -1,0 +1,156 @@
+"""Checks of what `prepare_experts` and `assemble_experts` are given."""
+
+# SPDX-License-Identifier: Apache-2.0
+import numbers
+from typing import Any
+
+import torch
+
+from . import checks
+from .activation import ActivationType
+from .recipe import BLOCK_SIZE, Recipe
+
+_WEIGHTS = (torch.bfloat16, torch.float16)
+_BYTES = (torch.uint8, torch.float8_e4m3fn)
+_PARAMETERS = ("alpha", "beta", "clamp_limit")
+_AMAX = ("input_amax", "intermediate_amax")
+Options = dict[str, Any]
+"""By name: w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax."""
+
+
+def check_preparation(w13: Any, w2: Any, activation: Any, recipe: Any, options: Options) -> None:
+    """Everything that `prepare_experts` is given, but the values of tensors."""
+    check_activation(activation)
+    if recipe is not None:
+        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+    check_weights(w13, w2, activation)
+    experts, rows, hidden = w13.shape
+    check_options(options, activation, experts, rows, hidden, ("w13", w13))
+
+
+def check_activation(activation: Any) -> None:
+    names = ", ".join(kind.name for kind in ActivationType if kind.implemented)
+    allowed = f"an ActivationType that is implemented: {names}"
+    checks.instance("activation", activation, ActivationType, allowed)
+    if not activation.implemented:
+        checks.wrong_value("activation", activation, allowed)
+
+
+def check_weights(w13: Any, w2: Any, activation: ActivationType) -> None:
+    """[E, 2 I, H] or [E, I, H], and [E, H, I], of one dtype and device."""
+    checks.tensor("w13", w13, _WEIGHTS, ("E", "2 I" if activation.gated else "I", "H"))
+    experts, _, hidden = w13.shape
+    checks.tensor("w2", w2, (w13.dtype,), (experts, hidden, "I"), like=("w13", w13))
+    _check_rows("w13", w13, "w2", w2, w2.shape[2], activation)
+    for name, size in (("H", hidden), ("I", w2.shape[2])):
+        if size % BLOCK_SIZE or size == 0:
+            raise ValueError(
+                f"w13 is {checks.given(w13)}, {name} = {size}; {name} must be a positive multiple of "
+                f"{BLOCK_SIZE}"
+            )
+
+
+def _check_rows(
+    name: str,
+    w13: torch.Tensor,
+    other_name: str,
+    other: torch.Tensor,
+    intermediate: int,
+    activation: ActivationType,
+) -> None:
+    wanted = intermediate * (2 if activation.gated else 1)
+    if w13.shape[1] != wanted:
+        gate = "a gate: rows [up; gate]" if activation.gated else "no gate: rows of I"
+        raise ValueError(
+            f"{name} is {checks.given(w13)}; with {other_name} {list(other.shape)} and activation "
+            f"{activation.name}, which has {gate}, it must have {wanted} rows"
+        )
+
+
+def check_assembly(
+    w13: tuple[Any, Any, Any], w2: tuple[Any, Any, Any], activation: Any, options: Options
+) -> None:
+    """Everything that `assemble_experts` is given; (codes, block scales, decode scales) each."""
+    check_activation(activation)
+    w13_codes, w13_scales, w13_decode = w13
+    w2_codes, w2_scales, w2_decode = w2
+    u8 = (torch.uint8,)
+    checks.tensor("w13_codes", w13_codes, u8, ("E", "2 I" if activation.gated else "I", "H/2"))
+    like = ("w13_codes", w13_codes)
+    experts, rows, half = w13_codes.shape
+    checks.tensor("w2_codes", w2_codes, u8, (experts, 2 * half, "I/2"), like=like)
+    intermediate = 2 * w2_codes.shape[2]
+    _check_rows("w13_codes", w13_codes, "w2_codes", w2_codes, intermediate, activation)
+    blocks13, blocks2 = 2 * half // BLOCK_SIZE, intermediate // BLOCK_SIZE
+    checks.tensor("w13_scales", w13_scales, _BYTES, (experts, rows, blocks13), like=like)
+    checks.tensor("w2_scales", w2_scales, _BYTES, (experts, 2 * half, blocks2), like=like)
+    apart = activation.gated and isinstance(w13_decode, torch.Tensor) and w13_decode.dim() == 2
+    shape = (experts, 2) if apart else (experts,)
+    checks.tensor("w13_decode", w13_decode, checks.FLOATS, shape, like=like)
+    checks.tensor("w2_decode", w2_decode, checks.FLOATS, (experts,), like=like)
+    check_options(options, activation, experts, rows, 2 * half, like)
+
+
+def check_options(
+    options: Options,
+    activation: ActivationType,
+    experts: int,
+    rows: int,
+    hidden: int,
+    like: tuple[str, torch.Tensor],
+) -> None:
+    """What goes with the weights of some experts, `rows` rows of the first GEMM of each."""
+    for name, size in (("w13_bias", rows), ("w2_bias", hidden)):
+        if options[name] is not None:
+            checks.tensor(name, options[name], checks.FLOATS, (experts, size), like=like)
+    for name in _PARAMETERS:
+        if options[name] is not None:
+            _check_parameter(name, options[name], activation, experts)
+    for name in _AMAX:
+        if options[name] is not None:
+            checks.number(name, options[name], positive=True)
+    missing = [name for name in _AMAX if options[name] is None]
+    if len(missing) == 1:
+        raise ValueError(
+            f"{missing[0]} is None; static activation scales have both, so it must be a positive "
+            "number, or both must be None"
+        )
+
+
+def _check_parameter(name: str, value: Any, activation: ActivationType, experts: int) -> None:
+    if name not in activation.parameters:
+        checks.wrong_value(name, value, f"None with activation {activation.name}, which has none")
+    allowed = f"a number, or a tensor of one or of {experts} floats"
+    if isinstance(value, torch.Tensor):
+        checks.tensor(name, value)
+        if value.dtype not in checks.FLOATS or tuple(value.shape) not in ((), (1,), (experts,)):
+            checks.wrong_value(name, value, allowed)
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        checks.wrong_type(name, value, allowed)
+
+
+def check_values(w13: torch.Tensor, w2: torch.Tensor, options: Options) -> None:
+    """Raise for a NaN or an infinity in weights or biases, and for a parameter of no meaning.
+
+    It waits for the device: `checks.reads_values` says where it may be called.
+    """
+    for name, w in (("w13", w13), ("w2", w2)):
+        _check_finite_experts(name, w)
+    for name, value in options.items():
+        if name.endswith("bias") and value is not None:
+            checks.finite(name, value)
+        elif name in _PARAMETERS and value is not None:
+            given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+            if name == "clamp_limit":
+                checks.values(name, given, given >= 0, "at least 0, or None for no limit")
+            else:
+                checks.finite(name, given)
+
+
+def _check_finite_experts(name: str, w: torch.Tensor) -> None:
+    """An expert at a time, whose maximum shows a NaN, so that no mask of all weights is made."""
+    if not w.numel():
+        return
+    largest = torch.stack([expert.abs().amax() for expert in w])
+    for e in (~largest.isfinite()).nonzero().flatten().tolist():
+        checks.finite(f"{name}[{e}]", w[e])
