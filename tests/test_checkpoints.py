@@ -159,8 +159,8 @@ def test_the_activation_must_fit_the_tensors(tmp_path):
     parts = quantized(weights())
     parts["gate"]["decode"] = parts["up"]["decode"]
     folder, _ = checkpoint(tmp_path / "c", parts=parts)
-    geglu = load_experts(folder, 3, activation=ActivationType.Geglu)
-    assert geglu.activation == ActivationType.Geglu
+    situ = load_experts(folder, 3, activation=ActivationType.Situ)
+    assert situ.activation == ActivationType.Situ
     with pytest.raises(ValueError, match="activation is Relu2, which is not gated"):
         load_experts(folder, 3, activation=ActivationType.Relu2)
     (folder / "config.json").write_text('{"hidden_act": "swoosh"}')
