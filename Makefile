@@ -11,7 +11,7 @@ endif
 PYTEST := $(PYTHON) -m pytest
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell planted-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-full gpu blackwell fuzz-bounds fuzz-bounds-gpu planted-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -37,6 +37,16 @@ gpu:
 # The whole matrix through every backend, tactic and math of this machine; the README has what to install.
 blackwell:
 	$(PYTHON) -m nvfp4_moe blackwell --report build/blackwell
+
+# Random runs that keep the contract, judged by the intervals: no false alarm. About 20 minutes; --seed
+# and --runs take a part of them.
+fuzz-bounds: $(SETUP)
+	$(PYTHON) -m nvfp4_moe fuzz-bounds --runs 20000
+
+# The same with Triton's kernels, on a machine with an NVIDIA GPU: under 9 minutes.
+fuzz-bounds-gpu:
+	$(PYTHON) -m nvfp4_moe fuzz-bounds --device cuda --triton --tokens 128 --kinds 36 --processes 12 \
+		--runs 12000 --seconds 480
 
 # What a report looks like: of a run with three faults, planted.
 planted-report: $(SETUP)

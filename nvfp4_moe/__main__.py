@@ -1,4 +1,5 @@
-"""The command line: `nvfp4-moe diff`, `blackwell`, `replay`, `doctor`, `mutants`, `convert`."""
+"""The command line: `nvfp4-moe diff`, `blackwell`, `replay`, `doctor`, `mutants`,
+`fuzz-bounds`, `convert`."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -14,6 +15,7 @@ COMMANDS = {
     "replay": (".replay", "run a failing case from a file again"),
     "doctor": (".doctor", "say what is here, and which backend would serve"),
     "mutants": (".mutants.command", "plant the catalogue of mistakes, and see what finds them"),
+    "fuzz-bounds": (".fuzz_bounds", "judge random runs that keep the contract"),
     "convert": (".checkpoints.command", "quantize the experts of a Hugging Face checkpoint"),
 }
 """Their modules, imported only when they are asked for, and what `--help` says of them."""

@@ -60,7 +60,18 @@ import torch
 from .bounds_layer import Layer
 from .bounds_routing import routing_bounds
 from .experts import Experts
-from .interval import ANY_ORDER, LARGEST, Accumulation, Interval, U, choose, hull, rounded, unless
+from .interval import (
+    ANY_ORDER,
+    LARGEST,
+    Accumulation,
+    Interval,
+    U,
+    choose,
+    hull,
+    rounded,
+    unless,
+    valid,
+)
 from .moe import Activations, FinalizeOrder, finalize, held_slots
 from .recipe import Recipe
 from .routing import Routing
@@ -190,7 +201,7 @@ def _finalized(
         for end in (products.low, products.high)
     )
     # Both chains meet an invalid sum only where every one does.
-    output = unless(low.isnan() != high.isnan(), Interval(low, high))
+    output = valid(Interval(low, high))
     if ordered is not None and not ordered.all():
         size = products.magnitude.sum(1)
         total = products.map(lambda end: end.sum(1)).widened(size * (rows.low.shape[1] * U * 1.001))

@@ -152,8 +152,10 @@ def _situ_up(x: Interval, beta: torch.Tensor) -> Interval:
 
 
 def _situ_gate(x: Interval, alpha: torch.Tensor) -> Interval:
-    """alpha tanh(x / alpha) sigmoid(x): its slope is at most 1 + |x| / 4, it is above -0.2785 and
-    rises above zero."""
+    """alpha tanh(x / alpha) sigmoid(x), whose slope is at most 1 + |x| / 4.
+
+    Above zero it rises; below, it lies between x sigmoid(x) and zero.
+    """
 
     def f(t: torch.Tensor) -> torch.Tensor:
         return alpha * torch.tanh(t / alpha) * torch.sigmoid(t)
@@ -161,7 +163,7 @@ def _situ_gate(x: Interval, alpha: torch.Tensor) -> Interval:
     finite = x.map(lambda end: end.clamp(-2 * LARGEST, 2 * LARGEST))
     centre, radius = (finite.low + finite.high) / 2, (finite.high - finite.low) / 2
     near = Interval.point(f(centre)).widened(radius * (1 + finite.magnitude / 4))
-    low = torch.maximum(near.low, torch.where(x.low >= 0, f(x.low), -0.2784645427610738))
+    low = torch.maximum(near.low, torch.where(x.low >= 0, f(x.low), _silu(finite).low))
     high = torch.minimum(near.high, f(x.high).clamp(min=0.0))
     value = choose(x.single, Interval.point(f(x.low)), Interval(low, high)).relatively(2.0**-9)
     value = value.widened(4 * SMALLEST * alpha.abs().clamp(1.0, LARGEST) * _nonzero(x))

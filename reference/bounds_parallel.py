@@ -21,7 +21,7 @@ import torch
 
 from .bounds import fused_moe_bounds
 from .experts import Experts
-from .interval import Interval, U, rounded, unless
+from .interval import Interval, U, rounded, valid
 from .moe import Activations
 from .shards import select_experts, shard_experts
 
@@ -45,7 +45,7 @@ def all_reduce_bounds(
     before = (terms - 2).clamp(min=0) * _UNIT[reduce_dtype]
     error = torch.where(before == 0, 0.0, before * largest / (1 - before)) * 1.001
     low, high = _total(low_ends), _total(high_ends)
-    summed = Interval(low[0] - low[1] - error, high[0] + high[1] + error)
+    summed = valid(Interval(low[0] - low[1] - error, high[0] + high[1] + error))
     if reduce_dtype == torch.float32:
         summed = summed.map(lambda end: end.float().double())
     else:
@@ -56,8 +56,7 @@ def all_reduce_bounds(
         torch.where(below & ~summed.nan, -torch.inf, summed.low),
         torch.where(above & ~summed.nan, torch.inf, summed.high),
     )
-    summed = summed.map(lambda end: end.float().to(output_dtype).double())
-    return unless(summed.low.isnan() != summed.high.isnan(), summed)
+    return summed.map(lambda end: end.float().to(output_dtype).double())
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:

@@ -22,21 +22,35 @@ def requantize_rows(
 
     Returns:
         code times block scale [C, I] of every candidate for a row's maximum; its per-token scale [C];
-        the row of each candidate [C]; of which rows [N] nothing is known.
+        the row of each candidate [C]; of which rows [N] nothing is known. A row with more than
+        `CANDIDATES` has one, its largest, and every value that codes and block scales can have.
     """
     ar = Arithmetic(ftz=recipe.build == "cuda")
-    row, amax, unknown = _row_maxima(middle, ar.ftz)
-    if recipe.math == "exact":  # where one maximum, infinite, leaves the other elements open
-        unknown = unknown | middle.unknown.any(1)
+    row, amax, many = _row_maxima(middle, ar.ftz)
+    unknown = middle.unknown.any(1)
+    if recipe.math == "fast":  # one maximum, infinite, makes NaN of the row, whatever else there is
+        unknown &= many
+    unknown |= many & _may_be_nan(middle, recipe)
     encode, scale = row_scales(amax, amax.new_full((1,), recipe.base_scale_inv), recipe, ar)
     top = amax.double()[:, None]
-    numbers = middle.map(lambda t: t.masked_fill(unknown[:, None], 0.0))[row]
+    numbers = middle.map(lambda t: t.masked_fill((unknown | many)[:, None], 0.0))[row]
     numbers = numbers.map(lambda t: torch.minimum(torch.maximum(t, -top), top))
     values = _blocks(numbers, encode, amax, recipe, ar)
     if recipe.math == "fast":
         # A block with an infinite element gets the scale 0 * inf, NaN, and no sum without it is taken.
         values = values.map(lambda t: t.masked_fill((amax == torch.inf)[:, None], torch.nan))
-    return values, scale, row, unknown
+    # With many maxima, all that codes and block scales can be, under the largest scale of the row.
+    every = torch.full_like(values.low, e2m1.MAX * e4m3.MAX)
+    return choose(many[row][:, None], Interval(-every, every), values), scale, row, unknown
+
+
+def _may_be_nan(middle: Interval, recipe: Recipe) -> torch.Tensor:
+    """[N]: rows of which a block may have the scale NaN."""
+    may = middle.nan.any(1) | middle.magnitude.isinf().any(1)
+    if recipe.math == "fast" and recipe.build == "cute-dsl":
+        # Where the encode scale, 1 / (A g), is infinite a block of zeros has the scale inf * 0.
+        may |= middle.mignitude.amax(1) * recipe.base_scale_inv < 2 * SMALLEST
+    return may
 
 
 def requantize_blocks(
@@ -77,8 +91,8 @@ def _row_maxima(middle: Interval, ftz: bool) -> tuple[torch.Tensor, torch.Tensor
     least = place(middle.mignitude.amax(1))
     most = place(middle.magnitude.masked_fill(middle.nan, 0.0).amax(1))
     count = most - least + 1
-    unknown = (count > CANDIDATES) | (count > 1) & middle.unknown.any(1)
-    count = torch.where(unknown, 1, count)
+    many = (count > CANDIDATES) | (count > 1) & middle.unknown.any(1)
+    least, count = torch.where(many, most, least), torch.where(many, 1, count)
     row = torch.arange(count.numel(), dtype=torch.int64, device=count.device).repeat_interleave(
         count
     )
@@ -87,7 +101,7 @@ def _row_maxima(middle: Interval, ftz: bool) -> tuple[torch.Tensor, torch.Tensor
     bits = least[row] + step
     bits = torch.where(bits > 0, bits + subnormal, 0)
     amax = bits.to(torch.int16).view(torch.bfloat16).float()
-    return row, torch.where(unknown[row], 0.0, amax), unknown
+    return row, amax, many
 
 
 def _blocks(

@@ -132,7 +132,7 @@ class Interval:
     def __add__(self, other: "Interval") -> "Interval":
         if self.is_point and other.is_point:
             return Interval.point(self.low + other.low)
-        return _valid(Interval(self.low + other.low, self.high + other.high))
+        return valid(Interval(self.low + other.low, self.high + other.high))
 
     def __getitem__(self, index: object) -> "Interval":
         return self.map(lambda end: end[index])  # type: ignore[index]
@@ -179,7 +179,7 @@ def fp32_range(i: Interval) -> Interval:
     )
 
 
-def _valid(i: Interval) -> Interval:
+def valid(i: Interval) -> Interval:
     """Nothing is claimed where one end alone is NaN."""
     return unless(i.low.isnan() != i.high.isnan(), i)
 

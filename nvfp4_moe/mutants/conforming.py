@@ -206,7 +206,7 @@ def _approximate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
     """A relative error of up to 2^-22, of either sign."""
     y = activate_raw(raw, experts, e)
     g = torch.Generator().manual_seed(y.numel())
-    return y * (1 + (host.uniform(g, *y.shape) * 2 - 1) * 2.0**-22)
+    return y * (1 + (host.uniform(g, *y.shape).to(y.device) * 2 - 1) * 2.0**-22)
 
 
 def _both(gemm: Gemm) -> Stages:
