@@ -197,7 +197,7 @@ def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
     h, i, some = kind.hidden, kind.intermediate, d.choice((0, 0, 0, 32))
     h, i = h - some, i - (some if some < i and not kind.biases else 0)
     rows = rows // kind.intermediate * i
-    decode = d.scalars(held, exponent - 7)
+    decode = d.scalars(held, exponent - 7).nan_to_num()  # up's and gate's must be equal
     given: dict[str, Any] = {}
     if kind.parameters:
         limit = decode * d.scalars(held, d.choice((0, 4, 8)))
@@ -207,17 +207,11 @@ def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
             "clamp_limit": limit if d.chance(0.7) else d.scalars(held).abs(),
         }
         given = {n: v for n, v in given.items() if n in kind.activation.parameters}
-    if "clamp_limit" not in given and d.chance(0.3) and kind.build != "cutlass":
-        decode = torch.stack([decode, d.scalars(held, exponent - 7)], 1)
     if kind.mode == "static":
         amax = (d.scalars(2, 3, 0.15).abs().nan_to_num(nan=1.0)).clamp(1e-33, 1e38)
         given |= {"input_amax": amax[0].item(), "intermediate_amax": amax[1].item()}
-    if kind.build == "cutlass" or "clamp_limit" in given:
-        decode = decode.nan_to_num()  # up and gate must be equal
     if kind.biases:
-        divisor = decode[:, 0] if decode.dim() > 1 else decode
-        size = d.choice((0, 4, 8))
-        given["w13_bias"] = d.normal(held, rows) * divisor[:, None] * 2.0**size
+        given["w13_bias"] = d.normal(held, rows) * decode[:, None] * 2.0 ** d.choice((0, 4, 8))
     decode2 = d.scalars(held, d.exponent() if d.chance(0.3) else -7)
     if kind.biases:
         given["w2_bias"] = d.normal(held, h) * decode2[:, None] * 2.0 ** d.choice((0, 8))
@@ -226,7 +220,14 @@ def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
         _codes(d, held, h, i), _block_scales(d, held, h, i // BLOCK_SIZE), decode2,
         kind.activation, **given,
     )  # fmt: skip
-    return with_cutlass(experts) if kind.build == "cutlass" else experts
+    if kind.build == "cutlass":
+        return with_cutlass(experts)
+    scalars = {  # as a caller of FlashInfer's may give them
+        name: d.scalars(held, exponent - 7)
+        for name in ("output1_scale_scalar", "output1_scale_gate_scalar")
+        if d.chance(0.15)
+    }
+    return replace(experts, **scalars)
 
 
 def _activations(d: Draw, kind: Kind, experts: Experts, x: Tensor) -> Activations:
