@@ -34,7 +34,7 @@ def given(value: Any) -> str:
     text = " ".join(repr(value).split())
     if len(text) > _LONGEST:
         return f"a {type(value).__name__}"
-    named = value is None or isinstance(value, bool | int | float | str | torch.dtype)
+    named = value is None or isinstance(value, bool | int | float | str | torch.dtype | range)
     return text if named else f"{text} ({type(value).__name__})"
 
 
@@ -143,6 +143,17 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
         wrong_type(name, value, f"one of {', '.join(allowed)}")
     if value not in allowed:
         wrong_value(name, value, f"one of {', '.join(allowed)}")
+
+
+def path(name: str, value: Any) -> None:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        wrong_type(name, value, "a path")
+
+
+def strings(name: str, value: Any, allowed: str) -> None:
+    """Several strings; one string is a mistake, since it would be read letter by letter."""
+    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+        wrong_type(name, value, allowed)
 
 
 def instance(name: str, value: Any, kind: type | tuple[type, ...], allowed: str) -> None:

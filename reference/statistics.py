@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import e4m3
+from . import checks, e4m3
 from .experts import weight_encode_scale
 from .moe import Activations, hidden_values
 from .quantize import (
@@ -41,6 +41,7 @@ BINS = 128
 
 _FIRST_BIN = (127 - 16) << 2  # a bin is an fp32's exponent and first two bits of significand
 _LARGEST_THAT_FITS = 464.0  # rounds to 448; the tie with 480, which e4m3 has not
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 _ELEMENTS = 1 << 22  # measured at a time
 
 
@@ -186,6 +187,7 @@ def quantization_statistics(
         ValueError: a shape or a dtype that does not fit.
     """
     recipe = recipe or Recipe()
+    checks.instance("recipe", recipe, Recipe, "a Recipe")
     _check(x, experts, num_experts, encode_scale)
     n, k = x.shape
     if experts is None:
@@ -214,8 +216,11 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
         w: bf16 or fp16, K a multiple of 16; a row is a row of a matrix, [up; gate] share a scale.
         recipe: exact math by default, as there.
     """
-    if w.dim() != 3:
-        raise ValueError(f"w has shape {tuple(w.shape)}; it must be [E, M, K]")
+    checks.tensor("w", w, checks.FLOATS[:2], ("E", "M", "K"))
+    if w.shape[2] % BLOCK_SIZE or not w.shape[2]:
+        checks.wrong_value("w", w, f"[E, M, K], K a positive multiple of {BLOCK_SIZE}")
+    if recipe is not None:
+        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
     recipe = recipe or Recipe("exact")
     held, rows, _ = w.shape
     encode = weight_encode_scale(w.abs().flatten(1).amax(1), recipe)
@@ -321,23 +326,16 @@ def _check(
     num_experts: int,
     encode_scale: torch.Tensor | None,
 ) -> None:
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    allowed = floats[:2] if encode_scale is None else floats
-    if x.dim() != 2 or x.dtype not in allowed or not x.shape[1] or x.shape[1] % BLOCK_SIZE:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it must be bfloat16 or float16 (float32 with "
-            f"encode_scale only) [N, K], K a multiple of {BLOCK_SIZE}"
-        )
-    if type(num_experts) is not int or num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts!r}; it must be a positive integer")
-    if encode_scale is not None and encode_scale.numel() not in (1, x.shape[0]):
-        raise ValueError(
-            f"encode_scale has {encode_scale.numel()} elements; it must have 1 or {x.shape[0]}"
-        )
-    if experts is not None and (
-        experts.is_floating_point() or experts.dim() not in (1, 2) or len(experts) != len(x)
-    ):
-        raise ValueError(
-            f"experts is {experts.dtype} of shape {tuple(experts.shape)}; it must be integers of "
-            f"shape [{len(x)}] or [{len(x)}, S]"
-        )
+    dtypes = checks.FLOATS[:2] if encode_scale is None else checks.FLOATS
+    checks.tensor("x", x, dtypes, ("N", "K"))
+    if x.shape[1] % BLOCK_SIZE or not x.shape[1]:
+        checks.wrong_value("x", x, f"[N, K], K a positive multiple of {BLOCK_SIZE}")
+    checks.integer("num_experts", num_experts, 1)
+    if encode_scale is not None:
+        checks.tensor("encode_scale", encode_scale, (torch.float32,), like=("x", x))
+        if encode_scale.numel() not in (1, x.shape[0]):
+            checks.wrong_value("encode_scale", encode_scale, f"of 1 or {x.shape[0]} elements")
+    if experts is not None:
+        checks.tensor("experts", experts, _INTEGERS, like=("x", x))
+        if experts.dim() not in (1, 2) or len(experts) != len(x):
+            checks.wrong_value("experts", experts, f"[{len(x)}] or [{len(x)}, S]")

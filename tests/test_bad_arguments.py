@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nvfp4_moe
-from nvfp4_moe import ActivationType, Recipe, Routing, RoutingMethodType
+from nvfp4_moe import ActivationType, Recipe, Routing, RoutingMethodType, checkpoints
+from nvfp4_moe.serving.switch import activation_of
 
 OBJECTS = st.sampled_from([object(), object, [1], (), {"a": 1}, b"x", 1j, lambda: None])
 WORDS = st.sampled_from(["", "yes", "cuda:99", "None", "fast_math"])
@@ -73,6 +74,8 @@ NO_AMAX = (
         [-3.0, 0, 0.0, float("nan"), float("inf"), True, torch.ones(8, dtype=torch.float32)]
     )
 )
+NO_PATH = st.sampled_from(["", None, 3, [1], object(), True])
+NO_DEVICE = OBJECTS | st.sampled_from(["gpu", "cuda:99", "meta", "", 3, None, "cpu:x"])
 NO_DTYPE = OBJECTS | WORDS | NUMBERS | st.sampled_from([torch.int8, torch.float64, torch.uint8])
 NO_COUNT = OBJECTS | WORDS | st.sampled_from([-1, 2.5, float("nan"), True])
 
@@ -259,6 +262,53 @@ FUNCTIONS = {
             "norm_topk_prob": NOT_A_FLAG | st.none(),
         },
     ),
+    "quantization_statistics": Function(
+        nvfp4_moe.quantization_statistics,
+        {"x": X, "recipe": Recipe()},
+        {
+            "x": tensor(X, primary=True),
+            "recipe": NO_RECIPE,
+            "experts": OBJECTS
+            | WORDS
+            | st.sampled_from([ONE.expand(32), torch.zeros(3, dtype=torch.int32)]),
+            "num_experts": NO_COUNT | st.sampled_from([0, None]),
+            "encode_scale": OBJECTS | WORDS | st.sampled_from([1.0, ONE.half(), ONE.repeat(3)]),
+        },
+    ),
+    "weight_statistics": Function(
+        nvfp4_moe.weight_statistics,
+        {"w": LAYER.w13},
+        {"w": tensor(LAYER.w13, primary=True), "recipe": NO_RECIPE},
+    ),
+    "convert": Function(
+        checkpoints.convert,
+        {"source": "/nowhere/a", "destination": "/nowhere/b"},
+        {
+            "source": NO_PATH,
+            "destination": NO_PATH,
+            "recipe": NO_RECIPE | st.just("exact"),
+            "exclude": WORDS | st.sampled_from([3, None, [3], "model.layers.0.*"]),
+            "input_scale": NOT_A_FLAG | st.none(),
+            "device": NO_DEVICE,
+        },
+    ),
+    "load_experts": Function(
+        checkpoints.load_experts,
+        {"folder": "/nowhere/a", "layer": 0},
+        {
+            "folder": NO_PATH,
+            "layer": st.sampled_from([-1, 2.5, None, True, [0], object()]),
+            "activation": OBJECTS | WORDS | st.sampled_from([3, ActivationType.SwigluBias]),
+            "device": NO_DEVICE,
+            "static": NOT_A_FLAG | st.none(),
+            "local": OBJECTS | WORDS | st.sampled_from([4, (0, 4)]),
+        },
+    ),
+    "activation_of": Function(
+        activation_of,
+        {"server": "vllm", "backend": "marlin", "quantization": "modelopt_fp4", "per_token": False},
+        {"server": NO_NAME, "backend": NO_NAME, "quantization": NO_NAME, "per_token": NOT_A_FLAG},
+    ),
     "Recipe": Function(
         Recipe,
         {},
@@ -269,14 +319,20 @@ FUNCTIONS = {
         },
     ),
 }
+BEYOND = {
+    "autotune_fused_moe": "only a GPU can be measured",
+    "convert": "there is no such folder",
+    "load_experts": "there is no such folder",
+}
+"""What the right arguments of a function end in here."""
 CASES = [(name, argument) for name, f in FUNCTIONS.items() for argument in f.wrong]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_is_right_is_accepted(name):
     f = FUNCTIONS[name]
-    if name == "autotune_fused_moe":
-        with pytest.raises(nvfp4_moe.UnsupportedError, match="only a GPU can be measured"):
+    if name in BEYOND:
+        with pytest.raises(ValueError, match=BEYOND[name]):
             f.call(**f.right)
     else:
         f.call(**f.right)

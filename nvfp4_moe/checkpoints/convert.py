@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..reference import checks
 from ..reference.experts import quantize_weight
 from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe
@@ -64,14 +65,22 @@ def convert(
     Raises:
         CheckpointError: with everything wrong with the source's headers, before anything is written;
             with every weight that is NaN or infinite in a shard, before that shard is written; a
-            destination that is complete or not ours.
+            destination that is complete or not ours; a pattern of `exclude` that matches nothing.
+        ValueError, TypeError: another argument, named.
     """
+    checks.path("source", source)
+    checks.path("destination", destination)
+    if recipe is not None:
+        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+    checks.strings("exclude", exclude, "a list of patterns, as ['model.layers.61.*']")
+    checks.flag("input_scale", input_scale)
+    where = checks.device("device", device)
     recipe = recipe or Recipe("exact")
     given, target = Path(source), Path(destination)
     if given.resolve() in (target.resolve(), *target.resolve().parents):
         raise CheckpointError(target, [f"it lies in the source {given}; give another folder"])
     plan = open_source(Folder(given), exclude)
-    converter = _Converter(plan, recipe, input_scale, torch.device(device), progress or silent)
+    converter = _Converter(plan, recipe, input_scale, where, progress or silent)
     identity = _identity(plan, recipe, input_scale)
     work = Workspace(target, identity, plan.folder.shards)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ..reference import checks
 from ..reference.activation import ActivationType
+from ..reference.expert_arguments import check_activation
 from ..reference.experts import Experts, assemble_experts
 from ..reference.recipe import BLOCK_SIZE
 from .check import Check
@@ -61,8 +63,19 @@ def load_experts(
         CheckpointError: with the list of everything that is missing, extra, misshapen, of another
             dtype, NaN or unreadable, before anything is built; or of the fields of the configuration
             that cannot be followed, each with the argument that overrules it.
-        ValueError: `activation` does not fit the tensors, or `local` the number of experts.
+        ValueError, TypeError: another argument, named; `activation` does not fit the tensors, or
+            `local` the number of experts.
     """
+    if not isinstance(folder, Folder):
+        checks.path("folder", folder)
+    if not isinstance(layer, str):
+        checks.integer("layer", layer, 0)
+    if activation is not None:
+        check_activation(activation)
+    where = checks.device("device", device)
+    checks.flag("static", static)
+    if local is not None:
+        checks.instance("local", local, range, "a range of experts, as range(0, 4)")
     source = folder if isinstance(folder, Folder) else Folder(folder)
     progress = progress or silent
     found = find_layer(source, layer)
@@ -72,7 +85,7 @@ def load_experts(
     )
     experts = range(found.num_experts) if local is None else local
     if not experts or experts[0] < 0 or experts[-1] >= found.num_experts or experts.step != 1:
-        raise ValueError(f"local is {local}; it must be a part of range({found.num_experts})")
+        checks.wrong_value("local", local, f"a part of range({found.num_experts})")
     quantization = read_quantization(source)
     refusal = quantization.refusal(found, experts)
     if refusal is not None:
@@ -82,7 +95,7 @@ def load_experts(
     if problems := check.run(progress):
         raise CheckpointError(source.path, problems)
 
-    reader = _Reader(source, found, form, torch.device(device))
+    reader = _Reader(source, found, form, where)
     weights = reader.weights(experts, check.hidden_size, check.intermediate_size, progress)
     biases = reader.biases(experts)
     amax = reader.amax() if static else (None, None)

@@ -113,7 +113,12 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
     every = find_layers(folder)
     excluded = [x.module for x in every if any(fnmatchcase(x.module, p) for p in exclude)]
     found = Source(folder, [layer for layer in every if layer.module not in excluded])
-    problems: list[str] = []
+    problems = [
+        f"exclude has {pattern!r}, which matches no module of experts; it must match one, as "
+        f"{' or '.join(x.module for x in every[:1]) or 'none is here'}"
+        for pattern in exclude
+        if not any(fnmatchcase(x.module, pattern) for x in every)
+    ]
     for layer in found.layers:
         if problem := count_problem(folder, layer):
             problems.append(problem)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ..kernels import moe_dispatch
 from ..kernels.moe_request import MoERequest
+from ..reference import checks
 from ..reference.experts import Experts
 from ..reference.moe import FinalizeOrder, finalize
 from ..reference.recipe import LayerBuild
@@ -73,8 +74,9 @@ def fused_moe_ep(
     """
 
     def make() -> tuple[MoERequest, Fields]:
-        if dispatch not in get_args(Dispatch):
-            raise ValueError(f"dispatch is {dispatch!r}; it must be one of {get_args(Dispatch)}")
+        checks.one_of("dispatch", dispatch, get_args(Dispatch))
+        checks.pair("routing", routing, "(logits, Routing) or (ids, weights)")
+        checks.instance("experts", experts, Experts, "Experts, as select_experts makes them")
         first, how = routing
         columns = first.shape[1] if isinstance(how, Routing) else None
         everywhere = num_experts or columns or experts.num_local * dist.get_world_size(group)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from ..kernels import moe_dispatch
 from ..kernels.moe_request import MoERequest
+from ..reference import checks
 from ..reference.moe import OUTPUT_DTYPES
 from .agreement import Group
 
@@ -19,7 +20,7 @@ def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> t
     travels = output_dtype if reduce_dtype is None else reduce_dtype
     for name, dtype in (("output_dtype", output_dtype), ("reduce_dtype", travels)):
         if dtype not in OUTPUT_DTYPES:
-            raise ValueError(f"{name} is {dtype}; it must be torch.bfloat16, float16 or float32")
+            checks.wrong_value(name, dtype, checks.any_of(map(str, OUTPUT_DTYPES)))
     return travels
 
 

@@ -9,6 +9,7 @@ from ..checkpoints.folder import Folder
 from ..checkpoints.formats import read_quantization
 from ..checkpoints.load import load_experts
 from ..kernels import environment
+from ..reference import checks
 from ..reference.experts import Experts
 from .switch import activation_of
 
@@ -37,6 +38,10 @@ def load(
         CheckpointError: as `load_experts`; and, with static scales, that the checkpoint has none: every
             one is exactly 1, which stands for per-token serving. `load_experts(static=True)` takes it.
     """
+    if per_token is not None:
+        checks.flag("per_token", per_token)
+    if not isinstance(folder, Folder):
+        checks.path("folder", folder)
     source = folder if isinstance(folder, Folder) else Folder(folder)
     quantization = read_quantization(source).format.name
     static = activation_of("nvfp4-moe", backend, quantization, per_token=per_token) == "static"

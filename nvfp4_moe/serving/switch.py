@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..kernels import environment
 from ..kernels.dispatch import UnsupportedError
+from ..reference import checks
 
 Activation = Literal["per-token", "static", "bf16"]
 Quantization = Literal["as the switch says", "static", "per-token"]
@@ -125,6 +126,8 @@ def activation_of(
             the backend has none; or it serves no NVFP4 experts.
         ValueError: a name that is not in `SERVERS`, or a variable that cannot be read.
     """
+    if per_token is not None:
+        checks.flag("per_token", per_token)
     known = _named("server", server, SERVERS)
     kept: Quantization = _named("quantization", quantization, known.quantizations)
     row: Backend = _named("backend", backend, known.backends)
@@ -151,6 +154,5 @@ def activation_of(
 
 
 def _named(what: str, given: str, known: Mapping[str, Any]) -> Any:
-    if given not in known:
-        raise ValueError(f"{what} is {given!r}; it must be one of {', '.join(known)}")
+    checks.one_of(what, given, known)
     return known[given]
