@@ -186,8 +186,9 @@ def quantization_statistics(
     Raises:
         ValueError: a shape or a dtype that does not fit.
     """
+    if recipe is not None:
+        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
     recipe = recipe or Recipe()
-    checks.instance("recipe", recipe, Recipe, "a Recipe")
     _check(x, experts, num_experts, encode_scale)
     n, k = x.shape
     if experts is None:
