@@ -162,6 +162,7 @@ REFUSED = {
     "a negative limit": ({"swiglu_limit": -7}, "swiglu_limit is -7; it must be", "clamp_limit"),
     "true": ({"swiglu_alpha": True, "swiglu_beta": 0}, "swiglu_alpha is True", "alpha"),
     "no list": ({"swiglu_limits": 7.0}, "swiglu_limits is 7.0; it must be a list", "clamp_limit"),
+    "an object": ({"swiglu": {"limit": 7}}, "swiglu is {'limit': 7}", "activation"),
     "an infinite alpha": (
         {"swiglu_alpha": math.inf, "swiglu_beta": 0}, "swiglu_alpha is inf", "alpha",
     ),
@@ -199,7 +200,9 @@ HARMLESS = {
     "linear_attn_alpha_factor": 1.5, "full_attn_beta_factor": 1.0, "mlp_alpha_factor": 2.0,
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "moe_layer_freq": 1,
     "num_experts_per_tok": 8, "alphabet_size": 26, "scale_factor": 2.0, "max_action_length": 5,
-    "attention_bias": False, "expert_clamp": None, "use_glu_clamp": False, "activated_experts": None,
+    "layernorm_mlp_alpha": 3.5, "num_activated_experts": 8, "logits_soft_cap": 30.0,
+    "clip_config": {"hidden_act": "quick_gelu"}, "fuse_swiglu": True, "attention_bias": False,
+    "expert_clamp": None, "use_glu_clamp": False,
 }  # fmt: skip
 
 

@@ -111,6 +111,11 @@ SCHEMES = {
     "Llama 4, apart": lambda p: apart(p, "model.layers.5.feed_forward.experts.{e}.{p}"),
     "Step-3.5, apart": lambda p: apart(p, "model.layers.5.moe.experts.{e}.{p}"),
     "Step-3.5, stacked": lambda p: stacked(p, "model.layers.5.moe.{p}.{kind}"),
+    "Granite": lambda p: {
+        f"model.layers.5.block_sparse_moe.{name}.{kind}": value
+        for name, part in zip(("input_linear", "output_linear"), fused(p).values(), strict=True)
+        for kind, value in ((MODELOPT_KINDS[k], v) for k, v in part.items())
+    },
     "blocks": lambda p: apart(p, "transformer.blocks.5.mlp.experts.{e}.{p}"),
     "stacked, three": lambda p: stacked(p, P + ".{p}.{kind}"),
     "stacked, fused": lambda p: stacked(fused(p), P + ".{p}_{kind}"),

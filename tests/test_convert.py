@@ -478,6 +478,16 @@ def test_a_truncated_source_writes_nothing(tmp_path):
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         {"quant_method": "awq", "bits": 4},
         {"quant_method": "mxfp4"},
+        {"quant_method": "modelopt", "quant_algo": "INT8_SQ"},
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"lm_head": {"quant_algo": "NVFP4"}},
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}},
+        },
     ],
 )
 def test_other_quantized_sources_are_refused(config, tmp_path):

@@ -207,10 +207,10 @@ class _Reading:
     def _fields(self) -> Iterator[tuple[str, str, Any]]:
         """(path, name, value) of every field, also of objects that tell of experts."""
         for name, value in self._config.items():
-            if not isinstance(value, dict):
-                yield name, name, value
-            elif _PARTS.search(name):
+            if isinstance(value, dict) and _PARTS.search(name):
                 yield from ((f"{name}.{inner}", inner, v) for inner, v in value.items())
+            elif not isinstance(value, dict) or "clip" not in name:  # CLIP is a vision model
+                yield name, name, value
 
     def _clamps_after(self) -> bool:
         """Whether a list of limits of the SiLU's result has one for this layer."""

@@ -33,6 +33,11 @@ class Group:
         return four and (size is None or str(size) == str(BLOCK_SIZE))
 
     @property
+    def is_fp8(self) -> bool:
+        w = self.weights
+        return not w or (str(w.get("num_bits")) == "8" and str(w.get("type")).lower() == "float")
+
+    @property
     def described(self) -> str:
         keys = ("num_bits", "type", "strategy", "group_size")
         told = [f"{key} {self.weights[key]}" for key in keys if self.weights.get(key) is not None]

@@ -90,20 +90,21 @@ SUSPECTS = (
     (re.compile(r"limit|clamp|clip|cap$|capp(ed|ing)"), "clamp_limit"),
     (re.compile(r"alpha(?!bet)"), "alpha"),
     (re.compile(r"(?<!alpha)beta"), "beta"),
-    (re.compile(r"(^|_)(act|acts|actfn|activ\w*)(_|$)|glu|gelu|silu|swish|relu"), "activation"),
+    (re.compile(r"(^|_)(act|acts|actfn|activations?)(_|$)|glu|gelu|silu|swish|relu"), "activation"),
 )
 """Names that could mean a change of what the experts compute, and the argument that answers for it."""
 
 ELSEWHERE = re.compile(
-    r"^(vision|audio|image|video|mm|mamba|ssm|conv|attn|attention|attn_\w+|linear_attn|full_attn|rope|"
-    r"rotary|router|moe_router|projector|lora|adam|shared_experts?|final_logits?|attn_logits?|index)_"
+    r"^(vision|audio|image|video|mm|mamba|ssm|conv|attn|attention|linear_attn|full_attn|rope|rotary|"
+    r"llama_4_scaling|router|moe_router|projector|lora|adam|shared_experts?|logits?|final_logits?|"
+    r"layernorm|norm|embedding|residual|index)_"
 )
 """Starts of names of other parts of a model."""
 
 HARMLESS = frozenset(
-    # Attention and residual stream: OLMoE, DBRX, MiniMax-M1, Inkling, Bailing-Hybrid, Granite.
+    # Attention and residual stream: OLMoE, DBRX, MiniMax, Inkling, Bailing-Hybrid.
     ("clip_qkv", "mlp_alpha_factor", "mlp_beta_factor", "log_scaling_alpha", "qk_l2_clip_threshold",
-     "rel_l2_clip_threshold", "linear_silu", "qk_clip", "logits_soft_cap", "logit_softcapping",
+     "rel_l2_clip_threshold", "linear_silu", "qk_clip",
      # State-space layers: Nemotron-H, Granite-MoE-Hybrid.
      "time_step_limit",
      # Routing: Zaya, Inkling.
@@ -111,6 +112,8 @@ HARMLESS = frozenset(
      # Training: DeepSeek-V2, NLLB-MoE, Zaya.
      "aux_loss_alpha", "activation_dropout", "activation_func_fp8_input_store",
      "bias_activation_fusion", "activation_checkpointing", "gradient_clipping", "clip_grad",
+     # ERNIE 4.5: one kernel for what is computed anyway.
+     "fuse_swiglu",
      # Shared experts, which are ordinary layers: Step-3.5, Bailing-MoE-V3.
      "swiglu_limits_shared", "share_expert_swiglu_limit_list",
      # Encoders of images and sound: Gemma 4, Inkling.

@@ -6,8 +6,9 @@
                                     Mistral's params.json (layers.N.experts)
     MODULE.PROJECTION.EXPERT.KIND   Qwen3-VL-MoE of ModelOpt
     MODULE.PROJECTION[_KIND]        stacked, [E, rows, columns]: transformers 5, Llama 4, GPT-OSS, vLLM
-                                    and SGLang; Step-3.5 without `experts` (moe.gate_proj); flattened to
-                                    [E * rows, columns] by llm-compressor
+                                    and SGLang; Step-3.5 without `experts` (moe.gate_proj); Granite
+                                    (block_sparse_moe.input_linear, fused, and output_linear); flattened
+                                    to [E * rows, columns] by llm-compressor
 
 PROJECTION is gate_proj, up_proj, down_proj, or w1, w3, w2 for the same; gate_up_proj or w13 where gate
 and up are fused. A KIND is `weight`, `bias`, or a scale of the format; a stacked tensor without one is
@@ -21,6 +22,7 @@ from typing import NamedTuple
 MEANING = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "fused",
     "w1": "gate", "w3": "up", "w2": "down", "w13": "fused",
+    "input_linear": "fused", "output_linear": "down",
 }  # fmt: skip
 _LONG = "gate_up_proj|gate_proj|up_proj|down_proj"
 _ANY = f"{_LONG}|w13|w1|w2|w3"
@@ -32,6 +34,7 @@ SCHEMES = tuple(
         rf"(?P<module>(?:.+\.)?experts)\.(?P<projection>{_ANY})\.(?P<expert>{_NUMBER})\.(?P<kind>\w+)",
         rf"(?P<module>(?:.+\.)?experts)\.(?P<projection>{_ANY})(?:[._](?P<kind>\w+))?",
         rf"(?P<module>(?:.+\.)?moe)\.(?P<projection>{_LONG})(?:[._](?P<kind>\w+))?",
+        r"(?P<module>(?:.+\.)?block_sparse_moe)\.(?P<projection>(?:in|out)put_linear)\.(?P<kind>\w+)",
     )
 )
 """The first that a tensor's whole name matches says what it is."""

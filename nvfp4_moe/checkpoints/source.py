@@ -16,8 +16,9 @@ import torch
 from .check import Headers
 from .errors import CheckpointError
 from .folder import Folder
-from .formats import BIAS
+from .formats import BIAS, MIXED
 from .fp8_scales import BLOCK, KINDS, check_scale, dequantize_fp8, find_scale, read_scale
+from .groups import read_groups
 from .layers import Layer, Projection, count_problem, find_layers
 from .model_config import model_config
 from .places import Place, read_matrix, read_vector
@@ -157,11 +158,14 @@ def _check_quantization(folder: Folder) -> None:
     if not config:
         return
     method = config.get("quant_method") or ("modelopt" if "quant_algo" in config else None)
-    algorithm, form = config.get("quant_algo"), config.get("format")
-    already = "NVFP4" in str(algorithm).upper() or "nvfp4" in str(form)
-    if str(method).lower() not in _METHODS or already:
-        told = {"quant_algo": algorithm, "format": form}
-        more = "".join(f", its {key} {value!r}" for key, value in told.items() if value is not None)
+    layers = (config.get("quantized_layers") or {}).values()
+    told = [config.get("quant_algo"), *(layer.get("quant_algo") for layer in layers)]
+    others = [str(algorithm) for algorithm in told if algorithm and not _is_fp8(str(algorithm))]
+    others += [f"{g.name} of {g.described}" for g in read_groups(config) if not g.is_fp8]
+    others += [form for form in [str(config.get("format"))] if "nvfp4" in form]
+    if str(method).lower() not in _METHODS or others:
+        already = any("nvfp4" in other.lower() for other in others)
+        more = f", with {', '.join(dict.fromkeys(others))}" if others else ""
         raise CheckpointError(
             folder.path,
             [
@@ -170,6 +174,11 @@ def _check_quantization(folder: Folder) -> None:
                 "from" + (", or load it as it is" if already else "")
             ],
         )
+
+
+def _is_fp8(algorithm: str) -> bool:
+    """Whether ModelOpt calls FP8 so, or leaves it to each layer."""
+    return algorithm.upper().startswith(("FP8", "MXFP8", MIXED))
 
 
 class _SourceCheck(Headers):
