@@ -129,12 +129,12 @@ def test_fields_are_followed(name, checkpoint, parts):
 
 REFUSED = {
     "unknown limit": ({"moe_output_limit": 3.0}, "moe_output_limit is 3.0", "clamp_limit"),
-    "unknown clamp": ({"expert_clamp": [1, 2]}, r"expert_clamp is \[1, 2\]", "clamp_limit"),
+    "unknown clamp": ({"expert_clamp": [1, 2]}, "expert_clamp is an array of 2", "clamp_limit"),
     "unknown alpha": ({"glu_alpha": 1.7}, "glu_alpha is 1.7", "alpha"),
     "unknown beta": ({"up_beta": 0}, "up_beta is 0", "beta"),
-    "unknown activation": ({"moe_act": "tanh"}, "moe_act is 'tanh'", "activation"),
-    "unknown activation in camels": ({"expertActFn": "relu"}, "expertActFn is 'relu'", "activation"),
-    "unknown glu": ({"use_reglu": True}, "use_reglu is True", "activation"),
+    "unknown activation": ({"moe_act": "tanh"}, 'moe_act is "tanh"', "activation"),
+    "unknown activation in camels": ({"expertActFn": "relu"}, 'expertActFn is "relu"', "activation"),
+    "unknown glu": ({"use_reglu": True}, "use_reglu is true", "activation"),
     "in an object of experts": (
         {"moe_config": {"gate_limit": 7}},
         "moe_config.gate_limit is 7",
@@ -158,20 +158,24 @@ REFUSED = {
         "clamp_limit",
     ),
     "a limit for no layer": ({"swiglu_limits": [7.0]}, "swiglu_limits has 1 entries", "clamp_limit"),
-    "a word": ({"swiglu_limit": "7"}, "swiglu_limit is '7'; it must be a number", "clamp_limit"),
+    "a word": ({"swiglu_limit": "7"}, 'swiglu_limit is "7"; it must be a number', "clamp_limit"),
     "a negative limit": ({"swiglu_limit": -7}, "swiglu_limit is -7; it must be", "clamp_limit"),
-    "true": ({"swiglu_alpha": True, "swiglu_beta": 0}, "swiglu_alpha is True", "alpha"),
+    "true": ({"swiglu_alpha": True, "swiglu_beta": 0}, "swiglu_alpha is true", "alpha"),
     "no list": ({"swiglu_limits": 7.0}, "swiglu_limits is 7.0; it must be a list", "clamp_limit"),
-    "an object": ({"swiglu": {"limit": 7}}, "swiglu is {'limit': 7}", "activation"),
+    "an object": ({"swiglu": {"limit": 7}}, "swiglu is an object of 1", "activation"),
+    "an alpha beyond fp32": (
+        {"swiglu_alpha": 10**60, "swiglu_beta": 0}, "it must be a number of fp32", "alpha",
+    ),
+    "a name with a hyphen": ({"moe-clamp": 1}, '"moe-clamp" is 1', "clamp_limit"),
     "an infinite alpha": (
-        {"swiglu_alpha": math.inf, "swiglu_beta": 0}, "swiglu_alpha is inf", "alpha",
+        {"swiglu_alpha": math.inf, "swiglu_beta": 0}, "swiglu_alpha is Infinity", "alpha",
     ),
     "two activations": (
-        {"hidden_activation": "gelu"}, "hidden_act is 'silu' and hidden_activation is 'gelu'",
+        {"hidden_activation": "gelu"}, 'hidden_act is "silu" and hidden_activation is "gelu"',
         "activation",
     ),
     "SiTU with a linear up": ({"hidden_act": "situ"}, "activation_situ_linear_beta is missing", "beta"),
-    "an unknown name": ({"hidden_act": "xielu"}, "hidden_act is 'xielu'", "activation"),
+    "an unknown name": ({"hidden_act": "xielu"}, 'hidden_act is "xielu"', "activation"),
 }  # fmt: skip
 
 

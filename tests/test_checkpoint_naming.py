@@ -263,6 +263,7 @@ GROUPS = {
         [nv("Linear"), {**FP8, "targets": ["re:.*down_proj"]}],
         r"0\.down_proj belongs to config group group_1",
     ),
+    "everybody's": ([{"weights": NVFP4_WEIGHTS}], None),
     "nobody's": ([nv("re:.*self_attn.*")], "no targets of the config_groups .group_0. mean it"),
     "MX alone": ([{**MX, "targets": ["Linear"]}], "none of its config_groups has 4-bit float"),
 }  # fmt: skip
@@ -339,6 +340,8 @@ def test_modelopt_in_config_or_apart(name, where, parts, want, tmp_path):
             "algorithm is .'FP8'",
         ),
         ({"quant_method": "fp8"}, "`nvfp4-moe convert` makes NVFP4"),
+        ({"quant_method": None}, "`nvfp4-moe convert` makes NVFP4"),
+        ({"quant_algo": "FP8"}, "`nvfp4-moe convert` makes NVFP4"),
         ({"quant_method": "mxfp4"}, "convert the checkpoint that it was made from"),
     ],
 )

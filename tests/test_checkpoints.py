@@ -164,7 +164,7 @@ def test_the_activation_must_fit_the_tensors(tmp_path):
     with pytest.raises(ValueError, match="activation is Relu2, which is not gated"):
         load_experts(folder, 3, activation=ActivationType.Relu2)
     (folder / "config.json").write_text('{"hidden_act": "swoosh"}')
-    with pytest.raises(CheckpointError, match="hidden_act is 'swoosh', with gate projections"):
+    with pytest.raises(CheckpointError, match='hidden_act is "swoosh", with gate projections'):
         load_experts(folder, 3)
 
 

@@ -110,7 +110,7 @@ def read_quantization(folder: Folder) -> Quantization:
         CheckpointError: nothing, or something else than NVFP4 in one of the two formats.
     """
     config = model_config(folder).get("quantization_config") or {}
-    method = str(config.get("quant_method", "modelopt")).lower()
+    method = (config.get("quant_method") or "modelopt").lower().replace("_", "-")
     if method == "compressed-tensors":
         return _compressed_tensors(folder, config)
     separate = (folder.hf_quant_config or {}).get("quantization") or {}
@@ -125,7 +125,7 @@ def read_quantization(folder: Folder) -> Quantization:
             [
                 f"its quant_algo is {given!r} (quant_method {config.get('quant_method')!r}); it "
                 f"must be NVFP4 of ModelOpt, in {HF_QUANT_CONFIG} or config.json, or of "
-                f"compressed-tensors; {advice(method)}"
+                f"compressed-tensors; {_advice(method, given)}"
             ],
         )
     check_group_size(folder, separate.get("group_size") or inner.get("group_size"))
@@ -144,7 +144,7 @@ def read_quantization(folder: Folder) -> Quantization:
 
 def _compressed_tensors(folder: Folder, config: dict[str, Any]) -> Quantization:
     groups = read_groups(config)
-    if not groups and config.get("format") != NVFP4_PACKED:
+    if not groups and (config.get("format") or "").lower() != NVFP4_PACKED:
         raise CheckpointError(
             folder.path,
             [
@@ -169,8 +169,9 @@ def check_group_size(folder: Folder, size: Any) -> None:
         raise CheckpointError(folder.path, [f"its group_size is {size!r}; NVFP4 has {BLOCK_SIZE}"])
 
 
-def advice(method: str) -> str:
-    """What would serve a checkpoint of another quant_method."""
-    if method in ("fp8", "fbgemm_fp8", "none"):
+def _advice(method: str, algorithm: str | None) -> str:
+    """What would serve a checkpoint of another quantization, or of none."""
+    ordinary = method == "modelopt" and algorithm is None
+    if ordinary or method in ("fp8", "fbgemm-fp8") or "FP8" in str(algorithm).upper():
         return "`nvfp4-moe convert` makes NVFP4 of its weights"
     return "convert the checkpoint that it was made from with `nvfp4-moe convert`"

@@ -34,10 +34,13 @@ from .model_fields import (
     WEIGHT_ON_INPUT_MODELS,
     Parameter,
 )
+from .schema import NUMBER, shown
 
 Given = torch.Tensor | float | None
 _PARTS = re.compile(r"moe|ffn|mlp|expert")
 _DRAFT = re.compile(r"(^|\.)(mtp|nextn|draft|eagle)")
+_PLAIN = re.compile(r"[\w.]{1,120}")
+_FP32_MAX = torch.finfo(torch.float32).max
 _NEUTRAL = {"alpha": 1.0, "beta": 0.0, "clamp_limit": math.inf}
 
 
@@ -100,8 +103,8 @@ class _Reading:
         )
         if (model := is_model(config, UNSERVED_MODELS)) is not None:
             self.problems.append(
-                f"model_type is {config.get('model_type')!r}, which {UNSERVED_MODELS[model]}; nothing "
-                "here computes that"
+                f"model_type is {shown(config.get('model_type'))}, which {UNSERVED_MODELS[model]}; "
+                "nothing here computes that"
             )
 
     def activation(self, given: ActivationType | None) -> ActivationType | None:
@@ -121,11 +124,11 @@ class _Reading:
         kind = kinds.get(field)
         if kind is None:
             self.problems.append(
-                f"{field} is {self._names.get(field)!r}, with{'' if gated else 'out'} gate "
+                f"{field} is {shown(self._names.get(field))}, with{'' if gated else 'out'} gate "
                 "projections, which is no activation known here; give `activation`"
             )
         elif len(set(kinds.values())) > 1:
-            each = " and ".join(f"{f} is {self._names[f]!r}" for f in kinds)
+            each = " and ".join(f"{f} is {shown(self._names[f])}" for f in kinds)
             self.problems.append(f"{each}, which are two activations; give `activation`")
         elif kind == ActivationType.Swiglu and self._clamps_after():
             if self._oai:
@@ -167,8 +170,8 @@ class _Reading:
             alpha = self._config.get("swiglu_alpha")
             if kind == ActivationType.Swiglu and alpha not in (None, 1):
                 self.problems.append(
-                    f"swiglu_alpha is {alpha!r} without swiglu_beta, which GPT-OSS and MiniMax-M3 have "
-                    "at 1; give `beta`"
+                    f"swiglu_alpha is {shown(alpha)} without swiglu_beta, which GPT-OSS and MiniMax-M3 "
+                    "have at 1; give `beta`"
                 )
             if kind == ActivationType.Situ and "situ" in map(str, self._names.values()):
                 self.problems.append(
@@ -191,7 +194,7 @@ class _Reading:
         """
         known = {*ACTIVATION_FIELDS, *PARAMETER_FIELDS, *WEIGHT_ON_INPUT_FIELDS}
         for path, name, value in self._fields():
-            plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+            plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|\W", "_", name).lower()
             if value is None or value is False or plain in HARMLESS or ELSEWHERE.match(plain):
                 continue
             answer = next((argument for p, argument in SUSPECTS if p.search(plain)), None)
@@ -200,8 +203,8 @@ class _Reading:
             if ACTIVATIONS.get((str(value).lower(), self._layer.gated)) == kind is not None:
                 continue
             self.problems.append(
-                f"{path} is {value!r}, which may change what the experts compute and is not known "
-                f"here; give `{answer}` to say what holds"
+                f"{path if _PLAIN.fullmatch(path) else shown(path)} is {shown(value)}, which may change "
+                f"what the experts compute and is not known here; give `{answer}` to say what holds"
             )
 
     def _fields(self) -> Iterator[tuple[str, str, Any]]:
@@ -231,11 +234,11 @@ class _Reading:
         if value is None:
             return None
         limit = parameter.parameter == "clamp_limit"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or math.isnan(value) or (value < 0 if limit else math.isinf(value)):
+        fits = NUMBER.fits(value) and abs(value) <= _FP32_MAX and not (limit and value < 0)
+        if not (fits or (limit and value == math.inf)):
             self._say(
-                f"{field} is {value!r}; it must be a number{' from 0' if limit else ''}, or null; "
-                f"give `{parameter.parameter}` to overrule it"
+                f"{field} is {shown(value)}; it must be a number of fp32{' from 0' if limit else ''}, "
+                f"or null; give `{parameter.parameter}` to overrule it"
             )
             return None
         if limit and value in (0, math.inf):
@@ -247,7 +250,7 @@ class _Reading:
         layer, argument = self._layer, PARAMETER_FIELDS[field].parameter
         if not isinstance(values, list):
             self._say(
-                f"{field} is {values!r}; it must be a list with one entry a layer, or null; give "
+                f"{field} is {shown(values)}; it must be a list with one entry a layer, or null; give "
                 f"`{argument}` to overrule it"
             )
             return None

@@ -14,7 +14,7 @@ from typing import Any
 from ..reference.recipe import BLOCK_SIZE
 from .patterns import matches
 
-_CLASS = re.compile(r"Linear|FusedMoE|RoutedExperts|\w+(Experts|MoE)")
+_CLASS = re.compile(r"Linear|\w*(Experts|MoE|MoeBlock)")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,19 @@ class Group:
         return ", ".join(told) or "no weights"
 
     def rank(self, names: Sequence[str]) -> int | None:
-        """How closely the targets mean a module of these names: 0 exactly; None: not at all."""
+        """How closely the targets mean a module of these names: 0 exactly; None: not at all.
+
+        Without targets the group is everybody's.
+        """
         if any(target in names for target in self.targets):
             return 0
         if any(matches(target, name) for target in self.targets for name in names):
             return 1
-        return 2 if any(_CLASS.fullmatch(target) for target in self.targets) else None
+        return (
+            2
+            if not self.targets or any(_CLASS.fullmatch(target) for target in self.targets)
+            else None
+        )
 
 
 def read_groups(config: Mapping[str, Any]) -> tuple[Group, ...]:
