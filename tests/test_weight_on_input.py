@@ -1,15 +1,16 @@
 """Llama 4's router weights multiply the rows before the experts, at every door, or are refused."""
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from assertions import assert_bitwise
+from marks import ON_A_GPU
 from nvfp4_moe.kernels.dispatch import UnsupportedError
 from nvfp4_moe.reference.experts import gemm1_values, gemm2_values
-from nvfp4_moe.reference.routing import pack_topk
+from nvfp4_moe.reference.routing import pack_topk, route
 
 from nvfp4_moe import Routing, RoutingMethodType, explain_fused_moe, fused_moe, prepare_experts
 from nvfp4_moe.serving import vllm
@@ -151,3 +152,33 @@ def test_vllm_with_logits(method, experts, x, logits):
             server, x, e.gemm1_weights, e.gemm2_weights, logits, SimpleNamespace(value="silu"),
             EXPERTS, None, None, True,
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@ON_A_GPU[1]
+def test_on_a_gpu_and_captured(experts, x, logits):
+    """The same rows as by hand, and a graph that follows other logits."""
+    held = {
+        f.name: v.cuda()
+        for f in fields(experts)
+        if isinstance(v := getattr(experts, f.name), torch.Tensor)
+    }
+    experts, x, logits = replace(experts, **held), x.cuda(), logits.cuda()
+    plain = replace(experts, router_weight_on_input=False)
+
+    def by_hand(logits):
+        result = route(logits.cpu(), LLAMA4)
+        weights = result.weights_bf16.cuda()
+        return fused_moe(x * weights, plain, (result.ids.cuda(), torch.ones_like(weights)))
+
+    def call():
+        return fused_moe(x, experts, (logits, LLAMA4))
+
+    assert_bitwise(call(), by_hand(logits), "scaled by hand")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    other = logits.flip(0)
+    logits.copy_(other)
+    graph.replay()
+    assert_bitwise(output, by_hand(other), "replayed")
