@@ -31,6 +31,7 @@ from .kernels.moe_dispatch import fused_moe
 from .reference.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
 from .reference.moe import Activations, activate_raw, hidden_values
 from .reference.recipe import Recipe, SfLayout
+from .reference.versions import versions
 
 
 class StraightThrough(torch.autograd.Function):
@@ -51,7 +52,7 @@ class StraightThrough(torch.autograd.Function):
         call: dict[str, Any],
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weights, ids)
-        ctx.experts, ctx.recipe = experts, recipe
+        ctx.experts, ctx.recipe, ctx.versions = experts, recipe, versions(experts)
         inputs = (x, w13, w2, weights, w13_bias, w2_bias)
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in inputs]
         routing = ids.contiguous(), weights.contiguous()
@@ -61,6 +62,11 @@ class StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weights, ids = ctx.saved_tensors
+        if versions(ctx.experts) != ctx.versions:
+            raise RuntimeError(
+                "experts were written between this forward and its backward (by `Experts.load_`?); load "
+                "the new weights after the backward, or into experts of their own"
+            )
         into = _Gradients(
             *(
                 torch.zeros(like[0], dtype=like[1], device=grad.device) if like and wanted else None

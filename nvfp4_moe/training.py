@@ -67,6 +67,7 @@ def fake_quantized_moe(
         [T, H] of output_dtype.
 
     Raises:
+        RuntimeError: in the backward, where the experts were written since the forward.
         ValueError, TypeError: an argument that does not fit, as `prepare_experts` and `fused_moe` say.
         UnsupportedError: the named backend cannot serve the call.
     """

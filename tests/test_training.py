@@ -113,6 +113,10 @@ def test_experts_that_were_loaded():
         assert_bitwise(got, want_gradients[name], name)
 
 
+def test_nothing_is_loaded_before_the_backward():
+    cases.nothing_is_loaded_before_the_backward("cpu", "reference", SHAPE)
+
+
 @pytest.mark.parametrize("kind", [*GATED, *PLAIN], ids=lambda kind: kind.name)
 def test_gradients_of_every_activation(kind):
     cases.gradients_are_those_of_autograd(cases.make(SHAPE, kind), Recipe(), kind.name)

@@ -32,6 +32,10 @@ def test_gradients_are_the_references():
         cases.gradients_are_the_references("cuda", backend, SHAPES[0])
 
 
+def test_nothing_is_loaded_before_the_backward():
+    cases.nothing_is_loaded_before_the_backward("cuda", "triton", Shape(9, 256, 128, 4, 2))
+
+
 def test_a_large_batch_and_a_reload():
     """4096 tokens, whose tiles are other ones; the server's experts loaded by Triton."""
     shape = Shape(4096, 2048, 768, 16, 4)

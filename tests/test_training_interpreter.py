@@ -23,3 +23,7 @@ def test_inside_the_bounds():
 
 def test_gradients_are_the_references():
     cases.gradients_are_the_references("cpu", "triton", SHAPE)
+
+
+def test_nothing_is_loaded_before_the_backward():
+    cases.nothing_is_loaded_before_the_backward("cpu", "triton", SHAPE)

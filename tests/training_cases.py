@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import moe_cases
+import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
@@ -227,3 +228,18 @@ def gradients_are_the_references(device: str, backend: str, shape: Shape) -> Non
     got = case.gradients(grad.bfloat16().to(device), backend=backend)
     for name, t in want.items():
         assert_near(got[name].cpu(), t, f"{backend}, {name}")
+
+
+def nothing_is_loaded_before_the_backward(device: str, backend: str, shape: Shape) -> None:
+    case = make(shape, device=device)
+    experts = case.experts()
+    w13, w2 = (case.leaves[name].detach().bfloat16() for name in ("w13", "w2"))
+    grad = torch.ones(shape.tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+    for some in (slice(None), slice(1, 2)):
+        y = case.call(experts=experts, backend=backend)
+        experts.load_(w13[some], w2[some], first=some.start or 0, backend=backend)
+        with pytest.raises(RuntimeError, match="experts were written between this forward and its"):
+            y.backward(grad)
+        assert all(leaf.grad is None for leaf in case.leaves.values())
+    case.call(experts=experts, backend=backend).backward(grad)
+    assert case.leaves["w13"].grad is not None
