@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # the first digits of pi
 _WORDS = 1 << 22  # at a time
-_COPIES = ("cute_dsl", "cutlass")
+_LEFT_OUT = ("cute_dsl", "cutlass", "shard", "first_expert")
+"""Copies of the weights for other kernels, which follow from the rest, and where these are from."""
 
 
 def checksum(experts: "Experts") -> str:
@@ -72,6 +73,5 @@ def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
 def _state(experts: "Experts") -> Iterator[tuple[str, object]]:
     for field in fields(experts):
         value = getattr(experts, field.name)
-        # The copies of the weights for other kernels follow from the rest.
-        if field.name not in _COPIES and value is not None and value is not False:
+        if field.name not in _LEFT_OUT and value is not None and value is not False:
             yield field.name, int(value) if isinstance(value, int) else value

@@ -57,6 +57,8 @@ class Experts:
     intermediate_scale: torch.Tensor | None = None  # [1] fp32, the same of the intermediate
     cute_dsl: "CuteDslWeights | None" = None  # by `reference.cute_dsl.with_cute_dsl`
     cutlass: "CutlassWeights | None" = None  # by `reference.cutlass.with_cutlass`
+    shard: tuple[int, int] = (0, 1)  # which of how many shards of the intermediate
+    first_expert: int | None = None  # of the layer, where `select_experts` knows it
     router_weight_on_input: bool = False  # weights multiply the rows, not the results: Llama 4
 
     @property

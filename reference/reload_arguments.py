@@ -90,7 +90,7 @@ def _check_given(e: Experts, options: Options) -> None:
     if missing := [name for name in _HELD if name in held - given]:
         raise ValueError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: these experts were "
-            "prepared with it, and a reload writes every byte of them; give it with the weights"
+            "prepared with that, and a reload writes every byte of them; give it with the weights"
         )
     if extra := [name for name in _HELD if name in given - held]:
         raise ValueError(f"{extra[0]} is given; these experts were prepared without")

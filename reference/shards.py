@@ -65,9 +65,13 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     Layouts of other backends (`with_cute_dsl`, `with_cutlass`) are the shard's to make again.
 
     Raises:
-        ValueError: as `shard_columns`.
+        ValueError: as `shard_columns`; the experts are a shard already.
     """
     e, gated = experts, experts.activation.gated
+    if e.shard != (0, 1):
+        raise ValueError(
+            f"experts are shard {e.shard[0]} of {e.shard[1]}; they must be the whole layer's"
+        )
     columns = shard_columns(e.intermediate_size, rank, shards)
     size, width = shard_size(e.intermediate_size, shards, gated), columns.stop - columns.start
     m1, padded = e.gemm1_weights.shape[1], e.padded_hidden_size
@@ -105,6 +109,8 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     return replace(
         shard,
         router_weight_on_input=e.router_weight_on_input,
+        shard=(rank, shards),
+        first_expert=e.first_expert,
         **{name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE},
     )
 
@@ -129,7 +135,8 @@ def select_experts(experts: Experts, first: int, count: int) -> Experts:
         for f in fields(experts)
         if isinstance(value := getattr(experts, f.name), torch.Tensor)
     }
-    return replace(experts, **held, cute_dsl=None, cutlass=None)
+    start = (experts.first_expert or 0) + first
+    return replace(experts, **held, first_expert=start, cute_dsl=None, cutlass=None)
 
 
 @dataclass(frozen=True)

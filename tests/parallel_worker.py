@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import moe_cases
+import parallel_agreement_cases  # noqa: F401  more of CASES
 import torch
 import torch.distributed as dist
 from parallel_cases import CASES, SHAPE, Rank

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import parallel_agreement_cases  # noqa: F401  more of CASES
 import pytest
 import torch
 from nvfp4_moe.kernels.target import INTERPRETING

@@ -1,12 +1,13 @@
 """What the ranks of a call must agree on, compared before any data travels.
 
-Each rank says in a header of fixed size what it was called with, or why it cannot take part: a rank with
-bad input takes part in this exchange too, so that the others learn of it. Whoever sees a difference sees
-the same headers as everyone else, so that all raise.
+Each rank says in a header what it was called with, or why it cannot take part: a rank with bad input
+takes part in this exchange too, so that the others learn of it. The sizes of the headers travel first.
+Whoever sees a difference sees the same headers as everyone else, so that all raise.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from ..kernels import moe_dispatch
 from ..kernels.moe_request import MoERequest
 
-HEADER_BYTES = 2048
+REASON = 1000
+"""Characters of an error that the other ranks are told."""
 Fields = dict[str, object]
 Group = dist.ProcessGroup | None
 _T = TypeVar("_T")
@@ -52,10 +54,12 @@ def prepare(
         return make()[0], None
     try:
         made, fields = make()
+        header = _encoded({"call": call, **fields})
     except Exception as error:  # whatever it is, the others wait for this rank's header
-        _compare(_exchange({"call": call, "error": f"{type(error).__name__}: {error}"}, group), ())
+        header = _encoded({"call": call, "error": _reason(error)})
+        _compare(_exchange(header, group), ())
         raise
-    every = _exchange({"call": call, **fields}, group)
+    every = _exchange(header, group)
     _compare(every, may_differ)
     return made, every
 
@@ -70,6 +74,7 @@ def described(r: MoERequest, backend: str) -> Fields:
         "hidden_size": e.hidden_size,
         "intermediate_size": e.intermediate_size,
         "activation_type": e.activation.name,
+        "router_weight_on_input": e.router_weight_on_input,
         "activation": r.quantize or "bf16",
         "input_scale": e.input_scale.item() if r.is_static and e.input_scale is not None else None,
         "routing": str(r.routing) if r.logits is not None else "ids and weights",
@@ -86,15 +91,26 @@ def _dtype(t: torch.Tensor | None) -> str:
     return "none" if t is None else str(t.dtype)
 
 
-def _exchange(mine: Mapping[str, object], group: Group) -> list[Fields]:
+def _reason(error: Exception) -> str:
+    """In how many characters the others are told."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= REASON else text[: REASON - 4] + " ..."
+
+
+def _encoded(header: Mapping[str, object]) -> bytes:
+    """ASCII, whatever characters an error has."""
+    return json.dumps(header, default=operator.index).encode("ascii")
+
+
+def _exchange(mine: bytes, group: Group) -> list[Fields]:
     """The headers of all ranks, by rank."""
-    text = json.dumps(mine).encode()
-    if len(text) > HEADER_BYTES:  # a long reason
-        short = str(mine.get("error", "its header is too long"))[: HEADER_BYTES // 4]
-        text = json.dumps({"call": mine["call"], "error": short}).encode()
-    header = torch.frombuffer(bytearray(text.ljust(HEADER_BYTES)), dtype=torch.uint8)
-    header = header.to(_device(group))
-    every = [torch.empty_like(header) for _ in range(dist.get_world_size(group))]
+    device, ranks = _device(group), dist.get_world_size(group)
+    size = torch.tensor([len(mine)], dtype=torch.int64, device=device)
+    sizes = [torch.empty_like(size) for _ in range(ranks)]
+    dist.all_gather(sizes, size, group=group)
+    lengths = torch.cat(sizes).tolist()
+    header = torch.frombuffer(bytearray(mine.ljust(max(lengths))), dtype=torch.uint8).to(device)
+    every = [torch.empty_like(header) for _ in range(ranks)]
     dist.all_gather(every, header, group=group)
     return [json.loads(bytes(t.tolist())) for t in every]
 

@@ -81,6 +81,11 @@ def fused_moe_ep(
         columns = first.shape[1] if isinstance(how, Routing) else None
         everywhere = num_experts or columns or experts.num_local * dist.get_world_size(group)
         travels = travelling(reduce_dtype, output_dtype)
+        if experts.first_expert not in (None, local_expert_offset):
+            raise ValueError(
+                f"local_expert_offset is {local_expert_offset}; the experts held here are those from "
+                f"{experts.first_expert} on"
+            )
         r = moe_dispatch.request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, everywhere,
             local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order, batch_invariant,

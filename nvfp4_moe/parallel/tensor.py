@@ -16,6 +16,7 @@ from .agreement import AgreementError, Fields, described, prepare
 from .reduction import all_reduced, travelling
 
 _BIAS = "gemm2_bias"
+_SHARD = "shard"
 
 
 def fused_moe_tp(
@@ -57,7 +58,7 @@ def fused_moe_tp(
         [T, hidden size] of output_dtype, on every rank.
 
     Raises:
-        AgreementError: on every rank, where one has bad or other arguments.
+        AgreementError: on every rank, where one has bad or other arguments, or another's shard.
         RuntimeError: torch.distributed's, where a rank is gone, or the group's timeout has passed.
     """
 
@@ -75,10 +76,17 @@ def fused_moe_tp(
             "output_dtype": str(output_dtype),
             "reduce_dtype": str(r.output_dtype),
             _BIAS: experts.gemm2_bias is not None,
+            _SHARD: "{} of {}".format(*experts.shard),
         }
 
-    request, every = prepare("fused_moe_tp", make, group, check=check, may_differ=(_BIAS,))
+    request, every = prepare("fused_moe_tp", make, group, check=check, may_differ=(_BIAS, _SHARD))
     if every is not None:
+        for rank, fields in enumerate(every):
+            if fields[_SHARD] != (wanted := f"{rank} of {len(every)}"):
+                raise AgreementError(
+                    f"rank {rank} holds shard {fields[_SHARD]}; it must be "
+                    f"shard_experts(experts, {wanted.replace(' of ', ', ')})"
+                )
         holders = [rank for rank, fields in enumerate(every) if fields[_BIAS]]
         if len(holders) > 1:
             raise AgreementError(

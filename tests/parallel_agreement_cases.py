@@ -1,0 +1,77 @@
+"""What the ranks tell each other before a call: reasons of any length, and whose experts are where."""
+
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import moe_cases
+import numpy as np
+import pytest
+from assertions import assert_bitwise
+from nvfp4_moe.kernels import moe_dispatch
+from parallel_cases import SHAPE, Rank, agree_on_refusing, case
+
+from nvfp4_moe.moe_case import to_device
+from nvfp4_moe.parallel import AgreementError, fused_moe_ep
+from nvfp4_moe.parallel import select_experts as select
+from nvfp4_moe.parallel import shard_experts as shard
+
+
+@case
+def long_reasons(r: Rank) -> None:
+    """Of any length and any characters: every rank is told, in shortened words."""
+    layer = moe_cases.make(SHAPE)
+    for text in ("\u6f22" * 1200, "x" * 10**6, "\udcff\n" * 600, "\U0001f600" * 3000):
+
+        def refuse(*_: Any, text: str = text) -> None:
+            raise RuntimeError(text)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if r.rank == 1:
+                patch.setattr(moe_dispatch, "request_of_layer", refuse)
+            with pytest.raises(AgreementError) as raised:
+                r.tp(layer)
+        told = str(raised.value)
+        assert f"rank 1: RuntimeError: {text[:900]}" in told and told.endswith(" ...")
+        assert len(told) < 1100
+    agree_on_refusing(r, "activation must be", lambda: r.ep(layer, "all-to-all", activation="bf16"))
+
+
+@case
+def integers_of_other_libraries(r: Rank) -> None:
+    """What counts as an integer travels as one."""
+    layer = moe_cases.make(SHAPE)
+    first, count = r.held(SHAPE.experts)
+    given = {"held": (np.int64(first), count), "num_experts": np.int64(SHAPE.experts)}
+    got = r.ep(layer, "all-reduce", **given)
+    assert_bitwise(got, r.ep(layer, "all-reduce"), "offsets of numpy")
+
+
+@case
+def each_rank_has_its_own_shard(r: Rank) -> None:
+    layer = moe_cases.make(SHAPE)
+    e, other = layer.experts, r.ranks + 1
+    agree_on_refusing(
+        r, f"rank 1 holds shard 0 of {r.ranks}; it must be shard_experts\\(experts, 1, {r.ranks}",
+        lambda: r.tp(layer, shard(e, 0, r.ranks)),
+    )  # fmt: skip
+    agree_on_refusing(
+        r, f"rank 0 holds shard 0 of {other}", lambda: r.tp(layer, shard(e, r.rank, other))
+    )
+    agree_on_refusing(r, "rank 0 holds shard 0 of 1", lambda: r.tp(layer, e))
+    swapped = shard(e, r.ranks - 1 - r.rank, r.ranks)
+    agree_on_refusing(r, "rank 0 holds shard", lambda: r.tp(layer, swapped))
+
+
+@case
+def experts_of_another_rank(r: Rank) -> None:
+    """Offsets that fit together, and on every rank the first experts of the layer."""
+    layer = moe_cases.make(SHAPE)
+    first, count = r.held(SHAPE.experts)
+    held = select(layer.experts, 0, count)
+    agree_on_refusing(
+        r, "rank 1: ValueError: local_expert_offset is .*; the experts held here are those from 0 on",
+        lambda: fused_moe_ep(
+            layer.x.to(r.device), to_device(held, r.device), r.placed((layer.ids, layer.weights)),
+            local_expert_offset=first, num_experts=SHAPE.experts, group=r.group, **r.options,
+        ),
+    )  # fmt: skip
