@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import heat, interpreter, matrix_moe, processes, sums, tactics
-from .allowed import PLACES, Allowed, explain_output
+from .allowed import PLACES, Allowed, explain_output, unequal
 from .calls import ONCE, Output, Sweep, crash, outputs
 from .exits import CommandError
 from .kernels import moe_dispatch
@@ -180,7 +180,7 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
     if isinstance(output.again, Exception):
         yield "crashed", crash(f"{title}, again", output.again)
     elif output.again is not None and isinstance(output.got, torch.Tensor):
-        other = output.got.view(torch.int16) != output.again.view(torch.int16)
+        other = unequal(output.got, output.again)
         if other.any():
             summary = f"{int(other.sum())} of {other.numel()} elements are other bits"
             yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))

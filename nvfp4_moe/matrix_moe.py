@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import host, inputs
+from . import host, inputs, matrix_edges
 from .kernels import environment
 from .moe_case import MoECase
 from .reference import e2m1
@@ -30,11 +30,12 @@ def cases() -> list[MoECase]:
     """What every machine compares, small enough for the interpreter.
 
     Real hidden states through each activation; the ways of the contract, one by one, on SwiGLU or
-    Relu2; inputs whose sums are exact. The math and 4over6 are those that the environment asks of
-    FlashInfer, so that its backends serve.
+    Relu2; inputs whose sums are exact; inputs that show what ordinary numbers hide. The math and
+    4over6 are those that the environment asks of FlashInfer, so that its backends serve.
     """
     return [
         *_activations(), *_ways(), *_routed(), *_of_other_builds(), *exact_cases(),
+        *matrix_edges.cases(_recipe()),
     ]  # fmt: skip
 
 

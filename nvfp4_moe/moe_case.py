@@ -33,6 +33,7 @@ class MoECase:
     recipe: Recipe = field(default_factory=Recipe)  # of the intermediate
     build: LayerBuild = "cuda"
     finalize_order: FinalizeOrder = "flashinfer"
+    output_dtype: torch.dtype = torch.bfloat16
     exact: bool = False
     """Every sum is exact, so that there is one right output, to the bit."""
 
@@ -56,13 +57,14 @@ class MoECase:
             routing_bias=self.routing_bias,
             topk=None if self.logits is not None else (self.ids, self.weights),
             finalize_order=self.finalize_order,
+            output_dtype=self.output_dtype,
             nvfp4_4over6=self.recipe.four_over_six,
             fast_math=self.recipe.math == "fast",
             build=self.build,
         )
 
     def reference(self) -> torch.Tensor:
-        """The reference's output, [T, H] bf16."""
+        """The reference's output, [T, H] of `output_dtype`."""
         return self.run().output
 
     def run(self, *, keep_steps: bool = False) -> moe.MoEResult:
@@ -70,7 +72,7 @@ class MoECase:
         return moe.fused_moe(
             self.activations, self.experts, *self.routed, recipe=self.recipe,
             local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            cutlass=self.build == "cutlass", keep_steps=keep_steps,
+            cutlass=self.build == "cutlass", output_dtype=self.output_dtype, keep_steps=keep_steps,
         )  # fmt: skip
 
     def allowed(self, accumulation: Accumulation = ANY_ORDER) -> Interval:
@@ -78,7 +80,7 @@ class MoECase:
         options: dict[str, Any] = {
             "recipe": self.recipe, "local_expert_offset": self.local_expert_offset,
             "finalize_order": self.finalize_order, "accumulation": accumulation,
-            "cutlass": self.build == "cutlass",
+            "cutlass": self.build == "cutlass", "output_dtype": self.output_dtype,
         }  # fmt: skip
         if self.logits is not None:
             return routed_moe_bounds(

@@ -29,7 +29,7 @@ from .reference.cutlass import with_cutlass
 from .reference.experts import Experts
 from .reference.interval import ANY_ORDER, CONTIGUOUS, FP32, Accumulation
 from .reference.layouts import from_linear, padded_shape, to_linear
-from .reference.moe import Activations
+from .reference.moe import OUTPUT_DTYPES, Activations
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from .reference.routing import Routing, RoutingMethodType
@@ -154,6 +154,7 @@ def save_moe(path: str | Path, failure: MoEFailure) -> None:
         "recipe": c.recipe.code,
         "build": c.build,
         "finalize_order": c.finalize_order,
+        "output_dtype": str(c.output_dtype).removeprefix("torch."),
         "exact": c.exact,
         "hidden_size": e.hidden_size,
         "intermediate_size": e.intermediate_size,
@@ -279,6 +280,9 @@ def _quantizer(held: _Held) -> QuantizerFailure:
     return QuantizerFailure(x, case, outputs, held.origin())
 
 
+_OUTPUT_DTYPES = {str(t).removeprefix("torch."): t for t in OUTPUT_DTYPES}
+
+
 def _moe(held: _Held) -> MoEFailure:
     routing = held.fact("routing", dict)
     if routing.get("method") not in RoutingMethodType.__members__:
@@ -289,6 +293,9 @@ def _moe(held: _Held) -> MoEFailure:
         intermediate_size=held.fact("intermediate_size", int),
         activation=held.member("activation", ActivationType),
     )
+    dtype = held.fact("output_dtype", str) if "output_dtype" in held.facts else "bfloat16"
+    if dtype not in _OUTPUT_DTYPES:
+        raise ValueError(f"output_dtype is {dtype!r}; it must be one of {[*_OUTPUT_DTYPES]}")
     case = MoECase(
         held.fact("name", str),
         Activations(**held.optional(*(f.name for f in fields(Activations)), prefix="activations.")),
@@ -300,6 +307,7 @@ def _moe(held: _Held) -> MoEFailure:
         recipe=Recipe.from_code(held.fact("recipe", int)),
         build=held.fact("build", str),
         finalize_order=held.fact("finalize_order", str),
+        output_dtype=_OUTPUT_DTYPES[dtype],
         exact=held.fact("exact", bool),
     )
     in_cute_dsl, in_cutlass = held.fact("cute_dsl", bool), held.fact("cutlass", bool)
@@ -317,7 +325,7 @@ def _moe(held: _Held) -> MoEFailure:
     output = None
     if not held.fact("raised", bool):
         shape = (case.activations.hidden_states.shape[0], experts.hidden_size)
-        output = held.tensor("output", torch.bfloat16, shape)
+        output = held.tensor("output", case.output_dtype, shape)
     return MoEFailure(
         case,
         held.fact("backend", str),

@@ -12,7 +12,8 @@ V, hence, by the choice of b, in U, and it is not a, which V lacks; what a is su
 either, hence, by the choice of a, not in U. And it is nearer to V.
 
 Groups of DeepSeekV3 are chosen likewise, by the sum of their two best scores, which is monotone in every
-score; each choice of groups has choices of experts of its own.
+score, and the same for groups of the same logits and biases; each choice of groups has choices of
+experts of its own.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -116,7 +117,9 @@ def _of_token(
     pools: list[Sequence[int]] = [experts]
     if groups is not None:
         size = len(low) // len(groups[0])
-        chosen = _choices(*groups, range(len(groups[0])), routing.topk_group or 1)
+        # Groups of the same logits and biases, in order, have the same score in every kernel.
+        alike = [tuple(inputs[i * size : (i + 1) * size]) for i in range(len(groups[0]))]
+        chosen = _choices(*groups, alike, routing.topk_group or 1)
         if chosen is None:
             return None
         pools = [[e for e in experts if e // size in some] for some in chosen]

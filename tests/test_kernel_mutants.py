@@ -122,6 +122,6 @@ def test_a_mutant_that_nobody_sees_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(command.try_mutants, "__defaults__", ((), 3))
     monkeypatch.setattr(command.try_kernels, "__defaults__", ((unseen,),))
     monkeypatch.setattr(command.kernels_as_they_are, "__defaults__", ((),))
-    monkeypatch.setattr(command, "SETTINGS", {"grid": command.SETTINGS["grid"]})
+    monkeypatch.setattr(command, "EVERY_SETTING", {"grid": command.EVERY_SETTING["grid"]})
     assert main(["mutants", "--seeds", "1", "--conforming", "1", "--kernels"]) == 1
     assert "NOT SEEN" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from nvfp4_moe.reference.moe import Stages
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.judge import STAGES, judge
 from nvfp4_moe.mutants import command
-from nvfp4_moe.mutants.catalogue import MUTANTS
+from nvfp4_moe.mutants.catalogue import EVERY_SETTING, MUTANTS
 from nvfp4_moe.mutants.conforming import CONFORMING, SETTINGS, conforms, perform
 from nvfp4_moe.mutants.kernels import KERNEL_MUTANTS
 
@@ -29,7 +29,7 @@ def test_the_catalogue_is_a_large_one():
     names = [m.name for m in MUTANTS]
     assert len(names) == len(set(names)) >= 60
     assert {m.stage for m in MUTANTS} == set(STAGES)
-    assert {m.setting for m in MUTANTS} <= set(SETTINGS)
+    assert {m.setting for m in MUTANTS} <= set(EVERY_SETTING)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -44,10 +44,10 @@ def test_a_mutant_is_named(mutant):
 
 @pytest.mark.parametrize(
     "setting,variant",
-    [(s, v) for s in SETTINGS for v in CONFORMING if conforms(v, SETTINGS[s])],
+    [(s, v) for s in EVERY_SETTING for v in CONFORMING if conforms(v, EVERY_SETTING[s])],
 )
 def test_what_keeps_the_contract_is_accepted(setting, variant):
-    call = SETTINGS[setting].call(0)
+    call = EVERY_SETTING[setting].call(0)
     verdict = judge(call, perform(call, CONFORMING[variant]))
     assert verdict.first is None and verdict.outside == 0
 
@@ -68,7 +68,7 @@ def test_an_output_alone_shows_all_but_the_invisible():
 
 @pytest.fixture
 def one_setting(monkeypatch):
-    monkeypatch.setattr(command, "SETTINGS", {"qwen": SETTINGS["qwen"]})
+    monkeypatch.setattr(command, "EVERY_SETTING", {"qwen": SETTINGS["qwen"]})
 
 
 @pytest.mark.usefixtures("one_setting")

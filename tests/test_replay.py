@@ -68,6 +68,10 @@ def moe_failures():
     static = moe_failure("static")
     experts = nvfp4_moe.with_cutlass(static.case.experts)
     yield replace(static, case=replace(static.case, experts=experts, build="cutlass", exact=True))
+    wide = moe_failure()
+    yield replace(
+        wide, output=wide.output.float(), case=replace(wide.case, output_dtype=torch.float32)
+    )
     routed = moe_failure()
     routing = Routing(RoutingMethodType.DeepSeekV3, 2, 2, 1, 2.5)
     yield replace(
@@ -78,7 +82,7 @@ def moe_failures():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("failure", list(moe_failures()), ids=range(7))
+@pytest.mark.parametrize("failure", list(moe_failures()), ids=range(8))
 def test_a_call_comes_back_bitwise(failure, tmp_path):
     path = tmp_path / "case.safetensors"
     save_moe(path, failure)

@@ -24,7 +24,8 @@ from .arguments import (
     other_tensor,
     padding_filled,
 )
-from .conforming import SETTINGS, perform
+from .conforming import SETTINGS, Setting, perform
+from .edges import EDGES
 from .quantizers import QUANTIZERS, as_activations, as_requantize, read_otherwise
 from .stages import (
     GEMMS,
@@ -44,6 +45,7 @@ from .stages import (
     sigmoid_of_up,
     unfused,
     weights_first,
+    weights_in_fp16,
 )
 from .tensors import (
     first_block_dropped,
@@ -53,10 +55,14 @@ from .tensors import (
     of_bytes,
     of_one,
     swap_nibbles,
+    without_subnormals,
 )
 
 Given = dict[str, Any]
 Tensor = torch.Tensor
+
+
+EVERY_SETTING: dict[str, Setting] = SETTINGS | EDGES
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Mutant:
     after: Callable[[MoEResult], MoEResult] = lambda result: result
 
     def call(self, seed: int) -> Call:
-        return SETTINGS[self.setting].call(seed)
+        return EVERY_SETTING[self.setting].call(seed)
 
     def run(self, call: Call) -> Run:
         routed = None if self.routed is None else self.routed(call)
@@ -79,16 +85,22 @@ class Mutant:
         return replace(run, result=self.after(run.result))
 
 
-_AT_TIES = (
-    "ties of a code round away from zero",
-    "reciprocals by division",
-    "ties of bf16 rounded up",
-)
-"""Mistakes that only inputs on a grid show often."""
+_SETTINGS = {
+    "ties of a code round away from zero": "grid",
+    "reciprocals by division": "grid",
+    "ties of bf16 rounded up": "grid",
+    "input rounded through fp16": "any size",
+    "subnormal block scales flushed": "far below",
+    "4over6: the fast error": "near ties of 4over6",
+    "hidden states below 2^-6 lost": "far below",
+    "weights below 2^-6 lost": "far below",
+    "weights in fp16": "any size",
+}
+"""Where a mistake shows that ordinary numbers hide."""
 
 
 def _setting(name: str) -> str:
-    return "grid" if name in _AT_TIES else "qwen"
+    return _SETTINGS.get(name, "qwen")
 
 
 def _catalogue() -> Iterator[Mutant]:
@@ -112,11 +124,15 @@ def _catalogue() -> Iterator[Mutant]:
         "one block scale of a weight off by one": other_tensor(
             "gemm1_weights_scale", of_bytes(of_one(less))
         ),
+        "subnormal block scales of weights flushed": other_tensor(
+            "gemm1_weights_scale", of_bytes(without_subnormals)
+        ),
         "hidden states of the next token": other_activations("hidden_states", next_row),
         "block scales of the next token": other_activations("block_scales", next_row),
         "padding not zero": other_experts(padding_filled),
     }.items():
-        yield Mutant(f"GEMM 1: {name}", "accumulator1", inputs=inputs)
+        setting = "far below" if "subnormal" in name else "qwen"
+        yield Mutant(f"GEMM 1: {name}", "accumulator1", setting, inputs=inputs)
     yield Mutant(
         "GEMM 1: local offset ignored",
         "accumulator1",
@@ -124,7 +140,8 @@ def _catalogue() -> Iterator[Mutant]:
         inputs=lambda given: given | {"local_expert_offset": 0},
     )
     for name, gemm in GEMMS.items():
-        yield Mutant(f"GEMM 1: {name}", "accumulator1", stages=Stages(gemm1=as_gemm(gemm)))
+        stages = Stages(gemm1=as_gemm(gemm))
+        yield Mutant(f"GEMM 1: {name}", "accumulator1", _setting(name), stages=stages)
     for name, inputs in {
         "per-token scale forgotten": other_activations("per_token_scale", torch.ones_like),
         "per-token scale applied twice": other_activations("per_token_scale", torch.square),
@@ -173,7 +190,8 @@ def _catalogue() -> Iterator[Mutant]:
     }.items():
         yield Mutant(f"GEMM 2: requantization {name}", "rows", stages=stages)
     for name, gemm in GEMMS.items():
-        yield Mutant(f"GEMM 2: {name}", "rows", stages=Stages(gemm2=as_gemm(gemm)))
+        stages = Stages(gemm2=as_gemm(gemm))
+        yield Mutant(f"GEMM 2: {name}", "rows", _setting(name), stages=stages)
     for name, inputs in {
         "rows not shuffled": natural_rows(2),
         "scales linear, read as 128x4": laid_out(2, SfLayout.layout_linear),
@@ -199,8 +217,9 @@ def _catalogue() -> Iterator[Mutant]:
         "weighted rows rounded": Stages(finalize=weights_first),
         "one addition lost": other_finalize(one_lost),
         "weights left out": other_finalize(lambda rows, w: rows.sum(1)),
+        "weights in fp16": Stages(finalize=weights_in_fp16),
     }.items():
-        yield Mutant(f"finalize: {name}", "output", stages=stages)
+        yield Mutant(f"finalize: {name}", "output", _setting(name), stages=stages)
     yield Mutant(
         "finalize: slots ascending, to fp32",
         "output",

@@ -12,8 +12,8 @@ import torch
 from ..judge import Call, Run, judge
 from ..reference.moe import Stages
 from . import planted
-from .catalogue import MUTANTS, Mutant
-from .conforming import CONFORMING, SETTINGS, conforms, perform
+from .catalogue import EVERY_SETTING, MUTANTS, Mutant
+from .conforming import CONFORMING, conforms, perform
 from .kernel_calls import CALLS, prepared
 from .kernels import KERNEL_MUTANTS
 
@@ -79,7 +79,7 @@ def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Out
     """Every mutant on `seeds` calls of its setting."""
     prepared: dict[str, list[tuple[Call, Run]]] = {}
     for name in sorted({m.setting for m in mutants}):
-        calls = [SETTINGS[name].call(seed) for seed in range(seeds)]
+        calls = [EVERY_SETTING[name].call(seed) for seed in range(seeds)]
         prepared[name] = [(call, perform(call, Stages())) for call in calls]
     return [try_mutant(m, prepared[m.setting]) for m in mutants]
 
@@ -119,7 +119,7 @@ def false_alarms(runs: int) -> tuple[int, list[str]]:
     """(how many conforming runs were judged, at least `runs`; those that were not accepted)."""
     done, alarms, seed = 0, [], 0
     while done < runs:
-        for setting in SETTINGS.values():
+        for setting in EVERY_SETTING.values():
             call = setting.call(seed)
             for name, stages in CONFORMING.items():
                 if not conforms(name, setting):

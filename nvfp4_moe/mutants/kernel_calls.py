@@ -6,80 +6,23 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
-from unittest import mock
+from dataclasses import replace
 
 import torch
 
-from .. import host, inputs, matrix, matrix_moe, moe_parts, runners
-from ..allowed import Allowed
-from ..compare import compare, run_reference
-from ..kernels import moe, moe_dispatch
+from .. import host, inputs, matrix, matrix_moe, moe_parts
 from ..kernels.config_cache import GemmConfig
 from ..moe_case import MoECase
 from ..reference.activation import ActivationType
 from ..reference.moe import Activations, quantize_activations
-from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from ..reference.routing import Routing, RoutingMethodType
+from .calls import Answered, Call, FusedCall, QuantizerCall
 from .conforming import SETTINGS, Setting
+from .edge_calls import EDGE_CALLS
 
 Tensor = torch.Tensor
 _M = RoutingMethodType
-
-
-@dataclass(frozen=True)
-class FusedCall:
-    """The fused mixture of experts, in few programs, by the paths that small layers take or others."""
-
-    case: MoECase
-    config: GemmConfig = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
-    limits: dict[str, int] = field(default_factory=dict)  # of `kernels.moe`, by name
-
-    def answer(self) -> Tensor:
-        with ExitStack() as stack:
-            for name, value in self.limits.items():
-                stack.enter_context(mock.patch.object(moe, name, value))
-            both = (self.config, self.config)
-            stack.enter_context(mock.patch.object(moe, "_configs", lambda *_: both))
-            return moe_dispatch.serve(self.case.request(), "triton")[0]
-
-
-@dataclass(frozen=True)
-class QuantizerCall:
-    x: Tensor
-    case: matrix.Case
-
-    def answer(self) -> Quantized:
-        return runners.run("triton", self.x, self.case)
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What an answer may be, and what the criteria of closeness look at."""
-
-    accepts: Callable[[Any], bool]
-    values: Callable[[Any], Tensor]  # fp64
-    right: Tensor
-
-
-def judge_of(call: FusedCall | QuantizerCall) -> Judge:
-    """Intervals of a fused call, or the one right output; the bits of a quantizer's."""
-    if isinstance(call, FusedCall):
-        allowed = Allowed(call.case)
-        return Judge(
-            lambda got: not allowed.wrong(got).any(), torch.Tensor.double, allowed.want.double()
-        )
-    want, x, case = run_reference(call.x, call.case), call.x, call.case
-
-    def values(q: Quantized) -> Tensor:
-        scale = q.per_token_scale
-        decode = 1 / host.fp32(case.global_scale) if scale is None else scale
-        return dequantize(q.codes, q.block_scales, decode, case.layout).double()
-
-    return Judge(lambda got: compare(x, case, got, want) is None, values, values(want))
 
 
 _SETTINGS = SETTINGS | {
@@ -122,7 +65,7 @@ def _cancelling() -> MoECase:
     )  # fmt: skip
 
 
-def _rows() -> Tensor:
+def rows_at_edges() -> Tensor:
     """[55, 80]: more than 32 rows, blocks that are no multiple of 4; normal numbers, and ties."""
     some = [inputs.synthetic(kind, 20, 80) for kind in ("normal", "grid")]
     # Found by search: the order in which 4over6 adds its errors decides.
@@ -142,19 +85,20 @@ def _ties_of_scales() -> Tensor:
 
 
 def _quantizer(recipe: Recipe, layout: SfLayout = SfLayout.layout_linear) -> QuantizerCall:
-    return QuantizerCall(_rows(), matrix.Case("per-token", recipe, layout))
+    return QuantizerCall(rows_at_edges(), matrix.Case("per-token", recipe, layout))
 
 
 def _saturating() -> QuantizerCall:
     """Under a global scale that is four times too large."""
-    x = _rows()
+    x = rows_at_edges()
     scale = 4 * matrix.global_scale(x, Recipe())
     return QuantizerCall(x, matrix.Case("global-scale", Recipe(), SfLayout.layout_linear, scale))
 
 
 _WIDE = GemmConfig(128, 32, 128, 1, 4)
 
-CALLS: dict[str, Callable[[], FusedCall | QuantizerCall]] = {
+CALLS: dict[str, Callable[[], Call]] = {
+    **EDGE_CALLS,
     **{
         name: functools.partial(lambda name: FusedCall(_case(name)), name)
         for name in (
@@ -175,13 +119,13 @@ CALLS: dict[str, Callable[[], FusedCall | QuantizerCall]] = {
     "quantizer, 4over6": lambda: _quantizer(Recipe("fast", NVFP44Over6Config())),
     "quantizer, saturating": _saturating,
     "quantizer, fp32": lambda: QuantizerCall(
-        _rows().float() * 1.01, matrix.Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
+        rows_at_edges().float() * 1.01, matrix.Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
     ),
 }  # fmt: skip
 """By name; each takes the interpreter a second or two."""
 
 
 @functools.cache
-def prepared(name: str) -> tuple[FusedCall | QuantizerCall, Judge]:
+def prepared(name: str) -> tuple[Call, Answered]:
     call = CALLS[name]()
-    return call, judge_of(call)
+    return call, call.judge()

@@ -148,6 +148,20 @@ _GEMM: tuple[Entry, ...] = (
         "tl.exp(-alpha * tl.minimum(gate, limit))",
         "qwen",
     ),
+    ("SwigluStep: the default limit times the scale", "7.0 / gate_scale", "7.0 * gate_scale",
+     "SwigluStep alone"),
+    ("SwigluStep: the default limit without the scale", "7.0 / gate_scale", "7.0",
+     "SwigluStep alone"),
+    ("GegluTanh: the constant of three digits", "0.044715 * g * g * g", "0.0447 * g * g * g",
+     "GegluTanh alone"),
+    ("Geglu: the constant of three digits", "x * 0.7071067811865476", "x * 0.707", "Geglu alone"),
+    ("Situ: up over alpha", "_tanh(u / beta)", "_tanh(u / alpha)", "Situ alone"),
+    ("products in bf16", "tl.dot(scaled(decode_fourth(codes, 2, ARCH), scale, ARCH), x2, acc)",
+     "tl.dot(scaled(decode_fourth(codes, 2, ARCH), scale, ARCH), x2, acc)"
+     ".to(tl.bfloat16).to(tl.float32)", "cancelling sums"),
+    ("static: the up scalar left out", "(u + beta) * scale", "u + beta", "Swiglu, static"),
+    ("TopKSigmoid: the logit for its sigmoid", "METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID",
+     "METHOD == LLAMA4", "every routing method"),
     ("Relu2 squares before the scale", "g = g * g", "g = g * gate", "top 1"),
     ("results truncated to bf16", "to_bf16(y, ARCH)", "y.to(tl.bfloat16)", "qwen", "_expert_tile"),
     (
@@ -159,6 +173,13 @@ _GEMM: tuple[Entry, ...] = (
 )  # fmt: skip
 
 _SMALL: tuple[Entry, ...] = (
+    ("finalize: an index of 32 bits", "row.to(tl.int64) * H", "row * H", "far rows"),
+    (
+        "finalize: weights in fp16",
+        "tl.load(weights_ptr + token * K + k).to(tl.float32)",
+        "tl.load(weights_ptr + token * K + k).to(tl.float16).to(tl.float32)",
+        "any size, to fp32",
+    ),
     (
         "an expert's last tile dropped",
         "(count + TILE - 1) // TILE",
@@ -240,6 +261,9 @@ _SMALL: tuple[Entry, ...] = (
 )  # fmt: skip
 
 _ROUTING: tuple[Entry, ...] = (
+    ("no epsilon in the sum", "A_ + 1e-20", "A_ + 0.0", "saturated routers"),
+    ("keys of bf16", "score.to(tl.int32, bitcast=True)",
+     "(score.to(tl.int32, bitcast=True) & -65536)", "undecided routers"),
     (
         "ties to the larger index",
         "tl.min(tl.where(inside & (key == best), expert, WIDTH), 0)",
@@ -355,6 +379,18 @@ _QUANTIZER: tuple[Entry, ...] = (
 )  # fmt: skip
 
 _LEAVES: tuple[Entry, ...] = (
+    (
+        "subnormals decoded as 0",
+        "tl.where(byte & 0x7F == 0x7F, N_, value)",
+        "tl.where(byte & 0x7F == 0x7F, N_, tl.where(byte & 0x78 == 0, 0.0, value))",
+        "far below",
+    ),
+    (
+        "subnormals encoded as 0",
+        "tl.where(x < 0.015625, subnormal, N_)",
+        "tl.where(x < 0.015625, 0, N_)",
+        "far below",
+    ),
     (
         "nibbles exchanged in the decoding",
         "(words.to(tl.int32) >> (4 * WHICH)) & 15",

@@ -13,7 +13,8 @@ import torch
 from .. import processes
 from ..kernels import moe
 from ..reference import moe as reference_moe
-from .kernel_calls import FusedCall, QuantizerCall, prepared
+from .calls import Call
+from .kernel_calls import prepared
 from .syntax import Edit, Spot
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -83,7 +84,7 @@ def answer(mutant: KernelMutant | None, call: str) -> Any:
             raise RuntimeError(f"{name}, {call}: {error}") from None
 
 
-def _answer(call: FusedCall | QuantizerCall) -> Any:
+def _answer(call: Call) -> Any:
     # Memory that nobody writes is full of NaN, so that a row left out is seen every time.
     torch.set_deterministic_debug_mode("warn")
     return call.answer()

@@ -12,7 +12,16 @@ from ..reference import e2m1, e4m3, moe, quantize
 from ..reference.moe import Activations, Stages
 from ..reference.quantize import Quantized, quantize_global_scale, quantize_per_token
 from ..reference.recipe import NVFP44Over6Config, Recipe
-from .tensors import first_block_dropped, flip, less, more, next_row, of_one, swap_nibbles
+from .tensors import (
+    first_block_dropped,
+    flip,
+    less,
+    more,
+    next_row,
+    of_one,
+    swap_nibbles,
+    without_subnormals,
+)
 
 Given = dict[str, Any]
 Tensor = torch.Tensor
@@ -83,6 +92,12 @@ def _of_half(x: Tensor) -> Tensor:
     return _MAX(x[:, x.shape[1] // 2 :] if x.dim() == 2 else x)
 
 
+def _of_fast_error(x: Tensor, recipe: Recipe) -> Quantized:
+    assert recipe.four_over_six is not None
+    config = replace(recipe.four_over_six, err_use_fast_math=True)
+    return quantize_per_token(x, recipe.base_scale_inv, replace(recipe, four_over_six=config))
+
+
 QUANTIZERS: dict[str, Quantizer] = {
     "ties of a code round away from zero": _with(e2m1, "encode", _half_up),
     "codes round towards zero": _with(e2m1, "encode", _towards_zero),
@@ -108,6 +123,11 @@ QUANTIZERS: dict[str, Quantizer] = {
     "one per-token scale off by an ulp": _changed(
         per_token_scale=of_one(lambda t: torch.nextafter(t, t + 1))
     ),
+    "input rounded through fp16": lambda x, r: quantize_per_token(
+        x.half().to(x.dtype), r.base_scale_inv, r
+    ),
+    "subnormal block scales flushed": _changed(block_scales=without_subnormals),
+    "4over6: the fast error": _of_fast_error,
     "a zero without its sign": _with(e2m1, "encode", _unsigned_zero),
 }
 """Both quantizations can have them."""

@@ -1,18 +1,20 @@
 """Sums, activations, roundings, finalize and routings with a mistake each."""
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from ..judge import Call
-from ..reference import moe
+from ..reference import moe, routing
 from ..reference.experts import Experts
 from ..reference.moe import Stages
 from ..reference.recipe import BLOCK_SIZE
-from ..reference.routing import RoutingMethodType, route
+from ..reference.routing import Routing, RoutingMethodType, route
 
 Tensor = torch.Tensor
 Change = Callable[[Tensor], Tensor]
@@ -67,6 +69,11 @@ def _one_element(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def _without_small(x: Tensor) -> Tensor:
+    """Codes times block scales that e4m3, without its subnormals, cannot hold."""
+    return torch.where(x.abs() < 2.0**-6, 0, x)
+
+
 GEMMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one K tile skipped": _skipped,
     "one K tile added twice": _twice,
@@ -75,6 +82,8 @@ GEMMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "last row of an expert dropped": _last_row_dropped,
     "a stale workspace row": _stale_row,
     "one product of one sum left out": _one_element,
+    "hidden states below 2^-6 lost": lambda x, w: _matmul(_without_small(x), w),
+    "weights below 2^-6 lost": lambda x, w: _matmul(x, _without_small(w)),
 }
 """Both GEMMs can have them."""
 
@@ -169,6 +178,10 @@ def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any, held: An
     return moe.finalize(rows, weights, hidden, "slot", held)
 
 
+def weights_in_fp16(rows: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    return moe.finalize(rows, weights.half(), *rest)
+
+
 def weights_first(rows: Tensor, weights: Tensor, *_: Any) -> Tensor:
     """Each weighted row rounded to bf16."""
     weighted = (rows * weights.float()[..., None]).bfloat16().float()
@@ -198,6 +211,48 @@ def _biased_weights(call: Call) -> tuple[Tensor, Tensor]:
     return right.ids, (chosen * scale / chosen.sum(1, keepdim=True)).bfloat16()
 
 
+def _where(name: str, value: Callable[..., Tensor]) -> Callable[[Call], tuple[Tensor, Tensor]]:
+    """The routing while a function of it is another."""
+
+    def routed(call: Call) -> tuple[Tensor, Tensor]:
+        with mock.patch.object(routing, name, functools.partial(value, call)):
+            return _right(call)
+
+    return routed
+
+
+_LIMIT, _SUM = routing._limit_to_groups, routing._warp_sum
+
+
+def _masked_at_zero(_: Call, key: Tensor, scores: Tensor, how: Routing) -> Tensor:
+    """0 in place of the least score outside of the chosen groups."""
+    return _LIMIT(key, scores, how).clamp(min=0).where(_LIMIT(key, scores, how) != key, key)
+
+
+def _last_of_equal_groups(_: Call, key: Tensor, scores: Tensor, how: Routing) -> Tensor:
+    shape = (scores.shape[0], how.n_group or 1, -1)
+
+    def reversed_groups(t: Tensor) -> Tensor:
+        return t.reshape(shape).flip(1).reshape(t.shape)
+
+    return reversed_groups(_LIMIT(reversed_groups(key), reversed_groups(scores), how))
+
+
+def _unrounded_bias(call: Call, _: Tensor, scores: Tensor, how: Routing) -> Tensor:
+    assert call.routing_bias is not None
+    scores = scores + (call.routing_bias - call.routing_bias.bfloat16().float())
+    return _LIMIT(routing._key(scores), scores, how)
+
+
+def _without_epsilon(_: Call, values: Tensor) -> Tensor:
+    return _SUM(values) - 1e-20
+
+
+def _in_fp16(call: Call) -> tuple[Tensor, Tensor]:
+    result = route(call.logits.half().float(), call.routing, call.routing_bias)
+    return result.ids, result.weights_bf16
+
+
 def _right(call: Call) -> tuple[Tensor, Tensor]:
     result = route(call.logits, call.routing, call.routing_bias)
     return result.ids, result.weights_bf16
@@ -223,4 +278,11 @@ ROUTINGS: dict[str, tuple[str, Callable[[Call], tuple[Tensor, Tensor]]]] = {
     "the bias not added": ("deepseek", _not_biased),
     "one group more": ("deepseek", _rerouted(topk_group=3)),
     "scaling factor left out": ("deepseek", _rerouted(routed_scaling_factor=1.0)),
-}
+    "logits compared in fp16": ("near logits", _in_fp16),
+    "other groups at 0": ("negative groups", _where("_limit_to_groups", _masked_at_zero)),
+    "ties of groups to the larger index": (
+        "equal groups", _where("_limit_to_groups", _last_of_equal_groups),
+    ),
+    "the groups' bias not rounded": ("fine bias", _where("_limit_to_groups", _unrounded_bias)),
+    "no epsilon in the sum": ("saturated", _where("_warp_sum", _without_epsilon)),
+}  # fmt: skip

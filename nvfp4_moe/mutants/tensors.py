@@ -45,6 +45,10 @@ def less(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 0, scales - 1).to(torch.uint8)
 
 
+def without_subnormals(scales: Tensor) -> Tensor:
+    return torch.where(scales < 0x08, 0, scales).to(torch.uint8)
+
+
 def flip(codes: Tensor) -> Tensor:
     """The lowest bit of the even element."""
     return codes ^ 1

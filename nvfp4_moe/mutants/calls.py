@@ -1,0 +1,80 @@
+"""What a call of the Triton kernels is: an answer, and what judges it."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+
+from .. import host, matrix, runners
+from ..allowed import Allowed
+from ..compare import compare, run_reference
+from ..kernels import moe, moe_dispatch
+from ..kernels.config_cache import GemmConfig
+from ..moe_case import MoECase
+from ..reference.quantize import Quantized, dequantize
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What an answer may be, and what the criteria of closeness look at."""
+
+    accepts: Callable[[Any], bool]
+    values: Callable[[Any], Tensor]  # fp64
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """The fused mixture of experts, in few programs, by the paths that small layers take or others."""
+
+    case: MoECase
+    config: GemmConfig = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
+    limits: dict[str, int] = field(default_factory=dict)  # of `kernels.moe`, by name
+
+    def answer(self) -> Tensor:
+        with ExitStack() as stack:
+            for name, value in self.limits.items():
+                stack.enter_context(mock.patch.object(moe, name, value))
+            both = (self.config, self.config)
+            stack.enter_context(mock.patch.object(moe, "_configs", lambda *_: both))
+            return moe_dispatch.serve(self.case.request(), "triton")[0]
+
+    def judge(self) -> Answered:
+        """The intervals, or the one right output."""
+        allowed = Allowed(self.case)
+        want = allowed.want.double()
+        return Answered(lambda got: not allowed.wrong(got).any(), torch.Tensor.double, want)
+
+
+@dataclass(frozen=True)
+class QuantizerCall:
+    x: Tensor
+    case: matrix.Case
+
+    def answer(self) -> Quantized:
+        return runners.run("triton", self.x, self.case)
+
+    def judge(self) -> Answered:
+        """Every bit."""
+        want, x, case = run_reference(self.x, self.case), self.x, self.case
+
+        def values(q: Quantized) -> Tensor:
+            scale = q.per_token_scale
+            decode = 1 / host.fp32(case.global_scale) if scale is None else scale
+            return dequantize(q.codes, q.block_scales, decode, case.layout).double()
+
+        return Answered(lambda got: compare(x, case, got, want) is None, values, values(want))
+
+
+class Call(Protocol):
+    """`answer` runs where the kernels do, `judge` anywhere."""
+
+    def answer(self) -> Any: ...
+
+    def judge(self) -> Answered: ...

@@ -1,0 +1,55 @@
+"""Inputs that show what ordinary numbers hide: they have what they are for, and claim something."""
+
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.routing import route
+
+from nvfp4_moe import matrix_edges
+from nvfp4_moe.allowed import Allowed, unequal
+
+CASES = {case.name: case for case in matrix_edges.cases(Recipe())}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_allowed_and_another_output_is_not(name):
+    allowed = Allowed(CASES[name])
+    assert not allowed.wrong(allowed.want).any()
+    wrong = allowed.wrong(torch.where(allowed.want == 0, 1, allowed.want * 1.5))
+    assert wrong.double().mean() > 0.9, "intervals that hold anything"
+
+
+def test_every_activation_is_alone_and_static():
+    kinds = {kind for kind in ActivationType if kind.implemented}
+    for part in (matrix_edges.activations, matrix_edges.static):
+        assert {case.experts.activation for case in part(Recipe())} == kinds
+
+
+def test_block_scales_are_subnormal_in_all_operands():
+    for case in matrix_edges.far_below(Recipe()):
+        e = case.experts
+        found = (case.activations.block_scales, e.gemm1_weights_scale, e.gemm2_weights_scale)
+        written = case.run(keep_steps=True).steps["block scales2"]
+        for scales in (*found, written):
+            bytes_ = scales.view(torch.uint8)
+            assert ((bytes_ > 0) & (bytes_ < 8)).any()
+
+
+def test_routers_are_undecided_in_16_bits():
+    for name, how, logits, bias in matrix_edges.routers():
+        right = route(logits, how, bias)
+        if name == "logits near each other":
+            for dtype in (torch.float16, torch.bfloat16):
+                assert (route(logits.to(dtype).float(), how).ids != right.ids).any()
+        if "negative" in name:
+            assert (right.scores < 0).all()
+
+
+def test_an_output_in_fp32_is_compared_to_the_bit():
+    case = CASES["Relu2, float32 weights of any size, to fp32"]
+    want = case.reference()
+    assert want.dtype == torch.float32
+    other = torch.nextafter(want, torch.full_like(want, torch.inf))
+    assert unequal(other, want).all() and Allowed(case).wrong(other).any()
