@@ -227,6 +227,20 @@ def test_arguments_count_before_the_configuration(checkpoint, parts):
     assert_same_experts(got, assembled(parts, geglu))
 
 
+def test_a_limit_needs_one_scale_for_gate_and_up(tmp_path):
+    tensors = nvfp4(QWEN, LAYER, quantized(weights()), MODELOPT_KINDS)
+    config = {**dict(QWEN.config), "swiglu_limit": 10.0}
+    folder = write(tmp_path / "c", [tensors], config, hf_quant_config=modelopt_config())
+    with pytest.raises(
+        CheckpointError, match=r"differs between up and gate.*swiglu_limit of config"
+    ):
+        load_experts(folder, LAYER)
+    with pytest.raises(CheckpointError, match="differs between up and gate") as e:
+        load_experts(folder, LAYER, clamp_limit=7.0)
+    assert "config.json" not in str(e.value)
+    assert load_experts(folder, LAYER, clamp_limit=math.inf).gemm1_clamp_limit is None
+
+
 def test_a_draft_layer_has_no_entry_in_a_list_of_layers(tmp_path, parts):
     module = "mtp.layers.0.mlp.experts"
     tensors = {

@@ -39,7 +39,7 @@ def want():
 
 @pytest.fixture(scope="module")
 def parts():
-    """What `prepare_experts` quantizes the weights to, by projection."""
+    """Codes and scales as `prepare_experts` makes them, by projection."""
     found = {}
     for name, shared in (("gate", W.w13), ("up", W.w13), ("down", W.down)):
         matrices = getattr(W, name)

@@ -157,7 +157,7 @@ def test_vllm_with_logits(method, experts, x, logits):
 @pytest.mark.gpu
 @ON_A_GPU[1]
 def test_on_a_gpu_and_captured(experts, x, logits):
-    """The same rows as by hand, and a graph that follows other logits."""
+    """Rows are scaled as by hand, and a graph follows other logits."""
     held = {
         f.name: v.cuda()
         for f in fields(experts)

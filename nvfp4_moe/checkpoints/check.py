@@ -19,7 +19,7 @@ _NAN = 0x7F
 
 
 class Headers:
-    """What the headers of one layer's tensors must fit: the sizes that most matrices agree on.
+    """Checks headers of one layer's tensors against the sizes that most matrices agree on.
 
     Args:
         experts: whose weights are wanted.
@@ -52,7 +52,7 @@ class Headers:
         return sizes[::-1] if projection == "down" else sizes
 
     def fits(self, place: Place, dtypes: Collection[str], shapes: list[tuple[int, ...]]) -> bool:
-        """Whether a tensor is there and as it must be.
+        """True if a tensor is there and as it must be; else the reason is added.
 
         Args:
             shapes: that the whole tensor may have; nothing is said of it where none is known.
@@ -177,7 +177,7 @@ class Check(Headers):
                 self.add(f"{name}: extra: the kinds of {self._form.name} are {kinds}")
 
     def _other_format(self) -> str | None:
-        """What the weights are, where none of them are packed NVFP4."""
+        """Say in which other format the weights are; None where some are packed NVFP4."""
         layer, infos = self.layer, {}
         for expert in self.experts:
             for projection, kind in product(layer.projections, WEIGHTS):

@@ -198,7 +198,7 @@ class _Kept:
 
 
 def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
-    """Of a conversion: its settings, and the source's files as far as their names tell."""
+    """A hash of a conversion: its settings, and the source's files as far as their names tell."""
     stats = {shard: (source.folder.path / shard).stat() for shard in source.folder.shards}
     content = {
         "version": _VERSION,
@@ -229,7 +229,7 @@ def _write_rest(source: Source, work: Workspace, recipe: Recipe) -> None:
 
 
 def _index(source: Folder, target: Path) -> dict[str, Any]:
-    """Of the shards that were written."""
+    """The index of the shards that were written."""
     places: dict[str, str] = {}
     size = 0
     for shard in source.shards:

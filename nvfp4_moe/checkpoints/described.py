@@ -1,4 +1,4 @@
-"""What a converted checkpoint says of itself: `quantization_config` and `hf_quant_config.json`.
+"""Describes a converted checkpoint: `quantization_config` and `hf_quant_config.json`.
 
 As ModelOpt exports it: `quant_algo` NVFP4, and the modules left alone under `exclude_modules` (in
 `config.json`: `ignore`). Where the source's other layers stay FP8 the algorithm is MIXED_PRECISION,
@@ -64,7 +64,7 @@ def fp8_modules(source: Source) -> dict[str, str]:
 
 
 def _algorithm(name: str, scale: TensorInfo, weight: TensorInfo) -> str:
-    """Of FP8 weights with such scales."""
+    """ModelOpt's name for FP8 weights with such scales."""
     rows, columns = weight.shape[-2:] if len(weight.shape) > 1 else (1, *weight.shape)
     if scale.dtype in ("U8", "F8_E8M0") and scale.shape[-1:] == (columns // 32,):
         return "MXFP8"

@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from .files import SUFFIX, is_shard_name
-from .model_fields import ACTIVATION_FIELDS, EXPERT_COUNTS, LANGUAGE_MODELS
+from .model_fields import (
+    ACTIVATION_FIELDS,
+    EXPERT_COUNTS,
+    LANGUAGE_MODELS,
+    WEIGHT_ON_INPUT_FIELDS,
+)
 from .patterns import has_wildcard, matcher
-from .schema import ANY, COUNT, SIZE, STRING, Leaf, ListOf, MapOf, OrNull, Record, shown
+from .schema import ANY, BOOLEAN, COUNT, SIZE, STRING, Leaf, ListOf, MapOf, OrNull, Record, shown
 
 _MOST_WILDCARDS = 5000
 """Of patterns that each module is compared with; names without a wildcard are not counted."""
@@ -81,6 +86,7 @@ HF_QUANT_CONFIG = Record({"quantization": Record({**_MODELOPT, "ignore": OrNull(
 _MODEL = {
     **dict.fromkeys((*ACTIVATION_FIELDS, "model_type"), OrNull(STRING)),
     **dict.fromkeys(EXPERT_COUNTS, OrNull(COUNT)),
+    **dict.fromkeys(WEIGHT_ON_INPUT_FIELDS, OrNull(BOOLEAN)),
     "architectures": OrNull(ListOf(STRING)),
     "quantization_config": OrNull(QUANTIZATION),
 }

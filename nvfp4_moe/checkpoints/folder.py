@@ -31,7 +31,7 @@ _LONGEST_NAME = 500
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of a tensor; `dtype` is safetensors' name (BF16, F8_E4M3, U8)."""
+    """A tensor's entry in a shard's header; `dtype` is safetensors' name (BF16, F8_E4M3, U8)."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -104,7 +104,7 @@ class Quantization:
 
 
 def read_quantization(folder: Folder) -> Quantization:
-    """What a checkpoint says of its quantization.
+    """Read the format of a checkpoint's weights and the modules that have it.
 
     Raises:
         CheckpointError: nothing, or something else than NVFP4 in one of the two formats.
@@ -170,7 +170,7 @@ def check_group_size(folder: Folder, size: Any) -> None:
 
 
 def _advice(method: str, algorithm: str | None) -> str:
-    """What would serve a checkpoint of another quantization, or of none."""
+    """Say how a checkpoint of another quantization, or of none, can be served."""
     ordinary = method == "modelopt" and algorithm is None
     if ordinary or method in ("fp8", "fbgemm-fp8") or "FP8" in str(algorithm).upper():
         return "`nvfp4-moe convert` makes NVFP4 of its weights"

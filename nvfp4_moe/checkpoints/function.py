@@ -1,4 +1,4 @@
-"""What the experts of a checkpoint compute, by its config.json and by what the caller says.
+"""Finds what the experts of a checkpoint compute, by its config.json and the caller's arguments.
 
 A caller's argument always counts before the configuration. A field that would change the function, and
 that cannot be followed, is refused by its name. The fields are data: `model_fields.py`.
@@ -23,7 +23,6 @@ from .model_fields import (
     ACTIVATIONS,
     ELSEWHERE,
     HARMLESS,
-    INTERLEAVED_MODELS,
     OAI,
     OAI_ACTIVATIONS,
     OAI_MODELS,
@@ -46,13 +45,17 @@ _NEUTRAL = {"alpha": 1.0, "beta": 0.0, "clamp_limit": math.inf}
 
 @dataclass(frozen=True)
 class Function:
-    """The experts' activation with its parameters in physical units, and where the router weighs."""
+    """The experts' activation with its parameters in physical units, and where the router weighs.
+
+    `limit_field` is the entry of config.json that asks for the clamp_limit; None of the caller's.
+    """
 
     activation: ActivationType
     alpha: Given
     beta: Given
     clamp_limit: Given
     router_weight_on_input: bool
+    limit_field: str | None
 
 
 def function_of(
@@ -83,12 +86,10 @@ def function_of(
     if reading.problems:
         raise CheckpointError(folder.path, [f"config.json: {p}" for p in reading.problems])
     assert kind is not None, "a problem otherwise"
-    return Function(kind, **found, router_weight_on_input=reading.weight_on_input())
-
-
-def is_interleaved(config: Mapping[str, Any]) -> bool:
-    """Whether the rows of fused gate and up projections alternate."""
-    return is_model(config, INTERLEAVED_MODELS) is not None
+    field = reading.limit_field if clamp_limit is None else None
+    return Function(
+        kind, **found, router_weight_on_input=reading.weight_on_input(), limit_field=field
+    )
 
 
 class _Reading:
@@ -163,7 +164,7 @@ class _Reading:
         return None if _is_neutral(found, name, kind) else found
 
     def _default(self, name: Parameter, kind: ActivationType) -> float | None:
-        """Of a parameter without a field."""
+        """The value of a parameter that no field gives; a problem where none is safe."""
         if kind == ActivationType.Swiglu and self._oai:
             return OAI[name]
         if name == "beta":
@@ -180,8 +181,14 @@ class _Reading:
                 )
         return None
 
+    @property
+    def limit_field(self) -> str | None:
+        """The first field that has a limit, or stands for one."""
+        found = [f for f, v in self._values("clamp_limit") if v is not None]
+        return next(iter([*found, *(["model_type"] if self._oai else [])]), None)
+
     def weight_on_input(self) -> bool:
-        """Whether the router's weight multiplies the rows before the experts."""
+        """True if the router's weight multiplies the rows before the experts."""
         if is_model(self._config, WEIGHT_ON_INPUT_MODELS) is not None:
             return True
         return any(bool(self._config.get(field)) for field in WEIGHT_ON_INPUT_FIELDS)
@@ -216,7 +223,7 @@ class _Reading:
                 yield name, name, value
 
     def _clamps_after(self) -> bool:
-        """Whether a list of limits of the SiLU's result has one for this layer."""
+        """True if a list of limits of the SiLU's result has one for this layer."""
         step = ActivationType.SwigluStep
         fields = [f for f, p in PARAMETER_FIELDS.items() if p.activation == step and p.per_layer]
         return any(isinstance(self._config.get(f), list) and self._number(f) for f in fields)
@@ -270,13 +277,13 @@ class _Reading:
 
 
 def _fits(kind: ActivationType, wanted: ActivationType, name: Parameter) -> bool:
-    """Whether a parameter that is meant for one activation can be the other's."""
+    """True if a parameter that is meant for one activation can be the other's."""
     both = {ActivationType.Swiglu, ActivationType.SwigluStep}
     return name in kind.parameters and (kind == wanted or {kind, wanted} == both)
 
 
 def _is_neutral(value: Given, name: Parameter, kind: ActivationType | None) -> bool:
-    """Whether a number leaves the activation as it is without it."""
+    """True if a number leaves the activation as it is without it."""
     if isinstance(value, torch.Tensor) or value is None or kind is None:
         return False
     if kind == ActivationType.SwigluStep:  # without a limit it has its own

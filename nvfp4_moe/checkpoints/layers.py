@@ -68,7 +68,7 @@ class Layer:
         return self.module if last == "experts" else f"{self.module}.experts"
 
     def has_bias(self, projection: Projection) -> bool:
-        """Whether any expert has a bias in the GEMM of a projection; all must then."""
+        """True if any expert has a bias in the GEMM of a projection; all must then."""
         down = projection == "down"
         return any(kind == "bias" and (p == "down") == down for _, p, kind in self.names)
 
@@ -168,7 +168,7 @@ def count_problem(folder: Folder, layer: Layer) -> str | None:
 
 
 def _count(folder: Folder, layer: Layer) -> int:
-    """What the configuration says; else as many as there are."""
+    """The number of experts: the configuration's, else as many as there are."""
     config = model_config(folder)
     for key in EXPERT_COUNTS:
         if isinstance(config.get(key), int):
@@ -180,12 +180,12 @@ def _count(folder: Folder, layer: Layer) -> int:
 
 
 def _by_vectors(infos: list[TensorInfo]) -> int:
-    """Of flattened stacks: as many as the scales of one value each."""
+    """The number of experts in flattened stacks: that of the scales of one value each."""
     return max((i.shape[0] for i in infos if len(i.shape) == 1), default=0)
 
 
 def _perhaps(folder: Folder) -> str:
-    """What could be of experts, to be told where none are found."""
+    """Names that could be of experts, to be told where none are found."""
     names = {re.sub(r"\d+", "N", name) for name in folder.shard_of if PERHAPS.search(name)}
     shown = ", ".join(sorted(names)[:6])
     return f"; of no scheme that is known here: {shown}" if names else ""

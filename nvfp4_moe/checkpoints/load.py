@@ -11,11 +11,12 @@ from ..reference.activation import ActivationType
 from ..reference.expert_arguments import check_activation
 from ..reference.experts import Experts, assemble_experts
 from ..reference.recipe import BLOCK_SIZE
+from ..reference.scalars import check_one_scale, per_expert
 from .check import Check
 from .errors import CheckpointError
 from .folder import Folder
 from .formats import BIAS, Format, read_quantization
-from .function import function_of
+from .function import Function, function_of
 from .layers import Layer, Projection, find_layer
 from .places import Place, read_matrix, read_scalar, read_vector
 from .progress import Progress, silent
@@ -96,6 +97,7 @@ def load_experts(
         raise CheckpointError(source.path, problems)
 
     reader = _Reader(source, found, form, where)
+    reader.check_scales(experts, function)
     weights = reader.weights(experts, check.hidden_size, check.intermediate_size, progress)
     biases = reader.biases(experts)
     amax = reader.amax() if static else (None, None)
@@ -112,6 +114,30 @@ class _Reader:
 
     def __init__(self, folder: Folder, layer: Layer, form: Format, device: torch.device):
         self._folder, self._layer, self._form, self._device = folder, layer, form, device
+
+    def check_scales(self, experts: range, function: Function) -> None:
+        """Refuse gate and up with scales of their own where the activation has room for one alone.
+
+        A tensor of limits is the caller's, which `assemble_experts` checks.
+        """
+        limit = function.clamp_limit
+        if not self._layer.gated or isinstance(limit, torch.Tensor):
+            return
+        up, gate = (
+            torch.stack(
+                [self._form.decode(self._scalar(e, p, self._form.weight_scale)) for e in experts]
+            )
+            for p in ("up", "gate")
+        )
+        try:
+            limits = per_expert(limit, len(experts), up.device)
+            check_one_scale(function.activation, up, gate, limits)
+        except ValueError as e:
+            field = function.limit_field
+            asked = f" (asked for by {field} of config.json)" if field else ""
+            raise CheckpointError(
+                self._folder.path, [f"{self._layer.module}: {e}{asked}"]
+            ) from None
 
     def weights(
         self, experts: range, hidden: int, intermediate: int, progress: Progress

@@ -73,7 +73,7 @@ class Source:
         return [m for m in found if m is not None]
 
     def replaces(self, name: str) -> bool:
-        """Whether the result has something else in the place of a tensor."""
+        """True if the result has something else in the place of a tensor."""
         return name in self.matrices or name in self.biases or name in self.scales
 
     def taken_apart(self, name: str) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
 
 
 def source_quantization(folder: Folder) -> Mapping[str, Any]:
-    """What the checkpoint says of its own quantization, empty of an ordinary one."""
+    """The checkpoint's description of its own quantization, empty for an ordinary one."""
     config = model_config(folder).get("quantization_config")
     if config:
         return config
@@ -177,7 +177,7 @@ def _check_quantization(folder: Folder) -> None:
 
 
 def _is_fp8(algorithm: str) -> bool:
-    """Whether ModelOpt calls FP8 so, or leaves it to each layer."""
+    """True if ModelOpt calls FP8 so, or leaves the algorithm to each layer."""
     return algorithm.upper().startswith(("FP8", "MXFP8", MIXED))
 
 

@@ -37,7 +37,7 @@ def settle(folder: Folder, layer: Layer) -> None:
 def _transposed(
     first: tuple[int, ...], down: tuple[int, ...], fused: int, packed: int, hidden: object
 ) -> bool:
-    """Whether two stacks are [columns, rows].
+    """True if two stacks are [columns, rows].
 
     The GEMMs share H and I, so the shapes fit together one way alone, unless nothing is fused or packed:
     then the configuration's hidden size decides, and without it the usual order.
