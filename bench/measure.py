@@ -95,4 +95,4 @@ def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str
 def save(path: Path | None, results: dict[str, object]) -> None:
     """Write a script's results where `--json` says, if it does."""
     if path:
-        path.write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1), "utf-8")

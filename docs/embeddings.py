@@ -216,14 +216,14 @@ def main() -> None:
     results = measure(options.model or packaged(), options.device, texts)
     page = HERE / "embeddings.md"
     content = f"{origin(texts)}, {options.device}.\n\n{tables(results, (SPLIT, *METHODS))}"
-    page.write_text(between_marks(page.read_text(), content))
+    page.write_text(between_marks(page.read_text("utf-8"), content), "utf-8")
     title = "Error of sentence embeddings by kind of NVFP4"
     plot = strips(
         title,
         "1 - cosine to the bf16 model, of each sentence",
         {label: results.to_bf16[label].tolist() for label in METHODS},
     )
-    (HERE / "embeddings.svg").write_text(plot + "\n")
+    (HERE / "embeddings.svg").write_text(plot + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def _run_one(
     if status is None:
         printed += f"\nstill running after {options.timeout:g} s: ended"
     where.mkdir(parents=True, exist_ok=True)
-    (where / "printed.txt").write_text(printed)
+    (where / "printed.txt").write_text(printed, "utf-8")
     try:
         return Done(job, status, printed, report.read(where / "report.json"))
     except (OSError, ValueError, KeyError, TypeError):

@@ -119,7 +119,9 @@ def run(options: argparse.Namespace) -> Exit:
         print(f"the report is in {options.report}", file=stream)
     if options.json:
         printed = json.dumps(whole.as_dict(), indent=1)
-        print(printed) if options.json == "-" else Path(options.json).write_text(printed + "\n")
+        print(printed) if options.json == "-" else Path(options.json).write_text(
+            printed + "\n", "utf-8"
+        )
     text.print_end(whole, stream)
     return whole.status
 

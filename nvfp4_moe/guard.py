@@ -1,6 +1,7 @@
 """What ends a command besides its own end, told in one line each, with the exit status that it has."""
 
 # SPDX-License-Identifier: Apache-2.0
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ def guarded(name: str, command: Callable[[], int], left: Callable[[], str]) -> i
         name: what the line begins with.
         left: called after an interrupt, for what is left and how to go on.
     """
+    _print_any_character()
     try:
         with _terminated_as_interrupted():
             status = command()
@@ -39,6 +41,13 @@ def guarded(name: str, command: Callable[[], int], left: Callable[[], str]) -> i
         return _told(name, "it needs Triton, which is not installed", Exit.NOT_RUN)
     except Exception as error:
         return _crashed(name, error)
+
+
+def _print_any_character() -> None:
+    """A name that the terminal's encoding lacks, as in the C locale, is printed escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

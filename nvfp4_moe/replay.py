@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> Exit:
     print(found.text, file=sys.stderr if options.json == "-" else sys.stdout)
     if options.json:
         text = json.dumps({"differs": found.differs, **found.facts}, indent=1)
-        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
+        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n", "utf-8")
     return Exit.DIFFERENCE if found.differs else Exit.DONE
 
 

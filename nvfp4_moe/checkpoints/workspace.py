@@ -55,7 +55,7 @@ class Workspace:
         """The facts recorded with a shard that need not be written again."""
         path, record = self.path / shard, self._record(shard)
         try:
-            found = json.loads(record.read_text())
+            found = json.loads(record.read_text("utf-8"))
             whole = found["identity"] == self._identity and found["sha256"] == sha256(path)
             return found["facts"] if whole else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -94,7 +94,7 @@ class Workspace:
 
     def _write_json(self, path: Path, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"
-        replace(path, lambda part: part.write_text(text))
+        replace(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:

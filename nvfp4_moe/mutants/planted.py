@@ -49,7 +49,7 @@ class KernelMutant:
     def plant(self, kernels: Path) -> None:
         """Edit the copy in a folder."""
         path = self.place(kernels)[0]
-        path.write_text(self.edit.applied(path.read_text()))
+        path.write_text(self.edit.applied(path.read_text("utf-8")), "utf-8")
 
 
 def copy_package(root: Path) -> Path:

@@ -124,7 +124,7 @@ class Edit:
         fits = [
             (path, spot)
             for path in sorted(folder.rglob("*.py"))
-            for spot, _ in self.found(path.read_text())
+            for spot, _ in self.found(path.read_text("utf-8"))
         ]
         if len(fits) != 1:
             within = "".join(f", within `{name}`" for name in self.within)
