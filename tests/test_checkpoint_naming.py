@@ -263,6 +263,10 @@ GROUPS = {
         [nv("Linear"), {**FP8, "targets": ["re:.*down_proj"]}],
         r"0\.down_proj belongs to config group group_1",
     ),
+    "a format of its own": (
+        [LINEAR_FP8, {"format": "nvfp4-pack-quantized", "targets": ["re:.*experts.*"]}],
+        None,
+    ),
     "everybody's": ([{"weights": NVFP4_WEIGHTS}], None),
     "nobody's": ([nv("re:.*self_attn.*")], "no targets of the config_groups .group_0. mean it"),
     "MX alone": ([{**MX, "targets": ["Linear"]}], "none of its config_groups has 4-bit float"),

@@ -244,6 +244,18 @@ def test_fp8_stacks(kind, lies, tmp_path):
     assert_same_experts(got, prepare_experts(torch.cat((up, gate), 1), down))
 
 
+def test_packed_weights_are_no_source(tmp_path):
+    tensors = {}
+    for e in range(EXPERTS):
+        for p in FP8_NAMES:
+            tensors[f"{P}.{e}.{p}_proj.weight"] = torch.zeros(64, 16, dtype=torch.int8)
+            tensors[f"{P}.{e}.{p}_proj.scale"] = torch.ones(64, 1).to(E8M0)
+    saved(tmp_path / "src", tensors, {"quantization_config": fp8_config()})
+    with pytest.raises(CheckpointError, match="its weights are packed, as MXFP4") as e:
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert len(e.value.problems) == 1
+
+
 def test_nan_in_e8m0_scales(tmp_path):
     parts = fp8_parts("e8m0 block", weights(sizes=SIZES))
     tensors = {}

@@ -24,14 +24,13 @@ import torch
 from ..reference.recipe import BLOCK_SIZE
 from .errors import CheckpointError
 from .folder import HF_QUANT_CONFIG, Folder
-from .groups import Group, group_refusal, read_groups
+from .groups import NVFP4_PACKED, Group, group_refusal, read_groups
 from .layers import Layer
 from .model_config import model_config
 from .patterns import matcher, matches
 
 NVFP4, MIXED = ("NVFP4", "W4A16_NVFP4"), "MIXED_PRECISION"
 BIAS = "bias"
-NVFP4_PACKED = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True)

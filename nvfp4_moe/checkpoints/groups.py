@@ -14,20 +14,24 @@ from typing import Any
 from ..reference.recipe import BLOCK_SIZE
 from .patterns import matches
 
+NVFP4_PACKED = "nvfp4-pack-quantized"
 _CLASS = re.compile(r"Linear|\w*(Experts|MoE|MoeBlock)")
 
 
 @dataclass(frozen=True)
 class Group:
-    """One of them; `weights` is what it says of the weights' numbers."""
+    """One of them: `weights` describes the weights' numbers, `form` names their format."""
 
     name: str
     targets: tuple[str, ...]
     weights: Mapping[str, Any]
+    form: str = ""
 
     @property
     def is_nvfp4(self) -> bool:
         w = self.weights
+        if not w:
+            return self.form == NVFP4_PACKED
         size = w.get("group_size")
         four = str(w.get("num_bits")) == "4" and str(w.get("type")).lower() == "float"
         return four and (size is None or str(size) == str(BLOCK_SIZE))
@@ -35,13 +39,15 @@ class Group:
     @property
     def is_fp8(self) -> bool:
         w = self.weights
-        return not w or (str(w.get("num_bits")) == "8" and str(w.get("type")).lower() == "float")
+        return (not w and "nvfp4" not in self.form) or (
+            str(w.get("num_bits")) == "8" and str(w.get("type")).lower() == "float"
+        )
 
     @property
     def described(self) -> str:
         keys = ("num_bits", "type", "strategy", "group_size")
         told = [f"{key} {self.weights[key]}" for key in keys if self.weights.get(key) is not None]
-        return ", ".join(told) or "no weights"
+        return ", ".join(told) or self.form or "no weights"
 
     def rank(self, names: Sequence[str]) -> int | None:
         """How closely the targets mean a module of these names: 0 exactly; None: not at all.
@@ -63,7 +69,12 @@ def read_groups(config: Mapping[str, Any]) -> tuple[Group, ...]:
     """The groups of a quantization config, none where it has none."""
     groups = config.get("config_groups") or {}
     return tuple(
-        Group(name, tuple(group.get("targets") or ()), group.get("weights") or {})
+        Group(
+            name,
+            tuple(group.get("targets") or ()),
+            group.get("weights") or {},
+            (group.get("format") or "").lower(),
+        )
         for name, group in groups.items()
     )
 

@@ -198,6 +198,9 @@ class _SourceCheck(Headers):
                 self.add(
                     f"{name}: extra: the kinds of a source are {WEIGHT}, {BIAS} and FP8's scales"
                 )
+        if (packed := self._packed()) is not None:
+            self.add(packed)
+            return
         for expert in self.experts:
             places = {p: layer.place(expert, p, WEIGHT) for p in layer.projections}
             if not any(places.values()):
@@ -205,6 +208,17 @@ class _SourceCheck(Headers):
                 continue
             for projection, place in places.items():
                 self._matrix(expert, projection, place)
+
+    def _packed(self) -> str | None:
+        """Say that the weights are packed codes of four bits, where they are."""
+        place = self.layer.place(0, "down", WEIGHT)
+        info = None if place is None else self.folder.info(place.name)
+        if place is None or info is None or info.dtype not in ("U8", "I8", "I32"):
+            return None
+        return (
+            f"{self.layer.module}: its weights are packed, as MXFP4, NVFP4 and INT4 are: {place.name} "
+            f"is {info.dtype} {list(info.shape)}; convert the checkpoint that it was made from"
+        )
 
     def _matrix(self, expert: int, projection: Projection, place: Place | None) -> None:
         target = self.layer.module_of(expert, projection)
