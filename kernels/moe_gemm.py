@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .gemm_sums import decoded_sums, native_sums, sums
 from .leaves import await_previous, to_bf16
+from .special import gelu, gelu_tanh, sigmoid, tanh
 
 # reference.activation.ActivationType
 GELU, RELU, SILU, SWIGLU, GEGLU = (tl.constexpr(i) for i in range(5))
@@ -20,58 +21,75 @@ NONE = tl.constexpr(-1)  # the second GEMM
 
 
 @triton.jit
+def _at_most(x, limit):
+    """NaN stays NaN; no limit is no operation."""
+    if limit is not None:
+        x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
+def _clamped(x, limit):
+    if limit is not None:
+        x = _at_most(tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL), limit)
+    return x
+
+
+@triton.jit
 def _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT: tl.constexpr):
-    """`reference.activation.activate`; of activations without a gate, `gate` is the argument."""
+    """`reference.activation.activate`; of activations without a gate, `gate` is the argument.
+
+    Contract: NaN in gives NaN out. alpha, beta and limit may be None.
+    """
     if ACT == SWIGLU_STEP:
         g = gate * gate_scale
-        g = tl.minimum(g / (1.0 + tl.exp(-g)), limit * gate_scale)
-        y = g * (tl.minimum(tl.maximum(up, -limit), limit) * scale)
+        y = _at_most(g * sigmoid(g), limit * gate_scale) * (_clamped(up, limit) * scale)
     elif ACT == SWIGLU:
-        u = tl.minimum(tl.maximum(up, -limit), limit)
-        g = tl.minimum(gate, limit) * gate_scale
-        y = g / (1.0 + tl.exp(-alpha * g)) * ((u + beta) * scale)
+        u = _clamped(up, limit)
+        g = _at_most(gate, limit) * gate_scale
+        if beta is not None:
+            u = u + beta
+        argument = g
+        if alpha is not None:
+            argument = alpha * g
+        y = g * sigmoid(argument) * (u * scale)
     elif ACT == SITU:
-        u = tl.minimum(tl.maximum(up, -limit), limit) * gate_scale
-        g = tl.minimum(gate, limit) * gate_scale
-        y = beta * _tanh(u / beta) * (alpha * _tanh(g / alpha) / (1.0 + tl.exp(-g))) * scale
+        u = _clamped(up, limit) * gate_scale
+        g = _at_most(gate, limit) * gate_scale
+        y = _scaled_tanh(u, beta) * (_scaled_tanh(g, alpha) * sigmoid(g)) * scale
     elif ACT == GEGLU:
-        y = _gelu(gate * gate_scale) * (up * scale)
+        y = gelu(gate * gate_scale) * (up * scale)
     elif ACT == GEGLU_TANH:
-        g = gate * gate_scale
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        y = 0.5 * g * (1.0 + _tanh(inner)) * (up * scale)
+        y = gelu_tanh(gate * gate_scale) * (up * scale)
     else:
         g = gate * gate_scale
         if ACT == RELU:
-            g = tl.maximum(g, 0.0)
+            g = tl.where(g <= 0, 0.0, g)
         elif ACT == RELU2:
-            g = tl.maximum(g, 0.0)
+            g = tl.where(g <= 0, 0.0, g)
             g = g * g
         elif ACT == SILU:
-            g = g / (1.0 + tl.exp(-g))
+            g = g * sigmoid(g)
         elif ACT == GELU:
-            g = _gelu(g)
+            g = gelu(g)
         y = g * scale
     return y
 
 
 @triton.jit
-def _tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
+def _scaled_tanh(x, scale):
+    if scale is not None:
+        y = scale * tanh(x / scale)
+    else:
+        y = tanh(x)
+    return y
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _per_expert(ptr, expert, default: tl.constexpr):
-    """One fp32 an expert, or the default where there is no tensor."""
+def _per_expert(ptr, expert):
+    """One fp32 an expert, or None where there is no tensor."""
     if ptr is None:
-        value = default
+        value = None
     else:
         value = tl.load(ptr + expert)
     return value
@@ -136,11 +154,12 @@ def _expert_tile(
         y = gate * scale
     else:
         gate_scale = tl.load(gate_scale_ptr + expert)
-        alpha = _per_expert(alpha_ptr, expert, 1.0)
-        beta = _per_expert(beta_ptr, expert, 1.0 if ACT == SITU else 0.0)
-        limit = _per_expert(limit_ptr, expert, 3.0e38)
+        alpha = _per_expert(alpha_ptr, expert)
+        beta = _per_expert(beta_ptr, expert)
         if ACT == SWIGLU_STEP and limit_ptr is None:
             limit = 7.0 / gate_scale
+        else:
+            limit = _per_expert(limit_ptr, expert)
         y = _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT)
     out = out_ptr + n.to(tl.int64)[None, :] * width + column[:, None]
     if out_ptr.dtype.element_ty == tl.bfloat16:

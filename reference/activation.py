@@ -85,6 +85,7 @@ def activate(
     alpha: torch.Tensor | float | None = None,
     beta: torch.Tensor | float | None = None,
     clamp_limit: torch.Tensor | float | None = None,
+    nan_is_clamped: bool = False,
 ) -> torch.Tensor:
     """The activation of rows of the first GEMM, before the expert's scalars: [N, M1] to [N, I] fp32.
 
@@ -97,11 +98,17 @@ def activate(
                  beta * tanh(up / beta) * alpha * tanh(gate / alpha) * sigmoid(gate) * scale; both 1
     the others   f(x * gate_scale) * scale
 
+    Contract: NaN in gives NaN out, a clamp and ReLU included, and ReLU of -0 is +0. SiLU and GELU of
+    -inf are NaN, -inf times 0. FlashInfer's closed epilogues may differ in NaN. Of its open ones, ReLU
+    is `max.NaN` (`cutlass/functional.h:446`), SwigluStep's clamps are fminf and fmaxf.
+
     Args:
         raw: [N, M1] fp32: accumulators times the per-token scale, bias added.
         scale: `output1_scale_scalar` of the expert.
         gate_scale: `output1_scale_gate_scalar`.
         clamp_limit: in units of `raw`, and Swiglu's beta too; `docs/units.md` has the unit of each.
+        nan_is_clamped: SwigluStep's clamps give the limit for NaN, as FlashInfer's cutlass layer does
+            (`cutlass_fused_moe_kernels.cuh:2268-2283`).
 
     Raises:
         ValueError: an activation that is not implemented.
@@ -111,8 +118,10 @@ def activate(
     x0, x1 = raw.chunk(2, -1)
     if kind == ActivationType.SwigluStep:
         limit = _limit(STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit, raw)
-        gate = F.silu(x1 * gate_scale).clamp(max=limit * gate_scale)
-        return gate * (x0.clamp(-limit, limit) * scale)
+        gate, most = silu(x1 * gate_scale), limit * gate_scale
+        if nan_is_clamped:
+            return torch.fmin(gate, most) * (torch.fmax(torch.fmin(x0, limit), -limit) * scale)
+        return gate.clamp(max=most) * (x0.clamp(-limit, limit) * scale)
     if clamp_limit is not None:
         limit = _limit(clamp_limit, raw)
         x0, x1 = x0.clamp(-limit, limit), x1.clamp(max=limit)
@@ -120,18 +129,36 @@ def activate(
     if kind == ActivationType.Situ:
         alpha, beta = 1.0 if alpha is None else alpha, 1.0 if beta is None else beta
         up = beta * torch.tanh(x0 * gate_scale / beta)
-        return up * (alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate)) * scale
+        return up * (alpha * torch.tanh(gate / alpha) * sigmoid(gate)) * scale
     if kind == ActivationType.Swiglu:
-        sigmoid = torch.sigmoid(gate if alpha is None else alpha * gate)
-        return gate * sigmoid * ((x0 if beta is None else x0 + beta) * scale)
-    return (
-        F.gelu(gate, approximate="tanh") if kind == ActivationType.GegluTanh else _gelu(gate)
-    ) * (x0 * scale)
+        part = sigmoid(gate if alpha is None else alpha * gate)
+        return gate * part * ((x0 if beta is None else x0 + beta) * scale)
+    return (gelu_tanh(gate) if kind == ActivationType.GegluTanh else gelu(gate)) * (x0 * scale)
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """Where 1 + e^-x overflows it is e^x."""
+    return torch.where(x < -88, x.clamp(max=-88).exp(), torch.sigmoid(x))
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x < -88, x * x.clamp(max=-88).exp(), F.silu(x))
+
+
+def relu(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x <= 0, 0.0, x)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
     """Without the cancellation in 1 + erf(x)."""
     return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(u / 2)); below -1, where that cancels, x sigmoid(u)."""
+    y = x.clamp(-100, -1)  # lower, the sigmoid is 0 already
+    u = 2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
+    return torch.where(x < -1, x * sigmoid(u), F.gelu(x.clamp(min=-1), approximate="tanh"))
 
 
 def _limit(value: torch.Tensor | float, raw: torch.Tensor) -> torch.Tensor:
@@ -144,11 +171,11 @@ def _plain(x: torch.Tensor, kind: ActivationType) -> torch.Tensor:
     if kind == ActivationType.Identity:
         return x
     if kind == ActivationType.Relu:
-        return x.relu()
+        return relu(x)
     if kind == ActivationType.Relu2:
-        return x.relu().square()
+        return relu(x).square()
     if kind == ActivationType.Silu:
-        return F.silu(x)
+        return silu(x)
     if kind == ActivationType.Gelu:
-        return _gelu(x)
+        return gelu(x)
     raise ValueError(f"activation_type is {kind!r}, which is not implemented")

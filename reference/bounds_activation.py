@@ -27,7 +27,9 @@ def activation_bounds(raw: Product | Interval, experts: Experts, expert: torch.T
     and 2^-22 of the argument, for the cancellation in 1 + erf. With tanh: 2^-10, for `tanh.approx` (PTX
     ISA: 2^-11). What flushing costs, and an exponential that fp32 cannot hold, is absolute.
 
-    A NaN goes through every clamp and maximum. SiLU and GELU of -inf are NaN, -inf times 0.
+    SiLU and GELU of -inf are NaN, -inf times 0. Of NaN in a clamp or in ReLU nothing is claimed: ours
+    give NaN, FlashInfer's cutlass layer gives SwigluStep's limit (`activation.activate`), and what its
+    closed epilogues give is not known.
     """
     kind = experts.activation
     raw = Product.of(raw) if isinstance(raw, Interval) else raw
@@ -74,7 +76,7 @@ def activation_bounds(raw: Product | Interval, experts: Experts, expert: torch.T
 
 def _at_most(x: Interval, limit: Interval) -> Interval:
     ends = (torch.minimum(*pair) for pair in ((x.low, limit.low), (x.high, limit.high)))
-    return unless(x.unknown, Interval(*ends))
+    return unless(x.unknown | x.nan, Interval(*ends))
 
 
 def _clamped(x: Product, limit: Interval) -> Product:
@@ -82,6 +84,10 @@ def _clamped(x: Product, limit: Interval) -> Product:
     given, least = x.result(), -limit
     ends = (torch.maximum(*pair) for pair in ((given.low, least.low), (given.high, least.high)))
     return Product.of(_at_most(unless(given.unknown, Interval(*ends)), limit))
+
+
+def _relu(x: Interval) -> Interval:
+    return unless(x.nan, x.rising(torch.relu))
 
 
 def _nonzero(x: Interval) -> torch.Tensor:
@@ -175,9 +181,9 @@ def _plain(x: Product, kind: ActivationType) -> Product:
         return x
     argument = x.result()
     if kind == ActivationType.Relu:
-        return Product.of(argument.rising(torch.relu))
+        return Product.of(_relu(argument))
     if kind == ActivationType.Relu2:
-        positive = rounded(torch.float32, argument).rising(torch.relu)
+        positive = _relu(rounded(torch.float32, argument))
         return replace(Product.of(positive).times(positive), value=positive.rising(_square))
     if kind == ActivationType.Silu:
         return Product.of(_silu(argument))

@@ -135,7 +135,7 @@ def fused_moe(
             raw = raw * activations.per_token_scale[token, None]
         if cutlass:
             raw = (raw * experts.output1_scale_gate_scalar[e]).bfloat16().float()
-            activated[token, slot] = activate(raw, experts.activation)
+            activated[token, slot] = activate(raw, experts.activation, nan_is_clamped=True)
         else:
             activated[token, slot] = do.activate(raw, experts, e)
 

@@ -139,15 +139,21 @@ def test_overflow_before_a_scalar_brings_it_back(kind, exponent):
 @pytest.mark.parametrize("kind", GATED + PLAIN, ids=lambda k: k.name)
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_token_that_must_be_nan(kind, value):
-    """Its scale is NaN, or infinite: no number passes for it, nor a NaN for another token."""
+    """Its scale is NaN, or infinite: no number passes for it unless a clamp of FlashInfer's may drop the
+    NaN, nor a NaN for another token."""
     case = moe_cases.make(SHAPE, kind)
     scale = case.activations.per_token_scale.clone()
     scale[2] = value
     a = replace(case.activations, per_token_scale=scale)
     output = fused_moe_bounds(a, case.experts, case.ids, case.weights).output
     got = moe.fused_moe(a, case.experts, case.ids, case.weights).output
-    assert got[2].isnan().all() == output.nan[2].all() and output.contains(got).all()
-    if got[2].isnan().all():
+    assert output.contains(got).all()
+    dropped = {ActivationType.SwigluStep, ActivationType.Relu, ActivationType.Relu2}
+    if value != value and kind in dropped:  # their clamps may give a number for NaN
+        assert got[2].isnan().all() and output.unknown[2].all()
+    else:
+        assert got[2].isnan().all() == output.nan[2].all()
+    if output.nan[2].all():
         assert not output.contains(torch.zeros_like(got))[2].any()
     others = torch.tensor([0, 1, 3])
     assert not output.contains(torch.full_like(got, NAN))[others].any()
