@@ -156,7 +156,10 @@ def routers() -> Iterator[tuple[str, Routing, torch.Tensor, torch.Tensor | None]
     """(name, routing, logits [T, E], bias [E]) of routers that are nearly or exactly undecided."""
     tokens, experts = 8, 16
     order = torch.stack(
-        [torch.randperm(experts, generator=_g(t), device="cpu") for t in range(tokens)]
+        [
+            torch.randperm(experts, generator=_g(t), dtype=torch.int64, device="cpu")
+            for t in range(tokens)
+        ]
     )
     normal = host.normal(_g(0), tokens, experts)
     near = 2 + order.float() * 2.0**-14  # equal in bf16 and in fp16
