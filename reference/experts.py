@@ -58,7 +58,7 @@ class Experts:
     cute_dsl: "CuteDslWeights | None" = None  # by `reference.cute_dsl.with_cute_dsl`
     cutlass: "CutlassWeights | None" = None  # by `reference.cutlass.with_cutlass`
     shard: tuple[int, int] = (0, 1)  # which of how many shards of the intermediate
-    first_expert: int | None = None  # of the layer, where `select_experts` knows it
+    first_expert: int | None = None  # place in the layer, where it is known
     router_weight_on_input: bool = False  # weights multiply the rows, not the results: Llama 4
 
     @property

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_a_static_scale_is_the_correctly_rounded_reciprocal(tmp_path):
 def test_local_experts(tmp_path):
     folder, parts = checkpoint(tmp_path / "c")
     got = load_experts(folder, 3, local=range(1, 3))
-    assert_same_experts(got, assembled(parts, QWEN, slice(1, 3)))
+    want = assembled(parts, QWEN, slice(1, 3))
+    assert_same_experts(got, replace(want, first_expert=1))
     with pytest.raises(
         ValueError, match=r"local is range\(3, 5\); it must be a part of range\(4\)"
     ):

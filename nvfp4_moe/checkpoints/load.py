@@ -106,7 +106,11 @@ def load_experts(
         alpha=function.alpha, beta=function.beta, clamp_limit=function.clamp_limit,
         input_amax=amax[0], intermediate_amax=amax[1],
     )  # fmt: skip
-    return replace(made, router_weight_on_input=function.router_weight_on_input)
+    return replace(
+        made,
+        router_weight_on_input=function.router_weight_on_input,
+        first_expert=local.start if local is not None and local.step == 1 else None,
+    )
 
 
 class _Reader:
