@@ -137,7 +137,8 @@ def test_a_rank_does_not_ask_for_the_shards_of_others(tmp_path):
     )
     (folder / "model-00002-of-00002.safetensors").unlink()
     got = load_experts(folder, 0, local=range(2))
-    assert_same_experts(got, assembled(parts, QWEN, slice(0, 2)))
+    want = assembled(parts, QWEN, slice(0, 2))
+    assert_same_experts(got, replace(want, first_expert=0))
 
 
 def test_layers_are_found_by_number_and_by_name(tmp_path):
