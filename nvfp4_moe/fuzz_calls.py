@@ -120,10 +120,10 @@ class Kind:
         activation = d.choice([a for a in ActivationType if a.implemented])
         mode = d.choice(("per-token", "per-token", "per-token", "static", "bf16"))
         cutlass = mode == "static" and d.chance(0.3)
-        build: LayerBuild = "cutlass" if cutlass else "cuda"
         recipe = d.choice(all_recipes() if d.chance(0.5) else _PLAIN_RECIPES)
         if mode != "per-token":
             recipe = replace(recipe, build="cuda")
+        build: LayerBuild = "cutlass" if cutlass else recipe.build
         plain = cutlass or d.chance(0.5)
         routed = d.chance(0.3)
         return Kind(

@@ -103,11 +103,7 @@ def _options(case: MoECase) -> dict[str, Any]:
 
 def _triton(case: MoECase, dtype: torch.dtype) -> Tensor | None:
     """The output of our kernels; None where they do not serve."""
-    output = torch.empty(
-        case.activations.hidden_states.shape[0], case.experts.hidden_size, dtype=dtype,
-        device=case.activations.hidden_states.device,
-    )  # fmt: skip
-    request = replace(case.request(), output=output)
+    request = replace(case.request(), output_dtype=dtype)
     if moe_dispatch.refusal("triton", request) is not None:
         return None
     return moe_dispatch.serve(request, "triton")[0]
