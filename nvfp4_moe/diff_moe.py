@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import heat, interpreter, matrix_moe, processes, sums, tactics
-from .allowed import PLACES, Allowed, explain_output, unequal
+from .allowed import PLACES, Allowed, explain_output, may_drop_nan, unequal
 from .calls import ONCE, Output, Sweep, crash, outputs
 from .exits import CommandError
 from .kernels import moe_dispatch
@@ -79,7 +79,7 @@ def run(
     if sweep.every_configuration and "triton" in names and on_gpu:
         _compile_ahead(every, sweep)
     for i, case in enumerate(here):
-        allowed: Allowed | None = None
+        allowed: dict[bool, Allowed] = {}
         for name in names:
             if name == INTERPRETER:
                 answer = interpreted[i]
@@ -88,8 +88,10 @@ def run(
             if isinstance(answer, str):
                 result.section.put(case.name, name, Cell("skipped", note=answer))
                 continue
-            allowed = allowed or Allowed(case)
-            judged = _judge(allowed, name, answer, withheld[name])
+            drops = may_drop_nan(name)
+            if drops not in allowed:
+                allowed[drops] = Allowed(case, backend=name)
+            judged = _judge(allowed[drops], name, answer, withheld[name])
             result.section.put(case.name, name, judged.cell)
             result.failures += judged.wrong
     result.section.notes.append(

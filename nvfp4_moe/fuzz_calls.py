@@ -162,6 +162,7 @@ def draw(seed: int, kind: Kind, tokens: int) -> MoECase:
     case = MoECase(
         f"seed {seed}", a, experts, kind.routing, num_experts, local_expert_offset=offset,
         recipe=kind.recipe, build=kind.build, finalize_order=kind.finalize_order,
+        output_dtype=kind.output_dtype,
     )  # fmt: skip
     if kind.routed:
         return replace(case, **_logits(d, kind, tokens, num_experts))

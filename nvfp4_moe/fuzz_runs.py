@@ -98,20 +98,21 @@ def _options(case: MoECase) -> dict[str, Any]:
     return {
         "recipe": case.recipe, "local_expert_offset": case.local_expert_offset,
         "finalize_order": case.finalize_order, "cutlass": case.build == "cutlass",
+        "output_dtype": case.output_dtype,
     }  # fmt: skip
 
 
-def _triton(case: MoECase, dtype: torch.dtype) -> Tensor | None:
+def _triton(case: MoECase) -> Tensor | None:
     """The output of our kernels; None where they do not serve."""
-    request = replace(case.request(), output_dtype=dtype)
+    request = case.request()
     if moe_dispatch.refusal("triton", request) is not None:
         return None
     return moe_dispatch.serve(request, "triton")[0]
 
 
-def _fused(case: MoECase, kind: Kind, d: Draw, ways: int, triton: bool) -> Iterator[Judged]:
+def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[Judged]:
     a, e = case.activations, case.experts
-    options = _options(case) | {"output_dtype": kind.output_dtype}
+    options = _options(case)
     ids, weights = case.routed
     allowed = fused_moe_bounds(a, e, ids, weights, **options)
     every = _ways(case)
@@ -127,7 +128,7 @@ def _fused(case: MoECase, kind: Kind, d: Draw, ways: int, triton: bool) -> Itera
     if case.logits is not None:
         routed = routed_moe_bounds(a, e, case.logits, case.routing, case.routing_bias, **options)
         yield Judged("fp64, routed", "output", result.output, routed)
-    if triton and (got := _triton(case, kind.output_dtype)) is not None:
+    if triton and (got := _triton(case)) is not None:
         yield Judged("triton", "output", got, routed)
 
 
@@ -146,7 +147,7 @@ def _stages(
     yield Judged(name, "rows", result.rows, given.rows)
 
 
-def _parallel(case: MoECase, kind: Kind, d: Draw) -> Iterator[Judged]:
+def _parallel(case: MoECase, d: Draw) -> Iterator[Judged]:
     """Two ranks of experts, or of the intermediate's columns."""
     options = _options(case)
     del options["cutlass"]
@@ -154,7 +155,7 @@ def _parallel(case: MoECase, kind: Kind, d: Draw) -> Iterator[Judged]:
     ids, weights = case.routed
     ids = torch.where(ids < offset, -1, ids - offset)
     travels = d.choice((None, torch.float32))
-    options |= {"output_dtype": kind.output_dtype, "reduce_dtype": travels}
+    options["reduce_dtype"] = travels
     a, e = case.activations, case.experts
     if e.intermediate_size >= 32:
         got = shards.fused_moe_shards(a, e, ids, weights, tp_shards=2, **options)
@@ -163,7 +164,7 @@ def _parallel(case: MoECase, kind: Kind, d: Draw) -> Iterator[Judged]:
     count = e.num_local
     parts = [count] if count == 1 else [1] * count
     allowed = expert_parallel_bounds(a, e, ids, weights, parts, **options)
-    dtype = options.pop("reduce_dtype") or kind.output_dtype
+    dtype = options.pop("reduce_dtype") or case.output_dtype
     options["output_dtype"] = dtype
     outputs = [
         moe.fused_moe(
@@ -175,7 +176,7 @@ def _parallel(case: MoECase, kind: Kind, d: Draw) -> Iterator[Judged]:
         total = torch.zeros_like(outputs[0])
         for r in order:
             total = total + outputs[r]
-        yield Judged(f"{count} ranks", "output", total.to(kind.output_dtype), allowed)
+        yield Judged(f"{count} ranks", "output", total.to(case.output_dtype), allowed)
 
 
 def _dense(call: DenseCall, triton: bool) -> Iterator[Judged]:
@@ -206,6 +207,6 @@ def judged(
     kind = Kind.draw(number)
     case = draw(seed, kind, tokens).to(device)
     if number % 12 == 10 and kind.build != "cutlass":
-        yield from _parallel(case, kind, d)
+        yield from _parallel(case, d)
     else:
-        yield from _fused(case, kind, d, ways, triton)
+        yield from _fused(case, d, ways, triton)

@@ -75,12 +75,19 @@ class MoECase:
             cutlass=self.build == "cutlass", output_dtype=self.output_dtype, keep_steps=keep_steps,
         )  # fmt: skip
 
-    def allowed(self, accumulation: Accumulation = ANY_ORDER) -> Interval:
-        """What an implementation's output may be; from logits, over all that it may choose."""
+    def allowed(
+        self, accumulation: Accumulation = ANY_ORDER, *, drops_nan: bool = False
+    ) -> Interval:
+        """What an implementation's output may be; from logits, over all that it may choose.
+
+        Args:
+            drops_nan: as `fused_moe_bounds` has it.
+        """
         options: dict[str, Any] = {
             "recipe": self.recipe, "local_expert_offset": self.local_expert_offset,
             "finalize_order": self.finalize_order, "accumulation": accumulation,
             "cutlass": self.build == "cutlass", "output_dtype": self.output_dtype,
+            "drops_nan": drops_nan,
         }  # fmt: skip
         if self.logits is not None:
             return routed_moe_bounds(

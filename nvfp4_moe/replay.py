@@ -203,7 +203,7 @@ def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Rep
     except RuntimeError as error:
         return _raised(name, error, facts)
     what = f"{case.name}, {name}" + (f", {configuration}" if configuration else "")
-    found = Allowed(case, failure.accumulation).first(output)
+    found = Allowed(case, failure.accumulation, backend=name).first(output)
     if found is None:
         return Replayed(False, f"{what}: {'the same bits' if case.exact else 'inside'}", facts)
     text = f"{what}: {found}\n  {found.where()}"
@@ -231,6 +231,7 @@ def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoEC
             output = runner(failure.backend, case, failure.configuration)
         except ValueError:  # no call, or none that runs here
             return False
-        return Allowed(case, failure.accumulation).first(output) is not None
+        allowed = Allowed(case, failure.accumulation, backend=failure.backend)
+        return allowed.first(output) is not None
 
     return fails

@@ -205,7 +205,7 @@ def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
         call += ["Its arguments:", _code("\n".join(_described(k, v) for k, v in given.items()))]
     if failure.output is None:
         return f"{backend} raises: {case.name}", call, _raised(backend, failure.origin.note)
-    found = Allowed(case, failure.accumulation).first(failure.output)
+    found = Allowed(case, failure.accumulation, backend=backend).first(failure.output)
     if found is None:
         raise ValueError(f"the output of {backend} is what it may be")
     return f"{backend}: wrong output of the fused call, {case.name}", call, [

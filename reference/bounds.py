@@ -99,6 +99,7 @@ def fused_moe_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     accumulation: Accumulation = ANY_ORDER,
     cutlass: bool = False,
+    drops_nan: bool = False,
     accumulator1: torch.Tensor | None = None,
     intermediate: torch.Tensor | None = None,
 ) -> MoEBounds:
@@ -106,10 +107,12 @@ def fused_moe_bounds(
 
     Args:
         weights: [T, K] as they are given, or what they may be: `routing_bounds` has those.
+        drops_nan: of FlashInfer's closed kernels, whose activation may give a number for NaN: PTX's
+            maxima and minima drop it. Ours let it through.
         accumulator1: [T, K, M1], an implementation's own: what follows is judged given it.
         intermediate: [T, K, I], likewise; with static scales the activated values.
     """
-    layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass)
+    layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass, drops_nan)
     local = ids.long() - local_expert_offset
     acc, mid, rows = layer.through(local, accumulator1, intermediate)
     given = weights if isinstance(weights, Interval) else Interval.point(weights)
@@ -133,6 +136,7 @@ def routed_moe_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     accumulation: Accumulation = ANY_ORDER,
     cutlass: bool = False,
+    drops_nan: bool = False,
 ) -> Interval:
     """[T, H]: the output of a call that routes from logits, over all that its routing may choose.
 
@@ -141,7 +145,7 @@ def routed_moe_bounds(
         the others: as `fused_moe_bounds` does.
     """
     chosen = routing_bounds(logits, routing, routing_bias)
-    layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass)
+    layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass, drops_nan)
     ids, places = _union(chosen.ids, logits.shape[1])
     rows = layer.through(ids - local_expert_offset)[2]
     held = held_slots(ids, experts.num_local, local_expert_offset)

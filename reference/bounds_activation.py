@@ -17,7 +17,9 @@ _SATURATED = 80.0
 """Above it an exponential comes near fp32's largest number, and a sigmoid near its smallest."""
 
 
-def activation_bounds(raw: Product | Interval, experts: Experts, expert: torch.Tensor) -> Interval:
+def activation_bounds(
+    raw: Product | Interval, experts: Experts, expert: torch.Tensor, *, drops_nan: bool = False
+) -> Interval:
     """The activation of `reference.activation.activate`, bias first, of rows [N, M1] of experts [N].
 
     Relative errors. Identity and ReLU: none. Relu2: one rounding. SiLU: 12.4 * 2^-23, and below zero
@@ -27,12 +29,16 @@ def activation_bounds(raw: Product | Interval, experts: Experts, expert: torch.T
     and 2^-22 of the argument, for the cancellation in 1 + erf. With tanh: 2^-10, for `tanh.approx` (PTX
     ISA: 2^-11). What flushing costs, and an exponential that fp32 cannot hold, is absolute.
 
-    SiLU and GELU of -inf are NaN, -inf times 0. Of NaN in a clamp or in ReLU nothing is claimed: ours
-    give NaN, FlashInfer's cutlass layer gives SwigluStep's limit (`activation.activate`), and what its
-    closed epilogues give is not known.
+    SiLU and GELU of -inf are NaN, -inf times 0. A NaN goes through every clamp and maximum of ours. With
+    `drops_nan` nothing is claimed of it: FlashInfer's cutlass layer gives SwigluStep's limit
+    (`activation.activate`), and what its closed epilogues give is not known.
     """
+    found = _activated(Product.of(raw) if isinstance(raw, Interval) else raw, experts, expert)
+    return unless(found.nan, found) if drops_nan else found
+
+
+def _activated(raw: Product, experts: Experts, expert: torch.Tensor) -> Interval:
     kind = experts.activation
-    raw = Product.of(raw) if isinstance(raw, Interval) else raw
     if experts.gemm1_bias is not None:
         raw = raw.plus(unshuffled_bias(experts.gemm1_bias, kind.gated)[expert])
 
@@ -76,7 +82,7 @@ def activation_bounds(raw: Product | Interval, experts: Experts, expert: torch.T
 
 def _at_most(x: Interval, limit: Interval) -> Interval:
     ends = (torch.minimum(*pair) for pair in ((x.low, limit.low), (x.high, limit.high)))
-    return unless(x.unknown | x.nan, Interval(*ends))
+    return unless(x.unknown, Interval(*ends))
 
 
 def _clamped(x: Product, limit: Interval) -> Product:
@@ -84,10 +90,6 @@ def _clamped(x: Product, limit: Interval) -> Product:
     given, least = x.result(), -limit
     ends = (torch.maximum(*pair) for pair in ((given.low, least.low), (given.high, least.high)))
     return Product.of(_at_most(unless(given.unknown, Interval(*ends)), limit))
-
-
-def _relu(x: Interval) -> Interval:
-    return unless(x.nan, x.rising(torch.relu))
 
 
 def _nonzero(x: Interval) -> torch.Tensor:
@@ -181,9 +183,9 @@ def _plain(x: Product, kind: ActivationType) -> Product:
         return x
     argument = x.result()
     if kind == ActivationType.Relu:
-        return Product.of(_relu(argument))
+        return Product.of(argument.rising(torch.relu))
     if kind == ActivationType.Relu2:
-        positive = _relu(rounded(torch.float32, argument))
+        positive = rounded(torch.float32, argument).rising(torch.relu)
         return replace(Product.of(positive).times(positive), value=positive.rising(_square))
     if kind == ActivationType.Silu:
         return Product.of(_silu(argument))

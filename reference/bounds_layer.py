@@ -67,6 +67,7 @@ class Layer:
     recipe: Recipe
     accumulation: Accumulation
     cutlass: bool
+    drops_nan: bool
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -119,7 +120,8 @@ class Layer:
             raw = Product.of(rounded(torch.bfloat16, scaled))
             one = torch.ones_like(scalar)
             experts = replace(experts, output1_scale_scalar=one, output1_scale_gate_scalar=one)
-        middle = activation_bounds(raw, experts, slots.expert)
+        drops = self.drops_nan or self.cutlass  # whose clamps give the limit for NaN
+        middle = activation_bounds(raw, experts, slots.expert, drops_nan=drops)
         if self.activations.is_static and not self.cutlass:
             return middle
         return rounded(torch.bfloat16, middle)

@@ -17,6 +17,10 @@ from nvfp4_moe.reference.bounds_sums import sum_of_products
 from nvfp4_moe.reference.experts import prepare_experts
 from nvfp4_moe.reference.interval import ANY_ORDER, CONTIGUOUS, Interval, hull
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+
+from nvfp4_moe.allowed import Allowed
+from nvfp4_moe.moe_case import MoECase
 
 INF, NAN = torch.inf, torch.nan
 SHAPE = Shape(4, 128, 128, 2, 1)
@@ -139,21 +143,15 @@ def test_overflow_before_a_scalar_brings_it_back(kind, exponent):
 @pytest.mark.parametrize("kind", GATED + PLAIN, ids=lambda k: k.name)
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_token_that_must_be_nan(kind, value):
-    """Its scale is NaN, or infinite: no number passes for it unless a clamp of FlashInfer's may drop the
-    NaN, nor a NaN for another token."""
+    """Its scale is NaN, or infinite: no number passes for it, nor a NaN for another token."""
     case = moe_cases.make(SHAPE, kind)
     scale = case.activations.per_token_scale.clone()
     scale[2] = value
     a = replace(case.activations, per_token_scale=scale)
     output = fused_moe_bounds(a, case.experts, case.ids, case.weights).output
     got = moe.fused_moe(a, case.experts, case.ids, case.weights).output
-    assert output.contains(got).all()
-    dropped = {ActivationType.SwigluStep, ActivationType.Relu, ActivationType.Relu2}
-    if value != value and kind in dropped:  # their clamps may give a number for NaN
-        assert got[2].isnan().all() and output.unknown[2].all()
-    else:
-        assert got[2].isnan().all() == output.nan[2].all()
-    if output.nan[2].all():
+    assert got[2].isnan().all() == output.nan[2].all() and output.contains(got).all()
+    if got[2].isnan().all():
         assert not output.contains(torch.zeros_like(got))[2].any()
     others = torch.tensor([0, 1, 3])
     assert not output.contains(torch.full_like(got, NAN))[others].any()
@@ -166,3 +164,21 @@ def test_a_reduction_of_what_is_not_finite():
     assert found.nan.tolist() == [True, False, False, False, True, False]
     assert found.low[1] == INF and found.low[3] == INF and found.high[5] == -INF
     assert found.low[2] < 3.1e38 and found.high[2] == INF
+
+
+@pytest.mark.parametrize("kind", [ActivationType.Swiglu, ActivationType.Relu], ids=lambda k: k.name)
+def test_flashinfer_alone_may_drop_a_nan_in_its_epilogue(kind):
+    """A number where the contract says NaN: seen of ours, not of FlashInfer's closed kernels."""
+    made = moe_cases.make(SHAPE, kind, "bf16")
+    x = made.activations.hidden_states.clone()
+    x[2, 5] = NAN
+    routing = Routing(RoutingMethodType.Renormalize, 1)
+    case = MoECase("", moe.Activations(x), made.experts, routing, 2, ids=IDS, weights=made.weights)
+    got = case.reference()
+    assert got[2].isnan().all() and got[[0, 1, 3]].isfinite().all()
+    dropped = got.nan_to_num(nan=1.0)
+    for backend, seen in (("triton", True), ("reference", True), ("flashinfer:trtllm", False)):
+        judge = Allowed(case, backend=backend)
+        assert judge.first(got) is None
+        assert judge.wrong(dropped)[2].all() == seen, backend
+        assert judge.wrong(torch.full_like(got, NAN))[[0, 1, 3]].all()

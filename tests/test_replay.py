@@ -186,7 +186,9 @@ def test_replay_of_a_call(backends, tmp_path, capsys):
 def test_the_sums_are_judged_as_the_file_says(monkeypatch):
     asked = []
     allowed = MoECase.allowed
-    monkeypatch.setattr(MoECase, "allowed", lambda c, how: asked.append(how) or allowed(c, how))
+    monkeypatch.setattr(
+        MoECase, "allowed", lambda c, how, **o: asked.append(how) or allowed(c, how, **o)
+    )
     failure = moe_failure()
     assert Allowed(failure.case, failure.accumulation).first(failure.output).count == 1
     assert asked == [CONTIGUOUS]
