@@ -13,6 +13,7 @@ from checkpoint_cases import (
     MODELOPT_KINDS,
     NAMINGS,
     assert_same_experts,
+    bytes_of,
     compressed_config,
     modelopt_config,
     nvfp4,
@@ -267,9 +268,9 @@ def test_names_are_utf_8_under_any_locale(sources, tmp_path):
     )
     (folder / "lisez-moi-é.txt").write_text("é", "utf-8")
     code = (
-        "import sys; from nvfp4_moe.checkpoints import Folder\n"
+        "import sys; from nvfp4_moe.checkpoints import convert, load_experts\n"
         "assert sys.getfilesystemencoding() == 'ascii', sys.getfilesystemencoding()\n"
-        "assert Folder(sys.argv[1]).info('t\\xeate.weight').shape == (2, 2)"
+        "convert(sys.argv[1], sys.argv[2]); load_experts(sys.argv[2], 0)"
     )
     environment = os.environ | {
         "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
@@ -278,3 +279,6 @@ def test_names_are_utf_8_under_any_locale(sources, tmp_path):
     command = [sys.executable, "-c", code, folder, tmp_path / "ascii"]
     ran = subprocess.run(command, env=environment, capture_output=True)
     assert ran.returncode == 0, ran.stderr.decode()
+    convert(folder, tmp_path / "utf8")
+    assert bytes_of(tmp_path / "ascii") == bytes_of(tmp_path / "utf8")
+    assert_same_experts(load_experts(tmp_path / "ascii", 0), load_experts(tmp_path / "utf8", 0))

@@ -1,9 +1,8 @@
-"""Conversion gives the bits of `prepare_experts`, survives interruption, and refuses bad sources."""
+"""Conversion gives the bits of `prepare_experts`, copies the rest, and refuses bad sources."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,38 +22,12 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.experts import prepare_experts
+from convert_cases import LAYERS, QWEN, assert_converted, by_layer, source
 from safetensors.torch import load_file, save_file
 
 from nvfp4_moe import __main__
 from nvfp4_moe.checkpoints import CheckpointError, convert, load_experts, workspace
 from nvfp4_moe.checkpoints.command import RECIPES
-
-QWEN = NAMINGS["qwen3-moe"]
-LAYERS = (0, 1)
-RECORDS = ".nvfp4-moe-convert"
-
-
-def source(path: Path, naming: Naming = QWEN, dtype=torch.bfloat16, split=None) -> dict:
-    """A bf16 or fp16 checkpoint; its weights by layer. `split` makes the shards of all tensors."""
-    made, tensors = {}, {"lm_head.weight": torch.ones(8, HIDDEN).bfloat16()}
-    for layer in LAYERS:
-        made[layer] = weights(naming.activation.gated, seed=layer, dtype=dtype)
-        tensors |= ordinary(naming, layer, made[layer]) | others(naming, layer)
-    write(path, [tensors] if split is None else split(tensors), dict(naming.config))
-    return made
-
-
-def by_layer(tensors: dict) -> list[dict]:
-    """A shard for each layer, and one for the rest."""
-    parts = [{n: t for n, t in tensors.items() if f"layers.{layer}." in n} for layer in LAYERS]
-    return [*parts, {n: t for n, t in tensors.items() if not any(n in p for p in parts)}]
-
-
-def assert_converted(folder: Path, naming: Naming, made: dict, recipe: str = "exact") -> None:
-    for layer, w in made.items():
-        want = prepare_experts(w.w13, w.down, naming.activation, recipe=RECIPES[recipe])
-        assert_same_experts(load_experts(folder, layer), want)
 
 
 @pytest.mark.parametrize("name", NAMINGS)
@@ -245,141 +218,46 @@ def test_zero_experts_have_scale_one_and_gate_and_up_share_theirs(tmp_path):
             assert torch.isclose(gate, amax / 2688, rtol=1e-6)
 
 
-class Killed(BaseException):
-    """What no handler of errors takes for one."""
+def test_no_tensor_takes_the_name_of_one_that_is_made(tmp_path):
+    """Stacked experts of `moe` become `moe.experts.E`, where there are others already."""
+    stacked = {f"model.layers.0.moe.{n}_proj.weight": t for n, t in vars(weights()).items()}
+    apart_ = Naming("model.layers.0.moe.experts", QWEN.names, QWEN.config)
+    write(tmp_path / "src", [stacked | ordinary(apart_, 0, weights())], dict(QWEN.config))
+    with pytest.raises(CheckpointError) as e:
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    assert len(e.value.problems) == EXPERTS * 3 * 4
+    assert e.value.problems[0].endswith("2 tensors of the source would become one of this name")
+    with pytest.raises(CheckpointError, match=r"extra: the conversion makes a tensor of this name"):
+        convert(tmp_path / "src", tmp_path / "dst", exclude=["*.experts"])
+    assert not (tmp_path / "dst").exists()
 
 
-def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:
-    """Die at the `at`-th call of a function of the workspace, or (half) in the middle of it."""
-    original, calls = getattr(workspace, name), iter(range(10**6))
-
-    def dying(*arguments):
-        if next(calls) == at:
-            if half:
-                original(*arguments)
-                part = arguments[1]
-                part.write_bytes(part.read_bytes()[:-100])
-            raise Killed
-        return original(*arguments)
-
-    monkeypatch.setattr(workspace, name, dying)
+OTHERS = {
+    "a link out": (lambda path: path.symlink_to("/etc/hostname"), "it is a link out of the folder"),
+    "a link to a folder": (lambda path: path.symlink_to("."), "it is a folder; only regular files"),
+    "a broken link": (lambda path: path.symlink_to("none"), "it cannot be read: No such file"),
+    "a FIFO": (os.mkfifo, "it is a FIFO; only regular files are opened"),
+}
 
 
-@pytest.fixture(scope="module")
-def three_shards(tmp_path_factory):
-    """A source of three shards, and the files of its conversion in one go."""
-    folder = tmp_path_factory.mktemp("convert")
-    source(folder / "src", split=by_layer)
-    convert(folder / "src", folder / "whole")
-    return folder / "src", bytes_of(folder / "whole")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_files_that_may_not_be_copied(kind, tmp_path):
+    write(tmp_path / "src", [ordinary(QWEN, 0, weights())], dict(QWEN.config))
+    (tmp_path / "src" / "more").mkdir()
+    make, reason = OTHERS[kind]
+    make(tmp_path / "src" / "more" / "x.txt")
+    with pytest.raises(CheckpointError, match=f"more/x.txt: {reason}"):
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
 
 
-@pytest.mark.parametrize("shard", [0, 1, 2])
-@pytest.mark.parametrize("how", ["before a shard", "inside a shard", "before the name", "record"])
-def test_an_interrupted_conversion_resumes(how, shard, three_shards, tmp_path, monkeypatch):
-    given, whole = three_shards
-    dst = tmp_path / "dst"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if how == "before the name":
-            kill(patch, "_sync", 4 * shard)
-        elif how == "record":
-            kill(patch, "sha256", shard)
-        else:
-            kill(patch, "save_file", shard, half=how == "inside a shard")
-        convert(given, dst)
-    assert not (dst / "model.safetensors.index.json").exists()
-    with pytest.raises(CheckpointError):
-        load_experts(dst, 0)
-    written = []
-    real = workspace.save_file
-    monkeypatch.setattr(workspace, "save_file", lambda *a: (written.append(a[1].name), real(*a)))
-    convert(given, dst)
-    assert bytes_of(dst) == whole
-    assert len(written) == 3 - shard
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "hf_quant_config.json", "model.safetensors.index.json"]
-)
-def test_interrupted_after_the_shards(name, three_shards, tmp_path, monkeypatch):
-    given, whole = three_shards
-    real = os.replace
-
-    def dying(part, path):
-        if Path(path).name == name:
-            raise Killed
-        real(part, path)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", dying)
-        convert(given, tmp_path / "dst")
-    assert not (tmp_path / "dst" / "model.safetensors.index.json").exists()
-    monkeypatch.setattr(workspace, "save_file", lambda *a: pytest.fail("a shard again"))
-    convert(given, tmp_path / "dst")
-    assert bytes_of(tmp_path / "dst") == whole
-
-
-def unfinished(given: Path, dst: Path, monkeypatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, "save_file", 2)
-        convert(given, dst)
-
-
-def test_a_finished_shard_is_known_by_its_content(three_shards, tmp_path, monkeypatch):
-    given, whole = three_shards
-    dst = tmp_path / "dst"
-    unfinished(given, dst, monkeypatch)
-    first = dst / "model-00001-of-00003.safetensors"
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1
-    first.write_bytes(content)
-    convert(given, dst)
-    assert bytes_of(dst) == whole
-
-
-def test_other_settings_or_sources_make_every_shard_anew(three_shards, tmp_path, monkeypatch):
-    given, _ = three_shards
-    dst = tmp_path / "dst"
-    unfinished(given, dst, monkeypatch)
-    recipe = RECIPES["exact-4over6-256-mse"]
-    convert(given, dst, recipe=recipe)
-    convert(given, tmp_path / "straight", recipe=recipe)
-    assert bytes_of(dst) == bytes_of(tmp_path / "straight")
-
-    made = source(tmp_path / "src", split=by_layer)
-    unfinished(tmp_path / "src", tmp_path / "again", monkeypatch)
-    shard = tmp_path / "src" / "model-00001-of-00003.safetensors"
-    tensors = {n: t.clone() for n, t in load_file(shard).items()}
-    name = f"{QWEN.of(0)}.0.up_proj.weight"
-    tensors[name] = -tensors[name]
-    save_file(tensors, shard, {"format": "pt"})
-    convert(tmp_path / "src", tmp_path / "again")
-    up = made[0].up.clone()
-    up[0] = -up[0]
-    assert_converted(tmp_path / "again", QWEN, {0: replace(made[0], up=up)})
-
-
-def test_the_table_of_a_resumed_conversion_is_whole(three_shards, tmp_path, monkeypatch):
-    given, _ = three_shards
-    unfinished(given, tmp_path / "dst", monkeypatch)
-    resumed = convert(given, tmp_path / "dst")
-    assert resumed == convert(given, tmp_path / "straight")
-
-
-def test_a_destination_that_is_not_ours_is_left_alone(three_shards, tmp_path):
-    given, _ = three_shards
-    convert(given, tmp_path / "dst")
-    before = bytes_of(tmp_path / "dst")
-    with pytest.raises(CheckpointError, match="it is complete"):
-        convert(given, tmp_path / "dst")
-    assert bytes_of(tmp_path / "dst") == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "letter.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="neither empty nor an unfinished conversion"):
-        convert(given, tmp_path / "other")
-    for inside in (given, given / "dst"):
-        with pytest.raises(CheckpointError, match="it lies in the source"):
-            convert(given, inside)
+def test_a_file_whose_name_is_not_utf_8(tmp_path):
+    write(tmp_path / "src", [ordinary(QWEN, 0, weights())], dict(QWEN.config))
+    with open(os.fsencode(tmp_path / "src") + b"/\xff.txt", "w"):
+        pass
+    with pytest.raises(CheckpointError, match=r"xff.txt': its name is not UTF-8"):
+        convert(tmp_path / "src", tmp_path / "dst")
 
 
 def bad_sources():

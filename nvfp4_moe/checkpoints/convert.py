@@ -8,6 +8,7 @@ source becomes one shard, under the same name; its other tensors are copied as t
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,17 @@ from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe
 from .described import configurations, describe
 from .errors import CheckpointError
-from .files import SUFFIX
+from .files import local
 from .folder import HF_QUANT_CONFIG, INDEX, Folder
 from .formats import MODELOPT
 from .layer_error import LayerError, merge
 from .progress import Progress, silent
+from .rest import other_files
 from .source import Matrix, Source, open_source
 from .workspace import Workspace
 
-_VERSION = 2
+_VERSION = 3
 """Of what a conversion writes: part of the identity that a resumed one must share."""
-_OTHER_WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 def convert(
@@ -46,9 +47,9 @@ def convert(
     """Quantize the experts of a bf16, fp16, fp32 or FP8 checkpoint to NVFP4.
 
     Contract: `load_experts` of the result gives bitwise the `Experts` of `prepare_experts` with the
-    same recipe; so does a conversion that was interrupted and called again, which keeps the shards
-    that are finished. Memory: one shard of the result, and an expert. The destination is complete
-    when it has its index, which is written last.
+    same recipe; so does a conversion that was interrupted, in whatever operation, and called again,
+    which keeps the shards that are finished and leaves the same files to the byte. Memory: one shard of
+    the result, and an expert. The destination is complete when it has its index.
 
     Args:
         source: folder of the checkpoint; formats in `source.py` and `fp8_scales.py`, names in
@@ -63,9 +64,10 @@ def convert(
         progress: called after each expert's projection.
 
     Raises:
-        CheckpointError: with everything wrong with the source's headers, before anything is written;
-            with every weight that is NaN or infinite in a shard, before that shard is written; a
-            destination that is complete or not ours; a pattern of `exclude` that matches nothing.
+        CheckpointError: with everything wrong with the source's headers and files, before anything is
+            written; with every weight that is NaN or infinite in a shard, before that shard is written;
+            a destination that is complete, not ours, or cannot be written to; a pattern of `exclude`
+            that matches nothing.
         ValueError, TypeError: another argument, named.
     """
     checks.path("source", source)
@@ -77,15 +79,19 @@ def convert(
     where = checks.device("device", device)
     recipe = recipe or Recipe("exact")
     given, target = Path(source), Path(destination)
-    if given.resolve() in (target.resolve(), *target.resolve().parents):
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(given)):
         raise CheckpointError(target, [f"it lies in the source {given}; give another folder"])
     plan = open_source(Folder(given), exclude)
     converter = _Converter(plan, recipe, input_scale, where, progress or silent)
     identity = _identity(plan, recipe, input_scale)
-    work = Workspace(target, identity, plan.folder.shards)
+    inner, outer = describe(plan, recipe)
+    described = {**configurations(plan.folder, inner), HF_QUANT_CONFIG: outer}
+    rest = other_files(plan.folder, described)
+    shards = plan.folder.shards
+    work = Workspace(target, identity, [*shards, *rest, *described, INDEX])
 
     facts = []
-    for shard in plan.folder.shards:
+    for shard in shards:
         done = work.finished(shard)
         if done is None:
             tensors, done = converter.shard(shard)
@@ -94,7 +100,10 @@ def convert(
         else:
             converter.skip(shard)
         facts.append(done)
-    _write_rest(plan, work, recipe)
+    for name, path in rest.items():
+        work.copy(path, name)
+    for name, content in described.items():
+        work.write_json(name, content)
     work.complete(_index(plan.folder, target))
     found = merge(facts)
     return [found[layer.module] for layer in plan.layers]
@@ -199,33 +208,18 @@ class _Kept:
 
 def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
     """A hash of a conversion: its settings, and the source's files as far as their names tell."""
-    stats = {shard: (source.folder.path / shard).stat() for shard in source.folder.shards}
+    folder = source.folder
+    stats = {shard: folder.file_path(shard).stat() for shard in folder.shards}
     content = {
         "version": _VERSION,
         "recipe": recipe.code,
         "input_scale": input_scale,
         "excluded": source.excluded,
         "shards": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "tensors": source.folder.shard_of,
+        "tensors": folder.shard_of,
+        "config": [folder.config, folder.hf_quant_config],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_rest(source: Source, work: Workspace, recipe: Recipe) -> None:
-    """Everything but the shards and their index."""
-    folder = source.folder
-    inner, outer = describe(source, recipe)
-    described = configurations(folder, inner)
-    made = (*described, HF_QUANT_CONFIG, INDEX)
-    for path in sorted(folder.path.rglob("*")):
-        name = path.relative_to(folder.path)
-        if any(part.startswith(".") for part in name.parts) or name.as_posix() in made:
-            continue
-        if path.is_file() and not path.name.endswith((*_OTHER_WEIGHTS, ".index.json")):
-            work.copy(path, name.as_posix())
-    for file, content in described.items():
-        work.write_json(file, content)
-    work.write_json(HF_QUANT_CONFIG, outer)
 
 
 def _index(source: Folder, target: Path) -> dict[str, Any]:
@@ -233,7 +227,7 @@ def _index(source: Folder, target: Path) -> dict[str, Any]:
     places: dict[str, str] = {}
     size = 0
     for shard in source.shards:
-        with (target / shard).open("rb") as file:
+        with (target / local(shard)).open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, entry in header.items():
             if name != "__metadata__":

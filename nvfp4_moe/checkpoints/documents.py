@@ -9,7 +9,7 @@ producer writes it: transformers for every entry of a configuration that is not 
 from collections.abc import Iterator
 from typing import Any
 
-from .files import SUFFIX, is_shard_name
+from .files import SUFFIX, is_below, is_shard_name
 from .model_fields import (
     ACTIVATION_FIELDS,
     EXPERT_COUNTS,
@@ -17,7 +17,20 @@ from .model_fields import (
     WEIGHT_ON_INPUT_FIELDS,
 )
 from .patterns import has_wildcard, matcher
-from .schema import ANY, BOOLEAN, COUNT, SIZE, STRING, Leaf, ListOf, MapOf, OrNull, Record, shown
+from .schema import (
+    ANY,
+    BOOLEAN,
+    COUNT,
+    NUMBER,
+    SIZE,
+    STRING,
+    Leaf,
+    ListOf,
+    MapOf,
+    OrNull,
+    Record,
+    shown,
+)
 
 _MOST_WILDCARDS = 5000
 """Of patterns that each module is compared with; names without a wildcard are not counted."""
@@ -108,3 +121,13 @@ INDEX = Record(
     required=("weight_map",),
 )
 """model.safetensors.index.json."""
+
+_BELOW = Leaf("the name of a file below this folder", is_below)
+_SHARD_DONE = Record(
+    {"sha256": STRING, "facts": MapOf(MapOf(ListOf(NUMBER, exactly=2)))}, ("sha256", "facts")
+)
+RECORD = Record(
+    {"identity": STRING, "names": ListOf(_BELOW), "shards": MapOf(_SHARD_DONE)},
+    ("identity", "names", "shards"),
+)
+"""What `convert` leaves in an unfinished destination."""

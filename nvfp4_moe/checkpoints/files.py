@@ -32,6 +32,15 @@ def is_shard_name(name: Any) -> bool:
     )
 
 
+def is_below(name: Any) -> bool:
+    """Whether a value is the name of a file in a folder or in one below it."""
+    return (
+        isinstance(name, str)
+        and not any(c in name for c in "\\\0")
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
+
+
 def local(name: str) -> str:
     """A name in UTF-8 as the functions of the operating system take it under any locale."""
     return os.fsdecode(name.encode())

@@ -143,9 +143,16 @@ class Folder:
         return self._files.get(shard)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
-        with READING:
-            return self.file(self.shard_of[name]).get_tensor(name)
+        """A whole tensor.
+
+        Raises:
+            CheckpointError: PyTorch has no such dtype.
+        """
+        try:
+            with READING:
+                return self.file(self.shard_of[name]).get_tensor(name)
+        except SafetensorError as e:
+            raise CheckpointError(self.path, [f"{name}: cannot be read: {e}"]) from None
 
     def slice(self, name: str) -> Any:
         """A tensor to be read in part: indexing reads what is asked for."""

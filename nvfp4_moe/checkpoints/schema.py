@@ -56,14 +56,18 @@ class Leaf:
 
 @dataclass(frozen=True)
 class ListOf:
+    """An array, of any length or of `exactly` so many items."""
+
     item: Schema
+    exactly: int | None = None
 
     @property
     def allowed(self) -> str:
-        return f"an array, each item {self.item.allowed}"
+        of = "" if self.exactly is None else f" of {self.exactly}"
+        return f"an array{of}, each item {self.item.allowed}"
 
     def problems(self, path: str, value: Any) -> Iterator[str]:
-        if not isinstance(value, list):
+        if not isinstance(value, list) or self.exactly not in (None, len(value)):
             yield wrong(path, value, self.allowed)
             return
         for i, item in enumerate(value):

@@ -6,7 +6,8 @@ which then is quantized. Stacked and fused experts are taken apart, transposed a
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from .check import Headers
 from .errors import CheckpointError
 from .folder import Folder
-from .formats import BIAS, MIXED
+from .formats import BIAS, MIXED, MODELOPT
 from .fp8_scales import BLOCK, KINDS, check_scale, dequantize_fp8, find_scale, read_scale
 from .groups import read_groups
 from .layers import Layer, Projection, count_problem, find_layers
@@ -26,6 +27,7 @@ from .stacks import settle
 
 WEIGHT, INPUT_SCALE = "weight", "input_scale"
 _ORDINARY = ("BF16", "F16", "F32")
+_UNREADABLE = ("F6_E2M3", "F6_E3M2")
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "modelopt_mixed")
 
 
@@ -131,8 +133,11 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
     for name in folder.shard_of:
         if folder.info(name) is None and (shard := folder.shard_of[name]) not in folder.broken:
             problems.append(f"{name}: missing: not in {shard}, where the index has it")
+    problems += _names_taken(found)
     if not found.layers:
         problems.append("no layers of experts" + (f" outside {excluded}" if excluded else ""))
+    elif not found.matrices:
+        problems.append("no weights of experts to quantize")
     if problems or folder.broken:
         raise CheckpointError(folder.path, [*folder.broken.values(), *dict.fromkeys(problems)])
     return Source(folder, found.layers, found.matrices, found.biases, found.scales, excluded)
@@ -150,6 +155,24 @@ def _block_of(folder: Folder) -> tuple[int, int]:
     """Rows and columns of the blocks of FP8 scales."""
     block = source_quantization(folder).get("weight_block_size")
     return (block[0], block[1]) if block and len(block) == 2 else BLOCK
+
+
+def _names_taken(source: Source) -> Iterator[str]:
+    """Names that the conversion would give twice, and what it cannot copy."""
+    matrices = [m for of_tensor in source.matrices.values() for m in of_tensor]
+    made = Counter(f"{m.target}.{kind}" for m in matrices for kind in MODELOPT.kinds)
+    made.update(f"{target}.{BIAS}" for of in source.biases.values() for target, _ in of)
+    for name, count in made.items():
+        if count > 1:
+            yield f"{name}: {count} tensors of the source would become one of this name"
+    for name in source.folder.shard_of:
+        info = source.folder.info(name)
+        if source.replaces(name) or info is None:
+            continue
+        if name in made:
+            yield f"{name}: extra: the conversion makes a tensor of this name"
+        if info.dtype in _UNREADABLE:
+            yield f"{name}: its dtype is {info.dtype}, which PyTorch cannot read"
 
 
 def _check_quantization(folder: Folder) -> None:

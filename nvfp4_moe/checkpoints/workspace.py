@@ -1,9 +1,14 @@
 """A folder while a checkpoint is written into it: nothing half written, and resumed where it stopped.
 
-Every file is written under a temporary name, synced and renamed. Beside each finished shard lies a
-record in `.nvfp4-moe-convert/`: the identity of the conversion (sources and settings) and the SHA-256
-of the shard. A shard is taken as finished only if both still hold. The index comes last: a folder
-with one is complete, and is not written to again.
+Every file is written under a temporary name, synced and renamed. A record in the folder holds the
+identity of the conversion (sources and settings), the names of all files that it writes, and of each
+finished shard the SHA-256. A shard is taken as finished only if that and the identity still hold. The
+index is written after everything else, and the record is removed after that: a folder with an index and
+no record is complete, and is not written to again. So a process may die before or in any operation:
+
+    nothing, or the temporary name alone    begun anew
+    a record                                resumed; an index beside it is removed first
+    an index, no record                     complete
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -11,19 +16,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .. import strict_json
+from .documents import RECORD as SCHEMA
 from .errors import CheckpointError
-from .files import SUFFIX
+from .files import local, refusal
 from .folder import INDEX
 
-RECORDS = ".nvfp4-moe-convert"
-_PART = ".part"
+RECORD = ".nvfp4-moe-convert.json"
+PART = ".nvfp4-moe-convert.part"
+"""Hidden, since hidden files of a source are not copied: no source has a file of these names."""
 
 
 class Workspace:
@@ -31,35 +41,33 @@ class Workspace:
 
     Args:
         identity: of what is written; shards recorded under another are written again.
+        names: of all files that will be written, below the folder.
 
     Raises:
-        CheckpointError: the folder is complete, or has files that no conversion left there.
+        CheckpointError: the folder is complete, has files that no conversion left there, or cannot be
+            written to. So does every method that writes.
     """
 
-    def __init__(self, path: Path, identity: str, shards: Sequence[str]):
-        self.path, self._identity = path, identity
-        self._records = path / RECORDS
-        if (path / INDEX).exists():
-            raise CheckpointError(path, [f"it is complete: it has {INDEX}; give another folder"])
-        resumes = self._records.is_dir()
-        if path.exists() and not resumes and (not path.is_dir() or any(path.iterdir())):
-            raise CheckpointError(
-                path, ["it is neither empty nor an unfinished conversion; give another folder"]
-            )
-        self._records.mkdir(parents=True, exist_ok=True)
-        for stale in path.glob(f"*{SUFFIX}"):
-            if stale.name not in shards:
-                stale.unlink()
+    def __init__(self, path: Path, identity: str, names: Sequence[str]):
+        self.path = path
+        before = _record(path)
+        shards = before["shards"] if before and before["identity"] == identity else {}
+        self._content = {"identity": identity, "names": sorted(names), "shards": dict(shards)}
+        with self._writing(""):
+            _make_folder(path)
+            if before is not None:
+                _remove(path / INDEX)
+                self._tidy(before["names"])
+            self._write_record()
 
     def finished(self, shard: str) -> dict[str, Any] | None:
         """The facts recorded with a shard that need not be written again."""
-        path, record = self.path / shard, self._record(shard)
+        found = self._content["shards"].get(shard)
         try:
-            found = json.loads(record.read_text("utf-8"))
-            whole = found["identity"] == self._identity and found["sha256"] == sha256(path)
-            return found["facts"] if whole else None
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = found is not None and found["sha256"] == sha256(self._place(shard))
+        except OSError:
             return None
+        return found["facts"] if whole else None
 
     def write_shard(
         self,
@@ -68,42 +76,106 @@ class Workspace:
         metadata: dict[str, str],
         facts: dict[str, Any],
     ) -> None:
-        """Write a shard, then its record with the facts."""
-        path = self.path / shard
-        self._record(shard).unlink(missing_ok=True)
-        replace(path, lambda part: save_file(tensors, part, metadata))
-        record = {"identity": self._identity, "sha256": sha256(path), "facts": facts}
-        self._write_json(self._record(shard), record)
+        """Write a shard, then record it with the facts."""
+        with self._writing(shard):
+            _replace(self._place(shard), lambda part: save_file(tensors, part, metadata))
+            digest = sha256(self._place(shard))
+            self._content["shards"][shard] = {"sha256": digest, "facts": facts}
+            self._write_record()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        self._write_json(self.path / name, content)
+        text = json.dumps(content, indent=2) + "\n"
+        with self._writing(name):
+            _replace(self._place(name), lambda part: part.write_text(text, "utf-8", newline="\n"))
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file, to a path below the folder."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace(target, lambda part: shutil.copyfile(source, part))
+        with self._writing(name):
+            _make_folder(self._place(name).parent)
+            _replace(self._place(name), lambda part: shutil.copyfile(source, part))
 
     def complete(self, index: dict[str, Any]) -> None:
-        """Write the index, after everything else; then drop the records."""
+        """Write the index, after everything else; then remove the record."""
         self.write_json(INDEX, index)
-        shutil.rmtree(self._records)
+        with self._writing(INDEX):
+            _remove(self.path / RECORD)
 
-    def _record(self, shard: str) -> Path:
-        return self._records / f"{shard}.json"
+    def _tidy(self, before: Sequence[str]) -> None:
+        """Remove what an earlier process left: files that are not written again, and temporary ones."""
+        for name in before:
+            place = self._place(name)
+            _remove(place.with_name(PART))
+            if name not in self._content["names"]:
+                _remove(place)
 
-    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
-        text = json.dumps(content, indent=2) + "\n"
-        replace(path, lambda part: part.write_text(text, "utf-8"))
+    def _place(self, name: str) -> Path:
+        return self.path / local(name)
+
+    def _write_record(self) -> None:
+        text = json.dumps(self._content) + "\n"
+        _replace(self.path / RECORD, lambda part: part.write_text(text, "utf-8"))
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn what the system refuses into the one error."""
+        try:
+            yield
+        except (OSError, SafetensorError) as e:
+            reason = (isinstance(e, OSError) and e.strerror) or e
+            what = f"{name}: it" if name else "it"
+            problem = f"{what} cannot be written: {reason}; called again, the conversion is resumed"
+            raise CheckpointError(self.path, [problem]) from e
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file under a temporary name; sync it, and give it its own."""
-    part = path.with_name(path.name + _PART)
+def _record(path: Path) -> dict[str, Any] | None:
+    """The record of an unfinished conversion; None where there is nothing.
+
+    Raises:
+        CheckpointError: the folder is no place for a conversion.
+    """
+    try:
+        found = set(os.listdir(path)) if os.path.lexists(path) else set()
+        reason = refusal(path, path / RECORD) if RECORD in found else None
+        content = (path / RECORD).read_bytes() if RECORD in found and reason is None else b""
+    except OSError as e:
+        raise CheckpointError(path, [f"it cannot be written to: {e.strerror}"]) from None
+    if RECORD not in found:
+        if INDEX in found:
+            raise CheckpointError(path, [f"it is complete: it has {INDEX}; give another folder"])
+        if found - {PART}:
+            raise CheckpointError(
+                path, ["it is neither empty nor an unfinished conversion; give another folder"]
+            )
+        return None
+    try:
+        record = strict_json.parse(content)
+        problems = list(SCHEMA.problems("", record))
+    except ValueError as e:
+        problems = [reason or str(e)]
+    if problems:
+        raise CheckpointError(
+            path, [f"{RECORD} is damaged: {p}; give another folder" for p in problems]
+        )
+    return record
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file under the temporary name; sync it, and give it its own."""
+    part = path.with_name(PART)
     write(part)
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if os.path.lexists(path):
+        os.unlink(path)
+        _sync(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    os.makedirs(path, exist_ok=True)
 
 
 def sha256(path: Path) -> str:
