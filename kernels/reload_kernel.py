@@ -9,6 +9,7 @@ contract; the arithmetic is `quantize_kernel.py`'s with a global scale.
 import triton
 import triton.language as tl
 
+from ..reference import scalars
 from .leaves import await_previous, div, flush, mul, reciprocal
 from .quantize_kernel import (
     BF16,
@@ -20,6 +21,15 @@ from .quantize_kernel import (
     _store_codes,
     _values,
 )
+
+MOST_RAW, MOST_OF_WEIGHTS, LARGEST = (
+    tl.constexpr(value) for value in (scalars.MOST_RAW, scalars.MOST_OF_WEIGHTS, scalars.LARGEST)
+)
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(x > LARGEST, LARGEST, x)
 
 
 @triton.jit
@@ -71,6 +81,7 @@ def _shuffled(row, half_rows, GATED: tl.constexpr):
 def load_weights_kernel(
     x_ptr,  # [n, rows, 16 NB] as int32 words
     amax_ptr,  # [n] fp32
+    added_ptr,  # [n] fp32, or None
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
     codes_ptr,  # [n, padded_rows, 2 padded_blocks] int32
     sf_ptr,  # [n, padded_rows, padded_blocks] uint8, 128x4
@@ -96,14 +107,22 @@ def load_weights_kernel(
     amax = tl.load(amax_ptr + expert)
     encode = mul(reciprocal(amax, False, ARCH), largest, False, ARCH)
     encode = tl.where(amax == 0, 1.0, encode)
+    # `reference.scalars.most_encode_scale`
+    most = tl.full((), MOST_RAW, tl.float32)
+    if added_ptr is not None:
+        most = div(most, tl.load(added_ptr + expert), False, ARCH)
+    if divisor_ptr is not None:
+        most = div(most, tl.load(divisor_ptr), False, ARCH)
+    most = tl.minimum(most, MOST_OF_WEIGHTS)
+    encode = tl.where(encode > most, most, encode)
     if tl.program_id(0) == 0:
         scalar = reciprocal(encode, False, ARCH)
         if divisor_ptr is not None:
-            scalar = div(scalar, tl.load(divisor_ptr), False, ARCH)
+            scalar = _finite(div(scalar, tl.load(divisor_ptr), False, ARCH))
         tl.store(scalar_ptr + expert, scalar)
         if up_scalar_ptr is not None:
             if factor_ptr is not None:
-                scalar = mul(scalar, tl.load(factor_ptr), False, ARCH)
+                scalar = _finite(mul(scalar, tl.load(factor_ptr), False, ARCH))
             tl.store(up_scalar_ptr + expert, scalar)
     encode = flush(encode, FTZ, ARCH) + tl.zeros((1, 1), tl.float32)
 

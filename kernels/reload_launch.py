@@ -44,6 +44,7 @@ def _write_copied(job: Job, recipe: Recipe) -> None:
             amax=None if job.amax is None else job.amax[some],
             codes=job.codes[some],
             block_scales=job.block_scales[some],
+            added=None if job.added is None else job.added[some],
             scalar=job.scalar[some],
             up_scalar=None if job.up_scalar is None else job.up_scalar[some],
         )
@@ -86,6 +87,7 @@ def _launch_quantize(job: Job, amax: torch.Tensor, recipe: Recipe) -> None:
     k.load_weights_kernel[(triton.cdiv(rows * blocks, _BLOCKS), n)](
         job.w.view(torch.int32),
         amax,
+        job.added,
         rcp_delta(job.w.device) if INTERPRETING else None,
         job.codes.view(torch.int32),
         job.block_scales.view(torch.uint8),

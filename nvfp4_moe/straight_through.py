@@ -28,8 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from .kernels.dispatch import nvfp4_quantize
 from .kernels.moe_dispatch import fused_moe
+from .reference.activation import activate
 from .reference.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
-from .reference.moe import Activations, activate_raw, hidden_values
+from .reference.moe import Activations, hidden_values
 from .reference.recipe import Recipe, SfLayout
 from .reference.versions import versions
 
@@ -111,11 +112,15 @@ def _add_gradients(
 ) -> None:
     """One expert's; `grad` is [N, H] fp32, the output's at these tokens."""
     hidden, inner = experts.hidden_size, experts.intermediate_size
-    w13 = gemm1_values(experts, e)[:, :hidden]
+    scales = _row_scales(experts, e)
+    w13 = gemm1_values(experts, e)[:, :hidden] * scales[:, None]
     w2 = gemm2_values(experts, e)[:hidden, :inner] * experts.output2_scale_scalar[e]
-    raw = (some.values @ w13.T).requires_grad_()  # in units of the expert's scale, as its bias is
+    raw = some.values @ w13.T
+    if experts.gemm1_bias is not None:
+        raw = raw + unshuffled_bias(experts.gemm1_bias[e], experts.activation.gated) * scales
+    raw.requires_grad_()
     with torch.enable_grad():
-        activated = activate_raw(raw, experts, e)[:, :inner]
+        activated = _activated(raw, experts, e)[:, :inner]
     mid = _dequantized(activated.detach().bfloat16(), recipe)
 
     if into.weights is not None:
@@ -131,16 +136,40 @@ def _add_gradients(
     if into.w2_bias is not None:
         into.w2_bias[e] = d_row.sum(0)
 
-    (d_units,) = torch.autograd.grad(activated, raw, d_row @ w2)
+    (d_padded,) = torch.autograd.grad(activated, raw, d_row @ w2)
     if into.x is not None:
-        into.x.index_add_(0, some.token, d_units @ w13)
-    halves = d_units.chunk(2 if experts.activation.gated else 1, 1)
+        into.x.index_add_(0, some.token, d_padded @ w13)
+    halves = d_padded.chunk(2 if experts.activation.gated else 1, 1)
     d_raw = torch.cat([half[:, :inner] for half in halves], 1)
-    d_raw = d_raw / experts.output1_scale_gate_scalar[e]
     if into.w13 is not None:
         into.w13[e] = d_raw.T @ some.values
     if into.w13_bias is not None:
         into.w13_bias[e] = d_raw.sum(0)
+
+
+def _row_scales(experts: Experts, e: int) -> torch.Tensor:
+    """[M1] fp32: what makes each row of the first GEMM physical."""
+    kind, gate = experts.activation, experts.output1_scale_gate_scalar[e]
+    up = experts.output1_scale_scalar[e] if kind.linear_up else gate
+    rows = experts.gemm1_weights.shape[1]
+    return torch.stack([up, gate] if kind.gated else [gate]).repeat_interleave(
+        rows // (2 if kind.gated else 1)
+    )
+
+
+def _activated(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
+    """`moe.activate_raw` in physical units: of the scalars, a gradient through it would leave fp32."""
+    kind, gate = experts.activation, experts.output1_scale_gate_scalar[e]
+    up = experts.output1_scale_scalar[e] if kind.linear_up else 1.0
+
+    def of_expert(value: torch.Tensor | None, unit: torch.Tensor | float) -> torch.Tensor | None:
+        return None if value is None else value[e] * unit
+
+    return activate(
+        raw, kind, alpha=of_expert(experts.gemm1_alpha, 1.0),
+        beta=of_expert(experts.gemm1_beta, up),
+        clamp_limit=of_expert(experts.gemm1_clamp_limit, gate),
+    )  # fmt: skip
 
 
 def _dequantized(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -8,6 +8,7 @@ alike and lie in 128x4. Source: flashinfer-python 0.7.2, `fused_moe/prepare.py:4
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,18 @@ from . import checks, e2m1, e4m3
 from .activation import ActivationType
 from .expert_arguments import Options, check_assembly, check_preparation, check_values
 from .layouts import from_linear, to_linear
+from .parameters import Parameters
 from .quantize import quantize_global_scale
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
-from .scalars import check_one_scale, in_raw_units, per_expert, static_encode_scale
+from .scalars import (
+    MOST_RAW,
+    check_one_scale,
+    in_raw_units,
+    product,
+    quotient,
+    raised,
+    weight_encode_scale,
+)
 from .shuffle import interleave_gated_rows, inverse, shuffle_rows
 
 if TYPE_CHECKING:
@@ -192,41 +202,34 @@ def quantize_experts(
 ) -> Experts:
     """`prepare_experts` of arguments that are checked; it does not wait for the GPU."""
     recipe = recipe or Recipe("exact")
-    quantized = [
-        quantize_weight(w, w.abs().amax(), recipe)
-        for e in range(w13.shape[0])
-        for w in (w13[e], w2[e])
-    ]
-    codes, scales, decode = zip(*quantized, strict=True)
-    return assemble_experts(
-        torch.stack(codes[0::2]), torch.stack(scales[0::2]), torch.stack(decode[0::2]),
-        torch.stack(codes[1::2]), torch.stack(scales[1::2]), torch.stack(decode[1::2]),
-        activation, **options,
-    )  # fmt: skip
+    parameters = Parameters.of(w13, activation, options)
+    quantized = []
+    for w, most in zip((w13, w2), parameters.most_encode_scales, strict=True):
+        each = most.expand(len(w)) if isinstance(most, torch.Tensor) else [most] * len(w)
+        experts = (quantize_weight(w[e], w[e].abs().amax(), recipe, each[e]) for e in range(len(w)))
+        quantized.append([torch.stack(part) for part in zip(*experts, strict=True)])
+    return _assembled(*quantized, parameters)
 
 
 def quantize_weight(
-    w: torch.Tensor, amax: torch.Tensor, recipe: Recipe
+    w: torch.Tensor,
+    amax: torch.Tensor,
+    recipe: Recipe,
+    most: torch.Tensor | float = MOST_RAW,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize rows of an expert's weights, as `prepare_experts` does.
 
     Args:
         w: [rows, K] bf16 or fp16.
         amax: [], the largest magnitude of all rows that share the scale (gate's and up's).
+        most: the largest encode scale; `scalars.most_encode_scale` of what is added to the sums.
 
     Returns:
         (codes, linear block scales, decode scale []); zeros have scale 1.
     """
-    encode = weight_encode_scale(amax, recipe)
+    encode = weight_encode_scale(amax, recipe, most)
     q = quantize_global_scale(w, encode, recipe)
     return q.codes, q.block_scales, encode.reciprocal()
-
-
-def weight_encode_scale(amax: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Encode scales, fp32, of weights with the given largest magnitudes; zeros have 1."""
-    amax = amax.float()
-    # As torch divides a number by a tensor: two roundings, which every writer of weights repeats.
-    return torch.where(amax == 0, 1.0, amax.reciprocal() * (6.0 * recipe.e4m3_max))
 
 
 @torch.no_grad()
@@ -267,64 +270,45 @@ def assemble_experts(
     }  # fmt: skip
     quantized = (w13_codes, w13_scales, w13_decode), (w2_codes, w2_scales, w2_decode)
     check_assembly(*quantized, activation, options)
-    gated = activation.gated
-    num_experts, rows, half = w13_codes.shape
+    parameters = Parameters.of(w13_codes, activation, options)
+    w13_decode, w2_decode = w13_decode.float(), w2_decode.float()
+    if w13_decode.dim() == 2:
+        check_one_scale(activation, *w13_decode.unbind(1), parameters.clamp_limit)
+    first, second = parameters.most_encode_scales
+    return _assembled(
+        (w13_codes, *raised(w13_scales, w13_decode, first)),
+        (w2_codes, *raised(w2_scales, w2_decode, second)),
+        parameters,
+    )
+
+
+def _assembled(w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], p: Parameters) -> Experts:
+    """Experts of (codes, block scales, decode scales), as `assemble_experts` takes them."""
+    gated, linear_up = p.activation.gated, p.activation.linear_up
+    rows, half = w13[0].shape[1:]
     hidden, intermediate = half * 2, rows // (2 if gated else 1)
     padded = padded_sizes(hidden, intermediate, gated)
-    device = w13_codes.device
-
-    up_decode, gate_decode = (
-        w13_decode.float().expand(num_experts) if w13_decode.dim() < 2 else w13_decode[:, i].float()
-        for i in (0, 1)
-    )
-    w2_decode = w2_decode.float()
-    input_scale = _encode_scale(input_amax, device)
-    intermediate_scale = _encode_scale(intermediate_amax, device)
-    c = 1.0 if intermediate_scale is None else intermediate_scale
-    a = 1.0 if input_scale is None else input_scale
-    gate_scalar = gate_decode / a
-    linear_up = activation.linear_up
-    scalar = up_decode / a * c if linear_up else torch.full_like(gate_scalar, 1.0) * c
-
-    limit, added = (per_expert(value, num_experts, device) for value in (clamp_limit, beta))
-    if w13_decode.dim() == 2:
-        check_one_scale(activation, up_decode, gate_decode, limit)
-    if added is not None and linear_up:
-        added = in_raw_units(added, up_decode / a)
-    bias1 = None
-    if w13_bias is not None:
-        divisor = gate_scalar[:, None].expand(num_experts, rows)
-        if linear_up:
-            divisor = torch.cat(
-                [
-                    (up_decode / a)[:, None].expand(num_experts, intermediate),
-                    divisor[:, :intermediate],
-                ],
-                1,
-            )
-        bias1 = lay_out_bias(w13_bias, divisor, gated, padded[1])
-    output2 = w2_decode / c
-    bias2 = None
-    if w2_bias is not None:
-        bias2 = lay_out_bias(w2_bias, output2[:, None], False, padded[0])
-
+    up, gate = w13[2].unbind(1) if w13[2].dim() == 2 else (w13[2], w13[2])
+    up, gate = quotient(up, p.input_scale), quotient(gate, p.input_scale)
+    output2 = quotient(w2[2], p.intermediate_scale)
+    beta, bias1, bias2, limit = p.beta, None, None, None
+    if p.swiglu_beta is not None:
+        beta = in_raw_units(p.swiglu_beta, up)
+    if p.w13_bias is not None:
+        halves = [up, gate] if linear_up else [gate]
+        divisor = torch.stack(halves, 1).repeat_interleave(rows // len(halves), 1)
+        bias1 = lay_out_bias(p.w13_bias, divisor, gated, padded[1])
+    if p.w2_bias is not None:
+        bias2 = lay_out_bias(p.w2_bias, output2[:, None], False, padded[0])
+    if p.clamp_limit is not None:
+        limit = in_raw_units(p.clamp_limit, gate)
     return Experts(
-        *lay_out(w13_codes, w13_scales, gated, padded[1], padded[0]),
-        *lay_out(w2_codes, w2_scales, False, padded[0], padded[1]),
-        scalar.contiguous(),
-        gate_scalar.contiguous(),
-        output2.contiguous(),
-        hidden,
-        intermediate,
-        activation,
-        bias1,
-        bias2,
-        per_expert(alpha, num_experts, device),
-        added,
-        None if limit is None else in_raw_units(limit, gate_scalar),
-        input_scale,
-        intermediate_scale,
-    )
+        *lay_out(w13[0], w13[1], gated, padded[1], padded[0]),
+        *lay_out(w2[0], w2[1], False, padded[0], padded[1]),
+        product(up if linear_up else torch.ones_like(gate), p.intermediate_scale).contiguous(),
+        gate.contiguous(), output2.contiguous(), hidden, intermediate, p.activation, bias1, bias2,
+        p.alpha, beta, limit, p.input_scale, p.intermediate_scale,
+    )  # fmt: skip
 
 
 def lay_out(
@@ -337,14 +321,14 @@ def lay_out(
         rows: padded ones, of each half; columns: padded ones, not packed.
     """
     return (
-        _pad_columns(_rows(codes, gated, rows), columns // 2),
-        _swizzle(_pad_columns(_rows(_bytes(scales), gated, rows), columns // BLOCK_SIZE)),
+        _pad_columns(lay_out_rows(codes, gated, rows), columns // 2),
+        _swizzle(_pad_columns(lay_out_rows(_bytes(scales), gated, rows), columns // BLOCK_SIZE)),
     )
 
 
 def lay_out_bias(bias: torch.Tensor, divisor: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
     """[E, padded rows] fp32 of a bias [E, rows] in physical units: divided by the scalar after it."""
-    return _rows(in_raw_units(bias, divisor)[..., None], gated, rows)[..., 0]
+    return lay_out_rows(in_raw_units(bias, divisor)[..., None], gated, rows)[..., 0]
 
 
 def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
@@ -381,12 +365,6 @@ def row_order(rows: int, gated: bool, device: torch.device | str = "cpu") -> tor
     return interleave_gated_rows(rows, device)[order] if gated else order
 
 
-def _encode_scale(amax: float | None, device: torch.device) -> torch.Tensor | None:
-    if amax is None:
-        return None
-    return torch.full((1,), static_encode_scale(amax), dtype=torch.float32, device=device)
-
-
 def _bytes(scales: torch.Tensor) -> torch.Tensor:
     return scales.view(torch.uint8)
 
@@ -403,7 +381,7 @@ def _pad_columns(t: torch.Tensor, columns: int) -> torch.Tensor:
     return full
 
 
-def _rows(t: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
+def lay_out_rows(t: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
     """[E, natural rows, C]: each half padded to `rows`, interleaved and shuffled."""
     halves = t.chunk(2, 1) if gated else (t,)
     full = torch.cat([_pad_rows(half, rows) for half in halves], 1)

@@ -26,6 +26,7 @@ import torch
 
 from . import e4m3
 from .fp32 import flush, rcp_approx_ftz
+from .scalars import MOST_OF_WEIGHTS
 
 BLOCK = 128
 MX_BLOCK = 32
@@ -40,9 +41,9 @@ class Scaled(NamedTuple):
 
 
 def encode_scale(amax: torch.Tensor) -> torch.Tensor:
-    """The per-tensor encode scale of a largest magnitude, fp32 of any shape; 1 of zeros."""
+    """The per-tensor encode scale of a largest magnitude, fp32; 1 of zeros, at most 2^117."""
     # As torch divides a number by a tensor, in two roundings, which FlashInfer's Python does.
-    return torch.where(amax > 0, e4m3.MAX / amax.float(), 1.0)
+    return torch.where(amax > 0, e4m3.MAX / amax.float(), 1.0).clamp(max=MOST_OF_WEIGHTS)
 
 
 def quantize_per_tensor(x: torch.Tensor, encode: torch.Tensor) -> torch.Tensor:

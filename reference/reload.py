@@ -6,7 +6,8 @@ at its next replay. All that is wrong is said before anything is written. A call
 sees the old layer or the new one.
 
     amax     of an expert's w13, gate and up together, and of its w2
-    encode   (1 / amax) * (6 * e4m3_max), 1 where amax is 0;  decode = 1 / encode
+    encode   (1 / amax) * (6 * e4m3_max), 1 where amax is 0, at most what `scalars.py` says
+    decode   1 / encode
     rows     quantized with encode, shuffled, block scales in 128x4 (`experts.py`)
 
 Every byte of these experts is written, padding included, so that nothing of them needs to have lasted: a
@@ -26,7 +27,15 @@ from .cutlass import refresh_cutlass
 from .experts import Experts, lay_out, lay_out_bias, quantize_weight
 from .recipe import Recipe
 from .reload_arguments import Options, check
-from .scalars import in_raw_units, static_encode_scale
+from .scalars import (
+    in_raw_units,
+    largest_added,
+    most_encode_scale,
+    per_expert,
+    product,
+    quotient,
+    static_encode_scale,
+)
 from .versions import mark_written
 
 
@@ -39,6 +48,7 @@ class Job:
     gated: bool  # rows are [up; gate]
     codes: torch.Tensor  # [n, padded rows, padded K / 2] uint8, written
     block_scales: torch.Tensor  # [n, padded rows, padded K / 16] e4m3, written
+    added: torch.Tensor | None  # [n] fp32, from `scalars.largest_added`
     scalar: torch.Tensor  # [n] fp32, becomes decode / divisor
     divisor: torch.Tensor | None  # [1] fp32; None: 1
     up_scalar: torch.Tensor | None  # [n] fp32, becomes scalar * factor
@@ -54,17 +64,18 @@ def write_by_reference(jobs: Sequence[Job], recipe: Recipe) -> None:
     for job in jobs:
         rows, columns = job.codes.shape[1], job.codes.shape[2] * 2
         rows //= 2 if job.gated else 1
+        most = most_encode_scale(job.divisor, job.added)
         for e in range(job.w.shape[0]):
             amax = job.w[e].abs().amax() if job.amax is None else job.amax[e]
-            codes, scales, decode = quantize_weight(job.w[e], amax, recipe)
+            own = most if isinstance(most, float) else most.expand(len(job.w))[e]
+            codes, scales, decode = quantize_weight(job.w[e], amax, recipe, own)
             codes, scales = lay_out(codes[None], scales[None], job.gated, rows, columns)
             job.codes[e].copy_(codes[0])
             job.block_scales[e].copy_(scales[0])
             one = slice(e, e + 1)
-            job.scalar[one].copy_(decode if job.divisor is None else decode / job.divisor)
+            job.scalar[one].copy_(quotient(decode, job.divisor))
             if job.up_scalar is not None:
-                scalar = job.scalar[one]
-                job.up_scalar[one].copy_(scalar if job.factor is None else scalar * job.factor)
+                job.up_scalar[one].copy_(product(job.scalar[one], job.factor))
 
 
 WRITERS: dict[str, Callable[[torch.device], tuple[Writer | None, str]]] = {
@@ -94,7 +105,8 @@ def load_(
     # Without a graph; and tensors that were made in this mode can be written in no other.
     with torch.inference_mode():
         _write_static_scales(experts, some, options)
-        write(_jobs(experts, some, w13, w2, *(amax or (None, None))), recipe or Recipe("exact"))
+        jobs = _jobs(experts, some, (w13, w2), amax or (None, None), _added(experts, n, options))
+        write(jobs, recipe or Recipe("exact"))
         _write_parameters(experts, some, options)
         refresh_cute_dsl(experts, some)
         refresh_cutlass(experts, some)
@@ -104,22 +116,27 @@ def load_(
 def _jobs(
     e: Experts,
     some: slice,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    amax13: torch.Tensor | None,
-    amax2: torch.Tensor | None,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    amax: Sequence[torch.Tensor | None],
+    added: Sequence[torch.Tensor | None],
 ) -> tuple[Job, Job]:
     """Scalars as `assemble_experts` makes them of decode scales that gate and up share."""
     first = Job(
-        w13, amax13, e.activation.gated, e.gemm1_weights[some], e.gemm1_weights_scale[some],
-        e.output1_scale_gate_scalar[some], e.input_scale,
+        weights[0], amax[0], e.activation.gated, e.gemm1_weights[some],
+        e.gemm1_weights_scale[some], added[0], e.output1_scale_gate_scalar[some], e.input_scale,
         e.output1_scale_scalar[some] if e.activation.linear_up else None, e.intermediate_scale,
     )  # fmt: skip
     second = Job(
-        w2, amax2, False, e.gemm2_weights[some], e.gemm2_weights_scale[some],
+        weights[1], amax[1], False, e.gemm2_weights[some], e.gemm2_weights_scale[some], added[1],
         e.output2_scale_scalar[some], e.intermediate_scale, None, None,
     )  # fmt: skip
     return first, second
+
+
+def _added(e: Experts, n: int, options: Options) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The largest magnitudes of what is added to the accumulators of the two GEMMs."""
+    beta = per_expert(options.beta, n, e.gemm1_weights.device) if e.activation.linear_up else None
+    return largest_added(options.w13_bias, beta), largest_added(options.w2_bias)
 
 
 def _write_static_scales(e: Experts, some: slice, options: Options) -> None:
@@ -151,14 +168,8 @@ def _write_parameters(e: Experts, some: slice, options: Options) -> None:
         (e.gemm1_beta, options.beta, e.activation.linear_up),
         (e.gemm1_clamp_limit, options.clamp_limit, True),
     ):
-        if held is None or new is None:
-            continue
-        if isinstance(new, torch.Tensor):
-            held[some].copy_(new)
-        else:  # a tensor made of the number would be a copy from the host, which no graph captures
-            held[some].fill_(new)
-        if raw:
-            held[some].copy_(in_raw_units(held[some], gate))
+        if held is not None and (value := per_expert(new, len(gate), gate.device)) is not None:
+            held[some].copy_(in_raw_units(value, gate) if raw else value)
 
 
 def _writer(backend: str, device: torch.device) -> Writer:

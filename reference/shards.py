@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .experts import Experts, assemble_experts, row_order, unshuffled_bias
+from .experts import Experts, lay_out, lay_out_rows, padded_sizes, row_order, unshuffled_bias
 from .layouts import to_linear
 from .moe import Accumulate, Activations, FinalizeOrder, MoEResult, fused_moe
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
@@ -92,27 +92,25 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
         return to_linear(scales.view(torch.uint8), rows, k // BLOCK_SIZE, SfLayout.layout_128x4)
 
     assert 0 < width <= size
-    hidden, ones = e.hidden_size, torch.ones_like(e.output2_scale_scalar)
+    hidden, (wide, rows) = e.hidden_size, padded_sizes(e.hidden_size, size, gated)
     codes1 = e.gemm1_weights[:, order1, : hidden // 2]
     scales1 = linear(e.gemm1_weights_scale, m1, padded)[:, order1, : hidden // BLOCK_SIZE]
     scales2 = linear(e.gemm2_weights_scale, padded, e.padded_intermediate_size)
+    w13 = lay_out(rows1(codes1), rows1(scales1), gated, rows, wide)
+    w2 = lay_out(columns2(e.gemm2_weights, 2), columns2(scales2, BLOCK_SIZE), False, wide, rows)
     bias1 = bias2 = None
     if e.gemm1_bias is not None:
-        bias1 = rows1(unshuffled_bias(e.gemm1_bias, gated)[..., None])[..., 0]
+        natural = rows1(unshuffled_bias(e.gemm1_bias, gated)[..., None])
+        bias1 = lay_out_rows(natural, gated, rows)[..., 0]
     if e.gemm2_bias is not None and rank == 0:
-        bias2 = unshuffled_bias(e.gemm2_bias, gated=False)[:, :hidden]
-    shard = assemble_experts(
-        rows1(codes1), rows1(scales1), ones, columns2(e.gemm2_weights, 2),
-        columns2(scales2, BLOCK_SIZE), ones, e.activation, w13_bias=bias1, w2_bias=bias2,
-    )  # fmt: skip
+        bias2 = e.gemm2_bias.clone()
     # Scalars, and biases divided by them, are taken over: made again they might round otherwise.
     return replace(
-        shard,
-        router_weight_on_input=e.router_weight_on_input,
-        shard=(rank, shards),
-        first_expert=e.first_expert,
+        e, gemm1_weights=w13[0], gemm1_weights_scale=w13[1], gemm2_weights=w2[0],
+        gemm2_weights_scale=w2[1], intermediate_size=size, gemm1_bias=bias1, gemm2_bias=bias2,
+        cute_dsl=None, cutlass=None, shard=(rank, shards),
         **{name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE},
-    )
+    )  # fmt: skip
 
 
 def select_experts(experts: Experts, first: int, count: int) -> Experts:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from . import checks, e4m3
-from .experts import weight_encode_scale
 from .moe import Activations, hidden_values
 from .quantize import (
     Quantized,
@@ -22,6 +21,7 @@ from .quantize import (
     quantize_per_token,
 )
 from .recipe import BLOCK_SIZE, Recipe
+from .scalars import weight_encode_scale
 
 COUNTS = (
     "rows",

@@ -155,10 +155,9 @@ def experts(device: str, backend: str) -> Any:
     sums = [e.checksum() for e in (static, made, plain)]
     found = digest(*before, select_experts(made, 1, 2))
     new = [w.to(device) for w in weights(seed=7)]
-    static.load_(*new, backend=backend)
-    made.load_(
-        *new, clamp_limit=7.1, w13_bias=new[0][:, :, 0], w2_bias=new[1][:, :, 0], backend=backend
-    )
+    static.load_(*new, input_amax=3.3, intermediate_amax=7.7, backend=backend)
+    biases = {"w13_bias": new[0][:, :, 0], "w2_bias": new[1][:, :, 0]}
+    made.load_(*new, alpha=1.7, clamp_limit=7.1, **biases, backend=backend)
     return found, sums, static, made
 
 

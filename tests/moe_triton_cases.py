@@ -15,7 +15,7 @@ from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference import routing as reference_routing
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds import fused_moe_bounds
-from nvfp4_moe.reference.experts import assemble_experts, gemm2_values
+from nvfp4_moe.reference.experts import assemble_experts, gemm2_values, prepare_experts
 from nvfp4_moe.reference.interval import CONTIGUOUS
 from nvfp4_moe.reference.moe import Activations
 from nvfp4_moe.reference.quantize import quantize_per_token
@@ -172,6 +172,23 @@ def parameters_and_biases(device, config=SMALL):
         close(case, device, kind.name, config=config)
 
 
+def weights_of_all_magnitudes(device, config=SMALL):
+    """Beside biases, a beta and a limit that a scale of their own could not hold."""
+    case = moe_cases.make(Shape(8, 128, 64, 4, 2))
+    sizes = torch.tensor([2.0**-133, 1e-36, 1e-3, 1e9], dtype=torch.float64)[:, None, None]
+    w13, w2 = ((w * sizes).bfloat16() for w in (case.w13, case.w2))
+    g = torch.Generator().manual_seed(5)
+    bias = {
+        "w13_bias": torch.randn(4, 128, generator=g),
+        "w2_bias": torch.randn(4, 128, generator=g),
+    }
+    given = {"alpha": 1.702, "beta": torch.tensor([1.0, 0.5, 1.0, 1e4]), "clamp_limit": 7.0}
+    experts = prepare_experts(w13, w2, **bias, **given)
+    case = dataclasses.replace(case, experts=experts)
+    assert output_of(case, device, config).isfinite().all()
+    close(case, device, "weights of all magnitudes", config=config)
+
+
 def bf16_activations(device, config=SMALL):
     case = moe_cases.make(Shape(5, 128, 128, 4, 2), mode="bf16")
     close(case, device, "bf16", config=config)
@@ -315,6 +332,7 @@ CASES = [
     expert_parallel,
     recipes,
     parameters_and_biases,
+    weights_of_all_magnitudes,
     bf16_activations,
     static_scales,
     quantized_on_the_way,

@@ -89,6 +89,7 @@ def each_way(device: str, backend: str) -> None:
     reloaded(swiglu, device, backend, given=True)
     for kind in (swiglu, relu2):
         copies(kind, device, backend)
+        of_all_magnitudes(kind, device, backend)
 
 
 def reloaded(
@@ -160,6 +161,32 @@ def restored(device: str, backend: str) -> None:
                     got.load_(w13[some], w2[some], first=some.start, backend=backend, **given)
                 what = f"{kind.name}, {sorted(options)}, {backend}, pages of {byte}, {split}"
                 assert_same(got, want, what)
+
+
+MAGNITUDES = (2.0**-133, 1e-37, 1e-34, 1e-20, 1.0, 2.0**124)
+
+
+def of_all_magnitudes(kind: ActivationType, device: str, backend: str) -> None:
+    """Weights, biases, limits and static scales from the smallest numbers to the largest."""
+    n, rows = len(MAGNITUDES), 32 if kind.gated else 16
+    shapes = (n, rows, 32), (n, 32, 16)
+    size = torch.tensor(MAGNITUDES, dtype=torch.float64)[:, None, None]
+    g = torch.Generator().manual_seed(3)
+    old = [torch.ones(shape, dtype=torch.bfloat16) for shape in shapes]
+    new = [(torch.randn(s, generator=g).clamp(-8, 8) * size).bfloat16() for s in shapes]
+    for of_bias, amax in ((None, None), (1e-45, 1e-45), (3e38, 3e38), (3e38, 1e-30), (1e9, None)):
+        static = {} if amax is None else {"input_amax": amax, "intermediate_amax": amax}
+        given: dict[str, Any] = {}
+        if of_bias is not None:
+            given = {"w13_bias": torch.full((n, rows), of_bias)}
+            given["w2_bias"] = torch.full((n, 32), of_bias)
+            if kind.gated:
+                given |= {"beta": of_bias, "clamp_limit": of_bias}
+        experts = moved(prepare_experts(*old, kind, **static, **given), device)
+        on = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+        experts.load_(*(w.to(device) for w in new), backend=backend, **on, **static)
+        want = prepare_experts(*new, kind, **static, **given)
+        assert_same(experts, want, f"{kind.name}, {backend}, {of_bias}, {amax}")
 
 
 def copies(kind: ActivationType, device: str, backend: str) -> None:

@@ -22,7 +22,7 @@ def compile_writer(arch, recipe, dtype, gated=True):
         "BLOCKS": 256, "ARCH": arch,
     }  # fmt: skip
     types = {
-        "x_ptr": "*i32", "amax_ptr": "*fp32", "codes_ptr": "*i32", "sf_ptr": "*u8",
+        "x_ptr": "*i32", "amax_ptr": "*fp32", "added_ptr": "*fp32", "codes_ptr": "*i32", "sf_ptr": "*u8",
         "scalar_ptr": "*fp32", "divisor_ptr": "*fp32", "up_scalar_ptr": "*fp32",
         "factor_ptr": "*fp32", "largest": "fp32", "rows": "i32", "half_rows": "i32", "NB": "i32",
         "padded_rows": "i32", "padded_blocks": "i32",
