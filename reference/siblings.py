@@ -78,6 +78,7 @@ class SiblingActivations:
     scale: torch.Tensor | None = None  # [H/128, T] fp32 (fp8 block), [T, H/32] uint8 e8m0 (mxfp8)
 
 
+@torch.no_grad()
 def prepare_sibling(
     format: Format,
     w13: torch.Tensor,

@@ -130,14 +130,14 @@ def poison(experts: Experts, byte: int = 0x7F) -> None:
         (t if t.dim() else t.reshape(1)).view(torch.uint8).fill_(byte)
 
 
-def restored(device: str, backend: str) -> None:
-    """Every option of `prepare_experts` that a layer can have, after its pages were dropped."""
+def options_of(device: str) -> list[tuple[ActivationType, dict[str, Any]]]:
+    """Layers of 3 experts that have every option of `prepare_experts`, between them."""
     swiglu, relu2, situ = ActivationType.Swiglu, ActivationType.Relu2, ActivationType.Situ
     static = {"input_amax": 3.0, "intermediate_amax": 5.0}
     biases = {"w13_bias": torch.linspace(-1, 1, 3 * 160).reshape(3, 160).to(device)}
     biases["w2_bias"] = torch.linspace(-2, 1, 3 * 208).reshape(3, 208).to(device)
     apart = {name: torch.tensor([1.5, 2.5, 0.7], device=device) for name in ("alpha", "beta")}
-    made: list[tuple[ActivationType, dict[str, Any]]] = [
+    return [
         (swiglu, {}),
         (swiglu, {"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0} | biases),
         (swiglu, apart | static),
@@ -146,7 +146,11 @@ def restored(device: str, backend: str) -> None:
         (relu2, static),
         (relu2, {}),
     ]
-    for kind, options in made:
+
+
+def restored(device: str, backend: str) -> None:
+    """Every option of `prepare_experts` that a layer can have, after its pages were dropped."""
+    for kind, options in options_of(device):
         w13, w2 = (w.to(device) for w in weights(kind, 1))
         want = prepare_experts(w13, w2, kind, **options)
         for byte in (0x7F,) if options else (0, 0x7F):

@@ -75,6 +75,22 @@ def test_a_captured_graph_serves_the_new_weights():
     assert torch.equal(got, want)
 
 
+def test_every_option_is_captured():
+    """A replay writes the weights, scales, biases and parameters of the captured call anew."""
+    for kind, options in cases.options_of("cuda"):
+        new = tuple(w.cuda() for w in cases.weights(kind, 1))
+        want = prepare_experts(*new, kind, **options)
+        experts = cases.moved(want, "cuda")
+        experts.load_(*new, **options)  # compile
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            experts.load_(*new, **options)
+        cases.poison(experts)
+        graph.replay()
+        cases.assert_same(experts, want, f"{kind.name}, {sorted(options)}")
+
+
 def test_little_memory_and_no_wait():
     """Beyond the old and the new weights a few bytes an expert; one expert's, where a copy must be.
 

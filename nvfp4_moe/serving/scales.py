@@ -48,6 +48,7 @@ class ServingScales:
         return scaled.to(torch.float8_e4m3fn).flatten(1, 2)
 
 
+@torch.no_grad()
 def serving_scales(
     w13_weight_scale_2: torch.Tensor,
     w2_weight_scale_2: torch.Tensor,
