@@ -21,6 +21,8 @@ import torch
 
 MOST = 16
 """Processes at a time, each of which imports torch."""
+PATIENCE = 20.0
+"""Seconds for a process that was told to end."""
 _ROOT = Path(__file__).resolve().parent.parent
 _running: set[subprocess.Popen] = set()
 T = TypeVar("T")
@@ -44,9 +46,14 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], count: int) -> 
         except BaseException:
             for future in futures:
                 future.cancel()
+            told: dict[subprocess.Popen, float] = {}
             while wait(futures, timeout=0.1).not_done:  # a thread may be starting another one
                 for child in list(_running):
-                    child.kill()
+                    if child not in told:
+                        told[child] = time.monotonic()
+                        child.terminate()
+                    elif time.monotonic() - told[child] > PATIENCE:
+                        child.kill()
             raise
 
 
@@ -68,13 +75,22 @@ def run(
         printed, _ = child.communicate(timeout=timeout)
         return child.returncode, printed
     except subprocess.TimeoutExpired:
-        child.kill()
+        _end(child)
         printed, _ = child.communicate()
         return None, printed
     finally:
+        _end(child)
+        _running.discard(child)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """End a process, which has a while to end its own before it is killed."""
+    child.terminate()
+    try:
+        child.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-        _running.discard(child)
 
 
 def call(function: str, jobs: list[tuple], **environment: str) -> list[Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nvfp4_moe import diff_siblings, inputs, interpreter, matrix_moe, page, report, runners
+from nvfp4_moe import diff_moe, diff_siblings, inputs, interpreter, page, report, runners
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.compare import run_reference
 from nvfp4_moe.exits import Exit
@@ -91,9 +91,9 @@ def test_layers_that_cannot_run(named, capsys, tmp_path, monkeypatch):
 
 
 def test_the_reference_judged_by_itself(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    few = matrix_moe.cases()[:1]
-    monkeypatch.setitem(matrix_moe.SETS, "few", lambda: few)
+    section = Section("layers", notes=["24 tokens"])
+    section.put("Swiglu", "reference", Cell("inside", 1))
+    monkeypatch.setattr(diff_moe, "run", lambda *_: diff_moe.Judgement(section))
     arguments = ["--only", "moe", "--layers", "few", "--backends", "reference"]
     told_as_nothing(*diff(capsys, tmp_path, *arguments))
 

@@ -2,14 +2,22 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from .. import files
+from ..exits import CommandError, Exit
+from ..reference import checks
 from ..reference.recipe import Recipe, all_recipes
 from .convert import convert
 from .errors import CheckpointError
 from .layer_error import print_errors
 from .progress import Bar
+from .workspace import RECORD
 
 RECIPES: dict[str, Recipe] = {
     str(r).removesuffix("-cuda"): r
@@ -42,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to quantize; default: %(default)s")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Exit:
+    files.check_folder("DST", options.destination)
+    try:
+        checks.device("--device", options.device)
+    except ValueError as e:
+        raise CommandError(str(e)) from None
     try:
         errors = convert(
             options.source,
@@ -54,7 +67,17 @@ def run(options: argparse.Namespace) -> int:
             progress=Bar(),
         )
     except CheckpointError as e:
-        print(e, file=sys.stderr)
-        return 2
+        broke_off = isinstance(e.__cause__, OSError | SafetensorError)
+        raise CommandError(str(e), Exit.BROKEN if broke_off else Exit.USAGE) from None
     print_errors(errors, sys.stdout)
-    return 0
+    return Exit.DONE
+
+
+def left(options: argparse.Namespace) -> str:
+    """What an interrupt leaves, and how to go on."""
+    done = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads((options.destination / RECORD).read_bytes())
+        done = len(record["shards"])
+    shards = f"{done} shard{'' if done == 1 else 's'}"
+    return f"{shards} finished in {options.destination}, and the same command goes on from there"

@@ -27,6 +27,7 @@ from .formats import MODELOPT
 from .layer_error import LayerError, merge
 from .progress import Progress, silent
 from .rest import other_files
+from .room import check_room
 from .source import Matrix, Source, open_source
 from .workspace import Workspace
 
@@ -66,8 +67,8 @@ def convert(
     Raises:
         CheckpointError: with everything wrong with the source's headers and files, before anything is
             written; with every weight that is NaN or infinite in a shard, before that shard is written;
-            a destination that is complete, not ours, or cannot be written to; a pattern of `exclude`
-            that matches nothing.
+            a destination that is complete, not ours, too small, or cannot be written to; a pattern of
+            `exclude` that matches nothing.
         ValueError, TypeError: another argument, named.
     """
     checks.path("source", source)
@@ -83,6 +84,7 @@ def convert(
         raise CheckpointError(target, [f"it lies in the source {given}; give another folder"])
     plan = open_source(Folder(given), exclude)
     converter = _Converter(plan, recipe, input_scale, where, progress or silent)
+    check_room(plan, target)
     identity = _identity(plan, recipe, input_scale)
     inner, outer = describe(plan, recipe)
     described = {**configurations(plan.folder, inner), HF_QUANT_CONFIG: outer}
