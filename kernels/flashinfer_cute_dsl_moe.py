@@ -47,7 +47,7 @@ RULES: tuple[Rule, ...] = (
             t is not None
             for t in (r.experts.gemm1_alpha, r.experts.gemm1_beta, r.experts.gemm1_clamp_limit)
         ),
-        "gemm1_alpha, beta or clamp_limit is given for each expert; it takes one number",
+        "gemm1_alpha, beta or clamp_limit is one of each expert; it takes one physical number for all",
     ),
     (
         lambda r: r.experts.gemm1_bias is not None or r.experts.gemm2_bias is not None,

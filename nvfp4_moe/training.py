@@ -88,7 +88,7 @@ def fake_quantized_moe(
         shipped = _shipped(w13), _shipped(w2)
         check_preparation(*shipped, activation, recipe, options)
         if checks.reads_values(*shipped):
-            check_values(*shipped, options)
+            check_values(*shipped, activation, options)
         experts = quantize_experts(*shipped, activation, recipe, options)
     else:
         options["recipe"] = recipe

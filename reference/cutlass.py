@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .experts import Experts, reordered, row_order
+from .scalars import product
 from .shuffle import inverse
 
 
@@ -44,10 +45,10 @@ def with_cutlass(experts: Experts) -> Experts:
     for name in ("gemm1_bias", "gemm2_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"):
         if getattr(experts, name) is not None:
             raise ValueError(
-                f"the experts have {name}, in TensorRT-LLM's units; we hand none to cutlass"
+                f"the experts have {name}, which cutlass' layer wants in physical units; we hand it none"
             )
     kind, gate = experts.activation, experts.output1_scale_gate_scalar
-    shared = gate * encode2 if kind.linear_up else encode2.expand_as(gate)
+    shared = product(gate, encode2) if kind.linear_up else encode2.expand_as(gate)
     if not torch.equal(experts.output1_scale_scalar, shared):
         raise ValueError(
             "output1_scale_scalar is not output1_scale_gate_scalar, or 1 without a gate, times the "

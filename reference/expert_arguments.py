@@ -129,7 +129,9 @@ def _check_parameter(name: str, value: Any, activation: ActivationType, experts:
         checks.wrong_type(name, value, allowed)
 
 
-def check_values(w13: torch.Tensor, w2: torch.Tensor, options: Options) -> None:
+def check_values(
+    w13: torch.Tensor, w2: torch.Tensor, activation: ActivationType, options: Options
+) -> None:
     """Raise for a NaN or an infinity in weights or biases, and for a parameter of no meaning.
 
     It waits for the device: `checks.reads_values` says where it may be called.
@@ -143,6 +145,8 @@ def check_values(w13: torch.Tensor, w2: torch.Tensor, options: Options) -> None:
             given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
             if name == "clamp_limit":
                 checks.values(name, given, given >= 0, "at least 0, or None for no limit")
+            elif activation == ActivationType.Situ:
+                checks.values(name, given, (given > 0) & given.isfinite(), "positive and finite")
             else:
                 checks.finite(name, given)
 

@@ -166,7 +166,8 @@ def prepare_experts(
 ) -> Experts:
     """Quantize ordinary weights, an expert at a time, and lay them out for every backend.
 
-    Gate and up of an expert share one scale; an expert of zeros has scale 1.
+    Gate and up of an expert share one scale; an expert of zeros has scale 1. No scalar, bias or limit
+    leaves fp32, whatever the weights' size: `scalars.py` says what the smallest are rounded to.
 
     Args:
         w13: [E, 2 I, H] bf16 or fp16, rows [up; gate] of gated activations, [E, I, H] of the others;
@@ -189,7 +190,7 @@ def prepare_experts(
     }  # fmt: skip
     check_preparation(w13, w2, activation, recipe, options)
     if checks.reads_values(w13, w2, waits=True):
-        check_values(w13, w2, options)
+        check_values(w13, w2, activation, options)
     return quantize_experts(w13, w2, activation, recipe, options)
 
 

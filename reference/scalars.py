@@ -97,8 +97,8 @@ def weight_encode_scale(
 
 
 def static_encode_scale(amax: float) -> float:
-    """Encode scale of activations whose largest magnitude is known; to be rounded to fp32."""
-    return min(2688.0 / min(amax, LARGEST), MOST_OF_ACTIVATIONS)
+    """Encode scale of activations whose largest magnitude is known, in fp32's range; to be rounded."""
+    return min(max(2688.0 / amax, 1 / MOST_RAW), MOST_OF_ACTIVATIONS)
 
 
 def quotient(decode: torch.Tensor, encode: torch.Tensor | None) -> torch.Tensor:

@@ -219,7 +219,7 @@ class TestExplain:
         case = moe_cases.make(SHAPE, ActivationType.Geglu)
         assert "Geglu has no kernels" in explained(case).reason(NAME)
         case = moe_cases.make(SHAPE, clamp_limit=7.0)
-        assert "takes one number" in explained(case).reason(NAME)
+        assert "takes one physical number" in explained(case).reason(NAME)
         case = moe_cases.make(SHAPE, w2_bias=torch.ones(8, 128))
         assert "no biases" in explained(case, prepared=False).reason(NAME)
         assert "no tokens" in explained(moe_cases.make(replace(SHAPE, tokens=0))).reason(NAME)

@@ -18,7 +18,7 @@ from nvfp4_moe.reference.experts import (
     quantize_weight,
 )
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.scalars import MOST_OF_WEIGHTS, MOST_RAW
+from nvfp4_moe.reference.scalars import MOST_OF_WEIGHTS, MOST_RAW, static_encode_scale
 
 from nvfp4_moe import fake_quantized_moe, fused_moe
 
@@ -183,6 +183,25 @@ def test_quantized_weights_whose_scale_is_none():
             assert made.output1_scale_gate_scalar[3] == decode.reshape(4, -1)[3, -1]
         x, routing = call(e, 2)
         assert fused_moe(x, e, routing).isfinite().all()
+
+
+@pytest.mark.parametrize("amax", [5e-324, 1e-45, 2e-27, 3.0, 3e38, 1e41, 1e300])
+def test_static_encode_scales(amax):
+    """Every positive number: a normal fp32 number that ordinary scalars can be divided by."""
+    scale = torch.tensor(static_encode_scale(amax), dtype=torch.float32)
+    assert 2.0**-126 <= scale <= 2.0**100
+    if 1e-26 < amax < 1e41:
+        assert scale == torch.tensor(2688 / amax, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_bound_of_situ_is_positive(name):
+    """tanh(x / 0) would be NaN at 0."""
+    w = weights(SITU, [1.0])
+    for value in (0.0, -1.0, torch.inf, torch.tensor([0.0])):
+        with pytest.raises(ValueError, match=f"{name}.* is .*; it must be positive and finite"):
+            prepare_experts(*w, SITU, **{name: value})
+    prepare_experts(*weights(SWIGLU, [1.0]), **{name: -1.0})
 
 
 def test_fp8_of_the_smallest_weights():

@@ -185,6 +185,7 @@ def test_gate_and_up_apart_are_tied_where_one_limit_clamps_both():
         ),
         ({"w2_weight_scale_2": torch.ones(5)}, r"w2_weight_scale_2 has shape \(5,\)"),
         ({"w13_input_scale": torch.zeros(8, 2)}, "w13_input_scale is 0.0 at most"),
+        ({"w13_input_scale": torch.full((8, 2), 1e-39)}, "w13_input_scale is .* reciprocals"),
         ({"w2_input_scale": torch.tensor([1, torch.nan])}, "w2_input_scale is nan at most"),
         ({"w2_input_scale": torch.tensor([1, torch.inf])}, "w2_input_scale is inf at most"),
     ],

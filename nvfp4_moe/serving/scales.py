@@ -120,6 +120,9 @@ def _gate_and_up(scale: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.
 
 def _largest(name: str, scales: torch.Tensor) -> torch.Tensor:
     largest = scales.max().float()
-    if not 0 < largest < torch.inf:
-        raise ValueError(f"{name} is {largest.item()} at most; static scales must be positive")
+    if not 0 < largest < torch.inf or (1 / largest).isinf():
+        raise ValueError(
+            f"{name} is {largest.item()} at most; static scales must be positive, and so large that "
+            "their reciprocals are fp32 numbers"
+        )
     return largest
