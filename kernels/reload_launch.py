@@ -78,12 +78,19 @@ def _launch_amax(w: torch.Tensor, bits: torch.Tensor) -> None:
     )
 
 
+def _zero_padding(job: Job) -> None:
+    """Zero what `load_weights_kernel` leaves out. Rows are padded behind, and shuffled by 32."""
+    rows, half = job.w.shape[1], job.w.shape[2] // 2
+    if job.codes.shape[1:] != (rows, half):
+        job.codes[:, rows // 32 * 32 :].zero_()
+        job.codes[:, :, half:].zero_()
+        job.block_scales.view(torch.uint8).zero_()
+
+
 def _launch_quantize(job: Job, amax: torch.Tensor, recipe: Recipe) -> None:
     n, rows, columns = job.w.shape
     blocks = columns // BLOCK_SIZE
-    if job.codes.shape[1:] != (rows, columns // 2):  # the kernel writes what is not padding
-        job.codes.zero_()
-        job.block_scales.view(torch.uint8).zero_()
+    _zero_padding(job)
     k.load_weights_kernel[(triton.cdiv(rows * blocks, _BLOCKS), n)](
         job.w.view(torch.int32),
         amax,

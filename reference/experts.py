@@ -102,7 +102,7 @@ class Experts:
     ) -> None:
         """Quantize new weights into these experts, in place; `reload.py` has the contract.
 
-        On a GPU it is five launches and two for each padded GEMM, reads the weights twice, needs a few
+        On a GPU it is five launches and three for each padded GEMM, reads the weights twice, needs a few
         bytes of memory, and does not wait: it can be captured itself. Afterwards every byte is what
         `prepare_experts` makes of the same arguments. No gradient reaches the weights, and nothing of
         them is kept.
@@ -123,9 +123,9 @@ class Experts:
                 option; a backend that cannot serve. Nothing has been written then.
         """
         from .reload import load_  # which needs this class
-        from .reload_arguments import Options
+        from .reload_arguments import LoadOptions
 
-        options = Options(
+        options = LoadOptions(
             w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax
         )
         load_(

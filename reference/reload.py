@@ -26,7 +26,7 @@ from .cute_dsl import refresh_cute_dsl
 from .cutlass import refresh_cutlass
 from .experts import Experts, lay_out, lay_out_bias, quantize_weight
 from .recipe import Recipe
-from .reload_arguments import Options, check
+from .reload_arguments import LoadOptions, check
 from .scalars import (
     in_raw_units,
     largest_added,
@@ -92,7 +92,7 @@ def load_(
     first: int,
     amax: tuple[torch.Tensor, torch.Tensor] | None,
     recipe: Recipe | None,
-    options: Options,
+    options: LoadOptions,
     backend: str,
 ) -> None:
     """`Experts.load_`, which has the arguments' meaning, and defaults."""
@@ -133,13 +133,15 @@ def _jobs(
     return first, second
 
 
-def _added(e: Experts, n: int, options: Options) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _added(
+    e: Experts, n: int, options: LoadOptions
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The largest magnitudes of what is added to the accumulators of the two GEMMs."""
     beta = per_expert(options.beta, n, e.gemm1_weights.device) if e.activation.linear_up else None
     return largest_added(options.w13_bias, beta), largest_added(options.w2_bias)
 
 
-def _write_static_scales(e: Experts, some: slice, options: Options) -> None:
+def _write_static_scales(e: Experts, some: slice, options: LoadOptions) -> None:
     """Before the weights' scalars, which have these in them."""
     for held, amax in (
         (e.input_scale, options.input_amax),
@@ -153,7 +155,7 @@ def _write_static_scales(e: Experts, some: slice, options: Options) -> None:
         up.fill_(1.0) if c is None else up.copy_(c.expand_as(up))
 
 
-def _write_parameters(e: Experts, some: slice, options: Options) -> None:
+def _write_parameters(e: Experts, some: slice, options: LoadOptions) -> None:
     """After the weights' scalars, by which all but alpha and SiTU's beta are divided."""
     gate, gated = e.output1_scale_gate_scalar[some], e.activation.gated
     if e.gemm1_bias is not None and options.w13_bias is not None:

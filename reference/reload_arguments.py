@@ -2,17 +2,16 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import math
-import numbers
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from . import checks
+from .expert_arguments import check_options, check_values
 from .experts import Experts
 from .recipe import Recipe
 
-_FLOATS = (*checks.FLOATS, torch.float64)
 _HELD = {
     "w13_bias": "gemm1_bias",
     "w2_bias": "gemm2_bias",
@@ -26,7 +25,7 @@ _HELD = {
 
 
 @dataclass(frozen=True)
-class Options:
+class LoadOptions:
     """Those of `prepare_experts`, of the n experts that are loaded; None: they have none."""
 
     w13_bias: torch.Tensor | None  # [n, rows], physical units, as all of these
@@ -45,8 +44,8 @@ def check(
     first: int,
     amax: tuple[torch.Tensor, torch.Tensor] | None,
     recipe: Recipe | None,
-    options: Options,
-) -> Options:
+    options: LoadOptions,
+) -> LoadOptions:
     """The options, numbers as Python's, once everything fits; values of tensors are read on a CPU.
 
     Raises:
@@ -70,21 +69,26 @@ def check(
             if checks.reads_values(t):
                 checks.values(f"amax[{i}]", t, (t >= 0) & t.isfinite(), "finite, 0 or above")
     _check_given(e, options)
-    for name, width in (("w13_bias", rows), ("w2_bias", e.hidden_size)):
-        if (bias := getattr(options, name)) is not None:
-            checks.tensor(name, bias, _FLOATS, (n, width), like=here)
-    changes: dict[str, Any] = {}
-    for name in ("alpha", "beta", "clamp_limit"):
-        if (value := getattr(options, name)) is not None:
-            changes[name] = _per_expert(name, value, n, here)
-    for name in ("input_amax", "intermediate_amax"):
-        if (value := getattr(options, name)) is not None:
-            checks.number(name, value, positive=True)
-            changes[name] = float(value)
-    return replace(options, **changes)
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    check_options(given, e.activation, n, rows, e.hidden_size, here)
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            checks.same_device(name, value, *here)
+        elif value is not None:
+            given[name] = _number(name, value)
+    if checks.reads_values(w13, w2):
+        check_values(w13, w2, given)
+    return LoadOptions(**given)
 
 
-def _check_given(e: Experts, options: Options) -> None:
+def _number(name: str, value: Any) -> float:
+    """Any kind of real number as Python's, which torch takes everywhere."""
+    if math.isnan(value):
+        checks.wrong_value(name, value, "a number")
+    return float(value)
+
+
+def _check_given(e: Experts, options: LoadOptions) -> None:
     given = {f.name for f in fields(options) if getattr(options, f.name) is not None}
     held = {name for name, field in _HELD.items() if getattr(e, field) is not None}
     if missing := [name for name in _HELD if name in held - given]:
@@ -94,19 +98,3 @@ def _check_given(e: Experts, options: Options) -> None:
         )
     if extra := [name for name in _HELD if name in given - held]:
         raise ValueError(f"{extra[0]} is given; these experts were prepared without")
-
-
-def _per_expert(
-    name: str, value: Any, n: int, here: tuple[str, torch.Tensor]
-) -> torch.Tensor | float:
-    if isinstance(value, torch.Tensor):
-        checks.tensor(name, value, _FLOATS, like=here)
-        if tuple(value.shape) not in ((), (1,), (n,)):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [{n}], [1] or []")
-        return value
-    allowed = f"a number, or a float tensor [{n}]"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        checks.wrong_type(name, value, allowed)
-    if math.isnan(value):
-        checks.wrong_value(name, value, allowed)
-    return float(value)
