@@ -115,9 +115,11 @@ class Kind:
     output_dtype: torch.dtype
 
     @staticmethod
-    def draw(seed: int) -> "Kind":
-        d = Draw(seed ^ 0x5EED)
-        activation = d.choice([a for a in ActivationType if a.implemented])
+    def draw(number: int) -> "Kind":
+        """Activations take turns."""
+        d = Draw(number ^ 0x5EED)
+        activations = [a for a in ActivationType if a.implemented]
+        activation = activations[number % len(activations)]
         mode = d.choice(("per-token", "per-token", "per-token", "static", "bf16"))
         cutlass = mode == "static" and d.chance(0.3)
         recipe = d.choice(all_recipes() if d.chance(0.5) else _PLAIN_RECIPES)

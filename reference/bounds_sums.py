@@ -16,7 +16,7 @@ with an infinite end may be times 0: nothing is claimed of sums over it.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from .interval import LARGEST, Accumulation, Interval, fp32_range, unless
+from .interval import LARGEST, Accumulation, Interval, choose, fp32_range, unless
 
 _FLUSHED = 2.0**-118
 """What a product may lose: 2^-126, where it is times 2^-8 until the end, as in our kernels."""
@@ -32,8 +32,9 @@ def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) ->
     decided = x.low.masked_fill(finite | ~single, 0.0) @ w.double().T
     numbers = x.map(lambda end: end.masked_fill(~finite, 0.0))
     total = _of_finite(numbers, w.masked_fill(~w.isfinite(), 0.0), accumulation)
-    total = total + Interval.point(decided)
-    unknown = (~finite & ~single).any(1)[:, None]
+    against = torch.where(decided > 0, total.low, -total.high) == -torch.inf
+    unknown = decided.isinf() & against | (~finite & ~single).any(1)[:, None]
+    total = choose(decided == 0, total, Interval.point(decided))
     return unless(unknown & ~total.nan, total)
 
 

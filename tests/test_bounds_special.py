@@ -105,6 +105,8 @@ def test_sums_that_overflow(accumulation):
     assert found.unknown[2, 0] and ends(found[3, 0]) == [INF, INF]
     assert found.nan[3:, 1].tolist() == [True, True, True] and found.nan[4:, 0].all()
     assert found.contains(moe.matmul(x, w, "fp32")).all()
+    either = torch.tensor([[INF, -big, -big, 1.0]])  # inf first, or the sum of the others, -inf
+    assert sum_of_products(Interval.point(either), w[:1], accumulation).unknown.all()
     maybe = Interval(x[0:1].double(), torch.tensor([[INF, big, 1.0, 0.0]]).double())
     assert sum_of_products(maybe, w, accumulation).unknown.all()
 
