@@ -77,7 +77,7 @@ def check(
         elif value is not None:
             given[name] = _number(name, value)
     if checks.reads_values(w13, w2):
-        check_values(w13, w2, given)
+        check_values(w13, w2, e.activation, given)
     return LoadOptions(**given)
 
 
