@@ -150,6 +150,22 @@ def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def smaller(a, b, ARCH: tl.constexpr):
+    """fminf, for which NaN is no number; the interpreter's minimum is NaN then."""
+    if ARCH == 0:
+        return tl.where((a < b) | (b != b), a, b)
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def larger(a, b, ARCH: tl.constexpr):
+    """fmaxf, likewise."""
+    if ARCH == 0:
+        return tl.where((a > b) | (b != b), a, b)
+    return tl.maximum(a, b)
+
+
+@triton.jit
 def to_bf16(x, ARCH: tl.constexpr):
     """fp32 to bf16, to nearest, ties to even; the interpreter's cast truncates and loses subnormals."""
     if ARCH == 0:

@@ -24,9 +24,11 @@ from .leaves import (
     e4m3_decode,
     e4m3_encode,
     flush,
+    larger,
     mul,
     rcp,
     reciprocal,
+    smaller,
     sub,
 )
 
@@ -119,7 +121,7 @@ def _block_maxima(words, DTYPE: tl.constexpr, ARCH: tl.constexpr):
         else:
             w = tl.reduce(_max_abs_f16x2(words[0], words[1]), 2, _max_abs_f16x2)
         even, odd = _two_values(w, DTYPE)
-        amax = tl.maximum(tl.abs(even), tl.abs(odd))
+        amax = larger(tl.abs(even), tl.abs(odd), ARCH)
     return amax
 
 
@@ -141,7 +143,7 @@ def _load_parts(
 
 @triton.jit
 def _or_zero(amax):
-    """A maximum of magnitudes, 0 for NaN (`tl.maximum` lets NaN through in the interpreter, < 3.9)."""
+    """A maximum of magnitudes, 0 for NaN."""
     return tl.where(amax > 0, amax, 0.0)
 
 
@@ -158,7 +160,7 @@ def _row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     zero_encode: tl.constexpr = 0.0 if RECIPE & 1 else FLT_MAX
     if RECIPE & 32:
-        encode = tl.minimum(div(reciprocal(g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX)
+        encode = smaller(div(reciprocal(g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX, ARCH)
         encode = tl.where(encode == 0, 1.0, encode)
         encode = tl.where(amax == 0, zero_encode, encode)
         return encode, tl.where(amax == 0, 0.0, reciprocal(encode, FTZ, ARCH))
@@ -175,7 +177,7 @@ def _output_scale(
 ):
     if EXACT:
         decode = reciprocal(encode, FTZ, ARCH)
-        return tl.minimum(reciprocal(mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX)
+        return smaller(reciprocal(mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX, ARCH)
     decode = rcp(encode, rcp_delta_ptr, ARCH)
     return rcp(mul(sf, decode, FTZ, ARCH), rcp_delta_ptr, ARCH)
 
@@ -486,7 +488,7 @@ def quantize_kernel(
         if READ == 0:
             largest = maxima[0]
             for i in tl.static_range(1, PARTS):
-                largest = tl.maximum(largest, maxima[i])
+                largest = larger(largest, maxima[i], ARCH)
             row_amax = _or_zero(tl.max(largest, 1))
         else:
             ahead = tl.arange(0, READ)[None, :]

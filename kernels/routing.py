@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference.routing import Routing, RoutingMethodType
-from .leaves import add, await_previous, div, flush, mul, to_bf16
+from .leaves import add, await_previous, div, flush, larger, mul, to_bf16
 from .target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
@@ -123,8 +123,7 @@ def route_kernel(
         scaled = mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)
         weight = div(scaled, tl.zeros_like(chosen) + total, True, ARCH)
     elif METHOD == SIGMOID_RENORM and NORM:
-        total = _warp_sum(tl.where(live, chosen, 0.0))
-        total = tl.where(total > 1e-20, total, 1e-20)  # fmaxf: a NaN loses
+        total = larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH)
         weight = div(chosen, tl.zeros_like(chosen) + total, True, ARCH)
     else:
         weight = chosen

@@ -82,6 +82,7 @@ def quantize_per_token(
 
     ar = Arithmetic(ftz=recipe.build == "cuda")
     g = torch.as_tensor(base_scale_inv, dtype=torch.float32, device=x.device).reshape(1)
+    g = ar.flush(g)
     if x.dtype == torch.float32:
         result = _fp32_per_token(x, g, recipe, ar)
     else:
@@ -93,7 +94,7 @@ def quantize_per_token(
         result = replace(blocks, per_token_scale=scale, steps=steps)
     if out_scale is not None:
         assert result.per_token_scale is not None
-        scaled = ar.mul(result.per_token_scale, out_scale.float().reshape(1))
+        scaled = ar.mul(result.per_token_scale, ar.flush(out_scale.float().reshape(1)))
         result = replace(result, per_token_scale=scaled)
     return _finish(result, layout, keep_steps)
 

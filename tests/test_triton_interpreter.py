@@ -41,6 +41,7 @@ def test_every_recipe(kind, dtype):
         triton_cases.fp32_input,
         triton_cases.odd_shapes,
         triton_cases.long_rows,
+        triton_cases.strange_values_and_scales,
         triton_cases.every_way_to_cut_a_row,
         triton_cases.strided_and_misaligned,
     ],

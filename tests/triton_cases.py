@@ -1,10 +1,13 @@
 """What is asked of the Triton kernels, in the interpreter on the CPU and on a GPU alike."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import torch
 from assertions import assert_quantized
 from nvfp4_moe.kernels import quantize as triton_quantize
 from nvfp4_moe.reference import quantize as reference
+from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
 from nvfp4_moe import inputs
@@ -128,3 +131,38 @@ def strided_and_misaligned(device):
     per_token(base[:, 1:81], Recipe())  # rows apart, and not on 16 bytes
     per_token(base.T.contiguous().T[:, :64], Recipe())  # column-major
     per_token(base.flatten()[3 : 3 + 4 * 64].view(4, 64), Recipe())
+
+
+STRANGE = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -3.0, 3.38e38, 1e-40, -1e-38, 1e-30)
+
+
+def strange_rows(columns):
+    """[M, columns] bf16: pairs of blocks of one value each, mixtures, and NaN among numbers."""
+    g = torch.Generator().manual_seed(8)
+    values = torch.tensor(STRANGE, dtype=torch.float32)
+    pairs = torch.zeros(len(values) ** 2, columns, dtype=torch.float32)
+    pairs[:, :16] = values.repeat_interleave(len(values))[:, None]
+    pairs[:, 16:32] = values.repeat(len(values))[:, None]
+    mixed = values[torch.randint(0, len(values), (24, columns), generator=g)]
+    some = torch.randn(24, columns, generator=g)
+    some[:, 5], some[::2, 20], some[::3, 33], some[8:16, 16:32] = 4 * (torch.nan,)
+    some[::5, 40] = torch.inf
+    return torch.cat([pairs, mixed, some]).bfloat16()
+
+
+def strange_values_and_scales(device):
+    """NaN, infinities, zeros of both signs, overflow and subnormals, in the tensor and in its scale."""
+    short, long = strange_rows(64).to(device), strange_rows(1536)[-24:].to(device)
+    recipes = all_recipes()
+    if device == "cpu":  # the interpreter takes its time
+        short, long, recipes = short[::3], long[::4], [*PLAIN, Recipe("exact", NVFP44Over6Config())]
+    for recipe in recipes:
+        per_token(long, recipe)
+        for scale in (recipe.base_scale_inv, 0.0, torch.inf, torch.nan, 1e-40):
+            global_scale(short, scale, recipe)
+            expected = reference.quantize_per_token(short, scale, recipe)
+            codes, block_scales, token = triton_quantize.quantize_per_token(short, scale, recipe)
+            assert torch.equal(token.isnan(), expected.per_token_scale.isnan())
+            told = Quantized(codes, block_scales, token.nan_to_num(7.0))
+            wanted = replace(expected, per_token_scale=expected.per_token_scale.nan_to_num(7.0))
+            assert_quantized(told, wanted, f"{recipe} {scale}")
