@@ -18,7 +18,7 @@ from ..reference.layouts import from_linear
 from ..reference.recipe import Build, SfLayout
 from ..reference.shuffle import shuffle_rows
 from . import flashinfer as fi
-from .request import UNSET, Backend, Request, make_request
+from .request import UNSET, Backend, Request, check_values, make_request
 
 ORDER = ("flashinfer:<build>", "triton", "reference")
 """What `auto` tries, in order; flashinfer:cake, experimental there, is never its choice."""
@@ -122,6 +122,7 @@ def nvfp4_quantize(
         fast_math,
         build,
     )
+    check_values(request)
     if name == "auto":
         name = _choose(request)
     elif (reason := refusal(name, request)) is not None:
@@ -168,6 +169,7 @@ def explain(
             build,
             capability,
         )
+        check_values(request)
     except (TypeError, ValueError) as error:
         return Explanation(None, tuple((b, str(error)) for b in BACKENDS))
     reasons = tuple((b, refusal(b, request)) for b in BACKENDS)

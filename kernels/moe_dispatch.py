@@ -22,7 +22,14 @@ from ..reference.routing import Routing
 from . import flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe, moe_statistics
 from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
 from .moe_ops import FusedMoE
-from .moe_request import MoERequest, Observe, check_linear, make_moe_request, routing_of
+from .moe_request import (
+    MoERequest,
+    Observe,
+    check_linear,
+    check_values,
+    make_moe_request,
+    routing_of,
+)
 from .request import UNSET
 from .weight_on_input import weigh_rows
 
@@ -218,6 +225,7 @@ def trtllm_fp4_block_scale_routed_moe(
         fast_math=fast_math,
         build=build,
     )
+    check_values(request)
     return serve(request, backend)
 
 
@@ -501,7 +509,8 @@ def request_of_layer(
     width = experts.padded_hidden_size
     if width != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    return make_moe_request(
+    names = ("routing[0]", "routing[1]")
+    request = make_moe_request(
         Activations(x),
         experts,
         num_experts=num_experts,
@@ -518,8 +527,10 @@ def request_of_layer(
         build=build,
         capability=capability,
         quantize=None if activation == "bf16" else activation,  # type: ignore[arg-type]
-        topk_names=("routing[0]", "routing[1]"),
+        topk_names=names,
     )
+    check_values(request, names)
+    return request
 
 
 def _routing(

@@ -31,6 +31,10 @@ Observe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 scales), and the row of each slot, [T * K] int32, -1 held elsewhere; None: slot by slot, all there."""
 
 
+TOPK_NAMES = ("topk_ids[0]", "topk_ids[1]")
+"""Of ids and weights, in FlashInfer's function."""
+
+
 @dataclass(frozen=True)
 class MoERequest:
     """The arguments of a fused call, normalized; made by `make_moe_request`, which checks them."""
@@ -121,7 +125,7 @@ def make_moe_request(
     build: LayerBuild = "cuda",
     capability: tuple[int, int] | None = None,
     quantize: Quantize | None = None,
-    topk_names: tuple[str, str] = ("topk_ids[0]", "topk_ids[1]"),
+    topk_names: tuple[str, str] = TOPK_NAMES,
 ) -> MoERequest:
     """Check what no backend accepts, and resolve what the environment decides.
 
@@ -164,8 +168,6 @@ def make_moe_request(
         allowed = checks.any_of(map(str, OUTPUT_DTYPES))
         checks.wrong_value("output_dtype", output_dtype, allowed)
     _check_devices(activations, experts, logits, routing_bias, ids, weights, output)
-    if ids is not None and weights is not None:
-        check_routed_values(ids, weights, num_experts + shared_experts, topk_names)
     explicit = not is_unset(nvfp4_4over6)
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
     quantizers: Build = "cuda" if build == "cutlass" else build
@@ -294,22 +296,21 @@ def _topk(
     return ids, weights
 
 
-def check_routed_values(
-    ids: torch.Tensor, weights: torch.Tensor, num_experts: int, names: tuple[str, str]
-) -> None:
-    """Raise for an id that is no expert's, and for a NaN weight of an expert.
+def check_values(r: MoERequest, names: tuple[str, str] = TOPK_NAMES) -> None:
+    """Raise for an id that is no expert's, and for a NaN weight of an expert, where they can be read.
 
-    Where `checks.reads_values` allows it. An id of -1 stands for no expert, whose weight is not read.
+    It is apart from `make_moe_request`, so that a call which was recorded on a GPU can be replayed
+    anywhere. An id of -1 stands for no expert, whose weight is not read.
 
     Args:
-        num_experts: of all ranks, shared ones included.
-        names: of the arguments, for the message.
+        names: of ids and weights, for the message.
     """
-    if not checks.reads_values(ids, weights):
+    if r.ids is None or r.weights is None or not checks.reads_values(r.ids, r.weights):
         return
-    known = (ids >= -1) & (ids < num_experts)
-    checks.values(names[0], ids, known, f"-1 (no expert) or from 0 to {num_experts - 1}")
-    checks.values(names[1], weights, ~weights.isnan() | (ids < 0), "no NaN")
+    last = r.num_experts + r.shared_experts - 1
+    known = (r.ids >= -1) & (r.ids <= last)
+    checks.values(names[0], r.ids, known, f"-1 (no expert) or from 0 to {last}")
+    checks.values(names[1], r.weights, ~r.weights.isnan() | (r.ids < 0), "no NaN")
 
 
 def _check_devices(a: Activations, e: Experts, *others: torch.Tensor | None) -> None:

@@ -52,7 +52,7 @@ class Observer:
 
 
 def _invalid(r: MoERequest) -> torch.Tensor:
-    """[2] int64: slots that `check_routed_values` refuses where it may read them."""
+    """[2] int64: slots that `moe_request.check_values` refuses where it may read them."""
     if r.ids is None or r.weights is None:  # a router's own
         return torch.zeros(2, dtype=torch.int64, device=r.device)
     out_of_range = (r.ids < -1) | (r.ids >= _everywhere(r))

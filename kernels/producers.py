@@ -15,7 +15,7 @@ from ..reference.recipe import BLOCK_SIZE, Build, SfLayout
 from .dispatch import UnsupportedError, triton_refusal_of
 from .ops import Triple
 from .producer_ops import Producers
-from .request import UNSET, Request, make_request
+from .request import UNSET, Request, check_values, make_request
 
 BACKENDS = ("triton", "reference")
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -153,7 +153,9 @@ def _request(
         )
 
     if scale is not None:
-        return made(scale, nvfp4_4over6)
+        request = made(scale, nvfp4_4over6)
+        check_values(request)
+        return request
     # An omitted recipe takes any base scale, so its own can be had from the request.
     recipe = made(1.0, UNSET).recipe if nvfp4_4over6 is UNSET else None
     from_config = 1 / (6 * (nvfp4_4over6.e4m3_max if hasattr(nvfp4_4over6, "e4m3_max") else 448))

@@ -58,7 +58,8 @@ def activation_kernel(
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     up, gate = tl.load(up_ptr + i), tl.load(gate_ptr + i)
-    alpha, beta = _per_expert(alpha_ptr, 0), _per_expert(beta_ptr, 0)
+    alpha = _per_expert(alpha_ptr, 0)  # Triton 3.6 has no tuple of None
+    beta = _per_expert(beta_ptr, 0)
     if ACT == 7 and limit_ptr is None:  # noqa: SIM108, a branch on constants
         limit = 7.0 / gate_scale
     else:

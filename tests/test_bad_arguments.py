@@ -93,7 +93,7 @@ QUANTIZER = {
     "backend": NO_NAME,
     "a_global_sf": OBJECTS
     | WORDS
-    | st.sampled_from([-1, 0, 0.0, -2.5, float("nan"), float("inf"), True])
+    | st.sampled_from([-1, 0, 0.0, -2.5, float("nan"), True])
     | st.sampled_from([ONE.half(), -ONE, ONE * 0, ONE.repeat(3), ONE * float("nan"), ONE[:0]]),
 }
 FUSED = {
@@ -217,7 +217,7 @@ FUNCTIONS = {
         nvfp4_moe.prepare_experts,
         {"w13": LAYER.w13, "w2": LAYER.w2},
         WEIGHTS | {"input_amax": NO_AMAX, "intermediate_amax": NO_AMAX},
-        also=("w2",),  # which must be as w13 is
+        also=("w13", "w2"),  # which must fit each other
     ),
     "fake_quantized_moe": Function(
         nvfp4_moe.fake_quantized_moe,
@@ -236,7 +236,7 @@ FUNCTIONS = {
             "experts": OBJECTS | WORDS | NUMBERS,
             "routing": OBJECTS | WORDS | NUMBERS | st.sampled_from([None, (LOGITS, ROUTING)]),
         },
-        also=("w2",),
+        also=("w13", "w2"),
     ),
     "autotune_fused_moe": Function(
         nvfp4_moe.autotune_fused_moe,

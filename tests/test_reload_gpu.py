@@ -32,7 +32,8 @@ def test_a_real_layer(recipe):
 
 
 def test_checksum_is_that_of_the_cpu():
-    experts = prepare_experts(*cases.weights(SWIGLU, 1), SWIGLU, input_amax=1.0)
+    static = {"input_amax": 1.0, "intermediate_amax": 2.0}
+    experts = prepare_experts(*cases.weights(SWIGLU, 1), SWIGLU, **static)
     assert cases.moved(experts, "cuda").checksum() == experts.checksum()
 
 
