@@ -209,7 +209,7 @@ def quantize_experts(
         each = most.expand(len(w)) if isinstance(most, torch.Tensor) else [most] * len(w)
         experts = (quantize_weight(w[e], w[e].abs().amax(), recipe, each[e]) for e in range(len(w)))
         quantized.append([torch.stack(part) for part in zip(*experts, strict=True)])
-    return _assembled(*quantized, parameters)
+    return _assembled(quantized[0], quantized[1], parameters)
 
 
 def quantize_weight(
@@ -274,7 +274,8 @@ def assemble_experts(
     parameters = Parameters.of(w13_codes, activation, options)
     w13_decode, w2_decode = w13_decode.float(), w2_decode.float()
     if w13_decode.dim() == 2:
-        check_one_scale(activation, *w13_decode.unbind(1), parameters.clamp_limit)
+        up, gate = w13_decode.unbind(1)
+        check_one_scale(activation, up, gate, parameters.clamp_limit)
     first, second = parameters.most_encode_scales
     return _assembled(
         (w13_codes, *raised(w13_scales, w13_decode, first)),
@@ -292,17 +293,15 @@ def _assembled(w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], p: Param
     up, gate = w13[2].unbind(1) if w13[2].dim() == 2 else (w13[2], w13[2])
     up, gate = quotient(up, p.input_scale), quotient(gate, p.input_scale)
     output2 = quotient(w2[2], p.intermediate_scale)
-    beta, bias1, bias2, limit = p.beta, None, None, None
-    if p.swiglu_beta is not None:
-        beta = in_raw_units(p.swiglu_beta, up)
+    bias1 = bias2 = None
+    beta = p.beta if p.swiglu_beta is None else in_raw_units(p.swiglu_beta, up)
+    limit = None if p.clamp_limit is None else in_raw_units(p.clamp_limit, gate)
     if p.w13_bias is not None:
         halves = [up, gate] if linear_up else [gate]
         divisor = torch.stack(halves, 1).repeat_interleave(rows // len(halves), 1)
         bias1 = lay_out_bias(p.w13_bias, divisor, gated, padded[1])
     if p.w2_bias is not None:
         bias2 = lay_out_bias(p.w2_bias, output2[:, None], False, padded[0])
-    if p.clamp_limit is not None:
-        limit = in_raw_units(p.clamp_limit, gate)
     return Experts(
         *lay_out(w13[0], w13[1], gated, padded[1], padded[0]),
         *lay_out(w2[0], w2[1], False, padded[0], padded[1]),

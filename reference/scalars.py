@@ -71,9 +71,10 @@ def most_encode_scale(
         divisor: [1] fp32, the encode scale of what the weights are multiplied with; None: 1.
         added: [E] fp32, from `largest_added`.
     """
-    if divisor is None and added is None:
+    like = divisor if added is None else added
+    if like is None:
         return MOST_RAW
-    most = torch.full_like(divisor if added is None else added, MOST_RAW)
+    most = torch.full_like(like, MOST_RAW)
     for factor in (
         added,
         divisor,

@@ -105,11 +105,13 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     if e.gemm2_bias is not None and rank == 0:
         bias2 = e.gemm2_bias.clone()
     # Scalars, and biases divided by them, are taken over: made again they might round otherwise.
+    alike: dict[str, Any] = {
+        name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE
+    }
     return replace(
         e, gemm1_weights=w13[0], gemm1_weights_scale=w13[1], gemm2_weights=w2[0],
         gemm2_weights_scale=w2[1], intermediate_size=size, gemm1_bias=bias1, gemm2_bias=bias2,
-        cute_dsl=None, cutlass=None, shard=(rank, shards),
-        **{name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE},
+        cute_dsl=None, cutlass=None, shard=(rank, shards), **alike,
     )  # fmt: skip
 
 
