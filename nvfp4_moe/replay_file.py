@@ -7,6 +7,7 @@ against what this version writes, and by the checks of the public call.
 # SPDX-License-Identifier: Apache-2.0
 import enum
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import runners
+from . import runners, strict_json
 from .doctor import machine
 from .host import READING
 from .matrix import Case, Mode
@@ -184,6 +185,8 @@ def load(path: str | Path) -> Failure:
     Raises:
         ReplayFileError: it is missing, cut off, of another format, or not what those write.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would block
+        raise ReplayFileError(f"{path}: it is not a regular file")
     try:
         with READING, safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -191,7 +194,7 @@ def load(path: str | Path) -> Failure:
     except (OSError, SafetensorError) as error:
         raise ReplayFileError(f"{path}: {error}") from error
     try:
-        facts = json.loads(metadata[_KEY]) if _KEY in metadata else None
+        facts = strict_json.parse(metadata[_KEY]) if _KEY in metadata else None
         if not isinstance(facts, dict):
             raise ValueError("it has no description of a failing case")
         if facts.get("format") != FORMAT:
@@ -223,6 +226,8 @@ class _Held:
         if type(value) not in types:
             allowed = " or ".join(t.__name__ for t in types)
             raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+        if type(value) is int and abs(value) >= 2**31:
+            raise ValueError(f"{name} is {value}; it must be less than 2**31")
         return value
 
     def member(self, name: str, options: type[E]) -> E:

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -279,6 +280,7 @@ def change_tensors(path, **changes):
         ("moe", change_facts, {"routing": {"method": "Best"}}, "routing's method is 'Best'"),
         ("moe", change_facts, {"routing": {"method": "TopK"}}, "top_k"),
         ("moe", change_facts, {"hidden_size": 8}, "valid_hidden_size is 8"),
+        ("moe", change_facts, {"hidden_size": 10**30}, "it must be less than 2**31"),
         ("moe", change_tensors, {"ids": None}, "topk_ids"),
         ("moe", change_tensors, {"output": torch.zeros(3, 208)}, "output is torch.float32"),
         ("moe", change_tensors, {"experts__gemm1_weights": None}, "gemm1_weights"),
@@ -298,6 +300,29 @@ def test_what_a_file_must_be(kind, change, changes, message, tmp_path, capsys):
     assert message in str(raised.value)
     status, out, err = run(capsys, path)
     assert (status, out) == (2, "") and str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "levels deep"),
+        ('{"format": 1, "format": 1}', 'has "format" twice'),
+        ('{"format": ' + "9" * 5000 + "}", "5000 digits"),
+        ('{"format": 1, "kind": "\\ud800"}', "half of a surrogate pair"),
+        ("[1]", "no description"),
+    ],
+)
+def test_a_description_is_not_trusted(text, message, tmp_path):
+    path = tmp_path / "case.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"nvfp4_moe": text})
+    with pytest.raises(ReplayFileError, match=message):
+        load(path)
+
+
+def test_a_fifo_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "case.safetensors")
+    with pytest.raises(ReplayFileError, match="it is not a regular file"):
+        load(tmp_path / "case.safetensors")
 
 
 def test_files_that_are_none(tmp_path, capsys):

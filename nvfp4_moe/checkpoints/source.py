@@ -136,7 +136,7 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
     problems += _names_taken(found)
     if not found.layers:
         problems.append("no layers of experts" + (f" outside {excluded}" if excluded else ""))
-    elif not found.matrices:
+    elif not found.matrices and not problems:
         problems.append("no weights of experts to quantize")
     if problems or folder.broken:
         raise CheckpointError(folder.path, [*folder.broken.values(), *dict.fromkeys(problems)])
