@@ -26,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if reason := session.misplaced({mark.name for mark in item.iter_markers()}):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"hypothesis: repeat with --hypothesis-seed={config.option.hypothesis_seed}"
 

@@ -29,6 +29,16 @@ def take_part(worker: int, workers: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
 
 
+def misplaced(marks: set[str]) -> str | None:
+    """Why a test of these marks cannot run in this process; None if it can."""
+    interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if "interpreter" in marks and not interpreting:
+        return "set TRITON_INTERPRET=1 to run the interpreter"
+    if "compile" in marks and interpreting:
+        return "Triton was imported under its interpreter"
+    return None
+
+
 def summary(stats: dict[str, list[Any]]) -> list[str]:
     """Outcomes of the tests of each backend, and why tests were skipped."""
     outcomes: dict[str, Counter] = defaultdict(Counter)

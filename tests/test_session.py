@@ -52,3 +52,22 @@ def test_the_summary_is_by_backend_with_the_reasons():
         "Triton on a GPU: 1 failed, 2 skipped",
         "    2 skipped: no GPU",
     ]
+
+
+@pytest.mark.parametrize(
+    ("marks", "interpret", "reason"),
+    [
+        ({"interpreter"}, None, "set TRITON_INTERPRET=1"),
+        ({"interpreter", "slow"}, "0", "set TRITON_INTERPRET=1"),
+        ({"interpreter"}, "1", None),
+        ({"compile"}, "1", "imported under its interpreter"),
+        ({"compile"}, None, None),
+        ({"gpu"}, "1", None),
+    ],
+)
+def test_a_test_that_needs_another_process_is_skipped(marks, interpret, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpret is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    found = session.misplaced(marks)
+    assert found is None if reason is None else reason in found

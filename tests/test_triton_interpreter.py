@@ -8,7 +8,6 @@ from assertions import assert_bitwise
 from golden_cases import cases
 from nvfp4_moe.kernels import quantize as triton_quantize
 from nvfp4_moe.kernels import reference_ops  # noqa: F401  registers the ops
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 import nvfp4_moe
@@ -18,11 +17,6 @@ pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, at inf and NaN
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _interpreter():
-    assert INTERPRETING, "run these tests with TRITON_INTERPRET=1"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
