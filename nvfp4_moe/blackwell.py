@@ -9,7 +9,6 @@ import argparse
 import os
 import queue
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -26,6 +25,8 @@ from .report import FAILED, Cell, Failure, Report, Section, worst
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
 """What runs the command line in another process."""
+PRINTED = "printed.txt"
+"""In the folder of each process."""
 _EXACT = environment.EXACT_VARIABLES["cute-dsl"][0]
 _SWITCH, _MODE, _, _USE_256 = environment.FOUR_OVER_SIX_VARIABLES
 MATHS: dict[str, dict[str, str]] = {"fast math": {}, "exact math": {_EXACT: "1"}}
@@ -120,9 +121,12 @@ def run(options: argparse.Namespace) -> Exit:
     files.check_folder("--report", out)
     out.mkdir(parents=True, exist_ok=True)
     print(processes.run([*CHILD, "doctor"], options.timeout)[1], end="")
+    for job in jobs(None):  # of every earlier run, whatever it was asked for
+        folder.remove_stale(out / job.folder)
     found = _run_all(planned, options, out)
     verdicts = _verdicts(found)
-    whole = Report(sections=[verdicts, *_tables(found)])
+    whole = Report.of_this_run()
+    whole.sections = [verdicts, *_tables(found)]
     whole.seconds = round(time.monotonic() - start, 1)
     whole.missing = _missing(verdicts, options.backends)
     folder.write(whole, out)
@@ -153,7 +157,7 @@ def _missing(verdicts: Section, chosen: str | None) -> list[str]:
 def _why(verdicts: Section, backends: list[str]) -> str:
     """The reason that most cells of the backends have."""
     notes = Counter(row[b].note for row in verdicts.rows.values() for b in backends if b in row)
-    return notes.most_common(1)[0][0]
+    return notes.most_common(1)[0][0] if notes else "nothing was run"
 
 
 def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list[Done]:
@@ -187,13 +191,14 @@ def _run_one(
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
     print(f"running {job.part}, {job.backend}, {job.math}", flush=True)
-    shutil.rmtree(where, ignore_errors=True)
+    for name in ("report.json", "report.html", PRINTED):
+        (where / name).unlink(missing_ok=True)
     command = [*CHILD, *job.arguments(options, where)]
     status, printed = processes.run(command, options.timeout, env=variables)
     if status is None:
         printed += f"\nstill running after {options.timeout:g} s: ended"
     where.mkdir(parents=True, exist_ok=True)
-    (where / "printed.txt").write_text(printed, "utf-8")
+    (where / PRINTED).write_text(printed, "utf-8")
     try:
         return Done(job, status, printed, report.read(where / "report.json"))
     except (OSError, ValueError, KeyError, TypeError):

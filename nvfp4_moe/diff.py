@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> Exit:
     if options.rows is not None and options.rows < 1:
         raise CommandError(f"--rows is {options.rows}; it must be at least 1")
     stream = sys.stderr if options.json == "-" else sys.stdout
-    whole, not_run = Report(), Counter[str]()
+    whole, not_run = Report.of_this_run(), Counter[str]()
     compared: Comparison | None = None
     judged: Judgement | None = None
     if "quantizers" in parts:

@@ -2,9 +2,12 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import ctypes
 import json
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -35,8 +38,10 @@ def run(options: argparse.Namespace) -> int:
         "versions: "
         + ", ".join(f"{k} {v or '(not installed)'}" for k, v in found["versions"].items())
     )
+    print(f"commit: {found['commit'] or '(no checkout)'}")
     for gpu in found["gpus"] or ["none"]:
         print(f"GPU: {gpu}")
+    print(f"NVIDIA driver: {found['driver'] or 'none'}")
     if found["rcp_table"] is not None:
         print(f"rcp.approx table: {found['rcp_table']}")
     for build, facts in found["builds"].items():
@@ -83,11 +88,13 @@ def examine() -> dict:
 
 
 def machine() -> dict:
-    """The versions, GPUs and environment variables that a result depends on."""
+    """The versions, GPUs, driver and environment variables that a result depends on."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "commit": _commit(),
         "gpus": [_gpu(i) for i in range(count)],
+        "driver": _driver(),
         "environment": environment.snapshot(),
     }
 
@@ -129,6 +136,32 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, and whether its files were changed; None where there is none."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=, changed"],
+            capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, from its library; None without one."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        version = ctypes.create_string_buffer(80)
+        failed = library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(version, 80)
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value.decode()
 
 
 def _gpu(index: int) -> str:

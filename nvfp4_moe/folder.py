@@ -2,16 +2,26 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import invocation
 from .diff_moe import Judgement, Wrong
 from .diff_quantizers import GOLDEN, Comparison, Found
 from .moe_case import to_device
 from .page import render
 from .replay import call_fails, quantizer_fails, run_call, run_side
-from .replay_file import MoEFailure, Origin, QuantizerFailure, rows_of, save_moe, save_quantizer
+from .replay_file import (
+    MoEFailure,
+    Origin,
+    QuantizerFailure,
+    is_failing_case,
+    rows_of,
+    save_moe,
+    save_quantizer,
+)
 from .report import Failure, Report
 from .shrink import shrink_matrix
 from .shrink_moe import shrink_call
@@ -23,6 +33,16 @@ MOST_FILES = 12
 MOST_HEATS = 40
 SECONDS = 20.0
 """For the shrinking of one."""
+
+
+_FAILURE = re.compile(r"failure-\d{2,}\.safetensors")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the failing cases of an earlier run: files of our name and of our kind, and no others."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _FAILURE.fullmatch(path.name) and is_failing_case(path):
+            path.unlink()
 
 
 def write(whole: Report, folder: Path) -> None:
@@ -38,6 +58,7 @@ def write(whole: Report, folder: Path) -> None:
 def write_failures(compared: Comparison | None, judged: Judgement | None, folder: Path) -> None:
     """The first failing case of each cell: `Failure.replay` and `upstream` are filled in."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
     files = 0
     both: tuple[tuple[Any, Comparison | Judgement | None], ...] = (
         (_quantizer, compared), (_layer, judged)
@@ -90,6 +111,8 @@ def _layer(found: Wrong, path: Path) -> None:
 
 def _point(failure: Failure, failing: QuantizerFailure | MoEFailure, path: Path) -> None:
     failure.replay = path.name
+    again = [*invocation.program(), "replay", str(path.absolute())]
+    failure.again = invocation.pasted(again, invocation.folder())
     try:
         failure.upstream = upstream_text(failing, path.name)
     except ValueError as error:  # what was recorded is right: it came and went

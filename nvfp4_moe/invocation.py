@@ -24,6 +24,17 @@ def command() -> list[str]:
     return [*program(), *_given]
 
 
+def name() -> str:
+    """The command without its options."""
+    words = [word for word in _given or [] if not word.startswith("-")]
+    return " ".join([SCRIPT, *words[:1]])
+
+
+def named() -> str:
+    """The command as it is told to others, who have other paths to the program."""
+    return shlex.join([SCRIPT, *(sys.argv[1:] if _given is None else _given)])
+
+
 def program() -> list[str]:
     """The words that start the command line: the installed script, or this interpreter's module."""
     script = Path(sys.argv[0])
@@ -39,6 +50,7 @@ def folder() -> str:
     return os.getcwd()
 
 
-def pasted(words: list[str], where: str) -> str:
+def pasted(words: list[str], where: str | None) -> str:
     """A line for a shell in any folder."""
-    return f"cd {shlex.quote(where)} && {shlex.join(words)}"
+    change = "" if where is None else f"cd {shlex.quote(where)} && "
+    return change + shlex.join(words)

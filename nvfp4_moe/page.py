@@ -44,7 +44,7 @@ def render(report: dict[str, Any]) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{_name(report)}: {verdict}"),
+        element("title", f"{report['name']}: {verdict}"),
         element("style", style),
         element("script", script),
     )
@@ -80,11 +80,6 @@ def _cells(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str, dict[st
                 yield key, section["title"], row, column, cell
 
 
-def _name(report: dict[str, Any]) -> str:
-    """The command without its options."""
-    return " ".join(report["command"].split()[:2])
-
-
 def _verdict(report: dict[str, Any]) -> str:
     cells = [cell for *_, cell in _cells(report)]
     compared, missing = report["compared"], report["missing"]
@@ -108,9 +103,12 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
     variables = [f"{k}={v}" for k, v in machine["environment"].items() if v is not None]
     seconds = report["seconds"]
     facts = {
-        "Run again": copyable("code", report["command"], "Copy command"),
+        "Run again": copyable("code", report["pasted"], "Copy command"),
+        "Date": report["date"],
         "Took": f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s",
         "GPU": _lines(machine["gpus"] or ["none"]),
+        "NVIDIA driver": machine.get("driver") or "none",
+        "Commit": machine.get("commit") or "none: no checkout",
         "Versions": element("span", ", ".join(versions)),
         "Environment": _lines(variables, "code") if variables else "none of its variables is set",
     }
@@ -118,7 +116,7 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
     missing = [element("li", f"Asked for and not run: {what}") for what in report["missing"]]
     return element(
         "header",
-        element("p", _name(report), class_="kicker"),
+        element("p", report["name"], class_="kicker"),
         element("h1", verdict[0].upper() + verdict[1:], class_=look),
         element("ul", *missing, class_="failing") if missing else "",
         _failing(report),

@@ -8,8 +8,6 @@ against what this version writes, and by the checks of the public call.
 import enum
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import runners, strict_json
+from . import invocation, runners, strict_json
 from .doctor import machine
 from .host import READING
 from .matrix import Case, Mode
@@ -50,7 +48,7 @@ class ReplayFileError(ValueError):
 class Origin:
     """Where a failure was found."""
 
-    command: str = field(default_factory=lambda: shlex.join(["nvfp4-moe", *sys.argv[1:]]))
+    command: str = field(default_factory=invocation.named)
     machine: dict[str, Any] = field(default_factory=machine)
     note: str = ""  # what a backend said that raised
 
@@ -177,6 +175,17 @@ def _write(
     held = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items() if t is not None}
     text = json.dumps({"format": FORMAT, **facts, "origin": asdict(origin)})
     save_file(held, path, {_KEY: text})
+
+
+def is_failing_case(path: Path) -> bool:
+    """Whether a file says of itself that it holds a failing case; it need not be readable as one."""
+    try:
+        if not path.is_file() or path.is_symlink():
+            return False
+        with safe_open(str(path), "pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load(path: str | Path) -> Failure:

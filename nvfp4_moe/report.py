@@ -3,13 +3,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from . import invocation
 from .doctor import machine
 from .exits import Exit
 
@@ -22,8 +23,15 @@ ORACLE = "reference"
 """The side that the others are compared with; alone it is compared with itself."""
 PAIRED = " = "
 """Between the two sides in the name of a column."""
+
+
 SHOWN = 3
 """Failures that a cell keeps."""
+
+
+def now() -> str:
+    """The date and time, to the minute, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 @dataclass
@@ -50,6 +58,7 @@ class Failure:
     )  # the first difference, its arithmetic spelled out
     heat: Heat | None = None
     replay: str | None = None  # the file in the report's folder that `nvfp4-moe replay` runs
+    again: str | None = None  # the line for a shell, on this machine, that runs it
     upstream: str | None = None  # the text of a bug report
 
 
@@ -102,12 +111,20 @@ class Section:
 class Report:
     """One run."""
 
-    command: list[str] = field(default_factory=lambda: ["nvfp4-moe", *sys.argv[1:]])
+    command: list[str] = field(default_factory=invocation.command)
     machine: dict[str, Any] = field(default_factory=machine)
     seconds: float = 0.0
     sections: list[Section] = field(default_factory=list)
     not_run: dict[str, int] = field(default_factory=dict)  # why, and how many comparisons
     missing: list[str] = field(default_factory=list)  # what was asked for and not run, and why
+    folder: str | None = None  # that the command ran in, where it must run again
+    name: str = ""  # the command without its options; empty: its first two words
+    date: str = field(default_factory=now)
+
+    @classmethod
+    def of_this_run(cls) -> "Report":
+        """A report of the command that this process runs."""
+        return cls(folder=invocation.folder(), name=invocation.name())
 
     @property
     def cells(self) -> list[Cell]:
@@ -134,6 +151,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "command": shlex.join(self.command),
+            "name": self.name or " ".join(self.command[:2]),
+            "pasted": invocation.pasted(self.command, self.folder),
             "failed": self.failed,
             "compared": self.compared,
             "exit_status": self.status.value,
@@ -147,6 +166,7 @@ def read(path: Path) -> Report:
     return Report(
         shlex.split(found["command"]), found["machine"], found["seconds"],
         [_section(s) for s in found["sections"]], found["not_run"], found["missing"],
+        found["folder"], found["name"], found["date"],
     )  # fmt: skip
 
 

@@ -144,7 +144,10 @@ def _failure(failure: dict[str, Any]) -> Markup:
         parts.append(heat(failure["heat"]))
     if failure["replay"]:
         command = shlex.join(["nvfp4-moe", "replay", failure["replay"]])
-        parts.append(element("p", "In the report's folder:"))
+        if failure["again"]:
+            parts.append(element("p", "On the machine where it was found:"))
+            parts.append(copyable("code", failure["again"], "Copy command"))
+        parts.append(element("p", "In the report's folder, wherever that is:"))
         parts.append(copyable("code", command, "Copy command"))
     if failure["upstream"]:
         text = copyable("pre", failure["upstream"], "Copy text")

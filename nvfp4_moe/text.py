@@ -127,8 +127,19 @@ def print_not_run(reasons: Counter, stream: TextIO) -> None:
         print("not run: FlashInfer and Triton on a GPU: no CUDA device here", file=stream)
 
 
+def _made(whole: Report) -> str:
+    """When and by what, in a line."""
+    machine = whole.machine
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    return f"{whole.date}: {versions}{commit}; {gpus}{driver}"
+
+
 def print_end(whole: Report, stream: TextIO) -> None:
-    """What was asked for and not run, and what the exit status then means."""
+    """By what this was made, what was asked for and not run, and what the exit status then means."""
+    print(_made(whole), file=stream)
     for what in whole.missing:
         print(f"asked for and not run: {what}", file=stream)
     if whole.status is Exit.NOT_RUN:

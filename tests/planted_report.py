@@ -6,6 +6,7 @@ The Triton kernels' place is taken by the reference with a fault in its global-s
 
 # SPDX-License-Identifier: Apache-2.0
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from nvfp4_moe.matrix import Case
 from nvfp4_moe.moe_case import MoECase
 from nvfp4_moe.report import Report
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("normal, per-token", "normal, global-scale", "Swiglu, bf16")
 """The rows of the tables that are red, and no others."""
 _128X4 = SfLayout.layout_128x4
@@ -73,13 +75,17 @@ def planted() -> Iterator[None]:
 
 
 def write(where: Path) -> Report:
+    start = time.monotonic()
     few = [c for c in matrix_moe.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
     with planted(), mock.patch.object(matrix_moe, "cases", lambda: few):
         backends = ["reference", runners.INTERPRETER]
         compared = diff_quantizers.run(Choice(kind="normal", recipes="plain"), backends)
         judged = diff_moe.run([runners.INTERPRETER, "reference"])
-        whole = Report(sections=[compared.section, judged.section])
+        script = ["env", "PYTHONPATH=.", sys.executable, "tests/planted_report.py", str(where)]
+        whole = Report(script, sections=[compared.section, judged.section])
+        whole.folder, whole.name = str(ROOT), "make planted-report"
         folder.write_failures(compared, judged, where)
+        whole.seconds = round(time.monotonic() - start, 1)
         folder.write(whole, where)
     return whole
 

@@ -11,7 +11,7 @@ import planted_report
 import pytest
 
 from nvfp4_moe import page
-from nvfp4_moe.report import FAILED
+from nvfp4_moe.report import FAILED, Cell, Failure, Section
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed (pip install selenium)"
@@ -301,3 +301,28 @@ def test_the_report_of_a_run_with_three_planted_faults(browser, address, run_wit
     assert browser.get_log("browser") == []
     browser.get_log("performance")
     browser.get(address)  # which the fixture expects
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_a_detail_uses_the_width_of_the_page(browser, width):
+    """However narrow its table is; and no text in it is cut off."""
+    show(browser, "light", width)
+    section = Section("narrow", ["reference = triton"])
+    long = " ".join(["codes 4b547d2aaeaa5c49 block scale 0x7b"] * 6)
+    failure = Failure("a case", "3 codes", [long, "x" * 300])
+    section.put("normal", "reference = triton", Cell("different", 9, 3, failures=[failure]))
+    body = page.render(page_cases.report(section).as_dict()).split("<body>")[1]
+    browser.execute_script("document.body.innerHTML = arguments[0]", body.split("</body>")[0])
+    browser.find_element(By.CSS_SELECTOR, "td > button").click()
+    details = browser.find_element(By.CSS_SELECTOR, ".more details[open]")
+    room = browser.find_element(By.CSS_SELECTOR, "main > section").rect["width"]
+    assert room - 40 < details.rect["width"] <= room
+    table = browser.find_element(By.CSS_SELECTOR, "table").rect["width"]
+    assert table < room * (0.5 if width == WIDE else 1.01)
+    for text in details.find_elements(By.CSS_SELECTOR, "pre"):
+        sizes = "return [arguments[0].scrollWidth, arguments[0].clientWidth]"
+        needed, shown = browser.execute_script(sizes, text)
+        assert needed <= shown
+    whole = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    needed, shown = browser.execute_script(whole)
+    assert needed <= shown
