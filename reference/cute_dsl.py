@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import shown
 from .experts import Experts, reordered, row_order
 from .recipe import BLOCK_SIZE
 from .shuffle import inverse
@@ -27,6 +28,9 @@ class CuteDslWeights:
     w2_weight: torch.Tensor  # [E, H, I/2] uint8
     w2_weight_sf: torch.Tensor  # [32, 4, H/128, 4, I/64, E] e4m3, strided
     w2_alpha: torch.Tensor  # [E] fp32
+
+    def __repr__(self) -> str:
+        return shown.short(self)
 
 
 def with_cute_dsl(experts: Experts) -> Experts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import shown
 from .experts import Experts, reordered, row_order
 from .scalars import product
 from .shuffle import inverse
@@ -27,6 +28,9 @@ class CutlassWeights:
     fc2_weight_block: torch.Tensor  # [E, H, I/16] e4m3
     fc2_act_global: torch.Tensor  # [] fp32 encode scale of the intermediate
     fc2_global: torch.Tensor  # [E] fp32
+
+    def __repr__(self) -> str:
+        return shown.short(self)
 
 
 def with_cutlass(experts: Experts) -> Experts:

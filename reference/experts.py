@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import checks, e2m1, e4m3
+from . import checks, e2m1, e4m3, shown
 from .activation import ActivationType
 from .expert_arguments import Options, check_assembly, check_preparation, check_values
 from .layouts import from_linear, to_linear
@@ -70,6 +70,9 @@ class Experts:
     shard: tuple[int, int] = (0, 1)  # which of how many shards of the intermediate
     first_expert: int | None = None  # place in the layer, where it is known
     router_weight_on_input: bool = False  # weights multiply the rows, not the results: Llama 4
+
+    def __repr__(self) -> str:
+        return shown.experts(self)
 
     @property
     def num_local(self) -> int:

@@ -30,7 +30,7 @@ from typing import Literal, get_args
 
 import torch
 
-from . import fp8
+from . import fp8, shown
 from .activation import ActivationType, activate
 from .fp8 import BLOCK, LEAST_OF_INTERMEDIATE, Scaled
 from .moe import FinalizeOrder, MoEResult, finalize, matmul
@@ -53,6 +53,9 @@ class SiblingExperts:
     w2_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None  # [] fp32 encode scale, of fp8 per tensor
     intermediate_scale: torch.Tensor | None = None  # likewise
+
+    def __repr__(self) -> str:
+        return shown.short(self)
 
     @property
     def num_local(self) -> int:
