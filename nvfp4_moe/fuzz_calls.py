@@ -259,6 +259,9 @@ def _logits(d: Draw, kind: Kind, tokens: int, num_experts: int) -> dict[str, Ten
         logits = logits[:, :1] + logits * 1e-6
     elif form == "equal":
         logits[0] = logits[0, 0]
+    if d.chance(0.15):
+        value = d.choice((torch.inf, -torch.inf, torch.nan, 3.3e38))
+        logits[-1, int(d.integers(0, num_experts, 1))] = value
     bias = None
     if kind.routing.method in (_M.DeepSeekV3, _M.MiniMax2):
         bias = d.normal(num_experts) * d.choice((0.0, 0.2, 30.0))

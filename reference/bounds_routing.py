@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from .bounds_selection import of_sets, selections, surely_before
-from .interval import Interval, U, rounded
+from .interval import Interval, U, rounded, unless
 from .routing import Routing, RoutingMethodType, route
 
 _M = RoutingMethodType
@@ -76,24 +76,27 @@ def routing_bounds(
 ) -> RoutingBounds:
     """The choices of each token, and what their weights may be; the arguments are those of `route`.
 
-    Nothing is claimed of tokens with a NaN or an infinite logit, but for -inf, with a bias that is
-    not finite, with fewer than K raw logits above -inf, with more sets than `bounds_selection.SETS`, or
-    whose sum of scores may be zero.
+    Where logits are selected their bits decide, those of infinities and NaN too, and a softmax that
+    has one of these is NaN. Nothing is claimed of tokens whose scores are selected and have a NaN or, of
+    Default, an infinity above; with a bias that is not finite, with fewer than K raw logits above -inf,
+    with more sets than `bounds_selection.SETS`, or whose sum of scores may be zero.
     """
     reference = route(logits, routing, bias)
     x = logits.double()
-    unknown = (x.isnan() | (x == torch.inf)).any(1)
     if routing.method not in _SCORED:
         ids = reference.ids[None]
-        unknown |= (x > -torch.inf).sum(1) < routing.top_k
+        unknown = (x > -torch.inf).sum(1) < routing.top_k
         if routing.method == _M.Llama4:  # between zeros of two signs its kernel has no order
             zeros = [((x == 0) & (x.signbit() == sign)).any(1) for sign in (False, True)]
-            unknown |= (x.amax(1) == 0) & zeros[0] & zeros[1]
+            largest = x.masked_fill(x.isnan(), -torch.inf).amax(1)
+            unknown |= (largest == 0) & zeros[0] & zeros[1]
         k = ids.shape[-1]
         before = torch.ones(k, k, dtype=torch.bool, device=x.device).triu(1)
         before = before.expand(*ids.shape, k)
         weights = _of_chosen_logits(x.gather(1, ids[0].long())[None], routing.method)
     else:
+        endless = (x == torch.inf) & (routing.method == _M.Default)
+        unknown = (x.isnan() | endless).any(1)
         scores, keys, bias64 = _scores(x, routing, bias)
         unknown |= ~bias64.isfinite().all()
         ids, many = selections(keys, x, bias64, routing)
@@ -101,8 +104,7 @@ def routing_bounds(
         before = surely_before(ids, keys, x, bias64)
         weights = _of_chosen_scores(scores.map(lambda end: of_sets(end, ids)), scores, routing)
     weights = rounded(torch.bfloat16, weights)
-    finite = weights.low.isfinite() & weights.high.isfinite()
-    return RoutingBounds(ids, weights, before, unknown | ~finite.all(-1).all(0))
+    return RoutingBounds(ids, weights, before, unknown | weights.unknown.any(-1).any(0))
 
 
 def _exponentials(x: torch.Tensor) -> Interval:
@@ -155,7 +157,7 @@ def _of_chosen_scores(part: Interval, scores: Interval, routing: Routing) -> Int
 
 
 def _share(part: Interval, every: Interval, epsilon: float) -> Interval:
-    """part / (sum of every + epsilon), of scores that `every` holds too; NaN where that may be 0."""
+    """part / (sum of every + epsilon), of scores that `every` holds too; open where that may be 0."""
     low, high = (end.sum(-1, keepdim=True) for end in (every.low, every.high))
     most, least = high - part.high + epsilon, low - part.low + epsilon  # of the others
     size = every.magnitude.sum(-1, keepdim=True)
@@ -164,4 +166,4 @@ def _share(part: Interval, every: Interval, epsilon: float) -> Interval:
     terms = every.low.shape[-1]  # as many additions, with epsilon's
     error = (terms * U * size / low + _DIVISION) * 1.001
     share = share.widened(share.magnitude * error)
-    return share.map(lambda end: end.masked_fill(low <= _EPSILON, torch.nan))
+    return unless(low <= _EPSILON, share)

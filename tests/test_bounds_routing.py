@@ -298,15 +298,29 @@ def test_what_is_not_determined_is_unknown():
     logits[0, 3], logits[1, 3], logits[2, :14] = torch.nan, torch.inf, -torch.inf
     logits[3] = 0.0
     logits[3, 5] = -0.0
-    assert (
-        routing_bounds(logits, Routing(M.Renormalize, 4)).unknown.tolist()
-        == [True] * 3 + [False] * 3
-    )
+    few = [False, False, True, False, False, False]
+    assert routing_bounds(logits, Routing(M.Renormalize, 4)).unknown.tolist() == few
+    assert routing_bounds(logits, Routing(M.Default, 4)).unknown.tolist()[:2] == [True, True]
+    assert routing_bounds(logits, Routing(M.Sigmoid, 4)).unknown.tolist()[:2] == [True, False]
     llama = routing_bounds(logits, Routing(M.Llama4, 1)).unknown.tolist()
-    assert llama == [True, True, False, True, False, False]
+    assert llama == [False, False, False, True, False, False]
     logits[4] = 1 + torch.arange(EXPERTS) * 2.0**-14
     assert routing_bounds(logits, Routing(M.Sigmoid, 4)).unknown[4]
     assert routing_bounds(logits - 60, Routing(M.SigmoidRenorm, 4)).unknown.all()
+
+
+@pytest.mark.parametrize("method", [M.Renormalize, M.TopK, M.TopKSigmoid, M.Llama4], ids=str)
+def test_infinite_and_nan_logits_that_are_selected_by_their_bits(method):
+    """The reference's weights are inside; a finite one for NaN or infinity is not."""
+    wanted = Routing(method, 1 if method == M.Llama4 else 3)
+    logits = logits_of(4, EXPERTS)
+    logits[0, 3], logits[1, 3], logits[2, 3] = torch.nan, torch.inf, -torch.inf
+    found, right = routing_bounds(logits, wanted), route(logits, wanted)
+    assert not found.unknown.any() and found.outside(right.ids, right.weights_bf16) == 0
+    wrong = right.weights_bf16.nan_to_num(nan=0.25, posinf=1.0)
+    changed = ~(wrong == right.weights_bf16)
+    assert found.outside(right.ids, wrong) == int(changed.sum())
+    assert changed.any() or method == M.Llama4
 
 
 # Outputs
