@@ -225,7 +225,7 @@ def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
     )  # fmt: skip
     if kind.build == "cutlass":
         return with_cutlass(experts)
-    scalars = {  # as a caller of FlashInfer's may give them
+    scalars: dict[str, Any] = {  # as a caller of FlashInfer's may give them
         name: d.scalars(held, exponent - 7)
         for name in ("output1_scale_scalar", "output1_scale_gate_scalar")
         if d.chance(0.15)
@@ -250,7 +250,7 @@ def _activations(d: Draw, kind: Kind, experts: Experts, x: Tensor) -> Activation
     return a
 
 
-def _logits(d: Draw, kind: Kind, tokens: int, num_experts: int) -> dict[str, Tensor | None]:
+def _logits(d: Draw, kind: Kind, tokens: int, num_experts: int) -> dict[str, Any]:
     logits = d.normal(tokens, num_experts) * d.choice((1.0, 1.0, 10.0, 100.0, 1e4, 1e30))
     form = d.choice(("normal", "normal", "ties", "close", "equal"))
     if form == "ties":
