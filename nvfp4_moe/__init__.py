@@ -10,6 +10,10 @@ _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
+from . import starting as _starting
+
+_starting.leave_on_interrupt()
+
 from importlib.metadata import PackageNotFoundError, version
 
 from .kernels import reload as _reload  # noqa: F401  `Experts.load_` in Triton

@@ -25,6 +25,8 @@ from .report import FAILED, Cell, Failure, Report, Section, worst
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
 """What runs the command line in another process."""
+LONGEST = 1e6
+"""Seconds of one process."""
 PRINTED = "printed.txt"
 """In the folder of each process."""
 _EXACT = environment.EXACT_VARIABLES["cute-dsl"][0]
@@ -116,8 +118,9 @@ def run(options: argparse.Namespace) -> Exit:
     start = time.monotonic()
     out = Path(options.report)
     planned = list(jobs(options.backends))
-    if not options.timeout > 0:
-        raise CommandError(f"--timeout is {options.timeout:g}; it must be more than 0 seconds")
+    if not 0 < options.timeout <= LONGEST:
+        allowed = f"more than 0 and at most {LONGEST:g} seconds"
+        raise CommandError(f"--timeout is {options.timeout:g}; it must be {allowed}")
     files.check_folder("--report", out)
     out.mkdir(parents=True, exist_ok=True)
     print(processes.run([*CHILD, "doctor"], options.timeout)[1], end="")

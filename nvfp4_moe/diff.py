@@ -73,14 +73,16 @@ def run(options: argparse.Namespace) -> Exit:
     backends = diff_quantizers.available(names) if "quantizers" in parts else []
     layers = diff_moe.known(names) if "moe" in parts else None
     siblings = diff_siblings.known(names) if "siblings" in parts else None
-    if options.input:
+    if options.input is not None:
         matrix.check_file(options.input)
-    if options.report:
+    if options.report is not None:
         files.check_folder("--report", options.report)
     if options.json not in (None, "-"):
         files.check_file("--json", options.json)
     if options.rows is not None and options.rows < 1:
         raise CommandError(f"--rows is {options.rows}; it must be at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise CommandError(f"--seed is {options.seed}; it must be at least 0 and below 2^63")
     stream = sys.stderr if options.json == "-" else sys.stdout
     whole, not_run = Report.of_this_run(), Counter[str]()
     compared: Comparison | None = None
@@ -128,7 +130,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 def _parts(options: argparse.Namespace) -> tuple[str, ...]:
     """What to compare: a file or a kind of input is the quantizers'."""
-    about_quantizers = options.input or options.kind
+    about_quantizers = options.input is not None or options.kind
     if options.only not in (None, "quantizers") and about_quantizers:
         raise CommandError(f"--only is {options.only}; --input and --kind are of the quantizers")
     if options.only:

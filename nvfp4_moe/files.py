@@ -49,6 +49,8 @@ def check_folder(argument: str, path: str | Path, room: int = ROOM) -> None:
     """
     said = f"{argument} is {str(path)!r}"
     made: list[Path] = []
+    if not str(path):
+        raise CommandError(f"{said}; it must be a folder to write to")
     try:
         folder = Path(path).absolute()
         for part in (*reversed(folder.parents), folder):

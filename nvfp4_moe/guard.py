@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from . import starting
 from .exits import CommandError, Exit
 from .kernels import environment
 
@@ -25,6 +26,7 @@ def guarded(name: str, command: Callable[[], int], left: Callable[[], str]) -> i
     """
     _print_any_character()
     try:
+        starting.as_usual()
         with _terminated_as_interrupted():
             status = command()
             sys.stdout.flush()

@@ -16,7 +16,7 @@ import torch
 from checkpoint_cases import NAMINGS, ordinary, weights, write
 from safetensors.torch import save_file
 
-from nvfp4_moe import blackwell, diff_quantizers, doctor, exits, files, processes
+from nvfp4_moe import blackwell, diff_quantizers, doctor, exits, files, processes, starting
 from nvfp4_moe.__main__ import COMMANDS, main
 from nvfp4_moe.checkpoints import command as convert_command
 from nvfp4_moe.checkpoints import workspace
@@ -111,6 +111,11 @@ def test_a_disk_that_is_full(idle, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e300"])
+def test_a_time_that_nobody_can_wait(seconds, idle, capsys):
+    assert "--timeout is " in refused(capsys, ["blackwell", "--timeout", seconds])
+
+
 def test_what_is_checked_is_left_as_it_was(tmp_path):
     (tmp_path / "kept.json").write_text("kept")
     files.check_folder("--report", tmp_path / "one" / "two")
@@ -194,6 +199,51 @@ def test_an_interrupt_ends_the_children(number, capsys, monkeypatch):
     assert capsys.readouterr().err == "nvfp4-moe try: interrupted; two are left\n"
     assert len(seen) == 2 and all(child.returncode == -signal.SIGTERM for child in seen)
     assert not processes._running and signal.getsignal(number) is before
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+sys.orig_argv = sys.argv[1:]
+import nvfp4_moe
+"""
+
+
+def test_an_interrupt_of_the_import():
+    """One line where the process is the command line; of others' programs it is no business."""
+    for words, ours in (("-m", "nvfp4_moe", "diff"), True), (("mine.py",), False):
+        child = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED_IMPORT, "python", *words], cwd=ROOT, capture_output=True,
+            text=True, timeout=100,
+        )  # fmt: skip
+        if ours:
+            assert child.returncode == Exit.INTERRUPTED
+            assert child.stderr == "nvfp4-moe: interrupted; nothing was begun\n"
+        else:
+            assert child.returncode == -signal.SIGINT and "KeyboardInterrupt" in child.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        (["python", "-m", "nvfp4_moe", "doctor"], True),
+        (["python", "/usr/bin/nvfp4-moe", "doctor"], True),
+        (["python", "-m", "nvfp4_moe.processes"], False),
+        (["python", "-m", "pytest", "nvfp4_moe"], False),
+        (["python", "train.py", "nvfp4-moe"], False),
+        (["python", "-m"], False),
+        (["python"], False),
+        ([], False),
+    ],
+)
+def test_what_is_the_command_line(words, ours):
+    assert starting.is_command_line(words) is ours
 
 
 def test_a_worker_ends_with_its_parent(tmp_path):
