@@ -146,7 +146,7 @@ def _commit() -> str | None:
     try:
         found = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=, changed"],
-            capture_output=True, text=True, timeout=10,
+            capture_output=True, text=True, encoding="utf-8", timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
