@@ -44,6 +44,8 @@ def parse(content: bytes | str) -> Any:
 
 def _check_depth(text: str) -> None:
     # Before parsing: a caller may have raised the interpreter's limit beyond what its stack takes.
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
     depth = 0
     for match in _TOKEN.finditer(text):
         token = text[match.start()]

@@ -90,6 +90,8 @@ WRONG = [
     (compressed(config_groups={"a b": GROUP | {"weights": 4}}), 'groups."a b".weights is 4'),
     (compressed(ignore=["re:("]), 'ignore[0] is "re:(", a pattern that is not served: it is no'),
     (compressed(ignore=["x*"] * 5001), "ignore has 5001 patterns with wildcards; at most 5000"),
+    (modelopt(quantized_layers={f"a{i}*": {} for i in range(5001)}),
+     "quantized_layers has 5001 patterns with wildcards; at most 5000"),
     (config(num_experts=0), "num_experts is 0; it must be a whole number from 1"),
     (config(num_experts="4"), 'num_experts is "4"; it must be a whole number from 1'),
     (config(num_experts=float("nan")), "num_experts is NaN; it must be a whole number"),
@@ -247,6 +249,47 @@ def test_links_in_the_folder_and_in_a_cache_of_hugging_face(sources, tmp_path):
     (folder / "model.safetensors").rename(folder / "weights.bin")
     (folder / "model.safetensors").symlink_to("weights.bin")
     assert_same_experts(load_experts(folder, 0), want)
+
+
+def _header(change):
+    """The bytes of a shard whose header was changed."""
+
+    def changed(content: bytes) -> bytes:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+    return changed
+
+
+def _first(**changes):
+    return _header(lambda header: header[f"{BASE}.0.up_proj.weight"].update(changes))
+
+
+HEADERS = {
+    "empty": lambda content: b"",
+    "length alone": lambda content: content[:8],
+    "truncated": lambda content: content[:-1],
+    "longer": lambda content: content + b"\0",
+    "absurd length": lambda content: (2**63).to_bytes(8, "little") + content[8:],
+    "not JSON": lambda content: content[:8] + b"x" + content[9:],
+    "unknown dtype": _first(dtype="F3"),
+    "negative size": _first(shape=[-1, 4]),
+    "absurd size": _first(shape=[2**62, 2**62]),
+    "overlapping": _first(data_offsets=[0, 64]),
+    "no dtype": _header(lambda header: header[f"{BASE}.0.up_proj.weight"].pop("dtype")),
+    "metadata of numbers": _header(lambda header: header.update(__metadata__={"format": 1})),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_damaged_header_is_named(kind, sources, tmp_path):
+    for name, destination in (("nvfp4", None), ("bf16", tmp_path / "o")):
+        shard = copy(sources, name, tmp_path / name) / "model.safetensors"
+        shard.write_bytes(HEADERS[kind](shard.read_bytes()))
+        assert refused(shard.parent, destination)[0].startswith(f"{shard.name}: cannot be read: ")
 
 
 def test_a_tensor_in_two_files(sources, tmp_path):

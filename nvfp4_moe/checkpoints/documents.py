@@ -6,7 +6,7 @@ producer writes it: transformers for every entry of a configuration that is not 
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .files import SUFFIX, is_below, is_shard_name
@@ -49,8 +49,20 @@ class _Patterns(ListOf):
                 matcher(pattern)
             except ValueError as e:
                 yield f"{path}[{i}] is {shown(pattern)}, a pattern that is not served: {e}"
-        if (count := sum(map(has_wildcard, value))) > _MOST_WILDCARDS:
-            yield f"{path} has {count} patterns with wildcards; at most {_MOST_WILDCARDS} are read"
+        yield from _too_many(path, value)
+
+
+class _ByPattern(MapOf):
+    """Values by module, or by a pattern of modules."""
+
+    def problems(self, path: str, value: Any) -> Iterator[str]:
+        wrong = list(super().problems(path, value))
+        yield from wrong or _too_many(path, value)
+
+
+def _too_many(path: str, patterns: Iterable[str]) -> Iterator[str]:
+    if (count := sum(map(has_wildcard, patterns))) > _MOST_WILDCARDS:
+        yield f"{path} has {count} patterns with wildcards; at most {_MOST_WILDCARDS} are read"
 
 
 _PATTERNS = _Patterns(STRING)
@@ -60,7 +72,7 @@ _ALGORITHM = Record({"quant_algo": OrNull(STRING), "group_size": OrNull(SIZE)})
 _MODELOPT = {
     **_ALGORITHM.entries,
     "exclude_modules": _PATTERNS,
-    "quantized_layers": OrNull(MapOf(_ALGORITHM)),
+    "quantized_layers": OrNull(_ByPattern(_ALGORITHM)),
 }
 
 # compressed-tensors.

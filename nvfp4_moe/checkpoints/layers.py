@@ -18,7 +18,7 @@ from .places import Place
 
 Projection = Literal["gate", "up", "down"]
 
-MOST_EXPERTS = 65_536
+MOST_EXPERTS = 16_384
 _HALF = {"gate": 0, "up": 1}
 WEIGHTS = ("weight", "weight_packed")
 """Kinds that are the matrix itself, in one format or another."""
@@ -148,7 +148,8 @@ def find_layer(folder: Folder, layer: int | str) -> Layer:
         return found[0]
     names = ", ".join(x.module for x in (found or layers)[:8]) or f"none{_perhaps(folder)}"
     told = f"{len(found)} have that number; give the name" if found else "there are"
-    raise CheckpointError(folder.path, [f"no single layer of experts {layer!r}; {told}: {names}"])
+    problem = f"no single layer of experts {layer!r}; {told}: {names}"
+    raise CheckpointError(folder.path, [*folder.broken.values(), problem])
 
 
 def count_problem(folder: Folder, layer: Layer) -> str | None:

@@ -31,7 +31,8 @@ def check_room(source: Source, target: Path) -> None:
 
 def result_bytes(source: Source) -> int:
     """Bytes of the shards that a conversion writes, but for the scales of single tensors."""
-    total = sum((source.folder.path / shard).stat().st_size for shard in source.folder.shards)
+    folder = source.folder
+    total = sum(folder.file_path(shard).stat().st_size for shard in folder.shards)
     for name, matrices in source.matrices.items():
         info = source.folder.info(name)
         assert info is not None
