@@ -1,6 +1,7 @@
 """What the intervals say of numbers that fp32 cannot hold: overflow, underflow, NaN."""
 
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 from dataclasses import replace
 
 import moe_cases
@@ -15,11 +16,13 @@ from nvfp4_moe.reference.bounds_parallel import all_reduce_bounds
 from nvfp4_moe.reference.bounds_product import Product
 from nvfp4_moe.reference.bounds_sums import sum_of_products
 from nvfp4_moe.reference.experts import prepare_experts
+from nvfp4_moe.reference.fp32 import flush
 from nvfp4_moe.reference.interval import ANY_ORDER, CONTIGUOUS, Interval, hull
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 from nvfp4_moe.allowed import Allowed
+from nvfp4_moe.fuzz_calls import Draw
 from nvfp4_moe.moe_case import MoECase
 
 INF, NAN = torch.inf, torch.nan
@@ -90,6 +93,41 @@ def test_products_in_any_association():
     assert found.unknown[:, 0].tolist() == [False, False, True, False, False, True]
     assert not found.contains(torch.full_like(x, -1.0))[[0, 1, 3, 4]].any()
     assert ends(found[4]) == [INF, INF]
+
+
+def associations(factors):
+    """Every product of these, as nested pairs."""
+    first, *rest = factors
+    if not rest:
+        yield first
+    for taken in itertools.product((False, True), repeat=len(rest)):
+        left = [first, *itertools.compress(rest, taken)]
+        right = [x for x, t in zip(rest, taken, strict=True) if not t]
+        if right:
+            yield from itertools.product(associations(left), associations(right))
+
+
+def evaluated(pair, after):
+    """The product of nested pairs in fp32, each number and each part put through `after`."""
+    if isinstance(pair, tuple):
+        return after(evaluated(pair[0], after) * evaluated(pair[1], after))
+    return after(pair)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_association_flushed_or_not(count):
+    d = Draw(count)
+    factors = [
+        torch.stack([d.scalars(1, d.exponent(), 1.0) for _ in range(800)]) for _ in range(count)
+    ]
+    product = Product.of(Interval.point(factors[0]))
+    for factor in factors[1:]:
+        product = product.times(factor)
+    found = product.result()
+    for pair in associations(factors):
+        for after in (torch.clone, flush):
+            assert found.contains(evaluated(pair, after)).all()
+    assert found.unknown.double().mean() < 0.1 and found.nan.any()
 
 
 @pytest.mark.parametrize("accumulation", [ANY_ORDER, CONTIGUOUS], ids=lambda a: a.name)
