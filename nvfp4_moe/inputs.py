@@ -9,10 +9,12 @@ from safetensors.torch import load
 
 from . import host
 from .reference import e2m1
+from .reference.subnormals import kept
 
 KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
 
 
+@kept
 def synthetic(
     kind: str, m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> torch.Tensor:

@@ -13,6 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .subnormals import kept
+
 
 class ActivationType(enum.IntEnum):
     """FlashInfer's names and values. SwigluBias, Invalid and ClampedRelu2 are not implemented."""
@@ -76,6 +78,7 @@ STEP_LIMIT = 7.0
 """SwigluStep's physical limit where none is given."""
 
 
+@kept
 def activate(
     raw: torch.Tensor,
     kind: ActivationType,

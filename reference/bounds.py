@@ -75,6 +75,7 @@ from .interval import (
 from .moe import Activations, FinalizeOrder, finalize, held_slots
 from .recipe import Recipe
 from .routing import Routing
+from .subnormals import kept
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class MoEBounds:
     intermediate: Interval  # [T, K, I]: bf16 values, or fp32 with static scales
 
 
+@kept
 def fused_moe_bounds(
     activations: Activations,
     experts: Experts,
@@ -123,6 +125,7 @@ def fused_moe_bounds(
     return MoEBounds(output, rows, acc, mid)
 
 
+@kept
 def routed_moe_bounds(
     activations: Activations,
     experts: Experts,

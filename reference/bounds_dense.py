@@ -10,8 +10,10 @@ from .bounds_product import Product
 from .bounds_sums import sum_of_products
 from .dense import operands
 from .interval import ANY_ORDER, Accumulation, Interval, rounded
+from .subnormals import kept
 
 
+@kept
 def mm_fp4_bounds(
     a: torch.Tensor,
     b: torch.Tensor,

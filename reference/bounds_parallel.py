@@ -24,10 +24,12 @@ from .experts import Experts
 from .interval import Interval, U, rounded, valid
 from .moe import Activations
 from .shards import select_experts, shard_experts
+from .subnormals import kept
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: U}
 
 
+@kept
 def all_reduce_bounds(
     parts: Sequence[Interval], reduce_dtype: torch.dtype, output_dtype: torch.dtype
 ) -> Interval:

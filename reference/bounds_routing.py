@@ -28,6 +28,7 @@ import torch
 from .bounds_selection import of_sets, selections, surely_before
 from .interval import Interval, U, rounded, unless
 from .routing import Routing, RoutingMethodType, route
+from .subnormals import kept
 
 _M = RoutingMethodType
 _BIASED = (_M.DeepSeekV3, _M.MiniMax2)
@@ -71,6 +72,7 @@ class RoutingBounds:
         return int(wrong.sum(-1).amin(0).masked_fill(self.unknown, 0).sum())
 
 
+@kept
 def routing_bounds(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
 ) -> RoutingBounds:

@@ -15,6 +15,7 @@ from .layouts import to_linear
 from .moe import Accumulate, matmul
 from .quantize import dequantize
 from .recipe import BLOCK_SIZE, SfLayout
+from .subnormals import kept
 
 
 def a_layout(use_8x4_sf_layout: bool) -> SfLayout:
@@ -29,6 +30,7 @@ def values(codes: torch.Tensor, block_scales: torch.Tensor, layout: SfLayout) ->
     return dequantize(codes, linear.view(torch.uint8), 1.0)
 
 
+@kept
 def operands(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -41,6 +43,7 @@ def operands(
     return left, values(b.T, b_descale.T, SfLayout.layout_128x4)
 
 
+@kept
 def mm_fp4(
     a: torch.Tensor,
     b: torch.Tensor,

@@ -31,6 +31,7 @@ from .scalars import (
     weight_encode_scale,
 )
 from .shuffle import interleave_gated_rows, inverse, shuffle_rows
+from .subnormals import kept
 
 if TYPE_CHECKING:
     from .cute_dsl import CuteDslWeights
@@ -153,6 +154,7 @@ def padded_sizes(hidden_size: int, intermediate_size: int, gated: bool) -> tuple
 
 
 @torch.no_grad()
+@kept
 def prepare_experts(
     w13: torch.Tensor,
     w2: torch.Tensor,
@@ -215,6 +217,7 @@ def quantize_experts(
     return _assembled(quantized[0], quantized[1], parameters)
 
 
+@kept
 def quantize_weight(
     w: torch.Tensor,
     amax: torch.Tensor,
@@ -237,6 +240,7 @@ def quantize_weight(
 
 
 @torch.no_grad()
+@kept
 def assemble_experts(
     w13_codes: torch.Tensor,
     w13_scales: torch.Tensor,

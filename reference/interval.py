@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .subnormals import kept
+
 U = 2.0**-24
 """Unit roundoff of fp32."""
 LARGEST = torch.finfo(torch.float32).max
@@ -147,6 +149,7 @@ class Interval:
         same_sign = (self.low > 0) | (self.high < 0)
         return torch.where(same_sign, torch.minimum(self.low.abs(), self.high.abs()), 0.0)
 
+    @kept
     def contains(self, x: torch.Tensor) -> torch.Tensor:
         """Elementwise: whether x may be the value."""
         x = x.double()

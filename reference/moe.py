@@ -39,6 +39,7 @@ from .activation import activate
 from .experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
 from .quantize import Quantized, quantize_block_scales, quantize_global_scale, quantize_per_token
 from .recipe import BLOCK_SIZE, Recipe
+from .subnormals import kept
 
 Accumulate = Literal["fp64", "fp32"]
 FinalizeOrder = Literal["flashinfer", "slot"]
@@ -82,6 +83,7 @@ class MoEResult:
     steps: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@kept
 def fused_moe(
     activations: Activations,
     experts: Experts,
@@ -215,6 +217,7 @@ def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
     return groups
 
 
+@kept
 def finalize(
     rows: torch.Tensor,
     weights: torch.Tensor,

@@ -20,6 +20,8 @@ fused: so any implementation of these lines has their bits.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from .subnormals import kept
+
 LOG2E = 1.4426950408889634
 LN2_HIGH = 0.693359375  # nine bits: its product with n is exact
 LN2_LOW = -2.12194440054690583e-4  # ln 2 - LN2_HIGH
@@ -47,6 +49,7 @@ def _power_of_two(n: torch.Tensor) -> torch.Tensor:
     return ((n + 127) << 23).view(torch.float32)
 
 
+@kept
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """[M, 2K] bf16 or fp16, gate and up, to [M, K] of the same dtype."""
     gate, up = x.float().chunk(2, dim=-1)
@@ -63,11 +66,13 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     return terms[:, 0]
 
 
+@kept
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """[M, K] bf16 or fp16, weight [K] of the same dtype, to [M, K]."""
     return _normalized(x.float(), weight, eps).to(x.dtype)
 
 
+@kept
 def add_rmsnorm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ from . import e2m1, e4m3
 from .fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
 from .layouts import from_linear, to_linear
 from .recipe import BLOCK_SIZE, NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
+from .subnormals import kept
 
 _LINEAR = SfLayout.layout_linear
 _SIXTH = 1.0 / 6.0  # rounds to the fp32 0x3e2aaaab, which is also rcp.approx(6)
@@ -46,6 +47,7 @@ class Quantized:
     steps: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@kept
 def quantize_per_token(
     x: torch.Tensor,
     base_scale_inv: float | torch.Tensor,
@@ -99,6 +101,7 @@ def quantize_per_token(
     return _finish(result, layout, keep_steps)
 
 
+@kept
 def quantize_global_scale(
     x: torch.Tensor,
     global_scale: torch.Tensor | float | None,
@@ -140,6 +143,7 @@ def quantize_global_scale(
     return _finish(result, layout, keep_steps)
 
 
+@kept
 def quantize_block_scales(x: torch.Tensor, recipe: Recipe) -> Quantized:
     """Quantize [M, K] fp32 by blocks alone: the encode scale is 1, already in the values.
 
@@ -151,6 +155,7 @@ def quantize_block_scales(x: torch.Tensor, recipe: Recipe) -> Quantized:
     return quantize_blocks(x, amax, x.new_ones(x.shape[0]), None, recipe, ar)
 
 
+@kept
 def dequantize(
     codes: torch.Tensor,
     block_scales: torch.Tensor,

@@ -36,6 +36,7 @@ from .scalars import (
     quotient,
     static_encode_scale,
 )
+from .subnormals import kept
 from .versions import mark_written
 
 
@@ -84,6 +85,7 @@ WRITERS: dict[str, Callable[[torch.device], tuple[Writer | None, str]]] = {
 """By backend: a writer for a device, or None and why there is none. `kernels/reload.py` adds its own."""
 
 
+@kept
 def load_(
     experts: Experts,
     w13: torch.Tensor,

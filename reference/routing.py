@@ -46,6 +46,7 @@ import torch
 
 from . import checks
 from .fp32 import Arithmetic
+from .subnormals import kept
 
 
 class RoutingMethodType(enum.IntEnum):
@@ -153,6 +154,7 @@ class RoutingResult(NamedTuple):
         return self.weights.to(torch.bfloat16)
 
 
+@kept
 def route(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
 ) -> RoutingResult:

@@ -25,6 +25,7 @@ from .layouts import to_linear
 from .moe import Accumulate, Activations, FinalizeOrder, MoEResult, fused_moe
 from .recipe import BLOCK_SIZE, Recipe, SfLayout
 from .shuffle import inverse
+from .subnormals import kept
 
 _ALIKE = (
     "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar", "gemm1_alpha",
@@ -145,6 +146,7 @@ class ShardedResult:
     shards: tuple[MoEResult, ...]  # each rank's, whose outputs travel
 
 
+@kept
 def fused_moe_shards(
     activations: Activations,
     experts: Experts,

@@ -34,6 +34,7 @@ from . import fp8, shown
 from .activation import ActivationType, activate
 from .fp8 import BLOCK, LEAST_OF_INTERMEDIATE, Scaled
 from .moe import FinalizeOrder, MoEResult, finalize, matmul
+from .subnormals import kept
 
 Format = Literal["bf16", "fp8 per tensor", "fp8 block", "mxfp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -82,6 +83,7 @@ class SiblingActivations:
 
 
 @torch.no_grad()
+@kept
 def prepare_sibling(
     format: Format,
     w13: torch.Tensor,
@@ -128,6 +130,7 @@ def prepare_sibling(
     return SiblingExperts(format, activation, q13.codes, q2.codes, q13.scale, q2.scale)
 
 
+@kept
 def quantize_for(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations:
     """[T, H] bf16 hidden states in the format of the experts."""
     if experts.format == "bf16":
@@ -141,6 +144,7 @@ def quantize_for(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations
     return SiblingActivations(*fp8.quantize_mxfp8(x))
 
 
+@kept
 def sibling_moe(
     activations: SiblingActivations,
     experts: SiblingExperts,

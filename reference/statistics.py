@@ -22,6 +22,7 @@ from .quantize import (
 )
 from .recipe import BLOCK_SIZE, Recipe
 from .scalars import weight_encode_scale
+from .subnormals import kept
 
 COUNTS = (
     "rows",
@@ -164,6 +165,7 @@ class QuantizationStatistics:
         return table(by_expert(self))
 
 
+@kept
 def quantization_statistics(
     x: torch.Tensor,
     recipe: Recipe | None = None,
@@ -210,6 +212,7 @@ def quantization_statistics(
     )
 
 
+@kept
 def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> QuantizationStatistics:
     """Of the weights [E, M, K] of E experts, quantized as `prepare_experts` does.
 

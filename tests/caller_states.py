@@ -49,6 +49,17 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def flushed() -> Iterator[None]:
+    """Of this thread, and of those that it starts."""
+    assert torch.set_flush_denormal(True), "this processor has no such mode"
+    try:
+        yield
+        assert sys.float_info.min * float("0.5") == 0, "the caller's flag is put back"
+    finally:
+        torch.set_flush_denormal(False)
+
+
 STATES: dict[str, Callable[[], Any]] = {
     "plain": contextlib.nullcontext,
     "default dtype": lambda: default_dtype(torch.bfloat16),
@@ -56,6 +67,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "inference mode": torch.inference_mode,
     "autocast": lambda: torch.autocast(torch.device(sys.argv[1]).type, torch.bfloat16),
     "deterministic": deterministic,
+    "flush subnormals": flushed,
 }
 
 
@@ -114,6 +126,32 @@ def chosen(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     ids = host.arange(10).remainder(3).view(5, 2).int()
     return ids.to(device), (host.arange(10).view(5, 2).float() / 7).bfloat16().to(device)
+
+
+@part
+def subnormal_numbers(device: str, backend: str) -> Any:
+    """Numbers around fp32's smallest, and enough of them for several threads."""
+    from nvfp4_moe.reference import moe
+    from nvfp4_moe.reference.bounds import fused_moe_bounds
+    from nvfp4_moe.reference.experts import prepare_experts
+    from nvfp4_moe.reference.quantize import dequantize, quantize_block_scales, quantize_per_token
+    from nvfp4_moe.reference.recipe import Recipe
+
+    w13, w2 = weights()
+    g = torch.Generator().manual_seed(4)
+    bits = torch.randint(0, 8 << 7, (600, 144), generator=g, dtype=torch.int16, device="cpu")
+    x = bits.view(torch.bfloat16)  # 0 to 2^-119: no arithmetic, which would flush them
+    found = []
+    for recipe in (Recipe("fast", build="cute-dsl"), Recipe("exact", build="cute-dsl")):
+        q = quantize_per_token(x.to(device), recipe.base_scale_inv, recipe)
+        values = dequantize(q.codes, q.block_scales, q.per_token_scale)
+        found += [q, values, quantize_block_scales(values, recipe)]
+    experts = prepare_experts(w13.to(device), (w2 / 2**10).to(device))
+    ids, w = (t.repeat(120, 1) for t in chosen(device))
+    wide = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - 144)).to(device)
+    a = moe.quantize_activations(wide, Recipe("exact", build="cute-dsl"))
+    bounds = fused_moe_bounds(a, experts, ids, w).output
+    return found, moe.fused_moe(a, experts, ids, w, output_dtype=torch.float32).output, bounds
 
 
 @part

@@ -19,6 +19,7 @@ from ..reference import checks
 from ..reference.experts import quantize_weight
 from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe
+from ..reference.subnormals import kept
 from .described import configurations, describe
 from .errors import CheckpointError
 from .files import local
@@ -35,6 +36,7 @@ _VERSION = 3
 """Of what a conversion writes: part of the identity that a resumed one must share."""
 
 
+@kept
 def convert(
     source: Path | str,
     destination: Path | str,

@@ -12,6 +12,7 @@ from ..reference.expert_arguments import check_activation
 from ..reference.experts import Experts, assemble_experts
 from ..reference.recipe import BLOCK_SIZE
 from ..reference.scalars import check_one_scale, per_expert
+from ..reference.subnormals import kept
 from .check import Check
 from .errors import CheckpointError
 from .folder import Folder
@@ -26,6 +27,7 @@ _Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 _E4M3_RANGE = 6.0 * 448.0  # by which ModelOpt's activation scales divide the largest magnitude
 
 
+@kept
 def load_experts(
     folder: Path | str | Folder,
     layer: int | str,
