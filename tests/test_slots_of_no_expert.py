@@ -80,7 +80,7 @@ def test_gradients():
     """The weights of slots of no expert have no gradient, and disturb no other."""
     g = torch.Generator().manual_seed(5)
     x, w13, w2 = (torch.randn(*size, generator=g) for size in ((3, 32), (2, 32, 32), (2, 32, 16)))
-    ids = torch.tensor([[0, -1], [2, 1], [1, 0]], dtype=torch.int32)
+    ids = torch.tensor([[0, -1], [-1, 1], [1, 0]], dtype=torch.int32)
     ones = torch.ones(3, 2)
     grads = []
     for strange in (0.0, torch.nan):
