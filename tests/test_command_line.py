@@ -311,7 +311,7 @@ print(main(["mutants", "--seeds", "1", "--conforming", "1"]))
 def test_without_triton(checkpoint, tmp_path):
     child = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON, checkpoint, tmp_path / "dst"], cwd=ROOT,
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert child.returncode == 0 and "Traceback" not in child.stderr, child.stderr
     assert "triton               no: triton is not installed" in child.stdout
