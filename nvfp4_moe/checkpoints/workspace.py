@@ -52,7 +52,11 @@ class Workspace:
         self.path = path
         before = _record(path)
         shards = before["shards"] if before and before["identity"] == identity else {}
-        self._content = {"identity": identity, "names": sorted(names), "shards": dict(shards)}
+        self._content: dict[str, Any] = {
+            "identity": identity,
+            "names": sorted(names),
+            "shards": dict(shards),
+        }
         with self._writing(""):
             _make_folder(path)
             if before is not None:
