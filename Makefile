@@ -11,7 +11,7 @@ endif
 PYTEST := $(PYTHON) -m pytest
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-full gpu blackwell mutants fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -52,6 +52,14 @@ fuzz-bounds-gpu:
 # hour; `make fuzz-checkpoints ARGUMENTS="--seed 7 --runs 1000"` takes a part of it.
 fuzz-checkpoints: $(SETUP)
 	PYTHONPATH=.:tests $(PYTHON) tests/fuzz_checkpoints.py $(ARGUMENTS)
+
+# Small changes made by rule of the reference and of the kernels, and what catches each; what has been
+# tried is in build/mutants.json, and not tried again. Half an hour, and hours. On a GPU, also
+# `nvfp4-moe mutants --generated kernels --device cuda --jobs 16 --seconds 500`.
+mutants: $(SETUP)
+	-$(PYTHON) -m nvfp4_moe mutants --generated reference --jobs 2
+	-$(PYTHON) -m nvfp4_moe mutants --generated kernels --jobs 2
+	$(PYTHON) -m nvfp4_moe mutants --generated report
 
 # What a report looks like: of a run with three faults, planted.
 planted-report: $(SETUP)

@@ -216,6 +216,15 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
     yield MoECase("Identity, tokens of any size", quantize_activations(x, replace(recipe, build="cuda")),
                   experts, recipe=recipe, **_given(1))  # fmt: skip
 
+    g = _g(13)
+    biases = {"w13_bias": host.normal(g, 2, 2 * SIZE) / 2, "w2_bias": host.normal(g, 2, SIZE) / 2}
+    some = _experts(2, _A.Swiglu, 70, **PARAMETERS, **biases)
+    ordinary = host.normal(g, TOKENS, SIZE).bfloat16()
+    given = _given(3, experts=4)  # of which 1 and 2 are held here
+    yield MoECase("Swiglu, biases and parameters, experts 1 and 2 of 4",
+                  quantize_activations(ordinary, replace(recipe, build="cuda")), some, recipe=recipe,
+                  local_expert_offset=1, **given)  # fmt: skip
+
     # The second half of K cancels the first but for a sixteenth of the columns.
     states = _bytes(0, 256, TOKENS, SIZE // 2, seed=8)
     scales = torch.full((TOKENS, SIZE // BLOCK_SIZE), 0x60, dtype=torch.uint8, device="cpu")
@@ -245,3 +254,10 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
         given = ordered | {"weights": weights.to(dtype)}
         yield MoECase(f"Relu2, {str(dtype)[6:]} weights of any size, to fp32", state, some,
                       recipe=recipe, output_dtype=torch.float32, **given)  # fmt: skip
+
+
+def half_rows() -> torch.Tensor:
+    """[14, 80] fp16: rows of any size, subnormal ones among them, with -0 and blocks of zeros."""
+    x = host.normal(_g(12), 14, 80) * host.powers(host.arange(14) * 2 - 22)[:, None]
+    x[3], x[4, :16], x[5, ::7] = 0, 0, -0.0
+    return x.half()

@@ -37,13 +37,13 @@ class FusedCall:
     config: GemmConfig = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
     limits: dict[str, int] = field(default_factory=dict)  # of `kernels.moe`, by name
 
-    def answer(self) -> Tensor:
+    def answer(self, device: str = "cpu") -> Tensor:
         with ExitStack() as stack:
             for name, value in self.limits.items():
                 stack.enter_context(mock.patch.object(moe, name, value))
             both = (self.config, self.config)
             stack.enter_context(mock.patch.object(moe, "_configs", lambda *_: both))
-            return moe_dispatch.serve(self.case.request(), "triton")[0]
+            return moe_dispatch.serve(self.case.to(device).request(), "triton")[0].cpu()
 
     def judge(self) -> Answered:
         """The intervals, or the one right output."""
@@ -57,8 +57,8 @@ class QuantizerCall:
     x: Tensor
     case: matrix.Case
 
-    def answer(self) -> Quantized:
-        return runners.run("triton", self.x, self.case)
+    def answer(self, device: str = "cpu") -> Quantized:
+        return runners.run("triton", self.x.to(device), self.case)
 
     def judge(self) -> Answered:
         """Every bit."""
@@ -73,8 +73,8 @@ class QuantizerCall:
 
 
 class Call(Protocol):
-    """`answer` runs where the kernels do, `judge` anywhere."""
+    """`answer`, on the CPU, of kernels in the interpreter or on a GPU; `judge` runs anywhere."""
 
-    def answer(self) -> Any: ...
+    def answer(self, device: str = "cpu") -> Any: ...
 
     def judge(self) -> Answered: ...

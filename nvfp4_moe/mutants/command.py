@@ -14,6 +14,7 @@ from ..reference.moe import Stages
 from . import planted
 from .catalogue import EVERY_SETTING, MUTANTS, Mutant
 from .conforming import CONFORMING, conforms, perform
+from .generated import command as generated
 from .kernel_calls import CALLS, prepared
 from .kernels import KERNEL_MUTANTS
 
@@ -168,9 +169,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels", action="store_true", help="the mistakes in the Triton kernels, too: minutes"
     )
     parser.add_argument("--markdown", action="store_true", help="as MUTANTS.md has it")
+    generated.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.generated:
+        return generated.run(options)
     show = _markdown if options.markdown else _text
     outcomes = try_mutants(seeds=options.seeds)
     done, alarms = false_alarms(options.conforming)

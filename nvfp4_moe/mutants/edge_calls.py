@@ -54,8 +54,13 @@ class RoutingCall:
 
     routers: tuple[tuple[Routing, Tensor, Tensor | None], ...]
 
-    def answer(self) -> list[tuple[Tensor, Tensor]]:
-        return [routing.route(logits, how, bias) for how, logits, bias in self.routers]
+    def answer(self, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for how, logits, bias in self.routers:
+            given = None if bias is None else bias.to(device)
+            ids, weights = routing.route(logits.to(device), how, given)
+            found.append((ids.cpu(), weights.cpu()))
+        return found
 
     def judge(self) -> Answered:
         bounds = [routing_bounds(logits, how, bias) for how, logits, bias in self.routers]
@@ -83,17 +88,19 @@ class FarRowsCall:
 
     width: int = 64
 
-    def answer(self) -> Tensor:
+    def answer(self, device: str = "cpu") -> Tensor:
         # Pages that nobody touches take no memory; an index of 32 bits falls on the half before.
         far = 2**31
         memory = torch.from_numpy(np.zeros(2 * far + 8 * self.width, np.int16)).view(torch.bfloat16)
+        if device != "cpu":
+            memory = torch.empty_like(memory, device=device)
         rows = memory[far:].view(-1, self.width)
         rows[-8:] = self._rows()
         first = rows.shape[0] - 8
-        permuted = host.arange(first, first + 8).int()
-        output = torch.empty(4, self.width, dtype=torch.bfloat16, device="cpu")
-        moe.finalize(rows, permuted, host.ones(4, 2), output, self.width, "slot")
-        return output
+        permuted = host.arange(first, first + 8).int().to(device)
+        output = torch.empty(4, self.width, dtype=torch.bfloat16, device=device)
+        moe.finalize(rows, permuted, host.ones(4, 2).to(device), output, self.width, "slot")
+        return output.cpu()
 
     def _rows(self) -> Tensor:
         return host.arange(8 * self.width).view(8, self.width).remainder(64).bfloat16()

@@ -1,0 +1,85 @@
+"""What the formats, layouts and recipes are asked."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+import itertools
+
+import torch
+
+from ... import host
+from ...reference import e2m1, e4m3, fp32, layouts, shuffle
+from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+from .answers import Answers, raised
+from .numbers import around, seeded, specials
+
+_SHAPES = ((1, 1), (5, 3), (8, 4), (9, 5), (127, 4), (128, 4), (130, 7), (257, 9))
+
+
+def of_e2m1() -> Answers:
+    values = host.fp32(e2m1.VALUES)
+    x = around(torch.cat([values, (values[1:] + values[:-1]) / 2]))
+    yield "e2m1.encode", e2m1.encode(x)
+    codes = host.arange(16).to(torch.uint8)
+    yield "e2m1.decode", e2m1.decode(codes)
+    yield "e2m1.pack", e2m1.pack(codes.view(2, 8))
+    yield "e2m1.unpack", e2m1.unpack(host.arange(256).to(torch.uint8).view(4, 64))
+    yield "e2m1.MAX", e2m1.MAX
+
+
+def of_e4m3() -> Answers:
+    every = host.arange(256).to(torch.uint8)
+    yield "e4m3.decode", e4m3.decode(every)
+    values = every[:127].view(torch.float8_e4m3fn).float()
+    x = around(torch.cat([values, (values[1:] + values[:-1]) / 2, host.fp32([464.0, 480.0, 1e9])]))
+    yield "e4m3.encode", e4m3.encode(x)
+
+
+def of_fp32() -> Answers:
+    bits = host.integers(seeded(1), -(2**31), 2**31, (4096,)).int()
+    x = torch.cat([bits.view(torch.float32), specials()])
+    y = torch.cat([x.roll(1), specials().flip(0)])[: x.numel()]
+    yield "flush", fp32.flush(x)
+    yield "rcp", fp32.rcp_approx_ftz(x)
+    for ftz in (True, False):
+        ar = fp32.Arithmetic(ftz)
+        yield f"arithmetic, {ftz}", [
+            ar.flush(x), ar.mul(x, y), ar.mul(x, 1e-30), ar.add(x, y), ar.sub(x, y), ar.div(x, y),
+            ar.div(1.0, x), ar.div(x, 3.0), ar.min_flt_max(x), ar.add(x, -x), ar.sub(x, x * 1.5),
+        ]  # fmt: skip
+
+
+def of_layouts() -> Answers:
+    for (m, k), layout in itertools.product(_SHAPES, SfLayout):
+        scales = host.integers(seeded(m), 0, 256, (2, m, k)).to(torch.uint8)
+        yield "padded_shape", layouts.padded_shape(m, k, layout)
+        laid = layouts.from_linear(scales, layout)
+        yield "from_linear", laid
+        yield "to_linear", layouts.to_linear(laid, m, k, layout)
+        yield "to_linear, flat", layouts.to_linear(laid[0].flatten(), m, k, layout)
+        yield (
+            "to_linear, refused",
+            raised(functools.partial(layouts.to_linear, scales[0, :0], 3, 3, layout)),
+        )
+        for target in SfLayout:
+            yield "convert", layouts.convert(laid, m, k, layout, target)
+
+
+def of_shuffle() -> Answers:
+    for rows in (16, 32, 48, 64, 128, 384):
+        for tile in (128, 64, 256):
+            yield "shuffle_rows", raised(lambda r=rows, t=tile: shuffle.shuffle_rows(r, t))
+        yield "interleave", shuffle.interleave_gated_rows(rows)
+        yield "inverse", shuffle.inverse(shuffle.interleave_gated_rows(rows))
+    yield "refused", raised(lambda: shuffle.interleave_gated_rows(3))
+    yield "default", shuffle.shuffle_rows(384)
+
+
+def of_recipe() -> Answers:
+    for recipe in all_recipes():
+        yield "recipe", (recipe.code, recipe.base_scale_inv, recipe.e4m3_max, str(recipe))
+    for code in range(136):
+        yield "from_code", raised(lambda c=code: repr(Recipe.from_code(c)))
+    for bad in (lambda: Recipe("slow"), lambda: Recipe(build="none"), lambda: NVFP44Over6Config(3),
+                lambda: NVFP44Over6Config(256, "max"), lambda: NVFP44Over6Config(448, 2)):  # fmt: skip
+        yield "refused", raised(bad)
+    yield "of", NVFP44Over6Config.of(NVFP44Over6Config(256, "mse", True))

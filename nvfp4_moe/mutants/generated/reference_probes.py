@@ -1,0 +1,52 @@
+"""What the reference is asked, a module at a time, on numbers at every edge of its rules."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+from . import probe_experts, probe_formats, probe_layers, probe_quantize, probe_routing
+from .answers import Asked, Kept
+from .trial import Probe
+
+ASKED: dict[str, Asked] = {
+    "e2m1": probe_formats.of_e2m1,
+    "e4m3": probe_formats.of_e4m3,
+    "fp32": probe_formats.of_fp32,
+    "layouts": probe_formats.of_layouts,
+    "shuffle": probe_formats.of_shuffle,
+    "recipe": probe_formats.of_recipe,
+    "quantize": probe_quantize.of_quantize,
+    "routing": probe_routing.of_routing,
+    "experts": probe_experts.of_experts,
+    "moe": probe_layers.of_moe,
+    "builds": probe_experts.of_builds,
+    "reload": probe_experts.of_reload,
+    "dense": probe_layers.of_dense,
+    "producers": probe_layers.of_producers,
+    "traits": probe_layers.traits,
+}
+JUDGED = {"activation": probe_layers.of_activation, "fused": probe_layers.fused}
+OF_FILE = {
+    "reference/activation.py": ("traits", "activation", "fused"),
+    "reference/cute_dsl.py": ("builds",),
+    "reference/cutlass.py": ("builds",),
+    "reference/dense.py": ("dense",),
+    "reference/e2m1.py": ("e2m1", "quantize"),
+    "reference/e4m3.py": ("e4m3", "quantize"),
+    "reference/experts.py": ("experts", "reload", "builds", "fused"),
+    "reference/fp32.py": ("fp32", "quantize"),
+    "reference/layouts.py": ("layouts",),
+    "reference/moe.py": ("moe", "fused"),
+    "reference/producers.py": ("producers",),
+    "reference/quantize.py": ("quantize",),
+    "reference/recipe.py": ("recipe", "dense"),
+    "reference/reload.py": ("reload", "builds"),
+    "reference/routing.py": ("routing",),
+    "reference/scalars.py": ("experts",),
+    "reference/shuffle.py": ("shuffle",),
+}
+"""Probes of each module, in order."""
+
+
+@functools.cache
+def probe(name: str) -> Probe:
+    return JUDGED[name]() if name in JUDGED else Kept(ASKED[name])

@@ -1,0 +1,165 @@
+"""Mutants made by rule: what is made, that it is planted, caught, and listed where it cannot be."""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from nvfp4_moe.kernels.target import INTERPRETING
+
+from nvfp4_moe.__main__ import main
+from nvfp4_moe.mutants.generated import answers, command, harmless, reference_probes, trial
+from nvfp4_moe.mutants.generated.rules import generate
+
+_SOURCE = '''
+LIMIT = 4.0
+
+def f(x: int, y, n=2):
+    """Not 1 mutant."""
+    if x < y and not n:
+        raise ValueError(f"{x + 1}")
+    for i in range(n):
+        y = x.float() + tl.load(p + i)
+    return y[1:n]
+
+@triton.jit
+def g(x):
+    return x
+'''
+CHEAP = ("e2m1", "e4m3", "fp32", "layouts", "shuffle", "routing", "dense", "recipe")
+
+
+def test_the_rules():
+    found = generate("a.py", _SOURCE)
+    assert {m.key for m in found} == {
+        "a.py constant: constant: 4.0 -> 4.000000476837158",
+        "a.py f: constant: 2 -> 3",
+        "a.py f: comparison: x < y -> x <= y",
+        "a.py f: operator: x < y and (not n) -> x < y or not n",
+        "a.py f: operator: not n -> n",
+        "a.py f: index: range(n) -> range(n + 1)",
+        "a.py f: operator: x.float() + tl.load(p + i) -> x.float() - tl.load(p + i)",
+        "a.py f: rounding: x.float() -> x",
+        "a.py f: index: tl.load(p + i) -> tl.load(p + i + 1)",
+        "a.py f: operator: p + i -> p - i",
+        "a.py f: constant: 1:n -> 2:n",
+        "a.py f: index: 1:n -> 1:n + 1",
+    }
+    assert not generate("a.py", _SOURCE.replace("LIMIT = 4.0", ""), jitted=True)
+
+
+@pytest.fixture(scope="module")
+def of_reference():
+    return command.every("reference")
+
+
+def test_every_mutant_has_a_name_of_its_own(of_reference):
+    both = [*of_reference, *command.every("kernels")]
+    assert not [key for key, count in Counter(m.key for m in both).items() if count > 1]
+    listed = [key for keys in harmless.HARMLESS.values() for key in keys]
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= {m.key for m in both}, "a harmless mutant that is not made any more"
+
+
+def test_the_unchanged_reference_answers_as_it_did():
+    assert not [wrong for name in CHEAP for wrong in reference_probes.probe(name)()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants are tried in forked processes")
+def test_a_sample_is_caught(of_reference):
+    """Every twelfth of the modules whose questions take no time."""
+    some = [m for m in of_reference if m.file.removeprefix("reference/")[:-3] in CHEAP][::12]
+    assert len(some) > 30
+    left = [m for m in some if not harmless.reason(m.key)]
+    tried = trial.run([(m, command.probes_of(m, "cpu")[:1]) for m in left], jobs=1, seconds=60)
+    assert [r.mutant.key for r in tried if r.status == "survived"] == []
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
+def test_a_sample_of_the_kernels_is_caught():
+    some = [m for m in command.every("kernels") if m.file == "kernels/routing.py"][::30]
+    left = [m for m in some if not harmless.reason(m.key)]
+    tried = list(trial.run([(m, command.probes_of(m, "cpu")) for m in left], jobs=1, seconds=200))
+    assert len(tried) > 2 and [r.mutant.key for r in tried if r.status == "survived"] == []
+
+
+def _mutant(of_reference, name):
+    return next(m for m in of_reference if m.function == name)
+
+
+def test_what_changes_nothing_survives_and_a_loop_without_an_end_times_out(of_reference):
+    made = _mutant(of_reference, "pack")
+    nothing = replace(
+        made, build=lambda: "def pack(code):\n    return code[..., 0::2] | code[..., 1::2] << 4"
+    )
+    endless = replace(made, build=lambda: "def pack(code):\n    while True:\n        pass")
+    dies = replace(made, build=lambda: "def pack(code):\n    import os\n    os._exit(3)")
+    probe = reference_probes.probe("e2m1")
+    tried = trial.run([(m, [probe]) for m in (nothing, endless, dies)], jobs=3, seconds=1.0)
+    found = {r.mutant.source: (r.status, r.by) for r in tried}
+    assert found[nothing.source] == ("survived", "")
+    assert found[endless.source][0] == "timed out"
+    assert found[dies.source] == ("killed", "the process ended")
+
+
+def test_a_constant_is_exchanged_where_it_was_imported(of_reference):
+    block = next(m for m in of_reference if m.source == "BLOCK_SIZE = 17")
+    values = next(m for m in of_reference if "VALUES = " in m.source)
+    tried = trial.run(
+        [(block, [reference_probes.probe("dense")]), (values, [reference_probes.probe("e2m1")])],
+        jobs=1, seconds=60,
+    )  # fmt: skip
+    assert [r.status for r in tried] == ["killed", "killed"]
+
+
+def test_the_command_goes_on_where_it_ended(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    results = tmp_path / "build" / "mutants.json"
+    ask = [
+        "mutants",
+        "--generated",
+        "reference",
+        "--results",
+        str(results),
+        "--only",
+        "e2m1.py pack",
+    ]
+    assert main([*ask, "--shard", "1/2"]) == 0
+    half = json.loads(results.read_text())["cpu"]
+    assert half and {found["status"] for found in half.values()} == {"killed"}
+    assert main(ask) == 0
+    assert len(json.loads(results.read_text())["cpu"]) > len(half)
+    capsys.readouterr()
+    assert main(ask) == 0
+    assert capsys.readouterr().out.startswith("0 tried")
+
+
+def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(command, "probes_of", lambda mutant, device: [])
+    results = tmp_path / "mutants.json"
+    ask = [
+        "mutants",
+        "--generated",
+        "reference",
+        "--results",
+        str(results),
+        "--only",
+        "e2m1.py pack",
+    ]
+    assert main(ask) == 1
+    assert "SURVIVED reference/e2m1.py pack: " in capsys.readouterr().out
+
+
+def test_answers_are_compared_to_the_bit_but_for_the_bits_of_nan():
+    x = torch.tensor([0.0, torch.nan])
+    current = [x]
+    kept = answers.Kept(lambda: iter([("x", current[0])]))
+    current[0] = torch.tensor([0.0, -torch.nan])
+    assert list(kept()) == []
+    current[0] = torch.tensor([-0.0, torch.nan])
+    assert list(kept()) == ["x"]
