@@ -120,7 +120,8 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
         allowed += f" of at least {least}" if most is None else f" from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
         wrong_type(name, value, allowed)
-    if (least is not None and value < least) or (most is not None and value > most):
+    size: Any = value
+    if (least is not None and size < least) or (most is not None and size > most):
         wrong_value(name, value, allowed)
 
 

@@ -65,8 +65,10 @@ class QuantizerCall:
         want, x, case = run_reference(self.x, self.case), self.x, self.case
 
         def values(q: Quantized) -> Tensor:
-            scale = q.per_token_scale
-            decode = 1 / host.fp32(case.global_scale) if scale is None else scale
+            decode = q.per_token_scale
+            if decode is None:
+                assert case.global_scale is not None
+                decode = 1 / host.fp32(case.global_scale)
             return dequantize(q.codes, q.block_scales, decode, case.layout).double()
 
         return Answered(lambda got: compare(x, case, got, want) is None, values, values(want))

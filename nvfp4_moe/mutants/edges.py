@@ -96,8 +96,9 @@ def _four_over_six(seed: int) -> Call:
     w13[:, ::BLOCK_SIZE] = codes
     scales = e4m3.encode(rows.T.float().abs())
     w2 = e2m1.pack(torch.eye(_SIZE, dtype=torch.uint8, device="cpu") * 2)
+    codes13, scales13 = (t.expand(4, -1, -1).contiguous() for t in (e2m1.pack(w13), scales))
     experts = assemble_experts(
-        *(t.expand(4, -1, -1).contiguous() for t in (e2m1.pack(w13), scales)), host.ones(4),
+        codes13, scales13, host.ones(4),
         w2.expand(4, -1, -1).contiguous(),
         torch.full((4, _SIZE, _SIZE // BLOCK_SIZE), 0x38, dtype=torch.uint8, device="cpu"), host.ones(4),
         ActivationType.Identity,

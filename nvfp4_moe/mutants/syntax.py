@@ -139,7 +139,7 @@ class Edit:
 def replaced(source: str, spot: Spot, new: list[ast.AST], count: int = 1) -> str:
     """A module's source with `count` statements, or one expression, replaced; without its comments."""
     old = getattr(spot.parent, spot.field)
-    changed = new[0]
+    changed: ast.AST | list[ast.AST] = new[0]
     if spot.index is not None:
         changed = [*old[: spot.index], *new, *old[spot.index + count :]]
     setattr(spot.parent, spot.field, changed)
