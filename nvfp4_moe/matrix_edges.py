@@ -218,7 +218,8 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
 
     g = _g(13)
     biases = {"w13_bias": host.normal(g, 2, 2 * SIZE) / 2, "w2_bias": host.normal(g, 2, SIZE) / 2}
-    some = _experts(2, _A.Swiglu, 70, **PARAMETERS, **biases)
+    options: dict[str, Any] = PARAMETERS | biases
+    some = _experts(2, _A.Swiglu, 70, **options)
     ordinary = host.normal(g, TOKENS, SIZE).bfloat16()
     given = _given(3, experts=4)  # of which 1 and 2 are held here
     yield MoECase("Swiglu, biases and parameters, experts 1 and 2 of 4",
