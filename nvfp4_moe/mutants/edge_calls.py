@@ -27,16 +27,21 @@ ACCURACY = 2.0**-17
 
 @dataclass(frozen=True)
 class ActivationCall(FusedCall):
-    """A call whose output is the activation, rounded to bf16: judged by our kernels' own accuracy."""
+    """A call whose output is the activation in bf16: by our kernels' own accuracy, SiTU by intervals."""
 
     def judge(self) -> Answered:
+        if self.case.experts.activation == ActivationType.Situ:  # by its interval
+            return super().judge()
         result = self.case.run(keep_steps=True)
         exact = result.steps["activated"][:, 0].double()
         error = exact.abs() * ACCURACY
-        if self.case.experts.activation in (ActivationType.Geglu, ActivationType.GegluTanh):
+        kind = self.case.experts.activation
+        if kind in (ActivationType.Gelu, ActivationType.Geglu, ActivationType.GegluTanh):
             # 1 + erf(x) and 1 + tanh(x) cancel where x is negative.
-            up, gate = result.steps["accumulator1"][:, 0].double().chunk(2, -1)
-            error += (up * gate).abs() * self._scalars() * 2.0**-21
+            size = result.steps["accumulator1"][:, 0].double()
+            if kind.gated:
+                size = size.chunk(2, -1)[0] * size.chunk(2, -1)[1]
+            error += size.abs() * self._scalars() * 2.0**-21
         allowed = rounded(torch.bfloat16, Interval.point(exact).widened(error))
         want = result.output.double()
         return Answered(lambda got: bool(allowed.contains(got).all()), torch.Tensor.double, want)
