@@ -82,7 +82,7 @@ def test_a_sample_is_caught(of_reference):
 @pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
 def test_a_sample_of_the_kernels_is_caught():
     every = [m for m in command.every("kernels") if m.file == "kernels/routing.py"]
-    some = [m for m in every if m.function == "route_kernel" and m.rule == "operator"][::24]
+    some = [m for m in every if m.function == "route_kernel" and m.rule == "operator"][:3]
     tried = list(trial.run([(m, command.probes_of(m, "cpu")) for m in some], jobs=1, seconds=200))
     assert len(tried) > 1 and [r.mutant.key for r in tried if r.status == "survived"] == []
 
