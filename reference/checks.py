@@ -133,7 +133,11 @@ def number(
         allowed = "a positive finite number"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         wrong_type(name, value, allowed)
-    if not math.isfinite(value) or (positive and value <= 0):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond fp64
+        finite = False
+    if not finite or (positive and value <= 0):
         wrong_value(name, value, allowed)
 
 

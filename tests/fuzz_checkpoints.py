@@ -377,6 +377,8 @@ def fuzz(seeds: range, verbose: bool = False) -> Tally:
             except (Exception, TookTooLong) as e:
                 tally.outcomes[f"{base}: {type(e).__name__}"] += 1
                 tally.faults.append((seed, traceback.format_exc()))
+                if verbose:
+                    print(f"--- seed {seed}\n{tally.faults[-1][1]}", flush=True)
             shutil.rmtree(folder)
             if verbose and (seed + 1) % 5000 == 0:
                 print(f"seed {seed}: {len(tally.faults)} faults", flush=True)
@@ -391,8 +393,6 @@ def main() -> int:
     torch.set_num_threads(1)
     os.fsync = lambda number: None  # type: ignore[assignment]  # the machine stays on
     tally = fuzz(range(options.seed, options.seed + options.runs), verbose=True)
-    for seed, text in tally.faults[:20]:
-        print(f"--- seed {seed}\n{text}")
     for outcome, count in sorted(tally.outcomes.items()):
         print(f"{count:8} {outcome}")
     return int(bool(tally.faults))

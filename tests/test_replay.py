@@ -279,6 +279,12 @@ def change_tensors(path, **changes):
         ("moe", change_facts, {"accumulation": "fp16"}, "accumulation is 'fp16'"),
         ("moe", change_facts, {"routing": {"method": "Best"}}, "routing's method is 'Best'"),
         ("moe", change_facts, {"routing": {"method": "TopK"}}, "top_k"),
+        (
+            "moe",
+            change_facts,
+            {"routing": {"method": "TopK", "top_k": 1, "routed_scaling_factor": 10**399}},
+            "routed_scaling_factor is",
+        ),
         ("moe", change_facts, {"hidden_size": 8}, "valid_hidden_size is 8"),
         ("moe", change_facts, {"hidden_size": 10**30}, "it must be less than 2**31"),
         ("moe", change_tensors, {"ids": None}, "topk_ids"),
