@@ -234,7 +234,7 @@ def test_a_limit_of_the_system_on_files_is_one_error(three_shards, tmp_path):
 def test_a_destination_that_cannot_be_a_folder(three_shards, tmp_path):
     given, _ = three_shards
     (tmp_path / "file").write_text("dear")
-    for place in (tmp_path / "file", tmp_path / "file" / "dst", "/proc/none/dst"):
+    for place in (tmp_path / "file", tmp_path / "file" / "dst"):
         with pytest.raises(CheckpointError, match="it cannot be written"):
             convert(given, place)
     assert bytes_of(tmp_path) == {"file": b"dear"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..reference.recipe import BLOCK_SIZE
 from .errors import CheckpointError
+from .files import local
 from .source import Source
 
 
@@ -19,7 +20,8 @@ def check_room(source: Source, target: Path) -> None:
     Raises:
         CheckpointError: they do not.
     """
-    there = sum((target / s).stat().st_size for s in source.folder.shards if (target / s).is_file())
+    places = [target / local(shard) for shard in source.folder.shards]
+    there = sum(place.stat().st_size for place in places if place.is_file())
     needed = result_bytes(source) - there
     disk = next(part for part in (target, *target.absolute().parents) if part.is_dir())
     free = shutil.disk_usage(disk).free
