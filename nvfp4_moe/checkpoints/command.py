@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> Exit:
         )
     except CheckpointError as e:
         broke_off = isinstance(e.__cause__, OSError | SafetensorError)
-        raise CommandError(str(e), Exit.BROKEN if broke_off else Exit.USAGE) from None
+        raise CommandError(e.for_a_terminal(), Exit.BROKEN if broke_off else Exit.USAGE) from None
     print_errors(errors, sys.stdout)
     return Exit.DONE
 

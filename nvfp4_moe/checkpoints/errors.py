@@ -10,15 +10,18 @@ _SHOWN = 20
 class CheckpointError(ValueError):
     """Everything that is wrong with a checkpoint, found before anything was built of it.
 
-    `problems` has them all; the message is one line for one, else it shows the first 20 and how many
-    there are.
+    `problems` has them all; the message shows the first 20, a line each, and how many there are.
     """
 
     def __init__(self, where: Path | str, problems: Sequence[str]):
-        self.problems = tuple(problems)
+        self.where, self.problems = where, tuple(problems)
         count = len(self.problems)
-        lines = [f"{where}: {problems[0]}" if count == 1 else f"{where}: {count} problems"]
-        lines += [f"  {problem}" for problem in self.problems[:_SHOWN] if count > 1]
+        lines = [f"{where}: {count} problem{'s' if count != 1 else ''}"]
+        lines += [f"  {problem}" for problem in self.problems[:_SHOWN]]
         if count > _SHOWN:
             lines.append(f"  ... and {count - _SHOWN} more")
         super().__init__("\n".join(lines))
+
+    def for_a_terminal(self) -> str:
+        """The message, in one line where there is one problem."""
+        return f"{self.where}: {self.problems[0]}" if len(self.problems) == 1 else str(self)
