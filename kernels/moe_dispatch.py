@@ -502,6 +502,8 @@ def request_of_layer(
     logits, given, how, num_experts = _routing(
         routing, hidden_states, experts.num_local, num_experts
     )
+    if logits is None and routing_bias is not None:
+        checks.wrong_value("routing_bias", routing_bias, "None with ids, which are chosen already")
     if experts.router_weight_on_input:
         hidden_states, given = weigh_rows(hidden_states, routing, routing_bias)
         logits, routing_bias, how = None, None, routing_of(1, 1, None, None, None)

@@ -31,6 +31,8 @@ def given(value: Any) -> str:
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, int) and abs(value) >= 1 << 256:  # Python writes no more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
     text = " ".join(repr(value).split())
     if len(text) > _LONGEST:
         return f"a {type(value).__name__}"
@@ -134,10 +136,10 @@ def number(
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         wrong_type(name, value, allowed)
     try:
-        finite = math.isfinite(value)
+        size = float(value)
     except OverflowError:  # an integer beyond fp64
-        finite = False
-    if not finite or (positive and value <= 0):
+        size = math.inf
+    if not math.isfinite(size) or (positive and size <= 0):
         wrong_value(name, value, allowed)
 
 

@@ -1,6 +1,7 @@
 """Checks of what `prepare_experts` and `assemble_experts` are given."""
 
 # SPDX-License-Identifier: Apache-2.0
+import math
 import numbers
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from . import checks
 from .activation import ActivationType
 from .recipe import BLOCK_SIZE, Recipe
+from .scalars import LARGEST
 
 _WEIGHTS = (torch.bfloat16, torch.float16)
 _BYTES = (torch.uint8, torch.float8_e4m3fn)
 _PARAMETERS = ("alpha", "beta", "clamp_limit")
 _AMAX = ("input_amax", "intermediate_amax")
+_ROUNDS_TO_0 = 2.0**-150  # half of the least positive number of fp32
 Options = dict[str, Any]
 """By name: w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax."""
 
@@ -105,7 +108,9 @@ def check_options(
             checks.tensor(name, options[name], checks.FLOATS, (experts, size), like=like)
     for name in _PARAMETERS:
         if options[name] is not None:
-            _check_parameter(name, options[name], activation, experts)
+            check_parameter(name, options[name], activation, experts)
+            if isinstance(options[name], torch.Tensor) and options[name].is_meta:
+                checks.same_device(name, options[name], *like)
     for name in _AMAX:
         if options[name] is not None:
             checks.number(name, options[name], positive=True)
@@ -117,7 +122,8 @@ def check_options(
         )
 
 
-def _check_parameter(name: str, value: Any, activation: ActivationType, experts: int) -> None:
+def check_parameter(name: str, value: Any, activation: ActivationType, experts: int) -> None:
+    """alpha, beta or clamp_limit: a number by its value, a tensor by all but its values."""
     if name not in activation.parameters:
         checks.wrong_value(name, value, f"None with activation {activation.name}, which has none")
     allowed = f"a number, or a tensor of one or of {experts} floats"
@@ -127,6 +133,21 @@ def _check_parameter(name: str, value: Any, activation: ActivationType, experts:
             checks.wrong_value(name, value, allowed)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         checks.wrong_type(name, value, allowed)
+    else:
+        _check_number(name, value, activation)
+
+
+def _check_number(name: str, value: Any, activation: ActivationType) -> None:
+    """A parameter's number in fp32's range; it is compared as it is, since a conversion may overflow."""
+    if name == "clamp_limit":
+        good = 0 <= value <= LARGEST or value == math.inf
+        allowed = "at least 0 and of fp32, or infinity for no limit"
+    elif activation == ActivationType.Situ:
+        good, allowed = _ROUNDS_TO_0 < value <= LARGEST, "positive and finite in fp32"
+    else:
+        good, allowed = -LARGEST <= value <= LARGEST, "finite in fp32"
+    if not good:
+        checks.wrong_value(name, value, allowed)
 
 
 def check_values(
@@ -138,11 +159,16 @@ def check_values(
     """
     for name, w in (("w13", w13), ("w2", w2)):
         _check_finite_experts(name, w)
+    check_option_values(activation, options)
+
+
+def check_option_values(activation: ActivationType, options: Options) -> None:
+    """`check_values` of all but the weights."""
     for name, value in options.items():
         if name.endswith("bias") and value is not None:
             checks.finite(name, value)
-        elif name in _PARAMETERS and value is not None:
-            given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+        elif name in _PARAMETERS and isinstance(value, torch.Tensor):
+            given = value.detach().to(dtype=torch.float32, device="cpu")
             if name == "clamp_limit":
                 checks.values(name, given, given >= 0, "at least 0, or None for no limit")
             elif activation == ActivationType.Situ:

@@ -16,7 +16,13 @@ import torch
 
 from . import checks, e2m1, e4m3, shown
 from .activation import ActivationType
-from .expert_arguments import Options, check_assembly, check_preparation, check_values
+from .expert_arguments import (
+    Options,
+    check_assembly,
+    check_option_values,
+    check_preparation,
+    check_values,
+)
 from .layouts import from_linear, to_linear
 from .parameters import Parameters
 from .quantize import quantize_global_scale
@@ -267,7 +273,8 @@ def assemble_experts(
         The rest: as for `prepare_experts`.
 
     Raises:
-        ValueError, TypeError: an argument, or two that do not fit together.
+        ValueError, TypeError: an argument, or two that do not fit together; a NaN or an infinity in
+            biases or decode scales, for which it waits for the GPU.
         ValueError: scales apart for up and gate that the contract cannot express: with a clamp limit,
             SwigluStep or SiTU.
     """
@@ -278,6 +285,10 @@ def assemble_experts(
     }  # fmt: skip
     quantized = (w13_codes, w13_scales, w13_decode), (w2_codes, w2_scales, w2_decode)
     check_assembly(*quantized, activation, options)
+    if checks.reads_values(w13_codes, waits=True):
+        for name, decode in (("w13_decode", w13_decode), ("w2_decode", w2_decode)):
+            checks.values(name, decode, (decode >= 0) & decode.isfinite(), "finite, 0 or above")
+        check_option_values(activation, options)
     parameters = Parameters.of(w13_codes, activation, options)
     w13_decode, w2_decode = w13_decode.float(), w2_decode.float()
     if w13_decode.dim() == 2:

@@ -34,7 +34,7 @@ def per_expert(
         return None
     if not isinstance(value, torch.Tensor):
         # A tensor made of the number would be a copy from the host, which no graph captures.
-        return torch.full((experts,), value, dtype=torch.float32, device=device)
+        return torch.full((experts,), float(value), dtype=torch.float32, device=device)
     value = value.to(device=device, dtype=torch.float32)
     return value.expand(experts).clone(memory_format=torch.contiguous_format)
 

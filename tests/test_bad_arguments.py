@@ -124,6 +124,7 @@ FUSED = {
         ]
     ),
     "activation": NO_NAME_OR_NONE,
+    "routing_bias": OBJECTS | WORDS | st.just(LOGITS[0]),  # the ids are given
     "num_experts": NO_COUNT | st.sampled_from([0, 3]),
     "local_expert_offset": NO_COUNT | st.sampled_from([1, 5]),
     "backend": NO_NAME,
@@ -135,6 +136,17 @@ FUSED = {
     "output_dtype": NO_DTYPE,
     "stats": NOT_A_FLAG | st.none(),
 }
+FOUR = torch.ones(4, dtype=torch.float32)
+NO_NUMBERS = (float("nan"), 1e39, 10**400, True, FOUR * float("nan"), FOUR.to("meta"))
+QUANTIZED = {
+    "w13_codes": torch.zeros(4, 128, 64, dtype=torch.uint8),
+    "w13_scales": torch.zeros(4, 128, 8, dtype=torch.uint8),
+    "w13_decode": FOUR,
+    "w2_codes": torch.zeros(4, 128, 32, dtype=torch.uint8),
+    "w2_scales": torch.zeros(4, 128, 4, dtype=torch.uint8),
+    "w2_decode": FOUR,
+}
+DECODE = st.sampled_from([-FOUR, FOUR * float("nan"), FOUR / 0])
 WEIGHTS = {
     "w13": tensor(LAYER.w13, primary=True) | st.just(LAYER.w13 * float("nan")),
     "w2": tensor(LAYER.w2) | st.just(LAYER.w2 * float("inf")),
@@ -142,9 +154,9 @@ WEIGHTS = {
     "recipe": NO_RECIPE,
     "w13_bias": tensor(BIAS13, optional=True),
     "w2_bias": tensor(BIAS2, optional=True) | st.just(BIAS2 * float("nan")),
-    "alpha": OBJECTS | WORDS | st.sampled_from([float("nan"), True, torch.ones(3).float()]),
-    "beta": OBJECTS | WORDS | st.sampled_from([float("nan"), float("inf"), BIAS2]),
-    "clamp_limit": OBJECTS | WORDS | st.sampled_from([-1.0, float("nan"), False]),
+    "alpha": OBJECTS | WORDS | st.sampled_from([*NO_NUMBERS, torch.ones(3).float()]),
+    "beta": OBJECTS | WORDS | st.sampled_from([*NO_NUMBERS, float("inf"), BIAS2]),
+    "clamp_limit": OBJECTS | WORDS | st.sampled_from([-1.0, *NO_NUMBERS]),
 }
 FUNCTIONS = {
     "nvfp4_quantize": Function(
@@ -218,6 +230,15 @@ FUNCTIONS = {
         {"w13": LAYER.w13, "w2": LAYER.w2},
         WEIGHTS | {"input_amax": NO_AMAX, "intermediate_amax": NO_AMAX},
         also=("w13", "w2"),  # which must fit each other
+    ),
+    "assemble_experts": Function(
+        nvfp4_moe.assemble_experts,
+        QUANTIZED,
+        {k: v for k, v in WEIGHTS.items() if k not in ("w13", "w2", "recipe")}
+        | {name: tensor(t, primary=name == "w13_codes") for name, t in QUANTIZED.items()}
+        | {name: tensor(FOUR) | DECODE for name in ("w13_decode", "w2_decode")}
+        | {"input_amax": NO_AMAX, "intermediate_amax": NO_AMAX},
+        also=("w13_codes", "w2_codes"),
     ),
     "fake_quantized_moe": Function(
         nvfp4_moe.fake_quantized_moe,

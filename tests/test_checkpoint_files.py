@@ -182,6 +182,11 @@ def test_a_number_in_a_name_is_bounded(number, sources, tmp_path):
         assert number in problems[0] or str(int(number) + 1) in problems[0]
 
 
+def test_a_folder_that_cannot_be_reached(tmp_path):
+    with pytest.raises(CheckpointError, match="it cannot be opened: File name too long"):
+        load_experts(tmp_path / ("x" * 5000), 0)
+
+
 def test_a_name_that_is_too_long(sources, tmp_path):
     folder = copy(sources, "bf16", tmp_path / "c")
     shard = folder / "model.safetensors"

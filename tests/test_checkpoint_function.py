@@ -227,6 +227,17 @@ def test_arguments_count_before_the_configuration(checkpoint, parts):
     assert_same_experts(got, assembled(parts, geglu))
 
 
+@pytest.mark.parametrize("name", ["alpha", "beta", "clamp_limit"])
+@pytest.mark.parametrize(
+    "value",
+    ["7", [1.0, 2.0], 1j, True, False, math.nan, 1e39, 10**400, torch.tensor([math.nan])],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_argument_of_no_meaning_is_named(name, value, checkpoint):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}\b.* is .*; it must be "):
+        load_experts(checkpoint(), LAYER, **{name: value})
+
+
 def test_a_limit_needs_one_scale_for_gate_and_up(tmp_path):
     tensors = nvfp4(QWEN, LAYER, quantized(weights()), MODELOPT_KINDS)
     config = {**dict(QWEN.config), "swiglu_limit": 10.0}

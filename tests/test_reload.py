@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,8 @@ BAD_OPTIONS = [
     for option in ("alpha", "beta", "clamp_limit")
     for value, error in (
         ("x", TypeError), ([1.0, 2.0, 3.0], TypeError), (1j, TypeError), (True, TypeError),
-        (float("nan"), ValueError), (torch.ones(2), ValueError), (torch.ones(3, 1), ValueError),
+        (float("nan"), ValueError), (1e39, ValueError), (-1e39, ValueError), (10**400, ValueError),
+        (10**5000, ValueError), (torch.ones(2), ValueError), (torch.ones(3, 1), ValueError),
         (torch.ones(3, device="meta"), ValueError), (torch.ones(3).to_sparse(), ValueError),
         (torch.ones(3, dtype=torch.complex64), ValueError), (torch.ones(3).bool(), ValueError),
         (torch.ones(3).int(), ValueError), (torch.ones(3).to(torch.float8_e4m3fn), ValueError),
@@ -126,6 +128,7 @@ BAD_OPTIONS = [
     for value, error in (
         ("x", TypeError), (torch.ones(1), TypeError), (True, TypeError), (0.0, ValueError),
         (-1.0, ValueError), (float("inf"), ValueError), (float("nan"), ValueError),
+        (10**400, ValueError), (Fraction(1, 10**400), ValueError),
     )
 ]  # fmt: skip
 

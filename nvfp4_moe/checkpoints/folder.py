@@ -54,7 +54,11 @@ class Folder:
         self.broken: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         self._infos: dict[str, dict[str, TensorInfo | None]] = {}
-        if not self.path.is_dir():
+        try:
+            found = self.path.is_dir()
+        except OSError as e:
+            raise CheckpointError(self.path, [f"it cannot be opened: {e.strerror}"]) from None
+        if not found:
             raise CheckpointError(self.path, ["there is no such folder"])
         problems: list[str] = []
         config = self._json(CONFIG, documents.CONFIG, problems)

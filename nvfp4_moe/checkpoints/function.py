@@ -284,7 +284,7 @@ def _fits(kind: ActivationType, wanted: ActivationType, name: Parameter) -> bool
 
 def _is_neutral(value: Given, name: Parameter, kind: ActivationType | None) -> bool:
     """True if a number leaves the activation as it is without it."""
-    if isinstance(value, torch.Tensor) or value is None or kind is None:
+    if isinstance(value, torch.Tensor | bool) or value is None or kind is None:
         return False
     if kind == ActivationType.SwigluStep:  # without a limit it has its own
         return name != "clamp_limit" and value == _NEUTRAL[name]

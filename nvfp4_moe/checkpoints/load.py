@@ -8,7 +8,7 @@ import torch
 
 from ..reference import checks
 from ..reference.activation import ActivationType
-from ..reference.expert_arguments import check_activation
+from ..reference.expert_arguments import check_activation, check_parameter
 from ..reference.experts import Experts, assemble_experts
 from ..reference.recipe import BLOCK_SIZE
 from ..reference.scalars import check_one_scale, per_expert
@@ -87,6 +87,9 @@ def load_experts(
         source, found, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit
     )
     experts = range(found.num_experts) if local is None else local
+    for name in ("alpha", "beta", "clamp_limit"):
+        if (value := getattr(function, name)) is not None:
+            check_parameter(name, value, function.activation, len(experts))
     if not experts or experts[0] < 0 or experts[-1] >= found.num_experts or experts.step != 1:
         checks.wrong_value("local", local, f"a part of range({found.num_experts})")
     quantization = read_quantization(source)
