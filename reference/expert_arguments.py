@@ -31,12 +31,12 @@ def check_preparation(w13: Any, w2: Any, activation: Any, recipe: Any, options: 
     check_options(options, activation, experts, rows, hidden, ("w13", w13))
 
 
-def check_activation(activation: Any) -> None:
+def check_activation(activation: Any, name: str = "activation") -> None:
     names = ", ".join(kind.name for kind in ActivationType if kind.implemented)
     allowed = f"an ActivationType that is implemented: {names}"
-    checks.instance("activation", activation, ActivationType, allowed)
+    checks.instance(name, activation, ActivationType, allowed)
     if not activation.implemented:
-        checks.wrong_value("activation", activation, allowed)
+        checks.wrong_value(name, activation, allowed)
 
 
 def check_weights(w13: Any, w2: Any, activation: ActivationType) -> None:

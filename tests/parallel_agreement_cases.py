@@ -10,6 +10,7 @@ from assertions import assert_bitwise
 from nvfp4_moe.kernels import moe_dispatch
 from parallel_cases import SHAPE, Rank, agree_on_refusing, case
 
+from nvfp4_moe import Routing, RoutingMethodType
 from nvfp4_moe.moe_case import to_device
 from nvfp4_moe.parallel import AgreementError, fused_moe_ep
 from nvfp4_moe.parallel import select_experts as select
@@ -60,6 +61,27 @@ def each_rank_has_its_own_shard(r: Rank) -> None:
     agree_on_refusing(r, "rank 0 holds shard 0 of 1", lambda: r.tp(layer, e))
     swapped = shard(e, r.ranks - 1 - r.rank, r.ranks)
     agree_on_refusing(r, "rank 0 holds shard", lambda: r.tp(layer, swapped))
+
+
+@case
+def arguments_are_checked_as_of_one_process(r: Rank) -> None:
+    layer = moe_cases.make(SHAPE)
+    for given, message in (
+        ({"num_experts": 0}, "num_experts is 0; it must be an integer"),
+        ({"check": "no"}, "check is 'no'; it must be True or False"),
+    ):
+        agree_on_refusing(r, message, lambda given=given: r.ep(layer, "all-reduce", **given))
+    agree_on_refusing(r, "check is 1; it must be True or False", lambda: r.tp(layer, check=1))
+    agree_on_refusing(
+        r, r"routing\[0\] is a list of 1; it must be a tensor",
+        lambda: fused_moe_ep(
+            layer.x.to(r.device), to_device(layer.experts, r.device),
+            ([1], Routing(RoutingMethodType.Renormalize, 2)), local_expert_offset=0, group=r.group,
+            **r.options,
+        ),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="group is 'x'; it must be a process group"):
+        r.ep(layer, "all-reduce", group="x")
 
 
 @case

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import ast
+import math
 
 import pytest
 import torch
@@ -174,7 +175,28 @@ def test_gate_and_up_apart_are_tied_where_one_limit_clamps_both():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "bf16"}, "activation is 'bf16'; it must be per-token or static"),
+        ({"activation": "bf16"}, "activation is 'bf16'; it must be one of per-token, static"),
+        ({"activation": None}, "activation is None; it must be one of per-token, static"),
+        ({"kind": 3}, "kind is 3; it must be an ActivationType"),
+        (
+            {"w13_weight_scale_2": [1.0] * E},
+            "w13_weight_scale_2 is a list of 6; it must be a tensor",
+        ),
+        (
+            {"w13_weight_scale_2": -torch.ones(E)},
+            r"w13_weight_scale_2\[0\] is -1\.0.*0 or above",
+        ),
+        (
+            {"w2_weight_scale_2": torch.ones(E) / 0},
+            r"w2_weight_scale_2\[0\] is inf.*finite, 0 or above",
+        ),
+        ({"w2_weight_scale_2": torch.ones(E).int()}, "w2_weight_scale_2 is int32 .*; it must be"),
+        ({"w13_input_scale": None}, "w13_input_scale is None; it must be a tensor"),
+        ({"w13_input_scale": torch.ones(0)}, "w13_input_scale is float32 .0.; it must be"),
+        *(
+            ({"clamp_limit": limit}, "clamp_limit is .*; it must be ")
+            for limit in (-1.0, math.nan, 1e39, "7", True)
+        ),
         (
             {"w13_weight_scale_2": torch.ones(E, 3)},
             r"w13_weight_scale_2 has shape \(6, 3\); it must be \[E\], \[E, 1\] or \[E, 2\]",
@@ -191,7 +213,7 @@ def test_gate_and_up_apart_are_tied_where_one_limit_clamps_both():
     ],
 )
 def test_bad_arguments(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         serving_scales(**{**scales_of(), "activation": "static", **change})
 
 

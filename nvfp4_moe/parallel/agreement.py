@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..kernels import moe_dispatch
 from ..kernels.moe_request import MoERequest
+from ..reference import checks
 
 REASON = 1000
 """Characters of an error that the other ranks are told."""
@@ -49,7 +50,10 @@ def prepare(
 
     Raises:
         AgreementError: on every rank, if one could not make its part, or fields differ.
+        TypeError: on this rank alone, which cannot reach the others without a group.
     """
+    if group is not None:
+        checks.instance("group", group, dist.ProcessGroup, "a process group of this rank, or None")
     if not check:
         return make()[0], None
     try:

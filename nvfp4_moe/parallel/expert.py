@@ -74,12 +74,14 @@ def fused_moe_ep(
     """
 
     def make() -> tuple[MoERequest, Fields]:
+        checks.flag("check", check)
         checks.one_of("dispatch", dispatch, get_args(Dispatch))
         checks.pair("routing", routing, "(logits, Routing) or (ids, weights)")
         checks.instance("experts", experts, Experts, "Experts, as select_experts makes them")
-        first, how = routing
-        columns = first.shape[1] if isinstance(how, Routing) else None
-        everywhere = num_experts or columns or experts.num_local * dist.get_world_size(group)
+        _, how = routing
+        everywhere = num_experts
+        if everywhere is None and not isinstance(how, Routing):  # logits have a column for each
+            everywhere = experts.num_local * dist.get_world_size(group)
         travels = travelling(reduce_dtype, output_dtype)
         if experts.first_expert not in (None, local_expert_offset):
             raise ValueError(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ..kernels import moe_dispatch
 from ..kernels.moe_request import MoERequest
+from ..reference import checks
 from ..reference.experts import Experts
 from ..reference.moe import FinalizeOrder
 from ..reference.recipe import LayerBuild
@@ -63,6 +64,7 @@ def fused_moe_tp(
     """
 
     def make() -> tuple[MoERequest, Fields]:
+        checks.flag("check", check)
         r = moe_dispatch.request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, None, 0, fast_math, build,
             nvfp4_4over6, finalize_order, batch_invariant, travelling(reduce_dtype, output_dtype),

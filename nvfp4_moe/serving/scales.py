@@ -21,7 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..reference import checks
 from ..reference.activation import ActivationType
+from ..reference.expert_arguments import check_activation, check_parameter
 from ..reference.scalars import must_share, per_expert
 from .switch import Activation
 
@@ -70,16 +72,21 @@ def serving_scales(
         clamp_limit: of a gated activation, in physical units (`swiglu_limit`); SiTU's is not read.
 
     Raises:
-        ValueError: an argument's shape, no activation scales, or a static one that is not positive.
+        TypeError, ValueError: an argument's type, shape or value, for which it waits for the GPU; no
+            activation scales, or a static one that is not positive.
     """
-    if activation not in ("per-token", "static"):
-        raise ValueError(f"activation is {activation!r}; it must be per-token or static")
+    checks.one_of("activation", activation, ("per-token", "static"))
+    check_activation(kind, "kind")
+    _check_scales("w13_weight_scale_2", w13_weight_scale_2)
+    _check_scales("w2_weight_scale_2", w2_weight_scale_2)
     gate, up = _gate_and_up(w13_weight_scale_2, kind.gated)
     if tuple(w2_weight_scale_2.shape) != tuple(gate.shape):
         raise ValueError(
             f"w2_weight_scale_2 has shape {tuple(w2_weight_scale_2.shape)}; with "
             f"w13_weight_scale_2 of {gate.shape[0]} experts it must be ({gate.shape[0]},)"
         )
+    if clamp_limit is not None and kind.linear_up:
+        check_parameter("clamp_limit", clamp_limit, ActivationType.Swiglu, len(gate))
     if activation == "per-token":
         a13 = a2 = torch.ones((), dtype=torch.float32, device=gate.device)
     else:
@@ -105,6 +112,14 @@ def serving_scales(
     )
 
 
+def _check_scales(name: str, scales: torch.Tensor) -> None:
+    checks.tensor(name, scales)
+    if not scales.is_floating_point():
+        checks.wrong_value(name, scales, "a tensor of floats")
+    if checks.reads_values(scales, waits=True):
+        checks.values(name, scales, (scales >= 0) & scales.isfinite(), "finite, 0 or above")
+
+
 def _gate_and_up(scale: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
     allowed = (1, 2) if gated else (1,)
     if scale.dim() not in (1, 2) or (scale.dim() == 2 and scale.shape[1] not in allowed):
@@ -119,6 +134,9 @@ def _gate_and_up(scale: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.
 
 
 def _largest(name: str, scales: torch.Tensor) -> torch.Tensor:
+    checks.tensor(name, scales)
+    if not scales.numel():
+        checks.wrong_value(name, scales, "a tensor of one value or more")
     largest = scales.max().float()
     if not 0 < largest < torch.inf or (1 / largest).isinf():
         raise ValueError(
