@@ -17,7 +17,8 @@ from .moe_case import MoECase
 from .reference import e2m1, e4m3
 from .reference.activation import ActivationType
 from .reference.cutlass import with_cutlass
-from .reference.experts import Experts, assemble_experts
+from .reference.expert_arguments import OPTIONS
+from .reference.experts import Experts, assemble_checked
 from .reference.moe import Activations, FinalizeOrder, quantize_activations
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, all_recipes
@@ -218,11 +219,10 @@ def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
     decode2 = d.scalars(held, d.exponent() if d.chance(0.3) else -7)
     if kind.biases:
         given["w2_bias"] = d.normal(held, h) * decode2[:, None] * 2.0 ** d.choice((0, 8))
-    experts = assemble_experts(
-        _codes(d, held, rows, h), _block_scales(d, held, rows, h // BLOCK_SIZE), decode,
-        _codes(d, held, h, i), _block_scales(d, held, h, i // BLOCK_SIZE), decode2,
-        kind.activation, **given,
-    )  # fmt: skip
+    w13 = _codes(d, held, rows, h), _block_scales(d, held, rows, h // BLOCK_SIZE), decode
+    w2 = _codes(d, held, h, i), _block_scales(d, held, h, i // BLOCK_SIZE), decode2
+    # Its checks refuse what a caller of FlashInfer's functions may hand over all the same.
+    experts = assemble_checked(w13, w2, kind.activation, dict.fromkeys(OPTIONS) | given)
     if kind.build == "cutlass":
         return with_cutlass(experts)
     scalars: dict[str, Any] = {  # as a caller of FlashInfer's may give them

@@ -17,8 +17,10 @@ _BYTES = (torch.uint8, torch.float8_e4m3fn)
 _PARAMETERS = ("alpha", "beta", "clamp_limit")
 _AMAX = ("input_amax", "intermediate_amax")
 _ROUNDS_TO_0 = 2.0**-150  # half of the least positive number of fp32
+OPTIONS = ("w13_bias", "w2_bias", *_PARAMETERS, *_AMAX)
+"""What may go with weights, by the names that `prepare_experts` has for it."""
 Options = dict[str, Any]
-"""By name: w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax."""
+"""A value, or None, for each of `OPTIONS`."""
 
 
 def check_preparation(w13: Any, w2: Any, activation: Any, recipe: Any, options: Options) -> None:

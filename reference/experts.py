@@ -289,8 +289,20 @@ def assemble_experts(
         for name, decode in (("w13_decode", w13_decode), ("w2_decode", w2_decode)):
             checks.values(name, decode, (decode >= 0) & decode.isfinite(), "finite, 0 or above")
         check_option_values(activation, options)
+    return assemble_checked(*quantized, activation, options)
+
+
+def assemble_checked(
+    w13: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
+    activation: ActivationType,
+    options: Options,
+) -> Experts:
+    """`assemble_experts` of (codes, block scales, decode scales), checked; values of any kind do."""
+    w13_codes, w13_scales, w13_decode = w13
+    w2_codes, w2_scales, w2_decode = w2
     parameters = Parameters.of(w13_codes, activation, options)
-    w13_decode, w2_decode = w13_decode.float(), w2_decode.float()
+    w13_decode, w2_decode = (t.detach().float() for t in (w13_decode, w2_decode))
     if w13_decode.dim() == 2:
         up, gate = w13_decode.unbind(1)
         check_one_scale(activation, up, gate, parameters.clamp_limit)

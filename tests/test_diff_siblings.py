@@ -19,6 +19,7 @@ from standin import layers
 
 from nvfp4_moe import diff_siblings
 from nvfp4_moe.calls import Sweep
+from nvfp4_moe.exits import CommandError
 from nvfp4_moe.matrix_siblings import SiblingCase, exact_case
 
 NAMES = adapter.NAMES
@@ -182,7 +183,7 @@ def test_without_a_gpu():
 
 def test_an_unknown_layer():
     with pytest.raises(
-        ValueError, match="--backends has 'fp8'; it must be among flashinfer:bf16, "
+        CommandError, match="--backends has 'fp8'; it must be among flashinfer:bf16, "
     ):
         diff_siblings.known("flashinfer:mxfp8,fp8")
     assert diff_siblings.known(None) is None

@@ -60,7 +60,7 @@ def every(which: str) -> list[Generated]:
         mutant
         for file in files
         for mutant in generate(
-            file, (folder / file.split("/", 1)[1]).read_text(), jitted=which == "kernels"
+            file, (folder / file.split("/", 1)[1]).read_text("utf-8"), jitted=which == "kernels"
         )
     ]
 
@@ -100,7 +100,7 @@ class Results:
     def __init__(self, path: Path, device: str):
         self.path, self.device = path, device
         self.known: dict[str, dict[str, dict[str, Any]]] = (
-            json.loads(path.read_text()) if path.exists() else {}
+            json.loads(path.read_text("utf-8")) if path.exists() else {}
         )
         self.own = self.known.setdefault(device, {})
 
@@ -120,7 +120,7 @@ class Results:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(self.known, indent=1) + "\n")
+        part.write_text(json.dumps(self.known, indent=1) + "\n", "utf-8")
         part.replace(self.path)
 
 
