@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from ..reference import checks
+
 
 def capability_of(t: torch.Tensor) -> tuple[int, int] | None:
     """(9, 0) for a tensor on an H100; None for one that is on no GPU."""
@@ -12,3 +14,14 @@ def capability_of(t: torch.Tensor) -> tuple[int, int] | None:
 def of_device(device: torch.device) -> tuple[int, int] | None:
     """`capability_of` any tensor there. A rehearsal without the GPU replaces it."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def capability_asked(given: tuple[int, int] | None, t: torch.Tensor) -> tuple[int, int] | None:
+    """The compute capability that a caller asks about, else that of a tensor's GPU; None on the CPU."""
+    if given is None:
+        return capability_of(t)
+    allowed = "None, or a compute capability, as (10, 0)"
+    checks.pair("capability", given, allowed)
+    if not all(isinstance(part, int) and part >= 0 for part in given):
+        checks.wrong_value("capability", given, allowed)
+    return given

@@ -20,7 +20,7 @@ from ..reference.routing import (
     unpack_topk,
 )
 from . import environment
-from .capability import capability_of
+from .capability import capability_asked
 from .request import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
@@ -172,8 +172,7 @@ def make_moe_request(
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
     quantizers: Build = "cuda" if build == "cutlass" else build
     math = math_of(fast_math, quantizers)
-    if capability is None:
-        capability = capability_of(activations.hidden_states)
+    capability = capability_asked(capability, activations.hidden_states)
     request = MoERequest(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
         weights, Recipe(math, config, quantizers), build, explicit, do_finalize,

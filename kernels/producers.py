@@ -12,6 +12,7 @@ import torch
 
 from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, SfLayout
+from ..reference.scalars import LARGEST
 from .dispatch import UnsupportedError, triton_refusal_of
 from .ops import Triple
 from .producer_ops import Producers
@@ -127,8 +128,8 @@ def _norm(
     _check_matrix(x, BLOCK_SIZE, "K")
     _check_like("weight", weight, x, x.shape[1:])
     checks.number("eps", eps)
-    if eps < 0:
-        checks.wrong_value("eps", eps, "a finite number of at least 0")
+    if not 0 <= eps <= LARGEST:
+        checks.wrong_value("eps", eps, "a finite number of fp32, of at least 0")
     request = _request(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
     ops = _implementation(x, request, backend)
     return ops.rmsnorm(

@@ -10,7 +10,7 @@ import torch
 from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, Math, NVFP44Over6Config, Recipe, SfLayout
 from . import environment
-from .capability import capability_of
+from .capability import capability_asked
 
 Backend = Literal[
     "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake", "triton", "reference"
@@ -106,8 +106,7 @@ def make_request(
     _check_out_scale(a, out_scale, per_token_activation)
     if do_shuffle:
         _check_shuffle(a, layout)
-    if capability is None:
-        capability = capability_of(a)
+    capability = capability_asked(capability, a)
     return Request(
         a,
         a_global_sf,

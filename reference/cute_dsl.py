@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import shown
+from . import checks, shown
 from .experts import Experts, reordered, row_order
 from .recipe import BLOCK_SIZE
 from .shuffle import inverse
@@ -41,6 +41,7 @@ def with_cute_dsl(experts: Experts) -> Experts:
     Raises:
         ValueError: the experts have static scales, biases, or scalars of their own for up and gate.
     """
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     gated = experts.activation.gated
     gate, up = experts.output1_scale_gate_scalar, experts.output1_scale_scalar
     if not torch.equal(up, gate if gated else torch.ones_like(up)):

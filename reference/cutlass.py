@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import shown
+from . import checks, shown
 from .experts import Experts, reordered, row_order
 from .scalars import product
 from .shuffle import inverse
@@ -42,6 +42,7 @@ def with_cutlass(experts: Experts) -> Experts:
         ValueError: the experts have no static scales, a bias or a parameter of the activation, or
             scalars of their own for up and gate.
     """
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     encode1, encode2 = experts.input_scale, experts.intermediate_scale
     if encode1 is None or encode2 is None:
         missing = "input_amax" if encode1 is None else "intermediate_amax"

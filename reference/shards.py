@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from . import checks
 from .experts import Experts, lay_out, lay_out_rows, padded_sizes, row_order, unshuffled_bias
 from .layouts import to_linear
 from .moe import Accumulate, Activations, FinalizeOrder, MoEResult, fused_moe
@@ -68,6 +69,9 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     Raises:
         ValueError: as `shard_columns`; the experts are a shard already.
     """
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
+    checks.integer("rank", rank)
+    checks.integer("shards", shards)
     e, gated = experts, experts.activation.gated
     if e.shard != (0, 1):
         raise ValueError(
@@ -125,6 +129,9 @@ def select_experts(experts: Experts, first: int, count: int) -> Experts:
     Raises:
         ValueError: the experts do not hold that many.
     """
+    checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
+    checks.integer("first", first)
+    checks.integer("count", count)
     if not 0 <= first < first + count <= experts.num_local:
         raise ValueError(
             f"first is {first} and count {count}; there are {experts.num_local} experts, and a rank "

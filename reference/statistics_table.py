@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import checks
+
 if TYPE_CHECKING:
     from .statistics import QuantizationStatistics
 
@@ -19,6 +21,7 @@ def table(named: "Mapping[str, QuantizationStatistics]") -> str:
     Shares are of blocks; `least`, `median` and `largest` are row maxima, `spread` the octaves between
     the last two; `SNR` and `worst` (row) are in dB. What is not finite follows in words.
     """
+    checks.instance("named", named, Mapping, "a mapping of names to QuantizationStatistics")
     heads = ["", "rows", *_SHARES, "least", "median", "largest", "spread", "SNR", "worst"]
     lines = [heads, *(_line(name, s.total()) for name, s in named.items())]
     cut = [line[: len(heads)] for line in lines]

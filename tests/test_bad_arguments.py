@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nvfp4_moe
-from nvfp4_moe import ActivationType, Recipe, Routing, RoutingMethodType, checkpoints
+from nvfp4_moe import ActivationType, Recipe, Routing, RoutingMethodType, checkpoints, parallel
 from nvfp4_moe.serving.switch import activation_of
 
 OBJECTS = st.sampled_from([object(), object, [1], (), {"a": 1}, b"x", 1j, lambda: None])
@@ -158,6 +158,9 @@ WEIGHTS = {
     "beta": OBJECTS | WORDS | st.sampled_from([*NO_NUMBERS, float("inf"), BIAS2]),
     "clamp_limit": OBJECTS | WORDS | st.sampled_from([-1.0, *NO_NUMBERS]),
 }
+NO_EXPERTS = OBJECTS | WORDS | NUMBERS | st.none()
+NO_INTEGER = st.sampled_from(["0", 0.0, 2.5, float("nan"), True, None])
+STATIC = nvfp4_moe.prepare_experts(LAYER.w13, LAYER.w2, input_amax=1.0, intermediate_amax=1.0)
 FUNCTIONS = {
     "nvfp4_quantize": Function(
         nvfp4_moe.nvfp4_quantize,
@@ -210,7 +213,7 @@ FUNCTIONS = {
             "x": tensor(X, primary=True),
             "residual": tensor(X),
             "weight": tensor(X[0].contiguous()),
-            "eps": OBJECTS | WORDS | st.sampled_from([-1.0, float("nan"), None, True]),
+            "eps": OBJECTS | WORDS | st.sampled_from([-1.0, 1e39, float("nan"), None, True]),
             "build": NO_NAME,
         },
         also=("residual",),  # which must be as x is
@@ -324,6 +327,23 @@ FUNCTIONS = {
             "static": NOT_A_FLAG | st.none(),
             "local": OBJECTS | WORDS | st.sampled_from([4, (0, 4)]),
         },
+    ),
+    "select_experts": Function(
+        parallel.select_experts,
+        {"experts": LAYER.experts, "first": 0, "count": 1},
+        {"experts": NO_EXPERTS, "first": OBJECTS | NO_INTEGER, "count": OBJECTS | NO_INTEGER},
+    ),
+    "shard_experts": Function(
+        parallel.shard_experts,
+        {"experts": LAYER.experts, "rank": 0, "shards": 2},
+        {"experts": NO_EXPERTS, "rank": OBJECTS | NO_INTEGER, "shards": OBJECTS | NO_INTEGER},
+    ),
+    "with_cute_dsl": Function(
+        nvfp4_moe.with_cute_dsl, {"experts": LAYER.experts}, {"experts": NO_EXPERTS}
+    ),
+    "with_cutlass": Function(nvfp4_moe.with_cutlass, {"experts": STATIC}, {"experts": NO_EXPERTS}),
+    "statistics_table": Function(
+        nvfp4_moe.statistics_table, {"named": {}}, {"named": WORDS | NUMBERS | st.just([1])}
     ),
     "activation_of": Function(
         activation_of,

@@ -13,6 +13,7 @@ from assertions import assert_bitwise, assert_quantized
 from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 from nvfp4_moe.kernels import dispatch, environment, target
 from nvfp4_moe.kernels import flashinfer as fi
+from nvfp4_moe.kernels.capability import capability_asked
 from nvfp4_moe.kernels.request import UNSET
 from nvfp4_moe.reference import layouts, shuffle
 from nvfp4_moe.reference import quantize as reference
@@ -493,3 +494,9 @@ def test_exports():
     names |= {"Recipe", "UnsupportedError", "__version__"}
     assert names <= set(nvfp4_moe.__all__) and all(hasattr(nvfp4_moe, n) for n in nvfp4_moe.__all__)
     assert issubclass(UnsupportedError, ValueError)
+
+
+@pytest.mark.parametrize("capability", ["10", 100, (10,), (-1, 0), (10.0, 0), (10, 0, 0)])
+def test_a_capability_is_two_numbers(capability):
+    with pytest.raises((TypeError, ValueError), match=r"^capability is .*; it must be None, or a"):
+        capability_asked(capability, meta())
