@@ -135,6 +135,16 @@ REFUSED = {
     "unknown activation": ({"moe_act": "tanh"}, 'moe_act is "tanh"', "activation"),
     "unknown activation in camels": ({"expertActFn": "relu"}, 'expertActFn is "relu"', "activation"),
     "unknown glu": ({"use_reglu": True}, "use_reglu is true", "activation"),
+    "in objects of an array": (
+        {"block_configs": [{"ffn": {"hidden_act": "gelu"}}]},
+        r'block_configs\[0\].ffn.hidden_act is "gelu"',
+        "activation",
+    ),
+    "a limit in an array of objects": (
+        {"ffn_config": [{"gate_limit": 7}]},
+        r"ffn_config\[0\].gate_limit is 7",
+        "clamp_limit",
+    ),
     "in an object of experts": (
         {"moe_config": {"gate_limit": 7}},
         "moe_config.gate_limit is 7",

@@ -342,10 +342,15 @@ def test_per_token_codes_of_a_dispatcher():
         ({"topk": None, "router_logits": case.x}, "top_k is None"),
         (
             {"use_per_token_activation": False, "w13_input_scale_quant": torch.ones(4)},
-            r"w13_input_scale_quant has shape \(4,\); it must be one value",
+            r"w13_input_scale_quant is float32 \[4\]; it must be a tensor of one float32",
+        ),
+        ({"w13_weight_scale": None}, "w13_weight_scale is None; it must be a tensor of float8"),
+        (
+            {"use_per_token_activation": False, "w13_input_scale_quant": None},
+            "w13_input_scale_quant is None; it must be a tensor of float32",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             plain(case, info, **change)
 
 

@@ -37,8 +37,9 @@ from .schema import NUMBER, shown
 
 Given = torch.Tensor | float | None
 _PARTS = re.compile(r"moe|ffn|mlp|expert")
+_OTHER = re.compile(r"quant|compress|clip")  # descriptions of formats; CLIP is a vision model
 _DRAFT = re.compile(r"(^|\.)(mtp|nextn|draft|eagle)")
-_PLAIN = re.compile(r"[\w.]{1,120}")
+_PLAIN = re.compile(r"[\w.\[\]]{1,120}")
 _FP32_MAX = torch.finfo(torch.float32).max
 _NEUTRAL = {"alpha": 1.0, "beta": 0.0, "clamp_limit": math.inf}
 
@@ -217,9 +218,10 @@ class _Reading:
     def _fields(self) -> Iterator[tuple[str, str, Any]]:
         """(path, name, value) of every field, also of objects that tell of experts."""
         for name, value in self._config.items():
-            if isinstance(value, dict) and _PARTS.search(name):
-                yield from ((f"{name}.{inner}", inner, v) for inner, v in value.items())
-            elif not isinstance(value, dict) or "clip" not in name:  # CLIP is a vision model
+            inside = _objects(value)
+            if inside:
+                yield from _inner_fields(name, name, value)
+            if not inside or not (_PARTS.search(name) or _OTHER.search(name)):
                 yield name, name, value
 
     def _clamps_after(self) -> bool:
@@ -274,6 +276,31 @@ class _Reading:
     def _say(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _objects(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(place, object) of an object, or of those in an array; else nothing."""
+    if isinstance(value, dict):
+        return [("", value)]
+    if not isinstance(value, list):
+        return []
+    return [(f"[{i}]", entry) for i, entry in enumerate(value) if isinstance(entry, dict)]
+
+
+def _inner_fields(
+    path: str, name: str, value: Any, of_experts: bool = False
+) -> Iterator[tuple[str, str, Any]]:
+    """(path, name, value) of the fields below `name` that tell of experts, at any depth."""
+    if not of_experts and (ELSEWHERE.match(name.lower()) or _OTHER.search(name.lower())):
+        return
+    of_experts = of_experts or _PARTS.search(name.lower()) is not None
+    for place, inner in _objects(value):
+        for field, entry in inner.items():
+            there = f"{path}{place}.{field}"
+            if _objects(entry):
+                yield from _inner_fields(there, field, entry, of_experts)
+            elif of_experts:
+                yield there, field, entry
 
 
 def _fits(kind: ActivationType, wanted: ActivationType, name: Parameter) -> bool:

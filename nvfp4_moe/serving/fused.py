@@ -13,6 +13,7 @@ from ..kernels.dispatch import UnsupportedError, nvfp4_quantize
 from ..kernels.moe_dispatch import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
 from ..kernels.moe_request import routing_of
 from ..kernels.weight_on_input import weigh_rows
+from ..reference import checks
 from ..reference.recipe import Build, Recipe, SfLayout
 from ..reference.routing import Routing, unpack_topk
 
@@ -91,6 +92,11 @@ def fused_experts_fp4(
                 routing_method_type, top_k, num_expert_group, topk_group, routed_scaling_factor
             )
         hidden_states, topk = _weighed(hidden_states, topk, router_logits, routing, correction_bias)
+    for name, scales in (
+        ("w13_weight_scale", w13_weight_scale),
+        ("w2_weight_scale", w2_weight_scale),
+    ):
+        checks.tensor(name, scales, (torch.float8_e4m3fn, torch.uint8))
     codes = _codes(
         hidden_states, hidden_states_scale, per_token_scale, w13_input_scale_quant,
         use_per_token_activation, quantizer_build,
@@ -200,10 +206,10 @@ def _codes(
     global_scale: float | torch.Tensor = encode_scale
     if per_token:
         global_scale = Recipe(four_over_six=config).base_scale_inv
-    elif encode_scale.numel() != 1:
-        raise ValueError(
-            f"w13_input_scale_quant has shape {tuple(encode_scale.shape)}; it must be one value"
-        )
+    else:
+        checks.tensor("w13_input_scale_quant", encode_scale, (torch.float32,))
+        if encode_scale.numel() != 1:
+            checks.wrong_value("w13_input_scale_quant", encode_scale, "a tensor of one float32")
     codes, block_scales, *token = nvfp4_quantize(
         x, global_scale, SfLayout.layout_linear, per_token_activation=per_token,
         nvfp4_4over6=config, build=build,
