@@ -38,7 +38,7 @@ def test_the_rehearsal(tmp_path):
     """The whole command and its processes, of a machine that keeps the contract."""
     child = subprocess.run(
         [sys.executable, "tests/standin/rehearse.py", "blackwell", "--small", "--report", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout + child.stderr
     found = report.read(tmp_path / "report.json")
