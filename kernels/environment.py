@@ -131,7 +131,7 @@ def cache_folder() -> Path | None:
 
 
 def traceback_wanted() -> bool:
-    """Whether the command line prints the traceback of a crash, which it else writes to a file."""
+    """True if the command line prints the traceback of a crash; else it writes it to a file."""
     return _on(TRACEBACK_VARIABLE)
 
 

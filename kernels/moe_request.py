@@ -32,7 +32,7 @@ scales), and the row of each slot, [T * K] int32, -1 held elsewhere; None: slot 
 
 
 TOPK_NAMES = ("topk_ids[0]", "topk_ids[1]")
-"""Of ids and weights, in FlashInfer's function."""
+"""The names that FlashInfer's function has for ids and weights."""
 
 
 @dataclass(frozen=True)

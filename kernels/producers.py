@@ -19,7 +19,6 @@ from .producer_ops import Producers
 from .request import UNSET, Request, check_values, make_request
 
 BACKENDS = ("triton", "reference")
-_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def silu_and_mul_nvfp4_quantize(
@@ -176,7 +175,7 @@ def _implementation(x: torch.Tensor, r: Request, backend: str) -> Producers:
 
 
 def _check_matrix(x: Any, columns: int, shape: str) -> None:
-    checks.tensor("x", x, _DTYPES, ("M", shape))
+    checks.tensor("x", x, checks.HALVES, ("M", shape))
     if x.shape[1] % columns or x.shape[1] == 0:
         checks.wrong_value("x", x, f"[M, {shape}], K a positive multiple of {BLOCK_SIZE}")
 

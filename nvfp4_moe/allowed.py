@@ -51,12 +51,12 @@ class Outside:
 
 
 def may_drop_nan(backend: str) -> bool:
-    """Whether a backend's activation is FlashInfer's, in a kernel whose source is closed."""
+    """True if a backend's activation is FlashInfer's, in a kernel whose source is closed."""
     return backend.startswith("flashinfer")
 
 
 class Allowed:
-    """What outputs [T, H] of a case may be by a backend, and the reference's."""
+    """The outputs [T, H] that a backend may give for a case, and the reference's."""
 
     def __init__(
         self, case: MoECase, accumulation: Accumulation = ANY_ORDER, *, backend: str = "reference"

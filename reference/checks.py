@@ -20,7 +20,8 @@ VALUES_VARIABLE = "NVFP4_MOE_CHECK_VALUES"
 """Set to 1, calls on a GPU read the values of their arguments, too, and wait for the GPU to do so."""
 
 _LONGEST = 80  # characters of a value in a message
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
 
 
 def given(value: Any) -> str:

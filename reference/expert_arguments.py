@@ -9,10 +9,9 @@ import torch
 
 from . import checks
 from .activation import ActivationType
-from .recipe import BLOCK_SIZE, Recipe
+from .recipe import BLOCK_SIZE, check_recipe
 from .scalars import LARGEST
 
-_WEIGHTS = (torch.bfloat16, torch.float16)
 _BYTES = (torch.uint8, torch.float8_e4m3fn)
 _PARAMETERS = ("alpha", "beta", "clamp_limit")
 _AMAX = ("input_amax", "intermediate_amax")
@@ -26,8 +25,7 @@ Options = dict[str, Any]
 def check_preparation(w13: Any, w2: Any, activation: Any, recipe: Any, options: Options) -> None:
     """Everything that `prepare_experts` is given, but the values of tensors."""
     check_activation(activation)
-    if recipe is not None:
-        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+    check_recipe(recipe)
     check_weights(w13, w2, activation)
     experts, rows, hidden = w13.shape
     check_options(options, activation, experts, rows, hidden, ("w13", w13))
@@ -43,7 +41,7 @@ def check_activation(activation: Any, name: str = "activation") -> None:
 
 def check_weights(w13: Any, w2: Any, activation: ActivationType) -> None:
     """[E, 2 I, H] or [E, I, H], and [E, H, I], of one dtype and device."""
-    checks.tensor("w13", w13, _WEIGHTS, ("E", "2 I" if activation.gated else "I", "H"))
+    checks.tensor("w13", w13, checks.HALVES, ("E", "2 I" if activation.gated else "I", "H"))
     experts, _, hidden = w13.shape
     checks.tensor("w2", w2, (w13.dtype,), (experts, hidden, "I"), like=("w13", w13))
     _check_rows("w13", w13, "w2", w2, w2.shape[2], activation)

@@ -136,6 +136,12 @@ class Recipe:
         return "-".join([*parts, self.build])
 
 
+def check_recipe(recipe: Any) -> None:
+    """Raise unless it is a Recipe, or None for the function's default."""
+    if recipe is not None:
+        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+
+
 def all_recipes() -> list[Recipe]:
     """Every recipe there is: 2 maths x (no 4over6 + 8 of it) x 2 builds."""
     fours: list[NVFP44Over6Config | None] = [None]

@@ -8,7 +8,7 @@ import torch
 from . import checks
 from .expert_arguments import check_options, check_values
 from .experts import Experts
-from .recipe import Recipe
+from .recipe import Recipe, check_recipe
 
 _HELD = {
     "w13_bias": "gemm1_bias",
@@ -51,15 +51,13 @@ def check(
     """
     here = "gemm1_weights", e.gemm1_weights
     rows = e.intermediate_size * (2 if e.activation.gated else 1)
-    sixteen_bits = torch.bfloat16, torch.float16
-    checks.tensor("w13", w13, sixteen_bits, ("n", rows, e.hidden_size), like=here)
+    checks.tensor("w13", w13, checks.HALVES, ("n", rows, e.hidden_size), like=here)
     n = w13.shape[0]
     checks.tensor("w2", w2, (w13.dtype,), (n, e.hidden_size, e.intermediate_size), like=here)
     checks.integer("first", first)
     if not 0 <= first <= e.num_local - n:
         raise ValueError(f"first is {first}; {n} experts from there must be of {e.num_local}")
-    if recipe is not None:
-        checks.instance("recipe", recipe, Recipe, "a Recipe")
+    check_recipe(recipe)
     if amax is not None:
         checks.pair("amax", amax, "two tensors, the largest magnitudes of w13 and of w2")
         for i, t in enumerate(amax):

@@ -75,10 +75,8 @@ def most_encode_scale(
     if like is None:
         return MOST_RAW
     most = torch.full_like(like, MOST_RAW)
-    for factor in (
-        added,
-        divisor,
-    ):  # in this order no quotient leaves fp32 but one that limits nothing
+    # In this order no quotient leaves fp32 but one that limits nothing.
+    for factor in (added, divisor):
         most = most if factor is None else most / factor
     return most
 

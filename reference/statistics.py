@@ -20,7 +20,7 @@ from .quantize import (
     quantize_global_scale,
     quantize_per_token,
 )
-from .recipe import BLOCK_SIZE, Recipe
+from .recipe import BLOCK_SIZE, Recipe, check_recipe
 from .scalars import weight_encode_scale
 from .subnormals import kept
 
@@ -188,8 +188,7 @@ def quantization_statistics(
     Raises:
         ValueError: a shape or a dtype that does not fit.
     """
-    if recipe is not None:
-        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+    check_recipe(recipe)
     recipe = recipe or Recipe()
     _check(x, experts, num_experts, encode_scale)
     n, k = x.shape
@@ -220,11 +219,10 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
         w: bf16 or fp16, K a multiple of 16; a row is a row of a matrix, [up; gate] share a scale.
         recipe: exact math by default, as there.
     """
-    checks.tensor("w", w, checks.FLOATS[:2], ("E", "M", "K"))
+    checks.tensor("w", w, checks.HALVES, ("E", "M", "K"))
     if w.shape[2] % BLOCK_SIZE or not w.shape[2]:
         checks.wrong_value("w", w, f"[E, M, K], K a positive multiple of {BLOCK_SIZE}")
-    if recipe is not None:
-        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+    check_recipe(recipe)
     recipe = recipe or Recipe("exact")
     held, rows, _ = w.shape
     encode = weight_encode_scale(w.abs().flatten(1).amax(1), recipe)
@@ -330,7 +328,7 @@ def _check(
     num_experts: int,
     encode_scale: torch.Tensor | None,
 ) -> None:
-    dtypes = checks.FLOATS[:2] if encode_scale is None else checks.FLOATS
+    dtypes = checks.HALVES if encode_scale is None else checks.FLOATS
     checks.tensor("x", x, dtypes, ("N", "K"))
     if x.shape[1] % BLOCK_SIZE or not x.shape[1]:
         checks.wrong_value("x", x, f"[N, K], K a positive multiple of {BLOCK_SIZE}")

@@ -51,7 +51,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def flushed() -> Iterator[None]:
-    """Of this thread, and of those that it starts."""
+    """Flushes subnormals in this thread, and in those that it starts."""
     assert torch.set_flush_denormal(True), "this processor has no such mode"
     try:
         yield

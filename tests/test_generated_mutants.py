@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,18 +117,16 @@ def test_a_constant_is_exchanged_where_it_was_imported(of_reference):
     assert [r.status for r in tried] == ["killed", "killed"]
 
 
+def of_pack(results: Path) -> list[str]:
+    """The command line that tries the mutants of `e2m1.pack`."""
+    given = ["mutants", "--generated", "reference", "--results", str(results)]
+    return [*given, "--only", "e2m1.py pack"]
+
+
 def test_the_command_goes_on_where_it_ended(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     results = tmp_path / "build" / "mutants.json"
-    ask = [
-        "mutants",
-        "--generated",
-        "reference",
-        "--results",
-        str(results),
-        "--only",
-        "e2m1.py pack",
-    ]
+    ask = of_pack(results)
     assert main([*ask, "--shard", "1/2"]) == 0
     half = json.loads(results.read_text())["cpu"]
     assert half and {found["status"] for found in half.values()} == {"killed"}
@@ -142,15 +141,7 @@ def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(command, "probes_of", lambda mutant, device: [])
     results = tmp_path / "mutants.json"
-    ask = [
-        "mutants",
-        "--generated",
-        "reference",
-        "--results",
-        str(results),
-        "--only",
-        "e2m1.py pack",
-    ]
+    ask = of_pack(results)
     assert main(ask) == 1
     assert "SURVIVED reference/e2m1.py pack: " in capsys.readouterr().out
 

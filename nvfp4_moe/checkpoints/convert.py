@@ -18,7 +18,7 @@ import torch
 from ..reference import checks
 from ..reference.experts import quantize_weight
 from ..reference.quantize import dequantize
-from ..reference.recipe import BLOCK_SIZE, Recipe
+from ..reference.recipe import BLOCK_SIZE, Recipe, check_recipe
 from ..reference.subnormals import kept
 from .described import configurations, describe
 from .errors import CheckpointError
@@ -75,8 +75,7 @@ def convert(
     """
     checks.path("source", source)
     checks.path("destination", destination)
-    if recipe is not None:
-        checks.instance("recipe", recipe, Recipe, "a Recipe or None")
+    check_recipe(recipe)
     checks.strings("exclude", exclude, "a list of patterns, as ['model.layers.61.*']")
     checks.flag("input_scale", input_scale)
     where = checks.device("device", device)
