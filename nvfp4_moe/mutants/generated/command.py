@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # a child of a process with threads would wait for them
     first, count = (int(part) for part in options.shard.split("/"))
     results = Results(Path(options.results), options.device)
-    mutants = [m for m in every(options.generated) if not options.only or options.only in m.key]
+    mutants = [m for m in every(options.generated) if not options.only or options.only in m.shown]
     waiting = [m for m in mutants[first - 1 :: count] if not results.has(m, options.again)]
     end = time.monotonic() + (options.seconds or float("inf"))
     limit = SECONDS["reference" if options.generated == "reference" else options.device]
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
         results.add(result)
         tried += 1
         if result.status == "survived" and harmless.reason(result.mutant.key) is None:
-            print(f"SURVIVED {result.mutant.key}", flush=True)
+            print(f"SURVIVED {result.mutant.shown}", flush=True)
         if time.monotonic() - written > 20:
             results.write()
             written = time.monotonic()
@@ -196,7 +196,7 @@ def summary(
         status = status_of(mutant, known)
         counts.setdefault(mutant.file, Counter())[status] += 1
         if status == "open":
-            still.append(mutant.key)
+            still.append(mutant.shown)
     rows = [["module", "generated", *STATUSES]]
     counts["all"] = sum(counts.values(), Counter())
     for file, count in counts.items():

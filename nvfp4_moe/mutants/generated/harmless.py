@@ -4,115 +4,111 @@
 
 HARMLESS: dict[str, tuple[str, ...]] = {
     "The tensor is a matrix there: its last dimension is the dimension 1.": (
-        "reference/activation.py activate: operator: -1 -> 1",
-        "reference/experts.py _values: operator: -1 -> 1",
-        "reference/moe.py hidden_values: operator: -1 -> 1",
-        "reference/producers.py silu_and_mul: operator: -1 -> 1",
-        "reference/quantize.py _fp32_per_token: operator: -1 -> 1",
-        "reference/quantize.py _split: operator: -1 -> 1",
-        "reference/routing.py _softmax: operator: -1 -> 1",
-        "reference/routing.py _warp_sum: operator: -1 -> 1",
-        "reference/routing.py _warp_sum: operator: -1 -> 1 (2)",
+        "reference activate: operator: -1 -> 1",
+        "reference _values: operator: -1 -> 1",
+        "reference hidden_values: operator: -1 -> 1",
+        "reference silu_and_mul: operator: -1 -> 1",
+        "reference _fp32_per_token: operator: -1 -> 1",
+        "reference _split: operator: -1 -> 1",
+        "reference _softmax: operator: -1 -> 1",
+        "reference _warp_sum: operator: -1 -> 1",
+        "reference _warp_sum: operator: -1 -> 1 (2)",
     ),
     "An ulp of a factor of an activation, whose last bits are free (`bounds_activation.py`).": (
-        "reference/activation.py constant: constant: 7.0 -> 7.000000476837158",
-        "reference/activation.py activate: constant: 1.0 if alpha is None else alpha -> "
+        "reference STEP_LIMIT: constant: 7.0 -> 7.000000476837158",
+        "reference activate: constant: 1.0 if alpha is None else alpha -> "
         "1.0000001192092896 if alpha is None else alpha",
-        "reference/activation.py activate: constant: 1.0 if beta is None else beta -> "
+        "reference activate: constant: 1.0 if beta is None else beta -> "
         "1.0000001192092896 if beta is None else beta",
     ),
     "The next operation has an operand of the wider type, to which torch promotes exactly.": (
-        "reference/moe.py fused_moe: rounding: steps['intermediate'].float() -> steps['intermediate']",
-        "reference/moe.py fused_moe: rounding: rows.float() -> rows",
-        "reference/moe.py finalize: rounding: weights.float() -> weights",
-        "reference/moe.py _fma: rounding: a.double() -> a",
-        "reference/moe.py _fma: rounding: b.double() -> b",
-        "reference/moe.py _fma: rounding: c.double() -> c",
-        "reference/producers.py add_rmsnorm: rounding: x.float() -> x",
-        "reference/producers.py add_rmsnorm: rounding: residual.float() -> residual",
-        "reference/producers.py _normalized: rounding: weight.float() -> weight",
-        "reference/quantize.py quantize_per_token: rounding: x.float() -> x",
-        "reference/quantize.py quantize_global_scale: rounding: x.float() -> x",
-        "reference/quantize.py _e4m3_blocks: rounding: values.float() -> values",
-        "reference/quantize.py _e4m3_blocks: rounding: values.float() -> values (2)",
-        "reference/routing.py route: rounding: bias.float() -> bias",
-        "reference/scalars.py in_raw_units: rounding: value.float() -> value",
+        "reference fused_moe: rounding: steps['intermediate'].float() -> steps['intermediate']",
+        "reference fused_moe: rounding: rows.float() -> rows",
+        "reference finalize: rounding: weights.float() -> weights",
+        "reference _fma: rounding: a.double() -> a",
+        "reference _fma: rounding: b.double() -> b",
+        "reference _fma: rounding: c.double() -> c",
+        "reference add_rmsnorm: rounding: x.float() -> x",
+        "reference add_rmsnorm: rounding: residual.float() -> residual",
+        "reference _normalized: rounding: weight.float() -> weight",
+        "reference quantize_per_token: rounding: x.float() -> x",
+        "reference quantize_global_scale: rounding: x.float() -> x",
+        "reference _e4m3_blocks: rounding: values.float() -> values",
+        "reference _e4m3_blocks: rounding: values.float() -> values (2)",
+        "reference route: rounding: bias.float() -> bias",
+        "reference in_raw_units: rounding: value.float() -> value",
     ),
     "It is an fp32 element, by the contract of the argument.": (
-        "reference/quantize.py quantize_per_token: rounding: out_scale.float() -> out_scale",
+        "reference quantize_per_token: rounding: out_scale.float() -> out_scale",
     ),
     "What is between 448 and the next number rounds to 448.": (
-        "reference/e4m3.py constant: constant: 448.0 -> 448.0000305175781",
+        "reference MAX: constant: 448.0 -> 448.0000305175781",
     ),
     "The reciprocal of infinity is subnormal by its exponent, hence flushed to 0 before.": (
-        "reference/fp32.py rcp_approx_ftz: constant: magnitude == 2139095040 -> magnitude == 2139095041",
+        "reference rcp_approx_ftz: constant: magnitude == 2139095040 -> magnitude == 2139095041",
     ),
     "As int32 both are the sign bit.": (
-        "reference/fp32.py rcp_approx_ftz: operator: -2147483648 -> 2147483648",
+        "reference rcp_approx_ftz: operator: -2147483648 -> 2147483648",
     ),
     "The last two sizes of a tensor of one or two dimensions have its number of elements.": (
-        "reference/layouts.py to_linear: comparison: scales.dim() > 1 -> scales.dim() >= 1",
-        "reference/layouts.py to_linear: constant: scales.dim() > 1 -> scales.dim() > 2",
+        "reference to_linear: comparison: scales.dim() > 1 -> scales.dim() >= 1",
+        "reference to_linear: constant: scales.dim() > 1 -> scales.dim() > 2",
     ),
     "At 8192 tokens and above the number of blocks is above 1184 with either.": (
-        "reference/moe.py split_k_groups: constant: min(tokens, 8192) -> min(tokens, 8193)",
+        "reference split_k_groups: constant: min(tokens, 8192) -> min(tokens, 8193)",
     ),
     "With 4 slots the loop gives 1, with more than 4 at least 2.": (
-        "reference/moe.py split_k_groups: comparison: 4 < top_k <= 64 -> 4 <= top_k <= 64",
-        "reference/moe.py split_k_groups: constant: 1 -> 2 (2)",
+        "reference split_k_groups: comparison: 4 < top_k <= 64 -> 4 <= top_k <= 64",
+        "reference split_k_groups: constant: 1 -> 2 (2)",
     ),
     "It is read where something was lost alone: the error is not 0 there, nor the sum.": (
-        "reference/moe.py _fma: comparison: error > 0 -> error >= 0",
-        "reference/moe.py _fma: comparison: total > 0 -> total >= 0",
+        "reference _fma: comparison: error > 0 -> error >= 0",
+        "reference _fma: comparison: total > 0 -> total >= 0",
     ),
     "At the bound itself both sides are the bound; above 88.73 the exponential is infinite.": (
-        "reference/producers.py constant: constant: (-87.0, 89.0) -> (-87.0, 89.00000762939453)",
-        "reference/producers.py exp: comparison: t < LOWEST -> t <= LOWEST",
-        "reference/producers.py exp: comparison: t > HIGHEST -> t >= HIGHEST",
+        "reference (LOWEST, HIGHEST): constant: (-87.0, 89.0) -> (-87.0, 89.00000762939453)",
+        "reference exp: comparison: t < LOWEST -> t <= LOWEST",
+        "reference exp: comparison: t > HIGHEST -> t >= HIGHEST",
     ),
     "The two exponents differ by multiples of 2^9, which the shift by 23 drops.": (
-        "reference/producers.py exp: operator: shifted.view(torch.int32) - 1262485504 -> "
+        "reference exp: operator: shifted.view(torch.int32) - 1262485504 -> "
         "shifted.view(torch.int32) + 1262485504",
     ),
     "Both factors are powers of two that fp32 holds, with the same product.": (
-        "reference/producers.py exp: constant: power >> 1 -> power >> 2",
+        "reference exp: constant: power >> 1 -> power >> 2",
     ),
     "More zeros are added, which changes no sum; of a multiple of 16 the bit length is the same.": (
-        "reference/producers.py sum_of_squares: constant: 1 << (x.shape[1] - 1).bit_length() -> "
+        "reference sum_of_squares: constant: 1 << (x.shape[1] - 1).bit_length() -> "
         "2 << (x.shape[1] - 1).bit_length()",
-        "reference/producers.py sum_of_squares: operator: x.shape[1] - 1 -> x.shape[1] + 1",
-        "reference/producers.py sum_of_squares: constant: x.shape[1] - 1 -> x.shape[1] - 2",
+        "reference sum_of_squares: operator: x.shape[1] - 1 -> x.shape[1] + 1",
+        "reference sum_of_squares: constant: x.shape[1] - 1 -> x.shape[1] - 2",
     ),
     "Zeros behind the last lane change no sum of the butterfly.": (
-        "reference/routing.py _warp_sum: constant: 1 << (values.shape[-1] - 1).bit_length() -> "
+        "reference _warp_sum: constant: 1 << (values.shape[-1] - 1).bit_length() -> "
         "2 << (values.shape[-1] - 1).bit_length()",
-        "reference/routing.py _warp_sum: operator: values.shape[-1] - 1 -> values.shape[-1] + 1",
+        "reference _warp_sum: operator: values.shape[-1] - 1 -> values.shape[-1] + 1",
     ),
     "No groups, 0 and 1 mean the same.": (
-        "reference/routing.py Routing.__post_init__: constant: self.n_group or 0 -> self.n_group or 1",
-        "reference/routing.py Routing.grouped: constant: self.n_group or 0 -> self.n_group or 1",
+        "reference Routing.__post_init__: constant: self.n_group or 0 -> self.n_group or 1",
+        "reference Routing.grouped: constant: self.n_group or 0 -> self.n_group or 1",
     ),
     "Only routings with groups come here, which have both numbers.": (
-        "reference/routing.py _indivisible: constant: routing.n_group or 1 -> routing.n_group or 2",
-        "reference/routing.py _indivisible: constant: routing.topk_group or 1 -> "
-        "routing.topk_group or 2",
-        "reference/routing.py _grouped_refusal: constant: routing.n_group or 1 -> routing.n_group or 2",
-        "reference/routing.py _grouped_refusal: constant: routing.topk_group or 1 -> "
-        "routing.topk_group or 2",
-        "reference/routing.py _limit_to_groups: constant: routing.n_group or 1 -> routing.n_group or 2",
+        "reference _indivisible: constant: routing.n_group or 1 -> routing.n_group or 2",
+        "reference _indivisible: constant: routing.topk_group or 1 -> routing.topk_group or 2",
+        "reference _grouped_refusal: constant: routing.n_group or 1 -> routing.n_group or 2",
+        "reference _grouped_refusal: constant: routing.topk_group or 1 -> routing.topk_group or 2",
+        "reference _limit_to_groups: constant: routing.n_group or 1 -> routing.n_group or 2",
     ),
-    "Of what is taken the first two are read.": (
-        "reference/routing.py _limit_to_groups: constant: :2 -> :3",
-    ),
+    "Of what is taken the first two are read.": ("reference _limit_to_groups: constant: :2 -> :3",),
     "torch fills an int32 with its sign, however far it is shifted.": (
-        "reference/routing.py _key: constant: bits >> 31 -> bits >> 32",
+        "reference _key: constant: bits >> 31 -> bits >> 32",
     ),
     "A sum of scores is 0 or at least 2^-25, to which 1e-20 adds nothing; of 0 all scores are 0.": (
-        "reference/routing.py route: constant: _warp_sum(chosen) + 1e-20 -> "
+        "reference route: constant: _warp_sum(chosen) + 1e-20 -> "
         "_warp_sum(chosen) + 1.0000000490448792e-20",
     ),
     "Any negative number stands for NaN.": (
-        "reference/quantize.py max_ignoring_nan: constant: -1.0 -> -1.0000001192092896",
+        "reference max_ignoring_nan: constant: -1.0 -> -1.0000001192092896",
     ),
 }
 """Keys of `rules.Generated`, by reason."""

@@ -23,15 +23,15 @@ def module_of(file: str) -> ModuleType:
 def plant(mutant: Generated) -> None:
     """Exchange the function, or the constant, wherever it has been imported."""
     module = module_of(mutant.file)
-    name = f"<{mutant.key}>"
+    name = f"<{mutant.shown}>"
     text = mutant.source + "\n"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     made: dict[str, Any] = {}
     exec(compile(text, name, "exec"), module.__dict__, made)
-    if not mutant.function:
+    *outer, last = mutant.function.split(".")
+    if not isinstance(made.get(last), FunctionType):
         _exchange_constant(module, made)
         return
-    *outer, last = mutant.function.split(".")
     owner = module
     for part in outer:
         owner = getattr(owner, part)

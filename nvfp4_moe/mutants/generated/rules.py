@@ -47,7 +47,7 @@ class Generated:
     """A function of a module, or the assignment of one of its constants, with one change."""
 
     file: str
-    function: str  # dotted; empty: a constant of the module
+    function: str  # dotted; of a constant, the names that are assigned
     rule: str
     change: str
     number: int  # of those that read alike
@@ -60,9 +60,18 @@ class Generated:
 
     @property
     def key(self) -> str:
-        """What names it, whatever else changes in the module."""
+        """Its name where results and reasons are kept: a module that is renamed loses none."""
+        return f"{self.file.split('/')[0]} {self._change}"
+
+    @property
+    def shown(self) -> str:
+        """Its name for a reader."""
+        return f"{self.file} {self._change}"
+
+    @property
+    def _change(self) -> str:
         again = "" if self.number == 1 else f" ({self.number})"
-        return f"{self.file} {self.function or 'constant'}: {self.rule}: {self.change}{again}"
+        return f"{self.function}: {self.rule}: {self.change}{again}"
 
 
 def generate(file: str, source: str, *, jitted: bool = False) -> list[Generated]:
@@ -94,7 +103,7 @@ def _roots(tree: ast.Module, jitted: bool) -> Iterator[tuple[str, ast.stmt]]:
         elif isinstance(node, ast.Assign) and any(
             isinstance(n, ast.Constant) and _is_number(n.value) for n in ast.walk(node)
         ):
-            yield "", node
+            yield ", ".join(ast.unparse(t) for t in node.targets), node
 
 
 def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
