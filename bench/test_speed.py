@@ -16,7 +16,7 @@ import moe_speed
 import pytest
 import torch
 from moe_speed import Shape
-from nvfp4_moe.kernels import flashinfer_siblings
+from nvfp4_moe.kernels.flashinfer import baselines
 from nvfp4_moe.reference import siblings
 from nvfp4_moe.reference.routing import route
 
@@ -85,7 +85,7 @@ LAYERS = {
 }
 
 
-SIBLINGS = {name: format for format, name in flashinfer_siblings.NAMES.items()}
+SIBLINGS = {name: format for format, name in baselines.NAMES.items()}
 
 
 def sibling_call(s: Shape, format, x, logits):
@@ -95,22 +95,22 @@ def sibling_call(s: Shape, format, x, logits):
     w = moe_speed.bf16_weights(s)
     routing = Routing(RoutingMethodType.Renormalize, s.top_k)
     raw = siblings.SiblingExperts(format, s.activation, w.w13, w.w2)
-    request = flashinfer_siblings.SiblingRequest(
+    request = baselines.SiblingRequest(
         siblings.SiblingActivations(x), raw, {}, routing, s.routed, logits=logits
     )
-    if (reason := flashinfer_siblings.refusal(request)) is not None:
+    if (reason := baselines.refusal(request)) is not None:
         pytest.skip(reason)
     amax = {"input_amax": 8.0, "intermediate_amax": 8.0} if format == "fp8 per tensor" else {}
     try:
         experts = siblings.prepare_sibling(format, w.w13, w.w2, s.activation, **amax)
     except ValueError as error:
         pytest.skip(str(error))
-    weights = flashinfer_siblings.flashinfer_weights(experts)
+    weights = baselines.flashinfer_weights(experts)
     request = replace(request, experts=experts, weights=weights)
 
     def call():
-        a = flashinfer_siblings.quantize(x, experts)
-        return flashinfer_siblings.run(replace(request, activations=a))
+        a = baselines.quantize(x, experts)
+        return baselines.run(replace(request, activations=a))
 
     got, chosen = call(), route(logits[:5], routing)
     some = siblings.quantize_for(x[:5], experts)

@@ -12,9 +12,9 @@ import logging
 import torch
 
 from ..reference import checks
-from . import flashinfer_dense as fi
 from .dense_request import MmRequest, make_mm_request
 from .dispatch import Explanation, UnsupportedError, triton_refusal_of
+from .flashinfer import dense as fi
 
 ORDER = ("flashinfer:cutlass", "flashinfer:cute-dsl", "triton", "reference")
 """What `auto` tries, in order; one alpha a row passes cutlass by. Of FlashInfer's others one is

@@ -17,7 +17,7 @@ from ..reference import checks
 from ..reference.layouts import from_linear
 from ..reference.recipe import Build, SfLayout
 from ..reference.shuffle import shuffle_rows
-from . import flashinfer as fi
+from .flashinfer import quantize as fi
 from .request import UNSET, Backend, Request, check_values, make_request
 
 ORDER = ("flashinfer:<build>", "triton", "reference")

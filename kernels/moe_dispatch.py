@@ -19,8 +19,13 @@ from ..reference.moe import Activations, FinalizeOrder
 from ..reference.moe import fused_moe as reference_fused_moe
 from ..reference.recipe import LayerBuild, SfLayout
 from ..reference.routing import Routing
-from . import flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe, moe_statistics
+from . import moe_statistics
 from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
+from .flashinfer import (
+    cute_dsl,
+    cutlass,
+    trtllm,
+)
 from .moe_ops import FusedMoE
 from .moe_request import (
     MoERequest,
@@ -33,7 +38,7 @@ from .moe_request import (
 from .request import UNSET
 from .weight_on_input import weigh_rows
 
-_FLASHINFER = {m.NAME: m for m in (flashinfer_moe, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe)}
+_FLASHINFER = {m.NAME: m for m in (trtllm, cute_dsl, cutlass)}
 ORDER = (*_FLASHINFER, "triton", "reference")
 """What `auto` tries, in order."""
 _LINEAR = SfLayout.layout_linear
@@ -360,8 +365,8 @@ def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
         try:
             return _FLASHINFER[name].run(r)
         except RuntimeError as error:
-            can_remember = name == flashinfer_moe.NAME and backend == "auto"
-            if not can_remember or not flashinfer_moe.remember_missing_kernel(r, error):
+            can_remember = name == trtllm.NAME and backend == "auto"
+            if not can_remember or not trtllm.remember_missing_kernel(r, error):
                 raise
             _log.warning("%s had no kernel, falling back: %s", name, error)
             return serve(r, backend)

@@ -20,7 +20,8 @@ import torch
 
 from . import diff_quantizers, diff_siblings, files, folder, processes, report, text
 from .exits import CommandError, Exit
-from .kernels import dispatch, environment, flashinfer_siblings, moe_dispatch
+from .kernels import dispatch, environment, moe_dispatch
+from .kernels.flashinfer import baselines
 from .report import FAILED, Cell, Failure, Report, Section, worst
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
@@ -39,7 +40,7 @@ LAYER_MATHS = MATHS | {
 """What FlashInfer's kernels can be asked through the environment, by name."""
 ANY_MATH: dict[str, dict[str, str]] = {"any math": {}}
 """Of layers without NVFP4."""
-SIBLINGS = tuple(flashinfer_siblings.NAMES.values())
+SIBLINGS = tuple(baselines.NAMES.values())
 TITLES = {
     "quantizers": "quantizers", "moe": "fused mixture of experts", "siblings": diff_siblings.TITLE
 }  # fmt: skip

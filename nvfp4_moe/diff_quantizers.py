@@ -13,7 +13,7 @@ from .arithmetic import explain_element, first_element
 from .compare import Difference, compare, run_reference
 from .exits import CommandError, Exit
 from .kernels import dispatch, environment
-from .kernels.flashinfer import BUILDS
+from .kernels.flashinfer.quantize import BUILDS
 from .matrix import Case, Input
 from .reference.quantize import Quantized, dequantize
 from .reference.recipe import Recipe, SfLayout

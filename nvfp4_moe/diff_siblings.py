@@ -14,8 +14,8 @@ import torch
 from . import heat, inputs, matrix_siblings, tactics
 from .calls import ONCE, Output, Sweep, crash, outputs
 from .exits import CommandError
-from .kernels import flashinfer_siblings as adapter
-from .kernels.flashinfer_siblings import NAMES, SiblingRequest
+from .kernels.flashinfer import baselines as adapter
+from .kernels.flashinfer.baselines import NAMES, SiblingRequest
 from .matrix_siblings import SiblingCase
 from .reference.siblings import FORMATS, Format, SiblingExperts, quantize_for
 from .report import SHOWN, Cell, Failure, Section, Status, worst

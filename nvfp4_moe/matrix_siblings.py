@@ -7,7 +7,7 @@ import torch
 
 from . import host, inputs, matrix_moe
 from .costs import exact_layer
-from .kernels.flashinfer_siblings import SiblingRequest, flashinfer_weights
+from .kernels.flashinfer.baselines import SiblingRequest, flashinfer_weights
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import to_device
 from .reference.activation import ActivationType

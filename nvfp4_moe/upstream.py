@@ -9,8 +9,13 @@ from . import host
 from .allowed import Allowed, explain_output
 from .arithmetic import bits, explain_element, first_element
 from .compare import compare
-from .kernels import environment, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe, flashinfer_moe
-from .kernels.flashinfer import BUILDS
+from .kernels import environment
+from .kernels.flashinfer import (
+    cute_dsl,
+    cutlass,
+    trtllm,
+)
+from .kernels.flashinfer.quantize import BUILDS
 from .matrix import Case
 from .moe_case import MoECase
 from .reference.quantize import Quantized
@@ -188,13 +193,11 @@ def _replay_snippet(path: str, backend: str, configuration: str | None = None) -
 
 def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
     case, backend = failure.case, failure.backend
-    adapters = {
-        m.NAME: m for m in (flashinfer_moe, flashinfer_cute_dsl_moe, flashinfer_cutlass_moe)
-    }
+    adapters = {m.NAME: m for m in (trtllm, cute_dsl, cutlass)}
     call = [f"{case.name}: {_shape(case)}."]
     if failure.configuration is not None:
         call.append(f"Configuration: `{failure.configuration}`.")
-    if backend == flashinfer_moe.NAME:
+    if backend == trtllm.NAME:
         call.append(_code(_trtllm_snippet(case, path), "python"))
     elif backend in adapters:
         call.append(_code(_adapter_snippet(backend, adapters[backend], case, path), "python"))
@@ -267,7 +270,7 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
     function = "trtllm_fp4_block_scale_moe"
     if case.logits is None:
         function = "trtllm_fp4_block_scale_routed_moe"
-    arguments = flashinfer_moe.arguments(case.request())
+    arguments = trtllm.arguments(case.request())
     lines = [
         *_environment(case.recipe, "cuda", four_over_six=True),
         "import torch",
@@ -288,8 +291,8 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
 def _adapter_snippet(backend: str, adapter: Any, case: MoECase, path: str) -> str:
     """The layer's own layouts are made from those in the file, which nvfp4-moe does."""
     function = {
-        flashinfer_cute_dsl_moe.NAME: "cute_dsl_fused_moe",
-        flashinfer_cutlass_moe.NAME: "cutlass_fused_moe",
+        cute_dsl.NAME: "cute_dsl_fused_moe",
+        cutlass.NAME: "cutlass_fused_moe",
     }[backend]
     module = adapter.__name__.rsplit(".", 1)[1]
     build: Build = "cute-dsl" if case.build == "cute-dsl" else "cuda"
@@ -297,7 +300,7 @@ def _adapter_snippet(backend: str, adapter: Any, case: MoECase, path: str) -> st
         [
             *_environment(case.recipe, build, four_over_six=True),
             f"from flashinfer.fused_moe import {function}",
-            f"from nvfp4_moe.kernels.{module} import arguments",
+            f"from nvfp4_moe.kernels.flashinfer.{module} import arguments",
             "from nvfp4_moe.moe_case import to_device",
             "from nvfp4_moe.replay_file import load",
             "",

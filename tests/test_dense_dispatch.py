@@ -9,9 +9,10 @@ import dense_cases
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.kernels import dense_dispatch, flashinfer_dense, target
-from nvfp4_moe.kernels import flashinfer as fi
+from nvfp4_moe.kernels import dense_dispatch, target
 from nvfp4_moe.kernels.dense_request import make_mm_request
+from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
+from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.reference import dense
 
 import nvfp4_moe

@@ -10,7 +10,7 @@ import pytest
 import standin
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.kernels import flashinfer_siblings as adapter
+from nvfp4_moe.kernels.flashinfer import baselines as adapter
 from nvfp4_moe.reference import fp8
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.routing import Routing, RoutingMethodType, route

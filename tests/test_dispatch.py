@@ -12,8 +12,8 @@ import torch
 from assertions import assert_bitwise, assert_quantized
 from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 from nvfp4_moe.kernels import dispatch, environment, target
-from nvfp4_moe.kernels import flashinfer as fi
 from nvfp4_moe.kernels.capability import capability_asked
+from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.request import UNSET
 from nvfp4_moe.reference import layouts, shuffle
 from nvfp4_moe.reference import quantize as reference

@@ -13,7 +13,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from nvfp4_moe.kernels import dispatch, environment
-from nvfp4_moe.kernels import flashinfer as fi
+from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.request import UNSET, make_request
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference

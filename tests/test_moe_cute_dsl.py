@@ -12,7 +12,11 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels import flashinfer_cute_dsl_moe, flashinfer_moe, moe_dispatch
+from nvfp4_moe.kernels import moe_dispatch
+from nvfp4_moe.kernels.flashinfer import (
+    cute_dsl,
+    trtllm,
+)
 from nvfp4_moe.kernels.moe_request import make_moe_request
 from nvfp4_moe.reference import e2m1, e4m3
 from nvfp4_moe.reference import moe as reference
@@ -24,7 +28,7 @@ from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 import nvfp4_moe
 
-NAME = flashinfer_cute_dsl_moe.NAME
+NAME = cute_dsl.NAME
 DSL = Recipe(build="cute-dsl")
 SHAPES = [
     Shape(1, 128, 64, 4, 1), Shape(7, 256, 192, 8, 3), Shape(5, 384, 64, 8, 8, 2, 3),
@@ -43,7 +47,7 @@ def arguments_of(case, shape, experts=None):
         finalize_order="slot",
         build="cute-dsl",
     )
-    return flashinfer_cute_dsl_moe.arguments(request)
+    return cute_dsl.arguments(request)
 
 
 def weights(codes, sf, expert):
@@ -93,7 +97,7 @@ def agree(got, case, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", flashinfer_cute_dsl_moe._ACTIVATIONS, ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", cute_dsl._ACTIVATIONS, ids=lambda k: k.name)
 def test_the_arguments_mean_the_layer(shape, kind):
     case = moe_cases.make(shape, kind, seed=shape.tokens)
     assert agree(as_the_kernels_do(arguments_of(case, shape)), case, shape)
@@ -166,8 +170,8 @@ def test_arguments_bind_to_the_installed_function():
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(flashinfer_moe, "INSTALLED", True)
-    monkeypatch.setattr(flashinfer_moe, "VERSION", (0, 7))
+    monkeypatch.setattr(trtllm, "INSTALLED", True)
+    monkeypatch.setattr(trtllm, "VERSION", (0, 7))
     monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
 
@@ -236,7 +240,7 @@ def test_refused_parts_of_the_flashinfer_door():
         ({"lora_delta": torch.ones(1)}, "gemm1_lora_delta"),
         ({"shared_experts": 1}, "shared experts"),
     ):
-        rules = flashinfer_cute_dsl_moe.RULES
+        rules = cute_dsl.RULES
         asked = replace(request, **changes)
         said = [why for refused, why in rules if isinstance(why, str) and refused(asked)]
         assert any(reason in why for why in said)

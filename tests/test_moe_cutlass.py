@@ -12,7 +12,9 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
-from nvfp4_moe.kernels import flashinfer_cutlass_moe, flashinfer_moe, moe_dispatch
+from nvfp4_moe.kernels import moe_dispatch
+from nvfp4_moe.kernels.flashinfer import cutlass
+from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
 from nvfp4_moe.kernels.moe_request import make_moe_request
 from nvfp4_moe.reference import e2m1, e4m3
 from nvfp4_moe.reference import moe as reference
@@ -23,7 +25,7 @@ from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 import nvfp4_moe
 
-NAME = flashinfer_cutlass_moe.NAME
+NAME = cutlass.NAME
 SHAPE = Shape(3, 128, 64, 8, 2)
 SHAPES = [
     Shape(1, 128, 64, 4, 1), Shape(7, 256, 192, 8, 3), Shape(5, 384, 64, 8, 8, 2, 2),
@@ -44,7 +46,7 @@ def request_of(case, shape, **changes):
 
 
 def arguments_of(case, shape):
-    return flashinfer_cutlass_moe.arguments(request_of(case, shape))
+    return cutlass.arguments(request_of(case, shape))
 
 
 def values(codes, scales):
@@ -166,8 +168,8 @@ def test_arguments_bind_to_the_installed_function():
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(flashinfer_moe, "INSTALLED", True)
-    monkeypatch.setattr(flashinfer_moe, "VERSION", (0, 7))
+    monkeypatch.setattr(trtllm, "INSTALLED", True)
+    monkeypatch.setattr(trtllm, "VERSION", (0, 7))
     monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
 
@@ -184,7 +186,7 @@ def explained(**changes):
 
 @pytest.mark.usefixtures("installed")
 class TestExplain:
-    @pytest.mark.parametrize("capability", flashinfer_cutlass_moe._CAPABILITIES)
+    @pytest.mark.parametrize("capability", cutlass._CAPABILITIES)
     def test_it_serves(self, capability):
         e = explained(capability=capability)
         assert e.backend == NAME and e.reason("reference") is None
@@ -212,16 +214,16 @@ class TestExplain:
         shape = replace(SHAPE, top_k=8)
         case = moe_cases.make(shape, mode="static")
         asked = request_of(case, shape, finalize_order="flashinfer", capability=(12, 0))
-        assert "slot" in flashinfer_cutlass_moe.refusal(asked)
+        assert "slot" in cutlass.refusal(asked)
 
     def test_parts_of_the_other_door(self):
         request = request_of(moe_cases.make(SHAPE, mode="static"), SHAPE, capability=(12, 0))
-        assert flashinfer_cutlass_moe.refusal(request) is None
+        assert cutlass.refusal(request) is None
         for changes, reason in (
             ({"lora_delta": torch.ones(1)}, "gemm1_lora_delta"),
             ({"shared_experts": 1}, "shared experts"),
         ):
-            assert reason in flashinfer_cutlass_moe.refusal(replace(request, **changes))
+            assert reason in cutlass.refusal(replace(request, **changes))
 
 
 def test_what_no_backend_accepts():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels import flashinfer_moe, moe_dispatch, reference_moe_ops
+from nvfp4_moe.kernels import moe_dispatch, reference_moe_ops
+from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
@@ -235,8 +236,8 @@ def explained(case=None, **changes):
 
 @pytest.fixture
 def without_flashinfers_environment(monkeypatch):
-    monkeypatch.setattr(flashinfer_moe, "INSTALLED", True)
-    monkeypatch.setattr(flashinfer_moe, "VERSION", (0, 7))
+    monkeypatch.setattr(trtllm, "INSTALLED", True)
+    monkeypatch.setattr(trtllm, "VERSION", (0, 7))
     monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
 
@@ -277,9 +278,9 @@ class TestExplain:
         case = moe_cases.make(SHAPE)
         given = explained(num_experts=3000).reason("flashinfer:trtllm")
         assert "2048 experts" in given
-        monkeypatch.setattr(flashinfer_moe, "VERSION", (0, 6))
+        monkeypatch.setattr(trtllm, "VERSION", (0, 6))
         assert "older than 0.7" in explained(case).reason("flashinfer:trtllm")
-        monkeypatch.setattr(flashinfer_moe, "INSTALLED", False)
+        monkeypatch.setattr(trtllm, "INSTALLED", False)
         assert "not installed" in explained(case).reason("flashinfer:trtllm")
 
     def test_static_scales(self):
@@ -304,15 +305,15 @@ class TestExplain:
 def test_a_missing_kernel_falls_back_once(monkeypatch, caplog):
     """It shows at run time only: the next call of the shape does not try again, and says why."""
     case = moe_cases.make(SHAPE)
-    monkeypatch.setattr(flashinfer_moe, "_without_kernel", {})
-    monkeypatch.setattr(flashinfer_moe, "RULES", flashinfer_moe.RULES[-1:])
+    monkeypatch.setattr(trtllm, "_without_kernel", {})
+    monkeypatch.setattr(trtllm, "RULES", trtllm.RULES[-1:])
     calls = []
 
     def run(request):
         calls.append(request)
         raise RuntimeError("No kernel found for the given options: e2m1\nmore")
 
-    monkeypatch.setattr(flashinfer_moe, "run", run)
+    monkeypatch.setattr(trtllm, "run", run)
     want = reference.fused_moe(case.activations, case.experts, case.ids, case.weights).output
     for _ in range(2):
         assert_bitwise(routed(case, (case.ids, case.weights))[0], want, "the reference's")
@@ -326,8 +327,8 @@ def test_a_missing_kernel_falls_back_once(monkeypatch, caplog):
     def other(request):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(flashinfer_moe, "_without_kernel", {})
-    monkeypatch.setattr(flashinfer_moe, "run", other)
+    monkeypatch.setattr(trtllm, "_without_kernel", {})
+    monkeypatch.setattr(trtllm, "run", other)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         routed(case, (case.ids, case.weights))
 

@@ -13,7 +13,7 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
-from nvfp4_moe.kernels import flashinfer_moe
+from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.kernels.moe_request import make_moe_request
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType
@@ -49,7 +49,7 @@ def arguments_of(case, shape, experts=None, activations=None):
         local_expert_offset=shape.offset,
         topk=(case.ids, case.weights),
     )
-    return flashinfer_moe.arguments(request)
+    return trtllm.arguments(request)
 
 
 def ours(case, shape):

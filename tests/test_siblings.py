@@ -14,8 +14,8 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels import flashinfer_siblings as adapter
-from nvfp4_moe.kernels.flashinfer_siblings import SiblingRequest
+from nvfp4_moe.kernels.flashinfer import baselines as adapter
+from nvfp4_moe.kernels.flashinfer.baselines import SiblingRequest
 from nvfp4_moe.reference import e4m3, fp8, siblings
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.fp32 import rcp_approx_ftz

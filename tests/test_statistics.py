@@ -12,8 +12,8 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels import flashinfer_moe
 from nvfp4_moe.kernels.dispatch import UnsupportedError
+from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference import statistics
 from nvfp4_moe.reference.experts import quantize_weight
@@ -326,8 +326,8 @@ def test_layers():
 class TestBackends:
     @pytest.fixture(autouse=True)
     def flashinfer_would_serve(self, monkeypatch):
-        monkeypatch.setattr(flashinfer_moe, "INSTALLED", True)
-        monkeypatch.setattr(flashinfer_moe, "VERSION", (0, 7))
+        monkeypatch.setattr(trtllm, "INSTALLED", True)
+        monkeypatch.setattr(trtllm, "VERSION", (0, 7))
         monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
     def explained(self, **changes):

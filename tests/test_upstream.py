@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.kernels import (
-    environment,
-    flashinfer_cute_dsl_moe,
-    flashinfer_cutlass_moe,
-    flashinfer_moe,
+from nvfp4_moe.kernels import environment
+from nvfp4_moe.kernels.flashinfer import (
+    cute_dsl,
+    cutlass,
+    trtllm,
 )
-from nvfp4_moe.kernels import flashinfer as fi
+from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
 
@@ -128,7 +128,7 @@ def test_where_nothing_can_be_spelled_out():
     assert "replay(load('failure.safetensors'), 'triton')" in snippet(upstream_text(triton))
 
 
-def trtllm(routed):
+def failed_trtllm(routed):
     failure = moe_failure(w2_bias=torch.ones(4, 208), weights_dtype=torch.float32)
     case = replace(failure.case, recipe=Recipe("exact", FOUR))
     if routed:
@@ -145,14 +145,14 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
     from flashinfer import SfLayout as Theirs
     from flashinfer import fused_moe
 
-    failure = trtllm(routed)
+    failure = failed_trtllm(routed)
     path = tmp_path / "case.safetensors"
     save_moe(path, failure)
     text = upstream_text(failure, str(path))
     name = f"trtllm_fp4_block_scale{'' if routed else '_routed'}_moe"
     program = snippet(text)
     got = caught(program, fused_moe, name, monkeypatch)
-    want = flashinfer_moe.arguments(failure.case.request())
+    want = trtllm.arguments(failure.case.request())
     assert_same(got, want | {"hidden_states_scale_layout": Theirs.layout_linear})
     assert "os.environ['FLASHINFER_NVFP4_4OVER6_E4M3_USE_256'] = '1'" in program
     assert "output2_scale_scalar: float32 [4] = 0x" in text
@@ -165,11 +165,11 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
 
 
 @needs_flashinfer
-@pytest.mark.parametrize("layer", [flashinfer_cute_dsl_moe, flashinfer_cutlass_moe])
+@pytest.mark.parametrize("layer", [cute_dsl, cutlass])
 def test_the_other_layers(layer, tmp_path, monkeypatch):
     from flashinfer import fused_moe
 
-    cute = layer is flashinfer_cute_dsl_moe
+    cute = layer is cute_dsl
     failure = moe_failure("per-token" if cute else "static")
     make = nvfp4_moe.with_cute_dsl if cute else nvfp4_moe.with_cutlass
     case = replace(

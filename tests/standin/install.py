@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from nvfp4_moe.kernels import capability, dispatch, moe_dispatch
-from nvfp4_moe.kernels import flashinfer as adapter
+from nvfp4_moe.kernels.flashinfer import quantize as adapter
 
 from .behaviour import Behaviour
 from .layers import CuteDsl, Cutlass, Kernels, Ran, Trtllm

@@ -10,16 +10,9 @@ from typing import Any
 
 import torch
 
-from ..reference.activation import ActivationType
-from .flashinfer_moe import (
-    COMMON,
-    Rule,
-    first_reason,
-    four_over_six_rule,
-    math_rule,
-    slot_order_rule,
-)
-from .moe_request import MoERequest
+from ...reference.activation import ActivationType
+from ..moe_request import MoERequest
+from .trtllm import COMMON, Rule, first_reason, four_over_six_rule, math_rule, slot_order_rule
 
 NAME = "flashinfer:cute-dsl"
 _ACTIVATIONS = (ActivationType.Swiglu, ActivationType.GegluTanh, ActivationType.Relu2)

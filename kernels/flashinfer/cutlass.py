@@ -11,16 +11,9 @@ from typing import Any
 
 import torch
 
-from ..reference.activation import ActivationType
-from .flashinfer_moe import (
-    COMMON,
-    Rule,
-    first_reason,
-    four_over_six_rule,
-    math_rule,
-    slot_order_rule,
-)
-from .moe_request import MoERequest
+from ...reference.activation import ActivationType
+from ..moe_request import MoERequest
+from .trtllm import COMMON, Rule, first_reason, four_over_six_rule, math_rule, slot_order_rule
 
 NAME = "flashinfer:cutlass"
 _CAPABILITIES = ((10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1))

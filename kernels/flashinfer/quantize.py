@@ -1,4 +1,4 @@
-"""The adapters to FlashInfer's quantizers: the only module that imports it.
+"""The adapter to FlashInfer's quantizers.
 
 `RULES` is the capability table: for each backend, what it refuses and why, with the place in
 flashinfer-python 0.7.2.post1 that says so. `quantize` calls `flashinfer.nvfp4_quantize` by its
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..reference.layouts import padded_shape
-from ..reference.recipe import BLOCK_SIZE, Build
-from . import environment
-from .request import Request
+from ...reference.layouts import padded_shape
+from ...reference.recipe import BLOCK_SIZE, Build
+from .. import environment
+from ..request import Request
 
 BUILDS: dict[str, Build] = {
     "flashinfer:cuda": "cuda",

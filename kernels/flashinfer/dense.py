@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..reference.recipe import BLOCK_SIZE
-from . import flashinfer as fi
-from .dense_request import MmRequest
+from ...reference.recipe import BLOCK_SIZE
+from ..dense_request import MmRequest
+from . import quantize as fi
 
 Rule = tuple[Callable[[MmRequest], Any], str]
 """(true if the request is refused, the reason with fields of the request)."""

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ..reference.activation import ActivationType
-from ..reference.experts import row_order
-from ..reference.layouts import from_linear
-from ..reference.recipe import SfLayout
-from ..reference.routing import Routing
-from ..reference.siblings import Format, SiblingActivations, SiblingExperts, quantize_for
-from .capability import capability_of
-from .flashinfer import INSTALLED, VERSION
+from ...reference.activation import ActivationType
+from ...reference.experts import row_order
+from ...reference.layouts import from_linear
+from ...reference.recipe import SfLayout
+from ...reference.routing import Routing
+from ...reference.siblings import Format, SiblingActivations, SiblingExperts, quantize_for
+from ..capability import capability_of
+from .quantize import INSTALLED, VERSION
 
 NAMES: dict[Format, str] = {
     "bf16": "flashinfer:bf16",

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..reference.activation import ActivationType
-from ..reference.moe import split_k_groups
-from ..reference.recipe import Build
-from ..reference.routing import refusal as routing_refusal
-from . import environment
-from .flashinfer import INSTALLED, VERSION
-from .moe_request import MoERequest
+from ...reference.activation import ActivationType
+from ...reference.moe import split_k_groups
+from ...reference.recipe import Build
+from ...reference.routing import refusal as routing_refusal
+from .. import environment
+from ..moe_request import MoERequest
+from .quantize import INSTALLED, VERSION
 
 NAME = "flashinfer:trtllm"
 _ACTIVATIONS = (

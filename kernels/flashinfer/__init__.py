@@ -1,0 +1,3 @@
+"""FlashInfer's functions that we call: the only folder that imports it."""
+
+# SPDX-License-Identifier: Apache-2.0
