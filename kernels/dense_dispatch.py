@@ -12,7 +12,7 @@ import logging
 import torch
 
 from ..reference import checks
-from .dense_request import MmRequest, make_mm_request
+from .dense_call import DenseCall, make_dense_call
 from .dispatch import Explanation, UnsupportedError, triton_refusal_of
 from .flashinfer import dense as fi
 
@@ -69,7 +69,7 @@ def mm_fp4(
         UnsupportedError: the backend that was named cannot serve the call.
     """
     name = _backend(backend)
-    request = make_mm_request(
+    request = make_dense_call(
         a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, use_8x4_sf_layout, use_nvfp4,
         enable_pdl,
     )  # fmt: skip
@@ -103,7 +103,7 @@ def explain_mm_fp4(
     """
     try:
         name = _backend(backend)
-        request = make_mm_request(
+        request = make_dense_call(
             a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, use_8x4_sf_layout,
             use_nvfp4, enable_pdl, capability,
         )  # fmt: skip
@@ -115,14 +115,14 @@ def explain_mm_fp4(
     return Explanation(name if dict(reasons)[name] is None else None, reasons)
 
 
-def refusal(backend: str, r: MmRequest) -> str | None:
+def refusal(backend: str, r: DenseCall) -> str | None:
     """Why a backend cannot serve the request; None if it can."""
     if backend in fi.RULES:
         return fi.refusal(backend, r)
     return triton_refusal_of(r.a, "a is", r.capability) if backend == "triton" else None
 
 
-def run(backend: str, r: MmRequest) -> torch.Tensor:
+def run(backend: str, r: DenseCall) -> torch.Tensor:
     """Run the request on a backend that `refusal` let pass."""
     out = r.output()
     if backend in fi.RULES:
@@ -142,7 +142,7 @@ def run(backend: str, r: MmRequest) -> torch.Tensor:
     return out
 
 
-def _choose(r: MmRequest) -> str:
+def _choose(r: DenseCall) -> str:
     """The backend of `auto`. It never picks the interpreter: a CPU tensor goes to the reference."""
     if r.capability is None:
         return "reference"

@@ -18,7 +18,7 @@ from ..reference.layouts import from_linear
 from ..reference.recipe import Build, SfLayout
 from ..reference.shuffle import shuffle_rows
 from .flashinfer import quantize as fi
-from .request import UNSET, Backend, Request, check_values, make_request
+from .quantize_call import UNSET, Backend, QuantizeCall, check_values, make_quantize_call
 
 ORDER = ("flashinfer:<build>", "triton", "reference")
 """What `auto` tries, in order; flashinfer:cake, experimental there, is never its choice."""
@@ -108,7 +108,7 @@ def nvfp4_quantize(
         UnsupportedError: the backend that was named cannot serve the call.
     """
     name, build = _backend_and_build(backend, build)
-    request = make_request(
+    request = make_quantize_call(
         a,
         a_global_sf,
         sfLayout,
@@ -154,7 +154,7 @@ def explain(
     """
     try:
         name, build = _backend_and_build(backend, build)
-        request = make_request(
+        request = make_quantize_call(
             a,
             a_global_sf,
             sfLayout,
@@ -184,14 +184,14 @@ def auto_order(build: Build) -> tuple[str, ...]:
     return tuple(name.replace("<build>", build) for name in ORDER)
 
 
-def refusal(backend: str, r: Request) -> str | None:
+def refusal(backend: str, r: QuantizeCall) -> str | None:
     """Why a backend cannot serve the request; None if it can."""
     if backend in fi.RULES:
         return fi.refusal(backend, r)
     return triton_refusal_of(r.a, "a is", r.capability) if backend == "triton" else None
 
 
-def run(backend: str, r: Request) -> tuple[torch.Tensor, ...]:
+def run(backend: str, r: QuantizeCall) -> tuple[torch.Tensor, ...]:
     """Run the request on a backend that `refusal` let pass."""
     if backend in fi.RULES:
         try:
@@ -235,7 +235,7 @@ def triton_refusal_of(t: torch.Tensor, what: str, capability: tuple[int, int] | 
     )
 
 
-def _choose(r: Request) -> str:
+def _choose(r: QuantizeCall) -> str:
     """The backend of `auto`. It never picks the interpreter: a CPU tensor goes to the reference."""
     if r.capability is None:
         return "reference"
@@ -264,7 +264,7 @@ def _backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
     return name, build or fi.BUILDS.get(name, "cuda")
 
 
-def _notes(r: Request) -> list[str]:
+def _notes(r: QuantizeCall) -> list[str]:
     """What of the request FlashInfer's own outputs have not proven."""
     parts = {
         'build="cute-dsl" (the golden outputs are of the CUDA build)': r.recipe.build == "cute-dsl",

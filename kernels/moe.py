@@ -18,8 +18,8 @@ from ..reference.moe import Activations, FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
 from . import config_cache, moe_gemm, moe_kernels
 from .config_cache import Configs, GemmConfig, Mode
+from .moe_call import Observe
 from .moe_ops import Triple, empty_results, register
-from .moe_request import Observe
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
 from .target import arch, launch_options, native_mma, shared_memory
 

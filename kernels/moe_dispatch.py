@@ -26,16 +26,16 @@ from .flashinfer import (
     cutlass,
     trtllm,
 )
-from .moe_ops import FusedMoE
-from .moe_request import (
-    MoERequest,
+from .moe_call import (
+    MoECall,
     Observe,
     check_linear,
     check_values,
-    make_moe_request,
+    make_moe_call,
     routing_of,
 )
-from .request import UNSET
+from .moe_ops import FusedMoE
+from .quantize_call import UNSET
 from .weight_on_input import weigh_rows
 
 _FLASHINFER = {m.NAME: m for m in (trtllm, cute_dsl, cutlass)}
@@ -126,7 +126,7 @@ def trtllm_fp4_block_scale_moe(
         gemm1_beta, gemm1_clamp_limit, activation_type, intermediate_size, valid_hidden_size,
         valid_intermediate_size, local_num_experts, num_fused_shared_experts or 0,
     )  # fmt: skip
-    request = make_moe_request(
+    request = make_moe_call(
         Activations(hidden_states, hidden_states_scale, per_token_scale),
         experts,
         num_experts=num_experts,
@@ -211,7 +211,7 @@ def trtllm_fp4_block_scale_routed_moe(
         gemm1_beta, gemm1_clamp_limit, activation_type, intermediate_size, valid_hidden_size,
         valid_intermediate_size, local_num_experts, num_fused_shared_experts or 0,
     )  # fmt: skip
-    request = make_moe_request(
+    request = make_moe_call(
         Activations(hidden_states, hidden_states_scale, per_token_scale),
         experts,
         num_experts=num_experts,
@@ -323,7 +323,7 @@ def explain_fused_moe(
     return Explanation(name if name and dict(reasons)[name] is None else None, reasons)
 
 
-def refusal(backend: str, r: MoERequest) -> str | None:
+def refusal(backend: str, r: MoECall) -> str | None:
     """Why a backend cannot serve the request; None if it can."""
     if (reason := moe_statistics.refusal(backend, r)) is not None:
         return reason
@@ -340,7 +340,7 @@ def refusal(backend: str, r: MoERequest) -> str | None:
     return triton_refusal_of(r.activations.hidden_states, "hidden_states are", r.capability)
 
 
-def resolve(r: MoERequest, backend: str) -> str:
+def resolve(r: MoECall, backend: str) -> str:
     """The backend that serves the request.
 
     Raises:
@@ -357,7 +357,7 @@ def resolve(r: MoERequest, backend: str) -> str:
     return name
 
 
-def serve(r: MoERequest, backend: str) -> list[torch.Tensor]:
+def serve(r: MoECall, backend: str) -> list[torch.Tensor]:
     name = resolve(r, backend)
     if r.quantize == "static" or (r.quantize and name in _FLASHINFER):
         r = with_codes(r)
@@ -407,7 +407,7 @@ def _implementation(name: str, observe: Observe | None = None) -> FusedMoE:
     return ours.fused_moe
 
 
-def _choose(r: MoERequest) -> str | None:
+def _choose(r: MoECall) -> str | None:
     """The backend of `auto`, None if none can serve. It never picks the interpreter."""
     for name in ORDER:
         if name == "triton" and r.capability is None:
@@ -487,7 +487,7 @@ def request_of_layer(
     batch_invariant: bool,
     output_dtype: torch.dtype,
     capability: tuple[int, int] | None = None,
-) -> MoERequest:
+) -> MoECall:
     checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     static = experts.input_scale is not None
     if activation is None:
@@ -517,7 +517,7 @@ def request_of_layer(
     if width != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
     names = ("routing[0]", "routing[1]")
-    request = make_moe_request(
+    request = make_moe_call(
         Activations(x),
         experts,
         num_experts=num_experts,
@@ -570,7 +570,7 @@ def _routing(
     return None, (first, second), how, num_local if num_experts is None else num_experts
 
 
-def with_codes(r: MoERequest) -> MoERequest:
+def with_codes(r: MoECall) -> MoECall:
     """The request with its bf16 hidden states quantized."""
     recipe, per_token = r.recipe, r.quantize == "per-token"
     scale = recipe.base_scale_inv if per_token else r.experts.input_scale

@@ -7,13 +7,13 @@ import torch
 
 from ..reference.moe_statistics import MoEStatistics
 from ..reference.statistics import QuantizationStatistics, quantization_statistics
-from .moe_request import MoERequest
+from .moe_call import MoECall
 
 
 class Observer:
-    """What a backend shows the intermediate of a call to (`moe_request.Observe`)."""
+    """What a backend shows the intermediate of a call to (`moe_call.Observe`)."""
 
-    def __init__(self, request: MoERequest):
+    def __init__(self, request: MoECall):
         self._request = request
         self._seen: tuple[QuantizationStatistics, QuantizationStatistics] | None = None
 
@@ -51,15 +51,15 @@ class Observer:
         return MoEStatistics(*self._seen, _invalid(r))
 
 
-def _invalid(r: MoERequest) -> torch.Tensor:
-    """[2] int64: slots that `moe_request.check_values` refuses where it may read them."""
+def _invalid(r: MoECall) -> torch.Tensor:
+    """[2] int64: slots that `moe_call.check_values` refuses where it may read them."""
     if r.ids is None or r.weights is None:  # a router's own
         return torch.zeros(2, dtype=torch.int64, device=r.device)
     out_of_range = (r.ids < -1) | (r.ids >= _everywhere(r))
     return torch.stack((out_of_range.sum(), (r.weights.isnan() & (r.ids >= 0)).sum()))
 
 
-def _everywhere(r: MoERequest) -> int:
+def _everywhere(r: MoECall) -> int:
     return r.num_experts + r.shared_experts
 
 
@@ -72,7 +72,7 @@ def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.T
     return of_slot.new_full((nowhere + 1,), -1).scatter_(0, rows, of_slot)[:-1]
 
 
-def observed(r: MoERequest) -> tuple[MoERequest, Observer]:
+def observed(r: MoECall) -> tuple[MoECall, Observer]:
     """The request, to be shown to the observer.
 
     Raises:
@@ -84,7 +84,7 @@ def observed(r: MoERequest) -> tuple[MoERequest, Observer]:
     return replace(r, observe=observer), observer
 
 
-def refusal(backend: str, r: MoERequest) -> str | None:
+def refusal(backend: str, r: MoECall) -> str | None:
     """Why a backend cannot show a call's intermediate; None if it can, or need not."""
     if r.observe is None:
         return None

@@ -16,7 +16,7 @@ from ..reference.scalars import LARGEST
 from .dispatch import UnsupportedError, triton_refusal_of
 from .ops import Triple
 from .producer_ops import Producers
-from .request import UNSET, Request, check_values, make_request
+from .quantize_call import UNSET, QuantizeCall, check_values, make_quantize_call
 
 BACKENDS = ("triton", "reference")
 
@@ -144,11 +144,11 @@ def _request(
     nvfp4_4over6: Any,
     fast_math: bool | None,
     build: Build,
-) -> Request:
+) -> QuantizeCall:
     """The quantizer's request of what it is given, of the shape of `a`."""
 
-    def made(value: float | torch.Tensor, config: Any) -> Request:
-        return make_request(
+    def made(value: float | torch.Tensor, config: Any) -> QuantizeCall:
+        return make_quantize_call(
             a, value, sfLayout, False, BLOCK_SIZE, None, True, None, None, config, fast_math, build
         )
 
@@ -162,7 +162,7 @@ def _request(
     return made(recipe.base_scale_inv if recipe else from_config, nvfp4_4over6)
 
 
-def _implementation(x: torch.Tensor, r: Request, backend: str) -> Producers:
+def _implementation(x: torch.Tensor, r: QuantizeCall, backend: str) -> Producers:
     checks.one_of("backend", backend, ("auto", *BACKENDS))
     reason = triton_refusal_of(x, "x is", r.capability)
     if backend == "triton" and reason is not None:

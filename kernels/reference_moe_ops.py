@@ -7,8 +7,8 @@ from ..reference import moe
 from ..reference.experts import Experts
 from ..reference.moe import Activations, FinalizeOrder
 from ..reference.recipe import Recipe
+from .moe_call import Observe
 from .moe_ops import Triple, empty_results, register
-from .moe_request import Observe
 
 
 def _fused_moe(

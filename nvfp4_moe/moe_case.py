@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .kernels.moe_request import MoERequest, make_moe_request
+from .kernels.moe_call import MoECall, make_moe_call
 from .reference import moe
 from .reference.bounds import fused_moe_bounds, routed_moe_bounds
 from .reference.experts import Experts
@@ -46,8 +46,8 @@ class MoECase:
         chosen = route(self.logits, self.routing, self.routing_bias)
         return chosen.ids, chosen.weights_bf16
 
-    def request(self) -> MoERequest:
-        return make_moe_request(
+    def request(self) -> MoECall:
+        return make_moe_call(
             self.activations,
             self.experts,
             num_experts=self.num_experts,

@@ -19,7 +19,7 @@ from .compare import compare
 from .exits import CommandError, Exit
 from .kernels import moe_dispatch
 from .kernels.dispatch import BACKENDS, UnsupportedError
-from .kernels.moe_request import MoERequest
+from .kernels.moe_call import MoECall
 from .matrix import Case
 from .moe_case import MoECase, to_device
 from .reference.quantize import Quantized
@@ -98,7 +98,7 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
 
 
 def _forced(
-    backend: str, request: MoERequest, configuration: str | None
+    backend: str, request: MoECall, configuration: str | None
 ) -> AbstractContextManager[None]:
     if configuration is None:
         return nullcontext()

@@ -9,7 +9,7 @@ import torch
 from . import interpreter, processes
 from .compare import run_reference
 from .kernels import dispatch
-from .kernels.request import Request, make_request
+from .kernels.quantize_call import QuantizeCall, make_quantize_call
 from .matrix import Case
 from .reference.quantize import Quantized
 
@@ -19,12 +19,12 @@ GOLDEN = "golden"
 """The side of FlashInfer's own outputs, which are fixed."""
 
 
-def request(x: torch.Tensor, case: Case) -> Request:
+def request(x: torch.Tensor, case: Case) -> QuantizeCall:
     """The case as the public call's request."""
     per_token = case.mode != "global-scale"
     scale = case.recipe.base_scale_inv if per_token else case.global_scale
     assert scale is not None
-    return make_request(
+    return make_quantize_call(
         x,
         scale,
         case.layout,

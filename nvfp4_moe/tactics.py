@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from .kernels import moe_dispatch
-from .kernels.moe_request import MoERequest
+from .kernels.moe_call import MoECall
 
 if TYPE_CHECKING:
     from .kernels.config_cache import Configs, GemmConfig, Mode
@@ -55,7 +55,7 @@ class Configuration:
         return self._force()
 
 
-def configurations(backend: str, request: MoERequest) -> list[Configuration]:
+def configurations(backend: str, request: MoECall) -> list[Configuration]:
     """What a backend of `moe_dispatch.ORDER`, which serves the request, can choose; "default" first.
 
     FlashInfer's layers run the request once, by default, to be asked.
@@ -157,7 +157,7 @@ def _plain(tactic: Any) -> Any:
     return tuple(parts) if isinstance(tactic, tuple) else parts
 
 
-def _of_triton(request: MoERequest) -> list[Configuration]:
+def _of_triton(request: MoECall) -> list[Configuration]:
     from .kernels import config_cache, moe
 
     found = [Configuration(DEFAULT)]

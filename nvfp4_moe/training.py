@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 
-from .kernels.request import check_optional_flags, four_over_six_of, math_of
+from .kernels.quantize_call import check_optional_flags, four_over_six_of, math_of
 from .reference import checks
 from .reference.activation import ActivationType
 from .reference.expert_arguments import Options, check_preparation, check_values

@@ -10,7 +10,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from nvfp4_moe.kernels import dense_dispatch, target
-from nvfp4_moe.kernels.dense_request import make_mm_request
+from nvfp4_moe.kernels.dense_call import make_dense_call
 from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.reference import dense
@@ -315,7 +315,7 @@ def test_the_signature_is_flashinfers(flashinfer):
 
 def request_of(alpha="rows", **changes):
     c = dense_cases.coarse(33, 64, 256, alpha=alpha).arguments
-    return make_mm_request(
+    return make_dense_call(
         **c, out=None, block_size=16, use_nvfp4=True, enable_pdl=changes.pop("enable_pdl", True)
     )
 

@@ -14,7 +14,7 @@ from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 from nvfp4_moe.kernels import dispatch, environment, target
 from nvfp4_moe.kernels.capability import capability_asked
 from nvfp4_moe.kernels.flashinfer import quantize as fi
-from nvfp4_moe.kernels.request import UNSET
+from nvfp4_moe.kernels.quantize_call import UNSET
 from nvfp4_moe.reference import layouts, shuffle
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import Recipe, all_recipes

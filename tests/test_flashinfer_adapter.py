@@ -14,7 +14,7 @@ import torch
 from assertions import assert_bitwise
 from nvfp4_moe.kernels import dispatch, environment
 from nvfp4_moe.kernels.flashinfer import quantize as fi
-from nvfp4_moe.kernels.request import UNSET, make_request
+from nvfp4_moe.kernels.quantize_call import UNSET, make_quantize_call
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import Recipe
@@ -81,7 +81,7 @@ def ask(a=None, scale=G, *, capability=(10, 0), build="cuda", **named):
         "nvfp4_4over6": UNSET,
         "fast_math": None,
     } | named
-    return make_request(
+    return make_quantize_call(
         matrix() if a is None else a, scale, **arguments, build=build, capability=capability
     )
 

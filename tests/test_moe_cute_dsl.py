@@ -17,7 +17,7 @@ from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
     trtllm,
 )
-from nvfp4_moe.kernels.moe_request import make_moe_request
+from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference import e2m1, e4m3
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
@@ -37,7 +37,7 @@ SHAPES = [
 
 
 def arguments_of(case, shape, experts=None):
-    request = make_moe_request(
+    request = make_moe_call(
         case.activations,
         experts or nvfp4_moe.with_cute_dsl(case.experts),
         num_experts=shape.experts,
@@ -231,7 +231,7 @@ class TestExplain:
 
 def test_refused_parts_of_the_flashinfer_door():
     case = moe_cases.make(SHAPE)
-    request = make_moe_request(
+    request = make_moe_call(
         case.activations, nvfp4_moe.with_cute_dsl(case.experts), num_experts=8,
         routing=Routing(RoutingMethodType.Renormalize, 2), topk=(case.ids, case.weights),
     )  # fmt: skip
@@ -267,7 +267,7 @@ def test_run_hands_the_arguments_over_and_drops_the_padding(monkeypatch):
     )
     monkeypatch.setattr(moe_dispatch, "refusal", lambda backend, r: None)
     into = torch.empty(6, 208, dtype=torch.bfloat16)
-    request = make_moe_request(
+    request = make_moe_call(
         case.activations, nvfp4_moe.with_cute_dsl(case.experts), num_experts=4,
         routing=Routing(RoutingMethodType.Renormalize, 2), topk=(case.ids, case.weights),
         finalize_order="slot", build="cute-dsl", output=into,

@@ -15,7 +15,7 @@ from moe_cases import Shape
 from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.kernels.flashinfer import cutlass
 from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
-from nvfp4_moe.kernels.moe_request import make_moe_request
+from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference import e2m1, e4m3
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
@@ -40,9 +40,7 @@ def request_of(case, shape, **changes):
         "routing": Routing(RoutingMethodType.Renormalize, shape.top_k), "finalize_order": "slot",
         "topk": (case.ids, case.weights), "build": "cutlass",
     }  # fmt: skip
-    return make_moe_request(
-        case.activations, nvfp4_moe.with_cutlass(case.experts), **given | changes
-    )
+    return make_moe_call(case.activations, nvfp4_moe.with_cutlass(case.experts), **given | changes)
 
 
 def arguments_of(case, shape):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from moe_cases import Shape
 from nvfp4_moe.kernels.flashinfer import trtllm
-from nvfp4_moe.kernels.moe_request import make_moe_request
+from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.experts import row_order
@@ -41,7 +41,7 @@ def trace_output(arguments):
 
 
 def arguments_of(case, shape, experts=None, activations=None):
-    request = make_moe_request(
+    request = make_moe_call(
         activations or case.activations,
         experts or case.experts,
         num_experts=shape.experts,

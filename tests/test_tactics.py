@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_cases import Shape
 from nvfp4_moe.kernels import config_cache, moe, moe_dispatch, target
-from nvfp4_moe.kernels.moe_request import make_moe_request
+from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
@@ -24,7 +24,7 @@ def request_of(shape=SHAPE, **changes):
         "num_experts": shape.experts, "topk": (case.ids, case.weights),
         "routing": Routing(RoutingMethodType.Renormalize, shape.top_k), "nvfp4_4over6": None,
     }  # fmt: skip
-    return make_moe_request(case.activations, case.experts, **given | changes)
+    return make_moe_call(case.activations, case.experts, **given | changes)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
     monkeypatch.setattr(moe, "_launch_gemm", spy)
     shape = replace(SHAPE, offset=1, local=2) if mode == "shares" else SHAPE
     case = moe_cases.make(shape, mode="per-token" if mode == "shares" else mode)
-    request = make_moe_request(
+    request = make_moe_call(
         case.activations, case.experts, num_experts=4, topk=(case.ids, case.weights),
         routing=Routing(RoutingMethodType.Renormalize, 2), nvfp4_4over6=None,
         local_expert_offset=shape.offset,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
-from ..moe_request import MoERequest
+from ..moe_call import MoECall
 from .trtllm import COMMON, Rule, first_reason, four_over_six_rule, math_rule, slot_order_rule
 
 NAME = "flashinfer:cute-dsl"
@@ -71,19 +71,19 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def refusal(r: MoERequest) -> str | None:
+def refusal(r: MoECall) -> str | None:
     """Why FlashInfer cannot serve the request; None if it can."""
     return first_reason(RULES, r)
 
 
-def run(r: MoERequest) -> list[torch.Tensor]:
+def run(r: MoECall) -> list[torch.Tensor]:
     """Run the request, which `refusal` let pass, on FlashInfer."""
     from flashinfer.fused_moe import cute_dsl_fused_moe
 
     return r.returned(cute_dsl_fused_moe(**arguments(r))[:, : r.experts.hidden_size])
 
 
-def arguments(r: MoERequest) -> dict[str, Any]:
+def arguments(r: MoECall) -> dict[str, Any]:
     """Keywords of `cute_dsl_fused_moe`, which takes no logits."""
     e, a, w = r.experts, r.activations, r.experts.cute_dsl
     assert w is not None and a.block_scales is not None

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ...reference.recipe import BLOCK_SIZE
-from ..dense_request import MmRequest
+from ..dense_call import DenseCall
 from . import quantize as fi
 
-Rule = tuple[Callable[[MmRequest], Any], str]
+Rule = tuple[Callable[[DenseCall], Any], str]
 """(true if the request is refused, the reason with fields of the request)."""
 
 
@@ -65,7 +65,7 @@ _ALIGNED_16: Rule = (
 _K_32: Rule = (lambda r: r.k % 32, "K is {r.k}; it must be a multiple of 32")
 
 
-def _on_sm12x(refused: Callable[[MmRequest], Any], reason: str) -> Rule:
+def _on_sm12x(refused: Callable[[DenseCall], Any], reason: str) -> Rule:
     return (lambda r: r.capability in _SM12X and refused(r), reason)
 
 
@@ -169,7 +169,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def refusal(backend: str, r: MmRequest) -> str | None:
+def refusal(backend: str, r: DenseCall) -> str | None:
     """Why the FlashInfer backend cannot serve the request; None if it can."""
     for refused, reason in RULES[backend]:
         if refused(r):
@@ -178,14 +178,14 @@ def refusal(backend: str, r: MmRequest) -> str | None:
     return None
 
 
-def mm_fp4(backend: str, r: MmRequest, out: torch.Tensor) -> None:
+def mm_fp4(backend: str, r: DenseCall, out: torch.Tensor) -> None:
     """Run the request, which `refusal` let pass, on FlashInfer, into `out`."""
     import flashinfer
 
     flashinfer.mm_fp4(**arguments(backend, r, out))
 
 
-def arguments(backend: str, r: MmRequest, out: torch.Tensor) -> dict[str, Any]:
+def arguments(backend: str, r: DenseCall, out: torch.Tensor) -> dict[str, Any]:
     """The keyword arguments of `flashinfer.mm_fp4` for the request."""
     alpha = r.alpha
     if alpha is None and backend == "flashinfer:cutlass":

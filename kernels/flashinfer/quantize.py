@@ -17,7 +17,7 @@ import torch
 from ...reference.layouts import padded_shape
 from ...reference.recipe import BLOCK_SIZE, Build
 from .. import environment
-from ..request import Request
+from ..quantize_call import QuantizeCall
 
 BUILDS: dict[str, Build] = {
     "flashinfer:cuda": "cuda",
@@ -55,16 +55,16 @@ VERSION = _version()
 INSTALLED = VERSION is not None
 HAS_CAKE_PROGRAMS = _has_cake_programs()
 
-Rule = tuple[Callable[[Request], Any], str]
+Rule = tuple[Callable[[QuantizeCall], Any], str]
 """(true if the request is refused, the reason with fields of the request)."""
 
 
-def _sm(r: Request) -> str:
+def _sm(r: QuantizeCall) -> str:
     assert r.capability is not None
     return f"sm_{r.capability[0]}{r.capability[1]}"
 
 
-def _scale_count(r: Request) -> int:
+def _scale_count(r: QuantizeCall) -> int:
     rows, columns = padded_shape(r.m, r.k // BLOCK_SIZE, r.layout)
     return rows * columns
 
@@ -221,7 +221,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def refusal(backend: str, r: Request) -> str | None:
+def refusal(backend: str, r: QuantizeCall) -> str | None:
     """Why the FlashInfer backend cannot serve the request; None if it can."""
     for refused, reason in RULES[backend]:
         if refused(r):
@@ -233,14 +233,14 @@ def refusal(backend: str, r: Request) -> str | None:
     return None
 
 
-def quantize(backend: str, r: Request) -> tuple[torch.Tensor, ...]:
+def quantize(backend: str, r: QuantizeCall) -> tuple[torch.Tensor, ...]:
     """Run the request, which `refusal` let pass, on FlashInfer."""
     import flashinfer
 
     return tuple(flashinfer.nvfp4_quantize(**arguments(backend, r)))
 
 
-def arguments(backend: str, r: Request) -> dict[str, Any]:
+def arguments(backend: str, r: QuantizeCall) -> dict[str, Any]:
     """The keyword arguments of `flashinfer.nvfp4_quantize` for the request."""
     from flashinfer import SfLayout
     from flashinfer.quantization.nvfp4_quantization_utils import NVFP44Over6Config

@@ -16,7 +16,7 @@ from ...reference.moe import split_k_groups
 from ...reference.recipe import Build
 from ...reference.routing import refusal as routing_refusal
 from .. import environment
-from ..moe_request import MoERequest
+from ..moe_call import MoECall
 from .quantize import INSTALLED, VERSION
 
 NAME = "flashinfer:trtllm"
@@ -30,13 +30,13 @@ _ACTIVATIONS = (
 )
 _CAPABILITIES = ((10, 0), (10, 3), (10, 7))
 
-Rule = tuple[Callable[[MoERequest], Any], str | Callable[[MoERequest], str]]
+Rule = tuple[Callable[[MoECall], Any], str | Callable[[MoECall], str]]
 
 
 def math_rule(build: Build) -> Rule:
     """Its kernels of this build quantize the intermediate as the environment says."""
 
-    def reason(r: MoERequest) -> str:
+    def reason(r: MoECall) -> str:
         return (
             f"it quantizes the intermediate as the environment says, {environment.math(build)}, not "
             f"{r.recipe.math}: {environment.how_to_get(r.recipe.math, build)}"
@@ -54,7 +54,7 @@ four_over_six_rule: Rule = (
 )
 
 
-def _splits_its_sum(r: MoERequest) -> bool:
+def _splits_its_sum(r: MoECall) -> bool:
     k, h = r.routing.top_k, r.experts.padded_hidden_size
     return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
 
@@ -68,7 +68,7 @@ _NO_KERNEL = ("No kernel found", "No valid config found", "No compatible configs
 _without_kernel: dict[tuple, str] = {}
 
 
-def remember_missing_kernel(r: MoERequest, error: RuntimeError) -> bool:
+def remember_missing_kernel(r: MoECall, error: RuntimeError) -> bool:
     """Whether `run` failed for want of a kernel; the shape is then refused from now on."""
     message = str(error)
     if not any(text in message for text in _NO_KERNEL):
@@ -77,13 +77,13 @@ def remember_missing_kernel(r: MoERequest, error: RuntimeError) -> bool:
     return True
 
 
-def _shape(r: MoERequest) -> tuple:
+def _shape(r: MoECall) -> tuple:
     e = r.experts
     sizes = (e.padded_hidden_size, e.padded_intermediate_size, e.num_local, r.routing.top_k)
     return (*sizes, r.tokens, e.activation, r.is_static, r.capability)
 
 
-def _routing_refusal(r: MoERequest) -> str | None:
+def _routing_refusal(r: MoECall) -> str | None:
     return routing_refusal(r.routing, r.num_experts, r.routing_bias is not None)
 
 
@@ -145,12 +145,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def refusal(r: MoERequest) -> str | None:
+def refusal(r: MoECall) -> str | None:
     """Why FlashInfer cannot serve the request; None if it can."""
     return first_reason(RULES, r)
 
 
-def first_reason(rules: tuple[Rule, ...], r: MoERequest) -> str | None:
+def first_reason(rules: tuple[Rule, ...], r: MoECall) -> str | None:
     """The reason of the first rule that refuses the request; None if none does."""
     for refused, reason in rules:
         if refused(r):
@@ -158,7 +158,7 @@ def first_reason(rules: tuple[Rule, ...], r: MoERequest) -> str | None:
     return None
 
 
-def run(r: MoERequest) -> list[torch.Tensor]:
+def run(r: MoECall) -> list[torch.Tensor]:
     """Run the request, which `refusal` let pass, on FlashInfer."""
     from flashinfer import SfLayout, fused_moe
 
@@ -168,7 +168,7 @@ def run(r: MoERequest) -> list[torch.Tensor]:
     return list(fused_moe.trtllm_fp4_block_scale_moe(**given))
 
 
-def arguments(r: MoERequest) -> dict[str, Any]:
+def arguments(r: MoECall) -> dict[str, Any]:
     """Keywords of the routed function, or of the other where logits are given.
 
     All but `hidden_states_scale_layout`, whose type is FlashInfer's. A given routing crosses as a

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..kernels import moe_dispatch
-from ..kernels.moe_request import MoERequest
+from ..kernels.moe_call import MoECall
 from ..reference import checks
 
 REASON = 1000
@@ -68,7 +68,7 @@ def prepare(
     return made, every
 
 
-def described(r: MoERequest, backend: str) -> Fields:
+def described(r: MoECall, backend: str) -> Fields:
     """What every rank of a call must have alike, wherever its experts are."""
     e = r.experts
     return {

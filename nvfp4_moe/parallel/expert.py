@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..kernels import moe_dispatch
-from ..kernels.moe_request import MoERequest
+from ..kernels.moe_call import MoECall
 from ..reference import checks
 from ..reference.experts import Experts
 from ..reference.moe import FinalizeOrder, finalize
@@ -73,7 +73,7 @@ def fused_moe_ep(
         RuntimeError: torch.distributed's, where a rank is gone, or the group's timeout has passed.
     """
 
-    def make() -> tuple[MoERequest, Fields]:
+    def make() -> tuple[MoECall, Fields]:
         checks.flag("check", check)
         checks.one_of("dispatch", dispatch, get_args(Dispatch))
         checks.pair("routing", routing, "(logits, Routing) or (ids, weights)")
@@ -120,7 +120,7 @@ def fused_moe_ep(
     return _all_to_all(request, backend, group, counts)
 
 
-def _check_quantized(r: MoERequest) -> None:
+def _check_quantized(r: MoECall) -> None:
     if r.quantize is None or r.build == "cutlass":
         raise ValueError(
             'dispatch "all-to-all" moves quantized tokens and unfinished rows; activation must be '
@@ -128,7 +128,7 @@ def _check_quantized(r: MoERequest) -> None:
         )
 
 
-def _check_even(r: MoERequest, rank: int, ranks: int) -> None:
+def _check_even(r: MoECall, rank: int, ranks: int) -> None:
     held = r.experts.num_local
     if (r.num_experts, r.local_expert_offset) != (held * ranks, held * rank):
         raise ValueError(
@@ -153,13 +153,13 @@ def _ranges(every: list[Fields]) -> list[int]:
     return counts
 
 
-def _unfinalized(r: MoERequest) -> MoERequest:
+def _unfinalized(r: MoECall) -> MoECall:
     """The same, up to the rows: how they are summed later excludes no backend."""
     order: FinalizeOrder = "slot" if r.batch_invariant else "flashinfer"
     return replace(r, do_finalize=False, finalize_order=order, output_dtype=torch.bfloat16)
 
 
-def _all_to_all(r: MoERequest, backend: str, group: Group, counts: list[int]) -> torch.Tensor:
+def _all_to_all(r: MoECall, backend: str, group: Group, counts: list[int]) -> torch.Tensor:
     name = moe_dispatch.resolve(_unfinalized(r), backend)
     ids, weights = r.routed(name)
     exchange = Exchange.of(ids, counts, group)
@@ -169,7 +169,7 @@ def _all_to_all(r: MoERequest, backend: str, group: Group, counts: list[int]) ->
     return _finalized(r, name, rows, exchange.permuted, weights)
 
 
-def _rows(r: MoERequest, name: str, arrived: Arrived) -> torch.Tensor:
+def _rows(r: MoECall, name: str, arrived: Arrived) -> torch.Tensor:
     """[S, padded hidden size] bf16 of the slots that are held here, unweighted."""
     if not arrived.token.numel():
         return arrived.activations.hidden_states.new_empty(
@@ -189,7 +189,7 @@ def _rows(r: MoERequest, name: str, arrived: Arrived) -> torch.Tensor:
 
 
 def _finalized(
-    r: MoERequest,
+    r: MoECall,
     name: str,
     rows: torch.Tensor,
     permuted: torch.Tensor,

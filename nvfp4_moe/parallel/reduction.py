@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from ..kernels import moe_dispatch
-from ..kernels.moe_request import MoERequest
+from ..kernels.moe_call import MoECall
 from ..reference import checks
 from ..reference.moe import OUTPUT_DTYPES
 from .agreement import Group
@@ -24,9 +24,7 @@ def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> t
     return travels
 
 
-def all_reduced(
-    r: MoERequest, backend: str, group: Group, output_dtype: torch.dtype
-) -> torch.Tensor:
+def all_reduced(r: MoECall, backend: str, group: Group, output_dtype: torch.dtype) -> torch.Tensor:
     """[T, hidden size] of output_dtype: each rank's output, of the request's dtype, and their sum."""
     output = moe_dispatch.serve(r, backend)[0]
     dist.all_reduce(output, group=group)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..kernels import moe_dispatch
-from ..kernels.moe_request import MoERequest
+from ..kernels.moe_call import MoECall
 from ..reference import checks
 from ..reference.experts import Experts
 from ..reference.moe import FinalizeOrder
@@ -63,7 +63,7 @@ def fused_moe_tp(
         RuntimeError: torch.distributed's, where a rank is gone, or the group's timeout has passed.
     """
 
-    def make() -> tuple[MoERequest, Fields]:
+    def make() -> tuple[MoECall, Fields]:
         checks.flag("check", check)
         r = moe_dispatch.request_of_layer(
             hidden_states, experts, routing, activation, routing_bias, None, 0, fast_math, build,

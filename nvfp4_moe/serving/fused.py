@@ -10,8 +10,8 @@ import torch
 
 from ..kernels import environment
 from ..kernels.dispatch import UnsupportedError, nvfp4_quantize
+from ..kernels.moe_call import routing_of
 from ..kernels.moe_dispatch import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
-from ..kernels.moe_request import routing_of
 from ..kernels.weight_on_input import weigh_rows
 from ..reference import checks
 from ..reference.recipe import Build, Recipe, SfLayout

@@ -18,8 +18,8 @@ _OUTPUTS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class MmRequest:
-    """The arguments of `mm_fp4`, normalized; made by `make_mm_request`, which checks them."""
+class DenseCall:
+    """The arguments of `mm_fp4`, normalized; made by `make_dense_call`, which checks them."""
 
     a: torch.Tensor  # [M, K/2] uint8
     b_rows: torch.Tensor  # [N, K/2] uint8, contiguous
@@ -60,7 +60,7 @@ class MmRequest:
         return self.a.new_empty((self.m, self.n), dtype=self.out_dtype)
 
 
-def make_mm_request(
+def make_dense_call(
     a: torch.Tensor,
     b: torch.Tensor,
     a_descale: torch.Tensor,
@@ -73,7 +73,7 @@ def make_mm_request(
     use_nvfp4: bool,
     enable_pdl: bool,
     capability: tuple[int, int] | None = None,
-) -> MmRequest:
+) -> DenseCall:
     """Check what no backend accepts.
 
     Raises:
@@ -110,7 +110,7 @@ def make_mm_request(
     if out_dtype not in _OUTPUTS:
         checks.wrong_value("out_dtype", out_dtype, "torch.bfloat16 or torch.float16")
     _check_out(a, out, (a.shape[0], b.shape[1]), out_dtype)
-    return MmRequest(
+    return DenseCall(
         _bytes(a),
         _bytes(b).T,
         a_scales,

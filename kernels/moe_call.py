@@ -21,7 +21,7 @@ from ..reference.routing import (
 )
 from . import environment
 from .capability import capability_asked
-from .request import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
+from .quantize_call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
 """What is still to be done to bf16 hidden states; Triton does the first on its way."""
@@ -36,8 +36,8 @@ TOPK_NAMES = ("topk_ids[0]", "topk_ids[1]")
 
 
 @dataclass(frozen=True)
-class MoERequest:
-    """The arguments of a fused call, normalized; made by `make_moe_request`, which checks them."""
+class MoECall:
+    """The arguments of a fused call, normalized; made by `make_moe_call`, which checks them."""
 
     activations: Activations
     experts: Experts
@@ -101,7 +101,7 @@ class MoERequest:
         return result.ids, result.weights_bf16
 
 
-def make_moe_request(
+def make_moe_call(
     activations: Activations,
     experts: Experts,
     *,
@@ -126,7 +126,7 @@ def make_moe_request(
     capability: tuple[int, int] | None = None,
     quantize: Quantize | None = None,
     topk_names: tuple[str, str] = TOPK_NAMES,
-) -> MoERequest:
+) -> MoECall:
     """Check what no backend accepts, and resolve what the environment decides.
 
     Raises:
@@ -173,7 +173,7 @@ def make_moe_request(
     quantizers: Build = "cuda" if build == "cutlass" else build
     math = math_of(fast_math, quantizers)
     capability = capability_asked(capability, activations.hidden_states)
-    request = MoERequest(
+    request = MoECall(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
         weights, Recipe(math, config, quantizers), build, explicit, do_finalize,
         "slot" if batch_invariant else finalize_order, batch_invariant, output, output_dtype,
@@ -295,10 +295,10 @@ def _topk(
     return ids, weights
 
 
-def check_values(r: MoERequest, names: tuple[str, str] = TOPK_NAMES) -> None:
+def check_values(r: MoECall, names: tuple[str, str] = TOPK_NAMES) -> None:
     """Raise for an id that is no expert's, and for a NaN weight of an expert, where they can be read.
 
-    It is apart from `make_moe_request`, so that a call which was recorded on a GPU can be replayed
+    It is apart from `make_moe_call`, so that a call which was recorded on a GPU can be replayed
     anywhere. An id of -1 stands for no expert, whose weight is not read.
 
     Args:

@@ -27,8 +27,8 @@ UNSET: Any = _Unset()
 
 
 @dataclass(frozen=True)
-class Request:
-    """The arguments of `nvfp4_quantize`, normalized; made by `make_request`, which checks them."""
+class QuantizeCall:
+    """The arguments of `nvfp4_quantize`, normalized; made by `make_quantize_call`, which checks them."""
 
     a: torch.Tensor
     scale: float | torch.Tensor
@@ -65,7 +65,7 @@ class Request:
         return self.a.storage_offset() * self.a.element_size() % alignment != 0
 
 
-def make_request(
+def make_quantize_call(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
     sfLayout: Any,
@@ -79,7 +79,7 @@ def make_request(
     fast_math: bool | None,
     build: Build,
     capability: tuple[int, int] | None = None,
-) -> Request:
+) -> QuantizeCall:
     """Check what no backend accepts, and resolve what the environment decides.
 
     Raises:
@@ -107,7 +107,7 @@ def make_request(
     if do_shuffle:
         _check_shuffle(a, layout)
     capability = capability_asked(capability, a)
-    return Request(
+    return QuantizeCall(
         a,
         a_global_sf,
         layout,
@@ -216,10 +216,11 @@ def _check_scale(
             )
 
 
-def check_values(r: Request) -> None:
+def check_values(r: QuantizeCall) -> None:
     """Raise for a scale that no caller means, where its value can be read.
 
-    It is apart from `make_request`, so that a call which was recorded on a GPU can be replayed anywhere.
+    It is apart from `make_quantize_call`, so that a call which was recorded on a GPU can be replayed
+    anywhere.
     An infinite encode scale is what FlashInfer's formula gives for a tensor of zeros.
     """
     allowed = "a positive number"
