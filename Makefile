@@ -9,7 +9,7 @@ SETUP := .venv/installed
 MODEL := .venv/model
 endif
 PYTEST := $(PYTHON) -m pytest
-DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/rcp_delta.xz
+DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz
 
 .PHONY: diff test test-full gpu blackwell mutants fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
 

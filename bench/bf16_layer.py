@@ -20,7 +20,7 @@ from nvfp4_moe.kernels.moe import Permutation, permute
 from nvfp4_moe.kernels.routing import route
 from nvfp4_moe.kernels.target import arch
 from nvfp4_moe.reference.activation import ActivationType, activate
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from triton.runtime.errors import OutOfResources
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from moe_speed import Shape
 from nvfp4_moe.kernels.flashinfer import baselines
-from nvfp4_moe.reference import siblings
-from nvfp4_moe.reference.routing import route
+from nvfp4_moe.reference.moe import baselines as siblings
+from nvfp4_moe.reference.moe.routing import route
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType

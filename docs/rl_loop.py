@@ -22,7 +22,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nvfp4_moe.reference.routing import route
+from nvfp4_moe.reference.moe.routing import route
 
 from nvfp4_moe import Routing, RoutingMethodType, fake_quantized_moe, fused_moe, prepare_experts
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import triton
 
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts
+from ..reference.weights.experts import Experts
 from . import environment, gemm_sums, leaves, moe_gemm
 from .target import arch, gpu_name, native_mma
 

@@ -1,7 +1,7 @@
 """One call, `mm_fp4`, over every backend; which one runs, and why not the others.
 
 As `dispatch.py` does for the quantizer. The choice never changes the meaning of the result; its bits it
-does as far as the contract leaves the sums open (`reference/bounds_dense.py`). A backend that was named
+does as far as the contract leaves the sums open (`reference/bounds/dense.py`). A backend that was named
 never falls back.
 """
 

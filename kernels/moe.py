@@ -13,9 +13,9 @@ import torch
 import triton
 
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts
-from ..reference.moe import Activations, FinalizeOrder, split_k_groups
+from ..reference.moe.layer import Activations, FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
+from ..reference.weights.experts import Experts
 from . import config_cache, moe_gemm, moe_kernels
 from .config_cache import Configs, GemmConfig, Mode
 from .moe_call import Observe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ..reference import checks
-from ..reference.experts import Experts
+from ..reference.weights.experts import Experts
 from .dispatch import UnsupportedError
 from .moe_dispatch import refusal, request_of_layer
 

@@ -9,16 +9,16 @@ import torch
 
 from ..reference import checks
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts
-from ..reference.moe import OUTPUT_DTYPES, Activations, FinalizeOrder
-from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Recipe, SfLayout
-from ..reference.routing import (
+from ..reference.moe.layer import OUTPUT_DTYPES, Activations, FinalizeOrder
+from ..reference.moe.routing import (
     Routing,
     RoutingMethodType,
     append_shared_experts,
     route,
     unpack_topk,
 )
+from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Recipe, SfLayout
+from ..reference.weights.experts import Experts
 from . import environment
 from .capability import capability_asked
 from .quantize_call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of

@@ -14,11 +14,11 @@ import torch
 
 from ..reference import checks
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts
-from ..reference.moe import Activations, FinalizeOrder
-from ..reference.moe import fused_moe as reference_fused_moe
+from ..reference.moe.layer import Activations, FinalizeOrder
+from ..reference.moe.layer import fused_moe as reference_fused_moe
+from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild, SfLayout
-from ..reference.routing import Routing
+from ..reference.weights.experts import Experts
 from . import moe_statistics
 from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
 from .flashinfer import (
@@ -94,10 +94,10 @@ def trtllm_fp4_block_scale_moe(
     """`flashinfer.fused_moe.trtllm_fp4_block_scale_moe` (0.7.2): routing, both GEMMs, finalize.
 
     Args:
-        routing_logits: [T, E] fp32 or bf16; `reference.routing` has the methods.
+        routing_logits: [T, E] fp32 or bf16; `reference.moe.routing` has the methods.
         hidden_states: uint8 codes [T, H/2], or bf16 [T, H] (weights quantized only; not FlashInfer).
         hidden_states_scale: e4m3 [T, H/16], linear.
-        gemm1_weights ... output2_scale_scalar: as `reference.experts.Experts` documents them.
+        gemm1_weights ... output2_scale_scalar: as `reference.weights.experts.Experts` documents them.
         per_token_scale: [T] fp32; None for static scales.
         backend: "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton" or
             "reference".

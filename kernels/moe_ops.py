@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts
-from ..reference.moe import Activations, FinalizeOrder
+from ..reference.moe.layer import Activations, FinalizeOrder
 from ..reference.recipe import Recipe
+from ..reference.weights.experts import Experts
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from ..reference.moe_statistics import MoEStatistics
-from ..reference.statistics import QuantizationStatistics, quantization_statistics
+from ..reference.statistics.counts import QuantizationStatistics, quantization_statistics
+from ..reference.statistics.moe import MoEStatistics
 from .moe_call import MoECall
 
 

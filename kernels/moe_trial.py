@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..reference.experts import Experts
-from ..reference.moe import Activations
+from ..reference.moe.layer import Activations
 from ..reference.recipe import Recipe
+from ..reference.weights.experts import Experts
 from . import config_cache, moe
 from .config_cache import Configs, GemmConfig, Mode
 from .quantize import quantize_global_scale

@@ -21,7 +21,7 @@ def _rcp_delta_kernel(delta_ptr, N: tl.constexpr, ARCH: tl.constexpr):
 def measure_rcp_delta(device: torch.device | str) -> torch.Tensor:
     """What `rcp.approx.ftz` adds, in ulp, to 1/x of every significand: int8 [2^23], by the GPU.
 
-    `reference/rcp_delta.xz` is `lzma.compress` of these bytes, measured on an H100.
+    `reference/numerics/rcp_delta.xz` is `lzma.compress` of these bytes, measured on an H100.
     """
     device = torch.device(device)
     delta = torch.empty(2**23, dtype=torch.int8, device=device)

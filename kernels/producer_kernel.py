@@ -1,8 +1,8 @@
 """SiLU-and-mul and RMSNorm with the per-token quantizer behind them, in one Triton kernel.
 
-`reference/producers.py` fixes every operation, so that the bits are its own on every GPU. A program owns
-ROWS rows whole: what it computes stays in registers until the row's maximum is known, rounded to the
-dtype that a kernel of its own would have written. Names are those of `quantize_kernel.py`.
+`reference/fused_quantize.py` fixes every operation, so that the bits are its own on every GPU. A program
+owns ROWS rows whole: what it computes stays in registers until the row's maximum is known, rounded to
+the dtype that a kernel of its own would have written. Names are those of `quantize_kernel.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -33,7 +33,7 @@ def _power_of_two(n):
 
 @triton.jit
 def _exp(t):
-    """`reference.producers.exp`; launched without fused multiply-adds."""
+    """`reference.fused_quantize.exp`; launched without fused multiply-adds."""
     t = tl.where(t < -87.0, -87.0, tl.where(t > 89.0, 89.0, t))
     shifted = t * 1.4426950408889634 + 12582912.0
     n = shifted - 12582912.0

@@ -8,8 +8,8 @@ same bits. Nothing waits for the GPU.
 import torch
 import triton
 
-from ..reference.fp32 import rcp_delta
 from ..reference.layouts import padded_shape
+from ..reference.numerics.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import producer_kernel as k
 from .ops import Triple

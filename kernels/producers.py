@@ -1,7 +1,7 @@
 """What stands before the per-token quantizer, with it, in one call.
 
-`reference/producers.py` has the arithmetic, whose bits every backend here has. FlashInfer fuses these
-with static scales only, so it is no backend.
+`reference/fused_quantize.py` has the arithmetic, whose bits every backend here has. FlashInfer fuses
+these with static scales only, so it is no backend.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -12,7 +12,7 @@ import torch
 
 from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, SfLayout
-from ..reference.scalars import LARGEST
+from ..reference.weights.scalars import LARGEST
 from .dispatch import UnsupportedError, triton_refusal_of
 from .ops import Triple
 from .producer_ops import Producers
@@ -34,7 +34,7 @@ def silu_and_mul_nvfp4_quantize(
     """SiLU of the first half of every row times the second, quantized per token.
 
     Contract: bitwise `nvfp4_quantize(silu_and_mul(x), ..., per_token_activation=True)` with the product
-    rounded to x's dtype between the two, where `reference.producers.silu_and_mul` is the first step.
+    rounded to x's dtype between the two, by `reference.fused_quantize.silu_and_mul`.
 
     Args:
         x: [M, 2K] bf16 or fp16, K a multiple of 16.
@@ -70,7 +70,7 @@ def rmsnorm_nvfp4_quantize(
 ) -> Triple:
     """The RMSNorm of every row, quantized per token.
 
-    Contract: bitwise `nvfp4_quantize` of `reference.producers.rmsnorm`, which rounds to x's dtype.
+    Contract: bitwise `nvfp4_quantize` of `reference.fused_quantize.rmsnorm`, which rounds to x's dtype.
 
     Args:
         x: [M, K] bf16 or fp16, K a multiple of 16.

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..reference.fp32 import rcp_delta
 from ..reference.layouts import padded_shape
+from ..reference.numerics.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
 from .ops import Pair, Quantizers, Triple, register

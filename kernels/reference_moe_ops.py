@@ -3,10 +3,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from ..reference import moe
-from ..reference.experts import Experts
-from ..reference.moe import Activations, FinalizeOrder
+from ..reference.moe import layer as moe
+from ..reference.moe.layer import Activations, FinalizeOrder
 from ..reference.recipe import Recipe
+from ..reference.weights.experts import Experts
 from .moe_call import Observe
 from .moe_ops import Triple, empty_results, register
 

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from ..reference import producers
+from ..reference import fused_quantize as producers
 from ..reference.quantize import quantize_per_token
 from ..reference.recipe import Recipe, SfLayout
 from .ops import Triple

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from ..reference.reload import WRITERS, Writer
+from ..reference.weights.update import WRITERS, Writer
 from .capability import of_device
 from .dispatch import triton_refusal_of
 

@@ -1,15 +1,15 @@
 """Weights of many experts to NVFP4 in the prepared layout: their maxima, then codes and scales.
 
 A program owns BLOCKS blocks of 16 that follow one another in an expert's natural rows, whatever the
-row's length, and puts each where `reference/experts.py` wants it. `reference/reload.py` has the
-contract; the arithmetic is `quantize_kernel.py`'s with a global scale.
+row's length, and puts each where `reference/weights/experts.py` wants it. `reference/weights/update.py`
+has the contract; the arithmetic is `quantize_kernel.py`'s with a global scale.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
 import triton.language as tl
 
-from ..reference import scalars
+from ..reference.weights import scalars
 from .leaves import await_previous, div, flush, mul, reciprocal
 from .quantize_kernel import (
     BF16,
@@ -69,7 +69,7 @@ def amax_kernel(
 
 @triton.jit
 def _shuffled(row, half_rows, GATED: tl.constexpr):
-    """Where a natural row goes: `reference.experts.row_order`, the other way round."""
+    """Where a natural row goes: `reference.weights.experts.row_order`, the other way round."""
     if GATED:
         second = row >= half_rows
         row = tl.where(second, (row - half_rows) * 2 + 1, row * 2)
@@ -107,7 +107,7 @@ def load_weights_kernel(
     amax = tl.load(amax_ptr + expert)
     encode = mul(reciprocal(amax, False, ARCH), largest, False, ARCH)
     encode = tl.where(amax == 0, 1.0, encode)
-    # `reference.scalars.most_encode_scale`
+    # `reference.weights.scalars.most_encode_scale`
     most = tl.full((), MOST_RAW, tl.float32)
     if added_ptr is not None:
         most = div(most, tl.load(added_ptr + expert), False, ARCH)

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 import triton
 
-from ..reference.fp32 import rcp_delta
+from ..reference.numerics.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe
-from ..reference.reload import Job
+from ..reference.weights.update import Job
 from . import reload_kernel as k
 from .quantize import _DTYPES
 from .target import INTERPRETING, arch, launch_options
@@ -25,7 +25,7 @@ _BLOCKS = 256 if not INTERPRETING else 2048
 
 
 def write(jobs: Sequence[Job], recipe: Recipe) -> None:
-    """A `reference.reload.Writer`."""
+    """A `reference.weights.update.Writer`."""
     if all(job.w.is_contiguous() and job.w.data_ptr() % 16 == 0 for job in jobs):
         _write(jobs, recipe)
         return

@@ -1,4 +1,4 @@
-"""Routing in one Triton kernel, a program a token: `reference.routing` but for groups.
+"""Routing in one Triton kernel, a program a token: `reference.moe.routing` but for groups.
 
 Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, exp and
 tanh are rounded from fp64, sums have the reference's order. Only an fp64 value that lies next to an fp32
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.routing import Routing, RoutingMethodType
+from ..reference.moe.routing import Routing, RoutingMethodType
 from .leaves import add, await_previous, div, flush, larger, mul, to_bf16
 from .target import arch, launch_options
 

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from ..reference.experts import Experts
+from ..reference.weights.experts import Experts
 from . import config_cache, moe
 from .config_cache import Configs, GemmConfig, Mode
 from .moe_trial import Trial, microseconds

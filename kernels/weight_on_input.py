@@ -9,7 +9,7 @@ weighs the result.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from ..reference.routing import Routing, route
+from ..reference.moe.routing import Routing, route
 
 
 def weigh_rows(

@@ -32,18 +32,18 @@ from .kernels.producers import (
     silu_and_mul_nvfp4_quantize,
 )
 from .reference.activation import ActivationType
-from .reference.cute_dsl import with_cute_dsl
-from .reference.cutlass import with_cutlass
-from .reference.experts import Experts, assemble_experts, prepare_experts
-from .reference.moe_statistics import LayerStatistics, MoEStatistics
+from .reference.moe.routing import Routing, RoutingMethodType
 from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
-from .reference.routing import Routing, RoutingMethodType
-from .reference.statistics import (
+from .reference.statistics.counts import (
     QuantizationStatistics,
     quantization_statistics,
     weight_statistics,
 )
-from .reference.statistics_table import table as statistics_table
+from .reference.statistics.moe import LayerStatistics, MoEStatistics
+from .reference.statistics.table import table as statistics_table
+from .reference.weights.cute_dsl import with_cute_dsl
+from .reference.weights.cutlass import with_cutlass
+from .reference.weights.experts import Experts, assemble_experts, prepare_experts
 from .training import fake_quantized_moe
 
 try:

@@ -7,8 +7,8 @@ import torch
 
 from .arithmetic import bits
 from .moe_case import MoECase
-from .reference.experts import unshuffled_bias
-from .reference.interval import ANY_ORDER, Accumulation, Interval
+from .reference.bounds.interval import ANY_ORDER, Accumulation, Interval
+from .reference.weights.experts import unshuffled_bias
 
 PLACES = 10
 """Parts that an interval is counted in."""

@@ -12,8 +12,8 @@ import torch
 from . import host
 from .compare import run_reference
 from .matrix import Case
-from .reference import e2m1, e4m3
-from .reference.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
+from .reference.numerics import e2m1, e4m3
+from .reference.numerics.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, NVFP44Over6Config, NVFP44Over6ErrMode
 

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .matrix import Case
-from .reference import e4m3, quantize
+from .reference import quantize
 from .reference.layouts import to_linear
+from .reference.numerics import e4m3
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE
 

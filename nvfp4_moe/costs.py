@@ -7,13 +7,13 @@ import torch
 
 from . import inputs, matrix_moe
 from .matrix_moe import TENSOR
-from .reference import moe
 from .reference.activation import ActivationType, activate
-from .reference.experts import Experts, prepare_experts
-from .reference.moe import Activations, quantize_activations
+from .reference.moe import layer as moe
+from .reference.moe.baselines import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
+from .reference.moe.layer import Activations, quantize_activations
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import Recipe
-from .reference.siblings import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
+from .reference.weights.experts import Experts, prepare_experts
 
 KIND = ActivationType.Swiglu
 

@@ -1,8 +1,8 @@
 """The layers beside NVFP4 in `nvfp4-moe diff`: FlashInfer's BF16, FP8 and MXFP8, where it serves them.
 
 Where nothing rounds an output must be the reference's, to the bit. Of real hidden states the contract
-leaves sums, last bits and scales inside cubins open (`reference.siblings`): how near an output is to the
-reference's is said, not judged.
+leaves sums, last bits and scales inside cubins open (`reference.moe.baselines`): how near an output is
+to the reference's is said, not judged.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -17,7 +17,7 @@ from .exits import CommandError
 from .kernels.flashinfer import baselines as adapter
 from .kernels.flashinfer.baselines import NAMES, SiblingRequest
 from .matrix_siblings import SiblingCase
-from .reference.siblings import FORMATS, Format, SiblingExperts, quantize_for
+from .reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
 from .report import SHOWN, Cell, Failure, Section, Status, worst
 
 TITLE = "BF16, FP8 and MXFP8 layers"

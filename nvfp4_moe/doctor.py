@@ -14,9 +14,9 @@ import torch
 from .kernels import environment
 from .kernels.dispatch import auto_order, explain
 from .kernels.moe_dispatch import ORDER, explain_fused_moe
-from .reference import fp32
-from .reference.experts import prepare_experts
+from .reference.numerics import fp32
 from .reference.recipe import Recipe, SfLayout
+from .reference.weights.experts import prepare_experts
 
 PACKAGES = ("nvfp4-moe", "torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
 

@@ -14,15 +14,15 @@ import torch
 
 from . import host
 from .moe_case import MoECase
-from .reference import e2m1, e4m3
 from .reference.activation import ActivationType
-from .reference.cutlass import with_cutlass
-from .reference.expert_arguments import OPTIONS
-from .reference.experts import Experts, assemble_checked
-from .reference.moe import Activations, FinalizeOrder, quantize_activations
+from .reference.moe.layer import Activations, FinalizeOrder, quantize_activations
+from .reference.moe.routing import Routing, RoutingMethodType
+from .reference.numerics import e2m1, e4m3
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, all_recipes
-from .reference.routing import Routing, RoutingMethodType
+from .reference.weights.arguments import OPTIONS
+from .reference.weights.cutlass import with_cutlass
+from .reference.weights.experts import Experts, assemble_checked
 
 Tensor = torch.Tensor
 T = TypeVar("T")

@@ -16,15 +16,17 @@ from .kernels import moe_dispatch
 from .kernels.dense_dispatch import mm_fp4 as dispatched_mm_fp4
 from .moe_case import MoECase, to_device
 from .mutants.conforming import CONFORMING, EXACT_ACTIVATIONS
-from .reference import dense, moe, shards
+from .reference import dense
 from .reference.activation import ActivationType
-from .reference.bounds import fused_moe_bounds, routed_moe_bounds
-from .reference.bounds_dense import mm_fp4_bounds
-from .reference.bounds_parallel import expert_parallel_bounds, tensor_parallel_bounds
-from .reference.experts import Experts
-from .reference.fp32 import flush
-from .reference.interval import Interval
-from .reference.moe import Stages
+from .reference.bounds.dense import mm_fp4_bounds
+from .reference.bounds.interval import Interval
+from .reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
+from .reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_bounds
+from .reference.moe import layer as moe
+from .reference.moe import shards
+from .reference.moe.layer import Stages
+from .reference.numerics.fp32 import flush
+from .reference.weights.experts import Experts
 
 Tensor = torch.Tensor
 _SMOOTH = frozenset(ActivationType) - {*EXACT_ACTIVATIONS, ActivationType.SwigluStep}

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load
 
 from . import host
-from .reference import e2m1
-from .reference.subnormals import kept
+from .reference.numerics import e2m1
+from .reference.numerics.subnormals import kept
 
 KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
 

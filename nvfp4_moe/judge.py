@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from .reference.bounds import fused_moe_bounds
-from .reference.experts import Experts
-from .reference.interval import ANY_ORDER, Accumulation, Interval
-from .reference.moe import (
+from .reference.bounds.interval import ANY_ORDER, Accumulation, Interval
+from .reference.bounds.moe import fused_moe_bounds
+from .reference.moe.layer import (
     Activations,
     FinalizeOrder,
     MoEResult,
@@ -22,8 +21,9 @@ from .reference.moe import (
     quantize_activations,
     requantize,
 )
+from .reference.moe.routing import Routing, route
 from .reference.recipe import Recipe
-from .reference.routing import Routing, route
+from .reference.weights.experts import Experts
 
 STAGES = (
     "routing",

@@ -14,13 +14,13 @@ import torch
 
 from . import host
 from .moe_case import MoECase
-from .reference import e2m1
 from .reference.activation import ActivationType
-from .reference.experts import Experts, assemble_experts, prepare_experts
-from .reference.moe import Activations, quantize_activations
+from .reference.moe.layer import Activations, quantize_activations
+from .reference.moe.routing import Routing, RoutingMethodType
+from .reference.numerics import e2m1
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import BLOCK_SIZE, Recipe
-from .reference.routing import Routing, RoutingMethodType
+from .reference.weights.experts import Experts, assemble_experts, prepare_experts
 
 SIZE, TOKENS = 128, 16
 """H and I, and T, of most cases."""

@@ -10,15 +10,15 @@ import torch
 from . import host, inputs, matrix_edges
 from .kernels import environment
 from .moe_case import MoECase
-from .reference import e2m1
 from .reference.activation import ActivationType
-from .reference.cute_dsl import with_cute_dsl
-from .reference.cutlass import with_cutlass
-from .reference.experts import Experts, assemble_experts, prepare_experts
-from .reference.moe import Activations, quantize_activations
+from .reference.moe.layer import Activations, quantize_activations
+from .reference.moe.routing import Routing, RoutingMethodType, route
+from .reference.numerics import e2m1
 from .reference.quantize import quantize_global_scale
 from .reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
-from .reference.routing import Routing, RoutingMethodType, route
+from .reference.weights.cute_dsl import with_cute_dsl
+from .reference.weights.cutlass import with_cutlass
+from .reference.weights.experts import Experts, assemble_experts, prepare_experts
 
 TENSOR = "layer0.ffn_in"
 TOKENS, INTERMEDIATE, EXPERTS, TOP_K = 24, 128, 4, 2

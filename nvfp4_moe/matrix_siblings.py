@@ -11,9 +11,7 @@ from .kernels.flashinfer.baselines import SiblingRequest, flashinfer_weights
 from .matrix_moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import to_device
 from .reference.activation import ActivationType
-from .reference.fp8 import BLOCK, MX_BLOCK
-from .reference.routing import Routing, RoutingMethodType
-from .reference.siblings import (
+from .reference.moe.baselines import (
     Format,
     SiblingActivations,
     SiblingExperts,
@@ -21,6 +19,8 @@ from .reference.siblings import (
     quantize_for,
     sibling_moe,
 )
+from .reference.moe.fp8 import BLOCK, MX_BLOCK
+from .reference.moe.routing import Routing, RoutingMethodType
 
 SWIGLU = ActivationType.Swiglu
 HIDDEN = 256

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from .kernels.moe_call import MoECall, make_moe_call
-from .reference import moe
-from .reference.bounds import fused_moe_bounds, routed_moe_bounds
-from .reference.experts import Experts
-from .reference.interval import ANY_ORDER, Accumulation, Interval
-from .reference.moe import Activations, FinalizeOrder
+from .reference.bounds.interval import ANY_ORDER, Accumulation, Interval
+from .reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
+from .reference.moe import layer as moe
+from .reference.moe.layer import Activations, FinalizeOrder
+from .reference.moe.routing import Routing, route
 from .reference.recipe import LayerBuild, Recipe
-from .reference.routing import Routing, route
+from .reference.weights.experts import Experts
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,15 @@ from .host import READING
 from .matrix import Case, Mode
 from .moe_case import MoECase
 from .reference.activation import ActivationType
-from .reference.cute_dsl import with_cute_dsl
-from .reference.cutlass import with_cutlass
-from .reference.experts import Experts
-from .reference.interval import ANY_ORDER, CONTIGUOUS, FP32, Accumulation
+from .reference.bounds.interval import ANY_ORDER, CONTIGUOUS, FP32, Accumulation
 from .reference.layouts import from_linear, padded_shape, to_linear
-from .reference.moe import OUTPUT_DTYPES, Activations
+from .reference.moe.layer import OUTPUT_DTYPES, Activations
+from .reference.moe.routing import Routing, RoutingMethodType
 from .reference.quantize import Quantized
 from .reference.recipe import BLOCK_SIZE, Recipe, SfLayout
-from .reference.routing import Routing, RoutingMethodType
+from .reference.weights.cute_dsl import with_cute_dsl
+from .reference.weights.cutlass import with_cutlass
+from .reference.weights.experts import Experts
 
 FORMAT = 1
 _KEY = "nvfp4_moe"

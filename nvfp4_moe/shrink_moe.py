@@ -25,7 +25,7 @@ from .moe_parts import (
     rebuilt,
     with_given_routing,
 )
-from .reference import e4m3
+from .reference.numerics import e4m3
 from .reference.recipe import BLOCK_SIZE
 from .shrink import Search, fewest
 

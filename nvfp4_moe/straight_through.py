@@ -29,10 +29,10 @@ from torch.autograd.function import once_differentiable
 from .kernels.dispatch import nvfp4_quantize
 from .kernels.moe_dispatch import fused_moe
 from .reference.activation import activate
-from .reference.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
-from .reference.moe import Activations, hidden_values
+from .reference.moe.layer import Activations, hidden_values
 from .reference.recipe import Recipe, SfLayout
-from .reference.versions import versions
+from .reference.weights.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
+from .reference.weights.versions import versions
 
 
 class StraightThrough(torch.autograd.Function):

@@ -1,9 +1,10 @@
 """How a backend adds: its fused layer itself asked for sums that show which bits it keeps.
 
-`reference.interval` assumes that a step of a tensor core keeps one bit more than fp32 has below the
-largest of its terms, and takes at least 8 products. A row of the probe is a large product, small ones in
-the blocks after it, and the large one's negative in the last block, so that what was kept of the small
-ones remains: it goes through the first GEMM, the Identity and a second GEMM that picks one element.
+`reference.bounds.interval` assumes that a step of a tensor core keeps one bit more than fp32 has below
+the largest of its terms, and takes at least 8 products. A row of the probe is a large product, small
+ones in the blocks after it, and the large one's negative in the last block, so that what was kept of the
+small ones remains: it goes through the first GEMM, the Identity and a second GEMM that picks one
+element.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -15,14 +16,14 @@ import torch
 from . import host
 from .kernels import environment, moe_dispatch
 from .moe_case import MoECase
-from .reference import e2m1, e4m3
 from .reference.activation import ActivationType
-from .reference.cute_dsl import with_cute_dsl
-from .reference.cutlass import with_cutlass
-from .reference.experts import assemble_experts
-from .reference.moe import Activations
+from .reference.moe.layer import Activations
+from .reference.moe.routing import Routing, RoutingMethodType
+from .reference.numerics import e2m1, e4m3
 from .reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
-from .reference.routing import Routing, RoutingMethodType
+from .reference.weights.cute_dsl import with_cute_dsl
+from .reference.weights.cutlass import with_cutlass
+from .reference.weights.experts import assemble_experts
 
 _BLOCKS = 16
 _LARGE, _SMALL = 8, -8  # exponents of the weights' block scales

@@ -14,9 +14,9 @@ import torch
 from .kernels.quantize_call import check_optional_flags, four_over_six_of, math_of
 from .reference import checks
 from .reference.activation import ActivationType
-from .reference.expert_arguments import Options, check_preparation, check_values
-from .reference.experts import Experts, quantize_experts
 from .reference.recipe import Build, Recipe
+from .reference.weights.arguments import Options, check_preparation, check_values
+from .reference.weights.experts import Experts, quantize_experts
 from .straight_through import StraightThrough
 
 
@@ -52,7 +52,7 @@ def fake_quantized_moe(
         x: [T, H] bf16.
         w13: [E, 2 I, H], [up; gate], or [E, I, H] without a gate; w2: [E, H, I]. fp32 ones are
             rounded to bf16, which is what a server has to be given: `load_(w13.bfloat16(), ...)`.
-        routing: (ids int32 [T, K], weights bf16 or fp32 [T, K]); those of `reference.routing.route`
+        routing: (ids int32 [T, K], weights bf16 or fp32 [T, K]); those of `reference.moe.routing.route`
             are differentiable in its logits. A slot of id -1 adds nothing.
         experts: hold the weights and all options of `prepare_experts` already, by it or by `load_`:
             once a step instead of once a call. Nothing may be loaded into them between a forward and
@@ -116,7 +116,7 @@ def _shipped(w: torch.Tensor) -> torch.Tensor:
 def _check_routing(routing: Any) -> None:
     allowed = (
         "two tensors, (ids, weights), so that trainer and server sum the same: "
-        "`reference.routing.route` makes them of logits"
+        "`reference.moe.routing.route` makes them of logits"
     )
     checks.pair("routing", routing, allowed)
     if not all(isinstance(part, torch.Tensor) for part in routing):

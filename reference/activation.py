@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .subnormals import kept
+from .numerics.subnormals import kept
 
 
 class ActivationType(enum.IntEnum):

@@ -12,10 +12,10 @@ product with alpha follows, then one rounding to the output's dtype (flashinfer-
 import torch
 
 from .layouts import to_linear
-from .moe import Accumulate, matmul
+from .moe.layer import Accumulate, matmul
+from .numerics.subnormals import kept
 from .quantize import dequantize
 from .recipe import BLOCK_SIZE, SfLayout
-from .subnormals import kept
 
 
 def a_layout(use_8x4_sf_layout: bool) -> SfLayout:
@@ -58,7 +58,7 @@ def mm_fp4(
     """[M, N]: a [M, K/2] times b [K/2, N].
 
     Contract: bitwise what every implementation gives where the sums are exact in fp32, whatever their
-    order; elsewhere inside `bounds_dense.mm_fp4_bounds`. A NaN block scale makes its row or column NaN.
+    order; elsewhere inside `bounds.dense.mm_fp4_bounds`. A NaN block scale makes its row or column NaN.
     A block scale has no sign: hardware ignores the bit.
 
     Args:

@@ -11,8 +11,8 @@ With A = largest |x| of the row, V = of the block of 16, enc the fp32 encode sca
     output scale   rcp(sf * rcp(enc))                  min(1 / (sf * (1/enc)), FLT_MAX)
     code           x * output scale                    the same                      to e2m1
 
-Two details are load-bearing: every operation rounds on its own, in this order, and the builds differ
-in what they do to subnormals and zeros (`fp32.py`, and the conditions below). A NaN loses in every
+Two details are load-bearing: every operation rounds on its own, in this order, and the builds differ in
+what they do to subnormals and zeros (`numerics/fp32.py`, and the conditions below). A NaN loses in every
 maximum: a block of NaN alone has V = NaN, a row of NaN alone A = 0. Sources, in flashinfer-python
 0.7.2.post1: `quantization.cuh:761-906` (CUDA, per token), `quantization_utils.cuh:431-690` (blocks),
 `quantization/kernels/nvfp4_quantize.py:952` and `quantization_cute_dsl_utils.py:1755-1895` (CuTe-DSL).
@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import e2m1, e4m3
-from .fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
 from .layouts import from_linear, to_linear
+from .numerics import e2m1, e4m3
+from .numerics.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
+from .numerics.subnormals import kept
 from .recipe import BLOCK_SIZE, NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
-from .subnormals import kept
 
 _LINEAR = SfLayout.layout_linear
 _SIXTH = 1.0 / 6.0  # rounds to the fp32 0x3e2aaaab, which is also rcp.approx(6)

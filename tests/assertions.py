@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nvfp4_moe.reference import e2m1
-from nvfp4_moe.reference.interval import Interval
+from nvfp4_moe.reference.bounds.interval import Interval
 from nvfp4_moe.reference.layouts import to_linear
+from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
 

@@ -131,11 +131,11 @@ def chosen(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 @part
 def subnormal_numbers(device: str, backend: str) -> Any:
     """Numbers around fp32's smallest, and enough of them for several threads."""
-    from nvfp4_moe.reference import moe
-    from nvfp4_moe.reference.bounds import fused_moe_bounds
-    from nvfp4_moe.reference.experts import prepare_experts
+    from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+    from nvfp4_moe.reference.moe import layer as moe
     from nvfp4_moe.reference.quantize import dequantize, quantize_block_scales, quantize_per_token
     from nvfp4_moe.reference.recipe import Recipe
+    from nvfp4_moe.reference.weights.experts import prepare_experts
 
     w13, w2 = weights()
     g = torch.Generator().manual_seed(4)
@@ -180,7 +180,7 @@ def quantizers(device: str, backend: str) -> Any:
 
 @part
 def experts(device: str, backend: str) -> Any:
-    from nvfp4_moe.reference.shards import select_experts, shard_experts
+    from nvfp4_moe.reference.moe.shards import select_experts, shard_experts
 
     import nvfp4_moe as n
 
@@ -240,12 +240,17 @@ def dense(device: str, backend: str) -> Any:
 
 @part
 def judge(device: str, backend: str) -> Any:
-    from nvfp4_moe.reference.bounds import fused_moe_bounds
-    from nvfp4_moe.reference.experts import prepare_experts
-    from nvfp4_moe.reference.moe import quantize_activations
+    from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+    from nvfp4_moe.reference.moe.baselines import (
+        FORMATS,
+        prepare_sibling,
+        quantize_for,
+        sibling_moe,
+    )
+    from nvfp4_moe.reference.moe.layer import quantize_activations
     from nvfp4_moe.reference.recipe import Recipe
-    from nvfp4_moe.reference.siblings import FORMATS, prepare_sibling, quantize_for, sibling_moe
-    from nvfp4_moe.reference.statistics import weight_statistics
+    from nvfp4_moe.reference.statistics.counts import weight_statistics
+    from nvfp4_moe.reference.weights.experts import prepare_experts
 
     from nvfp4_moe import host, matrix_moe
     from nvfp4_moe.serving.scales import serving_scales

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.experts import Experts
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.experts import Experts
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]

@@ -10,17 +10,17 @@ from moe_cases import GATED, PLAIN, Case, Shape
 from nvfp4_moe.kernels import moe as triton_moe
 from nvfp4_moe.kernels import routing as triton_routing
 from nvfp4_moe.kernels.moe import GemmConfig
-from nvfp4_moe.reference import e2m1
-from nvfp4_moe.reference import moe as reference
-from nvfp4_moe.reference import routing as reference_routing
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds import fused_moe_bounds
-from nvfp4_moe.reference.experts import assemble_experts, gemm2_values, prepare_experts
-from nvfp4_moe.reference.interval import CONTIGUOUS
-from nvfp4_moe.reference.moe import Activations
+from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe import routing as reference_routing
+from nvfp4_moe.reference.moe.layer import Activations
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.weights.experts import assemble_experts, gemm2_values, prepare_experts
 
 SMALL = GemmConfig(128, 16, 128, 1, 4)
 ONE = 0x38  # 1.0 in e4m3

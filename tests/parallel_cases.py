@@ -16,12 +16,12 @@ import torch.distributed as dist
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds_parallel import expert_parallel_bounds, tensor_parallel_bounds
-from nvfp4_moe.reference.experts import prepare_experts
-from nvfp4_moe.reference.moe import fused_moe as reference_fused_moe
+from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_bounds
+from nvfp4_moe.reference.moe.layer import fused_moe as reference_fused_moe
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.shards import fused_moe_shards
 from nvfp4_moe.reference.recipe import NVFP44Over6Config
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.shards import fused_moe_shards
+from nvfp4_moe.reference.weights.experts import prepare_experts
 
 import nvfp4_moe
 from nvfp4_moe.moe_case import to_device

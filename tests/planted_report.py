@@ -14,8 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from nvfp4_moe.reference import e2m1
 from nvfp4_moe.reference.layouts import from_linear, to_linear
+from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import SfLayout
 

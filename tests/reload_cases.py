@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference.cute_dsl import with_cute_dsl
-from nvfp4_moe.reference.cutlass import with_cutlass
-from nvfp4_moe.reference.experts import Experts, prepare_experts
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.versions import tensors_of
+from nvfp4_moe.reference.weights.cute_dsl import with_cute_dsl
+from nvfp4_moe.reference.weights.cutlass import with_cutlass
+from nvfp4_moe.reference.weights.experts import Experts, prepare_experts
+from nvfp4_moe.reference.weights.versions import tensors_of
 
 from nvfp4_moe import ActivationType
 

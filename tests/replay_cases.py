@@ -8,9 +8,9 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 from nvfp4_moe import inputs
 from nvfp4_moe.compare import run_reference

@@ -8,11 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from nvfp4_moe.reference.routing import (
-    Routing,
-    RoutingMethodType,
-    route,
-)
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
 
 M = RoutingMethodType
 METHODS = [m for m in M if m != M.Unspecified]

@@ -25,7 +25,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3 = [m * 2.0**-9 for m in range(8)]
 E4M3 += [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)][:-1]
 RCP_DELTA = np.frombuffer(
-    lzma.decompress((files("nvfp4_moe.reference") / "rcp_delta.xz").read_bytes()), np.int8
+    lzma.decompress((files("nvfp4_moe.reference.numerics") / "rcp_delta.xz").read_bytes()), np.int8
 )
 
 

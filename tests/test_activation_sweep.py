@@ -18,9 +18,9 @@ from nvfp4_moe.kernels.moe_gemm import _activation, _per_expert
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference import activation as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
-from nvfp4_moe.reference.bounds_activation import activation_bounds
-from nvfp4_moe.reference.experts import prepare_experts
-from nvfp4_moe.reference.interval import Interval
+from nvfp4_moe.reference.bounds.activation import activation_bounds
+from nvfp4_moe.reference.bounds.interval import Interval
+from nvfp4_moe.reference.weights.experts import prepare_experts
 
 SMALLEST = 2.0**-126
 BLOCK = 1 << 15 if INTERPRETING else 1024

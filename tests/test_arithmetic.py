@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.reference import e2m1
+from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.recipe import Recipe, SfLayout, all_recipes
 
 from nvfp4_moe import inputs, matrix

@@ -8,14 +8,15 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Shape
-from nvfp4_moe.reference import bounds_product, moe
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds import fused_moe_bounds
-from nvfp4_moe.reference.bounds_activation import activation_bounds
-from nvfp4_moe.reference.bounds_product import Product
-from nvfp4_moe.reference.bounds_requantize import requantize_blocks, requantize_rows
-from nvfp4_moe.reference.bounds_sums import sum_of_products
-from nvfp4_moe.reference.interval import ANY_ORDER, CONTIGUOUS, FP32, Interval
+from nvfp4_moe.reference.bounds import product as bounds_product
+from nvfp4_moe.reference.bounds.accumulation import sum_of_products
+from nvfp4_moe.reference.bounds.activation import activation_bounds
+from nvfp4_moe.reference.bounds.interval import ANY_ORDER, CONTIGUOUS, FP32, Interval
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+from nvfp4_moe.reference.bounds.product import Product
+from nvfp4_moe.reference.bounds.requantize import requantize_blocks, requantize_rows
+from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.quantize import quantize_block_scales, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 

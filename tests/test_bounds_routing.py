@@ -11,13 +11,15 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
-from nvfp4_moe.reference import bounds_routing, moe, routing
-from nvfp4_moe.reference.bounds import fused_moe_bounds, routed_moe_bounds
-from nvfp4_moe.reference.bounds_routing import routing_bounds
-from nvfp4_moe.reference.bounds_selection import SETS, selections
-from nvfp4_moe.reference.cutlass import with_cutlass
-from nvfp4_moe.reference.interval import Interval
-from nvfp4_moe.reference.routing import Routing, route
+from nvfp4_moe.reference.bounds import routing as bounds_routing
+from nvfp4_moe.reference.bounds.interval import Interval
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
+from nvfp4_moe.reference.bounds.routing import routing_bounds
+from nvfp4_moe.reference.bounds.selection import SETS, selections
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe import routing
+from nvfp4_moe.reference.moe.routing import Routing, route
+from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from routing_cases import (
     BIASED,
     GROUPED,

@@ -9,17 +9,17 @@ import pytest
 import torch
 from assertions import assert_inside
 from moe_cases import GATED, PLAIN, Shape
-from nvfp4_moe.reference import moe
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds import fused_moe_bounds
-from nvfp4_moe.reference.bounds_parallel import all_reduce_bounds
-from nvfp4_moe.reference.bounds_product import Product
-from nvfp4_moe.reference.bounds_sums import sum_of_products
-from nvfp4_moe.reference.experts import prepare_experts
-from nvfp4_moe.reference.fp32 import flush
-from nvfp4_moe.reference.interval import ANY_ORDER, CONTIGUOUS, Interval, hull
+from nvfp4_moe.reference.bounds.accumulation import sum_of_products
+from nvfp4_moe.reference.bounds.interval import ANY_ORDER, CONTIGUOUS, Interval, hull
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+from nvfp4_moe.reference.bounds.parallel import all_reduce_bounds
+from nvfp4_moe.reference.bounds.product import Product
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics.fp32 import flush
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.weights.experts import prepare_experts
 
 from nvfp4_moe.allowed import Allowed
 from nvfp4_moe.fuzz_calls import Draw

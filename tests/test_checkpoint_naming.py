@@ -21,8 +21,8 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.experts import prepare_experts, quantize_weight
 from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.experts import prepare_experts, quantize_weight
 
 from nvfp4_moe.checkpoints import CheckpointError, load_experts
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.reference import e4m3
 from nvfp4_moe.reference.layouts import from_linear, to_linear
+from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from safetensors.torch import save_file
 

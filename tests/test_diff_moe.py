@@ -128,7 +128,7 @@ def test_costs_are_those_of_four_bits():
 
 def test_the_exact_cases_are_exact():
     """Any order of the sums gives the same bits: ascending in fp32 as well as in fp64."""
-    from nvfp4_moe.reference.moe import fused_moe
+    from nvfp4_moe.reference.moe.layer import fused_moe
 
     from nvfp4_moe.mutants.conforming import CONFORMING
 

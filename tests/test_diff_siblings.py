@@ -11,10 +11,15 @@ import standin
 import torch
 from assertions import assert_bitwise
 from nvfp4_moe.kernels.flashinfer import baselines as adapter
-from nvfp4_moe.reference import fp8
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType, route
-from nvfp4_moe.reference.siblings import FORMATS, SiblingActivations, prepare_sibling, quantize_for
+from nvfp4_moe.reference.moe import fp8
+from nvfp4_moe.reference.moe.baselines import (
+    FORMATS,
+    SiblingActivations,
+    prepare_sibling,
+    quantize_for,
+)
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
 from standin import layers
 
 from nvfp4_moe import diff_siblings

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference import e4m3
+from nvfp4_moe.reference.numerics import e4m3
 from torch.overrides import TorchFunctionMode
 
 INF = torch.tensor(torch.inf)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference import fp32
-from nvfp4_moe.reference.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
+from nvfp4_moe.reference.numerics import fp32
+from nvfp4_moe.reference.numerics.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
 
 MIN_NORMAL = 2.0**-126
 SUBNORMAL = 2.0**-130

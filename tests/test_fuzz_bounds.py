@@ -5,9 +5,9 @@ import shlex
 
 import pytest
 import torch
-from nvfp4_moe.reference import moe
-from nvfp4_moe.reference.interval import Interval
-from nvfp4_moe.reference.moe import Stages
+from nvfp4_moe.reference.bounds.interval import Interval
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe import fuzz_bounds, fuzz_runs
 from nvfp4_moe.__main__ import main

@@ -143,7 +143,7 @@ def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
     results = tmp_path / "mutants.json"
     ask = of_pack(results)
     assert main(ask) == 1
-    assert "SURVIVED reference/e2m1.py pack: " in capsys.readouterr().out
+    assert "SURVIVED reference/numerics/e2m1.py pack: " in capsys.readouterr().out
 
 
 def test_answers_are_compared_to_the_bit_but_for_the_bits_of_nan():

@@ -4,8 +4,8 @@
 import pytest
 import torch
 from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.routing import route
 from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.routing import route
 
 from nvfp4_moe import matrix_edges
 from nvfp4_moe.allowed import Allowed, unequal

@@ -18,13 +18,13 @@ from nvfp4_moe.kernels.flashinfer import (
     trtllm,
 )
 from nvfp4_moe.kernels.moe_call import make_moe_call
-from nvfp4_moe.reference import e2m1, e4m3
-from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 
 import nvfp4_moe
 

@@ -11,10 +11,10 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.kernels import moe_dispatch, reference_moe_ops
 from nvfp4_moe.kernels.flashinfer import trtllm
-from nvfp4_moe.reference import moe as reference
 from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType, pack_topk, route
 
 import nvfp4_moe
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from moe_cases import GATED, PLAIN, Shape
-from nvfp4_moe.reference import moe
 from nvfp4_moe.reference.activation import ActivationType, activate
-from nvfp4_moe.reference.experts import (
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.quantize import dequantize, quantize_global_scale, quantize_per_token
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.weights.experts import (
     assemble_experts,
     gemm1_values,
     gemm2_values,
     padded_sizes,
     prepare_experts,
 )
-from nvfp4_moe.reference.quantize import dequantize, quantize_global_scale, quantize_per_token
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 SHAPE = Shape(5, 128, 64, 4, 2)
 

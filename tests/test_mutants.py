@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from nvfp4_moe.reference.moe import Stages
+from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.judge import STAGES, judge

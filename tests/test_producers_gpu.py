@@ -6,7 +6,7 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
 from marks import ON_A_GPU
-from nvfp4_moe.reference import producers as reference
+from nvfp4_moe.reference import fused_quantize as reference
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 

@@ -10,8 +10,8 @@ from assertions import assert_bitwise, assert_inside, assert_quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvfp4_moe.kernels import target
-from nvfp4_moe.reference import producers
-from nvfp4_moe.reference.interval import Interval, rounded
+from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference.bounds.interval import Interval, rounded
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
-from nvfp4_moe.reference import e2m1, e4m3
 from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import (
     Quantized,
     dequantize,

@@ -14,8 +14,8 @@ from assertions import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from nvfp4_moe.reference import e2m1, e4m3
 from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import (
     Quantized,
     dequantize,

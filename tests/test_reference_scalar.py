@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference import e2m1
+from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, all_recipes
 from scalar_model import ZERO, Kernel, hmax

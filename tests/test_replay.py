@@ -9,10 +9,10 @@ import pytest
 import torch
 from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
 from replay_cases import CASE, FOUR, ORIGIN, assert_same, moe_failure, quantizer_failure, wrong
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

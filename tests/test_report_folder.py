@@ -9,7 +9,7 @@ import sys
 import pytest
 import replay_cases
 import torch
-from nvfp4_moe.reference import e2m1
+from nvfp4_moe.reference.numerics import e2m1
 from safetensors.torch import save_file
 
 from nvfp4_moe import blackwell, doctor, folder, inputs, invocation, page, report, runners, text

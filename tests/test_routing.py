@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from nvfp4_moe.reference.routing import (
+from nvfp4_moe.reference.moe.routing import (
     Routing,
     RoutingResult,
     append_shared_experts,

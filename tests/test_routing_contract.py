@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from nvfp4_moe.reference.routing import (
+from nvfp4_moe.reference.moe.routing import (
     Routing,
     RoutingResult,
     append_shared_experts,

@@ -4,7 +4,7 @@
 import pytest
 from nvfp4_moe.kernels.routing import route_kernel
 from nvfp4_moe.kernels.target import INTERPRETING
-from nvfp4_moe.reference.routing import RoutingMethodType
+from nvfp4_moe.reference.moe.routing import RoutingMethodType
 from offline import compile_kernel, resources
 
 pytestmark = [

@@ -8,17 +8,17 @@ import torch
 import training_cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN
-from nvfp4_moe.reference import fp8
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.experts import (
+from nvfp4_moe.reference.moe import fp8
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.weights.experts import (
     Experts,
     assemble_experts,
     gemm1_values,
     prepare_experts,
     quantize_weight,
 )
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.scalars import MOST_OF_WEIGHTS, MOST_RAW, static_encode_scale
+from nvfp4_moe.reference.weights.scalars import MOST_OF_WEIGHTS, MOST_RAW, static_encode_scale
 
 from nvfp4_moe import fake_quantized_moe, fused_moe
 

@@ -17,9 +17,9 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.experts import Experts
+from nvfp4_moe.reference.moe.routing import pack_topk
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from nvfp4_moe.reference.routing import pack_topk
+from nvfp4_moe.reference.weights.experts import Experts
 from server_sources import (
     VERSIONS,
     arguments_of,

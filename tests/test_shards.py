@@ -11,22 +11,27 @@ import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds_parallel import (
+from nvfp4_moe.reference.bounds.interval import Interval
+from nvfp4_moe.reference.bounds.parallel import (
     all_reduce_bounds,
     expert_parallel_bounds,
     tensor_parallel_bounds,
 )
-from nvfp4_moe.reference.cutlass import with_cutlass
-from nvfp4_moe.reference.experts import gemm1_values, gemm2_values, prepare_experts, unshuffled_bias
-from nvfp4_moe.reference.interval import Interval
-from nvfp4_moe.reference.moe import fused_moe
-from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.shards import (
+from nvfp4_moe.reference.moe.layer import fused_moe
+from nvfp4_moe.reference.moe.shards import (
     fused_moe_shards,
     select_experts,
     shard_columns,
     shard_experts,
     shard_size,
+)
+from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.cutlass import with_cutlass
+from nvfp4_moe.reference.weights.experts import (
+    gemm1_values,
+    gemm2_values,
+    prepare_experts,
+    unshuffled_bias,
 )
 
 from nvfp4_moe import inputs

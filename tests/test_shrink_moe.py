@@ -9,10 +9,15 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
-from nvfp4_moe.reference import e4m3
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.experts import gemm1_values, gemm2_values, row_order, unshuffled_bias
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e4m3
+from nvfp4_moe.reference.weights.experts import (
+    gemm1_values,
+    gemm2_values,
+    row_order,
+    unshuffled_bias,
+)
 
 import nvfp4_moe
 from nvfp4_moe import shrink_moe

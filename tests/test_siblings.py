@@ -16,12 +16,14 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.kernels.flashinfer import baselines as adapter
 from nvfp4_moe.kernels.flashinfer.baselines import SiblingRequest
-from nvfp4_moe.reference import e4m3, fp8, siblings
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.fp32 import rcp_approx_ftz
-from nvfp4_moe.reference.moe import finalize
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.siblings import FORMATS, prepare_sibling, quantize_for, sibling_moe
+from nvfp4_moe.reference.moe import baselines as siblings
+from nvfp4_moe.reference.moe import fp8
+from nvfp4_moe.reference.moe.baselines import FORMATS, prepare_sibling, quantize_for, sibling_moe
+from nvfp4_moe.reference.moe.layer import finalize
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e4m3
+from nvfp4_moe.reference.numerics.fp32 import rcp_approx_ftz
 
 SWIGLU, STEP, RELU2 = ActivationType.Swiglu, ActivationType.SwigluStep, ActivationType.Relu2
 AMAX = {"input_amax": 40.0, "intermediate_amax": 30.0}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
-from nvfp4_moe.reference import moe
-from nvfp4_moe.reference.bounds import fused_moe_bounds
-from nvfp4_moe.reference.bounds_parallel import expert_parallel_bounds
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds
+from nvfp4_moe.reference.moe import layer as moe
 
 import nvfp4_moe
 

@@ -20,7 +20,7 @@ import standin
 import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
 from nvfp4_moe.kernels import capability, dispatch, environment, moe_dispatch
-from nvfp4_moe.reference import moe as reference
+from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from standin import CAPABILITY, LIES, layers, quantizers
 from standin.cases import CASES, EXACT_MATH

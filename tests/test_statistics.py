@@ -14,17 +14,17 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.kernels.dispatch import UnsupportedError
 from nvfp4_moe.kernels.flashinfer import trtllm
-from nvfp4_moe.reference import moe as reference
-from nvfp4_moe.reference import statistics
-from nvfp4_moe.reference.experts import quantize_weight
+from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.quantize import dequantize
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, all_recipes
-from nvfp4_moe.reference.statistics import (
+from nvfp4_moe.reference.statistics import counts as statistics
+from nvfp4_moe.reference.statistics.counts import (
     COUNTS,
     QuantizationStatistics,
     quantization_statistics,
     weight_statistics,
 )
+from nvfp4_moe.reference.weights.experts import quantize_weight
 from statistics_cases import FOUR, assert_same, assert_slow, slow
 
 import nvfp4_moe

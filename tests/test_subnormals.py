@@ -18,7 +18,7 @@ if {before}:
 torch.ones(1 << 17) * 2  # which starts the threads of the pool
 torch.set_flush_denormal({flag})
 from nvfp4_moe.reference.quantize import dequantize
-from nvfp4_moe.reference.subnormals import flushes
+from nvfp4_moe.reference.numerics.subnormals import flushes
 codes = torch.full((512, 128), 0x22, dtype=torch.uint8)
 scales = torch.full((512, 16), 8, dtype=torch.uint8)
 bits = torch.tensor([2**9], dtype=torch.int32).view(torch.float32)

@@ -4,8 +4,8 @@
 
 import pytest
 import torch
-from nvfp4_moe.reference import moe
-from nvfp4_moe.reference.moe import Stages
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe import diff_moe, sums
 from nvfp4_moe.mutants.conforming import CONFORMING, truncating

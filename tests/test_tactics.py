@@ -11,7 +11,7 @@ from moe_cases import Shape
 from nvfp4_moe.kernels import config_cache, moe, moe_dispatch, target
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.kernels.target import INTERPRETING
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 from nvfp4_moe import tactics
 

@@ -8,9 +8,9 @@ import torch
 import training_cases as cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Shape
-from nvfp4_moe.reference import moe as reference
+from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.routing import route
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.routing import route
 
 from nvfp4_moe import (
     ActivationType,

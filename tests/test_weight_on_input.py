@@ -9,8 +9,8 @@ import torch
 from assertions import assert_bitwise
 from marks import ON_A_GPU
 from nvfp4_moe.kernels.dispatch import UnsupportedError
-from nvfp4_moe.reference.experts import gemm1_values, gemm2_values
-from nvfp4_moe.reference.routing import pack_topk, route
+from nvfp4_moe.reference.moe.routing import pack_topk, route
+from nvfp4_moe.reference.weights.experts import gemm1_values, gemm2_values
 
 from nvfp4_moe import Routing, RoutingMethodType, explain_fused_moe, fused_moe, prepare_experts
 from nvfp4_moe.serving import vllm

@@ -14,11 +14,11 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
-from nvfp4_moe.reference.bounds import fused_moe_bounds
-from nvfp4_moe.reference.experts import Experts, gemm1_values, gemm2_values, prepare_experts
-from nvfp4_moe.reference.interval import CONTIGUOUS
-from nvfp4_moe.reference.moe import hidden_values, quantize_activations
+from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+from nvfp4_moe.reference.moe.layer import hidden_values, quantize_activations
 from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.experts import Experts, gemm1_values, gemm2_values, prepare_experts
 from torch.nn import functional
 
 from nvfp4_moe import ActivationType, fake_quantized_moe, fused_moe

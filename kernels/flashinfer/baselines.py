@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
-from ...reference.experts import row_order
 from ...reference.layouts import from_linear
+from ...reference.moe.baselines import Format, SiblingActivations, SiblingExperts, quantize_for
+from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
-from ...reference.routing import Routing
-from ...reference.siblings import Format, SiblingActivations, SiblingExperts, quantize_for
+from ...reference.weights.experts import row_order
 from ..capability import capability_of
 from .quantize import INSTALLED, VERSION
 
@@ -46,7 +46,7 @@ _FUSED = (
     ActivationType.Swiglu, ActivationType.SwigluStep, ActivationType.Geglu, ActivationType.Relu2,
     ActivationType.Identity,
 )  # fmt: skip
-"""runner.cu:114-146; fp8 block has SwiGLU alone, `reference.siblings`."""
+"""runner.cu:114-146; fp8 block has SwiGLU alone, `reference.moe.baselines`."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The adapter to FlashInfer's fused MoE in CuTe-DSL, with its capability table.
 
-Its weights are a second copy, made by `reference.cute_dsl.with_cute_dsl`. The finalize that adds with
-atomics is not used. Sources, in flashinfer-python 0.7.2.post1: `fused_moe/cute_dsl/fused_moe.py` (cfm),
-`fused_moe/cute_dsl/moe_utils.py`, `fused_moe/cute_dsl/blackwell/moe_finalize.py`.
+Its weights are a second copy, made by `reference.weights.cute_dsl.with_cute_dsl`. The finalize that adds
+with atomics is not used. Sources, in flashinfer-python 0.7.2.post1: `fused_moe/cute_dsl/fused_moe.py`
+(cfm), `fused_moe/cute_dsl/moe_utils.py`, `fused_moe/cute_dsl/blackwell/moe_finalize.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -1,7 +1,7 @@
 """The adapter to FlashInfer's fused MoE in cutlass, with its capability table: static scales alone.
 
-Its weights are a second copy, made by `reference.cutlass.with_cutlass`. The finalize that adds with
-atomics is not used. Sources, in flashinfer-python 0.7.2.post1: `fused_moe/core.py:1277`,
+Its weights are a second copy, made by `reference.weights.cutlass.with_cutlass`. The finalize that adds
+with atomics is not used. Sources, in flashinfer-python 0.7.2.post1: `fused_moe/core.py:1277`,
 `fused_moe/runners.py:2400`, `flashinfer_cutlass_fused_moe_binding.cu` (binding),
 `cutlass_fused_moe_kernels.cuh` (kernels).
 """

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
-from ...reference.moe import split_k_groups
+from ...reference.moe.layer import split_k_groups
+from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import Build
-from ...reference.routing import refusal as routing_refusal
 from .. import environment
 from ..moe_call import MoECall
 from .quantize import INSTALLED, VERSION

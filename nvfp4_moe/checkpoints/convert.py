@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..reference import checks
-from ..reference.experts import quantize_weight
+from ..reference.numerics.subnormals import kept
 from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe, check_recipe
-from ..reference.subnormals import kept
+from ..reference.weights.experts import quantize_weight
 from .described import configurations, describe
 from .errors import CheckpointError
 from .files import local

@@ -8,11 +8,11 @@ import torch
 
 from ..reference import checks
 from ..reference.activation import ActivationType
-from ..reference.expert_arguments import check_activation, check_parameter
-from ..reference.experts import Experts, assemble_experts
+from ..reference.numerics.subnormals import kept
 from ..reference.recipe import BLOCK_SIZE
-from ..reference.scalars import check_one_scale, per_expert
-from ..reference.subnormals import kept
+from ..reference.weights.arguments import check_activation, check_parameter
+from ..reference.weights.experts import Experts, assemble_experts
+from ..reference.weights.scalars import check_one_scale, per_expert
 from .check import Check
 from .errors import CheckpointError
 from .folder import Folder

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..judge import Call, Run
-from ..reference import moe
-from ..reference.moe import Activations, MoEResult, Stages
+from ..reference.moe import layer as moe
+from ..reference.moe.layer import Activations, MoEResult, Stages
 from ..reference.recipe import Recipe, SfLayout
 from .arguments import (
     gate_and_up_exchanged,

@@ -13,8 +13,7 @@ import torch
 from .. import host
 from ..judge import Call, Run
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts, prepare_experts
-from ..reference.moe import (
+from ..reference.moe.layer import (
     Activations,
     Stages,
     activate_raw,
@@ -22,8 +21,9 @@ from ..reference.moe import (
     matmul,
     quantize_activations,
 )
+from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.recipe import NVFP44Over6Config, Recipe
-from ..reference.routing import Routing, RoutingMethodType, route
+from ..reference.weights.experts import Experts, prepare_experts
 
 _M = RoutingMethodType
 

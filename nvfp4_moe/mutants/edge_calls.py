@@ -12,9 +12,9 @@ from .. import host, matrix_edges
 from ..allowed import unequal
 from ..kernels import moe, routing
 from ..moe_case import MoECase
-from ..reference.interval import Interval, rounded
+from ..reference.bounds.interval import Interval, rounded
+from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.recipe import Recipe
-from ..reference.routing import Routing, RoutingMethodType, route
 from .calls import Answered, FusedCall
 
 Tensor = torch.Tensor

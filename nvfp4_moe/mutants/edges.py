@@ -8,11 +8,11 @@ import torch
 
 from .. import host, inputs, matrix_edges
 from ..judge import Call
-from ..reference import e2m1, e4m3
 from ..reference.activation import ActivationType
-from ..reference.experts import Experts, assemble_experts, prepare_experts
+from ..reference.moe.routing import Routing, RoutingMethodType
+from ..reference.numerics import e2m1, e4m3
 from ..reference.recipe import BLOCK_SIZE, NVFP44Over6Config, Recipe
-from ..reference.routing import Routing, RoutingMethodType
+from ..reference.weights.experts import Experts, assemble_experts, prepare_experts
 from .conforming import Setting
 
 _M = RoutingMethodType

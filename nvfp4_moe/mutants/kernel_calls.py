@@ -14,9 +14,9 @@ from .. import host, inputs, matrix, matrix_moe, moe_parts
 from ..kernels.config_cache import GemmConfig
 from ..moe_case import MoECase
 from ..reference.activation import ActivationType
-from ..reference.moe import Activations, quantize_activations
+from ..reference.moe.layer import Activations, quantize_activations
+from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from ..reference.routing import Routing, RoutingMethodType
 from .calls import Answered, Call, FusedCall, QuantizerCall
 from .conforming import SETTINGS, Setting
 from .edge_calls import EDGE_CALLS

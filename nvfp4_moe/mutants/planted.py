@@ -12,7 +12,7 @@ import torch
 
 from .. import processes
 from ..kernels import moe
-from ..reference import moe as reference_moe
+from ..reference import recipe
 from .calls import Call
 from .kernel_calls import prepared
 from .syntax import Edit, Spot
@@ -57,7 +57,7 @@ def copy_package(root: Path) -> Path:
     package = root / _PACKAGE.name
     kernels = package / "kernels"
     shutil.copytree(_PACKAGE, package, ignore=_UNUSED)
-    for module in (moe, reference_moe):  # in a checkout these two are elsewhere
+    for module in (moe, recipe):  # in a checkout these two are elsewhere
         source = Path(module.__file__ or "").resolve().parent
         shutil.copytree(source, package / source.name, ignore=_UNUSED, dirs_exist_ok=True)
     return kernels

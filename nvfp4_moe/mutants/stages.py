@@ -10,11 +10,12 @@ from unittest import mock
 import torch
 
 from ..judge import Call
-from ..reference import moe, routing
-from ..reference.experts import Experts
-from ..reference.moe import Stages
+from ..reference.moe import layer as moe
+from ..reference.moe import routing
+from ..reference.moe.layer import Stages
+from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.recipe import BLOCK_SIZE
-from ..reference.routing import Routing, RoutingMethodType, route
+from ..reference.weights.experts import Experts
 
 Tensor = torch.Tensor
 Change = Callable[[Tensor], Tensor]

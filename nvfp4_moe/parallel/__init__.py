@@ -1,7 +1,7 @@
 """The fused mixture of experts over several ranks of `torch.distributed`; docs/parallel.md."""
 
 # SPDX-License-Identifier: Apache-2.0
-from ..reference.shards import select_experts, shard_experts
+from ..reference.moe.shards import select_experts, shard_experts
 from .agreement import AgreementError
 from .expert import fused_moe_ep
 from .tensor import fused_moe_tp

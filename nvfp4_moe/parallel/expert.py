@@ -10,10 +10,10 @@ import torch.distributed as dist
 from ..kernels import moe_dispatch
 from ..kernels.moe_call import MoECall
 from ..reference import checks
-from ..reference.experts import Experts
-from ..reference.moe import FinalizeOrder, finalize
+from ..reference.moe.layer import FinalizeOrder, finalize
+from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
-from ..reference.routing import Routing
+from ..reference.weights.experts import Experts
 from .agreement import AgreementError, Fields, Group, described, prepare
 from .exchange import Arrived, Exchange
 from .reduction import all_reduced, travelling
@@ -48,7 +48,7 @@ def fused_moe_ep(
     Contract: with "all-to-all" each rank has tokens of its own, and gets for them what `fused_moe` of
     all experts gives in one process, to the bit: on the reference, and on Triton with
     `batch_invariant`. With "all-reduce" every rank has the same tokens; the ranks' outputs are added, in
-    any order, and lie in `reference.bounds_parallel.expert_parallel_bounds`.
+    any order, and lie in `reference.bounds.parallel.expert_parallel_bounds`.
 
     Args:
         hidden_states: [T, hidden size] bf16; all-to-all: T may differ between ranks, and be 0.

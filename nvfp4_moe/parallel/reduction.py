@@ -7,7 +7,7 @@ import torch.distributed as dist
 from ..kernels import moe_dispatch
 from ..kernels.moe_call import MoECall
 from ..reference import checks
-from ..reference.moe import OUTPUT_DTYPES
+from ..reference.moe.layer import OUTPUT_DTYPES
 from .agreement import Group
 
 

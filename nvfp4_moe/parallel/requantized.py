@@ -8,9 +8,9 @@ row each, and as shards with row maxima of their own: the share of values that a
 import torch
 
 from ..inputs import activations
-from ..reference.moe import hidden_values, quantize_activations
+from ..reference.moe.layer import hidden_values, quantize_activations
+from ..reference.moe.shards import shard_columns
 from ..reference.recipe import Recipe
-from ..reference.shards import shard_columns
 
 SHARDS = (2, 4, 8)
 

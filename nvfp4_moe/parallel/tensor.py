@@ -9,10 +9,10 @@ import torch.distributed as dist
 from ..kernels import moe_dispatch
 from ..kernels.moe_call import MoECall
 from ..reference import checks
-from ..reference.experts import Experts
-from ..reference.moe import FinalizeOrder
+from ..reference.moe.layer import FinalizeOrder
+from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
-from ..reference.routing import Routing
+from ..reference.weights.experts import Experts
 from .agreement import AgreementError, Fields, described, prepare
 from .reduction import all_reduced, travelling
 
@@ -41,9 +41,9 @@ def fused_moe_tp(
     """`fused_moe` of a shard of the intermediate on each rank, all-reduced.
 
     Contract: each rank computes `fused_moe` of its shard, to the bit; the sum is that of
-    `reference.shards.fused_moe_shards` with as many shards, up to the order of additions, and lies in
-    `reference.bounds_parallel.tensor_parallel_bounds`. It is not `fused_moe` of the whole experts: each
-    shard quantizes its intermediate by its own row maximum.
+    `reference.moe.shards.fused_moe_shards` with as many shards, up to the order of additions, and lies
+    in `reference.bounds.parallel.tensor_parallel_bounds`. It is not `fused_moe` of the whole experts:
+    each shard quantizes its intermediate by its own row maximum.
 
     Args:
         hidden_states: [T, hidden size] bf16, the same on every rank, as is the routing.

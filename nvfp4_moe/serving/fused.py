@@ -14,8 +14,8 @@ from ..kernels.moe_call import routing_of
 from ..kernels.moe_dispatch import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
 from ..kernels.weight_on_input import weigh_rows
 from ..reference import checks
+from ..reference.moe.routing import Routing, unpack_topk
 from ..reference.recipe import Build, Recipe, SfLayout
-from ..reference.routing import Routing, unpack_topk
 
 
 def fused_experts_fp4(

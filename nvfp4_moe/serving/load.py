@@ -10,7 +10,7 @@ from ..checkpoints.formats import read_quantization
 from ..checkpoints.load import load_experts
 from ..kernels import environment
 from ..reference import checks
-from ..reference.experts import Experts
+from ..reference.weights.experts import Experts
 from .switch import activation_of
 
 

@@ -23,8 +23,8 @@ import torch
 
 from ..reference import checks
 from ..reference.activation import ActivationType
-from ..reference.expert_arguments import check_activation, check_parameter
-from ..reference.scalars import must_share, per_expert
+from ..reference.weights.arguments import check_activation, check_parameter
+from ..reference.weights.scalars import must_share, per_expert
 from .switch import Activation
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nvfp4_moe.reference import fp8, quantize
+from nvfp4_moe.reference import quantize
+from nvfp4_moe.reference.moe import fp8
+from nvfp4_moe.reference.moe.routing import Routing, route
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
-from nvfp4_moe.reference.routing import Routing, route
 
 Tensor = torch.Tensor
 Given = dict[str, Any]
@@ -50,6 +51,6 @@ class Behaviour:
     layer: Callable[[Given, str], Given] = lambda given, tactic: given
     """Changes the arguments of `reference.moe.fused_moe`; knows the name of the tactic."""
     sibling: Callable[[Given, str], Given] = lambda given, tactic: given
-    """The same of `reference.siblings.sibling_moe`."""
+    """The same of `reference.moe.baselines.sibling_moe`."""
     output: Callable[[Tensor, int], Tensor] = lambda output, calls: output
     """Changes the finalized output; knows how many calls came before."""

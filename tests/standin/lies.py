@@ -7,17 +7,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from nvfp4_moe.reference import e2m1, e4m3, fp8, quantize
+from nvfp4_moe.reference import quantize
 from nvfp4_moe.reference.activation import activate
 from nvfp4_moe.reference.layouts import from_linear
-from nvfp4_moe.reference.moe import read_back
+from nvfp4_moe.reference.moe import fp8
+from nvfp4_moe.reference.moe.layer import read_back
+from nvfp4_moe.reference.moe.routing import Routing
+from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import (
     Quantized,
     quantize_global_scale,
     quantize_per_token,
 )
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
-from nvfp4_moe.reference.routing import Routing
 
 from nvfp4_moe.mutants.quantizers import QUANTIZERS, _half_up, as_requantize
 from nvfp4_moe.mutants.stages import in_bf16, other_finalize, sigmoid_of_up

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.siblings import SiblingActivations, SiblingExperts
+from nvfp4_moe.reference.moe.baselines import SiblingActivations, SiblingExperts
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 from . import decode
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from ...kernels.target import INTERPRETING
-from ...reference import moe as reference_moe
+from ...reference import recipe
 from ..planted import KERNELS
 from . import harmless, trial
 from .rules import Generated, generate
 
-REFERENCE = Path(reference_moe.__file__).resolve().parent
+REFERENCE = Path(recipe.__file__).resolve().parent
 SECONDS = {"reference": 60.0, "cpu": 240.0, "cuda": 120.0}
 """After which a mutant has timed out."""
 

@@ -14,7 +14,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference _warp_sum: operator: -1 -> 1",
         "reference _warp_sum: operator: -1 -> 1 (2)",
     ),
-    "An ulp of a factor of an activation, whose last bits are free (`bounds_activation.py`).": (
+    "An ulp of a factor of an activation, whose last bits are free (`bounds/activation.py`).": (
         "reference STEP_LIMIT: constant: 7.0 -> 7.000000476837158",
         "reference activate: constant: 1.0 if alpha is None else alpha -> "
         "1.0000001192092896 if alpha is None else alpha",

@@ -13,13 +13,14 @@ from ...allowed import unequal
 from ...kernels import dense as triton_dense
 from ...kernels import producer_launch
 from ...kernels.config_cache import GemmConfig
-from ...reference import dense, producers
+from ...reference import dense
+from ...reference import fused_quantize as producers
 from ...reference.activation import ActivationType
-from ...reference.bounds_dense import mm_fp4_bounds
-from ...reference.experts import prepare_experts
+from ...reference.bounds.dense import mm_fp4_bounds
 from ...reference.layouts import from_linear
 from ...reference.quantize import Quantized, quantize_per_token
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from ...reference.weights.experts import prepare_experts
 from ..calls import Answered, Call, QuantizerCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, rows_at_edges

@@ -8,14 +8,14 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from ...kernels import moe
-from ...reference import moe as reference_moe
+from ...reference import recipe
 from .rules import Generated
 
-_FOLDERS = {"reference": reference_moe.__package__, "kernels": moe.__package__}
+_FOLDERS = {"reference": recipe.__package__, "kernels": moe.__package__}
 
 
 def module_of(file: str) -> ModuleType:
-    """The module of a file, `reference/e2m1.py` say."""
+    """The module of a file, `reference/numerics/e2m1.py` say."""
     folder, name = file.removesuffix(".py").split("/", 1)
     return importlib.import_module(f"{_FOLDERS[folder]}.{name.replace('/', '.')}")
 

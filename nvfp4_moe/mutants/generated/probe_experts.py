@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 
 from ... import host, matrix_edges
-from ...reference import checksum, cute_dsl, cutlass, experts, shuffle
+from ...reference import shuffle
 from ...reference.activation import ActivationType
 from ...reference.recipe import NVFP44Over6Config, Recipe
+from ...reference.weights import checksum, cute_dsl, cutlass, experts
 from .answers import Answers, raised
 from .numbers import seeded
 

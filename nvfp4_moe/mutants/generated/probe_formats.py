@@ -7,7 +7,8 @@ import itertools
 import torch
 
 from ... import host
-from ...reference import e2m1, e4m3, fp32, layouts, shuffle
+from ...reference import layouts, shuffle
+from ...reference.numerics import e2m1, e4m3, fp32
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 from .answers import Answers, raised
 from .numbers import around, seeded, specials

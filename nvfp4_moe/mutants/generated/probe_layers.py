@@ -9,9 +9,12 @@ import torch
 
 from ... import host, matrix_edges, matrix_moe
 from ...allowed import Allowed
-from ...reference import activation, dense, experts, layouts, moe, producers
+from ...reference import activation, dense, layouts
+from ...reference import fused_quantize as producers
 from ...reference.activation import ActivationType
+from ...reference.moe import layer as moe
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from ...reference.weights import experts
 from .answers import Answers, raised
 from .numbers import around, seeded, specials
 from .trial import Probe

@@ -6,8 +6,8 @@ import itertools
 import torch
 
 from ... import host, matrix_edges
-from ...reference import routing
-from ...reference.routing import Routing, RoutingMethodType
+from ...reference.moe import routing
+from ...reference.moe.routing import Routing, RoutingMethodType
 from ..edge_calls import every_method, saturated, undecided
 from .answers import Answers, raised
 from .numbers import seeded

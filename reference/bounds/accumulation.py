@@ -1,0 +1,101 @@
+"""The sums of exact products that any order may compute: points 1 and 9 of `moe.py`.
+
+Let P and -N be the sums of the positive and of the negative terms, errors included. A sum in any order
+lies in [-N, P], and so do its parts. A part that fp32 cannot hold is infinite, and stays so:
+
+- neither P nor N exceed fp32: every part is a number, and point 1 holds;
+- P alone does: the sum is a number of point 1's, or +inf; +inf for sure where all of those exceed fp32;
+- N alone: likewise -inf;
+- both: inf - inf may come, and nothing is claimed.
+
+Infinite and NaN operands: inf times 0, NaN times anything and +inf plus -inf are NaN in every order;
+else infinite terms of one sign decide, unless finite ones exceed fp32 towards the other. An interval
+with an infinite end may be times 0: nothing is claimed of sums over it.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from .interval import LARGEST, Accumulation, Interval, choose, fp32_range, unless
+
+_FLUSHED = 2.0**-118
+"""What a product may lose: 2^-126, where it is times 2^-8 until the end, as in our kernels."""
+
+
+def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:
+    """[N, M]: x [N, K] times w [M, K] transposed; w and, where it is a point, x are fp32 numbers."""
+    if bool((x.low.isfinite() & x.high.isfinite()).all()) and bool(w.isfinite().all()):
+        return _of_finite(x, w, accumulation)
+    finite = x.low.isfinite() & x.high.isfinite()
+    single = x.single
+    # NaN where a term is, or where two are infinite and differ in sign; else 0 or an infinity.
+    decided = x.low.masked_fill(finite | ~single, 0.0) @ w.double().T
+    numbers = x.map(lambda end: end.masked_fill(~finite, 0.0))
+    total = _of_finite(numbers, w.masked_fill(~w.isfinite(), 0.0), accumulation)
+    against = torch.where(decided > 0, total.low, -total.high) == -torch.inf
+    unknown = decided.isinf() & against | (~finite & ~single).any(1)[:, None]
+    total = choose(decided == 0, total, Interval.point(decided))
+    return unless(unknown & ~total.nan, total)
+
+
+def _of_finite(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:
+    k, w64 = w.shape[1], w.double()
+    points = x.is_point or bool((x.low == x.high).all())
+    if points:
+        x = Interval.point(x.low)
+    magnitude, sizes = x.magnitude, w64.abs()
+    centre = x.low if points else (x.low + x.high) / 2
+    radius = None if points else (x.high - x.low) / 2
+    size = magnitude @ sizes.T
+    low = high = centre @ w64.T
+    if radius is not None:
+        spread = radius @ sizes.T
+        low, high = low - spread, high + spread
+    positive, negative = (size + high) / 2, (size - low) / 2
+    largest = torch.maximum(positive, negative)
+    if accumulation.chunk is not None:
+        ranges = _largest_of_ranges(centre, radius, magnitude, w64, sizes, accumulation.chunk)
+        largest = torch.minimum(largest, ranges)
+    terms = torch.minimum((magnitude != 0).sum(1)[:, None], (w != 0).sum(1)[None, :])
+    error = accumulation.error(largest, terms, k) + size * k * 2.0**-52  # these sums are fp64
+    flushed = terms * _FLUSHED
+    if points:  # of an interval's inner values nothing is known: they have no common divisor
+        unit = _unit(x.low.float())[:, None] * _unit(w)[None, :]
+        error = torch.where(largest <= unit * 2**24, 0.0, error)
+        flushed = torch.where(unit >= _FLUSHED, 0.0, flushed)
+    error = error + flushed
+    low, high = low - error, high + error
+    high = torch.where((high > LARGEST) | (positive + error > LARGEST), torch.inf, high)
+    low = torch.where((low < -LARGEST) | (negative + error > LARGEST), -torch.inf, low)
+    return fp32_range(Interval(low, high))
+
+
+def _largest_of_ranges(
+    centre: torch.Tensor,
+    radius: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    w: torch.Tensor,
+    sizes: torch.Tensor,
+    chunk: int,
+) -> torch.Tensor:
+    """A bound of the magnitude of every contiguous range of chunks, and of what is within one."""
+    total = centre.new_zeros(centre.shape[0], w.shape[0])
+    least, most, spread, inside = total, total, total, total
+    for k in range(0, w.shape[1], chunk):
+        part = slice(k, k + chunk)
+        total = total + centre[:, part] @ w[:, part].T
+        if radius is not None:
+            spread = spread + radius[:, part] @ sizes[:, part].T
+        inside = torch.maximum(inside, magnitude[:, part] @ sizes[:, part].T)
+        least, most = torch.minimum(least, total), torch.maximum(most, total)
+    return most - least + spread + inside
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """The power of two that every fp32 number of a row is a multiple of, fp64; infinite for zeros."""
+    a = x.abs()
+    bits = a.view(torch.int32)
+    # Without its lowest set bit a number loses its unit, if that bit is one of the significand.
+    rest = (bits & (bits - 1)).view(torch.float32)
+    unit = torch.where(bits & 0x7FFFFF == 0, a, a - rest)
+    return torch.where(a == 0, torch.inf, unit).amin(-1).double()

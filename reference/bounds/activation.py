@@ -1,0 +1,199 @@
+"""The activation of an interval, and what implementations may differ in; see `moe.py`."""
+
+# SPDX-License-Identifier: Apache-2.0
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..activation import STEP_LIMIT, ActivationType
+from ..weights.experts import Experts, unshuffled_bias
+from .interval import LARGEST, SMALLEST, Interval, U, choose, rounded, unless
+from .product import Product
+
+_FEW = 3 * U
+_SATURATED = 80.0
+"""Above it an exponential comes near fp32's largest number, and a sigmoid near its smallest."""
+
+
+def activation_bounds(
+    raw: Product | Interval, experts: Experts, expert: torch.Tensor, *, drops_nan: bool = False
+) -> Interval:
+    """The activation of `reference.activation.activate`, bias first, of rows [N, M1] of experts [N].
+
+    Relative errors. Identity and ReLU: none. Relu2: one rounding. SiLU: 12.4 * 2^-23, and below zero
+    1.2 |alpha g| 2^-23 more: `__expf` has 2 + floor(1.173 |x|) ulp (CUDA C++ Programming Guide, table of
+    intrinsic functions), of which a sigmoid keeps the share of the exponential in 1 + exp, at most
+    0.28 / |x| above zero; with an approximate reciprocal and the roundings of the products. GELU: 2^-20,
+    and 2^-22 of the argument, for the cancellation in 1 + erf. With tanh: 2^-10, for `tanh.approx` (PTX
+    ISA: 2^-11). What flushing costs, and an exponential that fp32 cannot hold, is absolute.
+
+    SiLU and GELU of -inf are NaN, -inf times 0. A NaN goes through every clamp and maximum of ours. With
+    `drops_nan` nothing is claimed of it: FlashInfer's cutlass layer gives SwigluStep's limit
+    (`activation.activate`), and what its closed epilogues give is not known.
+    """
+    found = _activated(Product.of(raw) if isinstance(raw, Interval) else raw, experts, expert)
+    return unless(found.nan, found) if drops_nan else found
+
+
+def _activated(raw: Product, experts: Experts, expert: torch.Tensor) -> Interval:
+    kind = experts.activation
+    if experts.gemm1_bias is not None:
+        raw = raw.plus(unshuffled_bias(experts.gemm1_bias, kind.gated)[expert])
+
+    def of_rows(values: torch.Tensor) -> torch.Tensor:
+        return values[expert][:, None]
+
+    def parameter(values: torch.Tensor | None) -> torch.Tensor:
+        return torch.ones_like(gate_scale) if values is None else of_rows(values)
+
+    scale = of_rows(experts.output1_scale_scalar)
+    gate_scale = of_rows(experts.output1_scale_gate_scalar)
+    if not kind.gated:
+        return _plain(raw.times(gate_scale), kind).times(scale).result()
+    half = raw.peak.shape[-1] // 2
+    up, gate = raw[..., :half], raw[..., half:]
+    limit = experts.gemm1_clamp_limit
+    if kind == ActivationType.SwigluStep:
+        if limit is None:
+            limits = Interval.point(STEP_LIMIT / gate_scale).relatively(2.0**-22)
+        else:
+            limits = Interval.point(of_rows(limit))
+        most = Product.of(limits).times(gate_scale).result()
+        value = _at_most(_silu(gate.times(gate_scale).result()), most)
+        return _clamped(up, limits).times(scale).times(value, _FEW).result()
+    if limit is not None:
+        limits = Interval.point(of_rows(limit))
+        up, gate = _clamped(up, limits), Product.of(_at_most(gate.result(), limits))
+    argument = gate.times(gate_scale).result()
+    alpha = parameter(experts.gemm1_alpha).double()
+    if kind == ActivationType.Situ:
+        beta = parameter(experts.gemm1_beta).double()
+        curved = _situ_up(up.times(gate_scale).result(), beta)
+        return Product.of(curved).times(_situ_gate(argument, alpha), _FEW).times(scale).result()
+    if kind == ActivationType.Swiglu and experts.gemm1_beta is not None:
+        up = up.plus(of_rows(experts.gemm1_beta))
+    up = up.times(scale)
+    if kind == ActivationType.Swiglu:
+        return up.times(_silu(argument, alpha), _FEW).result()
+    return up.times(_gelu(argument, kind == ActivationType.GegluTanh), _FEW).result()
+
+
+def _at_most(x: Interval, limit: Interval) -> Interval:
+    ends = (torch.minimum(*pair) for pair in ((x.low, limit.low), (x.high, limit.high)))
+    return unless(x.unknown, Interval(*ends))
+
+
+def _clamped(x: Product, limit: Interval) -> Product:
+    """Between -limit and limit, which comes last where it is negative."""
+    given, least = x.result(), -limit
+    ends = (torch.maximum(*pair) for pair in ((given.low, least.low), (given.high, least.high)))
+    return Product.of(_at_most(unless(given.unknown, Interval(*ends)), limit))
+
+
+def _nonzero(x: Interval) -> torch.Tensor:
+    """1 where something may be lost; the functions below are exact of zero."""
+    return ((x.low != 0) | (x.high != 0)).double()
+
+
+def _unimodal(
+    x: Interval, f: Callable[[torch.Tensor], torch.Tensor], minimum: torch.Tensor | float,
+    bottom: torch.Tensor | float,
+) -> Interval:  # fmt: skip
+    """Of an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
+    low, high = f(x.low), f(x.high)
+    within = (x.low < minimum) & (x.high > minimum)
+    invalid = (low.isnan() | high.isnan()) & ~x.single
+    least = torch.where(within, bottom, torch.minimum(low, high))
+    return unless(invalid | x.unknown, Interval(least, torch.maximum(low, high)))
+
+
+def _silu(x: Interval, alpha: torch.Tensor | None = None) -> Interval:
+    """x sigmoid(alpha x); -1 times that of -x and -alpha, so that alpha may be taken as positive."""
+    if alpha is None:
+        alpha = x.low.new_ones(1)
+    sign = Interval.point(1 - 2 * (alpha < 0).double())
+    x, alpha = x * sign, alpha.abs()
+    # x sigmoid(x) is least, -0.27846454, at -1.27846454
+    value = _unimodal(
+        x,
+        lambda t: t * torch.sigmoid(alpha * t),
+        -1.2784645427610738 / alpha,
+        -0.2784645427610738 / alpha,
+    )
+    argument = (alpha * x.low).nan_to_num(nan=0.0)
+    below = (-argument).clamp(0.0, 2 * _SATURATED)
+    size = x.magnitude.nan_to_num(posinf=0.0)
+    lost = torch.where(argument < -_SATURATED, 2 * size, 1.0) * SMALLEST * _nonzero(x)
+    value = value.relatively((12.4 + 1.2 * below) * 2.0**-23).widened(lost)
+    # An infinite alpha times 0 is NaN.
+    mixed = alpha.isinf() & (x.low <= 0) & (x.high >= 0) & ~x.single
+    return unless(mixed & ~value.nan, value) * sign
+
+
+def _gelu(x: Interval, tanh: bool) -> Interval:
+    size = x.magnitude.nan_to_num(posinf=0.0)
+    if tanh:
+        value = _unimodal(x, _gelu_tanh, -0.7524614220710162, -0.17004075057125413)
+        value = value.relatively(2.0**-10).widened(size * 2.0**-11)
+    else:
+        value = _unimodal(x, _gelu_erf, -0.7517915246935645, -0.1699712074699664)
+        value = value.relatively(2.0**-20).widened(size * 2.0**-22)
+    return value.widened(SMALLEST * _nonzero(x))
+
+
+def _gelu_erf(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return 0.5 * x * (1 + torch.tanh(inner))
+
+
+def _situ_up(x: Interval, beta: torch.Tensor) -> Interval:
+    """beta tanh(x / beta); an argument of tanh that is flushed costs 2^-126 beta."""
+    value = x.rising(lambda t: beta * torch.tanh(t / beta)).relatively(2.0**-10)
+    value = value.widened(2 * SMALLEST * beta.abs().clamp(1.0, LARGEST) * _nonzero(x))
+    return unless((beta == 0) & ~x.single, value)
+
+
+def _situ_gate(x: Interval, alpha: torch.Tensor) -> Interval:
+    """alpha tanh(x / alpha) sigmoid(x), whose slope is at most 1 + |x| / 4.
+
+    Above zero it rises; below, it lies between x sigmoid(x) and zero.
+    """
+
+    def f(t: torch.Tensor) -> torch.Tensor:
+        return alpha * torch.tanh(t / alpha) * torch.sigmoid(t)
+
+    finite = x.map(lambda end: end.clamp(-2 * LARGEST, 2 * LARGEST))
+    centre, radius = (finite.low + finite.high) / 2, (finite.high - finite.low) / 2
+    near = Interval.point(f(centre)).widened(radius * (1 + finite.magnitude / 4))
+    low = torch.maximum(near.low, torch.where(x.low >= 0, f(x.low), _silu(finite).low))
+    high = torch.minimum(near.high, f(x.high).clamp(min=0.0))
+    value = choose(x.single, Interval.point(f(x.low)), Interval(low, high)).relatively(2.0**-9)
+    value = value.widened(4 * SMALLEST * alpha.abs().clamp(1.0, LARGEST) * _nonzero(x))
+    return unless(x.unknown | ((alpha == 0) & ~x.single), value)
+
+
+def _plain(x: Product, kind: ActivationType) -> Product:
+    if kind == ActivationType.Identity:
+        return x
+    argument = x.result()
+    if kind == ActivationType.Relu:
+        return Product.of(argument.rising(torch.relu))
+    if kind == ActivationType.Relu2:
+        positive = rounded(torch.float32, argument).rising(torch.relu)
+        return replace(Product.of(positive).times(positive), value=positive.rising(_square))
+    if kind == ActivationType.Silu:
+        return Product.of(_silu(argument))
+    return Product.of(_gelu(argument, tanh=False))
+
+
+def _square(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to fp32 where that is in its normal range."""
+    square = x.square()
+    normal = (square >= SMALLEST) & (square <= LARGEST)
+    return torch.where(normal, square.float().double(), square)

@@ -1,0 +1,33 @@
+"""Intervals that hold the dense product of every implementation that keeps its contract.
+
+`moe.py` has the argument: points 1 (the sums), 2 (alpha, one factor) and 4 (one rounding).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from ..dense import operands
+from ..numerics.subnormals import kept
+from .accumulation import sum_of_products
+from .interval import ANY_ORDER, Accumulation, Interval, rounded
+from .product import Product
+
+
+@kept
+def mm_fp4_bounds(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_descale: torch.Tensor,
+    b_descale: torch.Tensor,
+    alpha: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    use_8x4_sf_layout: bool = False,
+    accumulation: Accumulation = ANY_ORDER,
+) -> Interval:
+    """[M, N]: what a call of `reference.dense.mm_fp4`, whose arguments these are, may return."""
+    x, w = operands(a, b, a_descale, b_descale, use_8x4_sf_layout)
+    total = sum_of_products(Interval.point(x), w, accumulation)
+    if alpha is not None:
+        total = Product.of(total).times(alpha.reshape(-1, 1)).result()
+    return rounded(out_dtype, total)

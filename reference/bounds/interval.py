@@ -1,0 +1,201 @@
+"""Intervals, and how far sums may be from the true ones; `moe.py` has the argument."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..numerics.subnormals import kept
+
+U = 2.0**-24
+"""Unit roundoff of fp32."""
+LARGEST = torch.finfo(torch.float32).max
+SMALLEST = torch.finfo(torch.float32).smallest_normal
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How far a sum of exact products may be from the true one, in units of B.
+
+    `per_term` for each nonzero term, `per_step` for each `step` of terms. With `chunk` the sum is a
+    tree over contiguous ranges of whole chunks of that many terms, each of which may have any order.
+    """
+
+    name: str
+    per_term: float
+    per_step: float
+    step: int
+    source: str
+    chunk: int | None = None
+
+    def error(self, largest: torch.Tensor, terms: torch.Tensor | int, k: int) -> torch.Tensor:
+        """An upper bound; `largest` is B, `terms` how many of the K products are not zero."""
+        # 1.001 for the second order: the rounded partial sums exceed B by less than K * U.
+        return largest * (terms * self.per_term + -(-k // self.step) * self.per_step) * 1.001
+
+
+FP32 = Accumulation("fp32", U, 0.0, 1, "IEEE 754: round to nearest, any tree of additions")
+ANY_ORDER = Accumulation(
+    "any order",
+    U,
+    3 * U,
+    8,
+    "steps of at least 8 products, aligned to the largest term with one more bit than fp32 has, dropped "
+    "below, the result truncated to fp32; covers FP32. `nvfp4_moe.sums` asks a backend",
+)
+CONTIGUOUS = replace(
+    ANY_ORDER,
+    name="contiguous",
+    source=ANY_ORDER.source
+    + "; tiles of at most 256 of K, ascending or split, as our kernels' are; "
+    "within a tile those decode every second or fourth column first",
+    chunk=256,
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What a number may be: fp64 tensors of one shape; one tensor is both ends of a point.
+
+        low <= high    a number from low to high; an end that is infinite is one of its values
+        -inf, inf      anything, NaN too: nothing is claimed
+        NaN, NaN       NaN, and nothing else
+
+    An operation is invalid (0 * inf, inf - inf) where an end of its result is NaN. Where only some of
+    the values make it so, nothing is claimed.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @staticmethod
+    def point(x: torch.Tensor) -> "Interval":
+        x = x.double()
+        return Interval(x, x)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the ends are one tensor; where they only have the same values, it is False."""
+        return self.low is self.high
+
+    @property
+    def nan(self) -> torch.Tensor:
+        """Which elements are NaN for sure."""
+        return self.low.isnan()
+
+    @property
+    def unknown(self) -> torch.Tensor:
+        """Of which elements nothing is claimed."""
+        return (self.low == -torch.inf) & (self.high == torch.inf)
+
+    @property
+    def single(self) -> torch.Tensor:
+        """Which elements have one value alone; NaN is one."""
+        return (self.low == self.high) | self.nan
+
+    def widened(self, by: torch.Tensor | float) -> "Interval":
+        """By a finite number."""
+        return Interval(self.low - by, self.high + by)
+
+    def relatively(self, error: torch.Tensor | float) -> "Interval":
+        """Times 1 - error to 1 + error, which is less than 1; infinite ends stay."""
+        low, high = (end.abs().nan_to_num(posinf=0.0) * error for end in (self.low, self.high))
+        return Interval(self.low - low, self.high + high)
+
+    def map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
+        """f of both ends, for f that is nondecreasing, or moves elements about."""
+        low = f(self.low)
+        return Interval(low, low if self.is_point else f(self.high))
+
+    def rising(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
+        """Of a nondecreasing f of numbers, which lets a NaN through."""
+        return self.map(f) if self.is_point else unless(self.unknown, self.map(f))
+
+    def __neg__(self) -> "Interval":
+        low = -self.high
+        return Interval(low, low if self.is_point else -self.low)
+
+    def __mul__(self, other: "Interval") -> "Interval":
+        if self.is_point and other.is_point:
+            return Interval.point(self.low * other.low)
+        if self.is_point:
+            self, other = other, self
+        low = high = self.low * other.low
+        corners = [(self.high, other.low)]
+        if not other.is_point:
+            corners += [(self.low, other.high), (self.high, other.high)]
+        for a, b in corners:
+            corner = a * b
+            low, high = torch.minimum(low, corner), torch.maximum(high, corner)
+        surely = self.nan | other.nan | (self.single & other.single)
+        return unless(low.isnan() & ~surely, Interval(low, high))
+
+    def __add__(self, other: "Interval") -> "Interval":
+        if self.is_point and other.is_point:
+            return Interval.point(self.low + other.low)
+        return valid(Interval(self.low + other.low, self.high + other.high))
+
+    def __getitem__(self, index: object) -> "Interval":
+        return self.map(lambda end: end[index])  # type: ignore[index]
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        return self.low.abs() if self.is_point else torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def mignitude(self) -> torch.Tensor:
+        """The smallest magnitude; 0 for NaN."""
+        same_sign = (self.low > 0) | (self.high < 0)
+        return torch.where(same_sign, torch.minimum(self.low.abs(), self.high.abs()), 0.0)
+
+    @kept
+    def contains(self, x: torch.Tensor) -> torch.Tensor:
+        """Elementwise: whether x may be the value."""
+        x = x.double()
+        return ((x >= self.low) & (x <= self.high)) | self.unknown | (self.nan & x.isnan())
+
+
+def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
+    """a where the condition holds, else b."""
+    return Interval(torch.where(condition, a.low, b.low), torch.where(condition, a.high, b.high))
+
+
+def hull(a: Interval, b: Interval) -> Interval:
+    """The smallest interval that holds both."""
+    both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
+    return unless(a.nan != b.nan, both)
+
+
+def unless(unknown: torch.Tensor, i: Interval) -> Interval:
+    """Nothing is claimed where unknown."""
+    return Interval(
+        torch.where(unknown, -torch.inf, i.low), torch.where(unknown, torch.inf, i.high)
+    )
+
+
+def fp32_range(i: Interval) -> Interval:
+    """Of numbers that fp32 holds: those beyond its largest are infinite."""
+    return Interval(
+        torch.where(i.low > LARGEST, torch.inf, i.low),
+        torch.where(i.high < -LARGEST, -torch.inf, i.high),
+    )
+
+
+def valid(i: Interval) -> Interval:
+    """Nothing is claimed where one end alone is NaN."""
+    return unless(i.low.isnan() != i.high.isnan(), i)
+
+
+def rounded(dtype: torch.dtype, x: Interval) -> Interval:
+    """Of fp32 numbers in x, rounded to nearest even."""
+
+    def towards(end: torch.Tensor, direction: float) -> torch.Tensor:
+        near = end.float()
+        beyond = near < end if direction > 0 else near > end
+        target = torch.full_like(near, direction)
+        return torch.where(beyond, torch.nextafter(near, target), near)
+
+    low, high = towards(x.low, torch.inf), towards(x.high, -torch.inf)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    return Interval(low.to(dtype).double(), high.to(dtype).double())

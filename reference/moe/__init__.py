@@ -1,0 +1,11 @@
+"""The mixture of experts, from router logits to the output.
+
+`layer.py` is the fused call; `routing.py` selects experts; `grouped.py` takes rows already sorted by
+expert; `shards.py` splits a layer over ranks. `baselines.py` and `fp8.py` are the BF16, FP8 and MXFP8
+layers that NVFP4 is compared with.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from .layer import Activations, MoEResult, fused_moe, quantize_activations
+
+__all__ = ["Activations", "MoEResult", "fused_moe", "quantize_activations"]

@@ -1,0 +1,343 @@
+"""The fused mixture of experts, stage by stage: the specification of the production call.
+
+For each token t and slot k, with e = ids[t, k] an expert held here:
+
+    accumulator1  sum over H of codes * block scales of the token and of the expert's first GEMM
+    raw           accumulator1 * per_token_scale[t] + gemm1_bias[e]
+    intermediate  activation(raw, the expert's scalars), rounded to bf16
+    requantized   `quantize_per_token` of the intermediate with `recipe` (CUDA build of FlashInfer)
+    accumulator2  sum over I
+    row           (accumulator2 * token scale 2 + gemm2_bias[e]) * output2_scale_scalar[e], to bf16
+    output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to output_dtype;
+                  slots whose expert is not held here are skipped, whatever their weight
+
+Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
+intermediate, is quantized by blocks from fp32. FlashInfer's cutlass layer, which has static scales
+alone, rounds twice on the way: accumulator1 * scalar to bf16, and the activation of that; the result is
+quantized with the encode scale. bf16 hidden states are multiplied as they are and their
+intermediate is not quantized (W4A16).
+
+Products of codes and scales have at most 12 significant bits and are exact. With `accumulate="fp64"`
+a sum of K of them errs by less than K * 2^-53 of the sum of magnitudes before its one rounding to
+fp32; "fp32" adds left to right in fp32. Not determined by FlashInfer: the order of the sums and the
+last bits of the activation; the association of accumulator, token scale and scalar is the one above.
+
+Sources: flashinfer-python 0.7.2, `trtllm_fused_moe_runner.cu:670-805`, `trace/templates/moe.py:1503`,
+`trtllm_fused_moe_dev_kernel.cu:678-1165` (finalize), `cutlass_fused_moe_kernels.cuh:1086-1134` and
+`:2400-2580` (cutlass).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..activation import activate
+from ..numerics import e2m1, e4m3
+from ..numerics.subnormals import kept
+from ..quantize import Quantized, quantize_block_scales, quantize_global_scale, quantize_per_token
+from ..recipe import BLOCK_SIZE, Recipe
+from ..weights.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
+
+Accumulate = Literal["fp64", "fp32"]
+FinalizeOrder = Literal["flashinfer", "slot"]
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The hidden states of T tokens as the fused call receives them."""
+
+    hidden_states: torch.Tensor  # [T, H/2] uint8 codes, or [T, H] bf16 (W4A16)
+    block_scales: torch.Tensor | None = None  # [T, H/16] e4m3, linear
+    per_token_scale: torch.Tensor | None = None  # [T] fp32; None: static scales
+
+    @property
+    def is_bf16(self) -> bool:
+        return self.hidden_states.dtype == torch.bfloat16
+
+    @property
+    def is_static(self) -> bool:
+        return not self.is_bf16 and self.per_token_scale is None
+
+
+def quantize_activations(x: torch.Tensor, recipe: Recipe) -> Activations:
+    """[T, H] bf16 or fp16, per token."""
+    q = quantize_per_token(x, recipe.base_scale_inv, recipe)
+    return Activations(q.codes, q.block_scales, q.per_token_scale)
+
+
+@dataclass(frozen=True)
+class MoEResult:
+    """`output` and what led to it; [T, K, ...] tensors hold zeros in slots of experts held elsewhere.
+
+    `steps`, when asked for: "accumulator1" [T, K, M1] ([up; gate]), "activated" [T, K, I] fp32,
+    "intermediate" the same in bf16, "codes2" [T, K, I/2], "block scales2" [T, K, I/16],
+    "token scale2" [T, K], "accumulator2" [T, K, H].
+    """
+
+    output: torch.Tensor  # [T, H] bf16, or the dtype asked for
+    rows: torch.Tensor  # [T, K, H] bf16, not yet weighted
+    steps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@kept
+def fused_moe(
+    activations: Activations,
+    experts: Experts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    recipe: Recipe | None = None,
+    local_expert_offset: int = 0,
+    accumulate: Accumulate = "fp64",
+    finalize_order: FinalizeOrder = "flashinfer",
+    output_dtype: torch.dtype = torch.bfloat16,
+    cutlass: bool = False,
+    round_to_bf16: bool = True,
+    keep_steps: bool = False,
+    stages: "Stages | None" = None,
+) -> MoEResult:
+    """Everything after the routing.
+
+    Args:
+        ids: [T, K] int32 global expert ids; those outside local_expert_offset ... + num_local are held
+            elsewhere and add nothing.
+        weights: [T, K] bf16 or fp32 routing weights.
+        recipe: of the intermediate's quantization; the build must be "cuda" for FlashInfer's
+            TRT-LLM backend.
+        accumulate: the two GEMMs' sums; see the module.
+        finalize_order: "flashinfer" (depends on T) or "slot" (ascending, always).
+        output_dtype: bf16 (FlashInfer's), fp16 or fp32.
+        cutlass: as FlashInfer's cutlass layer does; static scales, experts of `with_cutlass`.
+        round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
+            requantization: FlashInfer's own trace reference does.
+        stages: other functions in place of some of these, as a judge of implementations plants them.
+    """
+    recipe, do = recipe or Recipe(), stages or Stages()
+    tokens, top_k = ids.shape
+    x = hidden_values(activations)
+    h, m1 = experts.padded_hidden_size, experts.gemm1_weights.shape[1]
+    i = experts.padded_intermediate_size
+    acc1, acc2 = x.new_zeros(tokens, top_k, m1), x.new_zeros(tokens, top_k, h)
+    activated = x.new_zeros(tokens, top_k, i)
+    steps: dict[str, torch.Tensor] = {}
+
+    slots = [
+        (ids == e + local_expert_offset).nonzero(as_tuple=True) for e in range(experts.num_local)
+    ]
+    for e, (token, slot) in enumerate(slots):
+        if not token.numel():
+            continue
+        acc1[token, slot] = do.gemm1(x[token], gemm1_values(experts, e), accumulate)
+        raw = acc1[token, slot]
+        if activations.per_token_scale is not None:
+            raw = raw * activations.per_token_scale[token, None]
+        if cutlass:
+            raw = (raw * experts.output1_scale_gate_scalar[e]).bfloat16().float()
+            activated[token, slot] = activate(raw, experts.activation, nan_is_clamped=True)
+        else:
+            activated[token, slot] = do.activate(raw, experts, e)
+
+    if activations.is_bf16 or not round_to_bf16:
+        values2, scale2 = activated, None
+        if round_to_bf16:
+            steps["intermediate"] = do.round_intermediate(activated)
+            values2 = steps["intermediate"].float()
+    else:
+        encode2 = experts.intermediate_scale if cutlass else None
+        if not activations.is_static or cutlass:
+            steps["intermediate"] = activated = do.round_intermediate(activated)
+        values2, scale2 = do.requantize(activated, encode2, recipe, steps)
+
+    rows = x.new_zeros(tokens, top_k, h)
+    for e, (token, slot) in enumerate(slots):
+        if not token.numel():
+            continue
+        acc2[token, slot] = do.gemm2(values2[token, slot], gemm2_values(experts, e), accumulate)
+        row = acc2[token, slot]
+        if scale2 is not None:
+            row = row * scale2[token, slot, None]
+        if experts.gemm2_bias is not None:
+            row = row + unshuffled_bias(experts.gemm2_bias[e], gated=False)
+        rows[token, slot] = row * experts.output2_scale_scalar[e]
+
+    rows = rows[..., : experts.hidden_size]
+    if round_to_bf16:
+        rows = do.round_rows(rows)
+    held = held_slots(ids, experts.num_local, local_expert_offset)
+    output = do.finalize(rows.float(), weights, h, finalize_order, held).to(output_dtype)
+    if keep_steps:
+        steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
+    return MoEResult(output, rows, steps if keep_steps else {})
+
+
+def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Tensor:
+    """x [N, K] times w [M, K] transposed, fp32 [N, M], every product exact."""
+    if accumulate == "fp64":
+        return (x.double() @ w.double().T).float()
+    total = x.new_zeros(x.shape[0], w.shape[0])
+    for k in range(x.shape[1]):
+        total = total + x[:, k, None] * w[None, :, k]
+    return total
+
+
+def held_slots(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
+    """[T, K] bool: whether the expert of a slot, a global id, is held here."""
+    local = ids.long() - local_expert_offset
+    return (local >= 0) & (local < num_local)
+
+
+def permutation(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
+    """[T * K] int32: the permuted row of each expanded index token * K + slot, -1 held elsewhere.
+
+    Rows are sorted by expert, ascending in it, without padding (FlashInfer pads experts to tiles).
+    """
+    local = ids.reshape(-1).long() - local_expert_offset
+    here = held_slots(ids, num_local, local_expert_offset).reshape(-1)
+    order = torch.where(here, local, num_local).argsort(stable=True)
+    row = torch.empty_like(order)
+    row[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
+    return torch.where(here, row, -1).int()
+
+
+def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
+    """How many strided groups of slots FlashInfer's finalize sums apart; 1: ascending slots.
+
+    `trtllm_fused_moe_dev_kernel.cu:1145-1165`; numerics.md has the rule: few tokens, 4 < K <= 64.
+    """
+    blocks = -(-hidden_size // 256) * min(tokens, 8192)
+    if blocks >= 1184 or not 4 < top_k <= 64 or hidden_size % 8:
+        return 1
+    groups = 1
+    while 4 * groups < top_k:
+        groups *= 2
+    return groups
+
+
+@kept
+def finalize(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    hidden_size: int,
+    order: FinalizeOrder,
+    held: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
+
+    Args:
+        hidden_size: the padded one, which FlashInfer's order depends on.
+        held: [T, K] bool, the slots that are added; None: all. Weights of the others are not read, so
+            that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
+            `:925`, `:947`, `:1036-1046`: permuted index -1 is skipped).
+    """
+    tokens, top_k, _ = rows.shape
+    groups = 1 if order == "slot" else split_k_groups(tokens, top_k, hidden_size)
+    w = weights.float()
+    total: torch.Tensor | None = None
+    for j in range(groups):
+        part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
+        for k in range(j, top_k, groups):
+            added = _fma(w[:, k, None], rows[:, k], part)
+            part = added if held is None else torch.where(held[:, k, None], added, part)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c with one rounding to fp32: bf16 b leaves the product exact in fp64.
+
+    The fp64 sum may round before the fp32 rounding does; it is made odd where it was not exact, so
+    that the second rounding is the only one that shows.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.view(torch.int64)
+    # Round to odd: step towards the error where the last bit is even and something was lost.
+    away = (error > 0) == (total > 0)
+    odd = torch.where(away, bits + 1, bits - 1)
+    inexact = (error != 0) & (bits & 1 == 0) & total.isfinite()
+    return torch.where(inexact, odd, bits).view(torch.float64).float()
+
+
+def hidden_values(activations: Activations) -> torch.Tensor:
+    """[T, H] fp32: codes times block scales, exact; or the bf16 values."""
+    if activations.is_bf16:
+        return activations.hidden_states.float()
+    assert activations.block_scales is not None
+    codes = activations.hidden_states
+    scales = e4m3.decode(activations.block_scales.view(torch.uint8))
+    scales = scales.reshape(codes.shape[0], codes.shape[1] * 2 // BLOCK_SIZE)
+    values = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK_SIZE))
+    return (values * scales[..., None]).flatten(-2)
+
+
+def activate_raw(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
+    gated = experts.activation.gated
+    if experts.gemm1_bias is not None:
+        raw = raw + unshuffled_bias(experts.gemm1_bias[e], gated)
+
+    def of_expert(value: torch.Tensor | None) -> torch.Tensor | None:
+        return None if value is None else value[e]
+
+    return activate(
+        raw,
+        experts.activation,
+        experts.output1_scale_scalar[e],
+        experts.output1_scale_gate_scalar[e],
+        alpha=of_expert(experts.gemm1_alpha),
+        beta=of_expert(experts.gemm1_beta),
+        clamp_limit=of_expert(experts.gemm1_clamp_limit),
+    )
+
+
+def requantize(
+    intermediate: torch.Tensor,
+    encode: torch.Tensor | None,
+    recipe: Recipe,
+    steps: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static).
+
+    Args:
+        intermediate: [T, K, I] bf16; fp32 with static scales, the encode scale in the values.
+        encode: the encode scale of cutlass' layer.
+    """
+    flat = intermediate.flatten(0, 1)
+    if intermediate.dtype == torch.float32:
+        q = quantize_block_scales(flat, recipe)
+    elif encode is not None:
+        q = quantize_global_scale(flat, encode, recipe)
+    else:
+        q = quantize_per_token(flat, recipe.base_scale_inv, recipe)
+    return read_back(q, intermediate.shape[:2], steps)
+
+
+def read_back(
+    q: Quantized, shape: torch.Size, steps: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `requantize` returns of a quantized intermediate, and keeps; shape is (T, K)."""
+    scale = q.per_token_scale
+    if scale is not None:
+        scale = steps["token scale2"] = scale.unflatten(0, shape)
+    steps["codes2"] = q.codes.unflatten(0, shape)
+    steps["block scales2"] = q.block_scales.unflatten(0, shape)
+    return hidden_values(Activations(q.codes, q.block_scales)).unflatten(0, shape), scale
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The functions that `fused_moe` calls, one after the other."""
+
+    gemm1: Callable[..., torch.Tensor] = matmul
+    activate: Callable[..., torch.Tensor] = activate_raw
+    round_intermediate: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    requantize: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = requantize
+    gemm2: Callable[..., torch.Tensor] = matmul
+    round_rows: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    finalize: Callable[..., torch.Tensor] = finalize
