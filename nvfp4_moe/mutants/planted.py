@@ -12,7 +12,6 @@ import torch
 
 from .. import processes
 from ..kernels import moe
-from ..reference import recipe
 from .calls import Call
 from .kernel_calls import prepared
 from .syntax import Edit, Spot
@@ -55,12 +54,8 @@ class KernelMutant:
 def copy_package(root: Path) -> Path:
     """Copy the package into a folder, laid out as an installed one is; the folder of its kernels."""
     package = root / _PACKAGE.name
-    kernels = package / "kernels"
-    shutil.copytree(_PACKAGE, package, ignore=_UNUSED)
-    for module in (moe, recipe):  # in a checkout these two are elsewhere
-        source = Path(module.__file__ or "").resolve().parent
-        shutil.copytree(source, package / source.name, ignore=_UNUSED, dirs_exist_ok=True)
-    return kernels
+    shutil.copytree(_PACKAGE, package, ignore=_UNUSED)  # a checkout's links become folders
+    return package / "kernels"
 
 
 def answer(mutant: KernelMutant | None, call: str) -> Any:

@@ -1,0 +1,125 @@
+"""mypy and pyright see the whole package: in a checkout, in an editable install and in a wheel."""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("LICENSE", "README.md", "kernels", "nvfp4_moe", "pyproject.toml", "reference", "src")
+FORMS = ("checkout", "editable", "wheel")
+USER = """
+import nvfp4_moe
+from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.reference.recipe import SfLayout
+
+reveal_type(nvfp4_moe.fused_moe)
+reveal_type(nvfp4_moe.explain)
+reveal_type(nvfp4_moe.Experts.load_)
+reveal_type(nvfp4_moe.Recipe("exact").math)
+reveal_type(INTERPRETING)
+reveal_type(SfLayout.layout_128x4.value)
+nvfp4_moe.no_such_name
+"""
+REVEALED = (
+    r"experts: ([\w.]+\.)?Experts",
+    r"-> ([\w.]+\.)?Explanation",
+    r"self: ([\w.]+\.)?Experts",
+    "'fast'.*'exact'",
+    r"\bbool\b",
+    r"Literal\[0\]",
+)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the tree, so that a build leaves nothing in this one."""
+    root = tmp_path_factory.mktemp("checkout")
+    unused = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=unused)
+        else:
+            shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request, copy, tmp_path_factory) -> tuple[Path, Path]:
+    """An interpreter that has the package in this form, and the folder that its user works in.
+
+    The interpreter has no torch, which takes a checker half a minute to read.
+    """
+    folder = tmp_path_factory.mktemp(request.param)
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv/bin/python"
+    if request.param == "checkout":
+        return python, copy
+    reason = "needs setuptools 77 or later, to build without a network"
+    pytest.importorskip("setuptools", "77", reason=reason)
+    build = {"editable": "build_editable", "wheel": "build_wheel"}[request.param]
+    program = f"from setuptools import build_meta; build_meta.{build}({str(folder)!r})"
+    run(sys.executable, "-c", program, cwd=copy)
+    (built,) = folder.glob("*.whl")
+    (packages,) = (folder / "venv").glob("lib/*/site-packages")
+    zipfile.ZipFile(built).extractall(packages)
+    return python, folder
+
+
+def run(*words: str, cwd: Path, status: int = 0) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def mypy(python: Path, user: Path) -> list[tuple[int, str]]:
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    told = run(
+        *(sys.executable, "-m", "mypy", "--config-file=", f"--python-executable={python}"),
+        *(f"--cache-dir={user.parent / 'cache'}", user.name),
+        cwd=user.parent, status=1,
+    )  # fmt: skip
+    return [
+        (int(found[1]), found[2])
+        for line in told.splitlines()
+        if (found := re.match(rf"{user.name}:(\d+): \w+: (.*)", line))
+    ]
+
+
+def pyright(python: Path, user: Path) -> list[tuple[int, str]]:
+    if find_spec("basedpyright") is None:
+        pytest.skip("basedpyright is not installed")
+    told = run(
+        *(sys.executable, "-m", "basedpyright", "--pythonpath", str(python), "--outputjson"),
+        user.name,
+        cwd=user.parent, status=1,
+    )  # fmt: skip
+    return [
+        (found["range"]["start"]["line"] + 1, found["message"])
+        for found in json.loads(told)["generalDiagnostics"]
+        if found["severity"] in ("error", "information")
+    ]
+
+
+@pytest.mark.parametrize("checker", [mypy, pyright], ids=lambda c: c.__name__)
+def test_a_checker_sees_every_public_function(form, checker: Callable):
+    python, folder = form
+    user = folder / "user.py"
+    user.write_text(USER)
+    lines = USER.splitlines()
+    told = checker(python, user)
+    revealed = [text for line, text in told if lines[line - 1].startswith("reveal_type")]
+    assert len(revealed) == len(REVEALED), told
+    for text, expected in zip(revealed, REVEALED, strict=True):
+        assert re.search(expected, text), text
+    (error,) = [text for line, text in told if not lines[line - 1].startswith("reveal_type")]
+    assert "no_such_name" in error
