@@ -1,6 +1,8 @@
 """The compute capability behind a tensor: what requests are judged by, without importing Triton."""
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
 
 from ..reference import checks
@@ -16,12 +18,11 @@ def of_device(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def capability_asked(given: tuple[int, int] | None, t: torch.Tensor) -> tuple[int, int] | None:
-    """The compute capability that a caller asks about, else that of a tensor's GPU; None on the CPU."""
+def check_capability(given: Any) -> None:
+    """Raise TypeError or ValueError for what is neither None nor a compute capability, as (10, 0)."""
     if given is None:
-        return capability_of(t)
+        return
     allowed = "None, or a compute capability, as (10, 0)"
     checks.pair("capability", given, allowed)
     if not all(isinstance(part, int) and part >= 0 for part in given):
         checks.wrong_value("capability", given, allowed)
-    return given

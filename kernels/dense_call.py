@@ -10,7 +10,7 @@ from ..reference import checks
 from ..reference.dense import a_layout
 from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, SfLayout
-from .capability import capability_asked
+from .capability import capability_of
 
 _CODES = (torch.uint8, torch.float4_e2m1fn_x2)
 _SCALES = (torch.uint8, torch.float8_e4m3fn)
@@ -120,7 +120,7 @@ def make_dense_call(
         out,
         use_8x4_sf_layout,
         enable_pdl,
-        capability_asked(capability, a),
+        capability_of(a) if capability is None else capability,
     )
 
 

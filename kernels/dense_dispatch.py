@@ -12,8 +12,8 @@ import logging
 import torch
 
 from ..reference import checks
+from .backends import Explanation, UnsupportedError, triton_refusal_of
 from .dense_call import DenseCall, make_dense_call
-from .dispatch import Explanation, UnsupportedError, triton_refusal_of
 from .flashinfer import dense as fi
 
 ORDER = ("flashinfer:cutlass", "flashinfer:cute-dsl", "triton", "reference")

@@ -1,14 +1,11 @@
 """One call, `nvfp4_quantize`, over every backend; which one runs, and why not the others.
 
-`auto` takes the first backend of `ORDER` that can serve, for the build that was asked for. The choice
-never changes the bits or the meaning of the result. A backend that was named never falls back.
+`auto` takes the first backend that can serve, for the build that was asked for. The choice never changes
+the bits or the meaning of the result. A backend that was named never falls back.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import functools
-import importlib.util
-import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -17,44 +14,118 @@ from ..reference import checks
 from ..reference.layouts import from_linear
 from ..reference.recipe import Build, SfLayout
 from ..reference.shuffle import shuffle_rows
+from . import backends
+from .backends import Asked, Backend, Operation
 from .flashinfer import quantize as fi
-from .quantize_call import UNSET, Backend, QuantizeCall, check_values, make_quantize_call
+from .outputs import allocate
+from .quantize_call import UNSET, QuantizeCall, check_values, make_quantize_call
 
-ORDER = ("flashinfer:<build>", "triton", "reference")
-"""What `auto` tries, in order; flashinfer:cake, experimental there, is never its choice."""
-
-BACKENDS: tuple[str, ...] = get_args(Backend)
-_FLASHINFER_NAMES = {"cuda", "cute-dsl", "cake"}
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_log = logging.getLogger("nvfp4_moe")
+Result = tuple[torch.Tensor, ...]
 
 
-class UnsupportedError(ValueError):
-    """A backend that was named cannot serve the call; the message has the reason."""
+def _on_flashinfer(name: str) -> Backend[QuantizeCall, Result]:
+    """A row of the table. "auto" takes FlashInfer's backend of the build, and never cake."""
+
+    def automatic(call: QuantizeCall) -> bool:
+        return name == f"flashinfer:{call.recipe.build}"
+
+    return Backend(
+        name,
+        lambda call: fi.refusal(name, call),
+        lambda call: fi.quantize(name, call),  # cake has programs for some shapes only
+        automatic,
+    )
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `nvfp4_quantize` would do; printing it gives a table."""
-
-    backend: str | None  # that would run; None if the call is invalid or the named one cannot
-    reasons: tuple[tuple[str, str | None], ...]  # of every backend, None where it can serve
-    notes: tuple[str, ...] = ()
-
-    def reason(self, backend: str) -> str | None:
-        """Why this backend cannot serve; None if it can."""
-        return dict(self.reasons)[backend]
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.reasons)
-        lines = [f"would run: {self.backend or 'nothing'}"]
-        lines += [
-            f"  {name:<{width}}  {'can serve' if reason is None else 'no: ' + reason}"
-            for name, reason in self.reasons
-        ]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+def _triton_refusal(call: QuantizeCall) -> str | None:
+    return backends.triton_refusal_of(call.a, "a is", call.capability)
 
 
+def _in_triton(call: QuantizeCall) -> Result:
+    from . import quantize as ours
+
+    return _quantize(ours, call)
+
+
+def _in_reference(call: QuantizeCall) -> Result:
+    from .ops import REFERENCE
+
+    return _quantize(REFERENCE, call)
+
+
+def _quantize(ours: Any, call: QuantizeCall) -> Result:
+    """Run a call by an implementation's two functions (`ops.Quantizers`)."""
+    layout = SfLayout.layout_linear if call.do_shuffle else call.layout
+    result: Result
+    if call.per_token:
+        result = ours.quantize_per_token(
+            call.a, call.scale, call.recipe, layout,
+            row_index=call.row_index, out_scale=call.out_scale,
+        )  # fmt: skip
+    else:
+        result = ours.quantize_global_scale(call.a, call.scale, call.recipe, layout)
+    if not call.do_shuffle:
+        return result
+    order = shuffle_rows(call.m, device=call.a.device)
+    codes, scales, *token = (t[order] for t in result)
+    return codes, from_linear(scales, call.layout), *token
+
+
+def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeCall], Result]:
+    """The function of a user's backend, whose results are checked."""
+
+    def adopted(call: QuantizeCall) -> Result:
+        result = run(call)
+        expected = allocate(call.a.to("meta"), call.layout)[: 3 if call.per_token else 2]
+        backends.check_results(name, result, expected, call.a)
+        return tuple(result)
+
+    return adopted
+
+
+def _notes(call: QuantizeCall) -> Sequence[str]:
+    """The parts of the call that FlashInfer's own outputs have not proven."""
+    parts = {
+        'build="cute-dsl" (the golden outputs are of the CUDA build)': call.recipe.build
+        == "cute-dsl",
+        "4over6 with a global scale": not call.per_token and call.recipe.four_over_six is not None,
+        "one global scale a row": call.by_row,
+        "float8_e4m3fn input": call.a.dtype == torch.float8_e4m3fn,
+        "do_shuffle": call.do_shuffle,
+        "out_scale": call.out_scale is not None,
+        "expanded_idx_to_permuted_idx": call.row_index is not None,
+    }
+    return [
+        f"not proven on FlashInfer, derived from its source: {part}"
+        for part, present in parts.items()
+        if present
+    ]
+
+
+QUANTIZE: Operation[QuantizeCall, Result] = Operation(
+    "nvfp4_quantize",
+    [
+        *map(_on_flashinfer, fi.RULES),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("reference", backends.serves_all, _in_reference),
+    ],
+    aliases={
+        "flashinfer": "flashinfer",  # that of the build
+        **{name.removeprefix("flashinfer:"): name for name in fi.RULES},
+    },
+    notes=_notes,
+    adopt=_adopt,
+)
+BACKENDS = QUANTIZE.names
+"""Our own backends."""
+
+
+def auto_order(build: Build) -> tuple[str, ...]:
+    """The backends that "auto" tries for a build; flashinfer:cake, experimental there, is not one."""
+    return f"flashinfer:{build}", "triton", "reference"
+
+
+@QUANTIZE.served()
 def nvfp4_quantize(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
@@ -70,7 +141,7 @@ def nvfp4_quantize(
     *,
     fast_math: bool | None = None,
     build: Build | None = None,
-) -> tuple[torch.Tensor, ...]:
+) -> Asked[QuantizeCall]:
     """Quantize [M, K] to NVFP4: FlashInfer's `nvfp4_quantize`, on every backend.
 
     Names, order, meaning and returns of the positional arguments are those of flashinfer-python 0.7.2
@@ -108,175 +179,32 @@ def nvfp4_quantize(
         UnsupportedError: the backend that was named cannot serve the call.
     """
     name, build = _backend_and_build(backend, build)
-    request = make_quantize_call(
+    call = make_quantize_call(
         a,
         a_global_sf,
-        sfLayout,
-        do_shuffle,
-        sf_vec_size,
-        enable_pdl,
-        per_token_activation,
-        expanded_idx_to_permuted_idx,
-        out_scale,
-        nvfp4_4over6,
-        fast_math,
-        build,
+        sfLayout=sfLayout,
+        do_shuffle=do_shuffle,
+        sf_vec_size=sf_vec_size,
+        enable_pdl=enable_pdl,
+        per_token_activation=per_token_activation,
+        expanded_idx_to_permuted_idx=expanded_idx_to_permuted_idx,
+        out_scale=out_scale,
+        nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math,
+        build=build,
     )
-    check_values(request)
-    if name == "auto":
-        name = _choose(request)
-    elif (reason := refusal(name, request)) is not None:
-        raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
-    return run(name, request)
+    check_values(call)
+    return call, name
 
 
-def explain(
-    a: torch.Tensor,
-    a_global_sf: float | torch.Tensor,
-    sfLayout: Any = SfLayout.layout_128x4,
-    do_shuffle: bool = False,
-    sf_vec_size: int = 16,
-    enable_pdl: bool | None = None,
-    backend: str = "auto",
-    per_token_activation: bool = False,
-    expanded_idx_to_permuted_idx: torch.Tensor | None = None,
-    out_scale: torch.Tensor | None = None,
-    nvfp4_4over6: Any = UNSET,
-    *,
-    fast_math: bool | None = None,
-    build: Build | None = None,
-    capability: tuple[int, int] | None = None,
-) -> Explanation:
-    """Which backend `nvfp4_quantize` of the same arguments would run, and why each other would not.
-
-    Nothing is computed; meta tensors do. `capability=(9, 0)` asks about another GPU than the one `a`
-    is on. An invalid call is explained, not raised.
-    """
-    try:
-        name, build = _backend_and_build(backend, build)
-        request = make_quantize_call(
-            a,
-            a_global_sf,
-            sfLayout,
-            do_shuffle,
-            sf_vec_size,
-            enable_pdl,
-            per_token_activation,
-            expanded_idx_to_permuted_idx,
-            out_scale,
-            nvfp4_4over6,
-            fast_math,
-            build,
-            capability,
-        )
-        check_values(request)
-    except (TypeError, ValueError) as error:
-        return Explanation(None, tuple((b, str(error)) for b in BACKENDS))
-    reasons = tuple((b, refusal(b, request)) for b in BACKENDS)
-    if name == "auto":
-        name = _choose(request)
-    chosen = name if dict(reasons)[name] is None else None
-    return Explanation(chosen, reasons, tuple(_notes(request)))
-
-
-def auto_order(build: Build) -> tuple[str, ...]:
-    """The backends that `auto` tries for a build."""
-    return tuple(name.replace("<build>", build) for name in ORDER)
-
-
-def refusal(backend: str, r: QuantizeCall) -> str | None:
-    """Why a backend cannot serve the request; None if it can."""
-    if backend in fi.RULES:
-        return fi.refusal(backend, r)
-    return triton_refusal_of(r.a, "a is", r.capability) if backend == "triton" else None
-
-
-def run(backend: str, r: QuantizeCall) -> tuple[torch.Tensor, ...]:
-    """Run the request on a backend that `refusal` let pass."""
-    if backend in fi.RULES:
-        try:
-            return fi.quantize(backend, r)
-        except NotImplementedError as error:  # cake has programs for some shapes only
-            raise UnsupportedError(f"backend {backend} cannot serve this call: {error}") from error
-    if backend == "triton":
-        from . import quantize as ours
-    else:
-        from . import reference_ops as ours  # type: ignore[no-redef]
-    layout = SfLayout.layout_linear if r.do_shuffle else r.layout
-    result: tuple[torch.Tensor, ...]
-    if r.per_token:
-        result = ours.quantize_per_token(
-            r.a, r.scale, r.recipe, layout, row_index=r.row_index, out_scale=r.out_scale
-        )
-    else:
-        result = ours.quantize_global_scale(r.a, r.scale, r.recipe, layout)
-    if not r.do_shuffle:
-        return result
-    order = shuffle_rows(r.m, device=r.a.device)
-    codes, scales, *token = (t[order] for t in result)
-    return codes, from_linear(scales, r.layout), *token
-
-
-def triton_refusal_of(t: torch.Tensor, what: str, capability: tuple[int, int] | None) -> str | None:
-    """Why Triton cannot run on the tensor (`what` it is, "a is") or on the GPU asked about."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    from . import target
-
-    if capability is not None:
-        if capability >= target.MIN_CAPABILITY:
-            return None
-        return f"sm_{capability[0]}{capability[1]} is before sm_80"
-    if t.device.type == "cpu" and target.INTERPRETING:
-        return None
-    return (
-        f"{what} on the {t.device.type}; Triton runs on a GPU, or on the CPU in its interpreter "
-        "(TRITON_INTERPRET=1 set before the first import)"
-    )
-
-
-def _choose(r: QuantizeCall) -> str:
-    """The backend of `auto`. It never picks the interpreter: a CPU tensor goes to the reference."""
-    if r.capability is None:
-        return "reference"
-    for name in auto_order(r.recipe.build):
-        reason = refusal(name, r)
-        if reason is None:
-            return name
-        if r.capability >= (10, 0) and not torch.compiler.is_compiling():
-            _log_once(name, reason)
-    raise AssertionError("the reference serves every valid request")
-
-
-@functools.lru_cache(maxsize=256)
-def _log_once(backend: str, reason: str) -> None:
-    _log.info("%s cannot serve, falling back: %s", backend, reason)
+explain = QUANTIZE.explaining(nvfp4_quantize)
 
 
 def _backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
     """The full name of a backend, or "auto", and the build that is asked for."""
-    checks.one_of("backend", backend, ("auto", "flashinfer", *BACKENDS, *sorted(_FLASHINFER_NAMES)))
     if build is not None:
         checks.one_of("build", build, get_args(Build))
-    name = f"flashinfer:{backend}" if backend in _FLASHINFER_NAMES else backend
+    name = QUANTIZE.check_name(backend)
     if name == "flashinfer":
         name = f"flashinfer:{build or 'cuda'}"
     return name, build or fi.BUILDS.get(name, "cuda")
-
-
-def _notes(r: QuantizeCall) -> list[str]:
-    """What of the request FlashInfer's own outputs have not proven."""
-    parts = {
-        'build="cute-dsl" (the golden outputs are of the CUDA build)': r.recipe.build == "cute-dsl",
-        "4over6 with a global scale": not r.per_token and r.recipe.four_over_six is not None,
-        "one global scale a row": r.by_row,
-        "float8_e4m3fn input": r.a.dtype == torch.float8_e4m3fn,
-        "do_shuffle": r.do_shuffle,
-        "out_scale": r.out_scale is not None,
-        "expanded_idx_to_permuted_idx": r.row_index is not None,
-    }
-    return [
-        f"not proven on FlashInfer, derived from its source: {part}"
-        for part, present in parts.items()
-        if present
-    ]

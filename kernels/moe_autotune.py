@@ -8,7 +8,7 @@ import torch
 
 from ..reference import checks
 from ..reference.weights.experts import Experts
-from .dispatch import UnsupportedError
+from .backends import UnsupportedError
 from .moe_dispatch import refusal, request_of_layer
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from ..reference.moe.routing import (
 from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Recipe, SfLayout
 from ..reference.weights.experts import Experts
 from . import environment
-from .capability import capability_asked
+from .capability import capability_of
 from .quantize_call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
@@ -172,7 +172,8 @@ def make_moe_call(
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
     quantizers: Build = "cuda" if build == "cutlass" else build
     math = math_of(fast_math, quantizers)
-    capability = capability_asked(capability, activations.hidden_states)
+    if capability is None:
+        capability = capability_of(activations.hidden_states)
     request = MoECall(
         activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
         weights, Recipe(math, config, quantizers), build, explicit, do_finalize,

@@ -20,7 +20,8 @@ from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild, SfLayout
 from ..reference.weights.experts import Experts
 from . import moe_statistics
-from .dispatch import Explanation, UnsupportedError, nvfp4_quantize, triton_refusal_of
+from .backends import Explanation, UnsupportedError, triton_refusal_of
+from .dispatch import nvfp4_quantize
 from .flashinfer import (
     cute_dsl,
     cutlass,

@@ -1,14 +1,16 @@
 """`torch.library` ops of fixed arity for a pair of quantizers, and the plain functions over them.
 
-The Triton kernels are ops so that a compiler can call them, the reference so that it cannot fuse or
-reorder its arithmetic. A recipe crosses as its integer code, a scale as a tensor or a number.
+The Triton kernels are ops so that a compiler can call them. The reference is an op so that a compiler
+cannot fuse or reorder its arithmetic. A recipe crosses as its integer code, a scale as a tensor or as a
+number.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..reference import quantize as reference
 from ..reference.recipe import Recipe, SfLayout
 from .outputs import allocate, two_arguments
 
@@ -47,8 +49,10 @@ class GlobalScale(Protocol):
 
 
 class Quantizers(NamedTuple):
-    per_token: PerToken
-    global_scale: GlobalScale
+    """The two functions of an implementation."""
+
+    quantize_per_token: PerToken
+    quantize_global_scale: GlobalScale
 
 
 def register(name: str, implementation: Quantizers) -> Quantizers:
@@ -64,7 +68,7 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
         row_index: torch.Tensor | None,
         out_scale: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return implementation.per_token(
+        return implementation.quantize_per_token(
             x,
             scale_value if scale is None else scale,
             Recipe.from_code(recipe_code),
@@ -82,7 +86,7 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
         layout: int,
         inverse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return implementation.global_scale(
+        return implementation.quantize_global_scale(
             x,
             scale_value if scale is None else scale,
             Recipe.from_code(recipe_code),
@@ -122,3 +126,17 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
         return global_scale_op(x, scale, value, recipe.code, int(layout), inverse)
 
     return Quantizers(per_token, global_scale)
+
+
+def _reference_per_token(x: torch.Tensor, *arguments: Any, **options: Any) -> Triple:
+    result = reference.quantize_per_token(x, *arguments, **options)
+    assert result.per_token_scale is not None
+    return result.codes, result.block_scales, result.per_token_scale
+
+
+def _reference_global_scale(x: torch.Tensor, *arguments: Any, **options: Any) -> Pair:
+    result = reference.quantize_global_scale(x, *arguments, **options)
+    return result.codes, result.block_scales
+
+
+REFERENCE = register("reference", Quantizers(_reference_per_token, _reference_global_scale))

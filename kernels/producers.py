@@ -13,7 +13,7 @@ import torch
 from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, SfLayout
 from ..reference.weights.scalars import LARGEST
-from .dispatch import UnsupportedError, triton_refusal_of
+from .backends import UnsupportedError, triton_refusal_of
 from .ops import Triple
 from .producer_ops import Producers
 from .quantize_call import UNSET, QuantizeCall, check_values, make_quantize_call
@@ -149,8 +149,9 @@ def _request(
 
     def made(value: float | torch.Tensor, config: Any) -> QuantizeCall:
         return make_quantize_call(
-            a, value, sfLayout, False, BLOCK_SIZE, None, True, None, None, config, fast_math, build
-        )
+            a, value, sfLayout=sfLayout, per_token_activation=True, nvfp4_4over6=config,
+            fast_math=fast_math, build=build,
+        )  # fmt: skip
 
     if scale is not None:
         request = made(scale, nvfp4_4over6)

@@ -3,18 +3,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import numbers
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from ..reference import checks
 from ..reference.recipe import BLOCK_SIZE, Build, Math, NVFP44Over6Config, Recipe, SfLayout
 from . import environment
-from .capability import capability_asked
-
-Backend = Literal[
-    "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake", "triton", "reference"
-]
+from .capability import capability_of
 
 
 class _Unset:
@@ -68,19 +64,24 @@ class QuantizeCall:
 def make_quantize_call(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
-    sfLayout: Any,
-    do_shuffle: bool,
-    sf_vec_size: int,
-    enable_pdl: bool | None,
-    per_token_activation: bool,
-    expanded_idx_to_permuted_idx: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    nvfp4_4over6: Any,
-    fast_math: bool | None,
-    build: Build,
+    *,
+    sfLayout: Any = SfLayout.layout_128x4,
+    do_shuffle: bool = False,
+    sf_vec_size: int = BLOCK_SIZE,
+    enable_pdl: bool | None = None,
+    per_token_activation: bool = False,
+    expanded_idx_to_permuted_idx: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    nvfp4_4over6: Any = UNSET,
+    fast_math: bool | None = None,
+    build: Build = "cuda",
     capability: tuple[int, int] | None = None,
 ) -> QuantizeCall:
     """Check what no backend accepts, and resolve what the environment decides.
+
+    Args:
+        capability: of another GPU than the one that `a` is on.
+        The rest: as for `nvfp4_quantize`.
 
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
@@ -106,7 +107,6 @@ def make_quantize_call(
     _check_out_scale(a, out_scale, per_token_activation)
     if do_shuffle:
         _check_shuffle(a, layout)
-    capability = capability_asked(capability, a)
     return QuantizeCall(
         a,
         a_global_sf,
@@ -118,7 +118,7 @@ def make_quantize_call(
         out_scale,
         recipe,
         explicit,
-        capability,
+        capability_of(a) if capability is None else capability,
     )
 
 

@@ -4,13 +4,13 @@
 import torch
 
 from ..reference.weights.update import WRITERS, Writer
+from . import backends
 from .capability import of_device
-from .dispatch import triton_refusal_of
 
 
 def _find(device: torch.device) -> tuple[Writer | None, str]:
     probe = torch.empty(0, dtype=torch.uint8, device=device)
-    if (reason := triton_refusal_of(probe, "weights are", of_device(device))) is not None:
+    if (reason := backends.triton_refusal_of(probe, "weights are", of_device(device))) is not None:
         return None, reason
     from .reload_launch import write
 

@@ -8,8 +8,14 @@ _starting.leave_on_interrupt()
 from importlib.metadata import PackageNotFoundError, version
 
 from .kernels import reload as _reload  # noqa: F401  `Experts.load_` in Triton
+from .kernels.backends import (
+    Explanation,
+    Registration,
+    UnsupportedError,
+    register_backend,
+)
 from .kernels.dense_dispatch import explain_mm_fp4, mm_fp4
-from .kernels.dispatch import Explanation, UnsupportedError, explain, nvfp4_quantize
+from .kernels.dispatch import explain, nvfp4_quantize
 from .kernels.moe_autotune import autotune_fused_moe
 from .kernels.moe_dispatch import (
     explain_fused_moe,
@@ -52,6 +58,7 @@ __all__ = [
     "NVFP44Over6ErrMode",
     "QuantizationStatistics",
     "Recipe",
+    "Registration",
     "Routing",
     "RoutingMethodType",
     "SfLayout",
@@ -69,6 +76,7 @@ __all__ = [
     "nvfp4_quantize",
     "prepare_experts",
     "quantization_statistics",
+    "register_backend",
     "rmsnorm_nvfp4_quantize",
     "silu_and_mul_nvfp4_quantize",
     "statistics_table",

@@ -18,7 +18,8 @@ from .arithmetic import explain_element, first_element
 from .compare import compare
 from .exits import CommandError, Exit
 from .kernels import moe_dispatch
-from .kernels.dispatch import BACKENDS, UnsupportedError
+from .kernels.backends import UnsupportedError
+from .kernels.dispatch import BACKENDS
 from .kernels.moe_call import MoECall
 from .matrix import Case
 from .moe_case import MoECase, to_device

@@ -8,7 +8,7 @@ import torch
 
 from . import interpreter, processes
 from .compare import run_reference
-from .kernels import dispatch
+from .kernels.dispatch import QUANTIZE
 from .kernels.quantize_call import QuantizeCall, make_quantize_call
 from .matrix import Case
 from .reference.quantize import Quantized
@@ -27,16 +27,11 @@ def request(x: torch.Tensor, case: Case) -> QuantizeCall:
     return make_quantize_call(
         x,
         scale,
-        case.layout,
-        False,
-        16,
-        None,
-        per_token,
-        None,
-        None,
-        case.recipe.four_over_six,
-        case.recipe.math == "fast",
-        case.recipe.build,
+        sfLayout=case.layout,
+        per_token_activation=per_token,
+        nvfp4_4over6=case.recipe.four_over_six,
+        fast_math=case.recipe.math == "fast",
+        build=case.recipe.build,
     )
 
 
@@ -46,14 +41,14 @@ def run(backend: str, x: torch.Tensor, case: Case) -> Quantized:
         q = run_reference(x, case)
         outputs: Sequence[torch.Tensor | None] = (q.codes, q.block_scales, q.per_token_scale)
     else:
-        outputs = dispatch.run(backend, request(x, case))
+        outputs = QUANTIZE.run(backend, request(x, case))
     codes, scales, *token = (t.cpu() for t in outputs if t is not None)
     return Quantized(codes, scales, token[0] if token else None)
 
 
 def refusal(backend: str, x: torch.Tensor, case: Case) -> str | None:
     """Why a backend does not run the case; None if it does."""
-    return dispatch.refusal(backend, request(x, case))
+    return QUANTIZE.refusal(backend, request(x, case))
 
 
 def interpret(jobs: list[Job]) -> list[Quantized]:

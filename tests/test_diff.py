@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nvfp4_moe.kernels import dispatch
 from nvfp4_moe.reference.layouts import from_linear, to_linear
 from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -164,10 +165,10 @@ def test_doctor(capsys):
     found = json.loads(capsys.readouterr().out)
     for build in ("cuda", "cute-dsl"):
         assert found["builds"][build]["auto"] == [f"flashinfer:{build}", "triton", "reference"]
-        assert set(found["builds"][build]["reasons"]) == set(runners.dispatch.BACKENDS)
+        assert set(found["builds"][build]["reasons"]) == set(dispatch.BACKENDS)
     layer = found["fused_moe"]
     assert layer["auto"][-1] == "reference" and layer["reasons"]["reference"] is None
     assert __main__.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *runners.dispatch.BACKENDS):
+    for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *dispatch.BACKENDS):
         assert word in printed

@@ -11,8 +11,8 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
 from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
-from nvfp4_moe.kernels import dispatch, environment, target
-from nvfp4_moe.kernels.capability import capability_asked
+from nvfp4_moe.kernels import backends, dispatch, environment, target
+from nvfp4_moe.kernels.capability import check_capability
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.quantize_call import UNSET
 from nvfp4_moe.reference import layouts, shuffle
@@ -170,7 +170,6 @@ def test_auto(flashinfer_here, capability, build, expected):
 
 
 def test_auto_tries_one_order_without_cake():
-    assert dispatch.ORDER == ("flashinfer:<build>", "triton", "reference")
     assert dispatch.auto_order("cuda") == ("flashinfer:cuda", "triton", "reference")
     assert dispatch.auto_order("cute-dsl") == ("flashinfer:cute-dsl", "triton", "reference")
 
@@ -178,7 +177,7 @@ def test_auto_tries_one_order_without_cake():
 def test_auto_without_flashinfer_or_triton(monkeypatch):
     monkeypatch.setattr(fi, "INSTALLED", False)
     assert explain(meta(), G, **TOKEN, capability=(10, 0)).backend == "triton"
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     explanation = explain(meta(), G, **TOKEN, capability=(10, 0))
     assert explanation.backend == "reference"
     assert explanation.reason("triton") == "triton is not installed"
@@ -216,8 +215,10 @@ def test_build_of_a_named_backend_decides_the_bits(flashinfer_here, monkeypatch)
     # cute-dsl does not read the older variable, so the same call is fast there and exact here.
     monkeypatch.setenv(OLD, "1")
     ran = []
-    monkeypatch.setattr(dispatch, "refusal", lambda backend, request: None)
-    monkeypatch.setattr(dispatch, "run", lambda backend, r: ran.append((backend, r.recipe)))
+    monkeypatch.setattr(dispatch.QUANTIZE, "refusal", lambda backend, request: None)
+    monkeypatch.setattr(
+        dispatch.QUANTIZE, "run", lambda backend, r: ran.append((backend, r.recipe))
+    )
     for backend in ("cuda", "cute-dsl", "cake", "triton"):
         nvfp4_quantize(X, G, **TOKEN, backend=backend)
     assert ran == [
@@ -230,7 +231,7 @@ def test_build_of_a_named_backend_decides_the_bits(flashinfer_here, monkeypatch)
 
 @pytest.mark.parametrize("backend", ["triton", *fi.BUILDS])
 def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend):
-    monkeypatch.setattr(dispatch, "run", lambda *args: pytest.fail("something ran"))
+    monkeypatch.setattr(dispatch.QUANTIZE, "run", lambda *args: pytest.fail("something ran"))
     with pytest.raises(UnsupportedError, match=f"backend {backend} .*: a is on the cpu"):
         nvfp4_quantize(X, G, **TOKEN, backend=backend)
     assert explain(X, G, **TOKEN, backend=backend).backend is None
@@ -239,7 +240,7 @@ def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend)
 def test_auto_never_picks_the_interpreter(monkeypatch):
     monkeypatch.setattr(target, "INTERPRETING", True)
     ran = []
-    monkeypatch.setattr(dispatch, "run", lambda backend, request: ran.append(backend))
+    monkeypatch.setattr(dispatch.QUANTIZE, "run", lambda backend, request: ran.append(backend))
     explanation = explain(X, G, **TOKEN)
     assert explanation.reason("triton") is None and explanation.backend == "reference"
     assert explain(X, G, **TOKEN, backend="triton").backend == "triton"
@@ -258,7 +259,7 @@ def test_meta_tensors_are_explained():
 
 def test_a_refusal_on_blackwell_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(fi, "INSTALLED", False)
-    dispatch._log_once.cache_clear()
+    backends.log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, "nvfp4_moe"):
         explain(meta(), G, **TOKEN, capability=(9, 0))
         assert not caplog.records
@@ -423,7 +424,7 @@ def test_flashinfers_own_objects(monkeypatch):
     result = nvfp4_quantize(X, 1.0, **TOKEN, nvfp4_4over6=utils._UNSET)
     assert_quantized(result, expected, "sentinel")
     asked = []
-    monkeypatch.setattr(dispatch, "run", lambda backend, r: asked.append(r.recipe))
+    monkeypatch.setattr(dispatch.QUANTIZE, "run", lambda backend, r: asked.append(r.recipe))
     nvfp4_quantize(X, 1 / 1536, **TOKEN, nvfp4_4over6=theirs)
     assert asked == [Recipe(four_over_six=FOUR_256)]  # ours from here on, to hash and compare alike
 
@@ -451,7 +452,7 @@ def test_torch_compile_traces_the_whole_call(flashinfer_here, monkeypatch):
 
 def test_while_compiling_auto_passes_over_flashinfer(flashinfer_here, monkeypatch, caplog):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    dispatch._log_once.cache_clear()
+    backends.log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, "nvfp4_moe"):
         explanation = explain(meta(), G, **TOKEN, capability=(10, 0))
     assert explanation.backend == "triton" and not caplog.records
@@ -499,4 +500,4 @@ def test_exports():
 @pytest.mark.parametrize("capability", ["10", 100, (10,), (-1, 0), (10.0, 0), (10, 0, 0)])
 def test_a_capability_is_two_numbers(capability):
     with pytest.raises((TypeError, ValueError), match=r"^capability is .*; it must be None, or a"):
-        capability_asked(capability, meta())
+        check_capability(capability)

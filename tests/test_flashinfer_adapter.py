@@ -13,6 +13,8 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from nvfp4_moe.kernels import dispatch, environment
+from nvfp4_moe.kernels.backends import UnsupportedError
+from nvfp4_moe.kernels.dispatch import QUANTIZE
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.quantize_call import UNSET, make_quantize_call
 from nvfp4_moe.reference import layouts
@@ -161,7 +163,7 @@ def called(flashinfer, monkeypatch):
     def run(backend, request):
         with monkeypatch.context() as m:
             m.setattr(torch, "tensor", forbidden)
-            dispatch.run(backend, request)
+            QUANTIZE.run(backend, request)
         return calls.pop()
 
     return run
@@ -259,8 +261,8 @@ def test_a_program_that_is_missing_is_unsupported(flashinfer, monkeypatch):
         raise NotImplementedError("no program for quant:t1")
 
     monkeypatch.setattr(flashinfer, "nvfp4_quantize", missing)
-    with pytest.raises(dispatch.UnsupportedError, match=r"flashinfer:cake .*quant:t1"):
-        dispatch.run(CAKE, ask(matrix(device="cpu"), build="cute-dsl"))
+    with pytest.raises(UnsupportedError, match=r"flashinfer:cake .*quant:t1"):
+        QUANTIZE.run(CAKE, ask(matrix(device="cpu"), build="cute-dsl"))
 
 
 # FlashInfer's own Python, around the reference in place of its kernels
@@ -324,8 +326,8 @@ def test_shapes_and_shuffle_equal_flashinfers_wrapper(hollow, case, layout):
     else:
         a, named["sfLayout"] = a[:, :112].contiguous(), layout
     request = ask(a, scale, **named)
-    theirs = dispatch.run(CUDA, request)
-    ours = dispatch.run("reference", request)
+    theirs = QUANTIZE.run(CUDA, request)
+    ours = QUANTIZE.run("reference", request)
     for got, want, what in zip(ours, theirs, ("codes", "block scales", "token"), strict=False):
         assert_bitwise(got, want, what)
     assert len(ours) == len(theirs)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels.dispatch import UnsupportedError
+from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.quantize import dequantize

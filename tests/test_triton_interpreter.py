@@ -7,7 +7,6 @@ import triton_cases
 from assertions import assert_bitwise
 from golden_cases import cases
 from nvfp4_moe.kernels import quantize as triton_quantize
-from nvfp4_moe.kernels import reference_ops  # noqa: F401  registers the ops
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 import nvfp4_moe

@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from marks import ON_A_GPU
-from nvfp4_moe.kernels.dispatch import UnsupportedError
+from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.reference.moe.routing import pack_topk, route
 from nvfp4_moe.reference.weights.experts import gemm1_values, gemm2_values
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..kernels import environment
-from ..kernels.dispatch import UnsupportedError, nvfp4_quantize
+from ..kernels.backends import UnsupportedError
+from ..kernels.dispatch import nvfp4_quantize
 from ..kernels.moe_call import routing_of
 from ..kernels.moe_dispatch import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
 from ..kernels.weight_on_input import weigh_rows

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..kernels import environment
-from ..kernels.dispatch import UnsupportedError
+from ..kernels.backends import UnsupportedError
 from ..reference import checks
 
 Activation = Literal["per-token", "static", "bf16"]

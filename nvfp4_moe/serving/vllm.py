@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.dispatch import UnsupportedError
+from ..kernels.backends import UnsupportedError
 from ..reference.activation import ActivationType
 from .fused import fused_experts_fp4, refuse_a_dropped_switch
 

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from nvfp4_moe.kernels import capability, dispatch, moe_dispatch
+from nvfp4_moe.kernels import backends, capability
 from nvfp4_moe.kernels.flashinfer import quantize as adapter
 
 from .behaviour import Behaviour
@@ -63,14 +63,13 @@ def _pretend_a_gpu(replace: Any) -> None:
     replace(capability, "of_device", lambda d: CAPABILITY if on_cpu(d) else of_device(d))
     replace(torch.Tensor, "cuda", lambda t, *a, **k: t if on_cpu(t.device) else in_cuda(t, *a, **k))
     replace(torch.cuda, "device", lambda d: contextlib.nullcontext() if on_cpu(d) else guard(d))
-    refusal = dispatch.triton_refusal_of
+    refusal = backends.triton_refusal_of
 
     @functools.wraps(refusal)
     def without_triton(t: torch.Tensor, what: str, asked: tuple[int, int] | None) -> str | None:
         return refusal(t, what, None if on_cpu(t.device) else asked)
 
-    for module in (dispatch, moe_dispatch):
-        replace(module, "triton_refusal_of", without_triton)
+    replace(backends, "triton_refusal_of", without_triton)
 
 
 def _replace_quantizers(replace: Any, ours: Quantizers) -> None:

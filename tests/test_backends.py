@@ -1,0 +1,170 @@
+"""A user's own backends: how they are registered, chosen, explained and checked."""
+
+# SPDX-License-Identifier: Apache-2.0
+import inspect
+
+import pytest
+import torch
+from assertions import assert_bitwise
+from nvfp4_moe.kernels import backends
+from nvfp4_moe.kernels.backends import Backend, Operation
+
+import nvfp4_moe
+from nvfp4_moe import UnsupportedError, register_backend
+
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+TOKEN = {"a_global_sf": 1 / 2688, "per_token_activation": True}
+
+
+def by_the_reference(call):
+    """A backend that is right."""
+    from nvfp4_moe.kernels.dispatch import QUANTIZE
+
+    return QUANTIZE.run("reference", call)
+
+
+def registered(run=by_the_reference, **options):
+    return register_backend("nvfp4_quantize", "mine", run, **options)
+
+
+def test_a_named_backend_runs_and_is_explained():
+    ran = []
+
+    def run(call):
+        ran.append(call)
+        return by_the_reference(call)
+
+    expected = nvfp4_moe.nvfp4_quantize(X, **TOKEN)
+    with registered(run):
+        results = nvfp4_moe.nvfp4_quantize(X, **TOKEN, backend="mine")
+        assert len(ran) == 1 and ran[0].a is X
+        for got, want in zip(results, expected, strict=True):
+            assert_bitwise(got, want, "mine")
+        explanation = nvfp4_moe.explain(X, **TOKEN, backend="mine")
+        assert explanation.backend == "mine" and explanation.reason("mine") is None
+    with pytest.raises(ValueError, match="backend is 'mine'; it must be one of auto"):
+        nvfp4_moe.nvfp4_quantize(X, **TOKEN, backend="mine")
+
+
+def test_auto_never_takes_it_unless_its_place_is_given():
+    with registered(lambda call: pytest.fail("it ran")):
+        nvfp4_moe.nvfp4_quantize(X, **TOKEN)
+    with registered(before="reference"):
+        assert nvfp4_moe.explain(X, **TOKEN).backend == "mine"
+    with registered(before="reference", refusal=lambda call: "it is too slow"):
+        explanation = nvfp4_moe.explain(X, **TOKEN)
+        assert explanation.backend == "reference"
+        assert explanation.reason("mine") == "it is too slow"
+        with pytest.raises(UnsupportedError, match="mine cannot serve this call: it is too slow"):
+            nvfp4_moe.nvfp4_quantize(X, **TOKEN, backend="mine")
+
+
+def test_a_handle_removes_it():
+    handle = registered()
+    assert (handle.operation, handle.name) == ("nvfp4_quantize", "mine")
+    handle.remove()
+    handle.remove()
+    registered().remove()
+
+
+@pytest.mark.parametrize("operation", backends.OPERATIONS)
+def test_a_name_is_taken_once(operation):
+    with register_backend(operation, "mine", by_the_reference):
+        for name in ("mine", "auto", "reference", "triton", "flashinfer:mine"):
+            with pytest.raises(ValueError, match=f"name is '{name}'; it must not be taken: auto"):
+                register_backend(operation, name, by_the_reference)
+    assert "mine" not in backends.OPERATIONS[operation].names
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"operation": "softmax"}, "operation is 'softmax'; it must be one of .*nvfp4_quantize"),
+        ({"name": ""}, "name is ''; it must be the name of a backend"),
+        ({"name": 3}, "name is 3; it must be the name of a backend"),
+        ({"run": None}, "run is None; it must be a function of the call"),
+        ({"refusal": "no"}, "refusal is 'no'; it must be a function of the call"),
+        ({"before": "mine"}, "before is 'mine'; it must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    given = {"operation": "nvfp4_quantize", "name": "mine", "run": by_the_reference} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        register_backend(**given)
+    registered().remove()  # nothing was left behind
+
+
+def test_not_implemented_is_unsupported():
+    def run(call):
+        raise NotImplementedError("K = 64 has no kernel")
+
+    with registered(run), pytest.raises(UnsupportedError, match=r"mine cannot .*K = 64 has no"):
+        nvfp4_moe.nvfp4_quantize(X, **TOKEN, backend="mine")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda r: r[0], "the result of backend mine is uint8 .*; it must be 3 tensors"),
+        (lambda r: r[:2], "the result of backend mine is a tuple of 2; it must be 3 tensors"),
+        (lambda r: (r[0][:4], *r[1:]), r"mine, \[0\], is uint8 \[4, 32\]; it must be .*\[5, 32\]"),
+        (lambda r: (r[0].int(), *r[1:]), r"\[0\], is int32 .*of uint8"),
+        (
+            lambda r: (*r[:2], r[2].to("meta")),
+            r"\[2\], is on meta; it must be on its call's device",
+        ),
+    ],
+)
+def test_results_are_checked(change, message):
+    with (
+        registered(lambda call: change(by_the_reference(call))),
+        pytest.raises((TypeError, ValueError), match=message),
+    ):
+        nvfp4_moe.nvfp4_quantize(X, **TOKEN, backend="mine")
+
+
+# The engine
+
+
+class Asked:
+    capability = None
+
+
+def test_an_explanation_binds_like_the_function_that_it_explains():
+    operation = Operation("op", [Backend("only", backends.serves_all, lambda call: 7)])
+
+    @operation.served()
+    def function(x: int, *, backend: str = "auto"):
+        """Doc."""
+        if x < 0:
+            raise ValueError("x is negative")
+        return Asked(), operation.check_name(backend)
+
+    explain = operation.explaining(function)
+    assert function(1) == 7 and function.__doc__ == "Doc."
+    parameters = inspect.signature(explain).parameters
+    assert list(parameters) == ["x", "backend", "capability"]
+    assert explain(1).backend == explain(x=1, backend="only").backend == "only"
+    assert explain(-1).reason("only") == "x is negative" and explain(-1).backend is None
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        explain()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        explain(1, y=2)
+    assert "capability is 9" in explain(1, capability=9).reason("only")
+
+
+def test_a_missing_kernel_falls_back_under_auto_alone():
+    refused = []
+
+    def run(call):
+        raise RuntimeError("no kernel")
+
+    def remembers(call, error):
+        refused.append(str(error))
+        return str(error) == "no kernel"
+
+    first = Backend("first", lambda c: "none" if refused else None, run, remembers=remembers)
+    operation = Operation("op", [first, Backend("second", backends.serves_all, lambda c: 2)])
+    with pytest.raises(RuntimeError, match="no kernel"):
+        operation.serve(Asked(), "first")
+    assert not refused and operation.serve(Asked(), "auto") == 2 and refused == ["no kernel"]
