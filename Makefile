@@ -75,7 +75,7 @@ bench:
 
 # The tables and the plot of docs/embeddings.md, on a CPU.
 embeddings: $(SETUP) $(MODEL)
-	$(PYTHON) docs/embeddings.py
+	$(PYTHON) examples/embeddings.py
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -41,7 +41,7 @@ from .reference.statistics.table import table as statistics_table
 from .reference.weights.cute_dsl import with_cute_dsl
 from .reference.weights.cutlass import with_cutlass
 from .reference.weights.experts import Experts, assemble_experts, prepare_experts
-from .training import fake_quantized_moe
+from .training.layer import fake_quantized_moe
 
 try:
     __version__ = version("nvfp4-moe")

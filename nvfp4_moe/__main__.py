@@ -7,16 +7,16 @@ import importlib
 import sys
 
 from . import __version__, exits, invocation
-from .guard import guarded
+from .cli.guard import guarded
 
 COMMANDS = {
-    "diff": (".diff", "compare the same tensors through every backend here, to the bit"),
-    "blackwell": (".blackwell", "run the whole matrix through every backend, tactic and math"),
-    "replay": (".replay", "run a failing case from a file again"),
-    "doctor": (".doctor", "say what is here, and which backend would serve"),
+    "diff": (".cli.diff", "compare the same tensors through every backend here, to the bit"),
+    "blackwell": (".cli.blackwell", "run the whole matrix through every backend, tactic and math"),
+    "replay": (".failures.replay", "run a failing case from a file again"),
+    "doctor": (".cli.doctor", "say what is here, and which backend would serve"),
     "mutants": (".mutants.command", "plant the catalogue of mistakes, and see what finds them"),
-    "fuzz-bounds": (".fuzz_bounds", "judge random runs that keep the contract"),
-    "convert": (".checkpoints.command", "quantize the experts of a Hugging Face checkpoint"),
+    "fuzz-bounds": (".cli.fuzz_bounds", "judge random runs that keep the contract"),
+    "convert": (".cli.convert", "quantize the experts of a Hugging Face checkpoint"),
 }
 """Their modules, imported only when they are asked for, and what `--help` says of them."""
 

@@ -15,8 +15,8 @@ from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
 
-from nvfp4_moe.compare import compare
-from nvfp4_moe.matrix import Case
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential.compare import compare
 
 _LINEAR = SfLayout.layout_linear
 

@@ -157,7 +157,7 @@ def subnormal_numbers(device: str, backend: str) -> Any:
 @part
 def quantizers(device: str, backend: str) -> Any:
     import nvfp4_moe as n
-    from nvfp4_moe import inputs
+    from nvfp4_moe.cases import inputs
 
     found: list[Any] = []
     for kind in ("normal", "edge", "bits"):
@@ -252,7 +252,8 @@ def judge(device: str, backend: str) -> Any:
     from nvfp4_moe.reference.statistics.counts import weight_statistics
     from nvfp4_moe.reference.weights.experts import prepare_experts
 
-    from nvfp4_moe import host, matrix_moe
+    from nvfp4_moe import host
+    from nvfp4_moe.cases import moe as matrix_moe
     from nvfp4_moe.serving.scales import serving_scales
 
     w13, w2 = (w.to(device) for w in weights(hidden=128, intermediate=128))

@@ -17,7 +17,7 @@ from checkpoint_cases import (
 from nvfp4_moe.reference.weights.experts import prepare_experts
 
 from nvfp4_moe.checkpoints import load_experts
-from nvfp4_moe.checkpoints.command import RECIPES
+from nvfp4_moe.cli.convert import RECIPES
 
 QWEN = NAMINGS["qwen3-moe"]
 LAYERS = (0, 1)

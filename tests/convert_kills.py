@@ -19,7 +19,7 @@ from checkpoint_cases import bytes_of
 from nvfp4_moe.checkpoints import CheckpointError, convert
 from nvfp4_moe.checkpoints.folder import INDEX
 from nvfp4_moe.checkpoints.layer_error import LayerError
-from nvfp4_moe.checkpoints.workspace import PART, RECORD
+from nvfp4_moe.checkpoints.resumable_writer import PART, RECORD
 
 KILLED, OTHER = 9, 8
 EVENTS = (

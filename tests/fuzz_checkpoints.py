@@ -44,8 +44,8 @@ from checkpoint_cases import (
 from replay_cases import moe_failure, quantizer_failure
 
 from nvfp4_moe.checkpoints import CheckpointError, Folder, convert, find_layers, load_experts
-from nvfp4_moe.checkpoints.workspace import RECORD
-from nvfp4_moe.replay_file import ReplayFileError, load, save_moe, save_quantizer
+from nvfp4_moe.checkpoints.resumable_writer import RECORD
+from nvfp4_moe.failures.replay_file import ReplayFileError, load, save_moe, save_quantizer
 
 SECONDS = 5.0
 BLOCKED = 300.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 OUTPUTS = {False: 3741, True: 140}
 """How many output arrays the two files hold; `edge` is the key."""

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 
 import nvfp4_moe
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 assert "site-packages" in nvfp4_moe.__file__, f"{nvfp4_moe.__file__} is not the installed package"
 for name in ("kernels", "reference", "tests", "bench", "docs", "src"):

@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from nvfp4_moe import NVFP44Over6Config, inputs
+from nvfp4_moe import NVFP44Over6Config
+from nvfp4_moe.cases import inputs
 
 G = 1 / 2688
 FOUR = NVFP44Over6Config()

@@ -24,11 +24,11 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config
 from nvfp4_moe.reference.weights.experts import prepare_experts
 
 import nvfp4_moe
-from nvfp4_moe.moe_case import to_device
+from nvfp4_moe.cases.moe_case import to_device
 from nvfp4_moe.parallel import AgreementError, fused_moe_ep, fused_moe_tp
 from nvfp4_moe.parallel import select_experts as select
 from nvfp4_moe.parallel import shard_experts as shard
-from nvfp4_moe.parallel.exchange import packed_bytes
+from nvfp4_moe.parallel.all_to_all import packed_bytes
 
 SHAPE = Shape(13, 144, 112, 9, 5)
 """Padded in H and in I, 7 blocks of I and 9 experts: uneven on 2 and on 4 ranks."""

@@ -19,12 +19,16 @@ from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import SfLayout
 
-from nvfp4_moe import diff_moe, diff_quantizers, folder, matrix_moe, runners
-from nvfp4_moe.compare import run_reference
-from nvfp4_moe.diff_quantizers import Choice
-from nvfp4_moe.matrix import Case
-from nvfp4_moe.moe_case import MoECase
-from nvfp4_moe.report import Report
+from nvfp4_moe.cases import moe as matrix_moe
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential import moe as diff_moe
+from nvfp4_moe.differential import quantize as diff_quantizers
+from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.differential.quantize import Choice
+from nvfp4_moe.failures import write as folder
+from nvfp4_moe.report.data import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("normal, per-token", "normal, global-scale", "Swiglu, bf16")

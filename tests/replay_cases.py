@@ -12,11 +12,11 @@ from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
-from nvfp4_moe import inputs
-from nvfp4_moe.compare import run_reference
-from nvfp4_moe.matrix import Case
-from nvfp4_moe.moe_case import MoECase
-from nvfp4_moe.replay_file import MoEFailure, Origin, QuantizerFailure
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.failures.replay_file import MoEFailure, Origin, QuantizerFailure
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 FOUR = Recipe("exact", NVFP44Over6Config(256, "MSE", True))

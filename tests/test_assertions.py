@@ -16,9 +16,9 @@ from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
-from nvfp4_moe import inputs
-from nvfp4_moe.compare import run_reference
-from nvfp4_moe.matrix import Case
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential.compare import run_reference
 
 CODES = torch.arange(3 * 16, dtype=torch.uint8).reshape(3, 16)  # 3 rows of 32 elements
 SCALES = torch.arange(3 * 2, dtype=torch.uint8).reshape(3, 2)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Recipe, Routing, RoutingMethodType, checkpoints, parallel
-from nvfp4_moe.serving.switch import activation_of
+from nvfp4_moe.serving.activation_policy import activation_of
 
 OBJECTS = st.sampled_from([object(), object, [1], (), {"a": 1}, b"x", 1j, lambda: None])
 WORDS = st.sampled_from(["", "yes", "cuda:99", "None", "fast_math"])

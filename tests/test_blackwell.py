@@ -10,8 +10,9 @@ import pytest
 import standin
 from nvfp4_moe.kernels import moe_dispatch
 
-from nvfp4_moe import blackwell, report
 from nvfp4_moe.__main__ import main
+from nvfp4_moe.cli import blackwell
+from nvfp4_moe.report import data as report
 
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, as FlashInfer's layers do")
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +117,7 @@ def rehearsed(backend, part, math, lie, tmp_path, monkeypatch):
     (job,) = [j for j in blackwell.jobs(backend) if (j.part, j.math) == (part, math)]
     for name, value in job.variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("nvfp4_moe.folder.MOST_FILES", 1)
+    monkeypatch.setattr("nvfp4_moe.failures.write.MOST_FILES", 1)
     with standin.installed(lie):
         status = main(job.arguments(OPTIONS, tmp_path))
     return status, report.read(tmp_path / "report.json")

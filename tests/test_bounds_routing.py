@@ -35,7 +35,7 @@ from routing_cases import (
     variants,
 )
 
-from nvfp4_moe.moe_case import MoECase
+from nvfp4_moe.cases.moe_case import MoECase
 
 EXPERTS = 16
 SHAPE = Shape(24, 128, 64, EXPERTS, 4)

@@ -21,9 +21,9 @@ from nvfp4_moe.reference.numerics.fp32 import flush
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.experts import prepare_experts
 
-from nvfp4_moe.allowed import Allowed
-from nvfp4_moe.fuzz_calls import Draw
-from nvfp4_moe.moe_case import MoECase
+from nvfp4_moe.cases.fuzz import Draw
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.differential.verdict import Allowed
 
 INF, NAN = torch.inf, torch.nan
 SHAPE = Shape(4, 128, 128, 2, 1)

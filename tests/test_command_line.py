@@ -16,13 +16,16 @@ import torch
 from checkpoint_cases import NAMINGS, ordinary, weights, write
 from safetensors.torch import save_file
 
-from nvfp4_moe import blackwell, diff_quantizers, doctor, exits, files, processes, starting
+from nvfp4_moe import exits, files, starting
 from nvfp4_moe.__main__ import COMMANDS, main
-from nvfp4_moe.checkpoints import command as convert_command
-from nvfp4_moe.checkpoints import workspace
+from nvfp4_moe.checkpoints import resumable_writer as workspace
+from nvfp4_moe.cli import blackwell, doctor
+from nvfp4_moe.cli import convert as convert_command
+from nvfp4_moe.cli.guard import guarded
+from nvfp4_moe.differential import quantize as diff_quantizers
+from nvfp4_moe.differential import workers as processes
 from nvfp4_moe.exits import Exit
-from nvfp4_moe.guard import guarded
-from nvfp4_moe.replay_file import save_quantizer
+from nvfp4_moe.failures.replay_file import save_quantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +64,7 @@ def idle(monkeypatch):
     monkeypatch.setattr(diff_quantizers, "run", work)
     monkeypatch.setattr(blackwell, "_run_all", work)
     monkeypatch.setattr(convert_command, "convert", work)
-    monkeypatch.setattr("nvfp4_moe.replay.replay", work)
+    monkeypatch.setattr("nvfp4_moe.failures.replay.replay", work)
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "/proc", "full"])
@@ -146,7 +149,7 @@ def test_a_device_that_is_not_here(device, checkpoint, capsys, tmp_path):
 def test_a_conversion_that_does_not_fit(checkpoint, capsys, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1 << 40, 1 << 40, files.ROOM))
-    monkeypatch.setattr("nvfp4_moe.checkpoints.room.result_bytes", lambda _: 10**10)
+    monkeypatch.setattr("nvfp4_moe.checkpoints.disk_space.result_bytes", lambda _: 10**10)
     line = refused(capsys, ["convert", checkpoint, tmp_path / "dst"])
     assert "its disk must have 10.000 GB free, and has 0.004 GB" in line
     assert not (tmp_path / "dst").exists()
@@ -234,7 +237,7 @@ def test_an_interrupt_of_the_import():
     [
         (["python", "-m", "nvfp4_moe", "doctor"], True),
         (["python", "/usr/bin/nvfp4-moe", "doctor"], True),
-        (["python", "-m", "nvfp4_moe.processes"], False),
+        (["python", "-m", "nvfp4_moe.differential.workers"], False),
         (["python", "-m", "pytest", "nvfp4_moe"], False),
         (["python", "train.py", "nvfp4-moe"], False),
         (["python", "-m"], False),
@@ -249,7 +252,14 @@ def test_what_is_the_command_line(words, ours):
 def test_a_worker_ends_with_its_parent(tmp_path):
     """The process that it is told of is not its parent, as after the parent's death."""
     torch.save([(["sleep", "60"],)], tmp_path / "jobs")
-    command = [sys.executable, "-m", "nvfp4_moe.processes", "processes:run", tmp_path / "jobs", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "nvfp4_moe.differential.workers",
+        "differential.workers:run",
+        tmp_path / "jobs",
+        "1",
+    ]
     assert subprocess.run(command, cwd=ROOT, timeout=50).returncode == 1
 
 

@@ -26,8 +26,15 @@ from convert_cases import LAYERS, QWEN, assert_converted, by_layer, source
 from safetensors.torch import load_file, save_file
 
 from nvfp4_moe import __main__
-from nvfp4_moe.checkpoints import CheckpointError, convert, load_experts, workspace
-from nvfp4_moe.checkpoints.command import RECIPES
+from nvfp4_moe.checkpoints import (
+    CheckpointError,
+    convert,
+    load_experts,
+)
+from nvfp4_moe.checkpoints import (
+    resumable_writer as workspace,
+)
+from nvfp4_moe.cli.convert import RECIPES
 
 
 @pytest.mark.parametrize("name", NAMINGS)

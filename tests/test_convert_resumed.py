@@ -16,8 +16,15 @@ from checkpoint_cases import apart, bytes_of, ordinary, weights, write
 from convert_cases import QWEN, assert_converted, by_layer, source
 from safetensors.torch import load_file, save_file
 
-from nvfp4_moe.checkpoints import CheckpointError, convert, load_experts, workspace
-from nvfp4_moe.checkpoints.command import RECIPES
+from nvfp4_moe.checkpoints import (
+    CheckpointError,
+    convert,
+    load_experts,
+)
+from nvfp4_moe.checkpoints import (
+    resumable_writer as workspace,
+)
+from nvfp4_moe.cli.convert import RECIPES
 
 
 class Killed(BaseException):

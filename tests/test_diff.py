@@ -12,9 +12,12 @@ from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from safetensors.torch import save_file
 
-from nvfp4_moe import __main__, compare, inputs, runners
-from nvfp4_moe.compare import run_reference
-from nvfp4_moe.matrix import Case
+from nvfp4_moe import __main__
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential import compare
+from nvfp4_moe.differential.compare import run_reference
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 

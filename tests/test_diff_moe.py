@@ -4,8 +4,9 @@
 import pytest
 import torch
 
-from nvfp4_moe import diff_moe, matrix_moe
-from nvfp4_moe.costs import costs
+from nvfp4_moe.cases import moe as matrix_moe
+from nvfp4_moe.differential import moe as diff_moe
+from nvfp4_moe.differential.format_error import costs
 
 INTERPRETER = diff_moe.INTERPRETER
 

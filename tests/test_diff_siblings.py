@@ -22,10 +22,10 @@ from nvfp4_moe.reference.moe.baselines import (
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
 from standin import layers
 
-from nvfp4_moe import diff_siblings
-from nvfp4_moe.calls import Sweep
+from nvfp4_moe.cases.baselines import SiblingCase, exact_case
+from nvfp4_moe.differential import baselines as diff_siblings
+from nvfp4_moe.differential.calls import Sweep
 from nvfp4_moe.exits import CommandError
-from nvfp4_moe.matrix_siblings import SiblingCase, exact_case
 
 NAMES = adapter.NAMES
 EVERY = Sweep(every_configuration=True, replay=True)

@@ -20,13 +20,8 @@ from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import Recipe, all_recipes
 
 import nvfp4_moe
-from nvfp4_moe import (
-    SfLayout,
-    UnsupportedError,
-    explain,
-    inputs,
-    nvfp4_quantize,
-)
+from nvfp4_moe import SfLayout, UnsupportedError, explain, nvfp4_quantize
+from nvfp4_moe.cases import inputs
 
 NEW, OLD = environment.EXACT_VARIABLES["cuda"]
 ROOT = Path(nvfp4_moe.__file__).parent.parent

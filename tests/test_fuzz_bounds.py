@@ -9,9 +9,10 @@ from nvfp4_moe.reference.bounds.interval import Interval
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.layer import Stages
 
-from nvfp4_moe import fuzz_bounds, fuzz_runs
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.fuzz_calls import Kind
+from nvfp4_moe.cases.fuzz import Kind
+from nvfp4_moe.cli import fuzz_bounds
+from nvfp4_moe.differential import fuzz as fuzz_runs
 
 SETTINGS = {"tokens": 4, "ways": 3, "kinds": None, "device": "cpu", "triton": False}
 

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from marks import ON_A_GPU
 
-from nvfp4_moe import fuzz_bounds
+from nvfp4_moe.cli import fuzz_bounds
 
 pytestmark = ON_A_GPU
 

@@ -7,8 +7,8 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.routing import route
 from nvfp4_moe.reference.recipe import Recipe
 
-from nvfp4_moe import matrix_edges
-from nvfp4_moe.allowed import Allowed, unequal
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.differential.verdict import Allowed, unequal
 
 CASES = {case.name: case for case in matrix_edges.cases(Recipe())}
 

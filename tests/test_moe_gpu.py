@@ -14,7 +14,7 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.layer import Activations
 from nvfp4_moe.reference.recipe import Recipe
 
-from nvfp4_moe import sums
+from nvfp4_moe.differential import accumulation as sums
 
 pytestmark = ON_A_GPU
 

@@ -9,7 +9,7 @@ import pytest
 from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.judge import STAGES, judge
+from nvfp4_moe.differential.stages import STAGES, judge
 from nvfp4_moe.mutants import command
 from nvfp4_moe.mutants.catalogue import EVERY_SETTING, MUTANTS
 from nvfp4_moe.mutants.conforming import CONFORMING, SETTINGS, conforms, perform

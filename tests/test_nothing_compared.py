@@ -7,11 +7,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nvfp4_moe import diff_moe, diff_siblings, inputs, interpreter, page, report, runners
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.compare import run_reference
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.differential import (
+    backends as runners,
+)
+from nvfp4_moe.differential import (
+    baselines as diff_siblings,
+)
+from nvfp4_moe.differential import (
+    interpreter,
+)
+from nvfp4_moe.differential import (
+    moe as diff_moe,
+)
+from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.exits import Exit
-from nvfp4_moe.report import Cell, Report, Section
+from nvfp4_moe.report import data as report
+from nvfp4_moe.report import html as page
+from nvfp4_moe.report.data import Cell, Report, Section
 
 UNFIT = {
     "K = 24": torch.zeros(4, 24, dtype=torch.bfloat16),

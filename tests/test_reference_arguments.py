@@ -16,7 +16,7 @@ from nvfp4_moe.reference.quantize import (
 )
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 by_recipe = pytest.mark.parametrize("recipe", all_recipes(), ids=str)
 

@@ -24,7 +24,7 @@ from nvfp4_moe.reference.quantize import (
 )
 from nvfp4_moe.reference.recipe import SfLayout, all_recipes
 
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 RECIPES = st.sampled_from(all_recipes())
 SEEDS = st.integers(0, 2**32 - 1)

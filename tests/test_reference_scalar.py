@@ -16,7 +16,7 @@ from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_tok
 from nvfp4_moe.reference.recipe import Recipe, all_recipes
 from scalar_model import ZERO, Kernel, hmax
 
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 PLAIN = [r for r in all_recipes() if r.four_over_six is None]
 by_recipe = pytest.mark.parametrize("recipe", all_recipes(), ids=str)

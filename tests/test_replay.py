@@ -18,12 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import nvfp4_moe
-from nvfp4_moe import __main__, inputs, matrix, replay, runners, shrink, shrink_moe
-from nvfp4_moe.allowed import Allowed
-from nvfp4_moe.compare import compare, run_reference
-from nvfp4_moe.matrix import Case
-from nvfp4_moe.moe_case import MoECase
-from nvfp4_moe.replay_file import (
+from nvfp4_moe import __main__
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential.compare import compare, run_reference
+from nvfp4_moe.differential.verdict import Allowed
+from nvfp4_moe.failures import minimize as shrink
+from nvfp4_moe.failures import minimize_moe as shrink_moe
+from nvfp4_moe.failures import replay
+from nvfp4_moe.failures.replay_file import (
     MoEFailure,
     QuantizerFailure,
     ReplayFileError,

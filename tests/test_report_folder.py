@@ -12,12 +12,19 @@ import torch
 from nvfp4_moe.reference.numerics import e2m1
 from safetensors.torch import save_file
 
-from nvfp4_moe import blackwell, doctor, folder, inputs, invocation, page, report, runners, text
+from nvfp4_moe import invocation, machine
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.compare import run_reference
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cli import blackwell
+from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.exits import Exit
-from nvfp4_moe.replay_file import save_quantizer
-from nvfp4_moe.report import Cell, Report, Section
+from nvfp4_moe.failures import write as folder
+from nvfp4_moe.failures.replay_file import save_quantizer
+from nvfp4_moe.report import data as report
+from nvfp4_moe.report import html as page
+from nvfp4_moe.report import terminal as text
+from nvfp4_moe.report.data import Cell, Report, Section
 
 
 @pytest.fixture
@@ -62,8 +69,8 @@ def test_a_report_of_all_removes_those_of_every_process(tmp_path, monkeypatch):
 
 
 def test_it_says_when_and_by_what_it_was_made(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_driver", lambda: "610.12")
-    monkeypatch.setattr(doctor, "_commit", lambda: "0123456789ab, changed")
+    monkeypatch.setattr(machine, "_driver", lambda: "610.12")
+    monkeypatch.setattr(machine, "_commit", lambda: "0123456789ab, changed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     section = Section("layers")
     section.put("case", "triton", Cell("identical", 1))
@@ -81,8 +88,8 @@ def test_it_says_when_and_by_what_it_was_made(monkeypatch, capsys):
 
 
 def test_the_driver_and_the_commit_of_this_machine():
-    assert doctor._commit() is None or re.match(r"[0-9a-f]{12}", doctor._commit())
-    assert doctor._driver() is None or re.match(r"[\d.]+$", doctor._driver())
+    assert machine._commit() is None or re.match(r"[0-9a-f]{12}", machine._commit())
+    assert machine._driver() is None or re.match(r"[\d.]+$", machine._driver())
 
 
 @pytest.mark.parametrize("given", [["diff", "--rows", "2"], ["convert", "a b", "it's"]])

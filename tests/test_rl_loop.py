@@ -1,4 +1,4 @@
-"""The loop of `docs/rl_loop.py`, shortened: trainer and server agree to the bit, or with bf16 do not."""
+"""The loop of `examples/rl_loop.py`, shortened: trainer and server agree to the bit, with bf16 not."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-_FILE = Path(__file__).resolve().parent.parent / "docs" / "rl_loop.py"
+_FILE = Path(__file__).resolve().parent.parent / "examples" / "rl_loop.py"
 _GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 DEVICES = [
     "cpu",

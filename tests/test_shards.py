@@ -33,9 +33,9 @@ from nvfp4_moe.reference.weights.experts import (
     prepare_experts,
     unshuffled_bias,
 )
+from tp_difference import changed
 
-from nvfp4_moe import inputs
-from nvfp4_moe.parallel import requantized
+from nvfp4_moe.cases import inputs
 
 SHAPE = Shape(6, 144, 112, 3, 2)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -240,5 +240,5 @@ def test_sums_that_may_overflow():
 def test_shards_change_42_to_46_percent_of_real_values():
     for name, x in inputs.activations().items():
         if name.endswith("ffn_mid"):
-            assert 0.42 < requantized.changed(x, 2, Recipe()) < 0.46
-            assert 0.63 < requantized.changed(x, 4, Recipe()) < 0.70
+            assert 0.42 < changed(x, 2, Recipe()) < 0.46
+            assert 0.63 < changed(x, 4, Recipe()) < 0.70

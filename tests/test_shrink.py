@@ -8,9 +8,10 @@ import pytest
 import torch
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
-from nvfp4_moe import inputs, shrink
-from nvfp4_moe.compare import compare, run_reference
-from nvfp4_moe.matrix import Case
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential.compare import compare, run_reference
+from nvfp4_moe.failures import minimize as shrink
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 

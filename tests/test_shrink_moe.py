@@ -20,9 +20,10 @@ from nvfp4_moe.reference.weights.experts import (
 )
 
 import nvfp4_moe
-from nvfp4_moe import shrink_moe
-from nvfp4_moe.moe_case import MoECase
-from nvfp4_moe.moe_parts import (
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.failures import minimize_moe as shrink_moe
+from nvfp4_moe.failures.minimize_moe import shrink_call
+from nvfp4_moe.failures.slice_call import (
     PER_EXPERT,
     keep_experts,
     keep_hidden,
@@ -31,7 +32,6 @@ from nvfp4_moe.moe_parts import (
     keep_tokens,
     with_given_routing,
 )
-from nvfp4_moe.shrink_moe import shrink_call
 
 SHAPE = Shape(6, 368, 208, 8, 3, 2, 4)  # H and I padded to 384 and 256, experts 2 to 5 held
 GATED, PLAIN = ActivationType.Swiglu, ActivationType.Relu2

@@ -27,8 +27,11 @@ from standin.cases import CASES, EXACT_MATH
 from standin.lies import CUTE_DSL, CUTLASS, TRTLLM
 
 import nvfp4_moe
-from nvfp4_moe import inputs, runners, sums, tactics
-from nvfp4_moe.matrix import Case, global_scale
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases.quantize import Case, global_scale
+from nvfp4_moe.differential import accumulation as sums
+from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential import tactics
 
 flashinfer = pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")

@@ -28,7 +28,8 @@ from nvfp4_moe.reference.weights.experts import quantize_weight
 from statistics_cases import FOUR, assert_same, assert_slow, slow
 
 import nvfp4_moe
-from nvfp4_moe import LayerStatistics, MoEStatistics, inputs
+from nvfp4_moe import LayerStatistics, MoEStatistics
+from nvfp4_moe.cases import inputs
 
 SHAPE = Shape(7, 128, 64, 6, 3)
 

@@ -12,7 +12,8 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
 from nvfp4_moe.reference.statistics.counts import quantization_statistics, weight_statistics
 
 import nvfp4_moe
-from nvfp4_moe import fused_moe, inputs
+from nvfp4_moe import fused_moe
+from nvfp4_moe.cases import inputs
 
 pytestmark = ON_A_GPU
 

@@ -7,7 +7,8 @@ import torch
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.layer import Stages
 
-from nvfp4_moe import diff_moe, sums
+from nvfp4_moe.differential import accumulation as sums
+from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.mutants.conforming import CONFORMING, truncating
 
 FUSED = moe.fused_moe

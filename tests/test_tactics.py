@@ -13,7 +13,7 @@ from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
-from nvfp4_moe import tactics
+from nvfp4_moe.differential import tactics
 
 SHAPE = Shape(5, 128, 64, 4, 2)
 

@@ -13,7 +13,7 @@ from nvfp4_moe.reference.numerics import fp32
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
 import nvfp4_moe
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 pytestmark = ON_A_GPU
 

@@ -10,7 +10,7 @@ from nvfp4_moe.kernels import quantize as triton_quantize
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 import nvfp4_moe
-from nvfp4_moe import inputs
+from nvfp4_moe.cases import inputs
 
 pytestmark = [
     pytest.mark.interpreter,

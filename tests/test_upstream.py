@@ -17,10 +17,11 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
 
 import nvfp4_moe
-from nvfp4_moe import arithmetic, runners
-from nvfp4_moe.matrix import Case
-from nvfp4_moe.replay_file import save_moe, save_quantizer
-from nvfp4_moe.upstream import upstream_text
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential import explain as arithmetic
+from nvfp4_moe.failures.bug_report import upstream_text
+from nvfp4_moe.failures.replay_file import save_moe, save_quantizer
 
 needs_flashinfer = pytest.mark.skipif(not fi.INSTALLED, reason="needs flashinfer-python")
 FOUR = NVFP44Over6Config(256, "MSE", True)
@@ -73,7 +74,8 @@ def test_the_quantizers_call(backend, mode, recipe, large, tmp_path, monkeypatch
     if not large:
         failure = replace(failure, x=failure.x[4:5])
         q = {
-            name: nvfp4_moe.replay_file.rows_of(q, [4], case) for name, q in failure.outputs.items()
+            name: nvfp4_moe.failures.replay_file.rows_of(q, [4], case)
+            for name, q in failure.outputs.items()
         }
         failure = replace(failure, outputs=q | {backend: wrong(q["reference"])})
     path = tmp_path / "case.safetensors"

@@ -12,7 +12,7 @@ from ..reference.recipe import BLOCK_SIZE
 from .folder import Folder
 from .formats import BIAS, Format
 from .layers import WEIGHTS, Layer, Projection
-from .places import Place, read_matrix, read_scalar, read_vector
+from .locations import Place, read_matrix, read_scalar, read_vector
 from .progress import Progress
 
 _NAN = 0x7F

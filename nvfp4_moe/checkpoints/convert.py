@@ -20,17 +20,17 @@ from ..reference.numerics.subnormals import kept
 from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe, check_recipe
 from ..reference.weights.experts import quantize_weight
-from .described import configurations, describe
+from .disk_space import check_room
 from .errors import CheckpointError
 from .files import local
 from .folder import HF_QUANT_CONFIG, INDEX, Folder
 from .formats import MODELOPT
 from .layer_error import LayerError, merge
+from .modelopt_config import configurations, describe
+from .other_files import other_files
 from .progress import Progress, silent
-from .rest import other_files
-from .room import check_room
+from .resumable_writer import Workspace
 from .source import Matrix, Source, open_source
-from .workspace import Workspace
 
 _VERSION = 3
 """Of what a conversion writes: part of the identity that a resumed one must share."""

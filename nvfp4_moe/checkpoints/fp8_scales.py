@@ -20,7 +20,7 @@ import torch
 from .check import Headers
 from .folder import Folder
 from .layers import Layer, Projection
-from .places import Place, read_matrix, read_scalar, read_vector, rows_of
+from .locations import Place, read_matrix, read_scalar, read_vector, rows_of
 
 KINDS = ("weight_scale_inv", "weight_scale", "scale")
 BLOCK = (128, 128)

@@ -11,10 +11,10 @@ from typing import Literal
 
 from .errors import CheckpointError
 from .folder import Folder, TensorInfo
+from .locations import Place
 from .model_config import is_model, model_config
 from .model_fields import EXPERT_COUNTS, INTERLEAVED_MODELS
 from .naming import LAYER, OF_EXPERTS, PERHAPS, parse
-from .places import Place
 
 Projection = Literal["gate", "up", "down"]
 

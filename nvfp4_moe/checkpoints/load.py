@@ -19,7 +19,7 @@ from .folder import Folder
 from .formats import BIAS, Format, read_quantization
 from .function import Function, function_of
 from .layers import Layer, Projection, find_layer
-from .places import Place, read_matrix, read_scalar, read_vector
+from .locations import Place, read_matrix, read_scalar, read_vector
 from .progress import Progress, silent
 from .stacks import settle
 

@@ -21,8 +21,8 @@ from .formats import BIAS, MIXED, MODELOPT
 from .fp8_scales import BLOCK, KINDS, check_scale, dequantize_fp8, find_scale, read_scale
 from .groups import read_groups
 from .layers import Layer, Projection, count_problem, find_layers
+from .locations import Place, read_matrix, read_vector
 from .model_config import model_config
-from .places import Place, read_matrix, read_vector
 from .stacks import settle
 
 WEIGHT, INPUT_SCALE = "weight", "input_scale"

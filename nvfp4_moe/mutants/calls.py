@@ -9,12 +9,14 @@ from unittest import mock
 
 import torch
 
-from .. import host, matrix, runners
-from ..allowed import Allowed
-from ..compare import compare, run_reference
+from .. import host
+from ..cases import quantize as matrix
+from ..cases.moe_case import MoECase
+from ..differential import backends as runners
+from ..differential.compare import compare, run_reference
+from ..differential.verdict import Allowed
 from ..kernels import moe, moe_dispatch
 from ..kernels.config_cache import GemmConfig
-from ..moe_case import MoECase
 from ..reference.quantize import Quantized, dequantize
 
 Tensor = torch.Tensor

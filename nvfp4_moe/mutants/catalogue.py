@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..judge import Call, Run
+from ..differential.stages import Call, Run
 from ..reference.moe import layer as moe
 from ..reference.moe.layer import Activations, MoEResult, Stages
 from ..reference.recipe import Recipe, SfLayout

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..judge import Call, Run, judge
+from ..differential.stages import Call, Run, judge
 from ..reference.moe.layer import Stages
 from . import planted
 from .catalogue import EVERY_SETTING, MUTANTS, Mutant
@@ -138,9 +138,10 @@ _HEAD = """\
 
 Made by `{command}`, on a CPU. Each mistake is planted into a run of the reference, on inputs scaled down
 from the benchmark's layers; a criterion sees it if it rejects the output on any of the seeds. Ours names
-the first stage that differs, given what the run itself handed to it (`nvfp4_moe/judge.py`), and, of an
-implementation that shows nothing but its output, says whether that leaves the proved interval
-(`reference/bounds/moe.py`). The others: FlashInfer's (atol 0.1, rtol 0.85, 92.5 % of the elements), its
+the first stage that differs, given what the run itself handed to it
+(`nvfp4_moe/differential/stages.py`), and, of an implementation that shows nothing but its output, says
+whether that leaves the proved interval (`reference/bounds/moe.py`). The others: FlashInfer's (atol 0.1,
+rtol 0.85, 92.5 % of the elements), its
 CuTe-DSL tests' (max(0.05, 1.5 sigma) or 50 %, 97 %), a cosine over 0.99, and `allclose(rtol=1e-2,
 atol=1e-2)`. What no output shows (a scale off by an ulp, a zero's sign) differs in its stage's bits
 alone.

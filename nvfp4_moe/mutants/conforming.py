@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import host
-from ..judge import Call, Run
+from ..differential.stages import Call, Run
 from ..reference.activation import ActivationType
 from ..reference.moe.layer import (
     Activations,

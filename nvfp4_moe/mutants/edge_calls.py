@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import host, matrix_edges
-from ..allowed import unequal
+from .. import host
+from ..cases import moe_edges as matrix_edges
+from ..cases.moe_case import MoECase
+from ..differential.verdict import unequal
 from ..kernels import moe, routing
-from ..moe_case import MoECase
 from ..reference.bounds.interval import Interval, rounded
 from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.recipe import Recipe

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import host, inputs, matrix_edges
-from ..judge import Call
+from .. import host
+from ..cases import inputs
+from ..cases import moe_edges as matrix_edges
+from ..differential.stages import Call
 from ..reference.activation import ActivationType
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3

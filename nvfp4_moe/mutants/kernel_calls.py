@@ -10,9 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from .. import host, inputs, matrix, matrix_moe, moe_parts
+from .. import host
+from ..cases import inputs
+from ..cases import moe as matrix_moe
+from ..cases import quantize as matrix
+from ..cases.moe_case import MoECase
+from ..failures import slice_call as moe_parts
 from ..kernels.config_cache import GemmConfig
-from ..moe_case import MoECase
 from ..reference.activation import ActivationType
 from ..reference.moe.layer import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType

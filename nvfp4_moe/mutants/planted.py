@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import processes
+from ..differential import workers as processes
 from ..kernels import moe
 from .calls import Call
 from .kernel_calls import prepared

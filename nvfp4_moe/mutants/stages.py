@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from ..judge import Call
+from ..differential.stages import Call
 from ..reference.moe import layer as moe
 from ..reference.moe import routing
 from ..reference.moe.layer import Stages

@@ -2,8 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from ..reference.moe.shards import select_experts, shard_experts
-from .agreement import AgreementError
 from .expert import fused_moe_ep
+from .rank_check import AgreementError
 from .tensor import fused_moe_tp
 
 __all__ = ["AgreementError", "fused_moe_ep", "fused_moe_tp", "select_experts", "shard_experts"]

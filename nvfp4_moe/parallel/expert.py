@@ -14,9 +14,9 @@ from ..reference.moe.layer import FinalizeOrder, finalize
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
 from ..reference.weights.experts import Experts
-from .agreement import AgreementError, Fields, Group, described, prepare
-from .exchange import Arrived, Exchange
-from .reduction import all_reduced, travelling
+from .all_reduce import all_reduced, travelling
+from .all_to_all import Arrived, Exchange
+from .rank_check import AgreementError, Fields, Group, described, prepare
 
 Dispatch = Literal["all-reduce", "all-to-all"]
 _OFFSET, _HELD = "local_expert_offset", "local experts"

@@ -13,8 +13,8 @@ from ..reference.moe.layer import FinalizeOrder
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
 from ..reference.weights.experts import Experts
-from .agreement import AgreementError, Fields, described, prepare
-from .reduction import all_reduced, travelling
+from .all_reduce import all_reduced, travelling
+from .rank_check import AgreementError, Fields, described, prepare
 
 _BIAS = "gemm2_bias"
 _SHARD = "shard"

@@ -1,10 +1,10 @@
 """NVFP4 experts in a serving stack: the switch, SGLang's and vLLM's scalars, and drop-ins for both."""
 
 # SPDX-License-Identifier: Apache-2.0
+from .activation_policy import SERVERS, activation_of
 from .fused import fused_experts_fp4
 from .load import load
 from .scales import ServingScales, serving_scales
-from .switch import SERVERS, activation_of
 
 __all__ = [
     "SERVERS",

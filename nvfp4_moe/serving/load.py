@@ -11,7 +11,7 @@ from ..checkpoints.load import load_experts
 from ..kernels import environment
 from ..reference import checks
 from ..reference.weights.experts import Experts
-from .switch import activation_of
+from .activation_policy import activation_of
 
 
 def load(

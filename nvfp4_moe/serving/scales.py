@@ -25,7 +25,7 @@ from ..reference import checks
 from ..reference.activation import ActivationType
 from ..reference.weights.arguments import check_activation, check_parameter
 from ..reference.weights.scalars import must_share, per_expert
-from .switch import Activation
+from .activation_policy import Activation
 
 
 @dataclass(frozen=True)

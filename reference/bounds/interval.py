@@ -42,7 +42,8 @@ ANY_ORDER = Accumulation(
     3 * U,
     8,
     "steps of at least 8 products, aligned to the largest term with one more bit than fp32 has, dropped "
-    "below, the result truncated to fp32; covers FP32. `nvfp4_moe.sums` asks a backend",
+    "below, the result truncated to fp32; covers FP32. "
+    "`nvfp4_moe.differential.accumulation` asks a backend",
 )
 CONTIGUOUS = replace(
     ANY_ORDER,

@@ -14,7 +14,7 @@ from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 import nvfp4_moe
-from nvfp4_moe.matrix_moe import MoECase
+from nvfp4_moe.cases.moe import MoECase
 
 from .lies import CUTE_DSL, CUTLASS, TRTLLM
 

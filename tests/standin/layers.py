@@ -44,7 +44,7 @@ CUTLASS_TACTICS = (3, 4)
 class Ran:
     backend: str
     tactic: str
-    """By the name that `nvfp4_moe.tactics` gives it; CuTe-DSL's default has one of those."""
+    """The name that `nvfp4_moe.differential.tactics` gives it; CuTe-DSL's default has one of those."""
 
 
 @dataclass

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from ... import host, matrix, matrix_edges
-from ...allowed import unequal
+from ... import host
+from ...cases import moe_edges as matrix_edges
+from ...cases import quantize as matrix
+from ...differential.verdict import unequal
 from ...kernels import dense as triton_dense
 from ...kernels import producer_launch
 from ...kernels.config_cache import GemmConfig
@@ -56,7 +58,7 @@ class ReloadCall:
         return {"input_amax": 3.0, "intermediate_amax": 5.0} if self.static else {}
 
     def answer(self, device: str = "cpu") -> Any:
-        from ...moe_case import to_device
+        from ...cases.moe_case import to_device
 
         experts = to_device(self._experts(0)[0], device)
         w13, w2 = (w.to(device) for w in self._experts(1)[1])

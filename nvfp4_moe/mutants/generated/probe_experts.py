@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from ... import host, matrix_edges
+from ... import host
+from ...cases import moe_edges as matrix_edges
 from ...reference import shuffle
 from ...reference.activation import ActivationType
 from ...reference.recipe import NVFP44Over6Config, Recipe

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from ... import host, matrix_edges, matrix_moe
-from ...allowed import Allowed
+from ... import host
+from ...cases import moe as matrix_moe
+from ...cases import moe_edges as matrix_edges
+from ...differential.verdict import Allowed
 from ...reference import activation, dense, layouts
 from ...reference import fused_quantize as producers
 from ...reference.activation import ActivationType

@@ -6,8 +6,10 @@ import itertools
 
 import torch
 
-from ... import host, inputs, matrix
-from ...compare import run_reference
+from ... import host
+from ...cases import inputs
+from ...cases import quantize as matrix
+from ...differential.compare import run_reference
 from ...reference import quantize
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 from ..kernel_calls import rows_at_edges

@@ -5,7 +5,8 @@ import itertools
 
 import torch
 
-from ... import host, matrix_edges
+from ... import host
+from ...cases import moe_edges as matrix_edges
 from ...reference.moe import routing
 from ...reference.moe.routing import Routing, RoutingMethodType
 from ..edge_calls import every_method, saturated, undecided

@@ -1,0 +1,250 @@
+"""What `nvfp4-moe diff` compares of the fused mixture of experts."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import host
+from ..kernels import environment
+from ..reference.activation import ActivationType
+from ..reference.moe.layer import Activations, quantize_activations
+from ..reference.moe.routing import Routing, RoutingMethodType, route
+from ..reference.numerics import e2m1
+from ..reference.quantize import quantize_global_scale
+from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
+from ..reference.weights.cute_dsl import with_cute_dsl
+from ..reference.weights.cutlass import with_cutlass
+from ..reference.weights.experts import Experts, assemble_experts, prepare_experts
+from . import inputs
+from . import moe_edges as matrix_edges
+from .moe_case import MoECase
+
+TENSOR = "layer0.ffn_in"
+TOKENS, INTERMEDIATE, EXPERTS, TOP_K = 24, 128, 4, 2
+_M = RoutingMethodType
+_GIVEN = Routing(_M.Renormalize, TOP_K)
+
+
+def cases() -> list[MoECase]:
+    """What every machine compares, small enough for the interpreter.
+
+    Real hidden states through each activation; the ways of the contract, one by one, on SwiGLU or
+    Relu2; inputs whose sums are exact; inputs that show what ordinary numbers hide. The math and
+    4over6 are those that the environment asks of FlashInfer, so that its backends serve.
+    """
+    return [
+        *_activations(), *_ways(), *_routed(), *_of_other_builds(), *exact_cases(),
+        *matrix_edges.cases(_recipe()),
+    ]  # fmt: skip
+
+
+def few_cases() -> list[MoECase]:
+    """One for each thing that can go wrong on its own."""
+    names = (
+        "Swiglu, per token", "Relu2, static", "Swiglu, experts 2 to 5 of 8",
+        "Swiglu, routed by DeepSeekV3", "Swiglu, routed by Renormalize, ties",
+        "Swiglu, build cute-dsl", "Geglu, build cutlass", "Relu2, sums exact",
+    )  # fmt: skip
+    every = {case.name: case for case in cases()}
+    return [every[name] for name in names]
+
+
+def large_cases() -> list[MoECase]:
+    """Those too that only a GPU has the time for: many tokens, which take other tiles and tactics."""
+    return cases() + [
+        _normal(f"T = {t}, H = {h}, I = {i}, E = {e}, K = {k}", t, h, i, e, k, kind)
+        for t, h, i, e, k, kind in (
+            (1, 2048, 768, 128, 8, ActivationType.Swiglu),
+            (300, 1024, 512, 32, 4, ActivationType.Swiglu),
+            (257, 1024, 2688, 16, 6, ActivationType.Relu2),
+            (4096, 2048, 768, 128, 8, ActivationType.Swiglu),  # where one tactic was wrong once
+        )
+    ]
+
+
+SETS = {"few": few_cases, "small": cases, "large": large_cases}
+"""Choices of `--layers`."""
+
+
+def layer(kind: ActivationType, hidden: int, **options: Any) -> Experts:
+    """EXPERTS experts of normal weights, seeded by the activation."""
+    return prepare_experts(*layer_weights(kind, hidden), kind, **options)
+
+
+def layer_weights(kind: ActivationType, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(int(kind))
+    rows = INTERMEDIATE * (2 if kind.gated else 1)
+    w13 = host.normal(g, EXPERTS, rows, hidden) / hidden**0.5
+    w2 = host.normal(g, EXPERTS, hidden, INTERMEDIATE) / INTERMEDIATE**0.5
+    return w13.bfloat16(), w2.bfloat16()
+
+
+def choice(tokens: int = TOKENS, top_k: int = TOP_K) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, bf16 weights) of random logits."""
+    chosen = route(_logits(tokens, EXPERTS), Routing(_M.Renormalize, top_k))
+    return chosen.ids, chosen.weights_bf16
+
+
+def _logits(tokens: int, experts: int) -> torch.Tensor:
+    return host.normal(torch.Generator().manual_seed(7), tokens, experts)
+
+
+def _states(experts: Experts, recipe: Recipe, mode: str = "per-token") -> Activations:
+    """Real hidden states, as the layer takes them."""
+    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
+    x = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - x.shape[1]))
+    if mode == "bf16":
+        return Activations(x)
+    if mode == "static":
+        assert experts.input_scale is not None
+        q = quantize_global_scale(x, experts.input_scale, recipe)
+        return Activations(q.codes, q.block_scales)
+    return quantize_activations(x, recipe)
+
+
+def _recipe(build: LayerBuild = "cuda") -> Recipe:
+    quantizers = "cuda" if build == "cutlass" else build
+    return Recipe(environment.math(quantizers), environment.four_over_six(), quantizers)
+
+
+def _width() -> int:
+    return inputs.activations()[TENSOR].shape[1]
+
+
+def _case(
+    name: str, kind: ActivationType, mode: str = "per-token", recipe: Recipe | None = None,
+    experts: dict[str, Any] | None = None, **changes: Any,
+) -> MoECase:  # fmt: skip
+    options = experts or {}
+    if mode == "static":
+        options = options | {"input_amax": 20.0, "intermediate_amax": 20.0}
+    recipe, prepared = recipe or _recipe(), layer(kind, _width(), **options)
+    given: dict[str, Any] = {"routing": _GIVEN, "num_experts": EXPERTS, "recipe": recipe}
+    if "logits" not in changes:
+        given["ids"], given["weights"] = choice()
+    states = _states(prepared, replace(recipe, build="cuda"), mode)
+    return MoECase(f"{kind.name}, {name}", states, prepared, **given | changes)
+
+
+def _activations() -> Iterator[MoECase]:
+    for kind in ActivationType:
+        if kind.implemented:
+            yield _case("per token", kind)
+
+
+def _ways() -> Iterator[MoECase]:
+    """The contract's options, one at a time."""
+    swiglu = ActivationType.Swiglu
+    yield _case("bf16", swiglu, "bf16")
+    yield _case("static", swiglu, "static")
+    yield _case("static", ActivationType.Relu2, "static")
+    g = torch.Generator().manual_seed(3)
+    yield _case(
+        "alpha, beta, limit, biases", swiglu,
+        experts={
+            "alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5,
+            "w13_bias": host.normal(g, EXPERTS, 2 * INTERMEDIATE),
+            "w2_bias": host.normal(g, EXPERTS, _width()),
+        },
+    )  # fmt: skip
+    ids, weights = choice()
+    yield _case(
+        "experts 2 to 5 of 8", swiglu, num_experts=8, local_expert_offset=2, ids=ids * 2,
+        weights=weights,
+    )  # fmt: skip
+    yield _case("fp32 weights, slots in order", swiglu, finalize_order="slot", ids=ids,
+                weights=weights.float() / 3)  # fmt: skip
+
+
+def _routed() -> Iterator[MoECase]:
+    """From logits, by each method."""
+    logits = _logits(TOKENS, EXPERTS)
+    bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
+    for method in RoutingMethodType:
+        if method == _M.Unspecified:
+            continue
+        biased = method in (_M.DeepSeekV3, _M.MiniMax2)
+        routing = Routing(method, 1 if method == _M.Llama4 else TOP_K)
+        yield _case(f"routed by {method.name}", ActivationType.Swiglu, routing=routing,
+                    logits=logits, routing_bias=bias if biased else None)  # fmt: skip
+    yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
+
+
+def _of_other_builds() -> Iterator[MoECase]:
+    for kind in (ActivationType.Swiglu, ActivationType.GegluTanh, ActivationType.Relu2):
+        case = _case("build cute-dsl", kind, recipe=_recipe("cute-dsl"), build="cute-dsl",
+                     finalize_order="slot")  # fmt: skip
+        yield replace(case, experts=with_cute_dsl(case.experts))
+    for kind in (ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Relu2):
+        case = _case("build cutlass", kind, "static", build="cutlass", finalize_order="slot",
+                     recipe=_recipe("cutlass"))  # fmt: skip
+        yield replace(case, experts=with_cutlass(case.experts))
+
+
+def exact_cases() -> Iterator[MoECase]:
+    """Codes of -1, 0 and 1 under scales that are powers of two: no sum ever rounds."""
+    one = 0x38  # 1.0 in e4m3
+    for seed, kind in enumerate(
+        (ActivationType.Relu2, ActivationType.Relu, ActivationType.Identity)
+    ):
+        g = torch.Generator().manual_seed(seed)
+
+        def codes(*size: int, density: float, g: torch.Generator = g) -> torch.Tensor:
+            value = host.integers(g, 0, 2, size) * 8 + 2  # the codes of 1 and -1
+            some = host.uniform(g, *size) < density
+            return e2m1.pack(torch.where(some, value, 0).to(torch.uint8))
+
+        def ones(*size: int) -> torch.Tensor:
+            return torch.full(size, one, dtype=torch.uint8, device="cpu")
+
+        e, h, i = EXPERTS, 256, INTERMEDIATE
+        power = host.powers(host.arange(e).remainder(3))
+        experts = assemble_experts(
+            codes(e, i, h, density=0.2), ones(e, i, h // BLOCK_SIZE), power,
+            codes(e, h, i, density=0.1), ones(e, h, i // BLOCK_SIZE), 1 / power, kind,
+        )  # fmt: skip
+        states = Activations(
+            codes(TOKENS, h, density=0.3),
+            ones(TOKENS, h // BLOCK_SIZE),
+            host.powers(host.arange(TOKENS).remainder(5).sub(2)),
+        )
+        ids, _ = choice()
+        weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)
+        yield MoECase(
+            f"{kind.name}, sums exact", states, experts, _GIVEN, e, ids=ids,
+            weights=weights.bfloat16(), recipe=_recipe(), exact=True,
+        )  # fmt: skip
+
+
+def _normal(
+    name: str, tokens: int, hidden: int, intermediate: int, experts: int, top_k: int,
+    kind: ActivationType,
+) -> MoECase:  # fmt: skip
+    """Random codes under scales of ordinary size, which take no time to make."""
+    g = torch.Generator().manual_seed(tokens)
+    rows = intermediate * (2 if kind.gated else 1)
+
+    def random(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, dtype=torch.uint8, device="cpu", generator=g)
+
+    prepared = assemble_experts(
+        random(0, 256, experts, rows, hidden // 2),
+        random(0x28, 0x40, experts, rows, hidden // BLOCK_SIZE),
+        host.full((experts,), 0.25 * hidden**-0.5),
+        random(0, 256, experts, hidden, intermediate // 2),
+        random(0x28, 0x40, experts, hidden, intermediate // BLOCK_SIZE),
+        host.full((experts,), 0.25 * intermediate**-0.5),
+        kind,
+    )
+    recipe = _recipe()
+    x = host.normal(g, tokens, hidden).bfloat16()
+    scores = host.uniform(g, tokens, experts)
+    weights, ids = scores.topk(top_k, dim=1)
+    return MoECase(
+        f"{kind.name}, {name}", quantize_activations(x, replace(recipe, build="cuda")), prepared,
+        Routing(_M.Renormalize, top_k), experts, ids=ids.int(), weights=weights.bfloat16(),
+        recipe=recipe,
+    )  # fmt: skip

@@ -1,0 +1,289 @@
+"""`nvfp4-moe blackwell`: the whole matrix through every backend, tactic and math, in a report.
+
+Every backend and environment has a process of its own: FlashInfer reads its math and 4over6 from
+variables, and a kernel that fails may take its process along. With several GPUs they run side by side.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import os
+import queue
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import files
+from ..differential import (
+    baselines as diff_siblings,
+)
+from ..differential import (
+    quantize as diff_quantizers,
+)
+from ..differential import (
+    workers as processes,
+)
+from ..exits import CommandError, Exit
+from ..failures import write as folder
+from ..kernels import dispatch, environment, moe_dispatch
+from ..kernels.flashinfer import baselines
+from ..report import data as report
+from ..report import terminal as text
+from ..report.data import FAILED, Cell, Failure, Report, Section, worst
+
+CHILD = (sys.executable, "-m", "nvfp4_moe")
+"""What runs the command line in another process."""
+LONGEST = 1e6
+"""Seconds of one process."""
+PRINTED = "printed.txt"
+"""In the folder of each process."""
+_EXACT = environment.EXACT_VARIABLES["cute-dsl"][0]
+_SWITCH, _MODE, _, _USE_256 = environment.FOUR_OVER_SIX_VARIABLES
+MATHS: dict[str, dict[str, str]] = {"fast math": {}, "exact math": {_EXACT: "1"}}
+LAYER_MATHS = MATHS | {
+    "4over6": {_SWITCH: "1"},
+    "4over6 of 256 by MSE, exact math": {_SWITCH: "1", _MODE: "MSE", _USE_256: "1", _EXACT: "1"},
+}
+"""What FlashInfer's kernels can be asked through the environment, by name."""
+ANY_MATH: dict[str, dict[str, str]] = {"any math": {}}
+"""Of layers without NVFP4."""
+SIBLINGS = tuple(baselines.NAMES.values())
+TITLES = {
+    "quantizers": "quantizers", "moe": "fused mixture of experts", "siblings": diff_siblings.TITLE
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process."""
+
+    part: str  # of `diff --only`
+    backend: str
+    math: str
+    variables: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"\W+", "-", f"{self.part} {self.backend} {self.math}")
+
+    def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
+        layers = self.part != "quantizers"
+        names = self.backend if layers else f"reference,{self.backend},golden"
+        given = ["diff", "--only", self.part, "--backends", names, "--report", str(out)]
+        if layers:
+            given += ["--every-configuration", "--replay"]
+        if self.part == "moe":
+            given += ["--layers", "few" if options.small else "large"]
+        elif options.small and not layers:
+            given += ["--kind", "grid"]
+        return given
+
+
+@dataclass(frozen=True)
+class Done:
+    job: Job
+    status: int | None  # of the process; None: it did not end
+    printed: str
+    report: Report | None  # None: it wrote none
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run the whole matrix through every backend of this machine, FlashInfer's with every tactic "
+        "that it advertises, in fast and exact math, with 4over6, and replayed in CUDA graphs; "
+        "write the report; end with a table of verdicts. Named backends of which nothing was judged "
+        "count as not run; where none are named, so does FlashInfer if none of its backends was."
+    )
+    parser.add_argument("--report", metavar="DIR", default="report", help="where to (report)")
+    parser.add_argument("--backends", help="comma-separated; default: all")
+    parser.add_argument("--small", action="store_true", help="a part, to see that it runs")
+    parser.add_argument(
+        "--timeout", type=float, default=3600, metavar="SECONDS", help="of one process (3600)"
+    )
+
+
+def jobs(chosen: str | None) -> Iterator[Job]:
+    """Every process to be started; CommandError for a backend that is none."""
+    names = None if chosen is None else chosen.split(",")
+    known = {*dispatch.BACKENDS, *moe_dispatch.ORDER, *SIBLINGS} - {"reference"}
+    for name in names or ():
+        if name not in known:
+            raise CommandError(
+                f"--backends has {name!r}; it must be among {', '.join(sorted(known))}"
+            )
+    parts = (
+        ("quantizers", dispatch.BACKENDS, MATHS), ("moe", moe_dispatch.ORDER, LAYER_MATHS),
+        ("siblings", SIBLINGS, ANY_MATH),
+    )  # fmt: skip
+    for part, backends, maths in parts:
+        for backend in backends:
+            if backend != "reference" and (names is None or backend in names):
+                for math, variables in maths.items():
+                    yield Job(part, backend, math, variables)
+
+
+def run(options: argparse.Namespace) -> Exit:
+    start = time.monotonic()
+    out = Path(options.report)
+    planned = list(jobs(options.backends))
+    if not 0 < options.timeout <= LONGEST:
+        allowed = f"more than 0 and at most {LONGEST:g} seconds"
+        raise CommandError(f"--timeout is {options.timeout:g}; it must be {allowed}")
+    files.check_folder("--report", out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(processes.run([*CHILD, "doctor"], options.timeout)[1], end="")
+    for job in jobs(None):  # of every earlier run, whatever it was asked for
+        folder.remove_stale(out / job.folder)
+    found = _run_all(planned, options, out)
+    verdicts = _verdicts(found)
+    whole = Report.of_this_run()
+    whole.sections = [verdicts, *_tables(found)]
+    whole.seconds = round(time.monotonic() - start, 1)
+    whole.missing = _missing(verdicts, options.backends)
+    folder.write(whole, out)
+    _print(verdicts, out)
+    text.print_end(whole, sys.stdout)
+    return whole.status
+
+
+def left(options: argparse.Namespace) -> str:
+    """What an interrupt leaves."""
+    return (
+        f"what finished is below {options.report}, a folder a process, without the page of all; the "
+        "same command starts over"
+    )
+
+
+def _missing(verdicts: Section, chosen: str | None) -> list[str]:
+    """What was asked for and not judged: each backend that was named, else FlashInfer as a whole."""
+    if chosen is not None:
+        idle = verdicts.missing(chosen.split(","))
+        return [f"backend {name}: {_why(verdicts, [name])}" for name in idle]
+    of_flashinfer = [b for b in verdicts.columns if b.startswith("flashinfer:")]
+    if len(verdicts.missing(of_flashinfer)) < len(of_flashinfer):
+        return []
+    return [f"every backend of FlashInfer's: {_why(verdicts, of_flashinfer)}"]
+
+
+def _why(verdicts: Section, backends: list[str]) -> str:
+    """The reason that most cells of the backends have."""
+    notes = Counter(row[b].note for row in verdicts.rows.values() for b in backends if b in row)
+    return notes.most_common(1)[0][0] if notes else "nothing was run"
+
+
+def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list[Done]:
+    """Every job, as many at a time as there are GPUs, each on one of its own; without any, two."""
+    names: list[str | None] = [None, None]
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        count = torch.cuda.device_count()
+        names = list(visible.split(",") if visible else map(str, range(count)))
+    gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for name in names:
+        gpus.put(name)
+
+    def run_one(job: Job) -> Done:
+        gpu = gpus.get()
+        try:
+            return _run_one(job, gpu, max(1, (os.cpu_count() or 1) // len(names)), options, out)
+        finally:
+            gpus.put(gpu)
+
+    return processes.side_by_side(run_one, planned, len(names))
+
+
+def _run_one(
+    job: Job, gpu: str | None, threads: int, options: argparse.Namespace, out: Path
+) -> Done:
+    where = out / job.folder
+    chosen = {*environment.EXACT_VARIABLES["cuda"], *environment.FOUR_OVER_SIX_VARIABLES}
+    variables = {k: v for k, v in os.environ.items() if k not in chosen} | job.variables
+    variables["OMP_NUM_THREADS"] = str(threads)
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
+    print(f"running {job.part}, {job.backend}, {job.math}", flush=True)
+    for name in ("report.json", "report.html", PRINTED):
+        (where / name).unlink(missing_ok=True)
+    command = [*CHILD, *job.arguments(options, where)]
+    status, printed = processes.run(command, options.timeout, env=variables)
+    if status is None:
+        printed += f"\nstill running after {options.timeout:g} s: ended"
+    where.mkdir(parents=True, exist_ok=True)
+    (where / PRINTED).write_text(printed, "utf-8")
+    try:
+        return Done(job, status, printed, report.read(where / "report.json"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Done(job, status, printed, None)
+
+
+def _verdicts(found: list[Done]) -> Section:
+    """A cell for each job."""
+    section = Section("verdicts", summary=True)
+    for done in found:
+        row = f"{TITLES[done.job.part]}, {done.job.math}"
+        section.put(row, done.job.backend, _verdict(done))
+    return section
+
+
+def _verdict(done: Done) -> Cell:
+    last = (done.printed.strip().splitlines() or ["nothing was printed"])[-1]
+    if done.report is None and done.status == Exit.NOT_RUN:  # refused before any work
+        return Cell("skipped", note=last.split(diff_quantizers.CANNOT, 1)[-1])
+    if done.report is None:
+        lines = done.printed.strip().splitlines()[-20:]
+        title = f"{done.job.part}, {done.job.backend}, {done.job.math}"
+        return Cell("crashed", 1, 1, last, [Failure(title, f"exit status {done.status}", lines)])
+    cells = [
+        cell
+        for section in done.report.sections
+        for row in section.rows.values()
+        for column, cell in row.items()
+        if done.job.backend in column
+    ]
+    run = [cell for cell in cells if cell.status != "skipped"]
+    reasons = Counter(cell.note for cell in cells if cell.status == "skipped")
+    if not run:
+        reason = reasons.most_common(1)[0][0] if reasons else "nothing was run"
+        return Cell("skipped", note=reason)
+    return Cell(
+        worst(cell.status for cell in run), sum(c.compared for c in run), sum(c.failed for c in run),
+        f"{sum(reasons.values())} cases not run" if reasons else "",
+    )  # fmt: skip
+
+
+def _tables(found: list[Done]) -> Iterator[Section]:
+    """The jobs' sections of one part and math, side by side."""
+    merged: dict[str, Section] = {}
+    for done in found:
+        title = f"{TITLES[done.job.part]}, {done.job.math}"
+        table = merged.setdefault(title, Section(title))
+        if done.report is None:
+            table.put("the whole process", done.job.backend, _verdict(done))
+        for section in done.report.sections if done.report else []:
+            table.notes += [note for note in section.notes if note not in table.notes]
+            for name, row in section.rows.items():
+                for column, cell in row.items():
+                    for failure in cell.failures:
+                        if failure.replay is not None:
+                            failure.replay = f"{done.job.folder}/{failure.replay}"
+                    table.put(name, column, cell)
+    yield from merged.values()
+
+
+def _print(verdicts: Section, out: Path) -> None:
+    print(f"\nverdicts (the report is in {out}):")
+    for row, cells in verdicts.rows.items():
+        print(f"  {row}")
+        for backend, cell in cells.items():
+            if cell.status in FAILED:
+                what = f"FAIL: {cell.failed} of {cell.compared} {cell.status}"
+            elif cell.status == "skipped":
+                what = f"not run: {cell.note}"
+            else:
+                what = f"{cell.status} ({cell.compared})"
+            print(f"    {backend:<22}{what}")

@@ -1,0 +1,83 @@
+"""`nvfp4-moe convert`: the experts of a Hugging Face checkpoint to NVFP4, as ModelOpt writes it."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .. import files
+from ..checkpoints.convert import convert
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.layer_error import print_errors
+from ..checkpoints.progress import Bar
+from ..checkpoints.resumable_writer import RECORD
+from ..exits import CommandError, Exit
+from ..reference import checks
+from ..reference.recipe import Recipe, all_recipes
+
+RECIPES: dict[str, Recipe] = {
+    str(r).removesuffix("-cuda"): r
+    for r in all_recipes()
+    if r.math == "exact" and r.build == "cuda"
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write an NVFP4 checkpoint, as ModelOpt does, from a bf16, fp16, fp32 or FP8 one: "
+        "the weights of its experts are quantized, all else is copied. Called again after an "
+        "interruption it goes on where it stopped. Prints the error of each layer."
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="the folder of a checkpoint")
+    parser.add_argument("destination", type=Path, metavar="DST", help="a new folder")
+    parser.add_argument("--recipe", choices=RECIPES, default="exact", help="default: %(default)s")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="a module of experts that stays as it is, with wildcards (model.layers.61.*)",
+    )
+    parser.add_argument(
+        "--no-input-scale",
+        action="store_true",
+        help="leave out the activation scales, which are written as 1.0, not calibrated",
+    )
+    parser.add_argument("--device", default="cpu", help="where to quantize; default: %(default)s")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    files.check_folder("DST", options.destination)
+    try:
+        checks.device("--device", options.device)
+    except ValueError as e:
+        raise CommandError(str(e)) from None
+    try:
+        errors = convert(
+            options.source,
+            options.destination,
+            recipe=RECIPES[options.recipe],
+            exclude=options.exclude,
+            input_scale=not options.no_input_scale,
+            device=options.device,
+            progress=Bar(),
+        )
+    except CheckpointError as e:
+        broke_off = isinstance(e.__cause__, OSError | SafetensorError)
+        raise CommandError(e.for_a_terminal(), Exit.BROKEN if broke_off else Exit.USAGE) from None
+    print_errors(errors, sys.stdout)
+    return Exit.DONE
+
+
+def left(options: argparse.Namespace) -> str:
+    """What an interrupt leaves, and how to go on."""
+    done = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads((options.destination / RECORD).read_bytes())
+        done = len(record["shards"])
+    shards = f"{done} shard{'' if done == 1 else 's'}"
+    return f"{shards} finished in {options.destination}, and the same command goes on from there"

@@ -1,0 +1,123 @@
+"""`nvfp4-moe doctor`: what is here, and which backend would serve."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+
+import torch
+
+from ..kernels.dispatch import auto_order, explain
+from ..kernels.moe_dispatch import ORDER, explain_fused_moe
+from ..machine import machine
+from ..reference.numerics import fp32
+from ..reference.recipe import Recipe, SfLayout
+from ..reference.weights.experts import prepare_experts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Say what is here: GPUs, versions, each backend usable or why not, the environment variables "
+        "that matter, and on a GPU whether its rcp table is the known one and its sums as assumed."
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run(options: argparse.Namespace) -> int:
+    found = examine()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(
+        "versions: "
+        + ", ".join(f"{k} {v or '(not installed)'}" for k, v in found["versions"].items())
+    )
+    print(f"commit: {found['commit'] or '(no checkout)'}")
+    for gpu in found["gpus"] or ["none"]:
+        print(f"GPU: {gpu}")
+    print(f"NVIDIA driver: {found['driver'] or 'none'}")
+    if found["rcp_table"] is not None:
+        print(f"rcp.approx table: {found['rcp_table']}")
+    for build, facts in found["builds"].items():
+        print(f'\na bf16 matrix per token, build="{build}"; auto tries {", ".join(facts["auto"])}:')
+        print(facts["explanation"])
+    layer = found["fused_moe"]
+    print(f"\nthe fused mixture of experts, per token; auto tries {', '.join(layer['auto'])}:")
+    print(layer["explanation"])
+    for backend, how in found["sums"].items():
+        print(f"sums of {backend}: {how}")
+    print("\nenvironment:")
+    for name, value in found["environment"].items():
+        print(f"  {name} = {'(unset)' if value is None else value}")
+    return 0
+
+
+def examine() -> dict:
+    """Everything that `doctor` prints."""
+    on_gpu = torch.cuda.is_available()
+    x = torch.empty(16, 4096, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
+    builds = {}
+    for build in ("cuda", "cute-dsl"):
+        explanation = explain(
+            x,
+            Recipe().base_scale_inv,
+            SfLayout.layout_linear,
+            per_token_activation=True,
+            nvfp4_4over6=None,
+            build=build,
+        )
+        builds[build] = {
+            "auto": list(auto_order(build)),
+            "would_run": explanation.backend,
+            "reasons": dict(explanation.reasons),
+            "explanation": str(explanation),
+        }
+    return {
+        **machine(),
+        "rcp_table": _rcp_table() if on_gpu else None,
+        "builds": builds,
+        "fused_moe": (layer := _fused_moe(x.device)),
+        "sums": _sums(layer["reasons"]) if on_gpu else {},
+    }
+
+
+def _fused_moe(device: torch.device) -> dict:
+    """Of a layer of two experts, whose values nothing reads."""
+    w13 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
+    w2 = torch.zeros(2, 128, 128, dtype=torch.bfloat16, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    explanation = explain_fused_moe(
+        w2[0, :1],
+        prepare_experts(w13, w2),
+        (ids, torch.ones(1, 1, dtype=torch.float32, device=device)),
+    )
+    return {
+        "auto": list(ORDER),
+        "would_run": explanation.backend,
+        "reasons": dict(explanation.reasons),
+        "explanation": str(explanation),
+    }
+
+
+def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
+    """How each backend that could serve adds; a failure is said, not raised."""
+    from ..differential import accumulation as sums
+
+    found = {}
+    for backend, reason in reasons.items():
+        if reason is None and backend != "reference":
+            try:
+                found[backend] = str(sums.measure(backend, "cuda"))
+            except Exception as error:
+                found[backend] = f"not measured: {error}"
+    return found
+
+
+def _rcp_table() -> str:
+    """Whether this GPU's rcp.approx is the one of the reference, without which fast math differs."""
+    from ..kernels.probe import measure_rcp_delta
+
+    measured = measure_rcp_delta("cuda")
+    wrong = int((measured != fp32.rcp_delta(measured.device)).sum())
+    if wrong == 0:
+        return "the known one"
+    return f"NOT the known one: {wrong} of {measured.numel()} significands differ; use exact math"

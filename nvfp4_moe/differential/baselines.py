@@ -1,0 +1,148 @@
+"""The layers beside NVFP4 in `nvfp4-moe diff`: FlashInfer's BF16, FP8 and MXFP8, where it serves them.
+
+Where nothing rounds an output must be the reference's, to the bit. Of real hidden states the contract
+leaves sums, last bits and scales inside cubins open (`reference.moe.baselines`): how near an output is
+to the reference's is said, not judged.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from ..cases import baselines as matrix_siblings
+from ..cases import inputs
+from ..cases.baselines import SiblingCase
+from ..exits import CommandError
+from ..kernels.flashinfer import baselines as adapter
+from ..kernels.flashinfer.baselines import NAMES, SiblingRequest
+from ..reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
+from ..report import difference_map as heat
+from ..report.data import SHOWN, Cell, Failure, Section, Status, worst
+from . import tactics
+from .calls import ONCE, Output, Sweep, crash, outputs
+
+TITLE = "BF16, FP8 and MXFP8 layers"
+_OF_NAME: dict[str, Format] = {name: format for format, name in NAMES.items()}
+
+
+def known(names: str | None) -> list[str] | None:
+    """The layers that were named, comma-separated; CommandError for an unknown one."""
+    if names is None:
+        return None
+    for name in names.split(","):
+        if name not in _OF_NAME:
+            raise CommandError(f"--backends has {name!r}; it must be among {', '.join(_OF_NAME)}")
+    return list(dict.fromkeys(names.split(",")))
+
+
+def run(names: list[str] | None = None, sweep: Sweep = ONCE) -> tuple[Section, Counter[str]]:
+    """(the cells of the layers, why the others were not run, with their numbers of cases).
+
+    Layers that were named have their cells in any case, those that are not run too.
+    """
+    section, not_run = Section(TITLE), Counter[str]()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    idle: dict[str, list[str]] = {}
+    count = 0
+    for format in FORMATS:
+        if names is not None and NAMES[format] not in names:
+            continue
+        every = [case.to(device) for case in matrix_siblings.cases(format)]
+        count = len(every)
+        reason = adapter.refusal(every[0].request())
+        if reason is not None and names is None:
+            idle.setdefault(reason, []).append(NAMES[format])
+            continue
+        for case in every:
+            cell = Cell("skipped", note=reason) if reason else _judged(case, NAMES[format], sweep)
+            section.put(case.name, NAMES[format], cell)
+        if format == "mxfp8":  # the one with a kernel for it, whose bits are determined
+            cell = Cell("skipped", note=reason) if reason else _of_quantizer(every[0].experts)
+            section.put(f"{format}, its quantizer", NAMES[format], cell)
+    for reason, layers in idle.items():
+        not_run[f"{', '.join(layers)}: {reason}"] = count * len(layers)
+    section.notes.append("the reference's bits where sums are exact, elsewhere how near they are")
+    return section, not_run
+
+
+def _judged(case: SiblingCase, name: str, sweep: Sweep) -> Cell:
+    request, want = case.request(), case.reference()
+    found = outputs(
+        lambda: adapter.run(request), lambda: _configurations(request), sweep, want.is_cuda
+    )
+    wrong = [
+        failure
+        for configuration, output in found.items()
+        for failure in _failures(case, want, output, f"{case.name}: {name}, {configuration}")
+    ]
+    compared = sum(1 if output.again is None else 2 for output in found.values())
+    statuses: list[Status] = ["identical" if case.exact else "withheld"]
+    statuses += [status for status, _ in wrong]
+    got = [output.got for output in found.values() if isinstance(output.got, torch.Tensor)]
+    note = _nearness(got, want) if got else "no output"
+    return Cell(worst(statuses), compared, len(wrong), note, [f for _, f in wrong[:SHOWN]])
+
+
+def _of_quantizer(experts: SiblingExperts) -> Cell:
+    """Synthetic inputs of every kind through FlashInfer's kernel."""
+    every = [inputs.synthetic(kind, 64, 256).bfloat16() for kind in inputs.KINDS]
+    x = torch.cat(every).to(experts.w13.device)
+    title = f"mxfp8, its quantizer: {NAMES['mxfp8']}"
+    try:
+        got, want = adapter.quantize(x, experts), quantize_for(x, experts)
+    except Exception as error:
+        return Cell("crashed", 1, 1, "no output", [crash(title, error)])
+    assert got.scale is not None and want.scale is not None
+    codes = got.hidden_states.view(torch.uint8) != want.hidden_states.view(torch.uint8)
+    scales = got.scale != want.scale
+    if not codes.any() and not scales.any():
+        return Cell("identical", 1, note="all equal")
+    summary = f"{int(codes.sum())} codes and {int(scales.sum())} scales are other bits"
+    failure = Failure(title, summary, heat=heat.of_output(codes))
+    return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])
+
+
+def _configurations(request: SiblingRequest) -> list[tactics.Configuration]:
+    found = tactics.advertised(lambda: adapter.run(request))
+    return [
+        tactics.Configuration(t.name, lambda t=t: tactics.forced(t))  # type: ignore[misc]
+        for t in found
+    ]
+
+
+def _nearness(every: list[torch.Tensor], want: torch.Tensor) -> str:
+    """Of the output that is farthest from the reference's."""
+    equal = min((got == want).double().mean().item() for got in every)
+    if equal == 1:
+        return "all equal"
+    norm = want.double().norm()
+    error = max(((got.double() - want.double()).norm() / norm).item() for got in every)
+    return f"{equal:.2%} equal, error {error:.1e}"
+
+
+def _failures(
+    case: SiblingCase, want: torch.Tensor, output: Output, title: str
+) -> Iterator[tuple[Status, Failure]]:
+    """What is wrong with an output, and with the call when it is made again."""
+    if isinstance(output.got, Exception):
+        yield "crashed", crash(title, output.got)
+    elif case.exact:
+        yield from _difference(output.got, want, title)
+    if isinstance(output.again, Exception):
+        yield "crashed", crash(f"{title}, again", output.again)
+    elif output.again is not None and isinstance(output.got, torch.Tensor):
+        yield from _difference(output.again, output.got, f"{title}, again")
+
+
+def _difference(
+    got: torch.Tensor, want: torch.Tensor, title: str
+) -> Iterator[tuple[Status, Failure]]:
+    wrong = got.view(torch.int16) != want.view(torch.int16)
+    if not wrong.any():
+        return
+    t, h = (int(i) for i in wrong.nonzero()[0])
+    summary = f"{int(wrong.sum())} of {wrong.numel()} elements are other bits"
+    first = f"token {t}, column {h}: {got[t, h].item()!r} instead of {want[t, h].item()!r}"
+    yield "different", Failure(title, summary, [first], heat.of_output(wrong))

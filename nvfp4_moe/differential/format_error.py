@@ -1,0 +1,77 @@
+"""What a format costs: the error of its layer against the bf16 one, as the references compute them."""
+
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+
+from ..cases import inputs
+from ..cases import moe as matrix_moe
+from ..cases.moe import TENSOR
+from ..reference.activation import ActivationType, activate
+from ..reference.moe import layer as moe
+from ..reference.moe.baselines import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
+from ..reference.moe.layer import Activations, quantize_activations
+from ..reference.quantize import quantize_global_scale
+from ..reference.recipe import Recipe
+from ..reference.weights.experts import Experts, prepare_experts
+
+KIND = ActivationType.Swiglu
+
+
+def costs() -> dict[str, dict[str, float]]:
+    """Mean over tokens of a layer's relative error against the bf16 layer in fp64: NVFP4's, others'.
+
+    By token, since one with an outlier has most of the norm of all. Static scales, NVFP4's and those of
+    fp8 per tensor, come from these very tokens.
+    """
+    x = inputs.activations()[TENSOR].bfloat16()
+    w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])
+    ids, weights = matrix_moe.choice(x.shape[0])
+    want, largest = exact_layer(x, w13, w2, ids, weights)
+    maxima: dict[str, Any] = {
+        "input_amax": x.abs().max().item(), "intermediate_amax": largest
+    }  # fmt: skip
+    experts = prepare_experts(w13, w2, KIND, **maxima)
+    assert experts.input_scale is not None
+    plain = prepare_experts(w13, w2, KIND)
+    static = quantize_global_scale(x, experts.input_scale, Recipe())
+
+    def error(output: torch.Tensor) -> float:
+        return ((output - want).norm(dim=1) / want.norm(dim=1)).mean().item()
+
+    def of_nvfp4(a: Activations, e: Experts) -> float:
+        return error(moe.fused_moe(a, e, ids, weights).output)
+
+    def of_sibling(format: Format) -> float:
+        static = maxima if format == "fp8 per tensor" else {}
+        e = prepare_sibling(format, w13, w2, KIND, **static)
+        return error(sibling_moe(quantize_for(x, e), e, ids, weights).output)
+
+    return {
+        "NVFP4": {
+            "bf16 (weights alone are quantized)": of_nvfp4(Activations(x), plain),
+            "per token": of_nvfp4(quantize_activations(x, Recipe()), plain),
+            "static, its scales from these very tokens": of_nvfp4(
+                Activations(static.codes, static.block_scales), experts
+            ),
+        },
+        "beside it": {
+            "bf16 (its roundings)" if format == "bf16" else format: of_sibling(format)
+            for format in FORMATS
+        },
+    }
+
+
+def exact_layer(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """(output [T, H] in fp64 of a SwiGLU layer, the largest magnitude of its intermediate)."""
+    want = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    largest = 0.0
+    for t in range(x.shape[0]):
+        for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            y = activate((w13[e].double() @ x[t].double())[None], KIND)[0]
+            largest = max(largest, y.abs().max().item())
+            want[t] += weight * (w2[e].double() @ y)
+    return want, largest

@@ -1,0 +1,214 @@
+"""Conforming runs of a fuzzed call, and the intervals that they are judged by.
+
+A way to run is one of `mutants.conforming`, or one of those here: they sum in another order, approximate
+an activation, flush what is subnormal, or multiply scalars first. Triton's kernels are one, too.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..cases.fuzz import DenseCall, Draw, Kind, draw, draw_dense
+from ..cases.moe_case import MoECase, to_device
+from ..kernels import moe_dispatch
+from ..kernels.dense_dispatch import mm_fp4 as dispatched_mm_fp4
+from ..mutants.conforming import CONFORMING, EXACT_ACTIVATIONS
+from ..reference import dense
+from ..reference.activation import ActivationType
+from ..reference.bounds.dense import mm_fp4_bounds
+from ..reference.bounds.interval import Interval
+from ..reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
+from ..reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_bounds
+from ..reference.moe import layer as moe
+from ..reference.moe import shards
+from ..reference.moe.layer import Stages
+from ..reference.numerics.fp32 import flush
+from ..reference.weights.experts import Experts
+
+Tensor = torch.Tensor
+_SMOOTH = frozenset(ActivationType) - {*EXACT_ACTIVATIONS, ActivationType.SwigluStep}
+"""Activations that a run may approximate; what SwigluStep clamps is exact."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run, and what it may have given."""
+
+    way: str
+    stage: str
+    got: Tensor
+    allowed: Interval
+
+
+def _flushing() -> Stages:
+    """As code does that was compiled with -use_fast_math."""
+
+    def gemm(x: Tensor, w: Tensor, accumulate: Any) -> Tensor:
+        return flush(moe.matmul(x, w, accumulate))
+
+    def activate(raw: Tensor, experts: Experts, e: int) -> Tensor:
+        return flush(moe.activate_raw(flush(raw), experts, e))
+
+    return Stages(gemm1=gemm, activate=activate, gemm2=gemm)
+
+
+def _scalars_first(case: MoECase) -> Stages | None:
+    """acc * (token scale * scalar), as CuTe-DSL's kernels multiply; where nothing comes between."""
+    e, scale = case.experts, case.activations.per_token_scale
+    between = (e.gemm1_bias, e.gemm1_beta, e.gemm1_clamp_limit)
+    step = e.activation == ActivationType.SwigluStep
+    if scale is None or any(t is not None for t in between) or step:
+        return None
+    ids, last = case.routed[0], {}
+    one = torch.ones_like(e.output1_scale_scalar)
+
+    def gemm(x: Tensor, w: Tensor, accumulate: Any) -> Tensor:
+        last["sums"] = moe.matmul(x, w, accumulate)
+        return last["sums"]
+
+    def activate(_: Tensor, experts: Experts, i: int) -> Tensor:
+        token = (ids == i + case.local_expert_offset).nonzero(as_tuple=True)[0]
+        gate = scale[token, None] * experts.output1_scale_gate_scalar[i]
+        up = scale[token, None] * experts.output1_scale_scalar[i]
+        sums = last["sums"]
+        if not e.activation.gated:
+            raw, after = sums * gate, experts.output1_scale_scalar
+        else:
+            halves = sums.chunk(2, -1)
+            linear = e.activation.linear_up
+            raw = torch.cat([halves[0] * (up if linear else gate), halves[1] * gate], -1)
+            after = one if linear else experts.output1_scale_scalar
+        changed = replace(experts, output1_scale_scalar=after, output1_scale_gate_scalar=one)
+        return moe.activate_raw(raw, changed, i)
+
+    return Stages(gemm1=gemm, activate=activate)
+
+
+def _ways(case: MoECase) -> dict[str, Stages]:
+    """The ways that this call may be run in."""
+    smooth = case.experts.activation in _SMOOTH
+    ways = {n: s for n, s in CONFORMING.items() if smooth or "approximate" not in n}
+    ways["flushing"] = _flushing()
+    first = _scalars_first(case)
+    return ways if first is None else ways | {"scalars first": first}
+
+
+def _options(case: MoECase) -> dict[str, Any]:
+    return {
+        "recipe": case.recipe, "local_expert_offset": case.local_expert_offset,
+        "finalize_order": case.finalize_order, "cutlass": case.build == "cutlass",
+        "output_dtype": case.output_dtype,
+    }  # fmt: skip
+
+
+def _triton(case: MoECase) -> Tensor | None:
+    """The output of our kernels; None where they do not serve."""
+    request = case.request()
+    if moe_dispatch.refusal("triton", request) is not None:
+        return None
+    return moe_dispatch.serve(request, "triton")[0]
+
+
+def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[Judged]:
+    a, e = case.activations, case.experts
+    options = _options(case)
+    ids, weights = case.routed
+    allowed = fused_moe_bounds(a, e, ids, weights, **options)
+    every = _ways(case)
+    names = [*(d.choice(list(every)[1:]) for _ in range(ways - 1)), "fp64"]
+    for number, name in enumerate(names):
+        result = moe.fused_moe(
+            a, e, ids, weights, **options, stages=every[name], keep_steps=number == 0
+        )
+        yield Judged(name, "output", result.output, allowed.output)
+        if number == 0:
+            yield from _stages(case, options, name, result)
+    routed = allowed.output
+    if case.logits is not None:
+        routed = routed_moe_bounds(a, e, case.logits, case.routing, case.routing_bias, **options)
+        yield Judged("fp64, routed", "output", result.output, routed)
+    if triton and (got := _triton(case)) is not None:
+        yield Judged("triton", "output", got, routed)
+
+
+def _stages(
+    case: MoECase, options: dict[str, Any], name: str, result: moe.MoEResult
+) -> Iterator[Judged]:
+    """Each stage given what the run itself had before it."""
+    steps = result.steps
+    middle = steps.get("intermediate", steps["activated"]).float()
+    given = fused_moe_bounds(
+        case.activations, case.experts, *case.routed, **options,
+        accumulator1=steps["accumulator1"], intermediate=middle,
+    )  # fmt: skip
+    yield Judged(name, "accumulator1", steps["accumulator1"], given.accumulator1)
+    yield Judged(name, "intermediate", middle, given.intermediate)
+    yield Judged(name, "rows", result.rows, given.rows)
+
+
+def _parallel(case: MoECase, d: Draw) -> Iterator[Judged]:
+    """Two ranks of experts, or of the intermediate's columns."""
+    options = _options(case)
+    del options["cutlass"]
+    offset = options.pop("local_expert_offset")
+    ids, weights = case.routed
+    ids = torch.where(ids < offset, -1, ids - offset)
+    travels = d.choice((None, torch.float32))
+    options["reduce_dtype"] = travels
+    a, e = case.activations, case.experts
+    if e.intermediate_size >= 32:
+        got = shards.fused_moe_shards(a, e, ids, weights, tp_shards=2, **options)
+        allowed = tensor_parallel_bounds(a, e, ids, weights, 2, **options)
+        yield Judged("2 shards", "output", got.output, allowed)
+    count = e.num_local
+    parts = [count] if count == 1 else [1] * count
+    allowed = expert_parallel_bounds(a, e, ids, weights, parts, **options)
+    dtype = options.pop("reduce_dtype") or case.output_dtype
+    options["output_dtype"] = dtype
+    outputs = [
+        moe.fused_moe(
+            a, shards.select_experts(e, r, 1), ids, weights, local_expert_offset=r, **options
+        ).output
+        for r in range(count)
+    ]  # fmt: skip
+    for order in (range(count), reversed(range(count))):
+        total = torch.zeros_like(outputs[0])
+        for r in order:
+            total = total + outputs[r]
+        yield Judged(f"{count} ranks", "output", total.to(case.output_dtype), allowed)
+
+
+def _dense(call: DenseCall, triton: bool) -> Iterator[Judged]:
+    arguments = {name: getattr(call, name) for name in DenseCall.__dataclass_fields__}
+    allowed = mm_fp4_bounds(**arguments)
+    for accumulate in ("fp64", "fp32"):
+        yield Judged(
+            accumulate, "output", dense.mm_fp4(**arguments, accumulate=accumulate), allowed
+        )
+    if triton:
+        yield Judged("triton", "output", dispatched_mm_fp4(**arguments, backend="triton"), allowed)
+
+
+def judged(
+    seed: int, *, tokens: int, ways: int, kinds: int | None, device: str, triton: bool
+) -> Iterator[Judged]:
+    """What one seed's call gives, in each of some ways.
+
+    Args:
+        ways: of the reference's runs.
+        kinds: how many there are, None: as many as seeds.
+    """
+    number = seed if kinds is None else seed % kinds
+    d = Draw(seed + (1 << 40))
+    if number % 12 == 11:
+        yield from _dense(to_device(draw_dense(seed, tokens), device), triton)
+        return
+    kind = Kind.draw(number)
+    case = draw(seed, kind, tokens).to(device)
+    if number % 12 == 10 and kind.build != "cutlass":
+        yield from _parallel(case, d)
+    else:
+        yield from _fused(case, d, ways, triton)

@@ -1,0 +1,218 @@
+"""The fused mixture of experts in `nvfp4-moe diff`: every backend here, judged by the contract.
+
+An output must lie in the intervals of `reference.bounds`; where every sum is exact it must be the
+reference's, to the bit. How many intervals are single values, and how near an output is to the
+reference's, is said beside it.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..cases import moe as matrix_moe
+from ..cases.moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
+from ..cases.moe_case import MoECase
+from ..exits import CommandError
+from ..kernels import moe_dispatch
+from ..report import difference_map as heat
+from ..report.data import SHOWN, Cell, Failure, Section, Status, worst
+from . import accumulation as sums
+from . import interpreter, tactics
+from . import workers as processes
+from .calls import ONCE, Output, Sweep, crash, outputs
+from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
+
+INTERPRETER = interpreter.NAME
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A configuration of a backend whose output a case does not allow."""
+
+    case: MoECase
+    backend: str
+    configuration: str
+    output: torch.Tensor | None  # on the CPU; None: it raised
+    failure: Failure
+
+
+@dataclass
+class Judged:
+    """A cell, and what is wrong in it."""
+
+    cell: Cell
+    wrong: list[Wrong] = field(default_factory=list)
+
+
+@dataclass
+class Judgement:
+    section: Section
+    not_run: Counter = field(default_factory=Counter)
+    failures: list[Wrong] = field(default_factory=list)
+
+
+def known(names: str | None) -> list[str] | None:
+    """The backends that were named, comma-separated; CommandError for an unknown one."""
+    if names is None:
+        return None
+    here = {} if torch.cuda.is_available() else {"triton": INTERPRETER}
+    for name in names.split(","):
+        if name not in moe_dispatch.ORDER:
+            allowed = ", ".join(moe_dispatch.ORDER)
+            raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
+    return [here.get(name, name) for name in dict.fromkeys(names.split(","))]
+
+
+def run(
+    backends: Iterable[str] | None = None,
+    sweep: Sweep = ONCE,
+    every: list[MoECase] | None = None,
+) -> Judgement:
+    """Judge the backends (all that work here) on every case (those of `matrix_moe.cases`)."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    result = Judgement(Section("fused mixture of experts"))
+    every = matrix_moe.cases() if every is None else every
+    here = [case.to(device) for case in every]
+    names = list(backends or _that_serve(here, on_gpu, result))
+    withheld = {name: _sums(name, device) for name in names}
+    interpreted = _interpret(every) if INTERPRETER in names else []
+    if sweep.every_configuration and "triton" in names and on_gpu:
+        _compile_ahead(every, sweep)
+    for i, case in enumerate(here):
+        allowed: dict[bool, Allowed] = {}
+        for name in names:
+            if name == INTERPRETER:
+                answer = interpreted[i]
+            else:
+                answer = moe_dispatch.refusal(name, case.request()) or _outputs(case, name, sweep)
+            if isinstance(answer, str):
+                result.section.put(case.name, name, Cell("skipped", note=answer))
+                continue
+            drops = may_drop_nan(name)
+            if drops not in allowed:
+                allowed[drops] = Allowed(case, backend=name)
+            judged = _judge(allowed[drops], name, answer, withheld[name])
+            result.section.put(case.name, name, judged.cell)
+            result.failures += judged.wrong
+    result.section.notes.append(
+        f"{TOKENS} tokens of {TENSOR}, {EXPERTS} experts, top {TOP_K}, I = {INTERMEDIATE}; outputs "
+        "that the contract determines, and the relative error and the share of equal elements "
+        "against the reference"
+    )
+    return result
+
+
+def _that_serve(every: list[MoECase], on_gpu: bool, result: Judgement) -> list[str]:
+    """The backends that serve any case here; why the others do not is noted."""
+    found = []
+    for name in moe_dispatch.ORDER:
+        reasons = [moe_dispatch.refusal(name, case.request()) for case in every]
+        if None in reasons:
+            found.append(name)
+        elif on_gpu or name != "triton":
+            result.not_run[f"{name}: {Counter(reasons).most_common(1)[0][0]}"] += len(every)
+    if not on_gpu:
+        found.insert(0, INTERPRETER)
+    return found
+
+
+def _sums(backend: str, device: torch.device) -> str:
+    """Empty where a backend adds as the intervals assume; the interpreter's fp32 does."""
+    if backend in ("reference", INTERPRETER):
+        return ""
+    try:
+        measured = sums.measure(backend, device)
+    except Exception as error:  # it is judged where sums are exact alone
+        return f"its sums could not be measured: {error}"
+    return "" if measured.as_assumed else str(measured)
+
+
+def _outputs(case: MoECase, backend: str, sweep: Sweep) -> dict[str, Output]:
+    """What each configuration gave, by name."""
+    request = case.request()
+    if backend == "reference":  # which no graph can capture
+        sweep = replace(sweep, replay=False)
+    return outputs(
+        lambda: moe_dispatch.serve(request, backend)[0],
+        lambda: tactics.configurations(backend, request),
+        sweep, case.activations.hidden_states.is_cuda,
+    )  # fmt: skip
+
+
+def _judge(allowed: Allowed, backend: str, found: dict[str, Output], withheld: str) -> Judged:
+    """One cell of a case's configurations."""
+    exact, want = allowed.case.exact, allowed.want.double()
+    compared = sum(1 if output.again is None else 2 for output in found.values())
+    if withheld and not exact:
+        return Judged(Cell("withheld", compared, note=withheld))
+    wrong, places = [], [0] * PLACES
+    statuses: list[Status] = ["identical" if exact else "inside"]
+    equal, error = 1.0, 0.0
+    for name, output in found.items():
+        for status, failure in _failures(
+            allowed, output, f"{allowed.case.name}: {backend}, {name}"
+        ):
+            statuses.append(status)
+            got = output.got.cpu() if isinstance(output.got, torch.Tensor) else None
+            wrong.append(Wrong(allowed.case, backend, name, got, failure))
+        if isinstance(output.got, torch.Tensor):
+            got = output.got.to(want.device)
+            places = [a + b for a, b in zip(places, allowed.places(got), strict=True)]
+            equal = min(equal, (got == want).double().mean().item())
+            error = max(error, ((got - want).norm() / want.norm()).item())
+    near = "all equal" if equal == 1 else f"{equal:.2%} equal, error {error:.1e}"
+    cell = Cell(
+        worst(statuses), compared, len(wrong), f"{allowed.determined:.1%} determined, {near}",
+        [w.failure for w in wrong[:SHOWN]], places if sum(places) else None,
+    )  # fmt: skip
+    return Judged(cell, wrong)
+
+
+def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[Status, Failure]]:
+    """What is wrong with an output, and with the call when it is made again."""
+    if isinstance(output.got, Exception):
+        yield "crashed", crash(title, output.got)
+    else:
+        got = output.got.to(allowed.want.device)
+        found = allowed.first(got)
+        if found is not None:
+            details = [found.where(), *explain_output(allowed.case, found)]
+            status: Status = "outside" if allowed.interval else "different"
+            yield status, Failure(title, str(found), details, heat.of_output(allowed.wrong(got)))
+    if isinstance(output.again, Exception):
+        yield "crashed", crash(f"{title}, again", output.again)
+    elif output.again is not None and isinstance(output.got, torch.Tensor):
+        other = unequal(output.got, output.again)
+        if other.any():
+            summary = f"{int(other.sum())} of {other.numel()} elements are other bits"
+            yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))
+
+
+def _compile_ahead(every: list[MoECase], sweep: Sweep) -> None:
+    """Compile the GEMMs of every configuration side by side, into Triton's cache."""
+    processes.call("differential.moe:_compile", [(case, sweep) for case in every])
+
+
+def _compile(case: MoECase, sweep: Sweep) -> None:
+    case = case.to("cuda")
+    if moe_dispatch.refusal("triton", case.request()) is None:
+        _outputs(case, "triton", replace(sweep, replay=False))
+
+
+def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
+    request = case.request()
+    reason = moe_dispatch.refusal("triton", request)
+    return reason or {tactics.DEFAULT: Output(moe_dispatch.serve(request, "triton")[0])}
+
+
+def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:
+    """The Triton kernels' outputs from their interpreter, or why they do not serve."""
+    if reason := interpreter.refusal():
+        return [reason] * len(every)
+    return interpreter.call(
+        f"differential.moe:{_serve_in_triton.__name__}", [(case,) for case in every]
+    )

@@ -1,0 +1,282 @@
+"""The quantizers' part of `nvfp4-moe diff`: every pair of backends, compared to the bit."""
+
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..cases import inputs
+from ..cases import quantize as matrix
+from ..cases.quantize import Case, Input
+from ..exits import CommandError, Exit
+from ..kernels import dispatch, environment
+from ..kernels.flashinfer.quantize import BUILDS
+from ..reference.quantize import Quantized, dequantize
+from ..reference.recipe import Recipe, SfLayout
+from ..report import difference_map as heat
+from ..report.data import PAIRED, SHOWN, Cell, Failure, Section
+from . import backends as runners
+from . import interpreter
+from .compare import Difference, compare, run_reference
+from .explain import explain_element, first_element
+
+GOLDEN = runners.GOLDEN
+_LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
+INTERPRETED_ROWS = 16
+"""Rows of a tensor that the interpreter is given, where it is given only some."""
+FEW = 100
+"""Cases whose kernels are compiled as they come."""
+CANNOT = "which cannot run here: "
+"""What the reason of a refusal stands behind."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to compare; the options of the command."""
+
+    file: str | None = None
+    kind: str | None = None
+    recipes: str = "all"
+    seed: int = 0
+    rows: int | None = None
+
+
+@dataclass
+class Comparison:
+    """What was compared, and what there is to say of it."""
+
+    section: Section
+    facts: list[dict] = field(default_factory=list)
+    not_run: Counter = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)  # tensors of one's own that were not compared
+    elements: int = 0
+    failures: list["Found"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A difference with all that it takes to see it again."""
+
+    item: Input
+    case: Case
+    pair: tuple[str, str]
+    difference: Difference
+    failure: Failure
+
+
+def label(item: Input) -> str:
+    """The row of the table that an input belongs to."""
+    if item.group == "golden":
+        return "golden " + item.name.split("/")[1]
+    return item.name.split()[0] if item.group == "synthetic" else item.name
+
+
+def run(choice: Choice, backends: list[str]) -> Comparison:
+    """Compare the backends, which `available` let pass, on all inputs of the choice."""
+    result = Comparison(Section("quantizers"))
+    items = list(_inputs(choice, result))
+    if len(backends) < 2:  # one side is no comparison
+        return result
+    if runners.INTERPRETER in backends:
+        items = [_for_the_interpreter(item) for item in items]
+        result.section.notes.append(
+            f"{runners.INTERPRETER}: of each whole tensor the first {INTERPRETED_ROWS} rows, of each "
+            "synthetic and whole tensor some cases"
+        )
+    interpreted = _interpret(items) if runners.INTERPRETER in backends else {}
+    jobs = [(item.x, case) for item in items for case in item.cases]
+    if "triton" in backends and len(jobs) > FEW:
+        runners.compile_ahead(jobs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for i, item in enumerate(items):
+        x = item.x.to(device)
+        for case in item.cases:
+            known = {GOLDEN: item.golden, runners.INTERPRETER: interpreted.get(i, {})}
+            outputs: dict[str, Quantized] = {}
+            refused: dict[str, str] = {}
+            for backend in backends:
+                if backend in known:
+                    if case in known[backend]:
+                        outputs[backend] = known[backend][case]
+                elif reason := runners.refusal(backend, x, case):
+                    refused[backend] = reason
+                else:
+                    outputs[backend] = runners.run(backend, x, case)
+            _add(result, item, case, outputs, refused)
+    return result
+
+
+def available(names: str | None) -> list[str]:
+    """The sides to compare, in order, each once; CommandError for one that is unknown or not here."""
+    on_gpu = torch.cuda.is_available()
+    here = ["reference", *_that_serve(), GOLDEN]
+    if not on_gpu and interpreter.refusal() is None:
+        here.insert(1, runners.INTERPRETER)
+    if names is None:
+        return here
+    known = {"triton": "triton" if on_gpu else runners.INTERPRETER}
+    chosen = [known.get(name, name) for name in names.split(",")]
+    for name in chosen:
+        if name not in (*dispatch.BACKENDS, GOLDEN, runners.INTERPRETER):
+            allowed = ", ".join((*dispatch.BACKENDS, GOLDEN))
+            raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
+        if name not in here:
+            raise CommandError(f"--backends has {name!r}, {CANNOT}{_refusal(name)}", Exit.NOT_RUN)
+    return list(dict.fromkeys(chosen))
+
+
+def _that_serve() -> list[str]:
+    """The backends that serve a matrix here in the math that the environment asks for."""
+    return [b for b in dispatch.BACKENDS if b != "reference" and _refusal(b) is None]
+
+
+def _refusal(backend: str) -> str | None:
+    """Why a backend serves no matrix here; None if it does."""
+    if backend == runners.INTERPRETER:
+        return interpreter.refusal()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.empty(16, 64, dtype=torch.bfloat16, device=device)
+    build = BUILDS.get(backend, "cuda")
+    return runners.refusal(
+        backend, x, Case("per-token", Recipe(environment.math(build), build=build), _128X4)
+    )
+
+
+def _add(
+    result: Comparison,
+    item: Input,
+    case: Case,
+    outputs: dict[str, Quantized],
+    refused: dict[str, str],
+) -> None:
+    row, section = f"{label(item)}, {case.mode}", result.section
+    section.rows.setdefault(row, {})
+    result.elements += item.x.numel() * (len(outputs) > 1)
+    for backend, reason in refused.items():
+        if reason.startswith("its bits are those"):
+            continue  # of another build: no part of the matrix
+        result.not_run[f"{backend}: {reason}"] += 1
+        column = PAIRED.join(("reference", backend))
+        if column not in section.rows.get(row, {}):
+            section.put(row, column, Cell("skipped", note=reason))
+    for pair in itertools.combinations(outputs, 2):
+        column = PAIRED.join(pair)
+        cell = section.rows.get(row, {}).get(column)
+        if cell is None or cell.status == "skipped":
+            cell = Cell("identical")
+            section.put(row, column, cell)
+        cell.compared += 1
+        left, right = (outputs[backend] for backend in pair)
+        difference = compare(item.x, case, left, right, item.first_row)
+        if difference is None:
+            continue
+        cell.status, cell.failed = "different", cell.failed + 1
+        cell.note = cell.note or str(difference)
+        failure = _failure(item, case, pair, left, right, difference)
+        if len(cell.failures) < SHOWN:
+            cell.failures.append(failure)
+        result.failures.append(Found(item, case, pair, difference, failure))
+
+
+def _failure(
+    item: Input,
+    case: Case,
+    pair: tuple[str, str],
+    left: Quantized,
+    right: Quantized,
+    difference: Difference,
+) -> Failure:
+    wrong = left.block_scales.cpu() != right.block_scales.cpu()
+    details = difference.where().splitlines()
+    row, block = difference.row - item.first_row, difference.block
+    if row < item.x.shape[0]:  # not in the padding
+        element = first_element(item.x, left, right, row, block)
+        details += ["by the reference:", *explain_element(item.x, case, row, block, element)]
+    return Failure(
+        f"{item.name}, {case.mode}, {case.recipe}, {case.layout.name}: {pair[0]} and {pair[1]}",
+        str(difference),
+        details,
+        heat.of_block_scales(wrong, case.layout) if wrong.any() else None,
+    )
+
+
+def _inputs(choice: Choice, result: Comparison) -> Iterator[Input]:
+    """Every Input of the matrix that is chosen."""
+    recipes = matrix.choose(choice.recipes)
+    skipped: dict[str, str] = {}
+    tensors: Iterable[tuple[str, torch.Tensor, list[Input]]] = ()
+    if choice.file:
+        tensors = matrix.from_file(choice.file, choice.rows, recipes, False, skipped)
+    elif not choice.kind:
+        tensors = matrix.activations(choice.rows, recipes, False)
+    for name, x, pieces in tensors:
+        if x.dtype != torch.float32:
+            result.facts.append({"tensor": name, **_what_per_token_is_for(x)})
+        yield from pieces
+    if not choice.file:
+        kinds = [choice.kind] if choice.kind else inputs.KINDS
+        yield from matrix.synthetic(kinds, choice.seed, choice.rows, recipes, False)
+        if choice.rows is None and not choice.kind:
+            yield from matrix.golden(recipes)
+    result.missing = [f"tensor {name}: {reason}" for name, reason in skipped.items()]
+
+
+def _what_per_token_is_for(x: torch.Tensor) -> dict:
+    """Spread of the rows' maxima, and the SNR in dB with one scale a row and with one for all.
+
+    Rows with a NaN or an infinity have neither and are left out; their number is given. Where no row
+    is left that has a value but 0, spread and SNR are None.
+    """
+    x = x[:4096]
+    finite = x.isfinite().all(1)
+    facts = {
+        "shape": list(x.shape),
+        "rows_with_nan": int(x.isnan().any(1).sum()),
+        "rows_with_infinity": int(x.isinf().any(1).sum()),
+    }
+    x = x[finite]
+    if not x.any():
+        return facts | {"spread": None, "snr_per_token": None, "snr_global": None}
+    exact = x.double()
+    maxima = exact.abs().amax(1)
+    recipe = Recipe("exact")
+    q = run_reference(x, Case("per-token", recipe, _LINEAR))
+    assert q.per_token_scale is not None
+    scale = matrix.global_scale(x, recipe)
+    g = run_reference(x, Case("global-scale", recipe, _LINEAR, scale))
+
+    def snr(values: torch.Tensor) -> float:
+        return float(10 * torch.log10(exact.square().sum() / (values - exact).square().sum()))
+
+    return facts | {
+        "spread": float(maxima.max() / maxima[maxima > 0].min()),
+        "snr_per_token": snr(dequantize(q.codes, q.block_scales, q.per_token_scale).double()),
+        "snr_global": snr(dequantize(g.codes, g.block_scales, 1 / scale).double()),
+    }
+
+
+def _for_the_interpreter(item: Input) -> Input:
+    """The input cut down to what the interpreter has the time for."""
+    if item.group in ("golden", "synthetic"):
+        return replace(item, interpreted=item.interpreted and item.x.shape[1] <= 128)
+    return replace(item, x=item.x[:INTERPRETED_ROWS])
+
+
+def _interpret(items: list[Input]) -> dict[int, dict[Case, Quantized]]:
+    """The interpreter's answers: of some cases where there are many, so that each meets some input."""
+    jobs, places = [], []
+    for i, item in enumerate(items):
+        if not item.interpreted:
+            continue
+        every = {"golden": 1, "synthetic": 3}.get(item.group, 4)
+        for j, case in enumerate(item.cases):
+            if (i + j + j // every) % every == 0:
+                jobs.append((item.x, case))
+                places.append((i, case))
+    found: dict[int, dict[Case, Quantized]] = {}
+    for (i, case), result in zip(places, runners.interpret(jobs), strict=True):
+        found.setdefault(i, {})[case] = result
+    return found

@@ -1,0 +1,221 @@
+"""Every kernel that a backend can choose for a fused call, and each of them by force.
+
+FlashInfer's layers all ask `AutoTuner.choose_one(op, runners, config, inputs)` for a runner and a
+tactic; untuned, that is the first runner and -1. Here it is replaced: once to note what each question
+could have been answered with, in the words of the tuner itself (its profile for these inputs, its
+made-up tensors of that profile, its list of blocked tactics), and then to give one of those answers.
+The Triton backend has its table of tiles.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from ..kernels import moe_dispatch
+from ..kernels.moe_call import MoECall
+
+if TYPE_CHECKING:
+    from ..kernels.config_cache import Configs, GemmConfig, Mode
+
+DEFAULT = "default"
+_UNTUNED = -1
+"""The tactic that FlashInfer runs where nothing was tuned."""
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """An answer of the tuner to one of its questions; -1 to the others."""
+
+    name: str
+    op: str | None = None  # who asks; None: -1 for all
+    runner: int = 0  # its place among the runners
+    value: Any = field(default=_UNTUNED, compare=False)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A way for a backend to serve a call: `with configuration.forced(): serve(request, backend)`."""
+
+    name: str
+    _force: Callable[[], AbstractContextManager[None]] = field(
+        default=contextlib.nullcontext, repr=False, compare=False
+    )
+
+    def forced(self) -> AbstractContextManager[None]:
+        """Within, calls run so.
+
+        Raises (at the end):
+            RuntimeError: no call within asked for what was to be forced.
+        """
+        return self._force()
+
+
+def configurations(backend: str, request: MoECall) -> list[Configuration]:
+    """What a backend of `moe_dispatch.ORDER`, which serves the request, can choose; "default" first.
+
+    FlashInfer's layers run the request once, by default, to be asked.
+    """
+    if backend.startswith("flashinfer:"):
+        found = advertised(lambda: moe_dispatch.serve(request, backend))
+        return [Configuration(t.name, lambda t=t: forced(t)) for t in found]  # type: ignore[misc]
+    if backend == "triton":
+        return _of_triton(request)
+    return [Configuration(DEFAULT)]
+
+
+def advertised(call: Callable[[], object]) -> list[Tactic]:
+    """What FlashInfer can choose in a call, which runs once: the default, then every tactic.
+
+    Of a call that asks more than once (cutlass does, for each GEMM) each answer to one question stands
+    beside the default to the others.
+    """
+    questions: dict[str, list[list[Any]]] = {}
+
+    def note(
+        tuner: Any, custom_op: str, runners: list, tuning_config: Any, inputs: list, **_: Any
+    ) -> tuple[Any, Any]:
+        if custom_op not in questions:
+            questions[custom_op] = [
+                _valid_tactics(tuner, custom_op, runner, tuning_config, inputs)
+                for runner in runners
+            ]
+        return runners[0], _UNTUNED
+
+    with _answering(note):
+        call()
+    found = [Tactic(DEFAULT)]
+    for op, by_runner in questions.items():
+        prefix = op.rsplit(":", 1)[-1] + " " if len(questions) > 1 else ""
+        for place, values in enumerate(by_runner):
+            runner = f"runner {place} " if len(by_runner) > 1 else ""
+            found += [
+                Tactic(f"{prefix}{runner}{json.dumps(value)}", op, place, value)
+                for value in values
+                if value != _UNTUNED or place > 0
+            ]
+    return found
+
+
+@contextlib.contextmanager
+def forced(tactic: Tactic) -> Iterator[None]:
+    """Within, FlashInfer's layers run this tactic.
+
+    Raises (at the end):
+        RuntimeError: nothing asked the tactic's question, so that it did not run.
+    """
+    asked = tactic.op is None
+
+    def answer(
+        tuner: Any, custom_op: str, runners: list, tuning_config: Any, inputs: list, **_: Any
+    ) -> tuple[Any, Any]:
+        nonlocal asked
+        if custom_op != tactic.op:
+            return runners[0], _UNTUNED
+        asked = True
+        return runners[tactic.runner], tactic.value
+
+    with _answering(answer):
+        yield
+    if not asked:
+        raise RuntimeError(f"tactic {tactic.name} did not run: {tactic.op} never asked for one")
+
+
+def _answering(choose_one: Callable[..., tuple[Any, Any]]) -> AbstractContextManager[Any]:
+    from flashinfer.autotuner import AutoTuner
+
+    return mock.patch.object(AutoTuner, "choose_one", choose_one)
+
+
+def _valid_tactics(tuner: Any, op: str, runner: Any, config: Any, inputs: list) -> list[Any]:
+    """Those that tuning would measure where a later call of these inputs looks.
+
+    `AutoTuner.choose_one` (autotuner.py:2165 of flashinfer-python 0.7.2.post1) measures once a profile,
+    a bucket of token counts, on tensors of its size; a call looks in the profile that its shapes map to.
+    """
+    place = tuner._find_nearest_profile(tuple(tuner._get_input_sizes(inputs)), config)
+    for profile in tuner._generate_optimization_profiles(config, inputs):
+        if tuner._find_nearest_profile(profile.get_opt_shapes(), config) != place:
+            continue
+        tensors = tuner._prepare_input_tensors(profile, inputs)
+        if config.inputs_pre_hook is not None:
+            tensors = list(config.inputs_pre_hook(tensors))
+        values = runner.get_valid_tactics(tensors, profile)
+        return [_plain(value) for value in tuner._blocklist.filter(op, runner, values)]
+    return []
+
+
+def _plain(tactic: Any) -> Any:
+    """Numbers, tuples and lists: what comes from C++ is an array of a type of its own."""
+    if isinstance(tactic, int | float | str | None):
+        return tactic
+    parts = [_plain(part) for part in tactic]
+    return tuple(parts) if isinstance(tactic, tuple) else parts
+
+
+def _of_triton(request: MoECall) -> list[Configuration]:
+    from ..kernels import config_cache, moe
+
+    found = [Configuration(DEFAULT)]
+    if request.batch_invariant:  # always the table's
+        return found
+    experts, top_k = request.experts, request.routed()[0].shape[1]
+    mode: Mode = "static" if request.is_static else "bf16" if request.is_w4a16 else "per-token"
+    everywhere = request.num_experts + request.shared_experts
+    held = moe.held_slots(request.tokens * top_k, experts, everywhere)
+    key = config_cache.key_of(experts, held, top_k, mode)
+    table = moe.table_configs(experts, held)
+    for which in (0, 1):
+        for config in _tiles(key.weights[which][1], native=key.native):
+            pair = [replace(other, bn=config.bn) for other in table]
+            pair[which] = config
+            if tuple(pair) != table:
+                name = f"gemm{which + 1} {_words(config)}"
+                found.append(Configuration(name, _using(key, (pair[0], pair[1]))))
+    return found
+
+
+def _tiles(columns: int, *, native: bool) -> "list[GemmConfig]":
+    """Every choice of the shipped table that the kernel can run.
+
+    The candidates of `autotune_fused_moe` are compared with the table's when they are measured.
+    """
+    from ..kernels import config_cache, moe
+
+    shipped = dict.fromkeys(
+        moe.gemm_config(each, 1, width, native=native)
+        for each in (1, 17, 65, 1024)
+        for width in (128, 4096)
+    )
+    return [c for c in shipped if config_cache.refusal(c, columns, native=native) is None]
+
+
+def _words(c: "GemmConfig") -> str:
+    words = f"{c.bm}x{c.bn}x{c.bk} stages {c.stages} warps {c.warps}"
+    words += "" if c.registers is None else f" registers {c.registers}"
+    return words + (" decoded" if c.decoded else "")
+
+
+def _using(key: Any, pair: "Configs") -> Callable[[], AbstractContextManager[None]]:
+    from ..kernels import config_cache, moe
+
+    @contextlib.contextmanager
+    def force() -> Iterator[None]:
+        looked_up = False
+        lookup = config_cache.lookup
+
+        def noting(asked: Any) -> Any:
+            nonlocal looked_up
+            looked_up |= asked == key
+            return lookup(asked)
+
+        with config_cache.using(key, pair), mock.patch.object(moe.config_cache, "lookup", noting):
+            yield
+        if not looked_up:
+            raise RuntimeError(f"configurations {pair} did not run: no call had the key {key}")
+
+    return force

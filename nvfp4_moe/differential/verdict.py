@@ -1,0 +1,133 @@
+"""What an output of the fused mixture of experts may be, and its first element that may not."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+
+import torch
+
+from ..cases.moe_case import MoECase
+from ..reference.bounds.interval import ANY_ORDER, Accumulation, Interval
+from ..reference.weights.experts import unshuffled_bias
+from .explain import bits
+
+PLACES = 10
+"""Parts that an interval is counted in."""
+
+
+def unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Which elements have other bits, of two tensors of one shape and dtype."""
+    return (
+        (a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8))
+        .unflatten(-1, (-1, a.element_size()))
+        .any(-1)
+    )
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Elements of an output that are not what they may be, and the first."""
+
+    count: int
+    of: int
+    what: str
+    token: int
+    column: int
+    got: torch.Tensor  # one element, as are the others
+    low: torch.Tensor
+    high: torch.Tensor
+    reference: torch.Tensor
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.of} {self.what}"
+
+    def where(self) -> str:
+        allowed = bits(self.low)
+        if not torch.equal(self.low, self.high):
+            allowed += f" to {bits(self.high)}"
+        return (
+            f"first at token {self.token}, column {self.column}: got {bits(self.got)}, "
+            f"allowed {allowed}, reference {bits(self.reference)}"
+        )
+
+
+def may_drop_nan(backend: str) -> bool:
+    """True if a backend's activation is FlashInfer's, in a kernel whose source is closed."""
+    return backend.startswith("flashinfer")
+
+
+class Allowed:
+    """The outputs [T, H] that a backend may give for a case, and the reference's."""
+
+    def __init__(
+        self, case: MoECase, accumulation: Accumulation = ANY_ORDER, *, backend: str = "reference"
+    ):
+        self.case = case
+        self.accumulation = accumulation
+        self.want = case.reference()
+        drops_nan = may_drop_nan(backend)
+        self.interval = None if case.exact else case.allowed(accumulation, drops_nan=drops_nan)
+
+    @property
+    def determined(self) -> float:
+        """The share of elements that may have one value alone."""
+        if self.interval is None:
+            return 1.0
+        return self.interval.single.double().mean().item()
+
+    def wrong(self, got: torch.Tensor) -> torch.Tensor:
+        """Which elements are not allowed."""
+        if self.interval is None:
+            return unequal(got, self.want)
+        return ~self.interval.contains(got)
+
+    def first(self, got: torch.Tensor) -> Outside | None:
+        """The first that is not allowed."""
+        bad = self.wrong(got)
+        if not bad.any():
+            return None
+        token, column = (int(i) for i in bad.nonzero()[0])
+        what = "elements are not the one right output"
+        if self.interval is not None:
+            what = f"elements are outside their intervals (sums: {self.accumulation.name})"
+        interval = self.interval or Interval.point(self.want)
+
+        def of(t: torch.Tensor) -> torch.Tensor:
+            return t[token, column].to(got.dtype)
+
+        return Outside(
+            int(bad.sum()), bad.numel(), what, token, column, of(got), of(interval.low),
+            of(interval.high), of(self.want),
+        )  # fmt: skip
+
+    def places(self, got: torch.Tensor) -> list[int]:
+        """How many elements lie in each tenth of an interval that holds more than one value."""
+        if self.interval is None:
+            return [0] * PLACES
+        low, high = self.interval.low, self.interval.high
+        wide = (high > low) & low.isfinite() & high.isfinite() & ~self.wrong(got)
+        place = (got.double() - low)[wide] / (high - low)[wide]
+        return (place * PLACES).long().clamp(0, PLACES - 1).bincount(minlength=PLACES).tolist()
+
+
+def explain_output(case: MoECase, found: Outside) -> list[str]:
+    """The reference's values on the way to an element of the output: a line for each slot."""
+    ids, weights = case.routed
+    result = case.run(keep_steps=True)
+    t, column, lines = found.token, found.column, []
+    for k, e in enumerate(ids[t].tolist()):
+        local = e - case.local_expert_offset
+        if not 0 <= local < case.experts.num_local:
+            lines.append(f"slot {k}: expert {e} is held elsewhere")
+            continue
+        text = (
+            f"slot {k}: expert {e}, accumulator2 {bits(result.steps['accumulator2'][t, k, column])}"
+        )
+        if "token scale2" in result.steps:
+            text += f" * token scale {bits(result.steps['token scale2'][t, k])}"
+        if case.experts.gemm2_bias is not None:
+            bias = unshuffled_bias(case.experts.gemm2_bias[local], False)[column]
+            text += f" + bias {bits(bias)}"
+        text += f", * output2_scale_scalar {bits(case.experts.output2_scale_scalar[local])}"
+        text += f" = row {bits(result.rows[t, k, column])}, weight {bits(weights[t, k])}"
+        lines.append(text)
+    return [*lines, f"sum over the slots = {bits(result.output[t, column])}"]

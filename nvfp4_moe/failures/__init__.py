@@ -1,0 +1,3 @@
+"""Failing cases: made smaller, written to a file, run again, and described in a bug report."""
+
+# SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,240 @@
+"""`nvfp4-moe replay`: a failing case from a file, run again."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import files
+from ..cases.moe_case import MoECase, to_device
+from ..cases.quantize import Case
+from ..differential import backends as runners
+from ..differential import interpreter, tactics
+from ..differential.compare import compare
+from ..differential.explain import explain_element, first_element
+from ..differential.verdict import Allowed
+from ..exits import CommandError, Exit
+from ..kernels import moe_dispatch
+from ..kernels.backends import UnsupportedError
+from ..kernels.dispatch import BACKENDS
+from ..kernels.moe_call import MoECall
+from ..reference.quantize import Quantized
+from .replay_file import Failure, MoEFailure, QuantizerFailure, ReplayFileError, load
+
+Runner = Callable[[str, MoECase, str | None], torch.Tensor]
+"""(backend, call, configuration or None) to the output, on the CPU."""
+
+
+class CannotRunError(ValueError):
+    """A side cannot run here; the message has the reason."""
+
+
+class UnknownBackendError(CannotRunError):
+    """There is no backend of this name."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came of it."""
+
+    differs: bool
+    text: str
+    facts: dict[str, Any]  # for --json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run the failing case of a file again, both sides of a comparison or a fused call's backend, "
+        "and print the first difference. A backend that cannot run here counts as not run."
+    )
+    parser.add_argument("file", metavar="FILE", help="written where a comparison failed")
+    parser.add_argument("--backend", help="run this one in the place of the one that failed")
+    parser.add_argument("--json", metavar="FILE", help="write the outcome to FILE; - is stdout")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    files.check_safetensors("FILE", options.file)
+    if options.json not in (None, "-"):
+        files.check_file("--json", options.json)
+    try:
+        found = replay(load(options.file), options.backend)
+    except (ReplayFileError, UnknownBackendError) as error:
+        raise CommandError(str(error)) from None
+    except CannotRunError as error:
+        hint = f". On a machine where it can, the file {options.file} is all that replay needs"
+        raise CommandError(f"{error}{hint}", Exit.NOT_RUN) from None
+    print(found.text, file=sys.stderr if options.json == "-" else sys.stdout)
+    if options.json:
+        text = json.dumps({"differs": found.differs, **found.facts}, indent=1)
+        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n", "utf-8")
+    return Exit.DIFFERENCE if found.differs else Exit.DONE
+
+
+def run_call(backend: str, case: MoECase, configuration: str | None = None) -> torch.Tensor:
+    """A backend's output of a fused call.
+
+    Raises:
+        CannotRunError: it cannot serve the call here, or cannot be told its configuration.
+    """
+    request = None
+    if backend != interpreter.NAME:
+        if backend not in moe_dispatch.ORDER:
+            raise UnknownBackendError(f"the file's backend is {backend!r}, not one of ours")
+        request = to_device(case, _device()).request()
+        if reason := moe_dispatch.refusal(backend, request):
+            raise CannotRunError(f"{backend} cannot run here: {reason}")
+    if request is None:
+        if configuration is not None:
+            raise CannotRunError(f"{backend} cannot be told to run {configuration}")
+        if reason := interpreter.refusal():
+            raise CannotRunError(f"{backend} cannot run here: {reason}")
+        return interpreter.call("failures.replay:_serve_in_triton", [(case,)])[0]
+    with _forced(backend, request, configuration):
+        return moe_dispatch.serve(request, backend)[0].cpu()
+
+
+def _forced(
+    backend: str, request: MoECall, configuration: str | None
+) -> AbstractContextManager[None]:
+    if configuration is None:
+        return nullcontext()
+    here = {c.name: c for c in tactics.configurations(backend, request)}
+    if configuration not in here:
+        raise CannotRunError(
+            f"{backend} has no configuration {configuration!r} here; it has {', '.join(here)}"
+        )
+    return here[configuration].forced()
+
+
+def _serve_in_triton(case: MoECase) -> torch.Tensor:
+    return moe_dispatch.serve(case.request(), "triton")[0]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_side(side: str, x: torch.Tensor, case: Case) -> Quantized:
+    """A side of a comparison, other than the fixed one.
+
+    Raises:
+        CannotRunError: it cannot run here.
+    """
+    if side == runners.INTERPRETER:
+        if reason := interpreter.refusal():
+            raise CannotRunError(f"{side} cannot run here: {reason}")
+        return runners.interpret([(x, case)])[0]
+    if side not in BACKENDS:
+        raise UnknownBackendError(f"the file's side is {side!r}, not one of ours")
+    x = x.to(_device())
+    if reason := runners.refusal(side, x, case):
+        raise CannotRunError(f"{side} cannot run here: {reason}")
+    try:
+        return runners.run(side, x, case)
+    except UnsupportedError as error:
+        raise CannotRunError(str(error)) from error
+
+
+def replay(failure: Failure, backend: str | None = None, runner: Runner = run_call) -> Replayed:
+    """Run a failure again.
+
+    Args:
+        backend: in the place of the one that failed.
+        runner: of fused calls.
+
+    Raises:
+        CannotRunError: no such backend, or one that cannot run here.
+    """
+    if backend is not None:
+        backend = _backend(backend, isinstance(failure, QuantizerFailure))
+    if isinstance(failure, QuantizerFailure):
+        return _replay_quantizer(failure, backend)
+    return _replay_moe(failure, backend, runner)
+
+
+def _backend(name: str, quantizers: bool) -> str:
+    here = {"triton": "triton" if torch.cuda.is_available() else runners.INTERPRETER}
+    known = (*(BACKENDS if quantizers else moe_dispatch.ORDER), runners.INTERPRETER)
+    if name not in known:
+        raise UnknownBackendError(f"--backend is {name!r}; it must be one of {', '.join(known)}")
+    return here.get(name, name)
+
+
+def _replay_quantizer(failure: QuantizerFailure, backend: str | None) -> Replayed:
+    x, case = failure.x, failure.case
+    sides = [backend if backend and s == failure.suspect else s for s in failure.sides]
+    facts: dict[str, Any] = {"kind": "quantizer", "sides": sides}
+    outputs = []
+    for side in sides:
+        try:
+            fixed = failure.outputs[side] if side == runners.GOLDEN else None
+            outputs.append(fixed or run_side(side, x, case))
+        except RuntimeError as error:
+            return _raised(side, error, facts)
+    what = f"{tuple(x.shape)} {x.dtype}, {case.mode}, {case.recipe}, {case.layout.name}"
+    left, right = outputs
+    difference = compare(x, case, left, right)
+    if difference is None:
+        return Replayed(False, f"{what}: {sides[0]} and {sides[1]} are identical", facts)
+    lines = [f"{what}: {sides[0]} and {sides[1]} differ: {difference}", f"  {difference.where()}"]
+    if difference.row < x.shape[0]:
+        row, block = difference.row, difference.block
+        element = first_element(x, left, right, row, block)
+        lines.append("by the reference:")
+        lines += [f"    {line}" for line in explain_element(x, case, row, block, element)]
+    return Replayed(True, "\n".join(lines), facts | {"difference": difference.as_dict()})
+
+
+def _raised(side: str, error: RuntimeError, facts: dict[str, Any]) -> Replayed:
+    return Replayed(True, f"{side} raised: {error}", facts | {"raised": str(error)})
+
+
+def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Replayed:
+    case, name = failure.case, backend or failure.backend
+    # Another backend has other configurations.
+    configuration = failure.configuration if name == failure.backend else None
+    facts: dict[str, Any] = {"kind": "moe", "backend": name, "configuration": configuration}
+    try:
+        output = runner(name, case, configuration)
+    except RuntimeError as error:
+        return _raised(name, error, facts)
+    what = f"{case.name}, {name}" + (f", {configuration}" if configuration else "")
+    found = Allowed(case, failure.accumulation, backend=name).first(output)
+    if found is None:
+        return Replayed(False, f"{what}: {'the same bits' if case.exact else 'inside'}", facts)
+    text = f"{what}: {found}\n  {found.where()}"
+    return Replayed(True, text, facts | {"outside": found.count, "first": found.where()})
+
+
+def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor], bool]:
+    """For `shrink.shrink_matrix`: whether two sides differ on a tensor; no where one cannot run."""
+
+    def fails(x: torch.Tensor) -> bool:
+        try:
+            return compare(x, case, run_side(left, x, case), run_side(right, x, case)) is not None
+        except CannotRunError:
+            return False
+
+    return fails
+
+
+def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoECase], bool]:
+    """For `shrink_moe.shrink_call`: whether the backend's output of a call is not allowed."""
+
+    def fails(case: MoECase) -> bool:
+        try:
+            case.request()
+            output = runner(failure.backend, case, failure.configuration)
+        except ValueError:  # no call, or none that runs here
+            return False
+        allowed = Allowed(case, failure.accumulation, backend=failure.backend)
+        return allowed.first(output) is not None
+
+    return fails

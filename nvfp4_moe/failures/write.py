@@ -1,0 +1,119 @@
+"""The report's folder: the page, its data, and each failing case, shrunk, as a file to replay."""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import invocation
+from ..cases.moe_case import to_device
+from ..differential.moe import Judgement, Wrong
+from ..differential.quantize import GOLDEN, Comparison, Found
+from ..differential.tactics import DEFAULT
+from ..report.data import Failure, Report
+from ..report.html import render
+from .bug_report import upstream_text
+from .minimize import shrink_matrix
+from .minimize_moe import shrink_call
+from .replay import call_fails, quantizer_fails, run_call, run_side
+from .replay_file import (
+    MoEFailure,
+    Origin,
+    QuantizerFailure,
+    is_failing_case,
+    rows_of,
+    save_moe,
+    save_quantizer,
+)
+
+MOST_FILES = 12
+"""Failing cases that are shrunk and written, the first of each cell."""
+MOST_HEATS = 40
+SECONDS = 20.0
+"""For the shrinking of one."""
+
+
+_FAILURE = re.compile(r"failure-\d{2,}\.safetensors")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the failing cases of an earlier run: files of our name and of our kind, and no others."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _FAILURE.fullmatch(path.name) and is_failing_case(path):
+            path.unlink()
+
+
+def write(whole: Report, folder: Path) -> None:
+    """report.json and report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for failure in [f for cell in whole.cells for f in cell.failures if f.heat][MOST_HEATS:]:
+        failure.heat = None
+    found = whole.as_dict()
+    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    (folder / "report.html").write_text(render(found), "utf-8", newline="\n")
+
+
+def write_failures(compared: Comparison | None, judged: Judgement | None, folder: Path) -> None:
+    """The first failing case of each cell: `Failure.replay` and `upstream` are filled in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
+    files = 0
+    both: tuple[tuple[Any, Comparison | Judgement | None], ...] = (
+        (_quantizer, compared), (_layer, judged)
+    )  # fmt: skip
+    for of, results in both:
+        if results is None:
+            continue
+        first = {id(c.failures[0]) for c in results.section.cells if c.failures}
+        for found in results.failures:
+            if id(found.failure) in first and files < MOST_FILES:
+                files += 1
+                of(found, folder / f"failure-{files:02}.safetensors")
+
+
+def _quantizer(found: Found, path: Path) -> None:
+    x, case, difference = found.item.x, found.case, found.difference
+    row = difference.row - found.item.first_row
+    golden = found.item.golden.get(case) if GOLDEN in found.pair else None
+    if golden is None:
+        try:
+            fails = quantizer_fails(case, *found.pair)
+            in_padding = row == x.shape[0]
+            place = None if in_padding else (row, difference.block)
+            x = shrink_matrix(x, fails, SECONDS, place)
+        except ValueError as error:  # it did not fail again
+            found.failure.details.append(f"not shrunk: {error}")
+    elif row < x.shape[0]:  # nothing but rows can be left out of what was recorded
+        x, golden = x[row : row + 1], rows_of(golden, [row], case)
+    outputs = {side: golden if side == GOLDEN else run_side(side, x, case) for side in found.pair}
+    failing = QuantizerFailure(x, case, outputs)
+    save_quantizer(path, failing)
+    _point(found.failure, failing, path)
+
+
+def _layer(found: Wrong, path: Path) -> None:
+    failing = MoEFailure(
+        to_device(found.case, "cpu"), found.backend, found.output,
+        None if found.configuration == DEFAULT else found.configuration,
+        origin=Origin(note=found.failure.summary if found.output is None else ""),
+    )  # fmt: skip
+    try:
+        case = shrink_call(failing.case, call_fails(failing, run_call), SECONDS)
+        output = run_call(failing.backend, case, failing.configuration)
+        failing = replace(failing, case=case, output=output)
+    except (ValueError, RuntimeError) as error:
+        found.failure.details.append(f"not shrunk: {error}")
+    save_moe(path, failing)
+    _point(found.failure, failing, path)
+
+
+def _point(failure: Failure, failing: QuantizerFailure | MoEFailure, path: Path) -> None:
+    failure.replay = path.name
+    again = [*invocation.program(), "replay", str(path.absolute())]
+    failure.again = invocation.pasted(again, invocation.folder())
+    try:
+        failure.upstream = upstream_text(failing, path.name)
+    except ValueError as error:  # what was recorded is right: it came and went
+        failure.details.append(f"no report: {error}")

@@ -1,0 +1,31 @@
+"""The ranks' outputs added, in the dtype in which they travel."""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+import torch.distributed as dist
+
+from ..kernels import moe_dispatch
+from ..kernels.moe_call import MoECall
+from ..reference import checks
+from ..reference.moe.layer import OUTPUT_DTYPES
+from .rank_check import Group
+
+
+def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> torch.dtype:
+    """In which dtype outputs travel and are added.
+
+    Raises:
+        ValueError: it, or the output's, is none that a layer writes.
+    """
+    travels = output_dtype if reduce_dtype is None else reduce_dtype
+    for name, dtype in (("output_dtype", output_dtype), ("reduce_dtype", travels)):
+        if dtype not in OUTPUT_DTYPES:
+            checks.wrong_value(name, dtype, checks.any_of(map(str, OUTPUT_DTYPES)))
+    return travels
+
+
+def all_reduced(r: MoECall, backend: str, group: Group, output_dtype: torch.dtype) -> torch.Tensor:
+    """[T, hidden size] of output_dtype: each rank's output, of the request's dtype, and their sum."""
+    output = moe_dispatch.serve(r, backend)[0]
+    dist.all_reduce(output, group=group)
+    return output.to(output_dtype)

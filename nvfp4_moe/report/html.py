@@ -1,0 +1,163 @@
+"""The report page: one HTML file that needs no network, made of `report.Report.as_dict()`."""
+
+# SPDX-License-Identifier: Apache-2.0
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+from ..exits import Exit
+from .data import FAILED, Status
+from .markup import Markup, element, join
+from .tables import copyable, count_of, counts, details_key, section_table, tells
+
+LEGEND: dict[Status, str] = {
+    "identical": "the same bits",
+    "inside": "every output in its proved interval",
+    "different": "other bits where the same are due",
+    "outside": "an output that no conforming kernel can give",
+    "crashed": "the backend raised, or its process died",
+    "withheld": "run but not judged: it does not add as the intervals assume",
+    "skipped": "not run here",
+}
+LISTED = 20
+"""Failing cells that the head links to."""
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page of a run.
+
+    Args:
+        report: of `Report.as_dict()`, or read from its JSON.
+
+    Raises:
+        ValueError: a cell has a status that `report.Status` does not name.
+    """
+    if unknown := set(report["statuses"]) - set(LEGEND):
+        raise ValueError(f"cells are {sorted(unknown)}; a status is one of {', '.join(LEGEND)}")
+    style, script = _asset("page.css"), _asset("page.js")
+    verdict = _verdict(report)
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", f"{report['name']}: {verdict}"),
+        element("style", style),
+        element("script", script),
+    )
+    sections = [section_table(f"{i}", s) for i, s in enumerate(report["sections"])]
+    body = element("body", _header(report, verdict), element("main", *sections))
+    return "<!DOCTYPE html>\n" + element("html", head, "\n", body, lang="en") + "\n"
+
+
+def _asset(name: str) -> Markup:
+    return Markup(resources.files("nvfp4_moe").joinpath("data", name).read_text("utf-8"))
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing is loaded, and nothing runs or styles but the two texts given."""
+
+    def digest(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return (
+        f"default-src 'none'; style-src 'sha256-{digest(style)}'; "
+        f"script-src 'sha256-{digest(script)}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _cells(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:
+    """(key, section's title, row, column, cell) of each cell; the key is that of its details."""
+    for i, section in enumerate(report["sections"]):
+        if section["summary"]:
+            continue
+        for j, (row, cells) in enumerate(section["rows"].items()):
+            for column, cell in cells.items():
+                key = details_key(f"{i}", j, section["columns"].index(column))
+                yield key, section["title"], row, column, cell
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    cells = [cell for *_, cell in _cells(report)]
+    compared, missing = report["compared"], report["missing"]
+    uncounted = sum(cell["status"] in FAILED and not cell["failed"] for cell in cells)
+    parts = []
+    if report["failed"]:
+        parts.append(f"{report['failed']:,} of {count_of(compared, 'comparison')} failed")
+    if uncounted:  # a process that died before it compared anything
+        parts.append(f"{count_of(uncounted, 'cell')} failed without a count")
+    if not parts:
+        every = f"nothing failed in {count_of(compared, 'comparison')}"
+        parts.append(every if compared else "nothing was judged")
+    if missing:
+        parts.append(f"{count_of(len(missing), 'thing')} asked for and not run")
+    return ", ".join(parts)
+
+
+def _header(report: dict[str, Any], verdict: str) -> Markup:
+    machine = report["machine"]
+    versions = [f"{k} {v or '(not installed)'}" for k, v in machine["versions"].items()]
+    variables = [f"{k}={v}" for k, v in machine["environment"].items() if v is not None]
+    seconds = report["seconds"]
+    facts = {
+        "Run again": copyable("code", report["pasted"], "Copy command"),
+        "Date": report["date"],
+        "Took": f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s",
+        "GPU": _lines(machine["gpus"] or ["none"]),
+        "NVIDIA driver": machine.get("driver") or "none",
+        "Commit": machine.get("commit") or "none: no checkout",
+        "Versions": element("span", ", ".join(versions)),
+        "Environment": _lines(variables, "code") if variables else "none of its variables is set",
+    }
+    look = {Exit.DONE: None, Exit.NOT_RUN: "open"}.get(report["exit_status"], "bad")
+    missing = [element("li", f"Asked for and not run: {what}") for what in report["missing"]]
+    return element(
+        "header",
+        element("p", report["name"], class_="kicker"),
+        element("h1", verdict[0].upper() + verdict[1:], class_=look),
+        element("ul", *missing, class_="failing") if missing else "",
+        _failing(report),
+        element(
+            "dl",
+            *(join(element("dt", k), element("dd", v)) for k, v in facts.items()),
+            class_="facts",
+        ),
+        _legend(report["statuses"]),
+    )
+
+
+def _failing(report: dict[str, Any]) -> Markup:
+    """Links to the details of what failed."""
+    found = [
+        element(
+            "li",
+            element("span", cell["status"], class_=f"chip {cell['status']}"),
+            " ",
+            element("a", f"{row}: {column}", href=f"#{key}" if tells(cell) else None),
+            element("span", f" {counts(cell)} · {title}"),
+        )
+        for key, title, row, column, cell in _cells(report)
+        if cell["status"] in FAILED
+    ]
+    if len(found) > LISTED:
+        found[LISTED:] = [element("li", f"and {count_of(len(found) - LISTED, 'more cell')} below")]
+    return element("ul", *found, class_="failing") if found else Markup()
+
+
+def _legend(statuses: dict[str, int]) -> Markup:
+    entries = [
+        element(
+            "div",
+            element("dt", element("span", status, class_=f"chip {status}")),
+            element("dd", f"{means}; {count_of(statuses.get(status, 0), 'cell')}"),
+        )
+        for status, means in LEGEND.items()
+    ]
+    return element("dl", *entries, class_="legend", aria_label="What the cells say")
+
+
+def _lines(items: Sequence[str], name: str = "span") -> Markup:
+    return element("ul", *(element("li", element(name, item)) for item in items))

@@ -1,0 +1,146 @@
+"""What `nvfp4-moe diff` found, as a terminal shows it."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections import Counter
+from typing import Any, TextIO
+
+import torch
+
+from ..differential.quantize import Comparison
+from ..exits import Exit
+from .data import FAILED, Cell, Failure, Report, Section
+
+_SHOWN = 10
+
+
+def print_comparison(
+    result: Comparison, backends: list[str], seconds: float, stream: TextIO
+) -> None:
+    """The table of the quantizers, the first differences, and what a per-token scale is for."""
+    _table(result.section, stream)
+    _failures([found.failure for found in result.failures], stream)
+    if result.facts:
+        print("\nwhat a per-token scale is for (exact math, no 4over6):", file=stream)
+        width = max(len(f["tensor"]) for f in result.facts)
+        for f in result.facts:
+            print(f"  {f['tensor']:<{width}}  {_facts(f)}", file=stream)
+    cells = result.section.cells
+    compared, failed = sum(c.compared for c in cells), sum(c.failed for c in cells)
+    print(
+        f"\n{compared} comparisons of {result.elements:,} elements by {', '.join(backends)}: "
+        f"{_outcome(compared, failed, len(result.missing))} ({seconds:.0f} s)",
+        file=stream,
+    )
+    for note in result.section.notes:
+        print(note, file=stream)
+
+
+def _outcome(compared: int, failed: int, missing: int) -> str:
+    if failed:
+        return f"{failed} DIFFER"
+    if not compared:
+        return "nothing was compared"
+    return f"identical, but {missing} of the tensors not compared" if missing else "all identical"
+
+
+def _facts(f: dict[str, Any]) -> str:
+    """The spread and the SNR of a tensor, and what has none."""
+    told = []
+    for what, name in (("NaN", "rows_with_nan"), ("an infinity", "rows_with_infinity")):
+        if f[name]:
+            told.append(f"{f[name]} of {f['shape'][0]} rows with {what}, left out here")
+    if f["spread"] is None:
+        told.append("no value but 0: no SNR" if not told else "no other value but 0: no SNR")
+    else:
+        told.append(
+            f"row maxima spread {f['spread']:5.1f} x   SNR per token {f['snr_per_token']:5.2f} dB, "
+            f"one scale {f['snr_global']:5.2f} dB"
+        )
+    return "; ".join(told)
+
+
+def print_judgement(section: Section, failures: list[Failure], stream: TextIO) -> None:
+    """A line for each case and backend of layers, and their first failures."""
+    if not section.rows:
+        return
+    print(f"\n{section.title}: {section.notes[0]}", file=stream)
+    width = max(map(len, section.rows), default=0)
+    for row, cells in section.rows.items():
+        for backend, cell in cells.items():
+            print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
+    _failures(failures, stream)
+
+
+def print_costs(costs: dict[str, dict[str, float]], stream: TextIO) -> None:
+    """What four bits cost, and eight, of `costs.costs`."""
+    print("mean relative error of a token against the bf16 layer, SwiGLU:", file=stream)
+    for group, found in costs.items():
+        print(f"  {group}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=stream)
+
+
+def _table(section: Section, stream: TextIO) -> None:
+    widths = [max(len(column), 14) for column in section.columns]
+    first = max(map(len, section.rows), default=10)
+    head = "  ".join(f"{c:<{w}}" for c, w in zip(section.columns, widths, strict=True))
+    print(f"{'input, mode':<{first}}  {head}".rstrip(), file=stream)
+    for name, row in section.rows.items():
+        cells = (
+            f"{_pair(row.get(column)):<{width}}"
+            for column, width in zip(section.columns, widths, strict=True)
+        )
+        print(f"{name:<{first}}  {'  '.join(cells)}".rstrip(), file=stream)
+
+
+def _pair(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    if cell.status in FAILED:
+        return f"{cell.failed}/{cell.compared} differ"
+    return cell.status if cell.status == "skipped" else f"{cell.status} ({cell.compared})"
+
+
+def _verdict(cell: Cell) -> str:
+    if cell.status == "skipped":
+        return f"not run: {cell.note}"
+    if cell.status == "withheld":
+        return f"not judged: {cell.note}"
+    many = f" ({cell.compared})" if cell.compared > 1 else ""
+    if cell.status in FAILED:
+        return f"{cell.note}  DIFFER: {cell.failed} of {cell.compared} {cell.status}"
+    return f"{cell.note}  {cell.status}{many}"
+
+
+def _failures(failures: list[Failure], stream: TextIO) -> None:
+    for failure in failures[:_SHOWN]:
+        print(f"\n{failure.case} differ: {failure.summary}", file=stream)
+        for line in failure.details:
+            print(f"  {line}", file=stream)
+    if len(failures) > _SHOWN:
+        print(f"\n... and {len(failures) - _SHOWN} more (--json has all)", file=stream)
+
+
+def print_not_run(reasons: Counter, stream: TextIO) -> None:
+    """What could not be compared, and why."""
+    for reason, count in reasons.items():
+        print(f"not run ({count}): {reason}", file=stream)
+    if not torch.cuda.is_available():
+        print("not run: FlashInfer and Triton on a GPU: no CUDA device here", file=stream)
+
+
+def _made(whole: Report) -> str:
+    """When and by what, in a line."""
+    machine = whole.machine
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    return f"{whole.date}: {versions}{commit}; {gpus}{driver}"
+
+
+def print_end(whole: Report, stream: TextIO) -> None:
+    """By what this was made, what was asked for and not run, and what the exit status then means."""
+    print(_made(whole), file=stream)
+    for what in whole.missing:
+        print(f"asked for and not run: {what}", file=stream)
+    if whole.status is Exit.NOT_RUN:
+        print(f"exit status {whole.status.value}: {whole.status.meaning}", file=stream)
