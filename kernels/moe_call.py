@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..reference import checks
-from ..reference.activation import ActivationType
+from ..reference.activation import check_activation
 from ..reference.moe.layer import OUTPUT_DTYPES, Activations, FinalizeOrder
 from ..reference.moe.routing import (
     Routing,
@@ -194,9 +194,7 @@ def _want(name: str, t: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int |
 
 
 def _check_experts(e: Experts) -> None:
-    if not isinstance(e.activation, ActivationType) or not e.activation.implemented:
-        names = ", ".join(a.name for a in ActivationType if a.implemented)
-        raise ValueError(f"activation_type is {e.activation!r}; it must be one of {names}")
+    check_activation(e.activation)
     w1, w2 = e.gemm1_weights, e.gemm2_weights
     u8, f8, f32 = (torch.uint8,), (torch.float8_e4m3fn,), (torch.float32,)
     checks.tensor("gemm1_weights", w1, u8, ("experts", "rows", "H/2"))

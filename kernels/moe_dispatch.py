@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..reference import checks
-from ..reference.activation import ActivationType
+from ..reference.activation import activation_of
 from ..reference.moe.layer import Activations, FinalizeOrder
 from ..reference.moe.layer import fused_moe as reference_fused_moe
 from ..reference.moe.routing import Routing
@@ -450,10 +450,7 @@ def _experts(
     local_num_experts: int,
     shared_experts: int,
 ) -> Experts:
-    try:
-        activation = ActivationType(int(activation_type))
-    except (TypeError, ValueError):
-        checks.wrong_value("activation_type", activation_type, "a value of ActivationType")
+    activation = activation_of(activation_type, "activation_type")
     checks.tensor("gemm2_weights", gemm2_weights, (torch.uint8,), ("experts", "H", "I/2"))
     checks.integer("num_fused_shared_experts", shared_experts, 0)
     local, hidden, half = gemm2_weights.shape

@@ -10,14 +10,28 @@ once, before.
 import triton
 import triton.language as tl
 
+from ..reference.activation import ActivationType
 from .gemm_sums import decoded_sums, native_sums, sums
 from .leaves import await_previous, to_bf16
 from .special import gelu, gelu_tanh, sigmoid, tanh
 
-# reference.activation.ActivationType
-GELU, RELU, SILU, SWIGLU, GEGLU = (tl.constexpr(i) for i in range(5))
-RELU2, SWIGLU_STEP, GEGLU_TANH, IDENTITY, SITU = (tl.constexpr(i) for i in range(6, 11))
+GELU = tl.constexpr(int(ActivationType.Gelu))
+RELU = tl.constexpr(int(ActivationType.Relu))
+SILU = tl.constexpr(int(ActivationType.Silu))
+SWIGLU = tl.constexpr(int(ActivationType.Swiglu))
+GEGLU = tl.constexpr(int(ActivationType.Geglu))
+RELU2 = tl.constexpr(int(ActivationType.Relu2))
+SWIGLU_STEP = tl.constexpr(int(ActivationType.SwigluStep))
+GEGLU_TANH = tl.constexpr(int(ActivationType.GegluTanh))
+IDENTITY = tl.constexpr(int(ActivationType.Identity))
+SITU = tl.constexpr(int(ActivationType.Situ))
 NONE = tl.constexpr(-1)  # the second GEMM
+GATED_KINDS = tl.constexpr(tuple(int(kind) for kind in ActivationType if kind.gated))
+
+
+@triton.constexpr_function
+def is_gated(activation):
+    return activation in GATED_KINDS.value
 
 
 @triton.jit
@@ -72,6 +86,8 @@ def _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT: tl.constex
             g = g * sigmoid(g)
         elif ACT == GELU:
             g = gelu(g)
+        else:
+            tl.static_assert(ACT == IDENTITY, "the activation has no branch here")
         y = g * scale
     return y
 
@@ -104,9 +120,7 @@ def _expert_tile(
     ARCH: tl.constexpr,
 ):  # fmt: skip
     """The expert's permuted rows from `first`, BN of them, up to `end`; decoded weights at `place`."""
-    GATED: tl.constexpr = (
-        ACT == SWIGLU or ACT == GEGLU or ACT == SWIGLU_STEP or ACT == GEGLU_TANH or ACT == SITU
-    )
+    GATED: tl.constexpr = is_gated(ACT)
     n = first + tl.arange(0, BN)
     live = n < end
     K = K4 * 4
@@ -157,7 +171,7 @@ def _expert_tile(
         alpha = _per_expert(alpha_ptr, expert)
         beta = _per_expert(beta_ptr, expert)
         if ACT == SWIGLU_STEP and limit_ptr is None:
-            limit = 7.0 / gate_scale
+            limit = 7.0 / gate_scale  # reference.activation.STEP_LIMIT
         else:
             limit = _per_expert(limit_ptr, expert)
         y = _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT)

@@ -1,23 +1,43 @@
-"""The activations between the two GEMMs of an expert, in fp32.
+"""The activations between the two GEMMs of an expert: one table, and their formulas in fp32.
 
-A gated activation takes (up, gate), the first and the second half of the first GEMM's rows; the others
-take one value, here `gate`. Formulas: flashinfer-python 0.7.2, `fused_moe/core.py:6470-6490`,
-`trace/templates/moe.py:1615-1665` (clamps before scalars), `data/include/flashinfer/trtllm/
-batched_gemm/KernelRunner.h:36-48` (beta before the scalar), `tllm_enums.py` (names and values).
+A new activation is a number of `ActivationType`, a row of `_TABLE` and its formula here, a branch of the
+Triton kernel (`kernels/moe_gemm.py`) and a rule of its bounds (`bounds/activation.py`). The rest of the
+library reads the table. `tests/test_activation_table.py` names whatever is missing.
+
+Formulas: flashinfer-python 0.7.2, `fused_moe/core.py:6470-6490`, `trace/templates/moe.py:1615-1665`
+(clamps before scalars), `data/include/flashinfer/trtllm/batched_gemm/KernelRunner.h:36-48` (beta before
+the scalar), `tllm_enums.py` (names and values).
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import enum
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
+from . import checks
 from .numerics.subnormals import kept
+
+ParameterName = Literal["alpha", "beta", "clamp_limit"]
+FlashInferLayer = Literal["trtllm", "cute-dsl", "cutlass", "baselines"]
+Namespace = Literal["hugging_face", "sglang", "vllm"]
+Value = torch.Tensor | float
+
+PARAMETERS: tuple[ParameterName, ...] = get_args(ParameterName)
+
+STEP_LIMIT = 7.0
+"""SwigluStep's physical limit where none is given."""
 
 
 class ActivationType(enum.IntEnum):
-    """FlashInfer's names and values. SwigluBias, Invalid and ClampedRelu2 are not implemented."""
+    """FlashInfer's names and values. SwigluBias, Invalid and ClampedRelu2 are not implemented.
+
+    An activation that FlashInfer lacks has a value from `OWN` on.
+    """
 
     Gelu = 0
     Relu = 1
@@ -34,63 +54,108 @@ class ActivationType(enum.IntEnum):
     ClampedRelu2 = 12
 
     @property
-    def gated(self) -> bool:
-        return self in _GATED
+    def implemented(self) -> bool:
+        return self in _TABLE
 
     @property
-    def implemented(self) -> bool:
-        return self in _GATED or self in _PLAIN
+    def row(self) -> "Activation":
+        """What is known of it.
+
+        Raises:
+            ValueError: it is not implemented.
+        """
+        check_activation(self)
+        return _TABLE[self]
+
+    @property
+    def gated(self) -> bool:
+        return self.implemented and self.row.gated
 
     @property
     def linear_up(self) -> bool:
-        """Whether the up half is times `output1_scale_scalar`, and the result linear in it.
+        """True if `output1_scale_scalar` multiplies the up half, and the result is linear in it.
 
         SiTU and the activations without a gate apply `output1_scale_gate_scalar` to their argument.
         """
-        return self.gated and self != ActivationType.Situ
+        return self.gated and self.row.linear_up
 
     @property
-    def parameters(self) -> frozenset[str]:
-        """Which of alpha, beta and clamp_limit it reads."""
-        return _PARAMETERS.get(self, frozenset())
+    def parameters(self) -> Mapping[ParameterName, "Parameter"]:
+        """Those of alpha, beta and clamp_limit that it reads."""
+        return self.row.parameters if self.implemented else {}
+
+    @property
+    def limited(self) -> bool:
+        """True if it clamps where no clamp_limit is given."""
+        limit = self.parameters.get("clamp_limit")
+        return limit is not None and limit.default is not None
+
+    def is_raw(self, name: ParameterName) -> bool:
+        """True if `Experts` holds this parameter in units of the accumulator."""
+        return name in self.parameters and self.parameters[name].unit != "physical"
 
 
-_GATED = {
-    ActivationType.Swiglu,
-    ActivationType.Geglu,
-    ActivationType.SwigluStep,
-    ActivationType.GegluTanh,
-    ActivationType.Situ,
-}
-_PLAIN = {
-    ActivationType.Gelu,
-    ActivationType.Relu,
-    ActivationType.Silu,
-    ActivationType.Relu2,
-    ActivationType.Identity,
-}
-_PARAMETERS = {
-    ActivationType.Swiglu: frozenset({"alpha", "beta", "clamp_limit"}),
-    ActivationType.SwigluStep: frozenset({"clamp_limit"}),
-    ActivationType.Situ: frozenset({"alpha", "beta", "clamp_limit"}),
-}
-STEP_LIMIT = 7.0
-"""SwigluStep's physical limit where none is given."""
+OWN = 1000
+"""The first value of `ActivationType` that is not FlashInfer's."""
+
+
+class Scalars(NamedTuple):
+    """What multiplies, bends and clamps an expert's rows: the arguments of `activate`."""
+
+    scale: Value
+    gate_scale: Value
+    alpha: Value | None
+    beta: Value | None
+    clamp_limit: Value | None
+    nan_is_clamped: bool
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of an activation. Callers give it in physical units; sources: `docs/units.md`."""
+
+    unit: Literal["physical", "raw of up", "raw of gate"]  # of the tensor in `Experts`
+    neutral: float | None  # the activation is the same without it; None: no value is
+    default: float | None = None  # used where none is given; None: nothing is
+    positive: bool = False  # must be above zero
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A row of the table.
+
+    `hugging_face`, `sglang` and `vllm` are names: a configuration's `hidden_act`, the activation of
+    SGLang's `MoeRunnerConfig`, and the value of vLLM's `MoEActivation`, of those that their TRT-LLM
+    experts accept.
+    """
+
+    formula: Callable[..., torch.Tensor]  # (x0, x1, Scalars) of a gated one, else of the argument
+    gated: bool = False
+    linear_up: bool = True  # of a gated one: `ActivationType.linear_up`
+    exact: bool = False  # one rounding at most; an implementation approximates nothing
+    clamps_result: bool = False  # clamp_limit bounds the curve's result, not its argument
+    parameters: Mapping[ParameterName, Parameter] = field(default_factory=dict)
+    flashinfer: frozenset[FlashInferLayer] = frozenset()  # layers that have kernels for it
+    hugging_face: tuple[str, ...] = ()
+    sglang: tuple[str, ...] = ()
+    vllm: tuple[str, ...] = ()
 
 
 @kept
 def activate(
     raw: torch.Tensor,
     kind: ActivationType,
-    scale: torch.Tensor | float = 1.0,
-    gate_scale: torch.Tensor | float = 1.0,
+    scale: Value = 1.0,
+    gate_scale: Value = 1.0,
     *,
-    alpha: torch.Tensor | float | None = None,
-    beta: torch.Tensor | float | None = None,
-    clamp_limit: torch.Tensor | float | None = None,
+    alpha: Value | None = None,
+    beta: Value | None = None,
+    clamp_limit: Value | None = None,
     nan_is_clamped: bool = False,
 ) -> torch.Tensor:
     """The activation of rows of the first GEMM, before the expert's scalars: [N, M1] to [N, I] fp32.
+
+    A gated activation takes (x0, x1) = (up, gate), the first and the second half of the rows:
 
     Swiglu       up = (clamp(x0, +-limit) + beta) * scale, gate = min(x1, limit) * gate_scale;
                  gate * sigmoid(alpha * gate) * up; alpha 1, beta 0
@@ -109,6 +174,7 @@ def activate(
         raw: [N, M1] fp32: accumulators times the per-token scale, bias added.
         scale: `output1_scale_scalar` of the expert.
         gate_scale: `output1_scale_gate_scalar`.
+        alpha, beta, clamp_limit: not read by an activation that has no such parameter.
         clamp_limit: in units of `raw`, and Swiglu's beta too; `docs/units.md` has the unit of each.
         nan_is_clamped: SwigluStep's clamps give the limit for NaN, as FlashInfer's cutlass layer does
             (`cutlass_fused_moe_kernels.cuh:2268-2283`).
@@ -116,27 +182,60 @@ def activate(
     Raises:
         ValueError: an activation that is not implemented.
     """
-    if not kind.gated:
-        return _plain(raw * gate_scale, kind) * scale
-    x0, x1 = raw.chunk(2, -1)
-    if kind == ActivationType.SwigluStep:
-        limit = _limit(STEP_LIMIT / gate_scale if clamp_limit is None else clamp_limit, raw)
-        gate, most = silu(x1 * gate_scale), limit * gate_scale
-        if nan_is_clamped:
-            return torch.fmin(gate, most) * (torch.fmax(torch.fmin(x0, limit), -limit) * scale)
-        return gate.clamp(max=most) * (x0.clamp(-limit, limit) * scale)
-    if clamp_limit is not None:
-        limit = _limit(clamp_limit, raw)
-        x0, x1 = x0.clamp(-limit, limit), x1.clamp(max=limit)
-    gate = x1 * gate_scale
-    if kind == ActivationType.Situ:
-        alpha, beta = 1.0 if alpha is None else alpha, 1.0 if beta is None else beta
-        up = beta * torch.tanh(x0 * gate_scale / beta)
-        return up * (alpha * torch.tanh(gate / alpha) * sigmoid(gate)) * scale
-    if kind == ActivationType.Swiglu:
-        part = sigmoid(gate if alpha is None else alpha * gate)
-        return gate * part * ((x0 if beta is None else x0 + beta) * scale)
-    return (gelu_tanh(gate) if kind == ActivationType.GegluTanh else gelu(gate)) * (x0 * scale)
+    row = kind.row
+    if not row.gated:
+        return row.formula(raw * gate_scale) * scale
+    s = Scalars(scale, gate_scale, alpha, beta, clamp_limit, nan_is_clamped)
+    return row.formula(*raw.chunk(2, -1), s)
+
+
+def _swiglu(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
+    x0, x1 = _clamped(x0, x1, s)
+    gate = x1 * s.gate_scale
+    part = sigmoid(gate if s.alpha is None else s.alpha * gate)
+    return gate * part * ((x0 if s.beta is None else x0 + s.beta) * s.scale)
+
+
+def _swiglu_step(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
+    given = STEP_LIMIT / s.gate_scale if s.clamp_limit is None else s.clamp_limit
+    limit = _tensor(given, x1)
+    gate, most = silu(x1 * s.gate_scale), limit * s.gate_scale
+    if s.nan_is_clamped:
+        return torch.fmin(gate, most) * (torch.fmax(torch.fmin(x0, limit), -limit) * s.scale)
+    return gate.clamp(max=most) * (x0.clamp(-limit, limit) * s.scale)
+
+
+def _geglu(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
+    return gelu(x1 * s.gate_scale) * (x0 * s.scale)
+
+
+def _geglu_tanh(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
+    return gelu_tanh(x1 * s.gate_scale) * (x0 * s.scale)
+
+
+def _situ(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
+    x0, x1 = _clamped(x0, x1, s)
+    gate = x1 * s.gate_scale
+    alpha, beta = 1.0 if s.alpha is None else s.alpha, 1.0 if s.beta is None else s.beta
+    up = beta * torch.tanh(x0 * s.gate_scale / beta)
+    return up * (alpha * torch.tanh(gate / alpha) * sigmoid(gate)) * s.scale
+
+
+def _clamped(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> tuple[torch.Tensor, torch.Tensor]:
+    if s.clamp_limit is None:
+        return x0, x1
+    limit = _tensor(s.clamp_limit, x1)
+    return x0.clamp(-limit, limit), x1.clamp(max=limit)
+
+
+def _tensor(value: Value, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -152,6 +251,10 @@ def relu(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x <= 0, 0.0, x)
 
 
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    return relu(x).square()
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Without the cancellation in 1 + erf(x)."""
     return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
@@ -164,21 +267,110 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < -1, x * sigmoid(u), F.gelu(x.clamp(min=-1), approximate="tanh"))
 
 
-def _limit(value: torch.Tensor | float, raw: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    return torch.full((), value, dtype=torch.float32, device=raw.device)
+def _layers(*names: FlashInferLayer) -> frozenset[FlashInferLayer]:
+    return frozenset(names)
 
 
-def _plain(x: torch.Tensor, kind: ActivationType) -> torch.Tensor:
-    if kind == ActivationType.Identity:
-        return x
-    if kind == ActivationType.Relu:
-        return relu(x)
-    if kind == ActivationType.Relu2:
-        return relu(x).square()
-    if kind == ActivationType.Silu:
-        return silu(x)
-    if kind == ActivationType.Gelu:
-        return gelu(x)
-    raise ValueError(f"activation_type is {kind!r}, which is not implemented")
+# FlashInfer's layers: trtllm `trtllm_fused_moe_runner.cu:114-146`, cute-dsl `moe_utils.py:52`
+# (SiTU's constants are numbers there, tensors here), cutlass `cutlass_fused_moe_kernels.cuh`.
+_TABLE: dict[ActivationType, Activation] = {
+    ActivationType.Gelu: Activation(
+        gelu, flashinfer=_layers("cutlass"), hugging_face=("gelu",), sglang=("gelu",)
+    ),
+    ActivationType.Relu: Activation(
+        relu, exact=True, flashinfer=_layers("cutlass"), hugging_face=("relu",)
+    ),
+    ActivationType.Silu: Activation(
+        silu, flashinfer=_layers("cutlass"), hugging_face=("silu", "swish"), sglang=("silu",)
+    ),
+    ActivationType.Swiglu: Activation(
+        _swiglu,
+        gated=True,
+        parameters={
+            "alpha": Parameter("physical", neutral=1.0),
+            "beta": Parameter("raw of up", neutral=0.0),
+            "clamp_limit": Parameter("raw of gate", neutral=math.inf),
+        },
+        flashinfer=_layers("trtllm", "cute-dsl", "cutlass", "baselines"),
+        hugging_face=("silu", "swish", "swigluoai", "swigluoai_uninterleave"),
+        sglang=("silu",),
+        vllm=("silu", "swigluoai_uninterleave"),
+    ),
+    ActivationType.Geglu: Activation(
+        _geglu,
+        gated=True,
+        flashinfer=_layers("trtllm", "cutlass", "baselines"),
+        hugging_face=("gelu",),
+        sglang=("gelu",),
+        vllm=("gelu", "gelu_tanh"),  # vLLM's choice: FlashInfer has GegluTanh too
+    ),
+    ActivationType.Relu2: Activation(
+        relu2,
+        exact=True,
+        flashinfer=_layers("trtllm", "cute-dsl", "cutlass", "baselines"),
+        hugging_face=("relu2",),
+        sglang=("relu2",),
+        vllm=("relu2_no_mul",),
+    ),
+    ActivationType.SwigluStep: Activation(
+        _swiglu_step,
+        gated=True,
+        clamps_result=True,
+        parameters={"clamp_limit": Parameter("raw of gate", neutral=None, default=STEP_LIMIT)},
+        flashinfer=_layers("trtllm", "cutlass", "baselines"),
+    ),
+    ActivationType.GegluTanh: Activation(
+        _geglu_tanh,
+        gated=True,
+        flashinfer=_layers("cute-dsl", "cutlass"),
+        hugging_face=("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"),
+    ),
+    ActivationType.Identity: Activation(
+        identity, exact=True, flashinfer=_layers("trtllm", "cutlass", "baselines")
+    ),
+    ActivationType.Situ: Activation(
+        _situ,
+        gated=True,
+        linear_up=False,
+        parameters={
+            "alpha": Parameter("physical", neutral=None, default=1.0, positive=True),
+            "beta": Parameter("physical", neutral=None, default=1.0, positive=True),
+            "clamp_limit": Parameter("raw of gate", neutral=math.inf),
+        },
+        flashinfer=_layers("trtllm", "cutlass"),
+        hugging_face=("situ",),
+        sglang=("situ",),
+        vllm=("situ",),
+    ),
+}
+
+IMPLEMENTED = tuple(_TABLE)
+_ALLOWED = f"an ActivationType that is implemented: {', '.join(kind.name for kind in _TABLE)}"
+
+
+def check_activation(value: Any, name: str = "activation") -> None:
+    """Raise unless an argument is an activation that is implemented."""
+    checks.instance(name, value, ActivationType, _ALLOWED)
+    if value not in _TABLE:
+        checks.wrong_value(name, value, _ALLOWED)
+
+
+def activation_of(number: Any, name: str) -> ActivationType:
+    """The activation of an argument that is a number, or FlashInfer's own member.
+
+    Raises:
+        ValueError: no activation that is implemented has this number.
+    """
+    try:
+        kind = ActivationType(int(number))
+    except (TypeError, ValueError):
+        checks.wrong_value(name, number, _ALLOWED)
+    check_activation(kind, name)
+    return kind
+
+
+def by_name(namespace: Namespace) -> dict[tuple[str, bool], ActivationType]:
+    """Activations by their name in another library, and whether there are gate projections."""
+    return {
+        (name, row.gated): kind for kind, row in _TABLE.items() for name in getattr(row, namespace)
+    }

@@ -10,7 +10,7 @@ from moe_cases import GATED, PLAIN, Case, Shape
 from nvfp4_moe.kernels import moe as triton_moe
 from nvfp4_moe.kernels import routing as triton_routing
 from nvfp4_moe.kernels.moe import GemmConfig
-from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
@@ -25,7 +25,7 @@ from nvfp4_moe.reference.weights.experts import assemble_experts, gemm2_values, 
 SMALL = GemmConfig(128, 16, 128, 1, 4)
 ONE = 0x38  # 1.0 in e4m3
 RAW = (1, 3, 4, 5, 9)  # the methods that compare logits as they are
-EXACT = [ActivationType.Identity, ActivationType.Relu, ActivationType.Relu2]
+EXACT = [a for a in IMPLEMENTED if a.row.exact]
 
 
 def to(device, thing):

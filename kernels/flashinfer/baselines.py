@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...reference.activation import ActivationType
+from ...reference.activation import IMPLEMENTED
 from ...reference.layouts import from_linear
 from ...reference.moe.baselines import Format, SiblingActivations, SiblingExperts, quantize_for
 from ...reference.moe.routing import Routing
@@ -42,11 +42,8 @@ _OPTIONS: dict[Format, dict[str, Any]] = {
 }
 _BLOCK_K_BYTES = 128  # of BlockMajorK, prepare.py:1333
 _CAPABILITIES = ((10, 0), (10, 3), (10, 7))
-_FUSED = (
-    ActivationType.Swiglu, ActivationType.SwigluStep, ActivationType.Geglu, ActivationType.Relu2,
-    ActivationType.Identity,
-)  # fmt: skip
-"""runner.cu:114-146; fp8 block has SwiGLU alone, `reference.moe.baselines`."""
+_FUSED = tuple(kind for kind in IMPLEMENTED if "baselines" in kind.row.flashinfer)
+"""Activations; fp8 block has SwiGLU alone, `reference.moe.baselines`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda r: r.experts.activation not in _FUSED,
-        "the activation is not among Swiglu, SwigluStep, Geglu, Relu2 and Identity",
+        f"the activation is not among {', '.join(kind.name for kind in _FUSED)}",
     ),
 )
 

@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
-from ...reference.activation import ActivationType
 from ..moe_call import MoECall
-from .trtllm import COMMON, Rule, first_reason, four_over_six_rule, math_rule, slot_order_rule
+from .trtllm import (
+    COMMON,
+    Rule,
+    activation_rule,
+    first_reason,
+    four_over_six_rule,
+    math_rule,
+    slot_order_rule,
+)
 
 NAME = "flashinfer:cute-dsl"
-_ACTIVATIONS = (ActivationType.Swiglu, ActivationType.GegluTanh, ActivationType.Relu2)
-
 
 RULES: tuple[Rule, ...] = (
     *COMMON,
@@ -29,11 +34,7 @@ RULES: tuple[Rule, ...] = (
     (lambda r: r.is_w4a16, "hidden_states are bf16; we call its kernels for NVFP4 codes alone"),
     # cfm:640-660: it then quantizes in the first GEMM, from a scale that ours has in the scalars
     (lambda r: r.is_static, "static scales: it wants the intermediate's apart from the scalars"),
-    # moe_utils.py:52; SiTU's constants are numbers there, tensors here
-    (
-        lambda r: r.experts.activation not in _ACTIVATIONS,
-        lambda r: f"activation {r.experts.activation.name} has no kernels",
-    ),
+    activation_rule("cute-dsl"),
     # cfm:1525: Python numbers, which tensors on the GPU are not
     (
         lambda r: any(

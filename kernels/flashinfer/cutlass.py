@@ -13,7 +13,15 @@ import torch
 
 from ...reference.activation import ActivationType
 from ..moe_call import MoECall
-from .trtllm import COMMON, Rule, first_reason, four_over_six_rule, math_rule, slot_order_rule
+from .trtllm import (
+    COMMON,
+    Rule,
+    activation_rule,
+    first_reason,
+    four_over_six_rule,
+    math_rule,
+    slot_order_rule,
+)
 
 NAME = "flashinfer:cutlass"
 _CAPABILITIES = ((10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1))
@@ -26,6 +34,7 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.capability not in _CAPABILITIES,
         lambda r: f"sm_{r.capability[0]}{r.capability[1]} has no kernels; sm_100 to 121 have",  # type: ignore[index]
     ),
+    activation_rule("cutlass"),
     (lambda r: r.lora_delta is not None, "it has no gemm1_lora_delta"),
     (lambda r: r.shared_experts, "it has no shared experts"),
     # binding:160 has fp16, too; the intermediate would then have that dtype

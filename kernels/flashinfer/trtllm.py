@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...reference.activation import ActivationType
+from ...reference.activation import ActivationType, FlashInferLayer
 from ...reference.moe.layer import split_k_groups
 from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import Build
@@ -20,14 +20,6 @@ from ..moe_call import MoECall
 from .quantize import INSTALLED, VERSION
 
 NAME = "flashinfer:trtllm"
-_ACTIVATIONS = (
-    ActivationType.Swiglu,
-    ActivationType.SwigluStep,
-    ActivationType.Geglu,
-    ActivationType.Situ,
-    ActivationType.Relu2,
-    ActivationType.Identity,
-)
 _CAPABILITIES = ((10, 0), (10, 3), (10, 7))
 
 Rule = tuple[Callable[[MoECall], Any], str | Callable[[MoECall], str]]
@@ -43,6 +35,14 @@ def math_rule(build: Build) -> Rule:
         )
 
     return lambda r: r.recipe.math != environment.math(build), reason
+
+
+def activation_rule(layer: FlashInferLayer) -> Rule:
+    """The layer has kernels for the activation: a column of `reference.activation`'s table."""
+    return (
+        lambda r: layer not in r.experts.activation.row.flashinfer,
+        lambda r: f"activation {r.experts.activation.name} has no kernels",
+    )
 
 
 four_over_six_rule: Rule = (
@@ -109,11 +109,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # launcher:5220
     (lambda r: r.is_w4a16, "hidden_states are bf16; NVFP4 weights take NVFP4 codes"),
-    # runner.cu:114-146
-    (
-        lambda r: r.experts.activation not in _ACTIVATIONS,
-        lambda r: f"activation {r.experts.activation.name} has no kernels",
-    ),
+    activation_rule("trtllm"),
     # runners.py:5556
     (
         lambda r: r.experts.activation == ActivationType.Situ and r.capability == (10, 7),

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import host
-from ..reference.activation import ActivationType
+from ..reference.activation import IMPLEMENTED, ActivationType
 from ..reference.moe.layer import Activations, FinalizeOrder, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3
@@ -119,8 +119,7 @@ class Kind:
     def draw(number: int) -> "Kind":
         """Activations take turns."""
         d = Draw(number ^ 0x5EED)
-        activations = [a for a in ActivationType if a.implemented]
-        activation = activations[number % len(activations)]
+        activation = IMPLEMENTED[number % len(IMPLEMENTED)]
         mode = d.choice(("per-token", "per-token", "per-token", "static", "bf16"))
         cutlass = mode == "static" and d.chance(0.3)
         recipe = d.choice(all_recipes() if d.chance(0.5) else _PLAIN_RECIPES)

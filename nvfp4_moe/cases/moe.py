@@ -9,7 +9,7 @@ import torch
 
 from .. import host
 from ..kernels import environment
-from ..reference.activation import ActivationType
+from ..reference.activation import IMPLEMENTED, ActivationType
 from ..reference.moe.layer import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.numerics import e2m1
@@ -130,9 +130,8 @@ def _case(
 
 
 def _activations() -> Iterator[MoECase]:
-    for kind in ActivationType:
-        if kind.implemented:
-            yield _case("per token", kind)
+    for kind in IMPLEMENTED:
+        yield _case("per token", kind)
 
 
 def _ways() -> Iterator[MoECase]:
@@ -174,7 +173,7 @@ def _routed() -> Iterator[MoECase]:
 
 
 def _of_other_builds() -> Iterator[MoECase]:
-    for kind in (ActivationType.Swiglu, ActivationType.GegluTanh, ActivationType.Relu2):
+    for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in kind.row.flashinfer):
         case = _case("build cute-dsl", kind, recipe=_recipe("cute-dsl"), build="cute-dsl",
                      finalize_order="slot")  # fmt: skip
         yield replace(case, experts=with_cute_dsl(case.experts))

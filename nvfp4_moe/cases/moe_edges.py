@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import host
-from ..reference.activation import ActivationType
+from ..reference.activation import IMPLEMENTED, ActivationType
 from ..reference.moe.layer import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1
@@ -118,9 +118,7 @@ def activation_layer(kind: ActivationType, **options: Any) -> Experts:
 
 def activations(recipe: Recipe) -> Iterator[MoECase]:
     """Every activation from 2^-12 to 2^9: sums of one term, a second GEMM that is the unit matrix."""
-    for kind in ActivationType:
-        if not kind.implemented:
-            continue
+    for kind in IMPLEMENTED:
         read = {name: PARAMETERS[name] for name in sorted(kind.parameters)}
         for options in ({}, read) if read else ({},):
             x = host.zeros(TOKENS, SIZE)
@@ -135,9 +133,7 @@ def activations(recipe: Recipe) -> Iterator[MoECase]:
 
 def static(recipe: Recipe) -> Iterator[MoECase]:
     """Every activation under static scales."""
-    for kind in ActivationType:
-        if not kind.implemented:
-            continue
+    for kind in IMPLEMENTED:
         rows = SIZE * (2 if kind.gated else 1)
         g = _g(int(kind))
         w13 = host.normal(g, 2, rows, SIZE) / 8

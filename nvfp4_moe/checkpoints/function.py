@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..reference.activation import ActivationType
+from ..reference.activation import ActivationType, ParameterName
 from .errors import CheckpointError
 from .folder import Folder
 from .layers import Layer
@@ -31,7 +31,6 @@ from .model_fields import (
     UNSERVED_MODELS,
     WEIGHT_ON_INPUT_FIELDS,
     WEIGHT_ON_INPUT_MODELS,
-    Parameter,
 )
 from .schema import NUMBER, shown
 
@@ -42,6 +41,7 @@ _DRAFT = re.compile(r"(^|\.)(mtp|nextn|draft|eagle)")
 _PLAIN = re.compile(r"[\w.\[\]]{1,120}")
 _FP32_MAX = torch.finfo(torch.float32).max
 _NEUTRAL = {"alpha": 1.0, "beta": 0.0, "clamp_limit": math.inf}
+"""By parameter, of activations that have none: a field or an argument of it then asks for nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def function_of(
         CheckpointError: with every field of config.json that cannot be followed.
         ValueError: `activation` does not fit the tensors.
     """
-    given: dict[Parameter, Given] = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit}
+    given: dict[ParameterName, Given] = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit}
     reading = _Reading(model_config(folder), layer)
     kind = reading.activation(activation)
     found = {name: reading.parameter(name, kind, value) for name, value in given.items()}
@@ -141,7 +141,7 @@ class _Reading:
             return ActivationType.SwigluStep
         return kind
 
-    def parameter(self, name: Parameter, kind: ActivationType | None, given: Given) -> Given:
+    def parameter(self, name: ParameterName, kind: ActivationType | None, given: Given) -> Given:
         """The caller's, else the configuration's, else the model's; None where it has no effect."""
         if given is not None:
             return None if _is_neutral(given, name, kind) else given
@@ -164,7 +164,7 @@ class _Reading:
             return self._default(name, kind)
         return None if _is_neutral(found, name, kind) else found
 
-    def _default(self, name: Parameter, kind: ActivationType) -> float | None:
+    def _default(self, name: ParameterName, kind: ActivationType) -> float | None:
         """The value of a parameter that no field gives; a problem where none is safe."""
         if kind == ActivationType.Swiglu and self._oai:
             return OAI[name]
@@ -226,11 +226,10 @@ class _Reading:
 
     def _clamps_after(self) -> bool:
         """True if a list of limits of the SiLU's result has one for this layer."""
-        step = ActivationType.SwigluStep
-        fields = [f for f, p in PARAMETER_FIELDS.items() if p.activation == step and p.per_layer]
+        fields = [f for f, p in PARAMETER_FIELDS.items() if p.activation.row.clamps_result]
         return any(isinstance(self._config.get(f), list) and self._number(f) for f in fields)
 
-    def _values(self, name: Parameter) -> Iterator[tuple[str, float | None]]:
+    def _values(self, name: ParameterName) -> Iterator[tuple[str, float | None]]:
         for field, parameter in PARAMETER_FIELDS.items():
             if parameter.parameter == name and self._config.get(field) is not None:
                 yield field, self._number(field)
@@ -303,18 +302,15 @@ def _inner_fields(
                 yield there, field, entry
 
 
-def _fits(kind: ActivationType, wanted: ActivationType, name: Parameter) -> bool:
+def _fits(kind: ActivationType, wanted: ActivationType, name: ParameterName) -> bool:
     """True if a parameter that is meant for one activation can be the other's."""
     both = {ActivationType.Swiglu, ActivationType.SwigluStep}
     return name in kind.parameters and (kind == wanted or {kind, wanted} == both)
 
 
-def _is_neutral(value: Given, name: Parameter, kind: ActivationType | None) -> bool:
+def _is_neutral(value: Given, name: ParameterName, kind: ActivationType | None) -> bool:
     """True if a number leaves the activation as it is without it."""
     if isinstance(value, torch.Tensor | bool) or value is None or kind is None:
         return False
-    if kind == ActivationType.SwigluStep:  # without a limit it has its own
-        return name != "clamp_limit" and value == _NEUTRAL[name]
-    if kind == ActivationType.Situ:
-        return name == "clamp_limit" and value == math.inf
-    return value == _NEUTRAL[name]
+    parameter = kind.parameters.get(name)
+    return value == (_NEUTRAL[name] if parameter is None else parameter.neutral)

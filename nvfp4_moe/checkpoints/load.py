@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from ..reference import checks
-from ..reference.activation import ActivationType
+from ..reference.activation import ActivationType, check_activation
 from ..reference.numerics.subnormals import kept
 from ..reference.recipe import BLOCK_SIZE
-from ..reference.weights.arguments import check_activation, check_parameter
+from ..reference.weights.arguments import check_parameter
 from ..reference.weights.experts import Experts, assemble_experts
 from ..reference.weights.scalars import check_one_scale, per_expert
 from .check import Check

@@ -8,11 +8,8 @@ sglang 0.5.23 (`srt/configs`, `srt/models/{bailing_moe_v3,kimi_k3,minimax_m3,ste
 # SPDX-License-Identifier: Apache-2.0
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-from ..reference.activation import ActivationType
-
-Parameter = Literal["alpha", "beta", "clamp_limit"]
+from ..reference.activation import ActivationType, ParameterName, by_name
 
 LANGUAGE_MODELS = ("text_config", "language_config", "llm_config", "thinker_config")
 """Objects that hold the language model of a larger one; their fields count before the outer ones."""
@@ -21,22 +18,7 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 
 ACTIVATION_FIELDS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
 
-ACTIVATIONS = {
-    ("silu", True): ActivationType.Swiglu,
-    ("swish", True): ActivationType.Swiglu,
-    ("swigluoai", True): ActivationType.Swiglu,
-    ("swigluoai_uninterleave", True): ActivationType.Swiglu,
-    ("gelu", True): ActivationType.Geglu,
-    ("gelu_pytorch_tanh", True): ActivationType.GegluTanh,
-    ("gelu_tanh", True): ActivationType.GegluTanh,
-    ("gelu_new", True): ActivationType.GegluTanh,
-    ("situ", True): ActivationType.Situ,
-    ("relu2", False): ActivationType.Relu2,
-    ("silu", False): ActivationType.Silu,
-    ("swish", False): ActivationType.Silu,
-    ("gelu", False): ActivationType.Gelu,
-    ("relu", False): ActivationType.Relu,
-}
+ACTIVATIONS = by_name("hugging_face")
 """By the name in the configuration, and whether there are gate projections."""
 
 
@@ -47,7 +29,7 @@ class ParameterField:
     With `per_layer` it is a list with one entry a layer, in which None and 0 mean no limit.
     """
 
-    parameter: Parameter
+    parameter: ParameterName
     activation: ActivationType
     per_layer: bool = False
 

@@ -15,9 +15,8 @@ from ..cases.fuzz import DenseCall, Draw, Kind, draw, draw_dense
 from ..cases.moe_case import MoECase, to_device
 from ..kernels import moe_dispatch
 from ..kernels.dense_dispatch import mm_fp4 as dispatched_mm_fp4
-from ..mutants.conforming import CONFORMING, EXACT_ACTIVATIONS
+from ..mutants.conforming import CONFORMING
 from ..reference import dense
-from ..reference.activation import ActivationType
 from ..reference.bounds.dense import mm_fp4_bounds
 from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
@@ -29,8 +28,6 @@ from ..reference.numerics.fp32 import flush
 from ..reference.weights.experts import Experts
 
 Tensor = torch.Tensor
-_SMOOTH = frozenset(ActivationType) - {*EXACT_ACTIVATIONS, ActivationType.SwigluStep}
-"""Activations that a run may approximate; what SwigluStep clamps is exact."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ def _scalars_first(case: MoECase) -> Stages | None:
     """acc * (token scale * scalar), as CuTe-DSL's kernels multiply; where nothing comes between."""
     e, scale = case.experts, case.activations.per_token_scale
     between = (e.gemm1_bias, e.gemm1_beta, e.gemm1_clamp_limit)
-    step = e.activation == ActivationType.SwigluStep
-    if scale is None or any(t is not None for t in between) or step:
+    if scale is None or any(t is not None for t in between) or e.activation.limited:
         return None
     ids, last = case.routed[0], {}
     one = torch.ones_like(e.output1_scale_scalar)
@@ -89,7 +85,8 @@ def _scalars_first(case: MoECase) -> Stages | None:
 
 def _ways(case: MoECase) -> dict[str, Stages]:
     """The ways that this call may be run in."""
-    smooth = case.experts.activation in _SMOOTH
+    row = case.experts.activation.row
+    smooth = not (row.exact or row.clamps_result)  # what is clamped last is exact
     ways = {n: s for n, s in CONFORMING.items() if smooth or "approximate" not in n}
     ways["flushing"] = _flushing()
     first = _scalars_first(case)

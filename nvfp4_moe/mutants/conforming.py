@@ -227,9 +227,8 @@ CONFORMING = {
     "approximate activation, tensor core": replace(_both(truncating(16, 1)), activate=_approximate),
 }
 """Ways to keep the contract."""
-EXACT_ACTIVATIONS = (ActivationType.Identity, ActivationType.Relu, ActivationType.Relu2)
 
 
 def conforms(variant: str, setting: Setting) -> bool:
     """An exact activation may not be approximated."""
-    return setting.activation not in EXACT_ACTIVATIONS or "approximate" not in variant
+    return not setting.activation.row.exact or "approximate" not in variant

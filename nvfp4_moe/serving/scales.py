@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 
 from ..reference import checks
-from ..reference.activation import ActivationType
-from ..reference.weights.arguments import check_activation, check_parameter
+from ..reference.activation import ActivationType, check_activation
+from ..reference.weights.arguments import check_parameter
 from ..reference.weights.scalars import must_share, per_expert
 from .activation_policy import Activation
 

@@ -12,20 +12,12 @@ from typing import Any
 import torch
 
 from ..kernels.backends import UnsupportedError
-from ..reference.activation import ActivationType
+from ..reference.activation import ActivationType, by_name
 from .fused import fused_experts_fp4, refuse_a_dropped_switch
 
 VERSION = "0.5.23"
 MODULE = "sglang.srt.layers.moe.moe_runner.flashinfer_trtllm"
-_ACTIVATIONS = {
-    ("silu", True): ActivationType.Swiglu,
-    ("gelu", True): ActivationType.Geglu,
-    ("situ", True): ActivationType.Situ,
-    ("silu", False): ActivationType.Silu,
-    ("gelu", False): ActivationType.Gelu,
-    ("relu2", False): ActivationType.Relu2,
-}
-"""By SGLang's name, and whether it is gated."""
+_ACTIVATIONS = by_name("sglang")
 
 
 def fused_experts_none_to_flashinfer_trtllm_fp4(

@@ -12,20 +12,12 @@ from typing import Any
 import torch
 
 from ..kernels.backends import UnsupportedError
-from ..reference.activation import ActivationType
+from ..reference.activation import by_name
 from .fused import fused_experts_fp4, refuse_a_dropped_switch
 
 VERSION = "0.33.0"
 MODULE = "vllm.model_executor.layers.fused_moe.experts.trtllm_nvfp4_moe"
-_ACTIVATIONS = {
-    "silu": ActivationType.Swiglu,
-    "swigluoai_uninterleave": ActivationType.Swiglu,
-    "gelu": ActivationType.Geglu,
-    "gelu_tanh": ActivationType.Geglu,  # vLLM's choice: FlashInfer has GegluTanh too
-    "situ": ActivationType.Situ,
-    "relu2_no_mul": ActivationType.Relu2,
-}
-"""By the value of vLLM's `MoEActivation`, those that its TRT-LLM experts accept."""
+_ACTIVATIONS = {name: kind for (name, _), kind in by_name("vllm").items()}
 
 
 def apply_modular(

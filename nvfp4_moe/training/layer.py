@@ -13,7 +13,7 @@ import torch
 
 from ..kernels.quantize_call import check_optional_flags, four_over_six_of, math_of
 from ..reference import checks
-from ..reference.activation import ActivationType
+from ..reference.activation import ActivationType, check_activation
 from ..reference.recipe import Build, Recipe
 from ..reference.weights.arguments import Options, check_preparation, check_values
 from ..reference.weights.experts import Experts, quantize_experts
@@ -72,7 +72,7 @@ def fake_quantized_moe(
         UnsupportedError: the named backend cannot serve the call.
     """
     _check_routing(routing)
-    checks.instance("activation", activation, ActivationType, "an ActivationType")
+    check_activation(activation)
     checks.flag("batch_invariant", batch_invariant)
     check_optional_flags(fast_math=fast_math)
     checks.one_of("build", build, get_args(Build))

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +38,20 @@ def activation_bounds(
     return unless(found.nan, found) if drops_nan else found
 
 
+class _Terms(NamedTuple):
+    """What goes into the activation beside the rows, [N, 1] each: the tensors of their experts."""
+
+    scale: torch.Tensor
+    gate_scale: torch.Tensor
+    alpha: torch.Tensor | None
+    beta: torch.Tensor | None
+    limit: torch.Tensor | None
+
+    def value(self, parameter: torch.Tensor | None) -> torch.Tensor:
+        """[N, 1] fp64 of alpha or beta, 1 where there is none."""
+        return (torch.ones_like(self.gate_scale) if parameter is None else parameter).double()
+
+
 def _activated(raw: Product, experts: Experts, expert: torch.Tensor) -> Interval:
     kind = experts.activation
     if experts.gemm1_bias is not None:
@@ -45,39 +60,73 @@ def _activated(raw: Product, experts: Experts, expert: torch.Tensor) -> Interval
     def of_rows(values: torch.Tensor) -> torch.Tensor:
         return values[expert][:, None]
 
-    def parameter(values: torch.Tensor | None) -> torch.Tensor:
-        return torch.ones_like(gate_scale) if values is None else of_rows(values)
-
     scale = of_rows(experts.output1_scale_scalar)
     gate_scale = of_rows(experts.output1_scale_gate_scalar)
     if not kind.gated:
-        return _plain(raw.times(gate_scale), kind).times(scale).result()
+        return RULES[kind](raw.times(gate_scale)).times(scale).result()
+    given = (experts.gemm1_alpha, experts.gemm1_beta, experts.gemm1_clamp_limit)
+    terms = _Terms(scale, gate_scale, *(None if t is None else of_rows(t) for t in given))
     half = raw.peak.shape[-1] // 2
-    up, gate = raw[..., :half], raw[..., half:]
-    limit = experts.gemm1_clamp_limit
-    if kind == ActivationType.SwigluStep:
-        if limit is None:
-            limits = Interval.point(STEP_LIMIT / gate_scale).relatively(2.0**-22)
-        else:
-            limits = Interval.point(of_rows(limit))
-        most = Product.of(limits).times(gate_scale).result()
-        value = _at_most(_silu(gate.times(gate_scale).result()), most)
-        return _clamped(up, limits).times(scale).times(value, _FEW).result()
-    if limit is not None:
-        limits = Interval.point(of_rows(limit))
-        up, gate = _clamped(up, limits), Product.of(_at_most(gate.result(), limits))
-    argument = gate.times(gate_scale).result()
-    alpha = parameter(experts.gemm1_alpha).double()
-    if kind == ActivationType.Situ:
-        beta = parameter(experts.gemm1_beta).double()
-        curved = _situ_up(up.times(gate_scale).result(), beta)
-        return Product.of(curved).times(_situ_gate(argument, alpha), _FEW).times(scale).result()
-    if kind == ActivationType.Swiglu and experts.gemm1_beta is not None:
-        up = up.plus(of_rows(experts.gemm1_beta))
-    up = up.times(scale)
-    if kind == ActivationType.Swiglu:
-        return up.times(_silu(argument, alpha), _FEW).result()
-    return up.times(_gelu(argument, kind == ActivationType.GegluTanh), _FEW).result()
+    return RULES[kind](raw[..., :half], raw[..., half:], terms).result()
+
+
+def _swiglu(up: Product, gate: Product, t: _Terms) -> Product:
+    up, gate = _both_clamped(up, gate, t.limit)
+    argument = gate.times(t.gate_scale).result()
+    if t.beta is not None:
+        up = up.plus(t.beta)
+    return up.times(t.scale).times(_silu(argument, t.value(t.alpha)), _FEW)
+
+
+def _swiglu_step(up: Product, gate: Product, t: _Terms) -> Product:
+    if t.limit is None:
+        limits = Interval.point(STEP_LIMIT / t.gate_scale).relatively(2.0**-22)
+    else:
+        limits = Interval.point(t.limit)
+    most = Product.of(limits).times(t.gate_scale).result()
+    value = _at_most(_silu(gate.times(t.gate_scale).result()), most)
+    return _clamped(up, limits).times(t.scale).times(value, _FEW)
+
+
+def _situ(up: Product, gate: Product, t: _Terms) -> Product:
+    up, gate = _both_clamped(up, gate, t.limit)
+    argument = gate.times(t.gate_scale).result()
+    curved = _situ_up(up.times(t.gate_scale).result(), t.value(t.beta))
+    return Product.of(curved).times(_situ_gate(argument, t.value(t.alpha)), _FEW).times(t.scale)
+
+
+def _geglu(up: Product, gate: Product, t: _Terms) -> Product:
+    argument = gate.times(t.gate_scale).result()
+    return up.times(t.scale).times(_gelu(argument, tanh=False), _FEW)
+
+
+def _geglu_tanh(up: Product, gate: Product, t: _Terms) -> Product:
+    argument = gate.times(t.gate_scale).result()
+    return up.times(t.scale).times(_gelu(argument, tanh=True), _FEW)
+
+
+def _relu(x: Product) -> Product:
+    return Product.of(x.result().rising(torch.relu))
+
+
+def _relu2(x: Product) -> Product:
+    positive = rounded(torch.float32, x.result()).rising(torch.relu)
+    return replace(Product.of(positive).times(positive), value=positive.rising(_square))
+
+
+RULES: dict[ActivationType, Callable[..., Product]] = {
+    ActivationType.Identity: lambda x: x,
+    ActivationType.Relu: _relu,
+    ActivationType.Relu2: _relu2,
+    ActivationType.Silu: lambda x: Product.of(_silu(x.result())),
+    ActivationType.Gelu: lambda x: Product.of(_gelu(x.result(), tanh=False)),
+    ActivationType.Swiglu: _swiglu,
+    ActivationType.SwigluStep: _swiglu_step,
+    ActivationType.Geglu: _geglu,
+    ActivationType.GegluTanh: _geglu_tanh,
+    ActivationType.Situ: _situ,
+}
+"""Gated: (up, gate, `_Terms`); else the argument."""
 
 
 def _at_most(x: Interval, limit: Interval) -> Interval:
@@ -90,6 +139,16 @@ def _clamped(x: Product, limit: Interval) -> Product:
     given, least = x.result(), -limit
     ends = (torch.maximum(*pair) for pair in ((given.low, least.low), (given.high, least.high)))
     return Product.of(_at_most(unless(given.unknown, Interval(*ends)), limit))
+
+
+def _both_clamped(
+    up: Product, gate: Product, limit: torch.Tensor | None
+) -> tuple[Product, Product]:
+    """Up between -limit and limit, gate at most the limit."""
+    if limit is None:
+        return up, gate
+    limits = Interval.point(limit)
+    return _clamped(up, limits), Product.of(_at_most(gate.result(), limits))
 
 
 def _nonzero(x: Interval) -> torch.Tensor:
@@ -176,20 +235,6 @@ def _situ_gate(x: Interval, alpha: torch.Tensor) -> Interval:
     value = choose(x.single, Interval.point(f(x.low)), Interval(low, high)).relatively(2.0**-9)
     value = value.widened(4 * SMALLEST * alpha.abs().clamp(1.0, LARGEST) * _nonzero(x))
     return unless(x.unknown | ((alpha == 0) & ~x.single), value)
-
-
-def _plain(x: Product, kind: ActivationType) -> Product:
-    if kind == ActivationType.Identity:
-        return x
-    argument = x.result()
-    if kind == ActivationType.Relu:
-        return Product.of(argument.rising(torch.relu))
-    if kind == ActivationType.Relu2:
-        positive = rounded(torch.float32, argument).rising(torch.relu)
-        return replace(Product.of(positive).times(positive), value=positive.rising(_square))
-    if kind == ActivationType.Silu:
-        return Product.of(_silu(argument))
-    return Product.of(_gelu(argument, tanh=False))
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:

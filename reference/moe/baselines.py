@@ -30,7 +30,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..activation import ActivationType, activate
+from ..activation import ActivationType, activate, check_activation
 from ..numerics.subnormals import kept
 from ..weights import shown
 from . import fp8
@@ -232,6 +232,7 @@ def _of_128(y: torch.Tensor) -> torch.Tensor:
 def _check(format: Format, w13: torch.Tensor, w2: torch.Tensor, activation: ActivationType) -> None:
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    check_activation(activation)
     if w13.dim() != 3 or w13.dtype != torch.bfloat16:
         raise ValueError(
             f"w13 is {w13.dtype} of shape {tuple(w13.shape)}; it must be bf16 [E, rows, H]"

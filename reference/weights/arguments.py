@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..activation import ActivationType
+from ..activation import PARAMETERS, ActivationType, ParameterName, check_activation
 from ..recipe import BLOCK_SIZE, check_recipe
 from .scalars import LARGEST
 
 _BYTES = (torch.uint8, torch.float8_e4m3fn)
-_PARAMETERS = ("alpha", "beta", "clamp_limit")
 _AMAX = ("input_amax", "intermediate_amax")
 _ROUNDS_TO_0 = 2.0**-150  # half of the least positive number of fp32
-OPTIONS = ("w13_bias", "w2_bias", *_PARAMETERS, *_AMAX)
+OPTIONS = ("w13_bias", "w2_bias", *PARAMETERS, *_AMAX)
 """What may go with weights, by the names that `prepare_experts` has for it."""
 Options = dict[str, Any]
 """A value, or None, for each of `OPTIONS`."""
@@ -29,14 +28,6 @@ def check_preparation(w13: Any, w2: Any, activation: Any, recipe: Any, options: 
     check_weights(w13, w2, activation)
     experts, rows, hidden = w13.shape
     check_options(options, activation, experts, rows, hidden, ("w13", w13))
-
-
-def check_activation(activation: Any, name: str = "activation") -> None:
-    names = ", ".join(kind.name for kind in ActivationType if kind.implemented)
-    allowed = f"an ActivationType that is implemented: {names}"
-    checks.instance(name, activation, ActivationType, allowed)
-    if not activation.implemented:
-        checks.wrong_value(name, activation, allowed)
 
 
 def check_weights(w13: Any, w2: Any, activation: ActivationType) -> None:
@@ -106,7 +97,7 @@ def check_options(
     for name, size in (("w13_bias", rows), ("w2_bias", hidden)):
         if options[name] is not None:
             checks.tensor(name, options[name], checks.FLOATS, (experts, size), like=like)
-    for name in _PARAMETERS:
+    for name in PARAMETERS:
         if options[name] is not None:
             check_parameter(name, options[name], activation, experts)
             if isinstance(options[name], torch.Tensor) and options[name].is_meta:
@@ -122,7 +113,9 @@ def check_options(
         )
 
 
-def check_parameter(name: str, value: Any, activation: ActivationType, experts: int) -> None:
+def check_parameter(
+    name: ParameterName, value: Any, activation: ActivationType, experts: int
+) -> None:
     """alpha, beta or clamp_limit: a number by its value, a tensor by all but its values."""
     if name not in activation.parameters:
         checks.wrong_value(name, value, f"None with activation {activation.name}, which has none")
@@ -137,12 +130,12 @@ def check_parameter(name: str, value: Any, activation: ActivationType, experts: 
         _check_number(name, value, activation)
 
 
-def _check_number(name: str, value: Any, activation: ActivationType) -> None:
+def _check_number(name: ParameterName, value: Any, activation: ActivationType) -> None:
     """A parameter's number in fp32's range; it is compared as it is, since a conversion may overflow."""
     if name == "clamp_limit":
         good = 0 <= value <= LARGEST or value == math.inf
         allowed = "at least 0 and of fp32, or infinity for no limit"
-    elif activation == ActivationType.Situ:
+    elif activation.parameters[name].positive:
         good, allowed = _ROUNDS_TO_0 < value <= LARGEST, "positive and finite in fp32"
     else:
         good, allowed = -LARGEST <= value <= LARGEST, "finite in fp32"
@@ -167,11 +160,11 @@ def check_option_values(activation: ActivationType, options: Options) -> None:
     for name, value in options.items():
         if name.endswith("bias") and value is not None:
             checks.finite(name, value)
-        elif name in _PARAMETERS and isinstance(value, torch.Tensor):
+        elif name in PARAMETERS and isinstance(value, torch.Tensor):
             given = value.detach().to(dtype=torch.float32, device="cpu")
             if name == "clamp_limit":
                 checks.values(name, given, given >= 0, "at least 0, or None for no limit")
-            elif activation == ActivationType.Situ:
+            elif activation.parameters[name].positive:
                 checks.values(name, given, (given > 0) & given.isfinite(), "positive and finite")
             else:
                 checks.finite(name, given)

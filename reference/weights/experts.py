@@ -320,7 +320,7 @@ def _assembled(w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], p: Param
     up, gate = quotient(up, p.input_scale), quotient(gate, p.input_scale)
     output2 = quotient(w2[2], p.intermediate_scale)
     bias1 = bias2 = None
-    beta = p.beta if p.swiglu_beta is None else in_raw_units(p.swiglu_beta, up)
+    beta = p.beta if p.added_beta is None else in_raw_units(p.added_beta, up)
     limit = None if p.clamp_limit is None else in_raw_units(p.clamp_limit, gate)
     if p.w13_bias is not None:
         halves = [up, gate] if linear_up else [gate]

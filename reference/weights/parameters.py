@@ -46,14 +46,14 @@ class Parameters:
         return cls(activation, *biases, alpha, beta, limit, input_scale, intermediate_scale)
 
     @property
-    def swiglu_beta(self) -> torch.Tensor | None:
+    def added_beta(self) -> torch.Tensor | None:
         """The beta that is added to the up half of the accumulator; SiTU's is not."""
-        return self.beta if self.activation.linear_up else None
+        return self.beta if self.activation.is_raw("beta") else None
 
     @property
     def most_encode_scales(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Of the weights of the two GEMMs."""
         return (
-            most_encode_scale(self.input_scale, largest_added(self.w13_bias, self.swiglu_beta)),
+            most_encode_scale(self.input_scale, largest_added(self.w13_bias, self.added_beta)),
             most_encode_scale(self.intermediate_scale, largest_added(self.w2_bias)),
         )

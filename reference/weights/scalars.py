@@ -156,7 +156,7 @@ def must_share(
         limit: [E] fp32, in physical units; None: none is given.
     """
     apart = up != gate
-    if not kind.gated or (kind.linear_up and kind != ActivationType.SwigluStep and limit is None):
+    if not kind.gated or (kind.linear_up and limit is None and not kind.limited):
         return torch.zeros_like(apart)
     if kind.linear_up and limit is not None:
         apart = apart & (limit != 0) & limit.isfinite()
@@ -174,7 +174,8 @@ def check_one_scale(
     if not kind.linear_up:
         reason = f"{kind.name} has one scalar for both"
     elif limit is None:
-        reason = "SwigluStep without clamp_limit clamps both at 7 / the gate's scale"
+        default = kind.parameters["clamp_limit"].default
+        reason = f"{kind.name} without clamp_limit clamps both at {default:g} / the gate's scale"
     else:
         reason = "clamp_limit is one limit of the accumulator for both"
     raise ValueError(

@@ -139,7 +139,8 @@ def _added(
     e: Experts, n: int, options: LoadOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The largest magnitudes of what is added to the accumulators of the two GEMMs."""
-    beta = per_expert(options.beta, n, e.gemm1_weights.device) if e.activation.linear_up else None
+    raw = e.activation.is_raw("beta")
+    beta = per_expert(options.beta, n, e.gemm1_weights.device) if raw else None
     return largest_added(options.w13_bias, beta), largest_added(options.w2_bias)
 
 
@@ -158,7 +159,7 @@ def _write_static_scales(e: Experts, some: slice, options: LoadOptions) -> None:
 
 
 def _write_parameters(e: Experts, some: slice, options: LoadOptions) -> None:
-    """After the weights' scalars, by which all but alpha and SiTU's beta are divided."""
+    """After the weights' scalars, by which biases and parameters in raw units are divided."""
     gate, gated = e.output1_scale_gate_scalar[some], e.activation.gated
     if e.gemm1_bias is not None and options.w13_bias is not None:
         rows = e.padded_intermediate_size
@@ -167,11 +168,9 @@ def _write_parameters(e: Experts, some: slice, options: LoadOptions) -> None:
         divisor = e.output2_scale_scalar[some, None]
         bias = lay_out_bias(options.w2_bias, divisor, False, e.padded_hidden_size)
         e.gemm2_bias[some].copy_(bias)
-    for held, new, raw in (
-        (e.gemm1_alpha, options.alpha, False),
-        (e.gemm1_beta, options.beta, e.activation.linear_up),
-        (e.gemm1_clamp_limit, options.clamp_limit, True),
-    ):
+    for name in e.activation.parameters:
+        held, new = getattr(e, f"gemm1_{name}"), getattr(options, name)
+        raw = e.activation.is_raw(name)
         if held is not None and (value := per_expert(new, len(gate), gate.device)) is not None:
             held[some].copy_(in_raw_units(value, gate) if raw else value)
 

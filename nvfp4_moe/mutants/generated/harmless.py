@@ -16,10 +16,10 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "An ulp of a factor of an activation, whose last bits are free (`bounds/activation.py`).": (
         "reference STEP_LIMIT: constant: 7.0 -> 7.000000476837158",
-        "reference activate: constant: 1.0 if alpha is None else alpha -> "
-        "1.0000001192092896 if alpha is None else alpha",
-        "reference activate: constant: 1.0 if beta is None else beta -> "
-        "1.0000001192092896 if beta is None else beta",
+        "reference _situ: constant: 1.0 if s.alpha is None else s.alpha -> "
+        "1.0000001192092896 if s.alpha is None else s.alpha",
+        "reference _situ: constant: 1.0 if s.beta is None else s.beta -> "
+        "1.0000001192092896 if s.beta is None else s.beta",
     ),
     "The next operation has an operand of the wider type, to which torch promotes exactly.": (
         "reference fused_moe: rounding: steps['intermediate'].float() -> steps['intermediate']",

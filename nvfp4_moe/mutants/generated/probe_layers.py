@@ -162,6 +162,7 @@ def of_activation() -> Probe:
         for kind in ActivationType:
             for name, options in (
                 ("", {}),
+                ("NaN clamped", {"nan_is_clamped": True}),
                 (
                     "parameters",
                     {n: v for n, v in matrix_edges.PARAMETERS.items() if n in kind.parameters},
@@ -187,10 +188,13 @@ def of_activation() -> Probe:
 
 def traits() -> Answers:
     x = host.normal(seeded(15), 4, 32)
+    x[0, 0] = -0.0
+    yield "the first own value", activation.OWN
     for kind in (ActivationType.Identity, ActivationType.Relu, ActivationType.Relu2):
         yield "exact", activation.activate(x, kind)
     for kind in ActivationType:
-        yield kind.name, (kind.gated, kind.implemented, kind.linear_up, sorted(kind.parameters))
+        traits = kind.gated, kind.implemented, kind.linear_up, kind.limited
+        yield kind.name, (*traits, {name: kind.is_raw(name) for name in activation.PARAMETERS})
         if not kind.implemented:
             yield kind.name, raised(lambda k=kind: activation.activate(host.zeros(1, 4), k))
 
