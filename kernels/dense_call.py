@@ -65,16 +65,21 @@ def make_dense_call(
     b: torch.Tensor,
     a_descale: torch.Tensor,
     b_descale: torch.Tensor,
-    alpha: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    out: torch.Tensor | None,
-    block_size: int,
-    use_8x4_sf_layout: bool,
-    use_nvfp4: bool,
-    enable_pdl: bool,
+    alpha: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+    use_8x4_sf_layout: bool = False,
+    use_nvfp4: bool = True,
+    enable_pdl: bool = True,
     capability: tuple[int, int] | None = None,
 ) -> DenseCall:
     """Check what no backend accepts.
+
+    Args:
+        capability: of another GPU than the one that `a` is on.
+        The rest: as for `mm_fp4`.
 
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.

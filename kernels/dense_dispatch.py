@@ -1,29 +1,86 @@
 """One call, `mm_fp4`, over every backend; which one runs, and why not the others.
 
-As `dispatch.py` does for the quantizer. The choice never changes the meaning of the result; its bits it
-does as far as the contract leaves the sums open (`reference/bounds/dense.py`). A backend that was named
-never falls back.
+The choice never changes the meaning of the result. It changes the bits only where the contract leaves
+the sums open (`reference/bounds/dense.py`). A backend that was named never falls back.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import functools
-import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from ..reference import checks
-from .backends import Explanation, UnsupportedError, triton_refusal_of
+from . import backends
+from .backends import Asked, Backend, Operation
 from .dense_call import DenseCall, make_dense_call
 from .flashinfer import dense as fi
 
-ORDER = ("flashinfer:cutlass", "flashinfer:cute-dsl", "triton", "reference")
-"""What `auto` tries, in order; one alpha a row passes cutlass by. Of FlashInfer's others one is
-experimental, and what serves the same calls is not better known."""
-
-BACKENDS: tuple[str, ...] = (*fi.RULES, "triton", "reference")
-_log = logging.getLogger("nvfp4_moe")
+_AUTOMATIC = ("flashinfer:cutlass", "flashinfer:cute-dsl")
+"""FlashInfer's backends that "auto" tries, in order. Its cake is experimental; that its others are
+better than these is not known."""
 
 
+def _on_flashinfer(name: str) -> Backend[DenseCall, torch.Tensor]:
+    def run(call: DenseCall) -> torch.Tensor:
+        out = call.output()
+        if out.numel():  # an empty launch is an error
+            fi.mm_fp4(name, call, out)  # cake has programs for some shapes only
+        return out
+
+    automatic = backends.always if name in _AUTOMATIC else backends.never
+    return Backend(name, lambda call: fi.refusal(name, call), run, automatic)
+
+
+def _triton_refusal(call: DenseCall) -> str | None:
+    return backends.triton_refusal_of(call.a, "a is", call.capability)
+
+
+def _in_triton(call: DenseCall) -> torch.Tensor:
+    from .dense import mm_fp4 as op
+
+    return _fill(op, call)
+
+
+def _in_reference(call: DenseCall) -> torch.Tensor:
+    from .dense_ops import REFERENCE
+
+    return _fill(REFERENCE, call)
+
+
+def _fill(op: Any, call: DenseCall) -> torch.Tensor:
+    """Run a call by an op, which fills the output (`dense_ops.MmFp4`)."""
+    out = call.output()
+    op(call.a, call.b_rows, call.a_scales, call.b_scales, call.alpha, out, call.use_8x4)
+    return out
+
+
+def _adopt(name: str, run: Callable[[DenseCall], Any]) -> Callable[[DenseCall], torch.Tensor]:
+    """The function of a user's backend, whose result is checked and put where the caller wants it."""
+
+    def adopted(call: DenseCall) -> torch.Tensor:
+        result = run(call)
+        expected = torch.empty((call.m, call.n), dtype=call.out_dtype, device="meta")
+        backends.check_results(name, [result], [expected], call.a)
+        return result if call.out is None or call.out is result else call.out.copy_(result)
+
+    return adopted
+
+
+MM_FP4: Operation[DenseCall, torch.Tensor] = Operation(
+    "mm_fp4",
+    [
+        *map(_on_flashinfer, fi.RULES),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("reference", backends.serves_all, _in_reference),
+    ],
+    aliases={name.removeprefix("flashinfer:"): name for name in fi.RULES},
+    adopt=_adopt,
+)
+BACKENDS = MM_FP4.names
+"""Our own backends."""
+
+
+@MM_FP4.served()
 def mm_fp4(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -37,7 +94,7 @@ def mm_fp4(
     backend: str = "auto",
     use_nvfp4: bool = True,
     enable_pdl: bool = True,
-) -> torch.Tensor:
+) -> Asked[DenseCall]:
     """alpha * a @ b of NVFP4 matrices: FlashInfer's `mm_fp4`, on every backend.
 
     Names, order and meaning of the arguments are those of flashinfer-python 0.7.2
@@ -68,102 +125,21 @@ def mm_fp4(
         ValueError, TypeError: an argument that no backend accepts.
         UnsupportedError: the backend that was named cannot serve the call.
     """
-    name = _backend(backend)
-    request = make_dense_call(
-        a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, use_8x4_sf_layout, use_nvfp4,
-        enable_pdl,
-    )  # fmt: skip
-    if name == "auto":
-        name = _choose(request)
-    elif (reason := refusal(name, request)) is not None:
-        raise UnsupportedError(f"backend {name} cannot serve this call: {reason}")
-    return run(name, request)
+    name = MM_FP4.check_name(backend)
+    call = make_dense_call(
+        a,
+        b,
+        a_descale,
+        b_descale,
+        alpha,
+        out_dtype=out_dtype,
+        out=out,
+        block_size=block_size,
+        use_8x4_sf_layout=use_8x4_sf_layout,
+        use_nvfp4=use_nvfp4,
+        enable_pdl=enable_pdl,
+    )
+    return call, name
 
 
-def explain_mm_fp4(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_descale: torch.Tensor,
-    b_descale: torch.Tensor,
-    alpha: torch.Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-    out: torch.Tensor | None = None,
-    block_size: int = 16,
-    use_8x4_sf_layout: bool = False,
-    backend: str = "auto",
-    use_nvfp4: bool = True,
-    enable_pdl: bool = True,
-    *,
-    capability: tuple[int, int] | None = None,
-) -> Explanation:
-    """Which backend `mm_fp4` of the same arguments would run, and why each other would not.
-
-    Nothing is computed; meta tensors do. `capability=(10, 3)` asks about another GPU than the one `a`
-    is on. An invalid call is explained, not raised.
-    """
-    try:
-        name = _backend(backend)
-        request = make_dense_call(
-            a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, use_8x4_sf_layout,
-            use_nvfp4, enable_pdl, capability,
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        return Explanation(None, tuple((name, str(error)) for name in BACKENDS))
-    reasons = tuple((name, refusal(name, request)) for name in BACKENDS)
-    if name == "auto":
-        name = _choose(request)
-    return Explanation(name if dict(reasons)[name] is None else None, reasons)
-
-
-def refusal(backend: str, r: DenseCall) -> str | None:
-    """Why a backend cannot serve the request; None if it can."""
-    if backend in fi.RULES:
-        return fi.refusal(backend, r)
-    return triton_refusal_of(r.a, "a is", r.capability) if backend == "triton" else None
-
-
-def run(backend: str, r: DenseCall) -> torch.Tensor:
-    """Run the request on a backend that `refusal` let pass."""
-    out = r.output()
-    if backend in fi.RULES:
-        if out.numel():  # an empty launch is an error
-            try:
-                fi.mm_fp4(backend, r, out)
-            except NotImplementedError as error:  # cake has programs for some shapes only
-                raise UnsupportedError(
-                    f"backend {backend} cannot serve this call: {error}"
-                ) from error
-        return out
-    if backend == "triton":
-        from .dense import mm_fp4 as op
-    else:
-        from .reference_dense_ops import mm_fp4 as op
-    op(r.a, r.b_rows, r.a_scales, r.b_scales, r.alpha, out, r.use_8x4)
-    return out
-
-
-def _choose(r: DenseCall) -> str:
-    """The backend of `auto`. It never picks the interpreter: a CPU tensor goes to the reference."""
-    if r.capability is None:
-        return "reference"
-    for name in ORDER:
-        reason = refusal(name, r)
-        if reason is None:
-            return name
-        if r.capability >= (10, 0) and not torch.compiler.is_compiling():
-            _log_once(name, reason)
-    raise AssertionError("the reference serves every valid request")
-
-
-@functools.lru_cache(maxsize=256)
-def _log_once(backend: str, reason: str) -> None:
-    _log.info("mm_fp4: %s cannot serve, falling back: %s", backend, reason)
-
-
-def _backend(backend: str) -> str:
-    """The full name of a backend, or "auto"."""
-    name = f"flashinfer:{backend}"
-    if name in fi.RULES:
-        return name
-    checks.one_of("backend", backend, ("auto", *BACKENDS))
-    return backend
+explain_mm_fp4 = MM_FP4.explaining(mm_fp4)

@@ -1,13 +1,14 @@
-"""`torch.library` ops of fixed arity for an implementation of the dense product.
+"""The `torch.library` op of fixed arity for an implementation of the dense product.
 
-As `ops.py` does for the quantizers. The output is an argument that the op fills, since the caller may
-bring it.
+The output is an argument that the op fills, since the caller may bring it.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from typing import Protocol
 
 import torch
+
+from ..reference import dense
 
 
 class MmFp4(Protocol):
@@ -50,3 +51,21 @@ def register(name: str, implementation: MmFp4) -> MmFp4:
         return None
 
     return op
+
+
+def _in_reference(
+    a: torch.Tensor,
+    b_rows: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+    alpha: torch.Tensor | None,
+    out: torch.Tensor,
+    use_8x4: bool,
+) -> None:
+    product = dense.mm_fp4(
+        a, b_rows.T, a_scales, b_scales.T, alpha, out.dtype, use_8x4_sf_layout=use_8x4
+    )
+    out.copy_(product)
+
+
+REFERENCE = register("reference", _in_reference)

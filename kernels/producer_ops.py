@@ -1,6 +1,6 @@
-"""`torch.library` ops of fixed arity for what stands before a quantizer, with the quantizer.
+"""`torch.library` ops of fixed arity for SiLU and multiply, and for RMSNorm, with the quantizer.
 
-As `ops.py` does for the quantizers alone. The norm fills its residual, where there is one.
+The norm fills its residual, where there is one.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..reference import fused_quantize as reference
+from ..reference.quantize import quantize_per_token
 from ..reference.recipe import Recipe, SfLayout
 from .ops import Triple
 from .outputs import allocate, two_arguments
@@ -41,8 +43,10 @@ class RmsNorm(Protocol):
 
 
 class Producers(NamedTuple):
-    silu_and_mul: SiluAndMul
-    rmsnorm: RmsNorm
+    """The two functions of an implementation."""
+
+    silu_and_mul_quantize: SiluAndMul
+    rmsnorm_quantize: RmsNorm
 
 
 def register(name: str, implementation: Producers) -> Producers:
@@ -56,7 +60,7 @@ def register(name: str, implementation: Producers) -> Producers:
         recipe_code: int,
         layout: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return implementation.silu_and_mul(
+        return implementation.silu_and_mul_quantize(
             x,
             scale_value if scale is None else scale,
             Recipe.from_code(recipe_code),
@@ -74,7 +78,7 @@ def register(name: str, implementation: Producers) -> Producers:
         recipe_code: int,
         layout: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return implementation.rmsnorm(
+        return implementation.rmsnorm_quantize(
             x,
             residual,
             weight,
@@ -110,3 +114,37 @@ def register(name: str, implementation: Producers) -> Producers:
         return rmsnorm_op(x, residual, weight, eps, *scale, recipe.code, int(layout))
 
     return Producers(silu_and_mul, rmsnorm)
+
+
+def _quantized(
+    values: torch.Tensor, scale: float | torch.Tensor, recipe: Recipe, layout: SfLayout
+) -> Triple:
+    q = quantize_per_token(values, scale, recipe, layout)
+    assert q.per_token_scale is not None
+    return q.codes, q.block_scales, q.per_token_scale
+
+
+def _silu_and_mul(
+    x: torch.Tensor, base_scale_inv: float | torch.Tensor, recipe: Recipe, layout: SfLayout
+) -> Triple:
+    return _quantized(reference.silu_and_mul(x), base_scale_inv, recipe, layout)
+
+
+def _rmsnorm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    base_scale_inv: float | torch.Tensor,
+    recipe: Recipe,
+    layout: SfLayout,
+) -> Triple:
+    if residual is None:
+        values = reference.rmsnorm(x, weight, eps)
+    else:
+        values, total = reference.add_rmsnorm(x, residual, weight, eps)
+        residual.copy_(total)
+    return _quantized(values, base_scale_inv, recipe, layout)
+
+
+REFERENCE = register("reference", Producers(_silu_and_mul, _rmsnorm))

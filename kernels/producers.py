@@ -1,26 +1,97 @@
-"""What stands before the per-token quantizer, with it, in one call.
+"""SiLU and multiply, or RMSNorm, and the per-token quantizer in one call.
 
 `reference/fused_quantize.py` has the arithmetic, whose bits every backend here has. FlashInfer fuses
 these with static scales only, so it is no backend.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..reference import checks
-from ..reference.recipe import BLOCK_SIZE, Build, SfLayout
+from ..reference.recipe import BLOCK_SIZE, Build, Recipe, SfLayout
 from ..reference.weights.scalars import LARGEST
-from .backends import UnsupportedError, triton_refusal_of
+from . import backends, environment
+from .backends import Asked, Backend, Operation
 from .ops import Triple
-from .producer_ops import Producers
-from .quantize_call import UNSET, QuantizeCall, check_values, make_quantize_call
+from .outputs import allocate
+from .quantize_call import (
+    UNSET,
+    QuantizeCall,
+    check_values,
+    four_over_six_of,
+    is_unset,
+    make_quantize_call,
+)
 
-BACKENDS = ("triton", "reference")
+
+@dataclass(frozen=True)
+class FusedQuantizeCall:
+    """The checked arguments of one of the three functions here."""
+
+    x: torch.Tensor  # [M, K], or [M, 2K] for SiLU and multiply; contiguous
+    weight: torch.Tensor | None  # [K], contiguous; None: SiLU and multiply
+    residual: torch.Tensor | None  # [M, K]: it is added to x, and the sum written into it
+    eps: float
+    quantize: QuantizeCall  # of the values [M, K]; its `a` has their shape alone
+    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
 
 
+def _triton_refusal(call: FusedQuantizeCall) -> str | None:
+    return backends.triton_refusal_of(call.x, "x is", call.capability)
+
+
+def _in_triton(call: FusedQuantizeCall) -> Triple:
+    from . import producer_launch as ours
+
+    return _run(ours, call)
+
+
+def _in_reference(call: FusedQuantizeCall) -> Triple:
+    from .producer_ops import REFERENCE
+
+    return _run(REFERENCE, call)
+
+
+def _run(ours: Any, call: FusedQuantizeCall) -> Triple:
+    """Run a call by an implementation's two functions (`producer_ops.Producers`)."""
+    q = call.quantize
+    if call.weight is None:
+        return ours.silu_and_mul_quantize(call.x, q.scale, q.recipe, q.layout)
+    return ours.rmsnorm_quantize(
+        call.x, call.residual, call.weight, call.eps, q.scale, q.recipe, q.layout
+    )
+
+
+def _adopt(
+    name: str, run: Callable[[FusedQuantizeCall], Any]
+) -> Callable[[FusedQuantizeCall], Triple]:
+    """The function of a user's backend, whose results are checked."""
+
+    def adopted(call: FusedQuantizeCall) -> Triple:
+        result = run(call)
+        expected = allocate(call.quantize.a.to("meta"), call.quantize.layout)
+        backends.check_results(name, result, expected, call.x)
+        codes, block_scales, per_token_scale = result
+        return codes, block_scales, per_token_scale
+
+    return adopted
+
+
+FUSED_QUANTIZE: Operation[FusedQuantizeCall, Triple] = Operation(
+    "fused_quantize",
+    [
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("reference", backends.serves_all, _in_reference),
+    ],
+    adopt=_adopt,
+)
+
+
+@FUSED_QUANTIZE.served()
 def silu_and_mul_nvfp4_quantize(
     x: torch.Tensor,
     a_global_sf: float | torch.Tensor | None = None,
@@ -30,7 +101,7 @@ def silu_and_mul_nvfp4_quantize(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
-) -> Triple:
+) -> Asked[FusedQuantizeCall]:
     """SiLU of the first half of every row times the second, quantized per token.
 
     Contract: bitwise `nvfp4_quantize(silu_and_mul(x), ..., per_token_activation=True)` with the product
@@ -40,22 +111,23 @@ def silu_and_mul_nvfp4_quantize(
         x: [M, 2K] bf16 or fp16, K a multiple of 16.
         a_global_sf: as `nvfp4_quantize` has it per token; None for the recipe's own, 1/2688 or 1/1536.
         sfLayout, nvfp4_4over6, fast_math, build: as `nvfp4_quantize` has them.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "reference", or one of `register_backend("fused_quantize", ...)`.
 
     Returns:
         (codes uint8 [M, K/2], block scales uint8 [padded M, padded K/16], per-token scales fp32 [M]).
 
     Raises:
         ValueError, TypeError: an argument that no backend accepts.
-        UnsupportedError: Triton was named and cannot run here.
+        UnsupportedError: the backend that was named cannot serve the call.
     """
     _check_matrix(x, 2 * BLOCK_SIZE, "2K")
     half = x[:, : x.shape[1] // 2]
-    request = _request(half, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
-    ops = _implementation(x, request, backend)
-    return ops.silu_and_mul(x.contiguous(), request.scale, request.recipe, request.layout)
+    quantizer = _quantizer(half, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
+    call = FusedQuantizeCall(x.contiguous(), None, None, 0.0, quantizer, quantizer.capability)
+    return call, FUSED_QUANTIZE.check_name(backend)
 
 
+@FUSED_QUANTIZE.served()
 def rmsnorm_nvfp4_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -67,7 +139,7 @@ def rmsnorm_nvfp4_quantize(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
-) -> Triple:
+) -> Asked[FusedQuantizeCall]:
     """The RMSNorm of every row, quantized per token.
 
     Contract: bitwise `nvfp4_quantize` of `reference.fused_quantize.rmsnorm`, which rounds to x's dtype.
@@ -78,11 +150,16 @@ def rmsnorm_nvfp4_quantize(
         eps: added to the mean of squares.
         the others, returns and errors: as `silu_and_mul_nvfp4_quantize` has them.
     """
-    return _norm(
-        x, None, weight, eps, a_global_sf, sfLayout, backend, nvfp4_4over6, fast_math, build
+    quantizer = _quantizer_of_norm(
+        x, weight, eps, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build
     )
+    call = FusedQuantizeCall(
+        x.contiguous(), weight.contiguous(), None, float(eps), quantizer, quantizer.capability
+    )
+    return call, FUSED_QUANTIZE.check_name(backend)
 
 
+@FUSED_QUANTIZE.served()
 def add_rmsnorm_nvfp4_quantize(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -95,7 +172,7 @@ def add_rmsnorm_nvfp4_quantize(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
-) -> Triple:
+) -> Asked[FusedQuantizeCall]:
     """The same of x + residual, which replaces `residual`, rounded to its dtype.
 
     As in FlashInfer's `fused_add_rmsnorm` the norm is of the fp32 sum; x stays as it is.
@@ -107,37 +184,28 @@ def add_rmsnorm_nvfp4_quantize(
     _check_matrix(x, BLOCK_SIZE, "K")
     _check_like("residual", residual, x, x.shape)
     checks.tensor("residual", residual, contiguous=True)
-    return _norm(
-        x, residual, weight, eps, a_global_sf, sfLayout, backend, nvfp4_4over6, fast_math, build
+    quantizer = _quantizer_of_norm(
+        x, weight, eps, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build
     )
+    call = FusedQuantizeCall(
+        x.contiguous(), weight.contiguous(), residual, float(eps), quantizer, quantizer.capability
+    )
+    return call, FUSED_QUANTIZE.check_name(backend)
 
 
-def _norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    a_global_sf: float | torch.Tensor | None,
-    sfLayout: Any,
-    backend: str,
-    nvfp4_4over6: Any,
-    fast_math: bool | None,
-    build: Build,
-) -> Triple:
+def _quantizer_of_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *quantizer: Any
+) -> QuantizeCall:
+    """The quantizer's call, of a norm whose arguments are checked."""
     _check_matrix(x, BLOCK_SIZE, "K")
     _check_like("weight", weight, x, x.shape[1:])
     checks.number("eps", eps)
     if not 0 <= eps <= LARGEST:
         checks.wrong_value("eps", eps, "a finite number of fp32, of at least 0")
-    request = _request(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
-    ops = _implementation(x, request, backend)
-    return ops.rmsnorm(
-        x.contiguous(), residual, weight.contiguous(), float(eps), request.scale, request.recipe,
-        request.layout,
-    )  # fmt: skip
+    return _quantizer(x, *quantizer)
 
 
-def _request(
+def _quantizer(
     a: torch.Tensor,
     scale: float | torch.Tensor | None,
     sfLayout: Any,
@@ -145,34 +213,20 @@ def _request(
     fast_math: bool | None,
     build: Build,
 ) -> QuantizeCall:
-    """The quantizer's request of what it is given, of the shape of `a`."""
-
-    def made(value: float | torch.Tensor, config: Any) -> QuantizeCall:
-        return make_quantize_call(
-            a, value, sfLayout=sfLayout, per_token_activation=True, nvfp4_4over6=config,
-            fast_math=fast_math, build=build,
-        )  # fmt: skip
-
-    if scale is not None:
-        request = made(scale, nvfp4_4over6)
-        check_values(request)
-        return request
-    # An omitted recipe takes any base scale, so its own can be had from the request.
-    recipe = made(1.0, UNSET).recipe if nvfp4_4over6 is UNSET else None
-    from_config = 1 / (6 * (nvfp4_4over6.e4m3_max if hasattr(nvfp4_4over6, "e4m3_max") else 448))
-    return made(recipe.base_scale_inv if recipe else from_config, nvfp4_4over6)
-
-
-def _implementation(x: torch.Tensor, r: QuantizeCall, backend: str) -> Producers:
-    checks.one_of("backend", backend, ("auto", *BACKENDS))
-    reason = triton_refusal_of(x, "x is", r.capability)
-    if backend == "triton" and reason is not None:
-        raise UnsupportedError(f"backend triton cannot serve this call: {reason}")
-    if backend == "triton" or (backend == "auto" and r.capability and reason is None):
-        from . import producer_launch as ours
-    else:
-        from . import reference_producer_ops as ours  # type: ignore[no-redef]
-    return Producers(ours.silu_and_mul_quantize, ours.rmsnorm_quantize)
+    """The quantizer's call, of values of the shape of `a`; without a scale, by the recipe's own."""
+    own = scale is None
+    if own:
+        unset = is_unset(nvfp4_4over6)
+        config = environment.four_over_six() if unset else four_over_six_of(nvfp4_4over6)
+        scale = Recipe(four_over_six=config).base_scale_inv
+    assert scale is not None
+    call = make_quantize_call(
+        a, scale, sfLayout=sfLayout, per_token_activation=True, nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math, build=build,
+    )  # fmt: skip
+    if not own:
+        check_values(call)
+    return call
 
 
 def _check_matrix(x: Any, columns: int, shape: str) -> None:

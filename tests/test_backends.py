@@ -2,12 +2,17 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import inspect
+from dataclasses import replace
 
+import dense_cases
 import pytest
 import torch
 from assertions import assert_bitwise
 from nvfp4_moe.kernels import backends
 from nvfp4_moe.kernels.backends import Backend, Operation
+from nvfp4_moe.kernels.dense_dispatch import MM_FP4
+from nvfp4_moe.kernels.dispatch import QUANTIZE
+from nvfp4_moe.kernels.producers import FUSED_QUANTIZE
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError, register_backend
@@ -18,8 +23,6 @@ TOKEN = {"a_global_sf": 1 / 2688, "per_token_activation": True}
 
 def by_the_reference(call):
     """A backend that is right."""
-    from nvfp4_moe.kernels.dispatch import QUANTIZE
-
     return QUANTIZE.run("reference", call)
 
 
@@ -121,6 +124,44 @@ def test_results_are_checked(change, message):
         pytest.raises((TypeError, ValueError), match=message),
     ):
         nvfp4_moe.nvfp4_quantize(X, **TOKEN, backend="mine")
+
+
+def test_a_product_is_put_where_the_caller_wants_it():
+    case = dense_cases.coarse(9, 32, 64)
+    expected = nvfp4_moe.mm_fp4(**case.arguments)
+    out = torch.full_like(expected, torch.nan)
+    with register_backend("mm_fp4", "mine", lambda call: MM_FP4.run("reference", unplaced(call))):
+        assert nvfp4_moe.mm_fp4(**case.arguments, out=out, backend="mine") is out
+        assert_bitwise(out, expected, "mine")
+        assert_bitwise(nvfp4_moe.mm_fp4(**case.arguments, backend="mine"), expected, "new")
+    with (
+        register_backend("mm_fp4", "mine", lambda call: expected.float()),
+        pytest.raises(
+            ValueError, match=r"the result of backend mine is float32 \[9, 32\]; it must"
+        ),
+    ):
+        nvfp4_moe.mm_fp4(**case.arguments, backend="mine")
+
+
+def unplaced(call):
+    return replace(call, out=None)
+
+
+def test_a_fused_quantizer_of_ones_own():
+    weight, residual = X[0], X.flip(0).clone()
+    expected = nvfp4_moe.add_rmsnorm_nvfp4_quantize(X, residual.clone(), weight)
+    calls = []
+
+    def run(call):
+        calls.append(call)
+        return FUSED_QUANTIZE.run("reference", call)
+
+    with register_backend("fused_quantize", "mine", run):
+        got = nvfp4_moe.add_rmsnorm_nvfp4_quantize(X, residual, weight, backend="mine")
+        nvfp4_moe.silu_and_mul_nvfp4_quantize(X, backend="mine")
+    for one, want in zip(got, expected, strict=True):
+        assert_bitwise(one, want, "mine")
+    assert calls[0].residual is residual and calls[1].weight is None
 
 
 # The engine

@@ -296,7 +296,7 @@ def test_an_older_flashinfer_has_no_alpha_for_each_row(flashinfer_here, monkeypa
 
 @pytest.mark.parametrize("backend", ["triton", *FI])
 def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend):
-    monkeypatch.setattr(dense_dispatch, "run", lambda *args: pytest.fail("something ran"))
+    monkeypatch.setattr(dense_dispatch.MM_FP4, "run", lambda *args: pytest.fail("something ran"))
     with pytest.raises(UnsupportedError, match=f"backend {backend} cannot .*: a is on the cpu"):
         mm_fp4(**GOOD, backend=backend)
     assert explain_mm_fp4(**GOOD, backend=backend).backend is None

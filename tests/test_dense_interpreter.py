@@ -8,7 +8,7 @@ import triton.language as tl
 from assertions import assert_bitwise
 from nvfp4_moe.kernels import (
     dense,
-    reference_dense_ops,  # noqa: F401  registers the op
+    dense_ops,  # noqa: F401  registers the op
 )
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.kernels.target import INTERPRETING

@@ -5,7 +5,7 @@ import producer_cases
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.kernels import producer_launch, reference_producer_ops  # noqa: F401  register ops
+from nvfp4_moe.kernels import producer_launch, producer_ops  # noqa: F401  register ops
 from nvfp4_moe.kernels.target import INTERPRETING
 
 import nvfp4_moe
