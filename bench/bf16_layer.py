@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from measure import microseconds
-from nvfp4_moe.kernels.leaves import to_bf16
+from nvfp4_moe.kernels.jit.arithmetic import to_bf16
 from nvfp4_moe.kernels.moe import Permutation, permute
 from nvfp4_moe.kernels.routing import route
 from nvfp4_moe.kernels.target import arch

@@ -23,7 +23,7 @@ import triton
 
 from ..reference.activation import ActivationType
 from ..reference.weights.experts import Experts
-from . import environment, gemm_sums, leaves, moe_gemm
+from . import environment, jit, moe_gemm
 from .target import arch, gpu_name, native_mma
 
 Mode = Literal["per-token", "static", "bf16"]
@@ -98,9 +98,9 @@ def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
 
 @functools.cache
 def _digest() -> str:
-    """Of the kernel's source: what was measured and compared before a change says nothing after."""
-    modules = (moe_gemm, gemm_sums, leaves)
-    sources = [Path(module.__file__ or "").read_bytes() for module in modules]
+    """Hash the kernel's source: what was measured and compared before a change says nothing after."""
+    library = sorted(Path(jit.__file__ or "").parent.glob("*.py"))
+    sources = [path.read_bytes() for path in (Path(moe_gemm.__file__ or ""), *library)]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """The dense GEMM of NVFP4 matrices: rows of `b` are the MMA's A operand, rows of `a` its N side.
 
-The K loops are those of the mixture of experts (`gemm_sums.py`). Here rows are in their natural order,
+The K loops are those of the mixture of experts (`jit/mma.py`). Here rows are in their natural order,
 neither M nor N need be a multiple of a tile, and block scales are read where FlashInfer's layouts have
 them; what pads them is never read for its value.
 """
@@ -9,8 +9,12 @@ them; what pads them is never read for its value.
 import triton
 import triton.language as tl
 
-from .gemm_sums import decoded_sums, native_sums, scale_offset, sums
-from .leaves import await_previous, decode_values, e4m3_decode, to_bf16
+from .jit.arithmetic import to_bf16
+from .jit.decode import decode_values
+from .jit.e4m3 import e4m3_decode
+from .jit.layouts import scale_offset
+from .jit.mma import decoded_sums, native_sums, sums
+from .jit.pdl import await_previous
 
 
 @triton.jit(do_not_specialize=["R"])

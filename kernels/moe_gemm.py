@@ -1,7 +1,7 @@
 """The grouped GEMM of the experts: NVFP4 weights in the production layout, tokens on the MMA's N side.
 
 A program owns BM rows of one expert's weights, as they lie in memory, and up to BN of its tokens.
-`gemm_sums.py` multiplies them; the accumulator's rows are put back into their natural order
+`jit/mma.py` multiplies them; the accumulator's rows are put back into their natural order
 (`reference/shuffle.py`) once, in the epilogue. Where an expert has many tokens its weights are decoded
 once, before.
 """
@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from ..reference.activation import ActivationType
-from .gemm_sums import decoded_sums, native_sums, sums
-from .leaves import await_previous, to_bf16
-from .special import gelu, gelu_tanh, sigmoid, tanh
+from .jit.approximations import gelu, gelu_tanh, sigmoid, tanh
+from .jit.arithmetic import to_bf16
+from .jit.mma import decoded_sums, native_sums, sums
+from .jit.pdl import await_previous
 
 GELU = tl.constexpr(int(ActivationType.Gelu))
 RELU = tl.constexpr(int(ActivationType.Relu))

@@ -4,15 +4,10 @@
 import triton
 import triton.language as tl
 
-from .leaves import (
-    await_previous,
-    decode_fourth,
-    decode_values,
-    e4m3_decode,
-    operand_scale,
-    scaled,
-    to_bf16,
-)
+from .jit.arithmetic import to_bf16
+from .jit.decode import decode_fourth, decode_values, operand_scale, scaled
+from .jit.e4m3 import e4m3_decode
+from .jit.pdl import await_previous
 
 
 @triton.jit

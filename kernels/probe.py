@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .leaves import rcp, reciprocal
+from .jit.arithmetic import rcp, reciprocal
 from .target import arch
 
 

@@ -9,19 +9,12 @@ the dtype that a kernel of its own would have written. Names are those of `quant
 import triton
 import triton.language as tl
 
-from .leaves import await_previous, div, flush, reciprocal, to_bf16
-from .quantize_kernel import (
-    BF16,
-    LAYOUT_LINEAR,
-    PER_TOKEN,
-    _fill_padding_rows,
-    _load,
-    _or_zero,
-    _quantize,
-    _row_scales,
-    _store_codes,
-    _values,
-)
+from .jit.arithmetic import div, flush, reciprocal, to_bf16
+from .jit.formats import BF16, LAYOUT_LINEAR, PER_TOKEN
+from .jit.load import block_values, load_blocks
+from .jit.pdl import await_previous
+from .jit.store import store_codes, zero_padding_rows
+from .quantize_block import or_zero, quantize_block, row_scales
 
 SILU_AND_MUL, RMSNORM, ADD_RMSNORM = (tl.constexpr(i) for i in range(3))
 
@@ -97,17 +90,17 @@ def _quantize_rows(
     """Codes, block scales and per-token scales of whole rows x [R, NBP, 16]."""
     FTZ: tl.constexpr = (RECIPE & 64) == 0
     amax = tl.max(tl.abs(x), 2)
-    row_amax = flush(_or_zero(tl.max(_or_zero(amax), 1)), FTZ, ARCH)[:, None]
+    row_amax = flush(or_zero(tl.max(or_zero(amax), 1)), FTZ, ARCH)[:, None]
     if scale_ptr is None:
         g = tl.zeros_like(row_amax) + scale_value
     else:
         g = tl.zeros_like(row_amax) + tl.load(scale_ptr)
-    encode, token = _row_scales(row_amax, g, rcp_delta_ptr, RECIPE, ARCH)
+    encode, token = row_scales(row_amax, g, rcp_delta_ptr, RECIPE, ARCH)
     tl.store(token_ptr + row, token, live)
-    byte, codes = _quantize(
+    byte, codes = quantize_block(
         x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, PER_TOKEN, DTYPE, ARCH
     )
-    _store_codes(codes, byte, row, block, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
+    store_codes(codes, byte, row, block, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
 
 
 @triton.jit(do_not_specialize=["M", "padded_rows"])
@@ -140,7 +133,7 @@ def producer_kernel(
         row_programs = (M + ROWS - 1) // ROWS
         if tl.program_id(0) >= row_programs:
             first = (tl.program_id(0) - row_programs) * ROWS * BLOCKS
-            _fill_padding_rows(sf_ptr, M, padded_rows, padded_columns, first, ROWS * BLOCKS, LAYOUT)
+            zero_padding_rows(sf_ptr, M, padded_rows, padded_columns, first, ROWS * BLOCKS, LAYOUT)
             return
 
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -150,20 +143,20 @@ def producer_kernel(
     start = (row * NB * 16)[:, :, None]
     column = block[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     if KIND == SILU_AND_MUL:
-        gate = _values(_load(x_ptr, row, block, mask, 2 * NB, DTYPE), DTYPE)
-        up = _values(_load(x_ptr, row, block + NB, mask, 2 * NB, DTYPE), DTYPE)
+        gate = block_values(load_blocks(x_ptr, row, block, mask, 2 * NB, DTYPE), DTYPE)
+        up = block_values(load_blocks(x_ptr, row, block + NB, mask, 2 * NB, DTYPE), DTYPE)
         y = div(gate, 1.0 + _exp(-gate), False, ARCH) * up
     else:
-        x = _values(_load(x_ptr, row, block, mask, NB, DTYPE), DTYPE)
+        x = block_values(load_blocks(x_ptr, row, block, mask, NB, DTYPE), DTYPE)
         if KIND == ADD_RMSNORM:
             words = residual_ptr.to(tl.pointer_type(tl.int32))
-            x = x + _values(_load(words, row, block, mask, NB, DTYPE), DTYPE)
+            x = x + block_values(load_blocks(words, row, block, mask, NB, DTYPE), DTYPE)
             tl.store(residual_ptr + start + column, _rounded(x, DTYPE, ARCH), mask[:, :, None])
         columns = tl.zeros((ROWS,), tl.float32) + NB * 16
         mean = div(_sum_of_squares(x), columns, False, ARCH)
         r = reciprocal(tl.sqrt_rn(mean + eps), False, ARCH)
-        weight = _load(weight_ptr, tl.zeros((1, 1), tl.int64), block, block < NB, NB, DTYPE)
-        y = x * r[:, None, None] * _values(weight, DTYPE)
+        weight = load_blocks(weight_ptr, tl.zeros((1, 1), tl.int64), block, block < NB, NB, DTYPE)
+        y = x * r[:, None, None] * block_values(weight, DTYPE)
     z = _rounded(y, DTYPE, ARCH)
     if values_ptr is not None:
         tl.store(values_ptr + start + column, z, mask[:, :, None])

@@ -16,15 +16,16 @@ from ..reference.layouts import padded_shape
 from ..reference.numerics.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import quantize_kernel as k
+from .jit import formats
 from .ops import Pair, Quantizers, Triple, register
 from .outputs import allocate, two_arguments
 from .target import INTERPRETING, arch, launch_options
 
 _DTYPES = {
-    torch.bfloat16: k.BF16,
-    torch.float16: k.FP16,
-    torch.float8_e4m3fn: k.E4M3,
-    torch.float32: k.FP32,
+    torch.bfloat16: formats.BF16,
+    torch.float16: formats.FP16,
+    torch.float8_e4m3fn: formats.E4M3,
+    torch.float32: formats.FP32,
 }
 _ONE_READ_BLOCKS = 1024
 """Blocks of a row, at most, that one program keeps in registers: K = 16,384."""
@@ -128,7 +129,7 @@ def _launch(
     if row_index is not None:
         row_index = row_index.contiguous()
     if config is None:
-        if mode == k.PER_TOKEN.value:
+        if mode == formats.PER_TOKEN.value:
             config = launch_config(
                 m, num_blocks, four_over_six=bool(recipe_code & 1), interpreted=INTERPRETING
             )
@@ -187,7 +188,7 @@ def _per_token(
     _launch(
         x,
         Outputs(codes, sf, token),
-        k.PER_TOKEN.value,
+        formats.PER_TOKEN.value,
         scale,
         value,
         recipe.code,
@@ -207,7 +208,7 @@ def _global_scale(
     inverse: bool = False,
 ) -> Pair:
     scale, value = two_arguments(global_scale)
-    mode = k.ROW_SCALES if scale is not None and scale.numel() > 1 else k.GLOBAL_SCALE
+    mode = formats.ROW_SCALES if scale is not None and scale.numel() > 1 else formats.GLOBAL_SCALE
     codes, sf, token = allocate(x, layout)
     out = Outputs(codes, sf, token)
     _launch(x, out, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)
@@ -226,7 +227,8 @@ def quantize_to_values(
     rows, columns = x.shape
     token = x.new_empty(rows, dtype=torch.float32) if per_token else None
     values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)
-    mode, scale = (k.PER_TOKEN, recipe.base_scale_inv) if per_token else (k.GLOBAL_SCALE, 1.0)
+    mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
+    scale = recipe.base_scale_inv if per_token else 1.0
     linear = int(SfLayout.layout_linear)
     _launch(x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear)
     return values, token

@@ -10,17 +10,12 @@ import triton
 import triton.language as tl
 
 from ..reference.weights import scalars
-from .leaves import await_previous, div, flush, mul, reciprocal
-from .quantize_kernel import (
-    BF16,
-    GLOBAL_SCALE,
-    LAYOUT_128X4,
-    _block_maxima,
-    _load,
-    _quantize,
-    _store_codes,
-    _values,
-)
+from .jit.arithmetic import div, flush, mul, reciprocal
+from .jit.formats import BF16, GLOBAL_SCALE, LAYOUT_128X4
+from .jit.load import block_maxima, block_values, load_blocks
+from .jit.pdl import await_previous
+from .jit.store import store_codes
+from .quantize_block import quantize_block
 
 MOST_RAW, MOST_OF_WEIGHTS, LARGEST = (
     tl.constexpr(value) for value in (scalars.MOST_RAW, scalars.MOST_OF_WEIGHTS, scalars.LARGEST)
@@ -129,15 +124,15 @@ def load_weights_kernel(
     index = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
     live = index < rows * NB
     source = x_ptr + expert * rows * NB * 8
-    words = _load(source, tl.zeros((1, 1), tl.int64), index, live, 0, DTYPE)
-    byte, codes = _quantize(
-        _values(words, DTYPE), _block_maxima(words, DTYPE, ARCH), encode, encode, rcp_delta_ptr,
+    words = load_blocks(source, tl.zeros((1, 1), tl.int64), index, live, 0, DTYPE)
+    byte, codes = quantize_block(
+        block_values(words, DTYPE), block_maxima(words, DTYPE, ARCH), encode, encode, rcp_delta_ptr,
         RECIPE, GLOBAL_SCALE, DTYPE, ARCH,
     )  # fmt: skip
     row, column = index // NB, index % NB
     # 128x4 tiles do not cross experts, whose padded rows are a multiple of 128.
     target = expert * padded_rows + _shuffled(row, half_rows, GATED)
-    _store_codes(
+    store_codes(
         codes, byte, target, column, live, codes_ptr, sf_ptr, padded_blocks, padded_blocks,
         LAYOUT_128X4,
     )  # fmt: skip

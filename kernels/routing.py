@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..reference.moe.routing import Routing, RoutingMethodType
-from .leaves import add, await_previous, div, flush, larger, mul, to_bf16
+from .jit.arithmetic import add, div, flush, larger, mul, to_bf16
+from .jit.pdl import await_previous
 from .target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))

@@ -46,7 +46,7 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of every launch.
 
     No fused multiply-adds; and from sm_90 a kernel is brought onto the GPU while the one before ends
-    (programmatic dependent launch), so that every kernel begins with `leaves.await_previous`. To
+    (programmatic dependent launch), so that every kernel begins with `jit.pdl.await_previous`. To
     signal earlier, at a kernel's beginning, cost 20 us with one token on an H100.
     """
     return {"enable_fp_fusion": False, "launch_pdl": arch(device) >= 90}

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 from nvfp4_moe.kernels import quantize_kernel as k
+from nvfp4_moe.kernels.jit.formats import BF16, GLOBAL_SCALE, PER_TOKEN
 from nvfp4_moe.kernels.quantize import LaunchConfig, global_launch_config, launch_config
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
@@ -27,8 +28,8 @@ def shipped() -> list[tuple[Recipe, int, LaunchConfig]]:
             for m in ROWS:
                 four = recipe.four_over_six is not None
                 config = launch_config(m, columns // 16, four_over_six=four)
-                found[recipe, k.PER_TOKEN.value, config] = None
-                found[recipe, k.GLOBAL_SCALE.value, global_launch_config(m, columns // 16)] = None
+                found[recipe, PER_TOKEN.value, config] = None
+                found[recipe, GLOBAL_SCALE.value, global_launch_config(m, columns // 16)] = None
     return list(found)
 
 
@@ -41,7 +42,7 @@ def compile_for(
     constants = dict.fromkeys(none) | {
         "RECIPE": recipe.code,
         "MODE": mode,
-        "DTYPE": k.BF16.value,
+        "DTYPE": BF16.value,
         "LAYOUT": int(layout),
         "INVERSE": inverse,
         "HAS_ROW_INDEX": False,
@@ -80,12 +81,12 @@ def test_instructions(arch):
 def test_no_reciprocal_is_optimized_away(build, tmp_path):
     """The assembler cancels rcp.approx(rcp.approx(x)) where the two stand side by side."""
     recipe = Recipe("fast", None, build)
-    for mode, inverse in ((k.PER_TOKEN, False), (k.GLOBAL_SCALE, False), (k.GLOBAL_SCALE, True)):
+    for mode, inverse in ((PER_TOKEN, False), (GLOBAL_SCALE, False), (GLOBAL_SCALE, True)):
         kernel = compile_for(
             90, recipe, mode.value, global_launch_config(7, 6), SfLayout.layout_linear, inverse
         )
         wanted = kernel.asm["ptx"].count("rcp.approx.ftz.f32")
-        assert wanted == 2 + (inverse or mode is k.PER_TOKEN)
+        assert wanted == 2 + (inverse or mode is PER_TOKEN)
         assert disassemble(kernel, tmp_path).count("MUFU.RCP") == wanted
 
 
@@ -100,7 +101,7 @@ def test_no_local_memory_with_values(arch, tmp_path):
     for m, columns in ((1, 2048), (4096, 2048), (128, 7168), (32768, 768)):
         config = launch_config(m, columns // 16)
         kernel = compile_for(
-            arch, Recipe(), k.PER_TOKEN.value, config, SfLayout.layout_linear, values=True
+            arch, Recipe(), PER_TOKEN.value, config, SfLayout.layout_linear, values=True
         )
         assert resources(kernel, tmp_path) == (0, 0)
         assert "st.global.v2.b32" in kernel.asm["ptx"]  # four values at a time

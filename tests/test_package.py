@@ -133,6 +133,15 @@ def test_reference_depends_on_torch_alone():
             ), f"{path}: {name}"
 
 
+def test_the_device_functions_know_no_operation():
+    """`kernels/jit` imports Triton, the reference's constants and itself."""
+    for path in (ROOT / "kernels" / "jit").glob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] == "triton" or name.startswith(
+                ("nvfp4_moe.kernels.jit.", "nvfp4_moe.reference.")
+            ), f"{path}: {name}"
+
+
 def test_reference_runs_without_triton_flashinfer_and_numpy():
     program = """
 import sys

@@ -5,8 +5,8 @@ import re
 
 import pytest
 from nvfp4_moe.kernels import producer_kernel as k
+from nvfp4_moe.kernels.jit.formats import BF16, FP16
 from nvfp4_moe.kernels.producer_launch import launch_config
-from nvfp4_moe.kernels.quantize_kernel import BF16, FP16
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from offline import compile_kernel, resources

@@ -297,8 +297,8 @@ _ROUTING: tuple[Entry, ...] = (
 _QUANTIZER: tuple[Entry, ...] = (
     (
         "row maximum of half the row",
-        "_or_zero(tl.max(largest, 1))",
-        "_or_zero(tl.max(tl.where(block < NB // 2, largest, 0.0), 1))",
+        "or_zero(tl.max(largest, 1))",
+        "or_zero(tl.max(tl.where(block < NB // 2, largest, 0.0), 1))",
         "quantizer, fast, 128x4",
     ),
     (
@@ -474,8 +474,8 @@ _LAUNCHES: tuple[Entry, ...] = (
      "experts.output2_scale_scalar if first else None", "qwen"),
     (
         "base scale of requantization 1",
-        "(k.PER_TOKEN, recipe.base_scale_inv) if per_token else S_",
-        "(k.PER_TOKEN, 1.0) if per_token else S_",
+        "recipe.base_scale_inv if per_token else 1.0",
+        "1.0",
         "qwen",
     ),
     (

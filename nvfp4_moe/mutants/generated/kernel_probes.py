@@ -236,8 +236,10 @@ _TILES = ("qwen", "top 1", "deepseek", "tiles of 16", "tiles of 32", "K of 1 1/2
 _DENSE = tuple(n for n in _MORE if n.startswith("dense"))
 _RELOAD = tuple(n for n in _MORE if n.startswith("reload"))
 _PRODUCERS = ("silu", "silu, fp16", "rmsnorm", "rmsnorm, fp16", "add_rmsnorm", "add_rmsnorm, fp16")
+_BLOCKS = (*_QUANTIZERS, "qwen", "4over6", *_PRODUCERS, *_RELOAD)
+_LIBRARY = (*_QUANTIZERS, "far below", "qwen", "decoded", "bf16", "grid")
 OF_FILE: dict[str, tuple[str, ...]] = {
-    "kernels/gemm_sums.py": ("qwen", "far below", *_DENSE, *_TILES[1:], "cancelling sums", "grid"),
+    "kernels/jit/mma.py": ("qwen", "far below", *_DENSE, *_TILES[1:], "cancelling sums", "grid"),
     "kernels/moe_gemm.py": (*_ACTIVATIONS, "gpt-oss", "Swiglu, static", *_TILES, "bf16"),
     "kernels/moe_kernels.py": (
         *_TILES,
@@ -247,8 +249,17 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         "far rows",
     ),
     "kernels/routing.py": ("every routing method", "undecided routers", "saturated routers"),
-    "kernels/quantize_kernel.py": (*_QUANTIZERS, "qwen", "4over6", *_PRODUCERS, *_RELOAD),
-    "kernels/leaves.py": (*_QUANTIZERS, "far below", "qwen", "decoded", "bf16", "grid"),
+    "kernels/quantize_kernel.py": _BLOCKS,
+    "kernels/quantize_block.py": _BLOCKS,
+    "kernels/jit/formats.py": _BLOCKS,
+    "kernels/jit/load.py": _BLOCKS,
+    "kernels/jit/store.py": _BLOCKS,
+    "kernels/jit/arithmetic.py": _LIBRARY,
+    "kernels/jit/decode.py": _LIBRARY,
+    "kernels/jit/e2m1.py": _LIBRARY,
+    "kernels/jit/e4m3.py": _LIBRARY,
+    "kernels/jit/layouts.py": (*_LIBRARY, *_DENSE),
+    "kernels/jit/pdl.py": _LIBRARY,
     "kernels/dense_gemm.py": _DENSE,
     "kernels/producer_kernel.py": _PRODUCERS,
     "kernels/reload_kernel.py": _RELOAD,

@@ -12,18 +12,8 @@ are never multiplied.
 import triton
 import triton.language as tl
 
-from .leaves import decode_fourth, operand_scale, scaled
-
-
-@triton.jit
-def scale_offset(row, column, sf_tiles, TILE: tl.constexpr = 128):
-    """128x4, or with TILE 8 8x4 (`reference/layouts.py`); `sf_tiles` along K, K / 64 rounded up."""
-    tile = (row // TILE) * sf_tiles + column // 4
-    if TILE == 8:
-        offset = tile * 32 + row % 8 * 4 + column % 4
-    else:
-        offset = tile * 512 + (row % 32) * 16 + row % 128 // 32 * 4 + column % 4
-    return offset
+from .decode import decode_fourth, operand_scale, scaled
+from .layouts import scale_offset
 
 
 @triton.jit

@@ -1,0 +1,177 @@
+"""The arithmetic that NVFP4 kernels are made of, each operation rounding once, in Triton.
+
+Every function takes ARCH (10 * major + minor, or 0 in the interpreter, which has neither inline
+assembly nor a right e4m3 cast) and picks the GPU's own instruction where there is one: e4m3 from
+sm_89, e2m1 from sm_100. Elsewhere the same bits come from integer arithmetic. FTZ makes an operation
+flush subnormal inputs and results, as FlashInfer's CUDA build does. `reference/` is the
+specification; the assembly also keeps the compiler from fusing a multiply into an add.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+FLT_MAX = tl.constexpr(3.4028234663852886e38)
+SIXTH = tl.constexpr(0.16666667163372039794921875)  # fp32 of 1/6, which is also rcp.approx(6)
+_MIN_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _flushed(x):
+    """Subnormals to zero of the same sign, without assembly."""
+    return tl.where(tl.abs(x) < _MIN_NORMAL, x * 0.0, x)
+
+
+@triton.jit
+def flush(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """What an operation of the build reads where x is stored."""
+    if FTZ:
+        if ARCH == 0:
+            return _flushed(x)
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.f32 $0, $1, 0f3F800000;", "=f,f", [x], tl.float32, True, 1
+        )
+    return x
+
+
+@triton.jit
+def mul(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(_flushed(a) * _flushed(b))
+        return a * b
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def mul_magnitude(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """|a| * b; the assembly keeps the magnitude a modifier of the multiplication, which is free."""
+    if ARCH == 0:
+        return mul(tl.abs(a), b, FTZ, ARCH)
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 a; abs.f32 a, $1; mul.rn.ftz.f32 $0, a, $2; }",
+            "=f,f,f",
+            [a, b],
+            tl.float32,
+            True,
+            1,
+        )
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 a; abs.f32 a, $1; mul.rn.f32 $0, a, $2; }",
+        "=f,f,f",
+        [a, b],
+        tl.float32,
+        True,
+        1,
+    )
+
+
+@triton.jit
+def sub(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(_flushed(a) - _flushed(b))
+        return a - b
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "sub.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def add(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(_flushed(a) + _flushed(b))
+        return a + b
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "add.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def div(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """Correctly rounded a / b."""
+    if ARCH == 0:
+        if FTZ:
+            return _flushed(tl.div_rn(_flushed(a), _flushed(b)))
+        return tl.div_rn(a, b)
+    if FTZ:
+        return tl.inline_asm_elementwise(
+            "div.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    return tl.inline_asm_elementwise(
+        "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+    )
+
+
+@triton.jit
+def reciprocal(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """Correctly rounded 1 / x: the bits of `div(1.0, x)`, in fewer instructions."""
+    if ARCH == 0:
+        return div(1.0, x, FTZ, ARCH)
+    if FTZ:
+        return tl.inline_asm_elementwise("rcp.rn.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
+    """`rcp.approx.ftz.f32`; `rcp_delta_ptr` is the reference's table, read in the interpreter only."""
+    if ARCH == 0:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        significand = magnitude & 0x007FFFFF
+        unit = (significand | 0x3F800000).to(tl.float32, bitcast=True)
+        delta = tl.load(rcp_delta_ptr + significand).to(tl.int32)
+        scaled = tl.div_rn(1.0, unit).to(tl.int32, bitcast=True) + delta
+        scaled -= ((magnitude >> 23) - 127) << 23
+        scaled = tl.where(scaled < 0x00800000, 0, scaled)
+        scaled = tl.where(magnitude < 0x00800000, 0x7F800000, scaled)
+        scaled = tl.where(magnitude == 0x7F800000, 0, scaled)
+        scaled = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, scaled | (bits ^ magnitude))
+        return scaled.to(tl.float32, bitcast=True)
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def smaller(a, b, ARCH: tl.constexpr):
+    """fminf, for which NaN is no number; the interpreter's minimum is NaN then."""
+    if ARCH == 0:
+        return tl.where((a < b) | (b != b), a, b)
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def larger(a, b, ARCH: tl.constexpr):
+    """fmaxf, likewise."""
+    if ARCH == 0:
+        return tl.where((a > b) | (b != b), a, b)
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def to_bf16(x, ARCH: tl.constexpr):
+    """fp32 to bf16, to nearest, ties to even; the interpreter's cast truncates and loses subnormals."""
+    if ARCH == 0:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        rounded = tl.where(x == x, rounded, 0x7FC00000)
+        y = (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(tl.bfloat16)
+    return y

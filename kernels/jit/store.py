@@ -1,0 +1,37 @@
+"""Codes and block scales to memory, in the layouts of `layouts.py`."""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+from .formats import LAYOUT_128X4
+from .layouts import _scale_offset
+
+
+@triton.jit
+def store_codes(
+    codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT: tl.constexpr
+):
+    """Codes [R, NB, 2] and block scales of the blocks that stand at (row, column), where live."""
+    mask = live & (column < NB)
+    word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(codes_ptr + word, codes, mask[:, :, None])
+    offset = _scale_offset(row, column, padded_columns, LAYOUT)
+    byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
+    tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
+
+
+@triton.jit
+def zero_padding_rows(
+    sf_ptr, M, padded_rows, padded_columns, first, N: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Zeros to the scales of rows >= M, as words of four, from word `first` of the last row tile."""
+    TILE: tl.constexpr = 128 if LAYOUT == LAYOUT_128X4 else 8
+    word = first + tl.arange(0, N)
+    row = word % TILE
+    if LAYOUT == LAYOUT_128X4:
+        row = row % 4 * 32 + row // 4
+    base = (padded_rows - TILE).to(tl.int64)
+    mask = (base + row >= M) & (word < TILE * (padded_columns // 4))
+    words = sf_ptr.to(tl.pointer_type(tl.int32)) + base * (padded_columns // 4) + word
+    tl.store(words, tl.zeros((N,), tl.int32), mask)
