@@ -22,9 +22,9 @@ from nvfp4_moe.reference.recipe import SfLayout
 from nvfp4_moe.cases import moe as matrix_moe
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential import backends as runners
 from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.differential import quantize as diff_quantizers
+from nvfp4_moe.differential import quantizers, workers
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.quantize import Choice
 from nvfp4_moe.failures import write as folder
@@ -70,7 +70,7 @@ def planted() -> Iterator[None]:
         return [{"default": diff_moe.Output(layer(case))} for case in every]
 
     with (
-        mock.patch.object(runners, "interpret", interpret),
+        mock.patch.object(quantizers, "interpret", interpret),
         mock.patch.object(diff_moe, "_interpret", interpret_layers),
         mock.patch.object(folder, "run_call", lambda backend, case, configuration: layer(case)),
         mock.patch.object(torch.cuda, "is_available", lambda: False),
@@ -82,9 +82,9 @@ def write(where: Path) -> Report:
     start = time.monotonic()
     few = [c for c in matrix_moe.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
     with planted(), mock.patch.object(matrix_moe, "cases", lambda: few):
-        backends = ["reference", runners.INTERPRETER]
+        backends = ["reference", workers.INTERPRETER]
         compared = diff_quantizers.run(Choice(kind="normal", recipes="plain"), backends)
-        judged = diff_moe.run([runners.INTERPRETER, "reference"])
+        judged = diff_moe.run([workers.INTERPRETER, "reference"])
         script = ["env", "PYTHONPATH=.", sys.executable, "tests/planted_report.py", str(where)]
         whole = Report(script, sections=[compared.section, judged.section])
         whole.folder, whole.name = str(ROOT), "make planted-report"

@@ -23,7 +23,7 @@ from nvfp4_moe.cli import blackwell, doctor
 from nvfp4_moe.cli import convert as convert_command
 from nvfp4_moe.cli.guard import guarded
 from nvfp4_moe.differential import quantize as diff_quantizers
-from nvfp4_moe.differential import workers as processes
+from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
 
@@ -187,7 +187,7 @@ def test_a_crash_is_no_difference(capsys, tmp_path, monkeypatch):
 def test_an_interrupt_ends_the_children(number, capsys, monkeypatch):
     def command():
         threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-        processes.side_by_side(lambda _: processes.run(["sleep", "60"]), range(6), 2)
+        workers.side_by_side(lambda _: workers.run(["sleep", "60"]), range(6), 2)
         raise AssertionError("nothing was interrupted")
 
     class Seen(set):
@@ -196,12 +196,12 @@ def test_an_interrupt_ends_the_children(number, capsys, monkeypatch):
             super().add(child)
 
     seen: list[subprocess.Popen] = []
-    monkeypatch.setattr(processes, "_running", Seen())
+    monkeypatch.setattr(workers, "_running", Seen())
     before = signal.getsignal(number)
     assert guarded("nvfp4-moe try", command, lambda: "two are left") == Exit.INTERRUPTED == 130
     assert capsys.readouterr().err == "nvfp4-moe try: interrupted; two are left\n"
     assert len(seen) == 2 and all(child.returncode == -signal.SIGTERM for child in seen)
-    assert not processes._running and signal.getsignal(number) is before
+    assert not workers._running and signal.getsignal(number) is before
 
 
 INTERRUPTED_IMPORT = """
@@ -251,12 +251,11 @@ def test_what_is_the_command_line(words, ours):
 
 def test_a_worker_ends_with_its_parent(tmp_path):
     """The process that it is told of is not its parent, as after the parent's death."""
-    torch.save([(["sleep", "60"],)], tmp_path / "jobs")
+    torch.save((workers.run, [(["sleep", "60"],)]), tmp_path / "jobs")
     command = [
         sys.executable,
         "-m",
         "nvfp4_moe.differential.workers",
-        "differential.workers:run",
         tmp_path / "jobs",
         "1",
     ]

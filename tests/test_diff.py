@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from nvfp4_moe import __main__
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential import backends as runners
-from nvfp4_moe.differential import compare
+from nvfp4_moe.differential import compare, quantizers
 from nvfp4_moe.differential.compare import run_reference
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
@@ -90,7 +89,7 @@ def quick(monkeypatch):
         results = [run_reference(x, case) for x, case in jobs]
         return [answers["change"](results[0]), *results[1:]]
 
-    monkeypatch.setattr(runners, "interpret", interpret)
+    monkeypatch.setattr(quantizers, "interpret", interpret)
     return answers
 
 
@@ -159,7 +158,7 @@ def test_bad_usage(arguments, message, quick, capsys):
 def test_the_interpreter_child():
     x = inputs.synthetic("normal", 4, 32)
     for case in (CASE, Case("global-scale", Recipe("exact"), SfLayout.layout_8x4, 7.5)):
-        (answer,) = runners.interpret([(x, case)])
+        (answer,) = quantizers.interpret([(x, case)])
         assert compare.compare(x, case, run_reference(x, case), answer) is None
 
 

@@ -6,9 +6,10 @@ import torch
 
 from nvfp4_moe.cases import moe as matrix_moe
 from nvfp4_moe.differential import moe as diff_moe
+from nvfp4_moe.differential import workers
 from nvfp4_moe.differential.format_error import costs
 
-INTERPRETER = diff_moe.INTERPRETER
+INTERPRETER = workers.INTERPRETER
 
 
 @pytest.fixture

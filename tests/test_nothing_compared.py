@@ -10,16 +10,14 @@ from safetensors.torch import save_file
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.differential import (
-    backends as runners,
-)
-from nvfp4_moe.differential import (
     baselines as diff_siblings,
 )
 from nvfp4_moe.differential import (
-    interpreter,
+    moe as diff_moe,
 )
 from nvfp4_moe.differential import (
-    moe as diff_moe,
+    quantizers,
+    workers,
 )
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.exits import Exit
@@ -43,7 +41,7 @@ def quick(monkeypatch):
     """The interpreter's answers are the reference's, without its processes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        runners, "interpret", lambda jobs: [run_reference(x, case) for x, case in jobs]
+        quantizers, "interpret", lambda jobs: [run_reference(x, case) for x, case in jobs]
     )
 
 
@@ -114,7 +112,7 @@ def test_the_reference_judged_by_itself(capsys, tmp_path, monkeypatch):
 
 def test_without_triton_the_golden_outputs_are_left(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(interpreter, "refusal", lambda: "Triton is not installed")
+    monkeypatch.setattr(workers, "interpreter_refusal", lambda: "Triton is not installed")
     save_file({"mine": inputs.synthetic("normal", 4, 32)}, tmp_path / "mine.safetensors")
     told_as_nothing(*diff(capsys, tmp_path, "--input", tmp_path / "mine.safetensors"))
     assert main(["diff", "--backends", "reference,triton"]) == Exit.NOT_RUN

@@ -23,7 +23,7 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases import quantize as matrix
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential import quantizers, workers
 from nvfp4_moe.differential.compare import compare, run_reference
 from nvfp4_moe.differential.verdict import Allowed
 from nvfp4_moe.failures import minimize as shrink
@@ -105,11 +105,11 @@ def backends(monkeypatch):
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        runners, "interpret",
+        quantizers, "interpret",
         lambda jobs: [fault["quantizer"](run_reference(x, case)) for x, case in jobs],
     )  # fmt: skip
     monkeypatch.setattr(
-        replay.interpreter, "call",
+        replay.workers, "call_interpreted",
         lambda function, jobs: [
             fault["call"](moe_dispatch.serve(case.request(), "reference")[0]) for (case,) in jobs
         ],
@@ -125,7 +125,7 @@ def run(capsys, *arguments):
 
 def test_replay_of_a_quantizer(backends, tmp_path, capsys):
     path = tmp_path / "case.safetensors"
-    failure = quantizer_failure(sides=("reference", runners.INTERPRETER))
+    failure = quantizer_failure(sides=("reference", workers.INTERPRETER))
     save_quantizer(path, failure)
     status, out, _ = run(capsys, path)
     assert status == 1
@@ -137,7 +137,7 @@ def test_replay_of_a_quantizer(backends, tmp_path, capsys):
     assert status == 1 and "differ" in err
     facts = json.loads(out)
     assert facts["differs"] is True and facts["difference"]["row"] == 19
-    assert facts["sides"] == ["reference", runners.INTERPRETER]
+    assert facts["sides"] == ["reference", workers.INTERPRETER]
     assert run(capsys, path, "--backend", "reference")[0] == 0
     assert run(capsys, path, "--backend", "triton")[0] == 1  # the interpreter, here
     backends["quantizer"] = lambda q: q
@@ -150,7 +150,7 @@ def test_replay_of_a_quantizer(backends, tmp_path, capsys):
 
     backends["quantizer"] = crash
     status, out, _ = run(capsys, path)
-    assert status == 1 and f"{runners.INTERPRETER} raised: illegal memory access" in out
+    assert status == 1 and f"{workers.INTERPRETER} raised: illegal memory access" in out
 
 
 def test_replay_against_what_is_fixed(backends, tmp_path, capsys):
@@ -158,11 +158,11 @@ def test_replay_against_what_is_fixed(backends, tmp_path, capsys):
     path = tmp_path / "case.safetensors"
     item = next(i for i in matrix.golden([Recipe()]) if i.x.shape[0] > 40)
     case = next(c for c in item.cases if c.layout == SfLayout.layout_128x4)
-    outputs = {"golden": item.golden[case], runners.INTERPRETER: wrong(item.golden[case])}
+    outputs = {"golden": item.golden[case], workers.INTERPRETER: wrong(item.golden[case])}
     row = item.x.shape[0] - 1
     small = {name: rows_of(q, [row], case) for name, q in outputs.items()}
     failure = QuantizerFailure(item.x[row:], case, small, ORIGIN)
-    assert failure.suspect == runners.INTERPRETER
+    assert failure.suspect == workers.INTERPRETER
     save_quantizer(path, failure)
     status, out, _ = run(capsys, path)
     assert status == 1 and "1 codes" in out and "golden and" in out
@@ -172,7 +172,7 @@ def test_replay_against_what_is_fixed(backends, tmp_path, capsys):
 
 def test_replay_of_a_call(backends, tmp_path, capsys):
     path = tmp_path / "case.safetensors"
-    failure = replace(moe_failure(), backend=runners.INTERPRETER, configuration=None)
+    failure = replace(moe_failure(), backend=workers.INTERPRETER, configuration=None)
     save_moe(path, failure)
     status, out, _ = run(capsys, path)
     assert status == 1
@@ -214,7 +214,7 @@ def test_a_configuration_is_the_runners_affair():
     assert asked == [("triton", "BLOCK_M=16 warps=4"), ("reference", None)]
     for backend, reason in (
         ("reference", "reference has no configuration 'BLOCK_M=16 warps=4' here; it has default"),
-        (runners.INTERPRETER, "cannot be told to run BLOCK_M=16"),
+        (workers.INTERPRETER, "cannot be told to run BLOCK_M=16"),
     ):
         with pytest.raises(replay.CannotRunError, match=reason):
             replay.replay(replace(failure, backend=backend))
@@ -355,12 +355,12 @@ def test_files_that_are_none(tmp_path, capsys):
 
 
 def test_predicates_shrink_what_fails(backends):
-    failure = quantizer_failure(sides=("reference", runners.INTERPRETER))
+    failure = quantizer_failure(sides=("reference", workers.INTERPRETER))
     small = shrink.shrink_matrix(failure.x, replay.quantizer_fails(CASE, *failure.sides), 5.0)
     assert small.shape == (1, 32)  # `wrong` changes byte 9, of the second block
     assert not replay.quantizer_fails(CASE, "reference", "flashinfer:cuda")(small)
 
-    call = replace(moe_failure(), backend=runners.INTERPRETER, configuration=None)
+    call = replace(moe_failure(), backend=workers.INTERPRETER, configuration=None)
     fails = replay.call_fails(call)
     least = shrink_moe.shrink_call(call.case, fails, 20.0)
     assert least.ids.numel() == 1 and least.experts.padded_hidden_size == 128
@@ -371,12 +371,12 @@ def test_predicates_shrink_what_fails(backends):
 def test_the_interpreter_runs_what_a_file_holds(tmp_path):
     """Both kinds in its child process, which has no fault."""
     path = tmp_path / "case.safetensors"
-    failure = quantizer_failure(sides=("reference", runners.INTERPRETER))
+    failure = quantizer_failure(sides=("reference", workers.INTERPRETER))
     save_quantizer(path, failure)
     assert not replay.replay(load(path)).differs
     case = moe_failure().case
     plain = replace(case, recipe=Recipe())
-    save_moe(path, MoEFailure(plain, runners.INTERPRETER, plain.reference()))
+    save_moe(path, MoEFailure(plain, workers.INTERPRETER, plain.reference()))
     assert not replay.replay(load(path)).differs
 
 

@@ -16,7 +16,7 @@ from nvfp4_moe import invocation, machine
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cli import blackwell
-from nvfp4_moe.differential import backends as runners
+from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures import write as folder
@@ -31,7 +31,7 @@ from nvfp4_moe.report.data import Cell, Report, Section
 def quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        runners, "interpret", lambda jobs: [run_reference(x, case) for x, case in jobs]
+        quantizers, "interpret", lambda jobs: [run_reference(x, case) for x, case in jobs]
     )
 
 
@@ -116,7 +116,7 @@ def test_the_commands_of_the_page_work_when_pasted(monkeypatch, tmp_path, capsys
         first.codes.copy_(e2m1.pack(codes))
         return [first, *rest]
 
-    monkeypatch.setattr(runners, "interpret", wrong)
+    monkeypatch.setattr(quantizers, "interpret", wrong)
     monkeypatch.setattr(folder, "SECONDS", 0.1)
     save_file({"mine": inputs.synthetic("normal", 2, 32)}, tmp_path / "mine.safetensors")
     arguments = ["--input", str(tmp_path / "mine.safetensors"), "--recipes", "fast"]

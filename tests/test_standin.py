@@ -22,7 +22,8 @@ from assertions import assert_bitwise, assert_inside, assert_quantized
 from nvfp4_moe.kernels import capability, dispatch, environment, moe_dispatch
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from standin import CAPABILITY, LIES, layers, quantizers
+from standin import CAPABILITY, LIES, layers
+from standin import quantizers as standin_quantizers
 from standin.cases import CASES, EXACT_MATH
 from standin.lies import CUTE_DSL, CUTLASS, TRTLLM
 
@@ -30,8 +31,7 @@ import nvfp4_moe
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case, global_scale
 from nvfp4_moe.differential import accumulation as sums
-from nvfp4_moe.differential import backends as runners
-from nvfp4_moe.differential import tactics
+from nvfp4_moe.differential import quantizers, tactics
 
 flashinfer = pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
@@ -163,9 +163,9 @@ def test_the_truth_of_quantizers(monkeypatch, backend, mode):
         for variable, value in variables.items():
             monkeypatch.setenv(variable, value)
         with standin.installed():
-            assert runners.refusal(backend, x, case) is None
-            got = runners.run(backend, x, case)
-        assert_quantized(got, runners.run("reference", x, case), f"{case}", case.layout)
+            assert quantizers.refusal(backend, x, case) is None
+            got = quantizers.run(backend, x, case)
+        assert_quantized(got, quantizers.run("reference", x, case), f"{case}", case.layout)
 
 
 def test_quantizers_read_the_environment(monkeypatch):
@@ -178,7 +178,7 @@ def test_quantizers_read_the_environment(monkeypatch):
         recipe = Recipe(math, NVFP44Over6Config(256, "MSE"), backend)
         with standin.installed():
             got = nvfp4_moe.nvfp4_quantize(x, 1 / 1536, backend=backend, per_token_activation=True)
-        want = runners.run("reference", x, Case("per-token", recipe, SfLayout.layout_128x4))
+        want = quantizers.run("reference", x, Case("per-token", recipe, SfLayout.layout_128x4))
         assert_quantized(got, want, backend, SfLayout.layout_128x4)
 
 
@@ -314,9 +314,9 @@ def test_a_lie_of_a_quantizer_shows_where_it_says(monkeypatch, lie):
                 for variable, value in variables.items():
                     monkeypatch.setenv(variable, value)
                 with standin.installed(lie):
-                    got = runners.run(backend, x, case)
+                    got = quantizers.run(backend, x, case)
                 try:
-                    assert_quantized(got, runners.run("reference", x, case), lie, case.layout)
+                    assert_quantized(got, quantizers.run("reference", x, case), lie, case.layout)
                 except AssertionError:
                     seen.add((backend, case))
                     assert expected(case), f"{backend} {case}"
@@ -404,7 +404,7 @@ def test_signatures_of_the_python_that_is_replaced():
     from flashinfer.fused_moe.cute_dsl import fused_moe as cute_dsl
     from flashinfer.quantization.kernels import nvfp4_quantize
 
-    ours = quantizers.Quantizers
+    ours = standin_quantizers.Quantizers
     for theirs, replaced in (
         (nvfp4_quantize.nvfp4_quantize_per_token_cute_dsl, ours.nvfp4_quantize_per_token_cute_dsl),
         (nvfp4_quantize.nvfp4_quantize_cute_dsl, ours.nvfp4_quantize_cute_dsl),
@@ -428,7 +428,7 @@ def test_signatures_of_the_compiled_quantizers():
     for name in ("fp4_quantize_sm100", "nvfp4_quant_and_per_token_scale_sm100"):
         text = re.search(rf"\n    def {name}\((.*?)\n    \) ->", source, re.S)[1]
         want = re.findall(r"^ {8}(\w+)\s*:", text, re.M)
-        assert names_of(getattr(quantizers.Quantizers, name)) == want
+        assert names_of(getattr(standin_quantizers.Quantizers, name)) == want
 
 
 # In processes of its own
@@ -457,9 +457,10 @@ def test_the_processes_of_a_command_lie_too():
         f"""
 import runpy
 runpy.run_path({str(REHEARSE)!r})["prepare"]({lie!r})
-from nvfp4_moe import processes
+from nvfp4_moe.differential import workers
+from nvfp4_moe.kernels.capability import capability_of
 import torch
-print(processes.call("kernels.capability:capability_of", [(torch.ones(1),)]))
+print(workers.call(capability_of, [(torch.ones(1),)]))
 import os
 print(os.environ["NVFP4_MOE_STANDIN"])
 """,

@@ -18,8 +18,8 @@ from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
 
 import nvfp4_moe
 from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential import backends as runners
 from nvfp4_moe.differential import explain as arithmetic
+from nvfp4_moe.differential import quantizers
 from nvfp4_moe.failures.bug_report import upstream_text
 from nvfp4_moe.failures.replay_file import save_moe, save_quantizer
 
@@ -84,7 +84,7 @@ def test_the_quantizers_call(backend, mode, recipe, large, tmp_path, monkeypatch
     program = snippet(text)
     assert ("load_file" in program) == large
     got = caught(program, flashinfer, "nvfp4_quantize", monkeypatch)
-    want = fi.arguments(backend, runners.request(failure.x, case))
+    want = fi.arguments(backend, quantizers.request(failure.x, case))
     for name, value in want.items():
         if name in got or value is not None:  # what is None is the default
             if isinstance(value, torch.Tensor):

@@ -26,7 +26,7 @@ from ..differential import (
     quantize as diff_quantizers,
 )
 from ..differential import (
-    workers as processes,
+    workers,
 )
 from ..exits import CommandError, Exit
 from ..failures import write as folder
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> Exit:
         raise CommandError(f"--timeout is {options.timeout:g}; it must be {allowed}")
     files.check_folder("--report", out)
     out.mkdir(parents=True, exist_ok=True)
-    print(processes.run([*CHILD, "doctor"], options.timeout)[1], end="")
+    print(workers.run([*CHILD, "doctor"], options.timeout)[1], end="")
     for job in jobs(None):  # of every earlier run, whatever it was asked for
         folder.remove_stale(out / job.folder)
     found = _run_all(planned, options, out)
@@ -194,7 +194,7 @@ def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list
         finally:
             gpus.put(gpu)
 
-    return processes.side_by_side(run_one, planned, len(names))
+    return workers.side_by_side(run_one, planned, len(names))
 
 
 def _run_one(
@@ -210,7 +210,7 @@ def _run_one(
     for name in ("report.json", "report.html", PRINTED):
         (where / name).unlink(missing_ok=True)
     command = [*CHILD, *job.arguments(options, where)]
-    status, printed = processes.run(command, options.timeout, env=variables)
+    status, printed = workers.run(command, options.timeout, env=variables)
     if status is None:
         printed += f"\nstill running after {options.timeout:g} s: ended"
     where.mkdir(parents=True, exist_ok=True)

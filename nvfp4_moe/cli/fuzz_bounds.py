@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import invocation
-from ..differential import workers as processes
+from ..differential import workers
 from ..differential.fuzz import Judged, judged
 from ..exits import Exit
 
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
     each = -(-options.runs // count)
     jobs = [(options.seed + i, count, each, options.seconds, settings) for i in range(count)]
     start = time.monotonic()
-    for done in [part(*jobs[0])] if count == 1 else processes.call("cli.fuzz_bounds:part", jobs):
+    for done in [part(*jobs[0])] if count == 1 else workers.call(part, jobs):
         tally.merge(done)
     print(tally)
     print(f"{time.monotonic() - start:.0f} seconds; seeds from {options.seed} on")

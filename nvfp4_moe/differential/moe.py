@@ -20,12 +20,9 @@ from ..kernels import moe_dispatch
 from ..report import difference_map as heat
 from ..report.data import SHOWN, Cell, Failure, Section, Status, worst
 from . import accumulation as sums
-from . import interpreter, tactics
-from . import workers as processes
+from . import tactics, workers
 from .calls import ONCE, Output, Sweep, crash, outputs
 from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
-
-INTERPRETER = interpreter.NAME
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def known(names: str | None) -> list[str] | None:
     """The backends that were named, comma-separated; CommandError for an unknown one."""
     if names is None:
         return None
-    here = {} if torch.cuda.is_available() else {"triton": INTERPRETER}
+    here = {} if torch.cuda.is_available() else {"triton": workers.INTERPRETER}
     for name in names.split(","):
         if name not in moe_dispatch.ORDER:
             allowed = ", ".join(moe_dispatch.ORDER)
@@ -79,13 +76,13 @@ def run(
     here = [case.to(device) for case in every]
     names = list(backends or _that_serve(here, on_gpu, result))
     withheld = {name: _sums(name, device) for name in names}
-    interpreted = _interpret(every) if INTERPRETER in names else []
+    interpreted = _interpret(every) if workers.INTERPRETER in names else []
     if sweep.every_configuration and "triton" in names and on_gpu:
         _compile_ahead(every, sweep)
     for i, case in enumerate(here):
         allowed: dict[bool, Allowed] = {}
         for name in names:
-            if name == INTERPRETER:
+            if name == workers.INTERPRETER:
                 answer = interpreted[i]
             else:
                 answer = moe_dispatch.refusal(name, case.request()) or _outputs(case, name, sweep)
@@ -116,13 +113,13 @@ def _that_serve(every: list[MoECase], on_gpu: bool, result: Judgement) -> list[s
         elif on_gpu or name != "triton":
             result.not_run[f"{name}: {Counter(reasons).most_common(1)[0][0]}"] += len(every)
     if not on_gpu:
-        found.insert(0, INTERPRETER)
+        found.insert(0, workers.INTERPRETER)
     return found
 
 
 def _sums(backend: str, device: torch.device) -> str:
     """Empty where a backend adds as the intervals assume; the interpreter's fp32 does."""
-    if backend in ("reference", INTERPRETER):
+    if backend in ("reference", workers.INTERPRETER):
         return ""
     try:
         measured = sums.measure(backend, device)
@@ -194,7 +191,7 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
 
 def _compile_ahead(every: list[MoECase], sweep: Sweep) -> None:
     """Compile the GEMMs of every configuration side by side, into Triton's cache."""
-    processes.call("differential.moe:_compile", [(case, sweep) for case in every])
+    workers.call(_compile, [(case, sweep) for case in every])
 
 
 def _compile(case: MoECase, sweep: Sweep) -> None:
@@ -211,8 +208,6 @@ def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
 
 def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:
     """The Triton kernels' outputs from their interpreter, or why they do not serve."""
-    if reason := interpreter.refusal():
+    if reason := workers.interpreter_refusal():
         return [reason] * len(every)
-    return interpreter.call(
-        f"differential.moe:{_serve_in_triton.__name__}", [(case,) for case in every]
-    )
+    return workers.call_interpreted(_serve_in_triton, [(case,) for case in every])

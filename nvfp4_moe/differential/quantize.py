@@ -18,12 +18,11 @@ from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import Recipe, SfLayout
 from ..report import difference_map as heat
 from ..report.data import PAIRED, SHOWN, Cell, Failure, Section
-from . import backends as runners
-from . import interpreter
+from . import quantizers, workers
 from .compare import Difference, compare, run_reference
 from .explain import explain_element, first_element
 
-GOLDEN = runners.GOLDEN
+GOLDEN = quantizers.GOLDEN
 _LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
 INTERPRETED_ROWS = 16
 """Rows of a tensor that the interpreter is given, where it is given only some."""
@@ -80,31 +79,31 @@ def run(choice: Choice, backends: list[str]) -> Comparison:
     items = list(_inputs(choice, result))
     if len(backends) < 2:  # one side is no comparison
         return result
-    if runners.INTERPRETER in backends:
+    if workers.INTERPRETER in backends:
         items = [_for_the_interpreter(item) for item in items]
         result.section.notes.append(
-            f"{runners.INTERPRETER}: of each whole tensor the first {INTERPRETED_ROWS} rows, of each "
+            f"{workers.INTERPRETER}: of each whole tensor the first {INTERPRETED_ROWS} rows, of each "
             "synthetic and whole tensor some cases"
         )
-    interpreted = _interpret(items) if runners.INTERPRETER in backends else {}
+    interpreted = _interpret(items) if workers.INTERPRETER in backends else {}
     jobs = [(item.x, case) for item in items for case in item.cases]
     if "triton" in backends and len(jobs) > FEW:
-        runners.compile_ahead(jobs)
+        quantizers.compile_ahead(jobs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for i, item in enumerate(items):
         x = item.x.to(device)
         for case in item.cases:
-            known = {GOLDEN: item.golden, runners.INTERPRETER: interpreted.get(i, {})}
+            known = {GOLDEN: item.golden, workers.INTERPRETER: interpreted.get(i, {})}
             outputs: dict[str, Quantized] = {}
             refused: dict[str, str] = {}
             for backend in backends:
                 if backend in known:
                     if case in known[backend]:
                         outputs[backend] = known[backend][case]
-                elif reason := runners.refusal(backend, x, case):
+                elif reason := quantizers.refusal(backend, x, case):
                     refused[backend] = reason
                 else:
-                    outputs[backend] = runners.run(backend, x, case)
+                    outputs[backend] = quantizers.run(backend, x, case)
             _add(result, item, case, outputs, refused)
     return result
 
@@ -113,14 +112,14 @@ def available(names: str | None) -> list[str]:
     """The sides to compare, in order, each once; CommandError for one that is unknown or not here."""
     on_gpu = torch.cuda.is_available()
     here = ["reference", *_that_serve(), GOLDEN]
-    if not on_gpu and interpreter.refusal() is None:
-        here.insert(1, runners.INTERPRETER)
+    if not on_gpu and workers.interpreter_refusal() is None:
+        here.insert(1, workers.INTERPRETER)
     if names is None:
         return here
-    known = {"triton": "triton" if on_gpu else runners.INTERPRETER}
+    known = {"triton": "triton" if on_gpu else workers.INTERPRETER}
     chosen = [known.get(name, name) for name in names.split(",")]
     for name in chosen:
-        if name not in (*dispatch.BACKENDS, GOLDEN, runners.INTERPRETER):
+        if name not in (*dispatch.BACKENDS, GOLDEN, workers.INTERPRETER):
             allowed = ", ".join((*dispatch.BACKENDS, GOLDEN))
             raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
         if name not in here:
@@ -135,12 +134,12 @@ def _that_serve() -> list[str]:
 
 def _refusal(backend: str) -> str | None:
     """Why a backend serves no matrix here; None if it does."""
-    if backend == runners.INTERPRETER:
-        return interpreter.refusal()
+    if backend == workers.INTERPRETER:
+        return workers.interpreter_refusal()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(16, 64, dtype=torch.bfloat16, device=device)
     build = BUILDS.get(backend, "cuda")
-    return runners.refusal(
+    return quantizers.refusal(
         backend, x, Case("per-token", Recipe(environment.math(build), build=build), _128X4)
     )
 
@@ -277,6 +276,6 @@ def _interpret(items: list[Input]) -> dict[int, dict[Case, Quantized]]:
                 jobs.append((item.x, case))
                 places.append((i, case))
     found: dict[int, dict[Case, Quantized]] = {}
-    for (i, case), result in zip(places, runners.interpret(jobs), strict=True):
+    for (i, case), result in zip(places, quantizers.interpret(jobs), strict=True):
         found.setdefault(i, {})[case] = result
     return found

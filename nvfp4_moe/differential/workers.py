@@ -1,11 +1,11 @@
-"""Functions of this package called in several processes: compilation and the interpreter are slow.
+"""Functions called in child processes: compilation and Triton's interpreter are slow.
 
-No process outlives the call that it works for: an exception in this process, an interrupt among them,
-ends them all, and each ends itself when this process has died.
+No child outlives the call that it works for. An exception in this process, an interrupt included, ends
+every child, and a child ends itself when this process has died.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 
-MOST = 16
-"""Processes at a time, each of which imports torch."""
-PATIENCE = 20.0
-"""Seconds for a process that was told to end."""
+INTERPRETER = "triton (interpreter)"
+"""The name of the Triton kernels that run in Triton's interpreter, as a backend of comparisons."""
+MAX_WORKERS = 16
+"""Child processes at a time, each of which imports torch."""
+GRACE_SECONDS = 20.0
+"""How long a child that was terminated may take to end before it is killed."""
 _ROOT = Path(__file__).resolve().parents[2]
 _running: set[subprocess.Popen] = set()
 T = TypeVar("T")
@@ -30,14 +32,14 @@ R = TypeVar("R")
 
 
 def at_a_time(jobs: int) -> int:
-    """How many processes work at these: one a processor."""
-    return min(os.cpu_count() or 1, MOST, max(1, jobs))
+    """How many processes work on so many jobs: at most one for each processor."""
+    return min(os.cpu_count() or 1, MAX_WORKERS, max(1, jobs))
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T], count: int) -> list[R]:
-    """`function` of each item in `count` threads, each of which waits for processes of its own.
+    """Call `function` with each item, in `count` threads that each wait for processes of their own.
 
-    An exception ends all processes that run, and is raised.
+    An exception ends every process that runs, and is raised.
     """
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(function, item) for item in items]
@@ -46,13 +48,13 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], count: int) -> 
         except BaseException:
             for future in futures:
                 future.cancel()
-            told: dict[subprocess.Popen, float] = {}
+            terminated: dict[subprocess.Popen, float] = {}
             while wait(futures, timeout=0.1).not_done:  # a thread may be starting another one
                 for child in list(_running):
-                    if child not in told:
-                        told[child] = time.monotonic()
+                    if child not in terminated:
+                        terminated[child] = time.monotonic()
                         child.terminate()
-                    elif time.monotonic() - told[child] > PATIENCE:
+                    elif time.monotonic() - terminated[child] > GRACE_SECONDS:
                         child.kill()
             raise
 
@@ -60,11 +62,11 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], count: int) -> 
 def run(
     command: Sequence[str], timeout: float | None = None, **options: Any
 ) -> tuple[int | None, str]:
-    """A process, run to its end: (exit status, all that it printed).
+    """Run a process to its end; returns (exit status, everything that it printed).
 
     Args:
-        timeout: seconds after which it is ended; the exit status is then None.
-        options: of `subprocess.Popen`.
+        timeout: seconds after which the process is ended; its exit status is then None.
+        options: further arguments of `subprocess.Popen`.
     """
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -84,53 +86,76 @@ def run(
 
 
 def _end(child: subprocess.Popen) -> None:
-    """End a process, which has a while to end its own before it is killed."""
+    """Terminate a process and wait, so that it can end its own children; kill it if it does not end."""
     child.terminate()
     try:
-        child.wait(PATIENCE)
+        child.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
 
 
-def call(function: str, jobs: list[tuple], **environment: str) -> list[Any]:
-    """`function`, "module:name" in this package, of each job's arguments; one process a processor.
+def call(
+    function: Callable[..., R], jobs: Sequence[tuple[Any, ...]], **environment: str
+) -> list[R]:
+    """Call `function` with the arguments of each job, in one process for each processor.
 
     Args:
-        environment: variables that the processes have beside this one's.
+        function: a function at the top of a module, which a child imports by its name.
+        environment: variables that the children have besides those of this process.
 
     Raises:
-        RuntimeError: a process failed; the message has the end of what it printed.
+        RuntimeError: a child failed; the message has the end of what it printed.
     """
     count = at_a_time(len(jobs))
     results: list[Any] = [None] * len(jobs)
-    parts = side_by_side(
-        lambda i: call_in_one(function, jobs[i::count], _ROOT, **environment), range(count), count
+    shares = side_by_side(
+        lambda i: call_in_one(function, jobs[i::count], **environment), range(count), count
     )
-    for i, part in enumerate(parts):
-        results[i::count] = part
+    for i, share in enumerate(shares):
+        results[i::count] = share
     return results
 
 
 def call_in_one(
-    function: str, jobs: list[tuple], root: Path = _ROOT, **environment: str
-) -> list[Any]:
-    """`call` in one process.
+    function: Callable[..., R],
+    jobs: Sequence[tuple[Any, ...]],
+    root: Path = _ROOT,
+    **environment: str,
+) -> list[R]:
+    """Call `function` with the arguments of each job, in one process.
 
     Args:
-        root: the folder that this package, or the copy of it that is to be called, lies in.
+        root: the folder that has the package, or the copy of it whose `function` is called.
+
+    Raises:
+        RuntimeError: as for `call`.
     """
     inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     path = os.pathsep.join([str(root), *map(os.path.abspath, inherited)])
     variables = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path, **environment}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "jobs.pt"
-        torch.save(jobs, file)
-        command = [sys.executable, "-m", __name__, function, str(file), str(os.getpid())]
+        torch.save((function, list(jobs)), file)  # the function as its module's and its own name
+        command = [sys.executable, "-m", __name__, str(file), str(os.getpid())]
         status, printed = run(command, cwd=root, env=variables)  # `-m` looks in cwd first
         if status:
-            raise RuntimeError(f"a process of {function} failed:\n{printed[-2000:]}")
+            name = f"{function.__module__}.{function.__qualname__}"
+            raise RuntimeError(f"a process of {name} failed:\n{printed[-2000:]}")
         return torch.load(file, weights_only=False)
+
+
+def interpreter_refusal() -> str | None:
+    """Why no Triton kernel can be interpreted here; None if they can."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def call_interpreted(function: Callable[..., R], jobs: Sequence[tuple[Any, ...]]) -> list[R]:
+    """`call` with Triton's interpreter on: the answers of the Triton kernels without a GPU.
+
+    Triton reads TRITON_INTERPRET when it is imported, so the kernels need processes of their own.
+    """
+    return call(function, jobs, TRITON_INTERPRET="1")
 
 
 def _end_with(parent: int) -> None:
@@ -140,8 +165,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
-    module, name = sys.argv[1].split(":")
-    function = getattr(importlib.import_module(f"nvfp4_moe.{module}"), name)
-    file = Path(sys.argv[2])
-    torch.save([function(*job) for job in torch.load(file, weights_only=False)], file)
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    file = Path(sys.argv[1])
+    function, jobs = torch.load(file, weights_only=False)
+    torch.save([function(*job) for job in jobs], file)

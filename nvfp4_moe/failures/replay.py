@@ -15,8 +15,7 @@ import torch
 from .. import files
 from ..cases.moe_case import MoECase, to_device
 from ..cases.quantize import Case
-from ..differential import backends as runners
-from ..differential import interpreter, tactics
+from ..differential import quantizers, tactics, workers
 from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed
@@ -84,7 +83,7 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
         CannotRunError: it cannot serve the call here, or cannot be told its configuration.
     """
     request = None
-    if backend != interpreter.NAME:
+    if backend != workers.INTERPRETER:
         if backend not in moe_dispatch.ORDER:
             raise UnknownBackendError(f"the file's backend is {backend!r}, not one of ours")
         request = to_device(case, _device()).request()
@@ -93,9 +92,9 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
     if request is None:
         if configuration is not None:
             raise CannotRunError(f"{backend} cannot be told to run {configuration}")
-        if reason := interpreter.refusal():
+        if reason := workers.interpreter_refusal():
             raise CannotRunError(f"{backend} cannot run here: {reason}")
-        return interpreter.call("failures.replay:_serve_in_triton", [(case,)])[0]
+        return workers.call_interpreted(_serve_in_triton, [(case,)])[0]
     with _forced(backend, request, configuration):
         return moe_dispatch.serve(request, backend)[0].cpu()
 
@@ -127,17 +126,17 @@ def run_side(side: str, x: torch.Tensor, case: Case) -> Quantized:
     Raises:
         CannotRunError: it cannot run here.
     """
-    if side == runners.INTERPRETER:
-        if reason := interpreter.refusal():
+    if side == workers.INTERPRETER:
+        if reason := workers.interpreter_refusal():
             raise CannotRunError(f"{side} cannot run here: {reason}")
-        return runners.interpret([(x, case)])[0]
+        return quantizers.interpret([(x, case)])[0]
     if side not in BACKENDS:
         raise UnknownBackendError(f"the file's side is {side!r}, not one of ours")
     x = x.to(_device())
-    if reason := runners.refusal(side, x, case):
+    if reason := quantizers.refusal(side, x, case):
         raise CannotRunError(f"{side} cannot run here: {reason}")
     try:
-        return runners.run(side, x, case)
+        return quantizers.run(side, x, case)
     except UnsupportedError as error:
         raise CannotRunError(str(error)) from error
 
@@ -159,9 +158,9 @@ def replay(failure: Failure, backend: str | None = None, runner: Runner = run_ca
     return _replay_moe(failure, backend, runner)
 
 
-def _backend(name: str, quantizers: bool) -> str:
-    here = {"triton": "triton" if torch.cuda.is_available() else runners.INTERPRETER}
-    known = (*(BACKENDS if quantizers else moe_dispatch.ORDER), runners.INTERPRETER)
+def _backend(name: str, of_quantizer: bool) -> str:
+    here = {"triton": "triton" if torch.cuda.is_available() else workers.INTERPRETER}
+    known = (*(BACKENDS if of_quantizer else moe_dispatch.ORDER), workers.INTERPRETER)
     if name not in known:
         raise UnknownBackendError(f"--backend is {name!r}; it must be one of {', '.join(known)}")
     return here.get(name, name)
@@ -174,7 +173,7 @@ def _replay_quantizer(failure: QuantizerFailure, backend: str | None) -> Replaye
     outputs = []
     for side in sides:
         try:
-            fixed = failure.outputs[side] if side == runners.GOLDEN else None
+            fixed = failure.outputs[side] if side == quantizers.GOLDEN else None
             outputs.append(fixed or run_side(side, x, case))
         except RuntimeError as error:
             return _raised(side, error, facts)

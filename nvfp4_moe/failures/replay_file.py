@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from .. import invocation, strict_json
 from ..cases.moe_case import MoECase
 from ..cases.quantize import Case, Mode
-from ..differential import backends as runners
+from ..differential import quantizers
 from ..host import READING
 from ..machine import machine
 from ..reference.activation import ActivationType
@@ -71,7 +71,7 @@ class QuantizerFailure:
     @property
     def suspect(self) -> str:
         """The side that is no oracle; of two backends the second."""
-        oracles = ("reference", runners.GOLDEN)
+        oracles = ("reference", quantizers.GOLDEN)
         return next((side for side in reversed(self.sides) if side not in oracles), "reference")
 
 
@@ -280,7 +280,7 @@ def _quantizer(held: _Held) -> QuantizerFailure:
     x = held.tensors.pop("x")
     if (x.dtype == torch.float32) != (mode == "fp32 per-token"):
         raise ValueError(f"x is {x.dtype} in mode {mode}")
-    runners.request(x, case)  # raises for what no quantizer takes
+    quantizers.request(x, case)  # raises for what no quantizer takes
     rows, columns = x.shape
 
     def output(i: int) -> Quantized:

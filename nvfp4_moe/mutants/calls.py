@@ -12,7 +12,7 @@ import torch
 from .. import host
 from ..cases import quantize as matrix
 from ..cases.moe_case import MoECase
-from ..differential import backends as runners
+from ..differential import quantizers
 from ..differential.compare import compare, run_reference
 from ..differential.verdict import Allowed
 from ..kernels import moe, moe_dispatch
@@ -60,7 +60,7 @@ class QuantizerCall:
     case: matrix.Case
 
     def answer(self, device: str = "cpu") -> Quantized:
-        return runners.run("triton", self.x.to(device), self.case)
+        return quantizers.run("triton", self.x.to(device), self.case)
 
     def judge(self) -> Answered:
         """Every bit."""

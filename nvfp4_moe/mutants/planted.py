@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..differential import workers as processes
+from ..differential import workers
 from ..kernels import moe
 from .calls import Call
 from .kernel_calls import prepared
@@ -70,8 +70,8 @@ def answer(mutant: KernelMutant | None, call: str) -> Any:
         if mutant is not None:
             mutant.plant(kernels)
         try:
-            return processes.call_in_one(
-                f"mutants.planted:{_answer.__name__}", [(prepared(call)[0],)], Path(folder),
+            return workers.call_in_one(
+                _answer, [(prepared(call)[0],)], Path(folder),
                 TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
             )[0]  # fmt: skip
         except RuntimeError as error:
@@ -89,5 +89,5 @@ def answers(runs: Sequence[tuple[KernelMutant | None, str]]) -> list[Any]:
     """`answer` of each, a process a processor at a time."""
     for call in sorted({call for _, call in runs}):
         prepared(call)
-    at_a_time = processes.at_a_time(len(runs))
-    return processes.side_by_side(lambda run: answer(*run), runs, at_a_time)
+    at_a_time = workers.at_a_time(len(runs))
+    return workers.side_by_side(lambda run: answer(*run), runs, at_a_time)

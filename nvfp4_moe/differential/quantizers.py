@@ -10,12 +10,10 @@ from ..cases.quantize import Case
 from ..kernels.dispatch import QUANTIZE
 from ..kernels.quantize_call import QuantizeCall, make_quantize_call
 from ..reference.quantize import Quantized
-from . import interpreter
-from . import workers as processes
+from . import workers
 from .compare import run_reference
 
 Job = tuple[torch.Tensor, Case]
-INTERPRETER = interpreter.NAME
 GOLDEN = "golden"
 """The side of FlashInfer's own outputs, which are fixed."""
 
@@ -54,7 +52,7 @@ def refusal(backend: str, x: torch.Tensor, case: Case) -> str | None:
 
 def interpret(jobs: list[Job]) -> list[Quantized]:
     """The Triton kernels' answers from their interpreter."""
-    return interpreter.call("differential.backends:run", [("triton", x, case) for x, case in jobs])
+    return workers.call_interpreted(run, [("triton", x, case) for x, case in jobs])
 
 
 def compile_ahead(jobs: list[Job]) -> None:
@@ -67,9 +65,7 @@ def compile_ahead(jobs: list[Job]) -> None:
     for x, case in jobs:
         kernel = replace(case, global_scale=case.global_scale and 1.0)
         shapes.setdefault(kernel, {})[x.shape, x.dtype] = None
-    processes.call(
-        "differential.backends:_compile", [(list(of), case) for case, of in shapes.items()]
-    )
+    workers.call(_compile, [(list(of), case) for case, of in shapes.items()])
 
 
 def _compile(shapes: list[tuple[torch.Size, torch.dtype]], case: Case) -> None:
