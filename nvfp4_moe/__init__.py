@@ -1,52 +1,23 @@
-"""NVFP4 with per-token scales: a bit-exact reference, Triton kernels, FlashInfer behind one call."""
+"""NVFP4 with per-token scales: a bit-exact reference, Triton kernels, FlashInfer behind one call.
+
+The public names are loaded when one of them is first used, so that the command line starts without
+torch. `public.py` says where each is defined.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import starting as _starting
 
 _starting.leave_on_interrupt()
 
-from importlib.metadata import PackageNotFoundError, version
+from .reference.weights.writers import WRITERS as _WRITERS
 
-from .kernels import reload as _reload  # noqa: F401  `Experts.load_` in Triton
-from .kernels.backends import (
-    Explanation,
-    Registration,
-    UnsupportedError,
-    register_backend,
-)
-from .kernels.dense_dispatch import explain_mm_fp4, mm_fp4
-from .kernels.dispatch import explain, nvfp4_quantize
-from .kernels.moe_autotune import autotune_fused_moe
-from .kernels.moe_dispatch import (
-    explain_fused_moe,
-    fused_moe,
-    trtllm_fp4_block_scale_moe,
-    trtllm_fp4_block_scale_routed_moe,
-)
-from .kernels.producers import (
-    add_rmsnorm_nvfp4_quantize,
-    rmsnorm_nvfp4_quantize,
-    silu_and_mul_nvfp4_quantize,
-)
-from .reference.activation import ActivationType
-from .reference.moe.routing import Routing, RoutingMethodType
-from .reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
-from .reference.statistics.counts import (
-    QuantizationStatistics,
-    quantization_statistics,
-    weight_statistics,
-)
-from .reference.statistics.moe import LayerStatistics, MoEStatistics
-from .reference.statistics.table import table as statistics_table
-from .reference.weights.cute_dsl import with_cute_dsl
-from .reference.weights.cutlass import with_cutlass
-from .reference.weights.experts import Experts, assemble_experts, prepare_experts
-from .training.layer import fake_quantized_moe
+if TYPE_CHECKING:
+    from .public import *
 
-try:
-    __version__ = version("nvfp4-moe")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+checkout"
+    __version__: str
 
 __all__ = [
     "ActivationType",
@@ -86,3 +57,37 @@ __all__ = [
     "with_cute_dsl",
     "with_cutlass",
 ]
+
+if not TYPE_CHECKING:  # else checkers would believe that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            value = _version()
+        elif name in __all__:
+            value = getattr(import_module(".public", __name__), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("nvfp4-moe")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "0+checkout"
+
+
+def _find_triton_writer(device: Any) -> Any:
+    from .kernels.reload import find_writer
+
+    return find_writer(device)
+
+
+_WRITERS["triton"] = _find_triton_writer

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import nvfp4_moe
+
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("LICENSE", "README.md", "kernels", "nvfp4_moe", "pyproject.toml", "reference", "src")
 FORMS = ("checkout", "editable", "wheel")
@@ -29,7 +31,7 @@ reveal_type(nvfp4_moe.Recipe("exact").math)
 reveal_type(INTERPRETING)
 reveal_type(SfLayout.layout_128x4.value)
 nvfp4_moe.no_such_name
-"""
+""" + "".join(f"nvfp4_moe.{name}\n" for name in nvfp4_moe.__all__)
 REVEALED = (
     r"experts: ([\w.]+\.)?Experts",
     r"-> ([\w.]+\.)?Explanation",

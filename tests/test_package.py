@@ -63,6 +63,15 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def run(program: str) -> str:
+    """What a program prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def setuptools() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -154,10 +163,7 @@ q = quantize.quantize_per_token(torch.full((1, 16), 2688.0).bfloat16(), 1 / 2688
 assert q.codes.tolist() == [[0x77] * 8] and q.block_scales.tolist() == [[0x7E]]
 assert q.per_token_scale.tolist() == [1.0]
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run(program)
 
 
 def test_every_file_begins_with_its_docstring_and_licence():
@@ -195,6 +201,80 @@ def test_the_extra_admits_the_flashinfer_that_the_adapters_call():
     assert (pinned := re.search(r"^flashinfer-python==(\S+)", pins, re.MULTILINE))
     assert pinned[1] in admitted
     assert "0.7.4" not in admitted
+
+
+def test_every_public_name_is_loaded_at_its_first_use():
+    from nvfp4_moe import public
+
+    imported = {name for name, value in vars(public).items() if not name.startswith("_")}
+    assert imported | {"__version__"} == set(nvfp4_moe.__all__)
+    assert len(set(nvfp4_moe.__all__)) == len(nvfp4_moe.__all__)
+    everything: dict = {}
+    exec("from nvfp4_moe import *", everything)
+    for name in imported:
+        assert getattr(nvfp4_moe, name) is everything[name] is getattr(public, name)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = nvfp4_moe.no_such_name
+
+
+def test_the_import_of_the_package_loads_no_torch():
+    """Nor does a look at what it has; the first use of a name does."""
+    run("""
+import sys
+import nvfp4_moe
+assert set(nvfp4_moe.__all__) <= set(dir(nvfp4_moe))
+assert isinstance(nvfp4_moe.__version__, str)
+assert "torch" not in sys.modules
+assert nvfp4_moe.Recipe().math == "fast"
+assert "torch" in sys.modules
+""")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from nvfp4_moe.reference.weights.update import load_",
+        "from nvfp4_moe.reference.weights.experts import Experts",
+        "import nvfp4_moe.kernels.reload",
+        "from nvfp4_moe import Experts",
+    ],
+)
+def test_load_finds_its_triton_writer_whatever_was_imported_first(first):
+    """On a CPU, where the writer says why it cannot run."""
+    run(f"""
+{first}
+import torch
+from nvfp4_moe.reference.weights.writers import WRITERS
+assert list(WRITERS) == ["reference", "triton"]
+writer, reason = WRITERS["triton"](torch.device("cpu"))
+assert (writer is None) == bool(reason) and "backend" not in reason, reason
+print(reason)
+""")
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_that_is_imported():
+    """The package loads none of its modules, so a cycle may show in one order of imports alone."""
+    modules = [
+        ".".join([PACKAGES[first], *rest]).removesuffix(".__init__")
+        for path in PYTHON
+        for first, *rest in [path.relative_to(ROOT).with_suffix("").parts]
+        if first in PACKAGES and path.name != "__main__.py"
+    ]
+    printed = run(f"""
+import importlib, os, sys, traceback
+import torch, triton
+assert "nvfp4_moe" not in sys.modules
+for name in {modules!r}:
+    if (child := os.fork()) == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            print(name, traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+""")
+    assert printed == ""
 
 
 def test_no_module_hides_a_public_name():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .counts import QuantizationStatistics
-from .table import by_expert, table
+from .table import by_expert, statistics_table
 
 INVALID = ("ids out of range", "NaN weights")
 """Slots of ids and weights that a call was given: on the CPU such a call raises."""
@@ -56,7 +56,7 @@ class MoEStatistics:
 
     def __str__(self) -> str:
         """A table by expert, and what should not be there. It waits for the device."""
-        lines = table(
+        lines = statistics_table(
             {
                 f"{what}, {name}": statistics
                 for what, part in self.parts().items()
@@ -101,7 +101,7 @@ class LayerStatistics(Mapping[str, MoEStatistics]):
     def __str__(self) -> str:
         """A table by layer, of all experts together. It waits for the device."""
         lines = [
-            table(
+            statistics_table(
                 {
                     f"{layer}, {what}": part
                     for layer, statistics in self.items()

@@ -15,7 +15,7 @@ _SHARES = {"zero": "zero blocks", "underfl.": "underflowed", "satur.": "saturate
 _BROKEN = ("nan scales", "nans", "infinities", "unmeasured rows")
 
 
-def table(named: "Mapping[str, QuantizationStatistics]") -> str:
+def statistics_table(named: "Mapping[str, QuantizationStatistics]") -> str:
     """A line for each: of all its experts together. It waits for the device.
 
     Shares are of blocks; `least`, `median` and `largest` are row maxima, `spread` the octaves between

@@ -38,6 +38,7 @@ from .scalars import (
 )
 from .update_arguments import LoadOptions, check
 from .versions import mark_written
+from .writers import WRITERS
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,6 @@ def write_by_reference(jobs: Sequence[Job], recipe: Recipe) -> None:
             job.scalar[one].copy_(quotient(decode, job.divisor))
             if job.up_scalar is not None:
                 job.up_scalar[one].copy_(product(job.scalar[one], job.factor))
-
-
-WRITERS: dict[str, Callable[[torch.device], tuple[Writer | None, str]]] = {
-    "reference": lambda device: (write_by_reference, "")
-}
-"""By backend: a writer for a device, or None and why there is none. `kernels/reload.py` adds its own."""
 
 
 @kept
