@@ -9,10 +9,10 @@ import dense_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from installations import pretend
 from nvfp4_moe.kernels import dense_dispatch, target
 from nvfp4_moe.kernels.dense_call import make_dense_call
 from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
-from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.reference import dense
 
 import nvfp4_moe
@@ -30,11 +30,7 @@ def on_a_cpu(monkeypatch):
 @pytest.fixture
 def flashinfer_here(monkeypatch):
     """As on a machine where every FlashInfer backend is installed completely."""
-    monkeypatch.setattr(fi, "INSTALLED", True)
-    monkeypatch.setattr(fi, "VERSION", (0, 7))
-    monkeypatch.setattr(fi, "HAS_CAKE_PROGRAMS", True)
-    monkeypatch.setattr(flashinfer_dense, "HAS_PER_ROW_ALPHA", True)
-    monkeypatch.setattr(flashinfer_dense, "HAS_CUDNN", True)
+    pretend(monkeypatch)
 
 
 INVALID = {
@@ -288,10 +284,11 @@ def test_every_backend_but_trtllm_can_serve_something(flashinfer_here):
 
 
 def test_an_older_flashinfer_has_no_alpha_for_each_row(flashinfer_here, monkeypatch):
-    monkeypatch.setattr(flashinfer_dense, "HAS_PER_ROW_ALPHA", False)
+    pretend(monkeypatch, version=(0, 7, 1))
     explanation = explain_mm_fp4(**meta(alpha="rows"), capability=(10, 0))
     assert explanation.backend == "triton"
-    assert "0.7.2" in (explanation.reason("flashinfer:cute-dsl") or "")
+    for backend in ("flashinfer:cute-dsl", "flashinfer:cake"):
+        assert "0.7.2" in (explanation.reason(backend) or "")
 
 
 @pytest.mark.parametrize("backend", ["triton", *FI])

@@ -10,7 +10,9 @@ import pytest
 import standin
 import torch
 from assertions import assert_bitwise
+from installations import pretend
 from nvfp4_moe.kernels.flashinfer import baselines as adapter
+from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import fp8
 from nvfp4_moe.reference.moe.baselines import (
@@ -30,7 +32,7 @@ from nvfp4_moe.exits import CommandError
 NAMES = adapter.NAMES
 EVERY = Sweep(every_configuration=True, replay=True)
 needs_flashinfer = pytest.mark.skipif(
-    not adapter.INSTALLED or importlib.util.find_spec("cutlass") is None,
+    version.HERE.version is None or importlib.util.find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
 )
 QUANTIZER_LIE = "MXFP8's scale rounded down"
@@ -203,16 +205,15 @@ def test_an_unknown_layer():
         ("fp8 block", {"routing": Routing(RoutingMethodType.Renormalize, 4)}, "above top_k"),
         ("bf16", {"activations": SiblingActivations(torch.zeros(0, 256))}, "there are no tokens"),
         ("bf16", {"kind": ActivationType.Situ}, "the activation is not among Swiglu"),
-        ("bf16", {"capability": (9, 0)}, "the GPU is not sm_100, 103 or 107"),
-        ("bf16", {"version": (0, 6)}, "flashinfer-python is older than 0.7"),
-        ("bf16", {"installed": False}, "flashinfer-python is not installed"),
+        ("bf16", {"capability": (9, 0)}, "sm_90 has no kernels; sm_100, sm_103 and sm_107 have"),
+        ("bf16", {"version": (0, 6, 18)}, "flashinfer-python is older than 0.7"),
+        ("bf16", {"version": None}, "flashinfer-python is not installed"),
     ],
 )  # fmt: skip
 def test_refusals(monkeypatch, format, change, message):
-    here = {"capability": (10, 0), "version": (0, 7), "installed": True, "kind": None} | change
+    here = {"capability": (10, 0), "version": (0, 7, 2), "kind": None} | change
     monkeypatch.setattr(adapter, "capability_of", lambda t: here["capability"])
-    monkeypatch.setattr(adapter, "VERSION", here["version"])
-    monkeypatch.setattr(adapter, "INSTALLED", here["installed"])
+    pretend(monkeypatch, version=here["version"])
     request = exact_case(format).request()
     kind = here["kind"] or request.experts.activation
     of_request = {k: v for k, v in change.items() if hasattr(request, k) and k != "capability"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
+from installations import pretend
 from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 from nvfp4_moe.kernels import backends, dispatch, environment, target
 from nvfp4_moe.kernels.capability import check_capability
@@ -37,9 +38,7 @@ def clean(monkeypatch):
 @pytest.fixture
 def flashinfer_here(monkeypatch):
     """As on a machine where every FlashInfer backend is installed completely."""
-    monkeypatch.setattr(fi, "INSTALLED", True)
-    monkeypatch.setattr(fi, "VERSION", (0, 7))
-    monkeypatch.setattr(fi, "HAS_CAKE_PROGRAMS", True)
+    pretend(monkeypatch)
 
 
 def meta(m=128, k=192, dtype=torch.bfloat16):
@@ -170,7 +169,7 @@ def test_auto_tries_one_order_without_cake():
 
 
 def test_auto_without_flashinfer_or_triton(monkeypatch):
-    monkeypatch.setattr(fi, "INSTALLED", False)
+    pretend(monkeypatch, version=None)
     assert explain(meta(), G, **TOKEN, capability=(10, 0)).backend == "triton"
     monkeypatch.setattr(backends, "HAS_TRITON", False)
     explanation = explain(meta(), G, **TOKEN, capability=(10, 0))
@@ -253,7 +252,7 @@ def test_meta_tensors_are_explained():
 
 
 def test_a_refusal_on_blackwell_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(fi, "INSTALLED", False)
+    pretend(monkeypatch, version=None)
     backends.log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, "nvfp4_moe"):
         explain(meta(), G, **TOKEN, capability=(9, 0))

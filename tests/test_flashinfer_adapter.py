@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from assertions import assert_bitwise
+from installations import pretend
 from nvfp4_moe.kernels import dispatch, environment
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.kernels.dispatch import QUANTIZE
@@ -61,9 +62,7 @@ def clean(monkeypatch):
 @pytest.fixture
 def usable(monkeypatch):
     """As on a machine where every FlashInfer backend is installed completely."""
-    monkeypatch.setattr(fi, "INSTALLED", True)
-    monkeypatch.setattr(fi, "VERSION", (0, 7))
-    monkeypatch.setattr(fi, "HAS_CAKE_PROGRAMS", True)
+    pretend(monkeypatch)
 
 
 def matrix(m=128, k=64, dtype=torch.bfloat16, device="meta"):
@@ -354,15 +353,16 @@ REFUSED = [
         (b, reason, of_build(b, ask, *args, **named), patch)
         for b in fi.BUILDS
         for reason, args, named, patch in (
-            (r"not installed \(pip install 'nvfp4-moe\[flashinfer\]'\)", (), {}, "INSTALLED"),
-            ("older than 0.7", (), {}, "VERSION"),
+            (r"not installed \(pip install 'nvfp4-moe\[flashinfer\]'\)", (), {}, "absent"),
+            ("older than 0.7", (), {}, "older"),
+            ("0.7.4 is not supported; versions before 0.7.3 are", (), {}, "newer"),
             ("torch.compile cannot trace", (), {}, "compiling"),
             ("a is on the meta", (), {"capability": None}, None),
             ("sm_90 is before Blackwell", (), {"capability": (9, 0)}, None),
         )
     ),
     *((b, "a is float32", lambda: ask(matrix(dtype=torch.float32)), None) for b in fi.BUILDS),
-    (CUDA, "sm_101 has no module", lambda: ask(capability=(10, 1)), None),
+    (CUDA, "sm_101 has no kernels", lambda: ask(capability=(10, 1)), None),
     (CUDA, 'build="cuda", not of cute-dsl', lambda: ask(build="cute-dsl"), None),
     (CUDA, f"says fast, not exact: set {NEW}=1", lambda: ask(fast_math=False), None),
     (CUDA, f"says exact, not fast: unset {NEW} and {OLD}", lambda: ask(fast_math=True), "exact"),
@@ -397,7 +397,12 @@ REFUSED = [
         None,
     ),
     (CUTE_DSL, r"2\^31 block", lambda: ask(matrix(2**25 - 127, 1040), build="cute-dsl"), None),
-    (CAKE, "sm_120 has no generated", lambda: ask(build="cute-dsl", capability=(12, 0)), None),
+    (
+        CAKE,
+        "sm_120 has no kernels; sm_100 and sm_103 have",
+        lambda: ask(build="cute-dsl", capability=(12, 0)),
+        None,
+    ),
     (CAKE, 'build="cute-dsl", not of cuda', lambda: ask(), None),
     (CAKE, "fast math only", lambda: ask(build="cute-dsl", fast_math=False), None),
     (CAKE, "fast math only", lambda: ask(build="cute-dsl"), "exact"),
@@ -418,12 +423,13 @@ REFUSED = [
     (CAKE, "multiples of 16 bytes", lambda: ask(misaligned(4), build="cute-dsl"), None),
     (CAKE, "of 16 bytes", lambda: ask(matrix(128, 68)[:, :64], build="cute-dsl"), None),
     (CAKE, r"2\^31 block", lambda: ask(matrix(2**25 - 127, 1040), build="cute-dsl"), None),
-    (CAKE, "lacks the sources", lambda: ask(build="cute-dsl"), "HAS_CAKE_PROGRAMS"),
+    (CAKE, "lacks the sources", lambda: ask(build="cute-dsl"), "no cake"),
 ]
 PATCHES = {
-    "INSTALLED": lambda m: m.setattr(fi, "INSTALLED", False),
-    "VERSION": lambda m: m.setattr(fi, "VERSION", (0, 6)),
-    "HAS_CAKE_PROGRAMS": lambda m: m.setattr(fi, "HAS_CAKE_PROGRAMS", False),
+    "absent": lambda m: pretend(m, version=None),
+    "older": lambda m: pretend(m, version=(0, 6, 18)),
+    "newer": lambda m: pretend(m, version=(0, 7, 4)),
+    "no cake": lambda m: pretend(m, has_cake_programs=False),
     "compiling": lambda m: m.setattr(torch.compiler, "is_compiling", lambda: True),
     "exact": lambda m: [m.setenv(name, "1") for name in (NEW, OLD)],
     "old exact": lambda m: m.setenv(OLD, "1"),
@@ -433,7 +439,7 @@ PATCHES = {
 
 def refusing_rule(backend, request):
     """The place in the table of the rule that refuses."""
-    return next(i for i, (refused, _) in enumerate(fi.RULES[backend]) if refused(request))
+    return next(i for i, rule in enumerate(fi.RULES[backend]) if rule.refuses(request))
 
 
 @pytest.mark.parametrize(("backend", "reason", "make", "patch"), REFUSED)
@@ -453,7 +459,7 @@ def test_every_rule_is_triggered(usable):
             PATCHES[patch](m)
             triggered.add((backend, refusing_rule(backend, make())))
     table = {(backend, i) for backend, rules in fi.RULES.items() for i in range(len(rules))}
-    missing = [(b, fi.RULES[b][i][1]) for b, i in sorted(table - triggered)]
+    missing = [(b, fi.RULES[b][i].reason) for b, i in sorted(table - triggered)]
     assert not missing, f"rules without a case: {missing}"
 
 

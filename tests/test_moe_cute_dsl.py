@@ -11,11 +11,11 @@ import moe_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from installations import pretend
 from moe_cases import Shape
 from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
-    trtllm,
 )
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
@@ -171,8 +171,7 @@ def test_arguments_bind_to_the_installed_function():
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(trtllm, "INSTALLED", True)
-    monkeypatch.setattr(trtllm, "VERSION", (0, 7))
+    pretend(monkeypatch)
     monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
 
@@ -241,9 +240,9 @@ def test_refused_parts_of_the_flashinfer_door():
         ({"lora_delta": torch.ones(1)}, "gemm1_lora_delta"),
         ({"shared_experts": 1}, "shared experts"),
     ):
-        rules = cute_dsl.RULES
         asked = replace(request, **changes)
-        said = [why for refused, why in rules if isinstance(why, str) and refused(asked)]
+        rules = [rule for rule in cute_dsl.RULES if rule.refuses(asked)]
+        said = [rule.text(asked) for rule in rules]
         assert any(reason in why for why in said)
 
 

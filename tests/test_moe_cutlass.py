@@ -11,10 +11,12 @@ from dataclasses import replace
 import moe_cases
 import pytest
 import torch
+from installations import pretend
 from moe_cases import Shape
 from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.kernels.flashinfer import cutlass
 from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
+from nvfp4_moe.kernels.flashinfer.rules import BLACKWELL
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.moe import layer as reference
@@ -166,8 +168,7 @@ def test_arguments_bind_to_the_installed_function():
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(trtllm, "INSTALLED", True)
-    monkeypatch.setattr(trtllm, "VERSION", (0, 7))
+    pretend(monkeypatch)
     monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
 
@@ -184,7 +185,7 @@ def explained(**changes):
 
 @pytest.mark.usefixtures("installed")
 class TestExplain:
-    @pytest.mark.parametrize("capability", cutlass._CAPABILITIES)
+    @pytest.mark.parametrize("capability", BLACKWELL)
     def test_it_serves(self, capability):
         e = explained(capability=capability)
         assert e.backend == NAME and e.reason("reference") is None

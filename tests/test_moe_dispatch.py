@@ -8,6 +8,7 @@ import moe_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from installations import pretend
 from moe_cases import Shape
 from nvfp4_moe.kernels import moe_dispatch, reference_moe_ops
 from nvfp4_moe.kernels.flashinfer import trtllm
@@ -236,8 +237,7 @@ def explained(case=None, **changes):
 
 @pytest.fixture
 def without_flashinfers_environment(monkeypatch):
-    monkeypatch.setattr(trtllm, "INSTALLED", True)
-    monkeypatch.setattr(trtllm, "VERSION", (0, 7))
+    pretend(monkeypatch)
     monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
 
@@ -278,9 +278,9 @@ class TestExplain:
         case = moe_cases.make(SHAPE)
         given = explained(num_experts=3000).reason("flashinfer:trtllm")
         assert "2048 experts" in given
-        monkeypatch.setattr(trtllm, "VERSION", (0, 6))
+        pretend(monkeypatch, version=(0, 6, 18))
         assert "older than 0.7" in explained(case).reason("flashinfer:trtllm")
-        monkeypatch.setattr(trtllm, "INSTALLED", False)
+        pretend(monkeypatch, version=None)
         assert "not installed" in explained(case).reason("flashinfer:trtllm")
 
     def test_static_scales(self):

@@ -152,4 +152,4 @@ def test_arguments_bind_to_the_installed_function():
 
     shape = Shape(2, 128, 64, 4, 1)
     arguments = arguments_of(moe_cases.make(shape), shape)
-    inspect.signature(function).bind(**arguments, hidden_states_scale_layout=2)
+    inspect.signature(function).bind(**arguments)

@@ -151,6 +151,13 @@ def test_the_device_functions_know_no_operation():
             ), f"{path}: {name}"
 
 
+def test_one_folder_imports_flashinfer():
+    for path in PYTHON:
+        folder, inner, *_ = [*path.relative_to(ROOT).parts, ""]
+        if folder in PACKAGES and (folder, inner) != ("kernels", "flashinfer"):
+            assert not [name for name in imports(path) if name.split(".")[0] == "flashinfer"], path
+
+
 def test_reference_runs_without_triton_flashinfer_and_numpy():
     program = """
 import sys

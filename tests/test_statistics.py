@@ -11,9 +11,9 @@ import moe_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from installations import pretend
 from moe_cases import Shape
 from nvfp4_moe.kernels.backends import UnsupportedError
-from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.quantize import dequantize
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, all_recipes
@@ -327,8 +327,7 @@ def test_layers():
 class TestBackends:
     @pytest.fixture(autouse=True)
     def flashinfer_would_serve(self, monkeypatch):
-        monkeypatch.setattr(trtllm, "INSTALLED", True)
-        monkeypatch.setattr(trtllm, "VERSION", (0, 7))
+        pretend(monkeypatch)
         monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
     def explained(self, **changes):

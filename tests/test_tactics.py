@@ -154,7 +154,7 @@ def test_what_its_own_tuning_measures_for_these_inputs(ask, monkeypatch, tokens)
     """Tuned by FlashInfer itself, with a clock, a call finds one of what is advertised here."""
     from flashinfer.autotuner import AutoTuner, autotune
 
-    call = ask("measured::layer", lambda n: [[8, n], [16, n]], tokens=tokens)
+    call = ask(f"measured::layer of {tokens}", lambda n: [[8, n], [16, n]], tokens=tokens)
     want = [t.value for t in tactics.advertised(call)[1:]]
     measured = []
 

@@ -2,24 +2,24 @@
 
 Sources, in flashinfer-python 0.7.2.post1: `fused_moe/core.py:4808` to `:6082` (the functions),
 `fused_moe/prepare.py` (the weights), `fused_moe/runners.py:5636` and `:5949` (which of them are
-shuffled), `trtllm_fused_moe_kernel_launcher.cu` (launcher), `trtllm_fused_moe_runner.cu` (runner.cu).
+shuffled).
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...reference.activation import IMPLEMENTED
+from ...reference.activation import IMPLEMENTED, ActivationType
 from ...reference.layouts import from_linear
 from ...reference.moe.baselines import Format, SiblingActivations, SiblingExperts, quantize_for
 from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
 from ...reference.weights.experts import row_order
 from ..capability import capability_of
-from .quantize import INSTALLED, VERSION
+from .function import KEYWORD, POSITIONAL, Argument, Function
+from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu
 
 NAMES: dict[Format, str] = {
     "bf16": "flashinfer:bf16",
@@ -27,13 +27,7 @@ NAMES: dict[Format, str] = {
     "fp8 block": "flashinfer:fp8-block",
     "mxfp8": "flashinfer:mxfp8",
 }
-"""Of the layers, as `nvfp4-moe` names backends."""
-_FUNCTIONS: dict[Format, str] = {
-    "bf16": "trtllm_bf16",
-    "fp8 per tensor": "trtllm_fp8_per_tensor_scale",
-    "fp8 block": "trtllm_fp8_block_scale",
-    "mxfp8": "trtllm_fp8_block_scale",
-}
+"""The layers, as `nvfp4-moe` names backends."""
 _OPTIONS: dict[Format, dict[str, Any]] = {
     "bf16": {"use_shuffled_weight": True, "weight_layout": 2},  # BlockMajorK
     "fp8 per tensor": {"use_routing_scales_on_input": False},
@@ -41,7 +35,6 @@ _OPTIONS: dict[Format, dict[str, Any]] = {
     "mxfp8": {"use_shuffled_weight": True, "weight_layout": 0, "fp8_quantization_type": 2},
 }
 _BLOCK_K_BYTES = 128  # of BlockMajorK, prepare.py:1333
-_CAPABILITIES = ((10, 0), (10, 3), (10, 7))
 _FUSED = tuple(kind for kind in IMPLEMENTED if "baselines" in kind.row.flashinfer)
 """Activations; fp8 block has SwiGLU alone, `reference.moe.baselines`."""
 
@@ -64,35 +57,211 @@ class SiblingRequest:
         return capability_of(self.activations.hidden_states)
 
 
-Rule = tuple[Callable[[SiblingRequest], Any], str]
-RULES: tuple[Rule, ...] = (
-    (
-        lambda r: not INSTALLED,
-        "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
+RULES: tuple[Rule[SiblingRequest], ...] = (
+    *COMMON,
+    on_no_gpu("hidden_states are on the CPU"),
+    Rule(
+        lambda r: r.activations.hidden_states.shape[0] == 0,
+        "there are no tokens",
+        "trtllm_batched_gemm_runner.cu:339",
     ),
-    (lambda r: VERSION and VERSION < (0, 7), "flashinfer-python is older than 0.7"),
-    (lambda r: r.capability is None, "hidden_states are on the CPU"),
-    (lambda r: r.activations.hidden_states.shape[0] == 0, "there are no tokens"),
-    # launcher:1697
-    (lambda r: r.capability not in _CAPABILITIES, "the GPU is not sm_100, 103 or 107"),
-    # launcher:4276
-    (
+    no_kernels_beside(SM10X, "trtllm_fused_moe_kernel_launcher.cu:1697"),
+    Rule(
         lambda r: (
             r.experts.format in ("fp8 block", "mxfp8")
             and (r.num_experts % 4 or r.num_experts <= r.routing.top_k)
         ),
         "num_experts must be a multiple of 4 above top_k",
+        "trtllm_fused_moe_kernel_launcher.cu:4276",
     ),
-    (
+    Rule(
         lambda r: r.experts.activation not in _FUSED,
         f"the activation is not among {', '.join(kind.name for kind in _FUSED)}",
+        "trtllm_fused_moe_runner.cu:114",
     ),
 )
+"""What the layers refuse, in the order in which it is asked."""
 
 
 def refusal(r: SiblingRequest) -> str | None:
     """Why FlashInfer cannot serve the request; None if it can."""
-    return next((reason for refused, reason in RULES if refused(r)), None)
+    return first_reason(RULES, r)
+
+
+def _weight(name: str) -> Any:
+    return lambda r: r.weights[name]
+
+
+def _option(name: str) -> Any:
+    return lambda r: _OPTIONS[r.experts.format][name]
+
+
+_WEIGHTS = (
+    "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
+    "output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar",
+)  # fmt: skip
+_VALUES: dict[str, Any] = {
+    "routing_logits": lambda r: r.logits,
+    "topk_ids": lambda r: r.topk,
+    "routing_bias": lambda _: None,
+    "hidden_states": lambda r: r.activations.hidden_states,
+    "hidden_states_scale": lambda r: r.activations.scale,
+    **{name: _weight(name) for name in _WEIGHTS},
+    "num_experts": lambda r: r.num_experts,
+    "top_k": lambda r: r.routing.top_k,
+    "n_group": lambda r: r.routing.n_group,
+    "topk_group": lambda r: r.routing.topk_group,
+    "intermediate_size": lambda r: r.experts.w2.shape[2],
+    "local_expert_offset": lambda r: r.local_expert_offset,
+    "local_num_experts": lambda r: r.experts.num_local,
+    "routed_scaling_factor": lambda r: r.routing.routed_scaling_factor,
+    "routing_method_type": lambda r: int(r.routing.method),
+    "activation_type": lambda r: int(r.experts.activation),
+    "norm_topk_prob": lambda r: r.routing.norm_topk_prob,
+    **{name: _option(name) for options in _OPTIONS.values() for name in options},
+}
+"""What an argument receives, in whichever functions it is; the others keep their defaults."""
+
+
+def _required(names: str) -> tuple[Argument, ...]:
+    return tuple(Argument(name, _VALUES.get(name)) for name in names.split())
+
+
+def _optional(kind: Any = POSITIONAL, **defaults: Any) -> tuple[Argument, ...]:
+    return tuple(
+        Argument(name, _VALUES.get(name), default, kind=kind) for name, default in defaults.items()
+    )
+
+
+def _function(name: str, line: int, *arguments: tuple[Argument, ...]) -> Function:
+    rows = tuple(argument for part in arguments for argument in part)
+    return Function("flashinfer.fused_moe", name, f"fused_moe/core.py:{line}", rows)
+
+
+_SWIGLU = int(ActivationType.Swiglu)
+_SIZES = _required(
+    "num_experts top_k n_group topk_group intermediate_size local_expert_offset local_num_experts"
+)
+_SCALING = _required("routed_scaling_factor")
+_BF16_WEIGHTS = _required("hidden_states gemm1_weights gemm2_weights")
+_BF16_OPTIONS = _optional(
+    routed_scaling_factor=None, routing_method_type=0, use_shuffled_weight=True, weight_layout=2,
+    do_finalize=True, enable_pdl=True,
+)  # fmt: skip
+_SWIGLU_CONSTANTS = _optional(gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None)
+_TENSOR_WEIGHTS = _required(
+    "routing_bias hidden_states gemm1_weights output1_scales_scalar output1_scales_gate_scalar "
+    "gemm2_weights output2_scales_scalar"
+)
+_TENSOR_OPTIONS = (
+    *_required("use_routing_scales_on_input"),
+    *_optional(
+        routing_method_type=0, do_finalize=True, enable_pdl=None, tune_max_num_tokens=8192,
+        activation_type=_SWIGLU,
+    ),
+)  # fmt: skip
+_BLOCK_WEIGHTS = _required(
+    "routing_bias hidden_states hidden_states_scale gemm1_weights gemm1_weights_scale "
+    "gemm2_weights gemm2_weights_scale"
+)
+_BLOCK_OPTIONS = _optional(
+    routing_method_type=0, use_shuffled_weight=False, weight_layout=0, do_finalize=True,
+    enable_pdl=None,
+)  # fmt: skip
+_VALID_SIZES = _optional(valid_hidden_size=None, valid_intermediate_size=None)
+
+_BF16 = (
+    _function(
+        "trtllm_bf16_moe", 4807,
+        _required("routing_logits routing_bias"), _BF16_WEIGHTS, _SIZES, _BF16_OPTIONS,
+        _optional(
+            tune_max_num_tokens=8192, activation_type=_SWIGLU, norm_topk_prob=True,
+            routing_replay_out=None,
+        ),
+        _SWIGLU_CONSTANTS, _optional(output=None),
+    ),
+    _function(
+        "trtllm_bf16_routed_moe", 5024,
+        _required("topk_ids"), _BF16_WEIGHTS, _SIZES, _BF16_OPTIONS,
+        _optional(
+            gemm1_lora_delta=None, tune_max_num_tokens=8192, activation_type=_SWIGLU,
+            routing_replay_out=None,
+        ),
+        _SWIGLU_CONSTANTS, _optional(output=None),
+    ),
+)  # fmt: skip
+_FP8_TENSOR = (
+    _function(
+        "trtllm_fp8_per_tensor_scale_moe", 5238,
+        _required("routing_logits"), _TENSOR_WEIGHTS, _SIZES, _SCALING, _TENSOR_OPTIONS,
+        _optional(
+            norm_topk_prob=True, routing_replay_out=None, output=None, gemm1_clamp_limit=None
+        ),
+    ),
+    _function(
+        "trtllm_fp8_per_tensor_scale_routed_moe", 5409,
+        _required("topk_ids"), _TENSOR_WEIGHTS, _SIZES, _SCALING, _TENSOR_OPTIONS,
+        _optional(routing_replay_out=None, output=None, gemm1_clamp_limit=None),
+    ),
+)  # fmt: skip
+_FP8_BLOCK = (
+    _function(
+        "trtllm_fp8_block_scale_moe", 5817,
+        _required("routing_logits"), _BLOCK_WEIGHTS, _SIZES, _SCALING, _BLOCK_OPTIONS,
+        _optional(
+            tune_max_num_tokens=8192, fp8_quantization_type=1, num_fused_shared_experts=None,
+            activation_type=_SWIGLU, norm_topk_prob=True, routing_replay_out=None,
+        ),
+        _SWIGLU_CONSTANTS, _optional(output=None), _VALID_SIZES,
+        _optional(KEYWORD, gemm1_bias=None, gemm2_bias=None),
+    ),
+    _function(
+        "trtllm_fp8_block_scale_routed_moe", 6082,
+        _required("topk_ids"), _BLOCK_WEIGHTS, _SIZES, _SCALING, _BLOCK_OPTIONS,
+        _optional(
+            gemm1_lora_delta=None, output=None, tune_max_num_tokens=8192, fp8_quantization_type=1,
+            activation_type=_SWIGLU,
+        ),
+        _SWIGLU_CONSTANTS, _VALID_SIZES,
+    ),
+)  # fmt: skip
+FUNCTIONS: dict[Format, tuple[Function, Function]] = {
+    "bf16": _BF16,
+    "fp8 per tensor": _FP8_TENSOR,
+    "fp8 block": _FP8_BLOCK,
+    "mxfp8": _FP8_BLOCK,
+}
+"""The functions of a format: from router logits, and with a routing that is given."""
+
+MXFP8_QUANTIZE = Function(
+    "flashinfer",
+    "mxfp8_quantize",
+    "quantization/fp8_quantization.py:172",
+    (
+        Argument("input", lambda x: x),
+        Argument("is_sf_swizzled_layout", lambda _: False, True),
+        *_optional(alignment=32, enable_pdl=None, backend="cuda", sf_swizzle_layout=None),
+    ),
+)
+"""It is called with the hidden states [T, H] bf16."""
+
+
+def _deepseek(_: torch.Tensor) -> Any:
+    from flashinfer.fused_moe.api import QuantConfig, QuantFormat
+
+    return QuantConfig(QuantFormat.DeepSeekFp8, QuantFormat.DeepSeekFp8)
+
+
+FP8_BLOCK_QUANTIZE = Function(
+    "flashinfer.fused_moe.prepare",
+    "prepare_trtllm_fp8_block_activations",
+    "fused_moe/prepare.py:914",
+    (
+        Argument("hidden_states_bf16", lambda x: x),
+        Argument("quant", _deepseek, kind=KEYWORD),
+    ),
+)
+"""It is called with the hidden states [T, H] bf16."""
 
 
 def flashinfer_weights(experts: SiblingExperts) -> dict[str, torch.Tensor]:
@@ -141,56 +310,24 @@ def quantize(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations:
     multiplies by 1 / 448 where the reference divides: an ulp of some scales.
     """
     if experts.format == "mxfp8":
-        from flashinfer import mxfp8_quantize
-
-        codes, scale = mxfp8_quantize(x, is_sf_swizzled_layout=False)
+        codes, scale = MXFP8_QUANTIZE.run(x)
         return SiblingActivations(codes, scale.view(torch.uint8).view(x.shape[0], -1))
     if experts.format == "fp8 block":
-        from flashinfer.fused_moe.api import QuantConfig, QuantFormat
-        from flashinfer.fused_moe.prepare import prepare_trtllm_fp8_block_activations
-
-        deepseek = QuantFormat.DeepSeekFp8
-        quant = QuantConfig(deepseek, deepseek)
-        return SiblingActivations(*prepare_trtllm_fp8_block_activations(x, quant=quant))
+        return SiblingActivations(*FP8_BLOCK_QUANTIZE.run(x))
     return quantize_for(x, experts)
 
 
-def function(r: SiblingRequest) -> str:
-    """The name of FlashInfer's function that serves the request."""
-    return f"{_FUNCTIONS[r.experts.format]}_{'moe' if r.logits is not None else 'routed_moe'}"
+def function(r: SiblingRequest) -> Function:
+    """FlashInfer's function that serves the request."""
+    return FUNCTIONS[r.experts.format][r.logits is None]
 
 
 def run(r: SiblingRequest) -> torch.Tensor:
     """[T, H] bf16 of the request, which `refusal` let pass."""
-    from flashinfer import fused_moe
-
-    output = getattr(fused_moe, function(r))(**arguments(r))
+    output = function(r).run(r)
     return output[0] if isinstance(output, list) else output
 
 
 def arguments(r: SiblingRequest) -> dict[str, Any]:
-    """Keywords of `function(r)`."""
-    e, routing, format = r.experts, r.routing, r.experts.format
-    given: dict[str, Any] = r.weights | {
-        "hidden_states": r.activations.hidden_states,
-        "num_experts": r.num_experts,
-        "top_k": routing.top_k,
-        "n_group": routing.n_group,
-        "topk_group": routing.topk_group,
-        "intermediate_size": e.w2.shape[2],
-        "local_expert_offset": r.local_expert_offset,
-        "local_num_experts": e.num_local,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-        "routing_method_type": int(routing.method),
-        "activation_type": int(e.activation),
-    }
-    if r.activations.scale is not None:
-        given["hidden_states_scale"] = r.activations.scale
-    given |= _OPTIONS[format]
-    if r.logits is None:
-        given |= {"topk_ids": r.topk}
-    else:
-        given |= {"routing_logits": r.logits, "norm_topk_prob": routing.norm_topk_prob}
-    if r.logits is not None or format != "bf16":
-        given["routing_bias"] = None
-    return given
+    """The keyword arguments of `function(r)`."""
+    return function(r).keywords(r)

@@ -1,9 +1,7 @@
-"""The adapter to FlashInfer's fused MoE in cutlass, with its capability table: static scales alone.
+"""The adapter to FlashInfer's fused NVFP4 layer in CUTLASS: its function and its limits.
 
-Its weights are a second copy, made by `reference.weights.cutlass.with_cutlass`. The finalize that adds
-with atomics is not used. Sources, in flashinfer-python 0.7.2.post1: `fused_moe/core.py:1277`,
-`fused_moe/runners.py:2400`, `flashinfer_cutlass_fused_moe_binding.cu` (binding),
-`cutlass_fused_moe_kernels.cuh` (kernels).
+It has static scales alone. Its weights are a second copy, made by
+`reference.weights.cutlass.with_cutlass`. The finalize that adds with atomics is not used.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -12,98 +10,161 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
+from ...reference.weights.cutlass import CutlassWeights
 from ..moe_call import MoECall
-from .trtllm import (
+from .function import KEYWORD, OMITTED, Argument, Function
+from .layer_rules import (
     COMMON,
-    Rule,
-    activation_rule,
-    first_reason,
-    four_over_six_rule,
-    math_rule,
-    slot_order_rule,
+    NO_LORA,
+    NO_SHARED_EXPERTS,
+    NOT_BATCH_INVARIANT,
+    bits_of,
+    four_over_six_of_environment,
+    has_activation,
+    slot_order,
+    writes_bf16,
 )
+from .rules import BLACKWELL, Rule, first_reason, math_of, no_kernels_beside
 
 NAME = "flashinfer:cutlass"
-_CAPABILITIES = ((10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1))
 
-RULES: tuple[Rule, ...] = (
+
+def _weights(r: MoECall) -> CutlassWeights:
+    assert r.experts.cutlass is not None
+    return r.experts.cutlass
+
+
+def _input_scales(r: MoECall) -> torch.Tensor:
+    assert r.activations.block_scales is not None
+    return r.activations.block_scales.view(torch.uint8)
+
+
+def _quant_scales(r: MoECall) -> list[torch.Tensor]:
+    w = _weights(r)
+    return [
+        w.fc1_act_global,
+        w.fc1_weight_block.view(torch.int32),
+        w.fc1_global,
+        w.fc2_act_global,
+        w.fc2_weight_block.view(torch.int32),
+        w.fc2_global,
+    ]
+
+
+def _situ_ones(r: MoECall) -> torch.Tensor | None:
+    """The constants of SiTU, 1 in the contract; without the argument it takes 4 and 25."""
+    is_situ = r.experts.activation == ActivationType.Situ
+    return torch.ones_like(_weights(r).fc1_global) if is_situ else None
+
+
+def _new_output(r: MoECall) -> torch.Tensor:
+    shape = r.tokens, r.experts.padded_hidden_size
+    return torch.empty(shape, dtype=torch.bfloat16, device=r.device)
+
+
+CUTLASS_FUSED_MOE = Function(
+    "flashinfer.fused_moe",
+    "cutlass_fused_moe",
+    "fused_moe/core.py:1277",
+    (
+        Argument("input", lambda r, *_: r.activations.hidden_states),
+        Argument("token_selected_experts", lambda _, ids, *__: ids),
+        Argument("token_final_scales", lambda _, __, weights, *___: weights.float()),
+        Argument(
+            "fc1_expert_weights", lambda r, *_: _weights(r).fc1_expert_weights.view(torch.int64)
+        ),
+        Argument(
+            "fc2_expert_weights", lambda r, *_: _weights(r).fc2_expert_weights.view(torch.int64)
+        ),
+        Argument("output_dtype", lambda *_: torch.bfloat16),
+        Argument("quant_scales", lambda r, *_: _quant_scales(r)),
+        Argument("fc1_expert_biases", default=None),
+        Argument("fc2_expert_biases", default=None),
+        Argument("input_sf", lambda r, *_: _input_scales(r), None),
+        Argument("swiglu_alpha", default=None),
+        Argument("swiglu_beta", default=None),
+        Argument("swiglu_limit", default=None),
+        Argument("tp_size", default=1),
+        Argument("tp_rank", default=0),
+        Argument("ep_size", lambda r, *_: r.num_experts // r.experts.num_local, 1),
+        Argument("ep_rank", lambda r, *_: r.local_expert_offset // r.experts.num_local, 0),
+        Argument("cluster_size", default=1),
+        Argument("cluster_rank", default=0),
+        Argument("output", lambda _, __, ___, output: output, None),
+        Argument("enable_alltoall", default=False),
+        Argument("use_deepseek_fp8_block_scale", default=False),
+        Argument("use_w4_group_scaling", default=False),
+        Argument("use_mxfp8_act_scaling", default=False),
+        Argument("min_latency_mode", default=False),
+        Argument("use_packed_weights", default=False),
+        Argument("use_wfp4afp8_humming", default=False),
+        Argument("tune_max_num_tokens", default=8192),
+        Argument("enable_pdl", lambda r, *_: r.enable_pdl, None),
+        Argument(
+            "activation_type",
+            lambda r, *_: int(r.experts.activation),
+            int(ActivationType.Swiglu),
+        ),
+        Argument("swizzled_input_sf", lambda *_: False, True),
+        Argument("use_fused_finalize", lambda *_: False, True),
+        Argument("profile_ids", default=None),
+        Argument("workspace_buffer", default=None),
+        Argument("clamped_relu2_limit", default=None, kind=KEYWORD),
+        Argument("situ_beta", lambda r, *_: _situ_ones(r), None, kind=KEYWORD),
+        Argument("situ_linear_beta", lambda r, *_: _situ_ones(r), None, kind=KEYWORD),
+        Argument("backend", default="cutlass", kind=KEYWORD),
+    ),
+)
+"""It is called with a call, the ids [T, K] and weights [T, K] of its routing, and an output [T, H]."""
+
+RULES: tuple[Rule[MoECall], ...] = (
     *COMMON,
-    (lambda r: r.build != "cutlass", 'its bits are those of build="cutlass"'),
-    # fused_moe/api.py, _CUTLASS_NVFP4_ARCHS
-    (
-        lambda r: r.capability not in _CAPABILITIES,
-        lambda r: f"sm_{r.capability[0]}{r.capability[1]} has no kernels; sm_100 to 121 have",  # type: ignore[index]
-    ),
-    activation_rule("cutlass"),
-    (lambda r: r.lora_delta is not None, "it has no gemm1_lora_delta"),
-    (lambda r: r.shared_experts, "it has no shared experts"),
-    # binding:160 has fp16, too; the intermediate would then have that dtype
-    (
-        lambda r: r.output_dtype != torch.bfloat16,
-        lambda r: f"the output is {r.output_dtype}; its intermediate would be, too",
-    ),
-    math_rule("cuda"),
-    four_over_six_rule,
-    (lambda r: r.batch_invariant, "batch_invariant: its tiles depend on the batch"),
-    slot_order_rule,  # kernels:1965
-    # binding: a rank is one of ep_size equal ones
-    (
+    bits_of("cutlass"),
+    no_kernels_beside(BLACKWELL, "fused_moe/api.py:543"),
+    has_activation("cutlass", "cutlass_backend/cutlass_fused_moe_kernels.cuh:2731"),
+    NO_LORA,
+    NO_SHARED_EXPERTS,
+    # It has fp16, too, and the intermediate would then have that dtype.
+    writes_bf16("cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu:160"),
+    math_of("cuda", "cpp/common/envUtils.cpp:365"),
+    four_over_six_of_environment("cpp/common/envUtils.cpp:365"),
+    NOT_BATCH_INVARIANT,
+    slot_order("cutlass_backend/cutlass_fused_moe_kernels.cuh:1965"),
+    # A rank is one of ep_size equal ones.
+    Rule(
         lambda r: (
             r.num_experts % r.experts.num_local or r.local_expert_offset % r.experts.num_local
         ),
-        lambda r: (
-            f"{r.num_experts} experts of which {r.experts.num_local} from {r.local_expert_offset} on "
-            "are held here; it wants ranks of equal size"
-        ),
+        "{r.num_experts} experts of which {r.experts.num_local} from {r.local_expert_offset} on are "
+        "held here; it wants ranks of equal size",
+        "cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu:441",
     ),
 )
+"""What the layer refuses, in the order in which it is asked."""
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the request; None if it can."""
+    """Why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
-def run(r: MoECall) -> list[torch.Tensor]:
-    """Run the request, which `refusal` let pass, on FlashInfer."""
-    from flashinfer.fused_moe import cutlass_fused_moe
+def function(_: MoECall) -> Function:
+    """The function that serves the call."""
+    return CUTLASS_FUSED_MOE
 
-    shape = r.tokens, r.experts.padded_hidden_size
-    output = torch.empty(shape, dtype=torch.bfloat16, device=r.device)
+
+def run(r: MoECall) -> list[torch.Tensor]:
+    """Run the call, which `refusal` let pass, on FlashInfer."""
     # It returns a list that begins with the output, and not the tensor that its annotation says.
-    cutlass_fused_moe(**arguments(r), output=output)
+    output = _new_output(r)
+    CUTLASS_FUSED_MOE.run(r, *_routed(r), output)
     return r.returned(output[:, : r.experts.hidden_size])
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """Keywords of `cutlass_fused_moe`, which takes no logits."""
-    e, a, w = r.experts, r.activations, r.experts.cutlass
-    assert w is not None and a.block_scales is not None
-    ids, weights = r.routed("triton" if r.device.type == "cuda" else "reference")
-    # Without these it takes 4 and 25, where the contract has 1.
-    ones = torch.ones_like(w.fc1_global) if e.activation == ActivationType.Situ else None
-    return {
-        "input": a.hidden_states,
-        "token_selected_experts": ids,
-        "token_final_scales": weights.float(),
-        "fc1_expert_weights": w.fc1_expert_weights.view(torch.int64),
-        "fc2_expert_weights": w.fc2_expert_weights.view(torch.int64),
-        "output_dtype": torch.bfloat16,
-        "quant_scales": [
-            w.fc1_act_global,
-            w.fc1_weight_block.view(torch.int32),
-            w.fc1_global,
-            w.fc2_act_global,
-            w.fc2_weight_block.view(torch.int32),
-            w.fc2_global,
-        ],
-        "input_sf": a.block_scales.view(torch.uint8),
-        "swizzled_input_sf": False,
-        "ep_size": r.num_experts // e.num_local,
-        "ep_rank": r.local_expert_offset // e.num_local,
-        "enable_pdl": r.enable_pdl,
-        "activation_type": int(e.activation),
-        "use_fused_finalize": False,
-        "situ_beta": ones,
-        "situ_linear_beta": ones,
-    }
+    """The keyword arguments of `cutlass_fused_moe`, without the output, which it makes itself then."""
+    return CUTLASS_FUSED_MOE.keywords(r, *_routed(r), OMITTED)
+
+
+def _routed(r: MoECall) -> tuple[torch.Tensor, torch.Tensor]:
+    return r.routed("triton" if r.device.type == "cuda" else "reference")

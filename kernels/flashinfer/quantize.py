@@ -1,67 +1,77 @@
-"""The adapter to FlashInfer's quantizers.
+"""The adapters to FlashInfer's NVFP4 quantizers: `flashinfer.nvfp4_quantize` with its three backends.
 
-`RULES` is the capability table: for each backend, what it refuses and why, with the place in
-flashinfer-python 0.7.2.post1 that says so. `quantize` calls `flashinfer.nvfp4_quantize` by its
-signature, in the form that a CUDA graph can capture.
+The function is called in the form that a CUDA graph can capture.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...reference.layouts import padded_shape
-from ...reference.recipe import BLOCK_SIZE, Build
-from .. import environment
+from ...reference.recipe import BLOCK_SIZE, Build, SfLayout
 from ..quantize_call import QuantizeCall
+from . import version
+from .function import OMITTED, Argument, Function, OfType
+from .rules import (
+    BLACKWELL,
+    COMMON,
+    SM100,
+    Rule,
+    first_reason,
+    math_of,
+    no_kernels_beside,
+    on_no_gpu,
+)
 
 BUILDS: dict[str, Build] = {
     "flashinfer:cuda": "cuda",
     "flashinfer:cute-dsl": "cute-dsl",
     "flashinfer:cake": "cute-dsl",  # its outputs are bitwise those of cute-dsl
 }
-_CUDA_CAPABILITIES = ((10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1))
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _version() -> tuple[int, ...] | None:
-    """(0, 7) of the installed flashinfer-python, () if it does not say; None without it."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return None
-    try:
-        parts = importlib.metadata.version("flashinfer-python").split(".")[:2]
-        return tuple(int(part) for part in parts)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return ()
+def _scale(backend: str, r: QuantizeCall) -> float | torch.Tensor:
+    scale = r.scale
+    if backend == "flashinfer:cuda" and r.per_token:
+        return float(scale)  # a tensor on the CPU at most, see RULES
+    if isinstance(scale, torch.Tensor):
+        return scale.contiguous()  # one a row: fp4Quantize.cpp checks it
+    # torch.tensor(..., device="cuda"), which FlashInfer would call, breaks graph capture.
+    return torch.full((1,), scale, dtype=torch.float32, device=r.a.device)
 
 
-def _has_cake_programs() -> bool:
-    """Whether cake can be built here: the wheel of 0.7.2.post1 lacks the sources it lists."""
-    spec = importlib.util.find_spec("flashinfer")
-    if spec is None or importlib.util.find_spec("flashinfer_jit_cache") is not None:
-        return spec is not None
-    folders = [
-        Path(p) / "experimental/cake_nvfp4_per_token/csrc"
-        for p in spec.submodule_search_locations or ()
-    ]
-    return any(folder.is_dir() for folder in folders)
+def _four_over_six(backend: str, r: QuantizeCall) -> Any:
+    # An omitted recipe stays omitted: a given one makes FlashInfer check a_global_sf against it.
+    if r.explicit_4over6 or r.a.dtype == torch.float8_e4m3fn:
+        return r.recipe.four_over_six
+    return OMITTED
 
 
-VERSION = _version()
-INSTALLED = VERSION is not None
-HAS_CAKE_PROGRAMS = _has_cake_programs()
-
-Rule = tuple[Callable[[QuantizeCall], Any], str]
-"""(true if the request is refused, the reason with fields of the request)."""
-
-
-def _sm(r: QuantizeCall) -> str:
-    assert r.capability is not None
-    return f"sm_{r.capability[0]}{r.capability[1]}"
+NVFP4_QUANTIZE = Function(
+    "flashinfer",
+    "nvfp4_quantize",
+    "quantization/fp4_quantization.py:1578",
+    (
+        Argument("a", lambda _, r: r.a),
+        Argument("a_global_sf", _scale),
+        Argument("sfLayout", lambda _, r: r.layout, SfLayout.layout_128x4),
+        Argument("do_shuffle", lambda _, r: r.do_shuffle, False),
+        Argument("sf_vec_size", lambda *_: BLOCK_SIZE, 16),
+        Argument("enable_pdl", lambda _, r: r.enable_pdl, None),
+        Argument("backend", lambda backend, _: backend.removeprefix("flashinfer:"), "cuda"),
+        Argument("per_token_activation", lambda _, r: r.per_token, False),
+        Argument(
+            "expanded_idx_to_permuted_idx",
+            lambda _, r: None if r.row_index is None else r.row_index.contiguous(),
+            None,
+        ),
+        Argument("out_scale", lambda _, r: r.out_scale, None),
+        Argument("nvfp4_4over6", _four_over_six, OfType("_UnsetType")),
+    ),
+)
+"""It is called with the name of a backend and a call."""
 
 
 def _scale_count(r: QuantizeCall) -> int:
@@ -69,206 +79,191 @@ def _scale_count(r: QuantizeCall) -> int:
     return rows * columns
 
 
-_COMMON: tuple[Rule, ...] = (
-    (
-        lambda r: not INSTALLED,
-        "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
-    ),
-    (
-        lambda r: VERSION and VERSION < (0, 7),
-        "flashinfer-python is older than 0.7; its nvfp4_quantize has other arguments",
-    ),
-    # Its custom ops are not registered (utils.py:438), and the first call builds a module.
-    (
-        lambda r: torch.compiler.is_compiling(),
-        "torch.compile cannot trace FlashInfer's Python",
-    ),
-    (
-        lambda r: r.capability is None,
-        "a is on the {r.a.device.type}; FlashInfer would move it to a GPU, we do not",
-    ),
-    (
-        lambda r: (r.capability or (0, 0)) < (10, 0),
-        "{sm} is before Blackwell (sm_100), where FlashInfer's quantizer returns garbage without "
-        "an error",
-    ),
-    (lambda r: r.a.dtype == torch.float32, "a is float32; FlashInfer takes float16 and bfloat16"),
-)
-
-
-def _build_rule(build: Build) -> Rule:
-    return (
+def _bits_of(build: Build) -> Rule[QuantizeCall]:
+    return Rule(
         lambda r: r.recipe.build != build,
         f'its bits are those of build="{build}", not of {{r.recipe.build}}',
     )
 
 
-def _math_rule(build: Build) -> Rule:
-    return (
-        lambda r: r.recipe.math != environment.math(build),
-        "it reads the math from the environment, which says {env_math}, not {r.recipe.math}: "
-        "{how_to}",
-    )
-
-
-_SHUFFLE_LIMIT: Rule = (
-    # quantization.cu:676: block_scale_interleave's offsets are int
-    lambda r: r.do_shuffle and _scale_count(r) > 2**31,
-    "a has more than 2^31 block scales; with do_shuffle its offsets are 31 bits",
+_COMMON: tuple[Rule[QuantizeCall], ...] = (
+    *COMMON,
+    on_no_gpu("a is on the {r.a.device.type}; FlashInfer would move it to a GPU, we do not"),
+    Rule(
+        lambda r: (r.capability or (0, 0)) < (10, 0),
+        "{sm} is before Blackwell (sm_100), where FlashInfer's quantizer returns garbage without "
+        "an error",
+        "tensorrt_llm/kernels/quantization.cuh:243",
+    ),
+    Rule(
+        lambda r: r.a.dtype == torch.float32,
+        "a is float32; FlashInfer takes float16 and bfloat16",
+        "cpp/kernels/quantization.cu:386",
+    ),
 )
-_INT32_SCALES: Rule = (
-    # quantization_cute_dsl_utils.py:591
+_NO_INDEX: Rule[QuantizeCall] = Rule(
+    lambda r: r.row_index is not None,
+    "expanded_idx_to_permuted_idx is only for cuda",
+    "quantization/fp4_quantization.py:1714",
+)
+_INT32_SCALES: Rule[QuantizeCall] = Rule(
     lambda r: _scale_count(r) > 2**31,
     "a has more than 2^31 block scales, padding included; its offsets are 31 bits",
-)
-_ALIGNED_16: Rule = (
-    # nvfp4_quantize.py:2206, :2333: assumed_align=16; a non-contiguous `a` is copied first
-    lambda r: r.a.is_contiguous() and r.misaligned(16),
-    "a does not start at a multiple of 16 bytes, as its loads need",
+    "quantization/quantization_cute_dsl_utils.py:591",
 )
 
-RULES: dict[str, tuple[Rule, ...]] = {
+RULES: dict[str, tuple[Rule[QuantizeCall], ...]] = {
     "flashinfer:cuda": (
         *_COMMON,
-        # jit/fp4_quantization.py, fp4_quantization.py:274
-        (
-            lambda r: r.capability not in _CUDA_CAPABILITIES,
-            "{sm} has no module; sm_100, 103, 107, 110, 120 and 121 have",
+        no_kernels_beside(BLACKWELL, "quantization/fp4_quantization.py:274"),
+        _bits_of("cuda"),
+        math_of("cuda", "cpp/common/envUtils.cpp:365"),
+        Rule(
+            lambda r: r.out_scale is not None,
+            "out_scale is only for cute-dsl and cake",
+            "quantization/fp4_quantization.py:1676",
         ),
-        _build_rule("cuda"),
-        _math_rule("cuda"),
-        # fp4_quantization.py:1676
-        (lambda r: r.out_scale is not None, "out_scale is only for cute-dsl and cake"),
-        # fp4Quantize.cpp: CHECK_CONTIGUOUS, and a column-major matrix is quantized along M
-        (lambda r: not r.a.is_contiguous(), "a is not contiguous"),
-        # fp4_quantization.py:1196: one row of this stride counts as contiguous, and as transposed
-        (
+        # A column-major matrix is quantized along M.
+        Rule(
+            lambda r: not r.a.is_contiguous(),
+            "a is not contiguous",
+            "tensorrt_llm/thop/fp4Quantize.cpp:43",
+        ),
+        # One row of this stride counts as contiguous, and as transposed.
+        Rule(
             lambda r: not r.per_token and r.a.stride(0) == 1,
             "a's rows have stride 1; FlashInfer would quantize along M",
+            "quantization/fp4_quantization.py:1196",
         ),
-        # quantization.cuh:45: loads of 32 bytes, and of 16 for e4m3
-        (
+        # loads of 32 bytes, and of 16 for e4m3
+        Rule(
             lambda r: r.misaligned(32 if r.a.dtype in _HALF else 16),
             "a does not start at a multiple of 32 bytes (e4m3: 16), as its loads need",
+            "tensorrt_llm/kernels/quantization.cuh:45",
         ),
         # grid(m): an empty launch is an error
-        (lambda r: r.m == 0, "a has no rows; its launch would be empty"),
-        # quantization.cuh:876 and :895, quantization_utils.cuh:1069: uint32 offsets
-        (
+        Rule(
+            lambda r: r.m == 0,
+            "a has no rows; its launch would be empty",
+            "cpp/kernels/quantization.cu:405",
+        ),
+        # uint32 offsets: also quantization.cuh:895 and quantization_utils.cuh:1069
+        Rule(
             lambda r: _scale_count(r) > 2**32,
             "a has more than 2^32 block scales, padding included; its offsets are 32 bits",
+            "tensorrt_llm/kernels/quantization.cuh:876",
         ),
-        _SHUFFLE_LIMIT,
-        # fp4_quantization.py:1688: .item()
-        (
+        # block_scale_interleave's offsets are int
+        Rule(
+            lambda r: r.do_shuffle and _scale_count(r) > 2**31,
+            "a has more than 2^31 block scales; with do_shuffle its offsets are 31 bits",
+            "cpp/kernels/quantization.cu:676",
+        ),
+        # .item()
+        Rule(
             lambda r: r.per_token and r.scale_device not in (None, "cpu"),
             "a_global_sf is a tensor on the GPU; it would be read back by a synchronization. "
             "Give a float",
+            "quantization/fp4_quantization.py:1688",
         ),
     ),
     "flashinfer:cute-dsl": (
         *_COMMON,
-        _build_rule("cute-dsl"),
-        _math_rule("cute-dsl"),
-        # fp4_quantization.py:1714
-        (lambda r: r.row_index is not None, "expanded_idx_to_permuted_idx is only for cuda"),
-        # nvfp4_quantize.py: .reshape(1)
-        (lambda r: r.by_row, "one a_global_sf a row is only for cuda"),
-        (
+        _bits_of("cute-dsl"),
+        math_of("cute-dsl", "quantization/kernels/nvfp4_quantize.py:3250"),
+        _NO_INDEX,
+        # .reshape(1)
+        Rule(
+            lambda r: r.by_row,
+            "one a_global_sf a row is only for cuda",
+            "quantization/kernels/nvfp4_quantize.py:2671",
+        ),
+        Rule(
             lambda r: r.m == 0 and r.per_token,
             "a has no rows; its per-token launch would be empty",
+            "quantization/kernels/nvfp4_quantize.py:3134",
         ),
-        _ALIGNED_16,
-        # nvfp4_quantize.py:1072, which spares the per-token kernel what it says of the others
-        (
+        # assumed_align=16, also :2333; a matrix that is not contiguous is copied first
+        Rule(
+            lambda r: r.a.is_contiguous() and r.misaligned(16),
+            "a does not start at a multiple of 16 bytes, as its loads need",
+            "quantization/kernels/nvfp4_quantize.py:2206",
+        ),
+        # It spares the per-token kernel what it says of the others.
+        Rule(
             lambda r: not r.per_token and r.m * r.k > 2**31,
             "a has more than 2^31 elements; with a global scale its row offsets are 31 bits",
+            "quantization/kernels/nvfp4_quantize.py:1072",
         ),
         _INT32_SCALES,
     ),
     "flashinfer:cake": (
         *_COMMON,
-        # cake_backend.py: SUPPORTED_COMPUTE_CAPABILITIES
-        (
-            lambda r: r.capability not in ((10, 0), (10, 3)),
-            "{sm} has no generated program; sm_100 and sm_103 have",
+        no_kernels_beside(SM100, "cake_nvfp4_per_token/cake_backend.py:102"),
+        _bits_of("cute-dsl"),
+        Rule(
+            lambda r: r.recipe.math == "exact",
+            "it has fast math only",
+            "quantization/fp4_quantization.py:1753",
         ),
-        _build_rule("cute-dsl"),
-        (lambda r: r.recipe.math == "exact", "it has fast math only"),
-        # fp4_quantization.py:1752-1785
-        (lambda r: not r.per_token, "it is per-token only"),
-        (lambda r: r.recipe.four_over_six is not None, "it has no 4over6"),
-        (
+        Rule(
+            lambda r: not r.per_token,
+            "it is per-token only",
+            "quantization/fp4_quantization.py:1853",
+        ),
+        Rule(
+            lambda r: r.recipe.four_over_six is not None,
+            "it has no 4over6",
+            "quantization/fp4_quantization.py:1764",
+        ),
+        Rule(
             lambda r: r.layout.name != "layout_128x4" or r.do_shuffle,
             "it writes layout_128x4 only, without do_shuffle",
+            "quantization/fp4_quantization.py:1759",
         ),
-        (lambda r: r.row_index is not None, "expanded_idx_to_permuted_idx is only for cuda"),
-        (lambda r: r.enable_pdl is False, "its programs are built with PDL; enable_pdl=False"),
-        (lambda r: r.m == 0, "a has no rows; its launch would be empty"),
-        # cake_backend.py:370: 512 threads of 8 blocks at most
-        (lambda r: r.k > 65536, "K is {r.k}; it has programs for at most 65536"),
-        # cake_backend.py:1159: rows are read in place
-        (
+        _NO_INDEX,
+        Rule(
+            lambda r: r.enable_pdl is False,
+            "its programs are built with PDL; enable_pdl=False",
+            "cake_nvfp4_per_token/cake_backend.py:1288",
+        ),
+        Rule(
+            lambda r: r.m == 0,
+            "a has no rows; its launch would be empty",
+            "cake_nvfp4_per_token/cake_backend.py:364",
+        ),
+        # 512 threads of 8 blocks at most
+        Rule(
+            lambda r: r.k > 65536,
+            "K is {r.k}; it has programs for at most 65536",
+            "cake_nvfp4_per_token/cake_backend.py:370",
+        ),
+        # rows are read in place
+        Rule(
             lambda r: r.misaligned(16) or r.a.stride(0) * r.a.element_size() % 16,
             "a's rows do not start at multiples of 16 bytes",
+            "cake_nvfp4_per_token/cake_backend.py:1159",
         ),
         _INT32_SCALES,
-        (
-            lambda r: not HAS_CAKE_PROGRAMS,
+        Rule(
+            lambda _: not version.HERE.has_cake_programs,
             "this flashinfer-python lacks the sources of its programs",
         ),
     ),
 }
+"""What each backend refuses, in the order in which it is asked."""
 
 
 def refusal(backend: str, r: QuantizeCall) -> str | None:
-    """Why the FlashInfer backend cannot serve the request; None if it can."""
-    for refused, reason in RULES[backend]:
-        if refused(r):
-            build = BUILDS[backend]
-            math = environment.math(build)
-            how_to = "" if math == r.recipe.math else environment.how_to_get(r.recipe.math, build)
-            sm = "" if r.capability is None else _sm(r)
-            return reason.format(r=r, sm=sm, env_math=math, how_to=how_to)
-    return None
+    """Why the FlashInfer backend cannot serve the call; None if it can."""
+    return first_reason(RULES[backend], r)
 
 
 def quantize(backend: str, r: QuantizeCall) -> tuple[torch.Tensor, ...]:
-    """Run the request, which `refusal` let pass, on FlashInfer."""
-    import flashinfer
-
-    return tuple(flashinfer.nvfp4_quantize(**arguments(backend, r)))
+    """Run the call, which `refusal` let pass, on FlashInfer."""
+    return tuple(NVFP4_QUANTIZE.run(backend, r))
 
 
 def arguments(backend: str, r: QuantizeCall) -> dict[str, Any]:
-    """The keyword arguments of `flashinfer.nvfp4_quantize` for the request."""
-    from flashinfer import SfLayout
-    from flashinfer.quantization.nvfp4_quantization_utils import NVFP44Over6Config
-
-    config = r.recipe.four_over_six
-    if config is not None:
-        config = NVFP44Over6Config(config.e4m3_max, int(config.err_mode), config.err_use_fast_math)
-    scale = r.scale
-    if backend == "flashinfer:cuda" and r.per_token:
-        scale = float(scale)  # a tensor on the CPU at most, see RULES
-    elif isinstance(scale, torch.Tensor):
-        scale = scale.contiguous()  # one a row: fp4Quantize.cpp checks it
-    else:
-        # torch.tensor(..., device="cuda"), which FlashInfer would call, breaks graph capture.
-        scale = torch.full((1,), scale, dtype=torch.float32, device=r.a.device)
-    chosen: dict[str, Any] = {
-        "a": r.a,
-        "a_global_sf": scale,
-        "sfLayout": SfLayout(int(r.layout)),
-        "do_shuffle": r.do_shuffle,
-        "sf_vec_size": BLOCK_SIZE,
-        "enable_pdl": r.enable_pdl,
-        "backend": backend.removeprefix("flashinfer:"),
-        "per_token_activation": r.per_token,
-        "expanded_idx_to_permuted_idx": None if r.row_index is None else r.row_index.contiguous(),
-        "out_scale": r.out_scale,
-    }
-    # An omitted recipe stays omitted: a given one makes FlashInfer check a_global_sf against it.
-    if r.explicit_4over6 or r.a.dtype == torch.float8_e4m3fn:
-        chosen["nvfp4_4over6"] = config
-    return chosen
+    """The keyword arguments of `flashinfer.nvfp4_quantize` for the call, in our own types."""
+    return NVFP4_QUANTIZE.keywords(backend, r)

@@ -1,69 +1,120 @@
-"""The adapter to FlashInfer's fused MoE kernels of TensorRT-LLM, with its capability table.
-
-Sources, in flashinfer-python 0.7.2.post1: `fused_moe/core.py:6330` and `:6606` (the functions),
-`trtllm_fused_moe_kernel_launcher.cu` (launcher), `trtllm_fused_moe_runner.cu` (runner.cu),
-`trtllm_batched_gemm_runner.cu` (bgr.cu).
-"""
+"""The adapter to FlashInfer's fused NVFP4 layer of TensorRT-LLM: its two functions and their limits."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ...reference.activation import ActivationType, FlashInferLayer
-from ...reference.moe.layer import split_k_groups
+from ...reference.activation import ActivationType
 from ...reference.moe.routing import refusal as routing_refusal
-from ...reference.recipe import Build
-from .. import environment
+from ...reference.recipe import SfLayout
 from ..moe_call import MoECall
-from .quantize import INSTALLED, VERSION
+from .function import Argument, Function
+from .layer_rules import (
+    COMMON,
+    NOT_BATCH_INVARIANT,
+    bits_of,
+    four_over_six_of_environment,
+    has_activation,
+    writes_bf16,
+)
+from .rules import SM10X, Rule, first_reason, math_of, no_kernels_beside
 
 NAME = "flashinfer:trtllm"
-_CAPABILITIES = ((10, 0), (10, 3), (10, 7))
-
-Rule = tuple[Callable[[MoECall], Any], str | Callable[[MoECall], str]]
 
 
-def math_rule(build: Build) -> Rule:
-    """Its kernels of this build quantize the intermediate as the environment says."""
-
-    def reason(r: MoECall) -> str:
-        return (
-            f"it quantizes the intermediate as the environment says, {environment.math(build)}, not "
-            f"{r.recipe.math}: {environment.how_to_get(r.recipe.math, build)}"
-        )
-
-    return lambda r: r.recipe.math != environment.math(build), reason
+def _block_scales(r: MoECall) -> torch.Tensor | None:
+    scales = r.activations.block_scales
+    return None if scales is None else scales.view(torch.float8_e4m3fn)
 
 
-def activation_rule(layer: FlashInferLayer) -> Rule:
-    """The layer has kernels for the activation: a column of `reference.activation`'s table."""
-    return (
-        lambda r: layer not in r.experts.activation.row.flashinfer,
-        lambda r: f"activation {r.experts.activation.name} has no kernels",
-    )
+def _unless_equal(valid: int, padded: int) -> int | None:
+    return None if valid == padded else valid
 
 
-four_over_six_rule: Rule = (
-    lambda r: r.recipe.four_over_six != environment.four_over_six(),
-    lambda r: (
-        f"nvfp4_4over6 is {r.recipe.four_over_six}; it reads FLASHINFER_NVFP4_4OVER6*, which say "
-        f"{environment.four_over_six()}"
+_TENSORS = (
+    Argument("routing_bias", lambda r: r.routing_bias),
+    Argument("hidden_states", lambda r: r.activations.hidden_states),
+    Argument("hidden_states_scale", _block_scales),
+    Argument("gemm1_weights", lambda r: r.experts.gemm1_weights),
+    Argument("gemm1_weights_scale", lambda r: r.experts.gemm1_weights_scale),
+    Argument("gemm1_bias", lambda r: r.experts.gemm1_bias),
+    Argument("gemm1_alpha", lambda r: r.experts.gemm1_alpha),
+    Argument("gemm1_beta", lambda r: r.experts.gemm1_beta),
+    Argument("gemm1_clamp_limit", lambda r: r.experts.gemm1_clamp_limit),
+    Argument("gemm2_weights", lambda r: r.experts.gemm2_weights),
+    Argument("gemm2_weights_scale", lambda r: r.experts.gemm2_weights_scale),
+    Argument("gemm2_bias", lambda r: r.experts.gemm2_bias),
+    Argument("output1_scale_scalar", lambda r: r.experts.output1_scale_scalar),
+    Argument("output1_scale_gate_scalar", lambda r: r.experts.output1_scale_gate_scalar),
+    Argument("output2_scale_scalar", lambda r: r.experts.output2_scale_scalar),
+)
+_NUMBERS = (
+    Argument("num_experts", lambda r: r.num_experts),
+    Argument("top_k", lambda r: r.routing.top_k),
+    Argument("n_group", lambda r: r.routing.n_group),
+    Argument("topk_group", lambda r: r.routing.topk_group),
+    Argument("intermediate_size", lambda r: r.experts.padded_intermediate_size),
+    Argument("local_expert_offset", lambda r: r.local_expert_offset),
+    Argument("local_num_experts", lambda r: r.experts.num_local),
+    Argument("routed_scaling_factor", lambda r: r.routing.routed_scaling_factor),
+    Argument("routing_method_type", lambda r: int(r.routing.method), 0),
+    Argument("do_finalize", lambda r: r.do_finalize, True),
+    Argument("enable_pdl", lambda r: r.enable_pdl, None),
+    Argument("activation_type", lambda r: int(r.experts.activation), int(ActivationType.Swiglu)),
+    Argument("per_token_scale", lambda r: r.activations.per_token_scale, None),
+    Argument("output", lambda r: r.output, None),
+    Argument("tune_max_num_tokens", lambda r: r.tune_max_num_tokens, 8192),
+)
+_VALID_SIZES = (
+    Argument(
+        "valid_hidden_size",
+        lambda r: _unless_equal(r.experts.hidden_size, r.experts.padded_hidden_size),
+        None,
+    ),
+    Argument(
+        "valid_intermediate_size",
+        lambda r: _unless_equal(r.experts.intermediate_size, r.experts.padded_intermediate_size),
+        None,
+    ),
+)
+_SHARED_EXPERTS = Argument("num_fused_shared_experts", lambda r: r.shared_experts or None, None)
+_LAYOUT = Argument("hidden_states_scale_layout", lambda _: SfLayout.layout_linear, None)
+
+FROM_LOGITS = Function(
+    "flashinfer.fused_moe",
+    "trtllm_fp4_block_scale_moe",
+    "fused_moe/core.py:6330",
+    (
+        Argument("routing_logits", lambda r: r.logits),
+        *_TENSORS,
+        *_NUMBERS,
+        Argument("norm_topk_prob", lambda r: r.routing.norm_topk_prob, True),
+        Argument("routing_replay_out", default=None),
+        _SHARED_EXPERTS,
+        *_VALID_SIZES,
+        _LAYOUT,
+    ),
+)
+ROUTED = Function(
+    "flashinfer.fused_moe",
+    "trtllm_fp4_block_scale_routed_moe",
+    "fused_moe/core.py:6606",
+    (
+        # A tuple of ids and weights: fp32 weights then arrive unrounded.
+        Argument("topk_ids", lambda r: (r.ids, r.weights)),
+        *_TENSORS,
+        *_NUMBERS,
+        Argument("gemm1_lora_delta", lambda r: r.lora_delta, None),
+        *_VALID_SIZES,
+        _SHARED_EXPERTS,
+        _LAYOUT,
     ),
 )
 
 
-def _splits_its_sum(r: MoECall) -> bool:
-    k, h = r.routing.top_k, r.experts.padded_hidden_size
-    return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
-
-
-slot_order_rule: Rule = (_splits_its_sum, 'its order is finalize_order="slot"')
-"""Of the layers other than TRT-LLM's."""
-
-
-# What its runners say when no kernel was built for a shape: bgr.cu:238 and :606, runner.cu:667.
+# The messages of its runners where no kernel was built for a shape:
+# trtllm_batched_gemm_runner.cu:238 and :606, trtllm_fused_moe_runner.cu:667.
 _NO_KERNEL = ("No kernel found", "No valid config found", "No compatible configs found")
 _without_kernel: dict[tuple, str] = {}
 
@@ -87,130 +138,61 @@ def _routing_refusal(r: MoECall) -> str | None:
     return routing_refusal(r.routing, r.num_experts, r.routing_bias is not None)
 
 
-COMMON: tuple[Rule, ...] = (
-    (
-        lambda r: not INSTALLED,
-        "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
-    ),
-    (lambda r: VERSION and VERSION < (0, 7), "flashinfer-python is older than 0.7"),
-    (lambda r: torch.compiler.is_compiling(), "torch.compile cannot trace FlashInfer's Python"),
-    (lambda r: r.capability is None, "hidden_states are on the CPU"),
-    # bgr.cu:339; its launcher divides by the count
-    (lambda r: r.tokens == 0, "there are no tokens"),
-)
-"""What no layer of FlashInfer's can do."""
-
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Rule[MoECall], ...] = (
     *COMMON,
-    # launcher:1697, bgr.cu:216
-    (
-        lambda r: r.capability not in _CAPABILITIES,
-        lambda r: f"sm_{r.capability[0]}{r.capability[1]} has no kernels; sm_100, 103, 107 have",  # type: ignore[index]
+    # also trtllm_batched_gemm_runner.cu:216
+    no_kernels_beside(SM10X, "trtllm_fused_moe_kernel_launcher.cu:1697"),
+    Rule(
+        lambda r: r.is_w4a16,
+        "hidden_states are bf16; NVFP4 weights take NVFP4 codes",
+        "trtllm_fused_moe_kernel_launcher.cu:5220",
     ),
-    # launcher:5220
-    (lambda r: r.is_w4a16, "hidden_states are bf16; NVFP4 weights take NVFP4 codes"),
-    activation_rule("trtllm"),
-    # runners.py:5556
-    (
+    has_activation("trtllm", "trtllm_fused_moe_runner.cu:114"),
+    Rule(
         lambda r: r.experts.activation == ActivationType.Situ and r.capability == (10, 7),
         "activation Situ has no kernels on sm_107",
+        "fused_moe/runners.py:5556",
     ),
-    (lambda r: r.build != "cuda", 'its bits are those of build="cuda"'),
-    math_rule("cuda"),
-    four_over_six_rule,  # runner.cu:764
-    # core.py:3554
-    (
-        lambda r: r.output_dtype != torch.bfloat16,
-        lambda r: f"the output is {r.output_dtype}; its kernels write bfloat16",
-    ),
-    (lambda r: r.batch_invariant, "batch_invariant: its tiles and its order depend on the batch"),
-    (lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),
-    # RoutingCustomPolicy.cuh:818-893, trtllm_fused_moe_routing_common.cu:93-110
-    (
+    bits_of("cuda"),
+    math_of("cuda", "trtllm_fused_moe_runner.cu:764"),
+    four_over_six_of_environment("trtllm_fused_moe_runner.cu:764"),
+    writes_bf16("fused_moe/core.py:3558"),
+    NOT_BATCH_INVARIANT,
+    Rule(lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),
+    Rule(
         lambda r: r.logits is not None and _routing_refusal(r),
         lambda r: _routing_refusal(r) or "",
+        "trtllm/fused_moe/RoutingCustomPolicy.cuh:818",
     ),
-    (
+    Rule(
         lambda r: r.logits is None and (r.num_experts > 2048 or r.routing.top_k > 32),
         "given routing has at most 2048 experts and top_k 32",
+        "trtllm_backend/trtllm_fused_moe_routing_common.cu:93",
     ),
-    (
+    Rule(
         lambda r: _shape(r) in _without_kernel,
         lambda r: f"it had no kernel for this shape: {_without_kernel[_shape(r)]}",
+        "trtllm_batched_gemm_runner.cu:238",
     ),
 )
+"""What the layer refuses, in the order in which it is asked."""
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the request; None if it can."""
+    """Why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
-def first_reason(rules: tuple[Rule, ...], r: MoECall) -> str | None:
-    """The reason of the first rule that refuses the request; None if none does."""
-    for refused, reason in rules:
-        if refused(r):
-            return reason if isinstance(reason, str) else reason(r)
-    return None
+def function(r: MoECall) -> Function:
+    """The function that serves the call: its routing is given, or follows from logits."""
+    return ROUTED if r.logits is None else FROM_LOGITS
 
 
 def run(r: MoECall) -> list[torch.Tensor]:
-    """Run the request, which `refusal` let pass, on FlashInfer."""
-    from flashinfer import SfLayout, fused_moe
-
-    given = arguments(r) | {"hidden_states_scale_layout": SfLayout.layout_linear}
-    if r.logits is None:
-        return list(fused_moe.trtllm_fp4_block_scale_routed_moe(**given))
-    return list(fused_moe.trtllm_fp4_block_scale_moe(**given))
+    """Run the call, which `refusal` let pass, on FlashInfer."""
+    return list(function(r).run(r))
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """Keywords of the routed function, or of the other where logits are given.
-
-    All but `hidden_states_scale_layout`, whose type is FlashInfer's. A given routing crosses as a
-    tuple of ids and weights: fp32 weights then arrive unrounded.
-    """
-    e, a, routing = r.experts, r.activations, r.routing
-    scales = a.block_scales
-    given: dict[str, Any] = {
-        "routing_bias": r.routing_bias,
-        "hidden_states": a.hidden_states,
-        "hidden_states_scale": None if scales is None else scales.view(torch.float8_e4m3fn),
-        "gemm1_weights": e.gemm1_weights,
-        "gemm1_weights_scale": e.gemm1_weights_scale,
-        "gemm1_bias": e.gemm1_bias,
-        "gemm1_alpha": e.gemm1_alpha,
-        "gemm1_beta": e.gemm1_beta,
-        "gemm1_clamp_limit": e.gemm1_clamp_limit,
-        "gemm2_weights": e.gemm2_weights,
-        "gemm2_weights_scale": e.gemm2_weights_scale,
-        "gemm2_bias": e.gemm2_bias,
-        "output1_scale_scalar": e.output1_scale_scalar,
-        "output1_scale_gate_scalar": e.output1_scale_gate_scalar,
-        "output2_scale_scalar": e.output2_scale_scalar,
-        "num_experts": r.num_experts,
-        "top_k": routing.top_k,
-        "n_group": routing.n_group,
-        "topk_group": routing.topk_group,
-        "intermediate_size": e.padded_intermediate_size,
-        "local_expert_offset": r.local_expert_offset,
-        "local_num_experts": e.num_local,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-        "routing_method_type": int(routing.method),
-        "do_finalize": r.do_finalize,
-        "enable_pdl": r.enable_pdl,
-        "activation_type": int(e.activation),
-        "per_token_scale": a.per_token_scale,
-        "output": r.output,
-        "tune_max_num_tokens": r.tune_max_num_tokens,
-        "num_fused_shared_experts": r.shared_experts or None,
-        "valid_hidden_size": _if_not(e.hidden_size, e.padded_hidden_size),
-        "valid_intermediate_size": _if_not(e.intermediate_size, e.padded_intermediate_size),
-    }
-    if r.logits is None:
-        return {"topk_ids": (r.ids, r.weights), "gemm1_lora_delta": r.lora_delta} | given
-    return {"routing_logits": r.logits, "norm_topk_prob": routing.norm_topk_prob} | given
-
-
-def _if_not(valid: int, padded: int) -> int | None:
-    return None if valid == padded else valid
+    """The keyword arguments of `function(r)`."""
+    return function(r).keywords(r)

@@ -7,6 +7,7 @@ import json
 import torch
 
 from ..kernels.dispatch import auto_order, explain
+from ..kernels.flashinfer import version
 from ..kernels.moe_dispatch import ORDER, explain_fused_moe
 from ..machine import machine
 from ..reference.numerics import fp32
@@ -37,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"NVIDIA driver: {found['driver'] or 'none'}")
     if found["rcp_table"] is not None:
         print(f"rcp.approx table: {found['rcp_table']}")
+    print(f"FlashInfer: {found['flashinfer']['version']}")
+    for line in found["flashinfer"]["differences"]:
+        print(f"  {line}")
     for build, facts in found["builds"].items():
         print(f'\na bf16 matrix per token, build="{build}"; auto tries {", ".join(facts["auto"])}:')
         print(facts["explanation"])
@@ -74,10 +78,25 @@ def examine() -> dict:
     return {
         **machine(),
         "rcp_table": _rcp_table() if on_gpu else None,
+        "flashinfer": _flashinfer(),
         "builds": builds,
         "fused_moe": (layer := _fused_moe(x.device)),
         "sums": _sums(layer["reasons"]) if on_gpu else {},
     }
+
+
+def _flashinfer() -> dict:
+    """Whether the installed version is one that is described, and where its functions differ."""
+    if version.HERE.version is None:
+        return {"version": "not installed", "differences": []}
+    here = version.written(version.HERE.version) or "of an unknown version"
+    if version.HERE.described_as not in version.SUPPORTED:
+        return {"version": f"{here}, not supported", "differences": []}
+    from ..kernels.flashinfer import table
+
+    found = table.differences()
+    said = "with other functions than are described:" if found else "with the functions described"
+    return {"version": f"{here}, {said}", "differences": found}
 
 
 def _fused_moe(device: torch.device) -> dict:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from ..kernels import moe_dispatch
+from ..kernels.flashinfer import autotuner
+from ..kernels.flashinfer.autotuner import UNTUNED
 from ..kernels.moe_call import MoECall
 
 if TYPE_CHECKING:
     from ..kernels.config_cache import Configs, GemmConfig, Mode
 
 DEFAULT = "default"
-_UNTUNED = -1
-"""The tactic that FlashInfer runs where nothing was tuned."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Tactic:
     name: str
     op: str | None = None  # who asks; None: -1 for all
     runner: int = 0  # its place among the runners
-    value: Any = field(default=_UNTUNED, compare=False)
+    value: Any = field(default=UNTUNED, compare=False)
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def advertised(call: Callable[[], object]) -> list[Tactic]:
     ) -> tuple[Any, Any]:
         if custom_op not in questions:
             questions[custom_op] = [
-                _valid_tactics(tuner, custom_op, runner, tuning_config, inputs)
+                autotuner.valid_tactics(tuner, custom_op, runner, tuning_config, inputs)
                 for runner in runners
             ]
-        return runners[0], _UNTUNED
+        return runners[0], UNTUNED
 
-    with _answering(note):
+    with autotuner.answered_by(note):
         call()
     found = [Tactic(DEFAULT)]
     for op, by_runner in questions.items():
@@ -96,7 +96,7 @@ def advertised(call: Callable[[], object]) -> list[Tactic]:
             found += [
                 Tactic(f"{prefix}{runner}{json.dumps(value)}", op, place, value)
                 for value in values
-                if value != _UNTUNED or place > 0
+                if value != UNTUNED or place > 0
             ]
     return found
 
@@ -115,46 +115,14 @@ def forced(tactic: Tactic) -> Iterator[None]:
     ) -> tuple[Any, Any]:
         nonlocal asked
         if custom_op != tactic.op:
-            return runners[0], _UNTUNED
+            return runners[0], UNTUNED
         asked = True
         return runners[tactic.runner], tactic.value
 
-    with _answering(answer):
+    with autotuner.answered_by(answer):
         yield
     if not asked:
         raise RuntimeError(f"tactic {tactic.name} did not run: {tactic.op} never asked for one")
-
-
-def _answering(choose_one: Callable[..., tuple[Any, Any]]) -> AbstractContextManager[Any]:
-    from flashinfer.autotuner import AutoTuner
-
-    return mock.patch.object(AutoTuner, "choose_one", choose_one)
-
-
-def _valid_tactics(tuner: Any, op: str, runner: Any, config: Any, inputs: list) -> list[Any]:
-    """Those that tuning would measure where a later call of these inputs looks.
-
-    `AutoTuner.choose_one` (autotuner.py:2165 of flashinfer-python 0.7.2.post1) measures once a profile,
-    a bucket of token counts, on tensors of its size; a call looks in the profile that its shapes map to.
-    """
-    place = tuner._find_nearest_profile(tuple(tuner._get_input_sizes(inputs)), config)
-    for profile in tuner._generate_optimization_profiles(config, inputs):
-        if tuner._find_nearest_profile(profile.get_opt_shapes(), config) != place:
-            continue
-        tensors = tuner._prepare_input_tensors(profile, inputs)
-        if config.inputs_pre_hook is not None:
-            tensors = list(config.inputs_pre_hook(tensors))
-        values = runner.get_valid_tactics(tensors, profile)
-        return [_plain(value) for value in tuner._blocklist.filter(op, runner, values)]
-    return []
-
-
-def _plain(tactic: Any) -> Any:
-    """Numbers, tuples and lists: what comes from C++ is an array of a type of its own."""
-    if isinstance(tactic, int | float | str | None):
-        return tactic
-    parts = [_plain(part) for part in tactic]
-    return tuple(parts) if isinstance(tactic, tuple) else parts
 
 
 def _of_triton(request: MoECall) -> list[Configuration]:

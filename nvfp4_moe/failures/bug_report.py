@@ -15,7 +15,7 @@ from ..kernels import environment
 from ..kernels.flashinfer import cute_dsl, cutlass, trtllm
 from ..kernels.flashinfer.quantize import BUILDS
 from ..reference.quantize import Quantized
-from ..reference.recipe import BLOCK_SIZE, Build, Recipe
+from ..reference.recipe import BLOCK_SIZE, Build, Recipe, SfLayout
 from .replay_file import Failure, MoEFailure, QuantizerFailure
 
 INLINE = 256
@@ -196,7 +196,7 @@ def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
     if backend == trtllm.NAME:
         call.append(_code(_trtllm_snippet(case, path), "python"))
     elif backend in adapters:
-        call.append(_code(_adapter_snippet(backend, adapters[backend], case, path), "python"))
+        call.append(_code(_adapter_snippet(adapters[backend], case, path), "python"))
     else:
         call.append(_code(_replay_snippet(path, backend, failure.configuration), "python"))
     if backend in adapters:
@@ -257,16 +257,16 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
     def written(name: str, value: Any) -> str:
         if isinstance(value, tuple):
             return f"({', '.join(written(name, v) for v in value)})"
+        if isinstance(value, SfLayout):
+            return f"SfLayout.{value.name}"
         if not isinstance(value, torch.Tensor):
             return repr(value)
         if name == "hidden_states_scale":  # a view of what is held
             return f"{held[id(case.activations.block_scales)]}.view(torch.float8_e4m3fn)"
         return held[id(value)]
 
-    function = "trtllm_fp4_block_scale_moe"
-    if case.logits is None:
-        function = "trtllm_fp4_block_scale_routed_moe"
-    arguments = trtllm.arguments(case.request())
+    call = case.request()
+    function, arguments = trtllm.function(call).name, trtllm.arguments(call)
     lines = [
         *_environment(case.recipe, "cuda", four_over_six=True),
         "import torch",
@@ -277,19 +277,15 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
         f"held = {{k: t.cuda() for k, t in load_file({path!r}).items()}}",
         f"output = {function}(",
         *(f"    {name}={written(name, value)}," for name, value in arguments.items()),
-        "    hidden_states_scale_layout=SfLayout.layout_linear,",
         ")[0]",
         "print(output)",
     ]
     return "\n".join(lines)
 
 
-def _adapter_snippet(backend: str, adapter: Any, case: MoECase, path: str) -> str:
+def _adapter_snippet(adapter: Any, case: MoECase, path: str) -> str:
     """The layer's own layouts are made from those in the file, which nvfp4-moe does."""
-    function = {
-        cute_dsl.NAME: "cute_dsl_fused_moe",
-        cutlass.NAME: "cutlass_fused_moe",
-    }[backend]
+    function = adapter.function(case.request()).name
     module = adapter.__name__.rsplit(".", 1)[1]
     build: Build = "cute-dsl" if case.build == "cute-dsl" else "cuda"
     return "\n".join(

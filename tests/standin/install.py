@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from unittest import mock
 
 import torch
 from nvfp4_moe.kernels import backends, capability
-from nvfp4_moe.kernels.flashinfer import quantize as adapter
+from nvfp4_moe.kernels.flashinfer import version
 
 from .behaviour import Behaviour
 from .layers import CuteDsl, Cutlass, Kernels, Ran, Trtllm
@@ -78,7 +79,7 @@ def _replace_quantizers(replace: Any, ours: Quantizers) -> None:
     from flashinfer.quantization import fp8_quantization as fp8_wrappers
     from flashinfer.quantization.kernels import nvfp4_quantize as cute_dsl
 
-    replace(adapter, "HAS_CAKE_PROGRAMS", True)
+    replace(version, "HERE", dataclasses.replace(version.HERE, has_cake_programs=True))
     replace(wrappers, "get_fp4_quantization_module", ours.module)
     replace(wrappers, "get_compute_capability", lambda device: CAPABILITY)
     for name in ("nvfp4_quantize_per_token_cute_dsl", "nvfp4_quantize_cute_dsl"):

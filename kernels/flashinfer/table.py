@@ -1,0 +1,23 @@
+"""Every function of FlashInfer that we call, and whether the installed one is as described."""
+
+# SPDX-License-Identifier: Apache-2.0
+from . import autotuner, baselines, cute_dsl, cutlass, dense, quantize, trtllm
+from .function import Function
+
+FUNCTIONS: tuple[Function, ...] = (
+    quantize.NVFP4_QUANTIZE,
+    dense.MM_FP4,
+    trtllm.FROM_LOGITS,
+    trtllm.ROUTED,
+    cute_dsl.CUTE_DSL_FUSED_MOE,
+    cutlass.CUTLASS_FUSED_MOE,
+    *dict.fromkeys(f for pair in baselines.FUNCTIONS.values() for f in pair),
+    baselines.MXFP8_QUANTIZE,
+    baselines.FP8_BLOCK_QUANTIZE,
+    *autotuner.METHODS,
+)
+
+
+def differences() -> list[str]:
+    """Where the installed functions are not as described, a line each."""
+    return [line for function in FUNCTIONS for line in function.differences()]

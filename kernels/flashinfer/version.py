@@ -1,0 +1,81 @@
+"""The version of flashinfer-python that is installed, and the versions that the descriptions are for."""
+
+# SPDX-License-Identifier: Apache-2.0
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+Version = tuple[int, ...]
+"""(0, 7, 2) for 0.7.2.post1."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """A range of versions: from `since` on, up to the last one before `before`; None is no end."""
+
+    since: Version = ()
+    before: Version | None = None
+
+    def __contains__(self, version: Version) -> bool:
+        return self.since <= version and (self.before is None or version < self.before)
+
+
+EVERY = Versions()
+SUPPORTED = Versions((0, 7), before=(0, 7, 3))
+"""The versions whose arguments and bits are described; the extra in `pyproject.toml` ends there, too."""
+CITED = (0, 7, 2)
+"""The version that the sources cite, 0.7.2.post1. A version that is not known counts as this one."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What FlashInfer's backends need, as far as it is installed here."""
+
+    version: Version | None  # None: FlashInfer is not installed; (): its version is not known
+    has_cake_programs: bool = False
+    has_cudnn: bool = False
+
+    @property
+    def described_as(self) -> Version:
+        """The version by which arguments and rules are chosen."""
+        return self.version or CITED
+
+
+def parsed(text: str) -> Version:
+    """(0, 7, 2) of "0.7.2.post1"; () of a text that begins with no release."""
+    release = re.match(r"\d+(\.\d+){0,2}", text)
+    return () if release is None else tuple(int(part) for part in release[0].split("."))
+
+
+def written(version: Version) -> str:
+    """ "0.7.2" of (0, 7, 2)."""
+    return ".".join(map(str, version))
+
+
+def _version() -> Version | None:
+    if importlib.util.find_spec("flashinfer") is None:
+        return None
+    try:
+        return parsed(importlib.metadata.version("flashinfer-python"))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _has_cake_programs() -> bool:
+    """Whether cake can be built here: the wheel of 0.7.2.post1 lacks the sources that it lists."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return spec is not None
+    folders = [
+        Path(p) / "experimental/cake_nvfp4_per_token/csrc"
+        for p in spec.submodule_search_locations or ()
+    ]
+    return any(folder.is_dir() for folder in folders)
+
+
+HERE = Installation(
+    _version(), _has_cake_programs(), has_cudnn=importlib.util.find_spec("cudnn") is not None
+)
+"""This environment. A test puts another in its place."""
