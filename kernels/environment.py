@@ -3,16 +3,20 @@
 FlashInfer chooses fast or exact math, and 4over6 where the argument is omitted, from them at each
 launch. A variable counts as on when it is exactly "1" (flashinfer-python 0.7.2, `envUtils.cpp:61`,
 `nvfp4_quantization_utils.py:env_flag_enabled`). The switch of a serving stack has SGLang's spellings.
+The command line imports this module before torch, so nothing here imports torch at once.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..reference.checks import VALUES_VARIABLE
-from ..reference.recipe import Build, Math, NVFP44Over6Config, Recipe
+from ..reference.variables import VALUES_VARIABLE
 
-EXACT_VARIABLES: dict[Build, tuple[str, ...]] = {
+if TYPE_CHECKING:
+    from ..reference.recipe import Build, Math, NVFP44Over6Config, Recipe
+
+EXACT_VARIABLES: "dict[Build, tuple[str, ...]]" = {
     # `envUtils.cpp:365`
     "cuda": ("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "TRTLLM_DISABLE_FP4_QUANT_FAST_MATH"),
     # `kernels/nvfp4_quantize.py`: the older name is not read
@@ -38,7 +42,7 @@ VARIABLES = (
     TRACEBACK_VARIABLE,
     VALUES_VARIABLE,
 )
-"""Every variable that this library reads; the reference reads the last one, in `checks.py`."""
+"""Every variable that this library reads; `reference/checks.py` reads the last one."""
 
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "y"), True),
@@ -51,24 +55,26 @@ def _on(name: str) -> bool:
     return os.environ.get(name) == "1"
 
 
-def math(build: Build) -> Math:
+def math(build: "Build") -> "Math":
     """The math that FlashInfer's kernels of this build would use now."""
     return "exact" if any(_on(name) for name in EXACT_VARIABLES[build]) else "fast"
 
 
-def how_to_get(wanted: Math, build: Build) -> str:
+def how_to_get(wanted: "Math", build: "Build") -> str:
     """What to do to the environment so that `math(build)` is `wanted`."""
     if wanted == "exact":
         return f"set {EXACT_VARIABLES[build][0]}=1"
     return "unset " + " and ".join(name for name in EXACT_VARIABLES[build] if _on(name))
 
 
-def four_over_six() -> NVFP44Over6Config | None:
+def four_over_six() -> "NVFP44Over6Config | None":
     """The 4over6 recipe that an omitted `nvfp4_4over6` argument means now.
 
     Raises:
         ValueError: FLASHINFER_NVFP4_4OVER6_ERR_MODE is neither MAE nor MSE.
     """
+    from ..reference.recipe import NVFP44Over6Config
+
     switch, mode, fast, use_256 = FOUR_OVER_SIX_VARIABLES
     if not _on(switch):
         return None
@@ -105,7 +111,7 @@ def _boolean(name: str) -> bool:
         ) from None
 
 
-def sources(recipe: Recipe, *, math: bool, config: bool) -> str:
+def sources(recipe: "Recipe", *, math: bool, config: bool) -> str:
     """The variables that made a recipe what it is, where the named parts of it come from them."""
     names = [name for name in EXACT_VARIABLES[recipe.build] if math and _on(name)]
     if config and recipe.four_over_six is not None:

@@ -5,8 +5,11 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from . import __version__, exits, invocation
+from .cli import options
 from .cli.guard import guarded
 
 COMMANDS = {
@@ -18,44 +21,40 @@ COMMANDS = {
     "fuzz-bounds": (".cli.fuzz_bounds", "judge random runs that keep the contract"),
     "convert": (".cli.convert", "quantize the experts of a Hugging Face checkpoint"),
 }
-"""Their modules, imported only when they are asked for, and what `--help` says of them."""
+"""The module of each, which is imported only to run it, and what `--help` says of it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit status, of `exits.Exit`."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    chosen = next((word for word in given if word in COMMANDS), None)
-    options: argparse.Namespace | None = None
+    name = next((word for word in given if word in COMMANDS), None)
+    left: Callable[[], str] = _not_begun
 
-    def command() -> int:
-        nonlocal options
+    def load() -> Callable[[], int]:
+        nonlocal left
         invocation.remember(given)
-        options = _parser(chosen).parse_args(given)
-        return options.run(options)
+        chosen = _parser().parse_args(given)
+        module = importlib.import_module(COMMANDS[chosen.command][0], __package__)
+        left = partial(getattr(module, "left", _nothing_written), chosen)
+        return partial(module.run, chosen)
 
-    def left() -> str:
-        if options is None:
-            return "nothing was begun"
-        return options.left(options)
-
-    return guarded(f"nvfp4-moe {chosen}" if chosen else "nvfp4-moe", command, left)
+    return guarded(f"nvfp4-moe {name}" if name else "nvfp4-moe", load, lambda: left())
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser, with the options of the chosen command."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nvfp4-moe", description=__doc__, epilog=exits.table())
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (path, what) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, epilog=exits.table())
-        if name == chosen:
-            module = importlib.import_module(path, __package__)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run, left=getattr(module, "left", _nothing))
+    for name, (_, what) in COMMANDS.items():
+        options.ADD[name](commands.add_parser(name, help=what, epilog=exits.table()))
     return parser
 
 
-def _nothing(options: argparse.Namespace) -> str:
+def _not_begun() -> str:
+    return "nothing was begun"
+
+
+def _nothing_written(chosen: argparse.Namespace) -> str:
     return "it wrote nothing, and the same command starts over"
 
 

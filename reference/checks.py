@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-VALUES_VARIABLE = "NVFP4_MOE_CHECK_VALUES"
-"""Set to 1, calls on a GPU read the values of their arguments, too, and wait for the GPU to do so."""
+from .variables import VALUES_VARIABLE
 
 _LONGEST = 80  # characters of a value in a message
 HALVES = (torch.bfloat16, torch.float16)

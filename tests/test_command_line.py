@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from safetensors.torch import save_file
 
 from nvfp4_moe import exits, files, starting
 from nvfp4_moe.__main__ import COMMANDS, main
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases import moe as moe_cases
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.checkpoints import resumable_writer as workspace
-from nvfp4_moe.cli import blackwell, doctor
+from nvfp4_moe.cli import blackwell, doctor, options
 from nvfp4_moe.cli import convert as convert_command
 from nvfp4_moe.cli.guard import guarded
 from nvfp4_moe.differential import quantize as diff_quantizers
@@ -198,7 +202,9 @@ def test_an_interrupt_ends_the_children(number, capsys, monkeypatch):
     seen: list[subprocess.Popen] = []
     monkeypatch.setattr(workers, "_running", Seen())
     before = signal.getsignal(number)
-    assert guarded("nvfp4-moe try", command, lambda: "two are left") == Exit.INTERRUPTED == 130
+    assert (
+        guarded("nvfp4-moe try", lambda: command, lambda: "two are left") == Exit.INTERRUPTED == 130
+    )
     assert capsys.readouterr().err == "nvfp4-moe try: interrupted; two are left\n"
     assert len(seen) == 2 and all(child.returncode == -signal.SIGTERM for child in seen)
     assert not workers._running and signal.getsignal(number) is before
@@ -215,6 +221,10 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 sys.orig_argv = sys.argv[1:]
 import nvfp4_moe
+if "-m" in sys.argv:
+    from nvfp4_moe.__main__ import main
+    sys.exit(main(["diff"]))
+nvfp4_moe.Recipe
 """
 
 
@@ -281,7 +291,7 @@ def test_an_output_that_takes_nothing(to, told, capsys, monkeypatch):
     os.close(reader)
     with open(writer, "w") as closed, open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", closed if to == "closed" else full)
-        status = guarded("nvfp4-moe try", lambda: print("much"), lambda: "")
+        status = guarded("nvfp4-moe try", lambda: lambda: print("much"), lambda: "")
         monkeypatch.undo()
     assert status == Exit.BROKEN
     (line,) = capsys.readouterr().err.splitlines()
@@ -298,6 +308,46 @@ def test_every_status_is_in_every_help(capsys):
             assert f"{status.value} {status.meaning}" in shown
     assert len({status.value for status in Exit}) == len(Exit)
     assert exits.table().count(";") == len(Exit) - 1
+
+
+LIGHT = """
+import sys
+from nvfp4_moe.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "triton", "numpy"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], *([c, "--help"] for c in COMMANDS)])
+def test_help_needs_no_torch(words):
+    """It takes 0.1 s of a processor; the limit leaves room for a slow machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    child = subprocess.run(
+        [sys.executable, "-c", LIGHT, *words], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert child.returncode == 0 and child.stderr == "", child.stderr
+    assert child.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_misspelt_option_needs_no_torch():
+    child = subprocess.run(
+        [sys.executable, "-c", LIGHT, "diff", "--oops"],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert child.returncode == Exit.USAGE and "unrecognized arguments: --oops" in child.stderr
+    assert "AssertionError" not in child.stderr
+
+
+def test_the_choices_of_options_are_the_keys_of_their_tables():
+    assert tuple(quantize_cases.RECIPES) == options.RECIPES
+    assert options.KINDS == inputs.KINDS
+    assert tuple(moe_cases.SETS) == options.LAYERS
+    assert tuple(convert_command.RECIPES) == options.CONVERSIONS
+    assert set(options.ADD) == set(COMMANDS)
 
 
 WITHOUT_TRITON = """

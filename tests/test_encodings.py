@@ -109,7 +109,7 @@ def test_names_are_printed_in_the_c_locale():
     """A tensor's name comes from a file and is UTF-8; what the terminal lacks is escaped."""
     program = (
         "from nvfp4_moe.cli.guard import guarded\n"
-        "raise SystemExit(guarded('t', lambda: print('gr\\xf6\\xdfe') or 0, lambda: ''))\n"
+        "raise SystemExit(guarded('t', lambda: lambda: print('gr\\xf6\\xdfe') or 0, lambda: ''))\n"
     )
     done = in_the_c_locale("-c", program)
     assert (done.returncode, done.stdout.strip()) == (0, b"gr\\xf6\\xdfe"), done.stderr

@@ -92,21 +92,6 @@ class Done:
     report: Report | None  # None: it wrote none
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Run the whole matrix through every backend of this machine, FlashInfer's with every tactic "
-        "that it advertises, in fast and exact math, with 4over6, and replayed in CUDA graphs; "
-        "write the report; end with a table of verdicts. Named backends of which nothing was judged "
-        "count as not run; where none are named, so does FlashInfer if none of its backends was."
-    )
-    parser.add_argument("--report", metavar="DIR", default="report", help="where to (report)")
-    parser.add_argument("--backends", help="comma-separated; default: all")
-    parser.add_argument("--small", action="store_true", help="a part, to see that it runs")
-    parser.add_argument(
-        "--timeout", type=float, default=3600, metavar="SECONDS", help="of one process (3600)"
-    )
-
-
 def jobs(chosen: str | None) -> Iterator[Job]:
     """Every process to be started; CommandError for a backend that is none."""
     names = None if chosen is None else chosen.split(",")

@@ -5,7 +5,6 @@ import argparse
 import json
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -24,30 +23,6 @@ RECIPES: dict[str, Recipe] = {
     for r in all_recipes()
     if r.math == "exact" and r.build == "cuda"
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Write an NVFP4 checkpoint, as ModelOpt does, from a bf16, fp16, fp32 or FP8 one: "
-        "the weights of its experts are quantized, all else is copied. Called again after an "
-        "interruption it goes on where it stopped. Prints the error of each layer."
-    )
-    parser.add_argument("source", type=Path, metavar="SRC", help="the folder of a checkpoint")
-    parser.add_argument("destination", type=Path, metavar="DST", help="a new folder")
-    parser.add_argument("--recipe", choices=RECIPES, default="exact", help="default: %(default)s")
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="a module of experts that stays as it is, with wildcards (model.layers.61.*)",
-    )
-    parser.add_argument(
-        "--no-input-scale",
-        action="store_true",
-        help="leave out the activation scales, which are written as 1.0, not calibrated",
-    )
-    parser.add_argument("--device", default="cpu", help="where to quantize; default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> Exit:

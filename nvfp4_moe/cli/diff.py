@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 from .. import files
-from ..cases import inputs
 from ..cases import moe as matrix_moe
 from ..cases import quantize as matrix
 from ..differential import baselines as diff_siblings
@@ -23,46 +22,7 @@ from ..exits import CommandError, Exit
 from ..failures import write as folder
 from ..report import terminal as text
 from ..report.data import Report
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Quantize the same tensors by every backend that works here and compare codes, block scales "
-        "and per-token scales to the bit, then the fused mixture of experts, then FlashInfer's BF16, "
-        "FP8 and MXFP8 layers where it serves them. Plain recipes are compared in all three scale "
-        "layouts, 4over6 in one each in turn. A side or a tensor that was named and took part in no "
-        "comparison counts as not run."
-    )
-    parser.add_argument(
-        "--input", metavar="FILE", help="your own tensors, [M, K], from safetensors"
-    )
-    parser.add_argument("--backends", help="comma-separated; default: all that work here")
-    parser.add_argument("--recipes", choices=matrix.RECIPES, default="all")
-    parser.add_argument("--kind", choices=inputs.KINDS, help="only this kind of synthetic input")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic inputs")
-    parser.add_argument("--rows", type=int, help="at most this many rows of each tensor")
-    parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument(
-        "--every-configuration", action="store_true",
-        help="the mixture of experts in every tactic that a backend advertises",
-    )  # fmt: skip
-    parser.add_argument(
-        "--replay", action="store_true", help="the mixture of experts in CUDA graphs, too"
-    )
-    parser.add_argument(
-        "--layers", choices=matrix_moe.SETS, default="small",
-        help="of the mixture of experts: few; those that an interpreter has the time for (small); or "
-        "those that only a GPU has the time for, too (large)",
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write everything to FILE; - is stdout")
-    parser.add_argument(
-        "--report",
-        metavar="DIR",
-        help="write report.html, report.json and each failing case to DIR",
-    )
-
-
-PARTS = ("quantizers", "moe", "siblings")
+from .options import PARTS
 
 
 def run(options: argparse.Namespace) -> Exit:

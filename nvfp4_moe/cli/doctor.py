@@ -15,14 +15,6 @@ from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.experts import prepare_experts
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Say what is here: GPUs, versions, each backend usable or why not, the environment variables "
-        "that matter, and on a GPU whether its rcp table is the known one and its sums as assumed."
-    )
-    parser.add_argument("--json", action="store_true")
-
-
 def run(options: argparse.Namespace) -> int:
     found = examine()
     if options.json:

@@ -118,23 +118,6 @@ def replay_command(seed: int, settings: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Draw calls of the fused layer, of the layer over ranks and of the dense product over the whole "
-        "range of fp32, run each in ways that keep the contract, and judge the outputs by the proved "
-        "intervals. A difference is an output outside of its interval."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first call's (0)")
-    parser.add_argument("--runs", type=int, default=300, help="at least as many (300)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="at most, each process")
-    parser.add_argument("--tokens", type=int, default=4, help="rows of a call (4)")
-    parser.add_argument("--ways", type=int, default=3, help="runs of a call by the reference (3)")
-    parser.add_argument("--kinds", type=int, help="of calls, which kernels are compiled for (any)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--triton", action="store_true", help="run our kernels, too")
-    parser.add_argument("--processes", type=int, default=1, help="at a time (1)")
-
-
 def run(options: argparse.Namespace) -> int:
     names = ("tokens", "ways", "kinds", "device", "triton")
     settings = {name: getattr(options, name) for name in names}

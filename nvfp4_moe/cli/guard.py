@@ -17,15 +17,18 @@ from ..exits import CommandError, Exit
 from ..kernels import environment
 
 
-def guarded(name: str, command: Callable[[], int], left: Callable[[], str]) -> int:
+def guarded(name: str, load: Callable[[], Callable[[], int]], left: Callable[[], str]) -> int:
     """Run a command and turn whatever ends it into an exit status and a line on stderr.
 
     Args:
         name: what the line begins with.
+        load: imports the command and returns it. An interrupt during the import ends the process of the
+            command line at once (`starting.py`).
         left: called after an interrupt, for what is left and how to go on.
     """
     _print_any_character()
     try:
+        command = load()
         starting.as_usual()
         with _terminated_as_interrupted():
             status = command()

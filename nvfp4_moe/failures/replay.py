@@ -48,16 +48,6 @@ class Replayed:
     facts: dict[str, Any]  # for --json
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Run the failing case of a file again, both sides of a comparison or a fused call's backend, "
-        "and print the first difference. A backend that cannot run here counts as not run."
-    )
-    parser.add_argument("file", metavar="FILE", help="written where a comparison failed")
-    parser.add_argument("--backend", help="run this one in the place of the one that failed")
-    parser.add_argument("--json", metavar="FILE", help="write the outcome to FILE; - is stdout")
-
-
 def run(options: argparse.Namespace) -> Exit:
     files.check_safetensors("FILE", options.file)
     if options.json not in (None, "-"):

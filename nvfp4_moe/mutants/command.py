@@ -157,22 +157,6 @@ output. The others look at a fused call's output, and at the values of what the 
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Plant each mistake of the catalogue into a run of the reference, on settings scaled down from "
-        "the benchmark's layers, and print which criterion sees it; then judge runs that keep the "
-        "contract. Exit status: 0 if our criterion sees every mutant, at the stage where it was "
-        "planted, and accepts every conforming run; else 1."
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="inputs of each mutant (3)")
-    parser.add_argument("--conforming", type=int, default=200, help="runs, at least (200)")
-    parser.add_argument(
-        "--kernels", action="store_true", help="the mistakes in the Triton kernels, too: minutes"
-    )
-    parser.add_argument("--markdown", action="store_true", help="as MUTANTS.md has it")
-    generated.add_arguments(parser)
-
-
 def run(options: argparse.Namespace) -> int:
     if options.generated:
         return generated.run(options)

@@ -27,26 +27,6 @@ SECONDS = {"reference": 60.0, "cpu": 240.0, "cuda": 120.0}
 """After which a mutant has timed out."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--generated", choices=("reference", "kernels", "report"),
-        help="mutants made by rule instead: of the reference, or of the Triton kernels; report: what is "
-        "known of both",
-    )  # fmt: skip
-    parser.add_argument(
-        "--results", metavar="FILE", default="build/mutants.json",
-        help="of generated mutants; those that it has are not tried again (build/mutants.json)",
-    )  # fmt: skip
-    parser.add_argument("--shard", metavar="I/N", default="1/1", help="every Nth, from the Ith on")
-    parser.add_argument("--seconds", type=float, help="end after about as long")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of the kernels (cpu: interpreted)"
-    )
-    parser.add_argument("--again", action="store_true", help="try those that survived once more")
-    parser.add_argument("--only", metavar="TEXT", help="those whose name has this")
-
-
 def every(which: str) -> list[Generated]:
     """All mutants of the reference, or of the kernels."""
     from . import kernel_probes, reference_probes
