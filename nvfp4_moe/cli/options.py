@@ -127,7 +127,9 @@ def _mutants(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of the kernels (cpu: interpreted)"
     )
-    parser.add_argument("--again", action="store_true", help="try those that survived once more")
+    parser.add_argument(
+        "--again", action="store_true", help="try those once more that survived on any device"
+    )
     parser.add_argument("--only", metavar="TEXT", help="those whose name has this")
 
 

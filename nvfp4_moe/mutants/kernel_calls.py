@@ -45,13 +45,13 @@ _SETTINGS = SETTINGS | {
 }  # fmt: skip
 
 
-def _case(name: str, *, bf16: bool = False) -> MoECase:
-    setting = _SETTINGS[name]
+def case_of(setting: Setting, *, bf16: bool = False) -> MoECase:
+    """A setting's call as a case; `bf16`: its hidden states are not quantized."""
     call = setting.call(0)
     states = Activations(call.x) if bf16 else quantize_activations(call.x, call.recipe)
     return MoECase(
-        name, states, call.experts, call.routing, setting.experts, call.logits, call.routing_bias,
-        local_expert_offset=call.local_expert_offset, recipe=call.recipe,
+        setting.name, states, call.experts, call.routing, setting.experts, call.logits,
+        call.routing_bias, local_expert_offset=call.local_expert_offset, recipe=call.recipe,
     )  # fmt: skip
 
 
@@ -67,6 +67,10 @@ def _cancelling() -> MoECase:
         moe_parts.keep_tokens(exact, range(tokens)), routing=Routing(_M.Renormalize, slots),
         ids=ids % exact.num_experts, weights=weights,
     )  # fmt: skip
+
+
+def _case(name: str, *, bf16: bool = False) -> MoECase:
+    return case_of(_SETTINGS[name], bf16=bf16)
 
 
 def rows_at_edges() -> Tensor:

@@ -25,6 +25,8 @@ from .rules import Generated, generate
 REFERENCE = Path(recipe.__file__).resolve().parent
 SECONDS = {"reference": 60.0, "cpu": 240.0, "cuda": 120.0}
 """After which a mutant has timed out."""
+AT_ONCE = {"cpu": 1, "cuda": 16}
+"""Mutants that a process tries one after the other: it takes seconds to start a GPU."""
 
 
 def every(which: str) -> list[Generated]:
@@ -46,28 +48,17 @@ def every(which: str) -> list[Generated]:
 
 
 def probes_of(mutant: Generated, device: str) -> list[trial.Probe]:
-    """What a mutant is shown to, in order.
-
-    Raises:
-        trial.WrongProbe: one of them finds fault with the code as it is.
-    """
-    from . import kernel_probes, reference_probes
-
-    of_reference = mutant.file.startswith("reference/")
-    names = (reference_probes if of_reference else kernel_probes).OF_FILE[mutant.file]
-    return [_checked(name, None if of_reference else device) for name in names]
+    """What a mutant is shown to, in order."""
+    return [probe for _, probe in _named_probes(mutant.file, device)]
 
 
 @functools.cache
-def _checked(name: str, device: str | None) -> trial.Probe:
+def _named_probes(file: str, device: str) -> list[tuple[str, trial.Probe]]:
     from . import kernel_probes, reference_probes
 
-    if device is None:
-        probe, seconds = reference_probes.probe(name), SECONDS["reference"]
-    else:
-        probe, seconds = kernel_probes.probe(name, device), SECONDS[device]
-    trial.check(name, probe, 2 * seconds)
-    return probe
+    if file.startswith("reference/"):
+        return [(name, reference_probes.probe(name)) for name in reference_probes.OF_FILE[file]]
+    return [(name, kernel_probes.probe(name, device)) for name in kernel_probes.asked(file, device)]
 
 
 def _digest(mutant: Generated) -> str:
@@ -85,11 +76,15 @@ class Results:
         self.own = self.known.setdefault(device, {})
 
     def has(self, mutant: Generated, again: bool) -> bool:
-        """Whether this very text has been tried."""
-        found = self.own.get(mutant.key)
-        if found is None or found["digest"] != _digest(mutant):
-            return False
-        return not (again and found["status"] == "survived")
+        """Whether this very text has been tried here, or has been caught anywhere."""
+        found = [
+            (device, known[mutant.key]["status"])
+            for device, known in self.known.items()
+            if mutant.key in known and known[mutant.key]["digest"] == _digest(mutant)
+        ]
+        if any(status != "survived" for _, status in found):
+            return True
+        return bool(found) and not again and self.device in dict(found)
 
     def add(self, result: trial.Result) -> None:
         self.own[result.mutant.key] = {
@@ -105,7 +100,11 @@ class Results:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0 if every mutant that was tried is caught, or known to be harmless; else 1."""
+    """Exit status: 0 if every mutant that was tried is caught, or known to be harmless; else 1.
+
+    Raises:
+        trial.WrongProbe: a probe finds fault with the code as it is.
+    """
     if options.generated == "report":
         print(report(Path(options.results)))
         return 0
@@ -122,9 +121,12 @@ def run(options: argparse.Namespace) -> int:
     waiting = [m for m in mutants[first - 1 :: count] if not results.has(m, options.again)]
     end = time.monotonic() + (options.seconds or float("inf"))
     limit = SECONDS["reference" if options.generated == "reference" else options.device]
+    children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device]}
     start = written = time.monotonic()
+    probes = {name: probe for m in waiting for name, probe in _named_probes(m.file, options.device)}
+    trial.check(probes.items(), seconds=2 * limit, **children)
     tried = 0
-    for result in trial.run(_until(waiting, options.device, end), jobs=options.jobs, seconds=limit):
+    for result in trial.run(_until(waiting, options.device, end), seconds=limit, **children):
         results.add(result)
         tried += 1
         if result.status == "survived" and harmless.reason(result.mutant.key) is None:

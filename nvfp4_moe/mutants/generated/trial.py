@@ -1,7 +1,8 @@
 """Mutants tried in children of this process, each of which plants one and runs its probes.
 
 A child starts with everything imported and every right answer known; a crash or a loop without an end
-is its own. It stops at the first answer that is not right.
+is its own. It stops at the first answer that is not right. On a GPU, which takes seconds to start, a
+child tries several, one after the other.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -9,10 +10,14 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from .plant import plant
+import torch
+
+from .plant import planted
 from .rules import Generated
 
 Probe = Callable[[], Iterator[str]]
@@ -27,92 +32,143 @@ class Result:
     seconds: float
 
 
+Given = tuple[Generated, Sequence[Probe]]
+
+
 @dataclass
 class _Child:
-    mutant: Generated
+    left: deque[Given]
     pid: int
     pipe: int
-    start: float
+    start: float  # of the first that is left
+    read: bytes = b""
+
+    def results(self) -> Iterator[Result]:
+        """Those that have been read."""
+        while b"\n" in self.read:
+            line, _, self.read = self.read.partition(b"\n")
+            by = line.decode(errors="replace")
+            yield self.end("survived" if by == "-" else "killed", "" if by == "-" else by)
+
+    def end(self, status: str, by: str = "") -> Result:
+        """The result of the first that is left."""
+        now = time.monotonic()
+        took, self.start = round(now - self.start, 2), now
+        return Result(self.left.popleft()[0], status, by, took)
+
+    def wait(self, *, kill: bool = False) -> None:
+        if kill:
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self.pipe)
+        os.waitpid(self.pid, 0)
 
 
 def run(
-    mutants: Iterable[tuple[Generated, Sequence[Probe]]], *, jobs: int, seconds: float
+    mutants: Iterable[Given], *, jobs: int, seconds: float, at_once: int = 1
 ) -> Iterator[Result]:
     """The results, as they come.
 
     Args:
-        seconds: a child that takes longer has timed out.
+        seconds: a mutant that takes longer has timed out.
+        at_once: mutants that a child tries one after the other.
     """
-    waiting, children = iter(mutants), dict[int, _Child]()
-    more = True
-    while more or children:
-        while more and len(children) < jobs:
-            given = next(waiting, None)
-            if given is None:
-                more = False
-            else:
-                child = _start(*given)
-                children[child.pipe] = child
-        ready, _, _ = select.select(list(children), [], [], 0.05 if children else 0)
+    again: list[Given] = []  # of children that ended before
+    children: dict[int, _Child] = {}
+
+    more = iter(mutants)
+
+    def waiting() -> Iterator[Given]:
+        while given := again.pop() if again else next(more, None):
+            yield given
+
+    while True:
+        while len(children) < jobs and (some := deque(islice(waiting(), at_once))):
+            child = _start(some)
+            children[child.pipe] = child
+        if not children:
+            return
+        ready, _, _ = select.select(list(children), [], [], 0.05)
         for pipe in ready:
-            yield _ended(children.pop(pipe))
+            child = children[pipe]
+            part = os.read(pipe, 1 << 16)
+            child.read += part
+            yield from child.results()
+            if not part:
+                del children[pipe]
+                child.wait()
+                if child.left and child.read != b"!":
+                    yield child.end("killed", "the process ended")
+                again += child.left
         for child in list(children.values()):
-            if time.monotonic() - child.start > seconds:
-                os.kill(child.pid, signal.SIGKILL)
+            if child.left and time.monotonic() - child.start > seconds:
                 del children[child.pipe]
-                yield _ended(child, timed_out=True)
+                child.wait(kill=True)
+                yield child.end("timed out")
+                again += child.left
 
 
 class WrongProbe(Exception):
     """A probe that finds fault with the code as it is."""
 
 
-def check(name: str, probe: Probe, seconds: float) -> None:
-    """Raise WrongProbe unless a probe finds nothing in unchanged code, in a child as mutants have."""
-    unchanged = Generated("", "", "", f"nothing, {name}", 1, lambda: "")
-    (result,) = run([(unchanged, [probe])], jobs=1, seconds=seconds)
-    if result.status != "survived":
-        raise WrongProbe(f"{name}, on unchanged code: {result.status} {result.by}")
+def check(
+    probes: Iterable[tuple[str, Probe]], *, jobs: int, seconds: float, at_once: int = 1
+) -> None:
+    """Raise WrongProbe unless probes find nothing in unchanged code, in children as mutants have."""
+    unchanged = (
+        (Generated("", "", "", f"nothing, {name}", 1, lambda: ""), [probe])
+        for name, probe in probes
+    )
+    for result in run(unchanged, jobs=jobs, seconds=seconds, at_once=at_once):
+        if result.status != "survived":
+            raise WrongProbe(
+                f"{result.mutant.change}, on unchanged code: {result.status} {result.by}"
+            )
 
 
-def _start(mutant: Generated, probes: Sequence[Probe]) -> _Child:
+def _start(some: deque[Given]) -> _Child:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
         try:
-            os.write(writing, _first_wrong(mutant, probes).encode()[:400])
+            _try(some, writing)
         finally:
             os._exit(0)
     os.close(writing)
-    return _Child(mutant, pid, reading, time.monotonic())
+    return _Child(some, pid, reading, time.monotonic())
 
 
-def _first_wrong(mutant: Generated, probes: Sequence[Probe]) -> str:
-    """What saw the mutant; "-" where nothing did."""
+def _try(some: Iterable[Given], pipe: int) -> None:
+    """Write a line on each: what saw the mutant; "-" where nothing did; "!" at an early end."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    for mutant, probes in some:
+        by = " ".join(_first_wrong(mutant, probes).split())
+        os.write(pipe, by.encode()[:400] + b"\n")
+        if not _gpu_works():
+            os.write(pipe, b"!")
+            return
+
+
+def _first_wrong(mutant: Generated, probes: Sequence[Probe]) -> str:
     try:
-        if mutant.file:
-            plant(mutant)
-        for probe in probes:
-            for wrong in probe():
-                return wrong
+        if not mutant.file:
+            return next((wrong for probe in probes for wrong in probe()), "-")
+        with planted(mutant):
+            return next((wrong for probe in probes for wrong in probe()), "-")
     except BaseException as error:  # whatever it is, the right code does not raise it
         return f"{type(error).__name__}: {error}"
-    return "-"
 
 
-def _ended(child: _Child, *, timed_out: bool = False) -> Result:
-    by = os.read(child.pipe, 400).decode(errors="replace")
-    os.close(child.pipe)
-    os.waitpid(child.pid, 0)
-    took = round(time.monotonic() - child.start, 2)
-    if timed_out:
-        return Result(child.mutant, "timed out", "", took)
-    if not by:
-        return Result(child.mutant, "killed", "the process ended", took)
-    return Result(
-        child.mutant, "survived" if by == "-" else "killed", "" if by == "-" else by, took
-    )
+def _gpu_works() -> bool:
+    """True unless this process has used a GPU and a kernel has left it in an error."""
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True

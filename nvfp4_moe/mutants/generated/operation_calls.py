@@ -1,0 +1,199 @@
+"""Calls of the operations beside the mixture of experts: reload, producers, the dense product."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ... import host
+from ...cases.moe_case import to_device
+from ...differential.verdict import unequal
+from ...kernels import dense as triton_dense
+from ...kernels import producer_launch, quantize
+from ...kernels.config_cache import GemmConfig
+from ...reference import dense
+from ...reference import fused_quantize as producers
+from ...reference.activation import ActivationType
+from ...reference.bounds.dense import mm_fp4_bounds
+from ...reference.layouts import from_linear
+from ...reference.quantize import Quantized, quantize_per_token
+from ...reference.recipe import Recipe, SfLayout
+from ...reference.weights.experts import prepare_experts
+from ..calls import Answered, Call, QuantizerCall
+from .part_calls import exactly
+from .strict import codes_multiplied
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReloadCall:
+    """Weights written into prepared experts, which must be those prepared anew."""
+
+    kind: ActivationType
+    recipe: Recipe
+    dtype: torch.dtype = torch.bfloat16
+    static: bool = False
+
+    def _experts(self, seed: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+        g = torch.Generator().manual_seed(seed)
+        rows = 80 * (2 if self.kind.gated else 1)
+        w13 = host.normal(g, 2, rows, 144) * host.powers(host.arange(2) * 3)[:, None, None]
+        w2 = host.normal(g, 2, 144, 80)
+        w13[0, :, :16], w2[1] = 0, 0
+        w = w13.to(self.dtype), w2.to(self.dtype)
+        return prepare_experts(*w, self.kind, recipe=self.recipe, **self._options()), w
+
+    def _options(self) -> dict[str, float]:
+        return {"input_amax": 3.0, "intermediate_amax": 5.0} if self.static else {}
+
+    def answer(self, device: str = "cpu") -> Any:
+        experts = to_device(self._experts(0)[0], device)
+        w13, w2 = (w.to(device) for w in self._experts(1)[1])
+        experts.load_(w13, w2, recipe=self.recipe, backend="triton", **self._options())
+        return to_device(experts, "cpu")
+
+    def judge(self) -> Answered:
+        return exactly(self._experts(1)[0])
+
+
+@dataclass(frozen=True)
+class ProducerCall:
+    """SiLU-and-mul, or an RMSNorm, with the quantizer behind it: every bit."""
+
+    kind: int
+    recipe: Recipe
+    layout: SfLayout
+    dtype: torch.dtype = torch.bfloat16
+    fused: bool | None = None
+
+    def _given(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        g = torch.Generator().manual_seed(3)
+        x = host.normal(g, 9, 80) * host.powers(host.integers(g, -9, 7, (9, 1)))
+        x[1], x[2, ::5] = 0, -0.0
+        x[4] *= 2.0**-120 if self.dtype == torch.bfloat16 else 2.0**-10
+        x[5] *= 8
+        if self.kind == producer_launch.k.SILU_AND_MUL.value:
+            return torch.cat((x, x.flip(0)), 1).to(self.dtype), None, None
+        residual = None
+        if self.kind == producer_launch.k.ADD_RMSNORM.value:
+            residual = (x.flip(1) / 3).to(self.dtype)
+        return x.to(self.dtype), host.normal(g, 80).to(self.dtype), residual
+
+    def answer(self, device: str = "cpu") -> Any:
+        x, weight, residual = (None if t is None else t.to(device) for t in self._given())
+        assert x is not None
+        got = producer_launch._produce(
+            x, 80, self.kind, residual, weight, 1e-5, self.recipe.base_scale_inv, self.recipe,
+            self.layout, self.fused,
+        )  # fmt: skip
+        return [t.cpu() for t in (*got, *([] if residual is None else [residual]))]
+
+    def judge(self) -> Answered:
+        x, weight, residual = self._given()
+        if weight is None:
+            values = producers.silu_and_mul(x)
+        elif residual is None:
+            values = producers.rmsnorm(x, weight, 1e-5)
+        else:
+            values, residual = producers.add_rmsnorm(x, residual, weight, 1e-5)
+        q: Quantized = quantize_per_token(
+            values, self.recipe.base_scale_inv, self.recipe, self.layout
+        )
+        assert q.per_token_scale is not None
+        added = [] if residual is None else [residual]
+        return exactly([q.codes, q.block_scales, q.per_token_scale, *added])
+
+
+_NAN = 0x7F  # in e4m3
+
+
+def _padded_with_nan(scales: Tensor, layout: SfLayout) -> Tensor:
+    padding = from_linear(torch.ones_like(scales), layout) == 0
+    return from_linear(scales, layout).masked_fill(padding, _NAN)
+
+
+@dataclass(frozen=True)
+class ProductCall:
+    """[M, K] times [N, K] transposed, of ragged sizes, judged by intervals and where exact by bits.
+
+    What pads block scales is NaN. Not where exact, a block of `a` and one of `b` are NaN.
+    """
+
+    config: GemmConfig
+    use_8x4: bool = False
+    by_row: bool = False
+    out_dtype: torch.dtype = torch.bfloat16
+    exact: bool = False
+    m: int = 19
+    k: int = 208
+
+    def _given(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        g = torch.Generator().manual_seed(self.m)
+        mask = 0xAA if self.exact else 0xFF
+        a, b = (
+            host.integers(g, 0, 256, (n, self.k // 2)).to(torch.uint8) & mask for n in (self.m, 136)
+        )
+        high = 0x38 if self.exact else 0x3A
+        sa, sb = (
+            host.integers(g, high if self.exact else 1, high + 1, (n, self.k // 16)).to(torch.uint8)
+            for n in (self.m, 136)
+        )
+        if not self.exact:
+            sa[1, 0] = sb[2, -1] = _NAN
+        alpha = 0.3 + host.arange(self.m if self.by_row else 1).float()
+        a_scales = _padded_with_nan(sa, dense.a_layout(self.use_8x4))
+        return (a, b, a_scales, _padded_with_nan(sb, SfLayout.layout_128x4)), alpha
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        (a, b, sa, sb), alpha = self._given()
+        a, b, sa, sb, alpha = (t.to(device) for t in (a, b, sa, sb, alpha))
+        out = torch.empty(self.m, b.shape[0], dtype=self.out_dtype, device=device)
+        triton_dense._mm_fp4(a, b, sa, sb, alpha, out, self.use_8x4, self.config)
+        return out.cpu()
+
+    def judge(self) -> Answered:
+        (a, b, sa, sb), alpha = self._given()
+        want = dense.mm_fp4(a, b.T, sa, sb.T, alpha, self.out_dtype, use_8x4_sf_layout=self.use_8x4)
+        bounds = mm_fp4_bounds(
+            a, b.T, sa, sb.T, alpha, self.out_dtype, use_8x4_sf_layout=self.use_8x4
+        )
+
+        def accepts(got: Tensor) -> bool:
+            wrong = unequal(got, want) if self.exact else ~bounds.contains(got)
+            return not wrong.any()
+
+        return Answered(accepts, torch.Tensor.double, want.double())
+
+
+@dataclass(frozen=True)
+class CutCall(QuantizerCall):
+    """A quantizer whose matrix is cut into programs as only a GPU's launches would."""
+
+    config: quantize.LaunchConfig = quantize.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
+
+    def answer(self, device: str = "cpu") -> Quantized:
+        def config(*_: Any, **__: Any) -> quantize.LaunchConfig:
+            return self.config
+
+        with (
+            mock.patch.object(quantize, "launch_config", config),
+            mock.patch.object(quantize, "global_launch_config", config),
+        ):
+            return super().answer(device)
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """A call by the path of GPUs that multiply codes, in the interpreter."""
+
+    call: Call
+
+    def answer(self, device: str = "cpu") -> Any:
+        with codes_multiplied():
+            return self.call.answer(device)
+
+    def judge(self) -> Answered:
+        return self.call.judge()

@@ -1,0 +1,160 @@
+"""Calls of one kernel, or of the few of a permutation, on sizes that layers of a few rows never have."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ... import host
+from ...differential.verdict import unequal
+from ...kernels import moe
+from ...reference.layouts import from_linear
+from ...reference.moe import layer as reference_moe
+from ...reference.moe.layer import FinalizeOrder
+from ...reference.quantize import dequantize
+from ...reference.recipe import BLOCK_SIZE, SfLayout
+from ..calls import Answered
+from .answers import digest
+
+Tensor = torch.Tensor
+
+
+def exactly(want: Any) -> Answered:
+    """An answer has these bits, and the bits of a NaN are any NaN's."""
+    right, nothing = digest(want), host.zeros(1).double()
+    return Answered(lambda got: digest(got) == right, lambda got: nothing, nothing)
+
+
+@dataclass(frozen=True)
+class PermuteCall:
+    """Slots of local experts, of experts next to them on both sides, of far ones, and of none."""
+
+    slots: int
+    local: int
+    offset: int = 2
+    tile: int = 16
+    one_launch: bool = True
+
+    def _ids(self) -> Tensor:
+        g = torch.Generator().manual_seed(self.slots)
+        ids = host.integers(g, self.offset - 2, self.offset + self.local + 2, (self.slots, 1))
+        ids[ids == self.offset + 1] = self.offset + 2  # an expert of no slot
+        ids[-1], ids[-2] = self.offset + self.local, self.offset - 1
+        return ids.int()
+
+    def answer(self, device: str = "cpu") -> Any:
+        limit = self.slots if self.one_launch else 0
+        with mock.patch.object(moe, "_ONE_LAUNCH_SLOTS", limit):
+            p = moe.permute(self._ids().to(device), self.local, self.offset, self.tile)
+        held = int(p.end[-1])
+        used = p.tiles[0] >= 0
+        found = p.expanded[:held], p.permuted, p.tiles[0], p.tiles[1][used], p.end
+        return [t.cpu() for t in found]
+
+    def judge(self) -> Answered:
+        local = (self._ids().flatten() - self.offset).tolist()
+        of = [[i for i, e in enumerate(local) if e == expert] for expert in range(self.local)]
+        expanded = [i for some in of for i in some]
+        row = {i: n for n, i in enumerate(expanded)}
+        experts, firsts, end = [], [], [0]
+        for expert, some in enumerate(of):
+            count = -(-len(some) // self.tile)
+            experts += [expert] * count
+            firsts += [end[-1] + i * self.tile for i in range(count)]
+            end.append(end[-1] + len(some))
+        tiles = min(self.slots, self.local) + self.slots // self.tile
+        experts += [-1] * (tiles - len(experts))
+        want = expanded, [row.get(i, -1) for i in range(self.slots)], experts, firsts, end[1:]
+        return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
+
+
+def _codes(seed: int, *size: int) -> tuple[Tensor, Tensor]:
+    """Codes [..., K/2] and block scales [..., K/16], any byte but scales below zero."""
+    g = torch.Generator().manual_seed(seed)
+    *rows, k = size
+    codes = host.integers(g, 0, 256, (*rows, k // 2)).to(torch.uint8)
+    return codes, host.integers(g, 0, 128, (*rows, k // BLOCK_SIZE)).to(torch.uint8)
+
+
+def _fours(values: Tensor) -> Tensor:
+    """[R, K] as bf16 [R, 4, K/4], each fourth column together."""
+    return values.unflatten(1, (-1, 4)).transpose(1, 2).contiguous().bfloat16()
+
+
+@dataclass(frozen=True)
+class DecodeCall:
+    """Rows of more words than a program has."""
+
+    rows: int = 3
+    columns: int = 4160
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        codes, scales = _codes(1, self.rows, self.columns)
+        return moe.decode(codes.to(device), scales.to(device)).cpu()
+
+    def judge(self) -> Answered:
+        return exactly(_fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
+
+
+@dataclass(frozen=True)
+class DecodeWeightsCall:
+    """Two experts of more rows than a tile of scales and more blocks than a program has."""
+
+    rows: int = 256
+    columns: int = 1088
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        codes, scales = _codes(2, 2, self.rows, self.columns)
+        tiles = torch.stack([from_linear(one, SfLayout.layout_128x4) for one in scales])
+        out = torch.empty(2, self.rows, 4, self.columns // 4, dtype=torch.bfloat16, device=device)
+        given = tiles.view(2, self.rows, -1)
+        moe._decode_weights(codes.to(device), given.to(device), out)
+        return out.flatten(0, 1).cpu()
+
+    def judge(self) -> Answered:
+        codes, scales = (t.flatten(0, 1) for t in _codes(2, 2, self.rows, self.columns))
+        return exactly(_fours(dequantize(codes, scales, 2.0**-8)))
+
+
+@dataclass(frozen=True)
+class FinalizeCall:
+    """Rows wider than a program, among them some that nobody asks for; slots without a row."""
+
+    dtype: torch.dtype
+    order: FinalizeOrder = "slot"
+    weights: torch.dtype = torch.bfloat16
+    top_k: int = 6
+    width: int = 1040
+    padded: int = 1088
+    tokens: int = 5
+
+    def _given(self) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(self.top_k)
+        slots = self.tokens * self.top_k
+        rows = host.normal(g, slots, self.padded) * host.powers(host.arange(slots) % 9)[:, None]
+        permuted = torch.randperm(slots, generator=g, dtype=torch.int64, device="cpu")
+        weights = host.normal(g, self.tokens, self.top_k)
+        nowhere = host.uniform(g, slots) < 0.3
+        weights[nowhere.view_as(weights)] = torch.nan
+        permuted[nowhere] = -1
+        return rows.bfloat16(), permuted.int(), weights.to(self.weights)
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        rows, permuted, weights = (t.to(device) for t in self._given())
+        out = torch.empty(self.tokens, self.width, dtype=self.dtype, device=device)
+        moe.finalize(rows, permuted, weights, out, self.padded, self.order)
+        return out.cpu()
+
+    def judge(self) -> Answered:
+        rows, permuted, weights = self._given()
+        held = (permuted >= 0).view_as(weights)
+        of_slot = rows[permuted.long().clamp_min(0), : self.width].float()
+        total = reference_moe.finalize(
+            of_slot.view(self.tokens, self.top_k, -1), weights, self.padded, self.order, held
+        )
+        want = total.to(self.dtype)
+        return Answered(
+            lambda got: not unequal(got, want).any(), torch.Tensor.double, want.double()
+        )
