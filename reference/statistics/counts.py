@@ -156,9 +156,9 @@ class QuantizationStatistics:
 
     def __str__(self) -> str:
         """A table, a line an expert that has rows, and one of all. It waits for the device."""
-        from .table import by_expert, table
+        from .table import by_expert, statistics_table
 
-        return table(by_expert(self))
+        return statistics_table(by_expert(self))
 
 
 @kept
