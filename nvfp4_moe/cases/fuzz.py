@@ -19,7 +19,7 @@ from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, all_recipes
-from ..reference.weights.arguments import OPTIONS
+from ..reference.weights.arguments import Options
 from ..reference.weights.cutlass import with_cutlass
 from ..reference.weights.experts import Experts, assemble_checked
 from .moe_case import MoECase
@@ -221,7 +221,7 @@ def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
     w13 = _codes(d, held, rows, h), _block_scales(d, held, rows, h // BLOCK_SIZE), decode
     w2 = _codes(d, held, h, i), _block_scales(d, held, h, i // BLOCK_SIZE), decode2
     # Its checks refuse what a caller of FlashInfer's functions may hand over all the same.
-    experts = assemble_checked(w13, w2, kind.activation, dict.fromkeys(OPTIONS) | given)
+    experts = assemble_checked(w13, w2, kind.activation, Options(**given))
     if kind.build == "cutlass":
         return with_cutlass(experts)
     scalars: dict[str, Any] = {  # as a caller of FlashInfer's may give them

@@ -78,21 +78,17 @@ def fake_quantized_moe(
     checks.one_of("build", build, get_args(Build))
     _check_weights(w13, w2, w13_bias, w2_bias)
     checks.tensor("x", x, (torch.bfloat16,), ("T", w13.shape[2]), like=("w13", w13))
-    options: Options = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit}
     if experts is None:
-        options |= {
-            "w13_bias": None if w13_bias is None else w13_bias.detach(),
-            "w2_bias": None if w2_bias is None else w2_bias.detach(),
-            "input_amax": None, "intermediate_amax": None,
-        }  # fmt: skip
+        biases = (None if bias is None else bias.detach() for bias in (w13_bias, w2_bias))
+        options = Options(*biases, alpha, beta, clamp_limit)
         shipped = _shipped(w13), _shipped(w2)
         check_preparation(*shipped, activation, recipe, options)
         if checks.reads_values(*shipped):
             check_values(*shipped, activation, options)
         experts = quantize_experts(*shipped, activation, recipe, options)
     else:
-        options["recipe"] = recipe
-        _check_held(experts, activation, w13, w2, w13_bias, w2_bias, options)
+        held = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit, "recipe": recipe}
+        _check_held(experts, activation, w13, w2, w13_bias, w2_bias, held)
     online = _recipe_of_activations(fast_math, build, nvfp4_4over6)
     call = {
         "backend": backend, "batch_invariant": batch_invariant, "output_dtype": output_dtype,

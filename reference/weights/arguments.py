@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 import numbers
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,10 +16,27 @@ from .scalars import LARGEST
 _BYTES = (torch.uint8, torch.float8_e4m3fn)
 _AMAX = ("input_amax", "intermediate_amax")
 _ROUNDS_TO_0 = 2.0**-150  # half of the least positive number of fp32
-OPTIONS = ("w13_bias", "w2_bias", *PARAMETERS, *_AMAX)
-"""What may go with weights, by the names that `prepare_experts` has for it."""
-Options = dict[str, Any]
-"""A value, or None, for each of `OPTIONS`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may go with the weights of n experts, by the names and in the units of `prepare_experts`.
+
+    None means that the experts have none. `check_options` checks the fields, which may hold anything.
+    """
+
+    w13_bias: Any = None  # [n, rows], any float dtype
+    w2_bias: Any = None  # [n, H]
+    alpha: Any = None  # a number, or a tensor of one or of n floats, as the next two
+    beta: Any = None
+    clamp_limit: Any = None
+    input_amax: Any = None  # a number, as the next one
+    intermediate_amax: Any = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None, in order."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def check_preparation(w13: Any, w2: Any, activation: Any, recipe: Any, options: Options) -> None:
@@ -94,18 +112,20 @@ def check_options(
     like: tuple[str, torch.Tensor],
 ) -> None:
     """What goes with the weights of some experts, `rows` rows of the first GEMM of each."""
+    given = options.given()
     for name, size in (("w13_bias", rows), ("w2_bias", hidden)):
-        if options[name] is not None:
-            checks.tensor(name, options[name], checks.FLOATS, (experts, size), like=like)
-    for name in PARAMETERS:
-        if options[name] is not None:
-            check_parameter(name, options[name], activation, experts)
-            if isinstance(options[name], torch.Tensor) and options[name].is_meta:
-                checks.same_device(name, options[name], *like)
+        if name in given:
+            checks.tensor(name, given[name], checks.FLOATS, (experts, size), like=like)
+    for parameter in PARAMETERS:
+        if parameter in given:
+            value = given[parameter]
+            check_parameter(parameter, value, activation, experts)
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                checks.same_device(parameter, value, *like)
     for name in _AMAX:
-        if options[name] is not None:
-            checks.number(name, options[name], positive=True)
-    missing = [name for name in _AMAX if options[name] is None]
+        if name in given:
+            checks.number(name, given[name], positive=True)
+    missing = [name for name in _AMAX if name not in given]
     if len(missing) == 1:
         raise ValueError(
             f"{missing[0]} is None; static activation scales have both, so it must be a positive "
@@ -157,8 +177,8 @@ def check_values(
 
 def check_option_values(activation: ActivationType, options: Options) -> None:
     """`check_values` of all but the weights."""
-    for name, value in options.items():
-        if name.endswith("bias") and value is not None:
+    for name, value in options.given().items():
+        if name.endswith("bias"):
             checks.finite(name, value)
         elif name in PARAMETERS and isinstance(value, torch.Tensor):
             given = value.detach().to(dtype=torch.float32, device="cpu")

@@ -129,9 +129,8 @@ class Experts:
                 option; a backend that cannot serve. Nothing has been written then.
         """
         from .update import load_  # which needs this class
-        from .update_arguments import LoadOptions
 
-        options = LoadOptions(
+        options = Options(
             w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax
         )
         load_(
@@ -190,11 +189,7 @@ def prepare_experts(
         ValueError, TypeError: an argument, or two that do not fit together; a NaN or an infinity in
             weights or biases, for which preparation waits for the GPU.
     """
-    options = {
-        "w13_bias": w13_bias, "w2_bias": w2_bias, "alpha": alpha, "beta": beta,
-        "clamp_limit": clamp_limit, "input_amax": input_amax,
-        "intermediate_amax": intermediate_amax,
-    }  # fmt: skip
+    options = Options(w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax)
     check_preparation(w13, w2, activation, recipe, options)
     if checks.reads_values(w13, w2, waits=True):
         check_values(w13, w2, activation, options)
@@ -274,11 +269,7 @@ def assemble_experts(
         ValueError: scales apart for up and gate that the contract cannot express: with a clamp limit,
             SwigluStep or SiTU.
     """
-    options = {
-        "w13_bias": w13_bias, "w2_bias": w2_bias, "alpha": alpha, "beta": beta,
-        "clamp_limit": clamp_limit, "input_amax": input_amax,
-        "intermediate_amax": intermediate_amax,
-    }  # fmt: skip
+    options = Options(w13_bias, w2_bias, alpha, beta, clamp_limit, input_amax, intermediate_amax)
     quantized = (w13_codes, w13_scales, w13_decode), (w2_codes, w2_scales, w2_decode)
     check_assembly(*quantized, activation, options)
     if checks.reads_values(w13_codes, waits=True):

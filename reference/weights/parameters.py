@@ -35,14 +35,15 @@ class Parameters:
         """Of as many experts as `weights` has, on their device."""
         experts, device = len(weights), weights.device
         alpha, beta, limit = (
-            per_expert(options[name], experts, device) for name in ("alpha", "beta", "clamp_limit")
+            per_expert(value, experts, device)
+            for value in (options.alpha, options.beta, options.clamp_limit)
         )
         input_scale, intermediate_scale = (
             None if amax is None
             else torch.full((1,), static_encode_scale(amax), dtype=torch.float32, device=device)
-            for amax in (options["input_amax"], options["intermediate_amax"])
+            for amax in (options.input_amax, options.intermediate_amax)
         )  # fmt: skip
-        biases = options["w13_bias"], options["w2_bias"]
+        biases = options.w13_bias, options.w2_bias
         return cls(activation, *biases, alpha, beta, limit, input_scale, intermediate_scale)
 
     @property

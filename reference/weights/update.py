@@ -24,6 +24,7 @@ import torch
 from .. import checks
 from ..numerics.subnormals import kept
 from ..recipe import Recipe
+from .arguments import Options
 from .cute_dsl import refresh_cute_dsl
 from .cutlass import refresh_cutlass
 from .experts import Experts, lay_out, lay_out_bias, quantize_weight
@@ -36,7 +37,7 @@ from .scalars import (
     quotient,
     static_encode_scale,
 )
-from .update_arguments import LoadOptions, check
+from .update_arguments import check
 from .versions import mark_written
 from .writers import WRITERS
 
@@ -89,7 +90,7 @@ def load_(
     first: int,
     amax: tuple[torch.Tensor, torch.Tensor] | None,
     recipe: Recipe | None,
-    options: LoadOptions,
+    options: Options,
     backend: str,
 ) -> None:
     """`Experts.load_`, which has the arguments' meaning, and defaults."""
@@ -130,16 +131,14 @@ def _jobs(
     return first, second
 
 
-def _added(
-    e: Experts, n: int, options: LoadOptions
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _added(e: Experts, n: int, options: Options) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The largest magnitudes of what is added to the accumulators of the two GEMMs."""
     raw = e.activation.is_raw("beta")
     beta = per_expert(options.beta, n, e.gemm1_weights.device) if raw else None
     return largest_added(options.w13_bias, beta), largest_added(options.w2_bias)
 
 
-def _write_static_scales(e: Experts, some: slice, options: LoadOptions) -> None:
+def _write_static_scales(e: Experts, some: slice, options: Options) -> None:
     """Before the weights' scalars, which have these in them."""
     for held, amax in (
         (e.input_scale, options.input_amax),
@@ -153,7 +152,7 @@ def _write_static_scales(e: Experts, some: slice, options: LoadOptions) -> None:
         up.fill_(1.0) if c is None else up.copy_(c.expand_as(up))
 
 
-def _write_parameters(e: Experts, some: slice, options: LoadOptions) -> None:
+def _write_parameters(e: Experts, some: slice, options: Options) -> None:
     """After the weights' scalars, by which biases and parameters in raw units are divided."""
     gate, gated = e.output1_scale_gate_scalar[some], e.activation.gated
     if e.gemm1_bias is not None and options.w13_bias is not None:

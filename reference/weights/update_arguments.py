@@ -1,13 +1,12 @@
 """The arguments of `Experts.load_`, all checked before anything is written."""
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, fields
 
 import torch
 
 from .. import checks
 from ..recipe import Recipe, check_recipe
-from .arguments import check_options, check_values
+from .arguments import Options, check_options, check_values
 from .experts import Experts
 
 _HELD = {
@@ -22,19 +21,6 @@ _HELD = {
 """By option of `prepare_experts`: the field of the experts that it becomes."""
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """Those of `prepare_experts`, of the n experts that are loaded; None: they have none."""
-
-    w13_bias: torch.Tensor | None  # [n, rows], physical units, as all of these
-    w2_bias: torch.Tensor | None  # [n, H]
-    alpha: torch.Tensor | float | None  # [n], [1] or []
-    beta: torch.Tensor | float | None
-    clamp_limit: torch.Tensor | float | None
-    input_amax: float | None
-    intermediate_amax: float | None
-
-
 def check(
     e: Experts,
     w13: torch.Tensor,
@@ -42,8 +28,8 @@ def check(
     first: int,
     amax: tuple[torch.Tensor, torch.Tensor] | None,
     recipe: Recipe | None,
-    options: LoadOptions,
-) -> LoadOptions:
+    options: Options,
+) -> Options:
     """The options, numbers as Python's, once everything fits; values of tensors are read on a CPU.
 
     Raises:
@@ -65,20 +51,20 @@ def check(
             if checks.reads_values(t):
                 checks.values(f"amax[{i}]", t, (t >= 0) & t.isfinite(), "finite, 0 or above")
     _check_given(e, options)
-    given = {f.name: getattr(options, f.name) for f in fields(options)}
-    check_options(given, e.activation, n, rows, e.hidden_size, here)
+    check_options(options, e.activation, n, rows, e.hidden_size, here)
+    given = options.given()
     for name, value in given.items():
         if isinstance(value, torch.Tensor):
             checks.same_device(name, value, *here)
-        elif value is not None:
+        else:
             given[name] = float(value)
     if checks.reads_values(w13, w2):
-        check_values(w13, w2, e.activation, given)
-    return LoadOptions(**given)
+        check_values(w13, w2, e.activation, options)
+    return Options(**given)
 
 
-def _check_given(e: Experts, options: LoadOptions) -> None:
-    given = {f.name for f in fields(options) if getattr(options, f.name) is not None}
+def _check_given(e: Experts, options: Options) -> None:
+    given = set(options.given())
     held = {name for name, field in _HELD.items() if getattr(e, field) is not None}
     if missing := [name for name in _HELD if name in held - given]:
         raise ValueError(
