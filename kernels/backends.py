@@ -363,9 +363,8 @@ def register_backend(
     checks.one_of("operation", operation, OPERATIONS)
     if not isinstance(name, str) or not name:
         checks.wrong_type("name", name, "the name of a backend")
-    for argument, value in (("run", run), ("refusal", refusal)):
-        if not callable(value) and not (argument == "refusal" and value is None):
-            checks.wrong_type(argument, value, "a function of the call")
+    checks.function("run", run, "a function of the call")
+    checks.function("refusal", refusal, "a function of the call", optional=True)
     backend: Backend[Any, Any] = Backend(
         name, refusal or serves_all, run, never if before is None else always
     )

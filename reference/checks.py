@@ -168,6 +168,12 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], allowed: str)
         wrong_type(name, value, allowed)
 
 
+def function(name: str, value: Any, allowed: str = "a function", optional: bool = False) -> None:
+    """Anything that can be called; None, too, if `optional`."""
+    if not callable(value) and not (optional and value is None):
+        wrong_type(name, value, f"{allowed} or None" if optional else allowed)
+
+
 def pair(name: str, value: Any, allowed: str) -> None:
     """A tuple or list of two."""
     if not isinstance(value, tuple | list) or len(value) != 2:

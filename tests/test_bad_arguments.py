@@ -75,6 +75,7 @@ NO_AMAX = (
     )
 )
 NO_PATH = st.sampled_from(["", None, 3, [1], object(), True])
+NO_FUNCTION = WORDS | NUMBERS | st.sampled_from([True, [1], object()])
 NO_DEVICE = OBJECTS | st.sampled_from(["gpu", "cuda:99", "meta", "", 3, None, "cpu:x"])
 NO_DTYPE = OBJECTS | WORDS | NUMBERS | st.sampled_from([torch.int8, torch.float64, torch.uint8])
 NO_COUNT = OBJECTS | WORDS | st.sampled_from([-1, 2.5, float("nan"), True])
@@ -314,6 +315,7 @@ FUNCTIONS = {
             "exclude": WORDS | st.sampled_from([3, None, [3], "model.layers.0.*"]),
             "input_scale": NOT_A_FLAG | st.none(),
             "device": NO_DEVICE,
+            "progress": NO_FUNCTION,
         },
     ),
     "load_experts": Function(
@@ -326,6 +328,7 @@ FUNCTIONS = {
             "device": NO_DEVICE,
             "static": NOT_A_FLAG | st.none(),
             "local": OBJECTS | WORDS | st.sampled_from([4, (0, 4)]),
+            "progress": NO_FUNCTION,
         },
     ),
     "select_experts": Function(

@@ -269,6 +269,33 @@ def test_nan_in_e8m0_scales(tmp_path):
         convert(tmp_path / "src", tmp_path / "dst")
 
 
+SIGNED = [name for name, source in FP8_SOURCES.items() if source[2] not in (E8M0, BYTES)]
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_negative_fp8_scales(name, tmp_path):
+    """A scale is a magnitude / 448: below zero it is no scale, though the product is a number."""
+    kind, scale, dtype, config = FP8_SOURCES[name]
+    tensors = {}
+    for p, (codes, scales, _) in fp8_parts(kind, weights(sizes=SIZES)).items():
+        values = stored(scales, dtype)
+        for e in range(EXPERTS):
+            own = values[e].reshape(()) if kind == "tensor" else values[e]
+            tensors |= {f"{P}.{e}.{p}_proj.weight": codes[e], f"{P}.{e}.{p}_proj.{scale}": own}
+    for place, value in ((f"{P}.3.up_proj", -0.25), (f"{P}.1.down_proj", -2.0)):
+        tensors[f"{place}.{scale}"] = tensors[f"{place}.{scale}"].clone()
+        tensors[f"{place}.{scale}"].view(-1)[-1] = value
+    tensors[f"{P}.0.up_proj.{scale}"] = -torch.zeros_like(tensors[f"{P}.0.up_proj.{scale}"])
+    saved(tmp_path / "src", tensors, {"quantization_config": config})
+    with pytest.raises(CheckpointError) as e:
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert sorted(e.value.problems) == [
+        f"{P}.1.down_proj.{scale}: it has -2.0; a decode scale must be 0 or above",
+        f"{P}.3.up_proj.{scale}: it has -0.25; a decode scale must be 0 or above",
+    ]
+    assert not list((tmp_path / "dst").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("inner", ["text_config", "language_config"])
 def test_nothing_stale_is_left_in_a_nested_configuration(inner, tmp_path):
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}

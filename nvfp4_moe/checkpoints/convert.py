@@ -7,7 +7,6 @@ source becomes one shard, under the same name; its other tensors are copied as t
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,8 @@ def convert(
 
     Raises:
         CheckpointError: with everything wrong with the source's headers and files, before anything is
-            written; with every weight that is NaN or infinite in a shard, before that shard is written;
+            written; with every weight that is NaN or infinite, and every FP8 scale below zero, in a
+            shard, before that shard is written;
             a destination that is complete, not ours, too small, or cannot be written to; a pattern of
             `exclude` that matches nothing.
         ValueError, TypeError: another argument, named.
@@ -79,6 +79,7 @@ def convert(
     checks.strings("exclude", exclude, "a list of patterns, as ['model.layers.61.*']")
     checks.flag("input_scale", input_scale)
     where = checks.device("device", device)
+    checks.function("progress", progress, optional=True)
     recipe = recipe or Recipe("exact")
     given, target = Path(source), Path(destination)
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(given)):
@@ -161,12 +162,7 @@ class _Converter:
     def _check_values(self, names: list[str]) -> None:
         matrices = [m for name in names for m in self._source.matrices.get(name, ())]
         asked = dict.fromkeys(p for m in matrices for p in self._source.partners(m))
-        bad = [
-            f"{m.place}: it has NaN or infinite values"
-            for m in asked
-            if not math.isfinite(self._source.amax(m))
-        ]
-        if bad:
+        if bad := [problem for m in asked if (problem := self._source.problem(m)) is not None]:
             raise CheckpointError(self._source.folder.path, bad)
 
     def _quantize(self, matrix: Matrix, error: LayerError) -> dict[str, torch.Tensor]:

@@ -77,6 +77,7 @@ def load_experts(
         check_activation(activation)
     where = checks.device("device", device)
     checks.flag("static", static)
+    checks.function("progress", progress, optional=True)
     if local is not None:
         checks.instance("local", local, range, "a range of experts, as range(0, 4)")
     source = folder if isinstance(folder, Folder) else Folder(folder)

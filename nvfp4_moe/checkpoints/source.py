@@ -6,6 +6,7 @@ which then is quantized. Stacked and fused experts are taken apart, transposed a
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Source:
             (m.module, m.expert, m.projection): m for found in self.matrices.values() for m in found
         }
         self.amax = functools.cache(self._amax)
+        self._least_scale: dict[Place, float] = {}
 
     def partners(self, matrix: Matrix) -> list[Matrix]:
         """The matrices of one scale: gate and up, wherever they lie, or down alone."""
@@ -92,7 +94,16 @@ class Source:
             return w
         rows, columns = w.shape
         scale = read_scale(self.folder, matrix.scale, rows, columns, _block_of(self.folder))
+        self._least_scale[matrix.scale] = float(scale.amin())
         return dequantize_fp8(w, scale)
+
+    def problem(self, matrix: Matrix) -> str | None:
+        """What is wrong with a matrix's values or scales, or None."""
+        if not math.isfinite(self.amax(matrix)):
+            return f"{matrix.place}: it has NaN or infinite values"
+        if matrix.scale is not None and (least := self._least_scale[matrix.scale]) < 0:
+            return f"{matrix.scale}: it has {least}; a decode scale must be 0 or above"
+        return None
 
     def _amax(self, matrix: Matrix) -> float:
         # A float: small tensors that live on would hold the heap's large free pieces apart.
