@@ -16,10 +16,10 @@ import torch
 from measure import arguments, save, start
 from moe_speed import DEVICE, SHAPES, random_experts
 from nvfp4_moe.kernels import moe as triton_moe
-from nvfp4_moe.reference.bounds.interval import ANY_ORDER, CONTIGUOUS
+from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.moe.layer import quantize_activations
+from nvfp4_moe.reference.moe.activations import quantize_activations
 from nvfp4_moe.reference.recipe import Recipe
 
 TOKENS = (1, 64, 512)

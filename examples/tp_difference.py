@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nvfp4_moe.reference.moe.layer import hidden_values, quantize_activations
+from nvfp4_moe.reference.moe.activations import hidden_values, quantize_activations
 from nvfp4_moe.reference.moe.shards import shard_columns
 from nvfp4_moe.reference.recipe import Recipe
 

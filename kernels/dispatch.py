@@ -11,9 +11,8 @@ from typing import Any, get_args
 import torch
 
 from ..reference import checks
-from ..reference.layouts import from_linear
+from ..reference.layouts import from_linear, shuffle_rows
 from ..reference.recipe import Build, SfLayout
-from ..reference.shuffle import shuffle_rows
 from . import backends
 from .backends import Asked, Backend, Operation
 from .flashinfer import quantize as fi

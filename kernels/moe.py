@@ -13,7 +13,8 @@ import torch
 import triton
 
 from ..reference.activation import ActivationType
-from ..reference.moe.layer import Activations, FinalizeOrder, split_k_groups
+from ..reference.moe.activations import Activations
+from ..reference.moe.finalize import FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
 from . import config_cache, moe_gemm, moe_kernels
@@ -211,7 +212,7 @@ def finalize(
     hidden_size: int,
     order: FinalizeOrder,
 ) -> None:
-    """`reference.moe.finalize`, of rows [P, >= width] bf16 that `permuted` [T * K] names, into `output`.
+    """The reference's `finalize`, of rows [P, >= width] bf16 that `permuted` [T * K] names.
 
     Args:
         output: [T, width], bf16, fp16 or fp32.

@@ -14,7 +14,8 @@ import torch
 
 from ..reference import checks
 from ..reference.activation import activation_of
-from ..reference.moe.layer import Activations, FinalizeOrder
+from ..reference.moe.activations import Activations
+from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.layer import fused_moe as reference_fused_moe
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild, SfLayout

@@ -206,7 +206,7 @@ def finalize_kernel(
     H,
     width,
     K: tl.constexpr,
-    GROUPS: tl.constexpr,  # strided groups of slots, summed apart (`reference.moe.split_k_groups`)
+    GROUPS: tl.constexpr,  # strided groups of slots, summed apart (`split_k_groups`)
     COLUMNS: tl.constexpr,
     ARCH: tl.constexpr,
 ):

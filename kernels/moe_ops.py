@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from ..reference.activation import ActivationType
-from ..reference.moe.layer import Activations, FinalizeOrder
+from ..reference.moe.activations import Activations
+from ..reference.moe.finalize import FinalizeOrder
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
 

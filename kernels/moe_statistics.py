@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from ..reference.statistics.counts import QuantizationStatistics, quantization_statistics
+from ..reference.statistics.counts import QuantizationStatistics
+from ..reference.statistics.measure import quantization_statistics
 from ..reference.statistics.moe import MoEStatistics
 from .moe_call import MoECall
 

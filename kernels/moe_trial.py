@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..reference.moe.layer import Activations
+from ..reference.moe.activations import Activations
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
 from . import config_cache, moe

@@ -4,7 +4,9 @@
 import torch
 
 from ..reference.moe import layer as moe
-from ..reference.moe.layer import Activations, FinalizeOrder
+from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.finalize import FinalizeOrder
+from ..reference.moe.permute import permutation
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
 from .moe_call import Observe
@@ -28,7 +30,7 @@ def _fused_moe(
     observe: Observe | None = None,
 ) -> Triple:
     if quantize:
-        activations = moe.quantize_activations(activations.hidden_states, recipe)
+        activations = quantize_activations(activations.hidden_states, recipe)
     result = moe.fused_moe(
         activations, experts, ids, weights, recipe=recipe,
         local_expert_offset=local_expert_offset, finalize_order=finalize_order,
@@ -42,7 +44,7 @@ def _fused_moe(
     )  # fmt: skip
     if do_finalize:
         return result.output, rows, permuted
-    permuted = moe.permutation(ids, experts.num_local, local_expert_offset)
+    permuted = permutation(ids, experts.num_local, local_expert_offset)
     here = permuted >= 0
     rows.zero_()
     rows[permuted[here].long(), : experts.hidden_size] = result.rows.flatten(0, 1)[here]

@@ -12,7 +12,7 @@ product with alpha follows, then one rounding to the output's dtype (flashinfer-
 import torch
 
 from .layouts import to_linear
-from .moe.layer import Accumulate, matmul
+from .numerics.accumulate import Accumulate, matmul
 from .numerics.subnormals import kept
 from .quantize import dequantize
 from .recipe import BLOCK_SIZE, SfLayout
@@ -68,7 +68,7 @@ def mm_fp4(
         b_descale: uint8 e4m3, the transpose of scales in 128x4.
         alpha: fp32, one element or one a row of a; None counts as 1.
         out_dtype: bfloat16 or float16; what that cannot hold is infinite.
-        accumulate: as `reference.moe.matmul` has it.
+        accumulate: as in `numerics.accumulate.matmul`.
     """
     x, w = operands(a, b, a_descale, b_descale, use_8x4_sf_layout)
     total = matmul(x, w, accumulate)

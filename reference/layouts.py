@@ -1,4 +1,4 @@
-"""The three layouts of block scales and the ways between them.
+"""The three layouts of block scales, and the row orders of shuffled weights.
 
 For R rows of C = K/16 scales each:
 
@@ -11,6 +11,10 @@ For R rows of C = K/16 scales each:
 with C4 the padded columns and all divisions rounding down (FlashInfer 0.7.2,
 `quantization_utils.cuh:995` and `:1026`). Padding is zero. The swizzled layouts are returned as
 [padded rows, padded columns], the shape FlashInfer gives the buffer; it is not an index.
+
+TensorRT-LLM's row orders of weights are here too. Each such function returns int64 indices `i` such that
+`w[i]` is the reordered matrix; block scales, biases and per-row scales take the same order. Source:
+flashinfer-python 0.7.2, `utils.py:1053-1120` (shuffle) and `fused_moe/core.py:548` (gated interleave).
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -77,3 +81,43 @@ def convert(
 ) -> torch.Tensor:
     """Scales of [rows, columns] from one layout to another, padding zero in the result."""
     return from_linear(to_linear(scales, rows, columns, source), target)
+
+
+def shuffle_rows(
+    rows: int, epilogue_tile_m: int = 128, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Order in which the GEMM's epilogue wants the rows of its A operand.
+
+    Within each group of 32 rows (16 if `epilogue_tile_m` is no multiple of 128), row 4a + b (2a + b)
+    goes to place 8b + a.
+
+    Raises:
+        ValueError: `rows` is no multiple of the group.
+    """
+    group = 32 if epilogue_tile_m % 128 == 0 else 16
+    if rows % group:
+        raise ValueError(f"rows is {rows}; the row shuffle needs a multiple of {group}")
+    order = (
+        torch.arange(group, dtype=torch.int64, device=device).reshape(8, group // 8).T.reshape(-1)
+    )
+    return (
+        torch.arange(0, rows, group, dtype=torch.int64, device=device)[:, None] + order
+    ).reshape(-1)
+
+
+def interleave_gated_rows(rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """[first half; second half] to row 0 of each half, row 1 of each half, ...
+
+    Raises:
+        ValueError: `rows` is odd.
+    """
+    if rows % 2:
+        raise ValueError(f"rows is {rows}; a gated matrix has an even number")
+    return torch.arange(rows, dtype=torch.int64, device=device).reshape(2, rows // 2).T.reshape(-1)
+
+
+def inverse(indices: torch.Tensor) -> torch.Tensor:
+    """The indices that undo `indices`: `w[indices][inverse(indices)]` is `w`."""
+    undo = torch.empty_like(indices)
+    undo[indices] = torch.arange(indices.numel(), dtype=torch.int64, device=indices.device)
+    return undo

@@ -133,9 +133,10 @@ def subnormal_numbers(device: str, backend: str) -> Any:
     """Numbers around fp32's smallest, and enough of them for several threads."""
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
     from nvfp4_moe.reference.moe import layer as moe
+    from nvfp4_moe.reference.moe.activations import quantize_activations
     from nvfp4_moe.reference.quantize import dequantize, quantize_block_scales, quantize_per_token
     from nvfp4_moe.reference.recipe import Recipe
-    from nvfp4_moe.reference.weights.experts import prepare_experts
+    from nvfp4_moe.reference.weights.prepare import prepare_experts
 
     w13, w2 = weights()
     g = torch.Generator().manual_seed(4)
@@ -149,7 +150,7 @@ def subnormal_numbers(device: str, backend: str) -> Any:
     experts = prepare_experts(w13.to(device), (w2 / 2**10).to(device))
     ids, w = (t.repeat(120, 1) for t in chosen(device))
     wide = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - 144)).to(device)
-    a = moe.quantize_activations(wide, Recipe("exact", build="cute-dsl"))
+    a = quantize_activations(wide, Recipe("exact", build="cute-dsl"))
     bounds = fused_moe_bounds(a, experts, ids, w).output
     return found, moe.fused_moe(a, experts, ids, w, output_dtype=torch.float32).output, bounds
 
@@ -241,16 +242,16 @@ def dense(device: str, backend: str) -> Any:
 @part
 def judge(device: str, backend: str) -> Any:
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+    from nvfp4_moe.reference.moe.activations import quantize_activations
     from nvfp4_moe.reference.moe.baselines import (
         FORMATS,
         prepare_sibling,
         quantize_for,
         sibling_moe,
     )
-    from nvfp4_moe.reference.moe.layer import quantize_activations
     from nvfp4_moe.reference.recipe import Recipe
-    from nvfp4_moe.reference.statistics.counts import weight_statistics
-    from nvfp4_moe.reference.weights.experts import prepare_experts
+    from nvfp4_moe.reference.statistics.measure import weight_statistics
+    from nvfp4_moe.reference.weights.prepare import prepare_experts
 
     from nvfp4_moe import host
     from nvfp4_moe.cases import moe as matrix_moe

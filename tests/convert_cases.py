@@ -14,7 +14,7 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.weights.experts import prepare_experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 from nvfp4_moe.checkpoints import load_experts
 from nvfp4_moe.cli.convert import RECIPES

@@ -8,8 +8,8 @@ from assertions import assert_bitwise, assert_inside
 from nvfp4_moe.kernels import dense as triton_dense
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.reference import dense as reference
+from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds
-from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_per_token

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
-from nvfp4_moe.reference.moe.layer import Activations, held_slots, quantize_activations
+from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.permute import held_slots
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.weights.experts import Experts, prepare_experts
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 GATED = [a for a in IMPLEMENTED if a.gated]
 PLAIN = [a for a in IMPLEMENTED if not a.gated]

@@ -11,16 +11,18 @@ from nvfp4_moe.kernels import moe as triton_moe
 from nvfp4_moe.kernels import routing as triton_routing
 from nvfp4_moe.kernels.moe import GemmConfig
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
-from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe import permute
 from nvfp4_moe.reference.moe import routing as reference_routing
-from nvfp4_moe.reference.moe.layer import Activations
+from nvfp4_moe.reference.moe.activations import Activations, hidden_values
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.weights.experts import assemble_experts, gemm2_values, prepare_experts
+from nvfp4_moe.reference.weights.layout import gemm2_values
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
 
 SMALL = GemmConfig(128, 16, 128, 1, 4)
 ONE = 0x38  # 1.0 in e4m3
@@ -119,7 +121,7 @@ def _assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
         case.activations, case.experts, case.ids, case.weights,
         local_expert_offset=shape.offset, keep_steps=True,
     ).steps  # fmt: skip
-    values = reference.hidden_values(
+    values = hidden_values(
         Activations(steps["codes2"].flatten(0, 1), steps["block scales2"].flatten(0, 1))
     )
     whole = (values.double() * 2**10).long()  # e2m1 times e4m3 is a multiple of 2^-10
@@ -348,7 +350,7 @@ def permutation(device, tokens: int, experts: int, top_k: int, offset: int, held
     ids = torch.rand(tokens, experts, generator=g).topk(top_k).indices.int()
     p = triton_moe.permute(ids.to(device), held, offset, 16)
     permuted, expanded = p.permuted.cpu(), p.expanded.cpu()
-    want = reference.permutation(ids, held, offset)
+    want = permute.permutation(ids, held, offset)
     assert torch.equal(permuted, want)
     here = want >= 0
     assert torch.equal(expanded[want[here].long()].long(), here.nonzero()[:, 0])

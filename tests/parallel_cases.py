@@ -21,7 +21,7 @@ from nvfp4_moe.reference.moe.layer import fused_moe as reference_fused_moe
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.moe.shards import fused_moe_shards
 from nvfp4_moe.reference.recipe import NVFP44Over6Config
-from nvfp4_moe.reference.weights.experts import prepare_experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe_case import to_device

@@ -8,7 +8,7 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 

@@ -14,7 +14,7 @@ from moe_cases import Shape
 from moe_triton_cases import coarse, to
 from nvfp4_moe.kernels import reference_moe_ops
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.layer import hidden_values
+from nvfp4_moe.reference.moe.activations import hidden_values
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.statistics.counts import BINS, COUNTS, QuantizationStatistics
 

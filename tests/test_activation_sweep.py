@@ -20,7 +20,7 @@ from nvfp4_moe.reference import activation as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.bounds.activation import activation_bounds
 from nvfp4_moe.reference.bounds.interval import Interval
-from nvfp4_moe.reference.weights.experts import prepare_experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 SMALLEST = 2.0**-126
 BLOCK = 1 << 15 if INTERPRETING else 1024

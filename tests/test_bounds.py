@@ -10,13 +10,15 @@ from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Shape
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds import product as bounds_product
-from nvfp4_moe.reference.bounds.accumulation import sum_of_products
+from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS, FP32, sum_of_products
 from nvfp4_moe.reference.bounds.activation import activation_bounds
-from nvfp4_moe.reference.bounds.interval import ANY_ORDER, CONTIGUOUS, FP32, Interval
+from nvfp4_moe.reference.bounds.interval import Interval
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.product import Product
 from nvfp4_moe.reference.bounds.requantize import requantize_blocks, requantize_rows
 from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.activations import Activations, hidden_values
+from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.quantize import quantize_block_scales, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
@@ -79,12 +81,12 @@ def test_sums_in_other_orders_and_widths(k):
     ordered = sum_of_products(Interval.point(x), w, CONTIGUOUS)
     assert (ordered.high - ordered.low <= found.high - found.low).all()
     order = torch.randperm(k)
-    assert_inside(moe.matmul(x, w, "fp32"), ordered, "ascending")
-    assert_inside(moe.matmul(x[:, order], w[:, order], "fp32"), found, "permuted")
+    assert_inside(matmul(x, w, "fp32"), ordered, "ascending")
+    assert_inside(matmul(x[:, order], w[:, order], "fp32"), found, "permuted")
     assert_inside(truncating(16, 1)(x, w, None), ordered, "truncating")
     largest = (x[:, None] * w[None]).sort(-1).values
     ones = torch.ones(1, k)
-    worst = moe.matmul(largest.flatten(0, 1), ones, "fp32").view(4, 8)
+    worst = matmul(largest.flatten(0, 1), ones, "fp32").view(4, 8)
     assert_inside(worst, found, "negative terms first")
 
 
@@ -165,7 +167,7 @@ def test_the_requantization_of_an_interval(recipe):
             part = torch.full_like(part, trial == 1)
         x = torch.where(part, ends[1], ends[0]).bfloat16()
         q = quantize_per_token(x, recipe.base_scale_inv, recipe)
-        values = moe.hidden_values(moe.Activations(q.codes, q.block_scales))
+        values = hidden_values(Activations(q.codes, q.block_scales))
         for r in range(8):
             mine = (row == r) & (scale == q.per_token_scale[r])
             assert mine.sum() >= 1, f"the maximum of row {r} is no candidate"
@@ -178,7 +180,7 @@ def test_points_are_requantized_to_one_value():
     for recipe in RECIPES:
         found, scale, _, _ = requantize_rows(Interval.point(x), recipe)
         q = quantize_per_token(x, recipe.base_scale_inv, recipe)
-        values = moe.hidden_values(moe.Activations(q.codes, q.block_scales)).double()
+        values = hidden_values(Activations(q.codes, q.block_scales)).double()
         assert_bitwise(found.low, values, "low")
         assert_bitwise(found.high, values, "high")
         assert_bitwise(scale, q.per_token_scale, "scale")
@@ -189,7 +191,7 @@ def test_static_blocks_hold_fast_and_exact():
     found = requantize_blocks(Interval(x.double() * (1 - 1e-6), x.double() * (1 + 1e-6)), Recipe())
     for recipe in RECIPES[:2]:
         q = quantize_block_scales(x, recipe)
-        values = moe.hidden_values(moe.Activations(q.codes, q.block_scales))
+        values = hidden_values(Activations(q.codes, q.block_scales))
         assert_inside(values, found, str(recipe))
 
 
@@ -210,7 +212,7 @@ def test_bounds_without_their_error_would_be_wrong(monkeypatch):
     x, w = products(4096, n=16, m=64)
     zero = replace(CONTIGUOUS, per_term=0.0, per_step=0.0)
     found = sum_of_products(Interval.point(x), w, zero)
-    assert not found.contains(moe.matmul(x, w, "fp32")).all()
+    assert not found.contains(matmul(x, w, "fp32")).all()
     monkeypatch.setattr(bounds_product, "U", 0.0)
     point = Product.of(Interval.point(torch.full((64,), 3.0)))
     scale = torch.rand(64) + 1

@@ -18,6 +18,7 @@ from nvfp4_moe.reference.bounds.routing import routing_bounds
 from nvfp4_moe.reference.bounds.selection import SETS, selections
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe import routing
+from nvfp4_moe.reference.moe.finalize import finalize
 from nvfp4_moe.reference.moe.routing import Routing, route
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from routing_cases import (
@@ -383,7 +384,7 @@ def test_slots_in_another_order_are_inside():
     rows = moe.fused_moe(case.activations, case.experts, ids, weights).rows.float()
     found = set()
     for order in map(list, itertools.permutations(range(4))):
-        got = moe.finalize(rows[:, order], weights[:, order], SHAPE.hidden, "slot")
+        got = finalize(rows[:, order], weights[:, order], SHAPE.hidden, "slot")
         assert_inside(got, allowed, str(order))
         found.add(got.sum(dtype=torch.float64).item())
     assert len(found) > 1
@@ -452,7 +453,7 @@ def test_an_interval_of_weights():
         )
         some = torch.where(part == 0, ends[0], torch.where(part == 1, ends[1], between.bfloat16()))
         some = torch.minimum(torch.maximum(some, ends[0]), ends[1])
-        got = moe.finalize(rows, some, SHAPE.hidden, "flashinfer").bfloat16()
+        got = finalize(rows, some, SHAPE.hidden, "flashinfer").bfloat16()
         assert_inside(got, found)
         touched |= (got.double() == found.low) | (got.double() == found.high)
     assert touched.double().mean() > 0.5

@@ -10,16 +10,18 @@ import torch
 from assertions import assert_inside
 from moe_cases import GATED, PLAIN, Shape
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds.accumulation import sum_of_products
-from nvfp4_moe.reference.bounds.interval import ANY_ORDER, CONTIGUOUS, Interval, hull
+from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS, sum_of_products
+from nvfp4_moe.reference.bounds.interval import Interval, hull
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.parallel import all_reduce_bounds
 from nvfp4_moe.reference.bounds.product import Product
 from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.numerics.fp32 import flush
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.weights.experts import prepare_experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 from nvfp4_moe.cases.fuzz import Draw
 from nvfp4_moe.cases.moe_case import MoECase
@@ -142,7 +144,7 @@ def test_sums_that_overflow(accumulation):
     assert found.low[1, 0] < 3.1e38 and found.high[1, 0] == INF
     assert found.unknown[2, 0] and ends(found[3, 0]) == [INF, INF]
     assert found.nan[3:, 1].tolist() == [True, True, True] and found.nan[4:, 0].all()
-    assert found.contains(moe.matmul(x, w, "fp32")).all()
+    assert found.contains(matmul(x, w, "fp32")).all()
     either = torch.tensor([[INF, -big, -big, 1.0]])  # inf first, or the sum of the others, -inf
     assert sum_of_products(Interval.point(either), w[:1], accumulation).unknown.all()
     maybe = Interval(x[0:1].double(), torch.tensor([[INF, big, 1.0, 0.0]]).double())
@@ -157,7 +159,7 @@ def test_squares_that_leave_fp32(exponent):
     w13, w2 = torch.randn(2, 256, 512) / 512**0.5, torch.randn(2, 512, 128) / 128**0.5
     experts = prepare_experts(w13.bfloat16(), w2.bfloat16())
     x = (torch.randn(64, 512) * 10.0**exponent).bfloat16()
-    a, ids, ones = moe.quantize_activations(x, recipe), IDS.repeat(16, 1), torch.ones(64, 1)
+    a, ids, ones = quantize_activations(x, recipe), IDS.repeat(16, 1), torch.ones(64, 1)
     for accumulation in (ANY_ORDER, CONTIGUOUS):
         found = fused_moe_bounds(a, experts, ids, ones, recipe=recipe, accumulation=accumulation)
         got = moe.fused_moe(a, experts, ids, ones, recipe=recipe).output
@@ -173,7 +175,7 @@ def test_overflow_before_a_scalar_brings_it_back(kind, exponent):
     rows = 256 if kind.gated else 128
     w13 = (torch.randn(2, rows, 128) * 10.0**exponent / 128**0.5).bfloat16()
     experts = prepare_experts(w13, (torch.randn(2, 128, 128) * 1e-2).bfloat16(), kind)
-    a = moe.quantize_activations(torch.randn(4, 128).bfloat16(), Recipe())
+    a = quantize_activations(torch.randn(4, 128).bfloat16(), Recipe())
     ids, ones = IDS, torch.ones(4, 1)
     found = fused_moe_bounds(a, experts, ids, ones).output
     got = moe.fused_moe(a, experts, ids, ones).output
@@ -213,7 +215,7 @@ def test_flashinfer_alone_may_drop_a_nan_in_its_epilogue(kind):
     x = made.activations.hidden_states.clone()
     x[2, 5] = NAN
     routing = Routing(RoutingMethodType.Renormalize, 1)
-    case = MoECase("", moe.Activations(x), made.experts, routing, 2, ids=IDS, weights=made.weights)
+    case = MoECase("", Activations(x), made.experts, routing, 2, ids=IDS, weights=made.weights)
     got = case.reference()
     assert got[2].isnan().all() and got[[0, 1, 3]].isfinite().all()
     dropped = got.nan_to_num(nan=1.0)

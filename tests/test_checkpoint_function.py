@@ -17,7 +17,7 @@ from checkpoint_cases import (
     write,
 )
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.weights.experts import assemble_experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts
 
 from nvfp4_moe.checkpoints import CheckpointError, load_experts
 

@@ -22,7 +22,7 @@ from checkpoint_cases import (
     write,
 )
 from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.weights.experts import prepare_experts, quantize_weight
+from nvfp4_moe.reference.weights.prepare import prepare_experts, quantize_weight
 
 from nvfp4_moe.checkpoints import CheckpointError, load_experts
 

@@ -25,7 +25,8 @@ from checkpoint_cases import (
     write,
 )
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.weights.experts import Experts, assemble_experts
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts
 from safetensors.torch import load_file, save_file
 
 from nvfp4_moe.checkpoints import CheckpointError, Folder, find_layers, load_experts

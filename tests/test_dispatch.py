@@ -16,8 +16,9 @@ from nvfp4_moe.kernels import backends, dispatch, environment, target
 from nvfp4_moe.kernels.capability import check_capability
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.quantize_call import UNSET
-from nvfp4_moe.reference import layouts, shuffle
+from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
+from nvfp4_moe.reference.layouts import shuffle_rows
 from nvfp4_moe.reference.recipe import Recipe, all_recipes
 
 import nvfp4_moe
@@ -367,7 +368,7 @@ def test_do_shuffle(case):
         expanded_idx_to_permuted_idx=named.get("row_index"),
     )
     plain = oracle(X, scale, Recipe(), SfLayout.layout_linear, per_token=per_token, **named)
-    order = shuffle.shuffle_rows(128)
+    order = shuffle_rows(128)
     assert order.tolist() != list(range(128))
     assert_bitwise(result[0], plain.codes[order], "codes")
     scales = layouts.to_linear(result[1], 128, 12, SfLayout.layout_128x4)
@@ -380,7 +381,7 @@ def test_do_shuffle(case):
 def test_the_row_order_is_flashinfers():
     utils = pytest.importorskip("flashinfer.utils", reason="needs flashinfer-python")
     theirs = utils.get_shuffle_matrix_a_row_indices(torch.empty(256, 8), 128)
-    assert shuffle.shuffle_rows(256).tolist() == theirs.tolist()
+    assert shuffle_rows(256).tolist() == theirs.tolist()
 
 
 def test_every_other_argument_reaches_the_quantizer():

@@ -6,8 +6,8 @@ import shlex
 import pytest
 import torch
 from nvfp4_moe.reference.bounds.interval import Interval
-from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.layer import Stages
+from nvfp4_moe.reference.numerics.accumulate import matmul
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases.fuzz import Kind
@@ -52,7 +52,7 @@ def test_finite_numbers_in_place_of_nan_and_infinity_are_seen():
 
 def test_an_alarm_can_be_replayed(monkeypatch, capsys):
     """The command that is printed finds the alarm again, and nothing without the mistake."""
-    wrong = Stages(gemm1=lambda x, w, _: moe.matmul(x[:, 16:], w[:, 16:], "fp64"))
+    wrong = Stages(gemm1=lambda x, w, _: matmul(x[:, 16:], w[:, 16:], "fp64"))
     monkeypatch.setitem(fuzz_runs.CONFORMING, "fp64", wrong)
     assert main(["fuzz-bounds", "--runs", "12"]) == 1
     again = shlex.split(capsys.readouterr().out.split("again: ")[1].splitlines()[0])

@@ -7,8 +7,8 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.grouped import fused_moe_grouped, quantize_grouped
-from nvfp4_moe.reference.moe.layer import Activations
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 

@@ -20,6 +20,7 @@ from nvfp4_moe.kernels.flashinfer.rules import BLACKWELL
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import quantize_global_scale
@@ -227,7 +228,7 @@ class TestExplain:
 
 def test_what_no_backend_accepts():
     case = moe_cases.make(SHAPE, mode="static")
-    unquantized = replace(case, activations=reference.Activations(case.x))
+    unquantized = replace(case, activations=Activations(case.x))
     for given, changes in (
         (case, {"do_finalize": False}),
         (unquantized, {"quantize": "per-token"}),

@@ -11,15 +11,13 @@ import torch
 from moe_cases import GATED, PLAIN, Shape
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.finalize import finalize, split_k_groups
+from nvfp4_moe.reference.moe.permute import permutation
+from nvfp4_moe.reference.numerics.accumulate import fma, matmul
 from nvfp4_moe.reference.quantize import dequantize, quantize_global_scale, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.weights.experts import (
-    assemble_experts,
-    gemm1_values,
-    gemm2_values,
-    padded_sizes,
-    prepare_experts,
-)
+from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values, padded_sizes
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
 
 SHAPE = Shape(5, 128, 64, 4, 2)
 
@@ -91,8 +89,8 @@ def test_each_step_follows_from_the_one_before(recipe):
 
 def test_left_to_right_sums():
     x, w = torch.tensor([[1.0, 2.0**-24, 2.0**-24]]), torch.ones(1, 3)
-    assert moe.matmul(x, w, "fp32").item() == 1
-    assert moe.matmul(x, w, "fp64").item() == 1 + 2**-23
+    assert matmul(x, w, "fp32").item() == 1
+    assert matmul(x, w, "fp64").item() == 1 + 2**-23
     case = moe_cases.make(SHAPE)
     a, b = (
         moe.fused_moe(case.activations, case.experts, case.ids, case.weights, accumulate=how).output
@@ -119,8 +117,8 @@ def test_finalize_is_a_chain_of_fused_multiply_adds(top_k, groups, dtype):
     g = torch.Generator().manual_seed(top_k)
     rows = (torch.randn(2, top_k, 8, generator=g) * 3).bfloat16().float()
     weights = torch.rand(2, top_k, generator=g).to(dtype)
-    assert moe.split_k_groups(2, top_k, 256) == groups
-    got = moe.finalize(rows, weights, 256, "flashinfer")
+    assert split_k_groups(2, top_k, 256) == groups
+    got = finalize(rows, weights, 256, "flashinfer")
     for t in range(2):
         for h in range(8):
             total = None
@@ -140,14 +138,14 @@ def test_fma_where_two_roundings_would_show():
         for sign in (1, -1):
             c = torch.tensor([sign * 2.0**exponent * (1 + 2**-23)])
             want = round_to_fp32(Fraction(a.item()) * Fraction(b.item()) + Fraction(c.item()))
-            assert moe._fma(a, b, c).item() == want
+            assert fma(a, b, c).item() == want
 
 
 def test_the_order_depends_on_the_number_of_tokens():
     """H = 7168: split up to T = 42; H = 2048: up to T = 147."""
-    assert [moe.split_k_groups(t, 8, 7168) for t in (42, 43)] == [2, 1]
-    assert [moe.split_k_groups(t, 8, 2048) for t in (147, 148)] == [2, 1]
-    assert moe.split_k_groups(1, 4, 7168) == moe.split_k_groups(1, 65, 7168) == 1
+    assert [split_k_groups(t, 8, 7168) for t in (42, 43)] == [2, 1]
+    assert [split_k_groups(t, 8, 2048) for t in (147, 148)] == [2, 1]
+    assert split_k_groups(1, 4, 7168) == split_k_groups(1, 65, 7168) == 1
 
 
 def test_ranks_add_up():
@@ -176,8 +174,8 @@ def test_ranks_add_up():
 
 def test_permutation():
     ids = torch.tensor([[3, 1], [0, 3], [7, 2]], dtype=torch.int32)
-    assert moe.permutation(ids, 4).tolist() == [3, 1, 0, 4, -1, 2]
-    assert moe.permutation(ids, 2, 2).tolist() == [1, -1, -1, 2, -1, 0]
+    assert permutation(ids, 4).tolist() == [3, 1, 0, 4, -1, 2]
+    assert permutation(ids, 2, 2).tolist() == [1, -1, -1, 2, -1, 0]
 
 
 def test_no_tokens():

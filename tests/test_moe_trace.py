@@ -16,12 +16,11 @@ from moe_cases import Shape
 from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.layouts import to_linear
+from nvfp4_moe.reference.layouts import inverse, to_linear
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import SfLayout
-from nvfp4_moe.reference.shuffle import inverse
-from nvfp4_moe.reference.weights.experts import row_order
+from nvfp4_moe.reference.weights.layout import row_order
 
 trace = pytest.importorskip("flashinfer.trace.templates.moe", reason="needs flashinfer-python")
 

@@ -5,7 +5,7 @@ import pytest
 import reload_cases as cases
 import torch
 from marks import ON_A_GPU
-from nvfp4_moe.reference.weights.experts import prepare_experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 from nvfp4_moe import ActivationType, fused_moe
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds.interval import CONTIGUOUS
+from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import Recipe, SfLayout

@@ -11,13 +11,9 @@ from moe_cases import GATED, PLAIN
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import fp8
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from nvfp4_moe.reference.weights.experts import (
-    Experts,
-    assemble_experts,
-    gemm1_values,
-    prepare_experts,
-    quantize_weight,
-)
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.layout import gemm1_values
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts, quantize_weight
 from nvfp4_moe.reference.weights.scalars import MOST_OF_WEIGHTS, MOST_RAW, static_encode_scale
 
 from nvfp4_moe import fake_quantized_moe, fused_moe

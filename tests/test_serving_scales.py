@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from nvfp4_moe.reference.activation import ActivationType, activate
-from nvfp4_moe.reference.weights.experts import assemble_experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts
 from server_sources import source_of
 
 from nvfp4_moe.serving import serving_scales

@@ -27,12 +27,8 @@ from nvfp4_moe.reference.moe.shards import (
 )
 from nvfp4_moe.reference.recipe import Recipe
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
-from nvfp4_moe.reference.weights.experts import (
-    gemm1_values,
-    gemm2_values,
-    prepare_experts,
-    unshuffled_bias,
-)
+from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values, unshuffled_bias
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 from tp_difference import changed
 
 from nvfp4_moe.cases import inputs

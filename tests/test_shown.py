@@ -9,7 +9,7 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.baselines import prepare_sibling
 from nvfp4_moe.reference.weights.cute_dsl import with_cute_dsl
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
-from nvfp4_moe.reference.weights.experts import prepare_experts
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 E, H, I = 4, 256, 128  # noqa: E741
 

@@ -12,7 +12,7 @@ from moe_cases import Shape
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e4m3
-from nvfp4_moe.reference.weights.experts import (
+from nvfp4_moe.reference.weights.layout import (
     gemm1_values,
     gemm2_values,
     row_order,

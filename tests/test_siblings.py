@@ -20,7 +20,7 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import baselines as siblings
 from nvfp4_moe.reference.moe import fp8
 from nvfp4_moe.reference.moe.baselines import FORMATS, prepare_sibling, quantize_for, sibling_moe
-from nvfp4_moe.reference.moe.layer import finalize
+from nvfp4_moe.reference.moe.finalize import finalize
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.numerics.fp32 import rcp_approx_ftz

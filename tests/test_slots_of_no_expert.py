@@ -11,6 +11,8 @@ from moe_cases import Shape
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds
 from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.finalize import finalize
+from nvfp4_moe.reference.moe.permute import held_slots
 
 import nvfp4_moe
 
@@ -22,7 +24,7 @@ ORDERS = ("flashinfer", "slot")
 def pair():
     """(a case with NaN and infinite weights in slots of no expert, the same with zeros there)."""
     strange = moe_cases.with_strange_weights(moe_cases.make(SHAPE), SHAPE)
-    held = moe.held_slots(strange.ids, SHAPE.held, SHAPE.offset)
+    held = held_slots(strange.ids, SHAPE.held, SHAPE.offset)
     return strange, replace(strange, weights=torch.where(held, strange.weights, 0))
 
 
@@ -62,7 +64,7 @@ def test_bounds_of_ranks():
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf])
 def test_a_weight_of_an_expert_still_shows(weight):
     case = moe_cases.make(SHAPE)
-    held = moe.held_slots(case.ids, SHAPE.held, SHAPE.offset)
+    held = held_slots(case.ids, SHAPE.held, SHAPE.offset)
     token = int(held.any(1).nonzero()[0])
     weights = case.weights.masked_fill(held & (torch.arange(6) == token)[:, None], weight)
     out = moe.fused_moe(case.activations, case.experts, case.ids, weights, local_expert_offset=2)
@@ -73,7 +75,7 @@ def test_minus_zero_is_kept():
     """A skipped slot is no addition of 0, which would turn a sum of -0 into +0."""
     rows, weights = torch.full((1, 2, 1), -1e-30), torch.tensor([[1e-30, torch.nan]])
     held = torch.tensor([[True, False]])
-    assert moe.finalize(rows, weights, 128, "slot", held).signbit().item()
+    assert finalize(rows, weights, 128, "slot", held).signbit().item()
 
 
 def test_gradients():

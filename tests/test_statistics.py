@@ -15,16 +15,13 @@ from installations import pretend
 from moe_cases import Shape
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
 from nvfp4_moe.reference.quantize import dequantize
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, all_recipes
-from nvfp4_moe.reference.statistics import counts as statistics
-from nvfp4_moe.reference.statistics.counts import (
-    COUNTS,
-    QuantizationStatistics,
-    quantization_statistics,
-    weight_statistics,
-)
-from nvfp4_moe.reference.weights.experts import quantize_weight
+from nvfp4_moe.reference.statistics import measure
+from nvfp4_moe.reference.statistics.counts import COUNTS, QuantizationStatistics
+from nvfp4_moe.reference.statistics.measure import quantization_statistics, weight_statistics
+from nvfp4_moe.reference.weights.prepare import quantize_weight
 from statistics_cases import FOUR, assert_same, assert_slow, slow
 
 import nvfp4_moe
@@ -148,7 +145,7 @@ def test_parts_of_the_rows(elements, monkeypatch):
         given = {"experts": experts, "num_experts": 3} | more
         want = quantization_statistics(x, FOUR, **given)
         with monkeypatch.context() as patched:
-            patched.setattr(statistics, "_ELEMENTS", elements)
+            patched.setattr(measure, "_ELEMENTS", elements)
             assert_same(quantization_statistics(x, FOUR, **given), want, f"{elements}")
 
 
@@ -234,7 +231,7 @@ def test_the_fused_call(shape):
     assert_bitwise(output, nvfp4_moe.fused_moe(case.x, case.experts, routing, **given), "output")
     x = moe_cases.padded(case.x, case.experts.padded_hidden_size)
     steps = reference.fused_moe(
-        reference.quantize_activations(x, FOUR), case.experts, *routing, recipe=FOUR,
+        quantize_activations(x, FOUR), case.experts, *routing, recipe=FOUR,
         local_expert_offset=shape.offset, keep_steps=True,
     ).steps  # fmt: skip
     ids = held(case.ids, shape)
@@ -283,7 +280,7 @@ def test_static_scales():
     assert bad.hidden_states.count("saturated").sum() > 0
     assert bad.hidden_states.total().snr() < good.hidden_states.total().snr() - 3
     want = reference.fused_moe(
-        reference.Activations(*nvfp4_moe.nvfp4_quantize(
+        Activations(*nvfp4_moe.nvfp4_quantize(
             case.x, experts.input_scale, nvfp4_moe.SfLayout.layout_linear
         )),
         experts, case.ids, case.weights, keep_steps=True,

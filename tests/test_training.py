@@ -9,6 +9,7 @@ import training_cases as cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Shape
 from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.activations import quantize_activations
 from nvfp4_moe.reference.moe.routing import route
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
@@ -41,7 +42,7 @@ def test_the_value_is_the_servers_and_the_references(recipe, master):
     experts = case.experts()
     wide = torch.nn.functional.pad(case.leaves["x"].detach(), (0, 48))
     want = reference.fused_moe(
-        reference.quantize_activations(wide, recipe), experts, case.ids,
+        quantize_activations(wide, recipe), experts, case.ids,
         case.leaves["weights"].detach(), recipe=recipe, finalize_order="slot",
     ).output  # fmt: skip
     assert_bitwise(got, want, "the specification")

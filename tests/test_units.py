@@ -9,7 +9,7 @@ from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Shape
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.layer import activate_raw
-from nvfp4_moe.reference.weights.experts import assemble_experts, prepare_experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
 
 import nvfp4_moe
 from nvfp4_moe.serving.fused import fused_experts_fp4

@@ -16,7 +16,7 @@ from ...reference.layouts import from_linear
 from ...reference.moe.baselines import Format, SiblingActivations, SiblingExperts, quantize_for
 from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
-from ...reference.weights.experts import row_order
+from ...reference.weights.layout import row_order
 from ..capability import capability_of
 from .function import KEYWORD, POSITIONAL, Argument, Function
 from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
-from ...reference.weights.cute_dsl import CuteDslWeights
+from ...reference.weights.experts import CuteDslWeights
 from ..moe_call import MoECall
 from .function import KEYWORD, Argument, Function
 from .layer_rules import (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
-from ...reference.weights.cutlass import CutlassWeights
+from ...reference.weights.experts import CutlassWeights
 from ..moe_call import MoECall
 from .function import KEYWORD, OMITTED, Argument, Function
 from .layer_rules import (

@@ -4,7 +4,7 @@
 import torch
 
 from ...reference.activation import FlashInferLayer
-from ...reference.moe.layer import split_k_groups
+from ...reference.moe.finalize import split_k_groups
 from ...reference.recipe import LayerBuild
 from .. import environment
 from ..moe_call import MoECall

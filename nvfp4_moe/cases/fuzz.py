@@ -14,14 +14,16 @@ import torch
 
 from .. import host
 from ..reference.activation import IMPLEMENTED, ActivationType
-from ..reference.moe.layer import Activations, FinalizeOrder, quantize_activations
+from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, all_recipes
 from ..reference.weights.arguments import Options
 from ..reference.weights.cutlass import with_cutlass
-from ..reference.weights.experts import Experts, assemble_checked
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import assemble_checked
 from .moe_case import MoECase
 
 Tensor = torch.Tensor

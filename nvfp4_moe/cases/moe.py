@@ -10,14 +10,15 @@ import torch
 from .. import host
 from ..kernels import environment
 from ..reference.activation import IMPLEMENTED, ActivationType
-from ..reference.moe.layer import Activations, quantize_activations
+from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
 from ..reference.weights.cute_dsl import with_cute_dsl
 from ..reference.weights.cutlass import with_cutlass
-from ..reference.weights.experts import Experts, assemble_experts, prepare_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import assemble_experts, prepare_experts
 from . import inputs
 from . import moe_edges as matrix_edges
 from .moe_case import MoECase

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from ..kernels.moe_call import MoECall, make_moe_call
-from ..reference.bounds.interval import ANY_ORDER, Accumulation, Interval
+from ..reference.bounds.accumulation import ANY_ORDER, Accumulation
+from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
 from ..reference.moe import layer as moe
-from ..reference.moe.layer import Activations, FinalizeOrder
+from ..reference.moe.activations import Activations
+from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import Routing, route
 from ..reference.recipe import LayerBuild, Recipe
 from ..reference.weights.experts import Experts

@@ -14,12 +14,13 @@ import torch
 
 from .. import host
 from ..reference.activation import IMPLEMENTED, ActivationType
-from ..reference.moe.layer import Activations, quantize_activations
+from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, Recipe
-from ..reference.weights.experts import Experts, assemble_experts, prepare_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import assemble_experts, prepare_experts
 from .moe_case import MoECase
 
 SIZE, TOKENS = 128, 16

@@ -18,7 +18,7 @@ from ..reference import checks
 from ..reference.numerics.subnormals import kept
 from ..reference.quantize import dequantize
 from ..reference.recipe import BLOCK_SIZE, Recipe, check_recipe
-from ..reference.weights.experts import quantize_weight
+from ..reference.weights.prepare import quantize_weight
 from .disk_space import check_room
 from .errors import CheckpointError
 from .files import local

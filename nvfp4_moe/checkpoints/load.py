@@ -11,7 +11,8 @@ from ..reference.activation import ActivationType, check_activation
 from ..reference.numerics.subnormals import kept
 from ..reference.recipe import BLOCK_SIZE
 from ..reference.weights.arguments import check_parameter
-from ..reference.weights.experts import Experts, assemble_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import assemble_experts
 from ..reference.weights.scalars import check_one_scale, per_expert
 from .check import Check
 from .errors import CheckpointError

@@ -12,7 +12,7 @@ from ..kernels.moe_dispatch import ORDER, explain_fused_moe
 from ..machine import machine
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout
-from ..reference.weights.experts import prepare_experts
+from ..reference.weights.prepare import prepare_experts
 
 
 def run(options: argparse.Namespace) -> int:

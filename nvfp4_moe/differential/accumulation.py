@@ -17,13 +17,13 @@ from .. import host
 from ..cases.moe_case import MoECase
 from ..kernels import environment, moe_dispatch
 from ..reference.activation import ActivationType
-from ..reference.moe.layer import Activations
+from ..reference.moe.activations import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
 from ..reference.weights.cute_dsl import with_cute_dsl
 from ..reference.weights.cutlass import with_cutlass
-from ..reference.weights.experts import assemble_experts
+from ..reference.weights.prepare import assemble_experts
 
 _BLOCKS = 16
 _LARGE, _SMALL = 8, -8  # exponents of the weights' block scales

@@ -10,11 +10,12 @@ from ..cases import moe as matrix_moe
 from ..cases.moe import TENSOR
 from ..reference.activation import ActivationType, activate
 from ..reference.moe import layer as moe
+from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.baselines import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
-from ..reference.moe.layer import Activations, quantize_activations
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import Recipe
-from ..reference.weights.experts import Experts, prepare_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import prepare_experts
 
 KIND = ActivationType.Swiglu
 

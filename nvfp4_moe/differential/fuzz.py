@@ -24,6 +24,7 @@ from ..reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_
 from ..reference.moe import layer as moe
 from ..reference.moe import shards
 from ..reference.moe.layer import Stages
+from ..reference.numerics.accumulate import matmul
 from ..reference.numerics.fp32 import flush
 from ..reference.weights.experts import Experts
 
@@ -44,7 +45,7 @@ def _flushing() -> Stages:
     """As code does that was compiled with -use_fast_math."""
 
     def gemm(x: Tensor, w: Tensor, accumulate: Any) -> Tensor:
-        return flush(moe.matmul(x, w, accumulate))
+        return flush(matmul(x, w, accumulate))
 
     def activate(raw: Tensor, experts: Experts, e: int) -> Tensor:
         return flush(moe.activate_raw(flush(raw), experts, e))
@@ -62,7 +63,7 @@ def _scalars_first(case: MoECase) -> Stages | None:
     one = torch.ones_like(e.output1_scale_scalar)
 
     def gemm(x: Tensor, w: Tensor, accumulate: Any) -> Tensor:
-        last["sums"] = moe.matmul(x, w, accumulate)
+        last["sums"] = matmul(x, w, accumulate)
         return last["sums"]
 
     def activate(_: Tensor, experts: Experts, i: int) -> Tensor:

@@ -10,17 +10,13 @@ from typing import Any
 
 import torch
 
-from ..reference.bounds.interval import ANY_ORDER, Accumulation, Interval
+from ..reference.bounds.accumulation import ANY_ORDER, Accumulation
+from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds
-from ..reference.moe.layer import (
-    Activations,
-    FinalizeOrder,
-    MoEResult,
-    finalize,
-    held_slots,
-    quantize_activations,
-    requantize,
-)
+from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.finalize import FinalizeOrder, finalize
+from ..reference.moe.layer import MoEResult, requantize
+from ..reference.moe.permute import held_slots
 from ..reference.moe.routing import Routing, route
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts

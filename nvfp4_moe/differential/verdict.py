@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ..cases.moe_case import MoECase
-from ..reference.bounds.interval import ANY_ORDER, Accumulation, Interval
-from ..reference.weights.experts import unshuffled_bias
+from ..reference.bounds.accumulation import ANY_ORDER, Accumulation
+from ..reference.bounds.interval import Interval
+from ..reference.weights.layout import unshuffled_bias
 from .explain import bits
 
 PLACES = 10

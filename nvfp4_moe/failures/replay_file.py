@@ -24,9 +24,10 @@ from ..differential import quantizers
 from ..host import READING
 from ..machine import machine
 from ..reference.activation import ActivationType
-from ..reference.bounds.interval import ANY_ORDER, CONTIGUOUS, FP32, Accumulation
+from ..reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS, FP32, Accumulation
 from ..reference.layouts import from_linear, padded_shape, to_linear
-from ..reference.moe.layer import OUTPUT_DTYPES, Activations
+from ..reference.moe.activations import Activations
+from ..reference.moe.layer import OUTPUT_DTYPES
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.quantize import Quantized
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout

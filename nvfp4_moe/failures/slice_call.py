@@ -14,14 +14,14 @@ import torch
 
 from .. import host
 from ..cases.moe_case import MoECase
-from ..reference.layouts import from_linear, to_linear
-from ..reference.moe.layer import Activations
+from ..reference.layouts import from_linear, inverse, to_linear
+from ..reference.moe.activations import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.recipe import BLOCK_SIZE, SfLayout
-from ..reference.shuffle import inverse
 from ..reference.weights.cute_dsl import with_cute_dsl
 from ..reference.weights.cutlass import with_cutlass
-from ..reference.weights.experts import Experts, row_order
+from ..reference.weights.experts import Experts
+from ..reference.weights.layout import row_order
 
 TILE = 128
 """Columns of H that are kept or dropped together, and of I without a gate; of I with one, half."""

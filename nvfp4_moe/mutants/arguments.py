@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from .. import host
-from ..reference.layouts import from_linear, to_linear
+from ..reference.layouts import from_linear, inverse, to_linear
 from ..reference.recipe import BLOCK_SIZE, SfLayout
-from ..reference.shuffle import inverse
-from ..reference.weights.experts import Experts, reordered, row_order
+from ..reference.weights.experts import Experts
+from ..reference.weights.layout import reordered, row_order
 
 Given = dict[str, Any]
 Tensor = torch.Tensor

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..differential.stages import Call, Run
-from ..reference.moe import layer as moe
-from ..reference.moe.layer import Activations, MoEResult, Stages
+from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.layer import MoEResult, Stages
 from ..reference.recipe import Recipe, SfLayout
 from .arguments import (
     gate_and_up_exchanged,
@@ -71,7 +71,7 @@ class Mutant:
     stage: str  # of `judge.STAGES`: the one to be named
     setting: str = "qwen"
     stages: Stages = Stages()  # noqa: RUF009 (it is frozen)
-    quantize: Callable[[Tensor, Recipe], Activations] = moe.quantize_activations
+    quantize: Callable[[Tensor, Recipe], Activations] = quantize_activations
     routed: Callable[[Call], tuple[Tensor, Tensor]] | None = None
     inputs: Callable[[Given], Given] = lambda given: given
     after: Callable[[MoEResult], MoEResult] = lambda result: result

@@ -13,17 +13,13 @@ import torch
 from .. import host
 from ..differential.stages import Call, Run
 from ..reference.activation import ActivationType
-from ..reference.moe.layer import (
-    Activations,
-    Stages,
-    activate_raw,
-    fused_moe,
-    matmul,
-    quantize_activations,
-)
+from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.layer import Stages, activate_raw, fused_moe
 from ..reference.moe.routing import Routing, RoutingMethodType, route
+from ..reference.numerics.accumulate import matmul
 from ..reference.recipe import NVFP44Over6Config, Recipe
-from ..reference.weights.experts import Experts, prepare_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import prepare_experts
 
 _M = RoutingMethodType
 

@@ -14,7 +14,8 @@ from ..reference.activation import ActivationType
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3
 from ..reference.recipe import BLOCK_SIZE, NVFP44Over6Config, Recipe
-from ..reference.weights.experts import Experts, assemble_experts, prepare_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import assemble_experts, prepare_experts
 from .conforming import Setting
 
 _M = RoutingMethodType

@@ -18,7 +18,7 @@ from ..cases.moe_case import MoECase
 from ..failures import slice_call as moe_parts
 from ..kernels.config_cache import GemmConfig
 from ..reference.activation import ActivationType
-from ..reference.moe.layer import Activations, quantize_activations
+from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from .calls import Answered, Call, FusedCall, QuantizerCall

@@ -10,7 +10,8 @@ import torch
 
 from ..reference import quantize
 from ..reference.moe import layer as moe
-from ..reference.moe.layer import Activations, Stages
+from ..reference.moe.activations import Activations
+from ..reference.moe.layer import Stages
 from ..reference.numerics import e2m1, e4m3
 from ..reference.quantize import Quantized, quantize_global_scale, quantize_per_token
 from ..reference.recipe import NVFP44Over6Config, Recipe

@@ -12,8 +12,10 @@ import torch
 from ..differential.stages import Call
 from ..reference.moe import layer as moe
 from ..reference.moe import routing
+from ..reference.moe.finalize import finalize
 from ..reference.moe.layer import Stages
 from ..reference.moe.routing import Routing, RoutingMethodType, route
+from ..reference.numerics.accumulate import matmul
 from ..reference.recipe import BLOCK_SIZE
 from ..reference.weights.experts import Experts
 
@@ -26,7 +28,7 @@ def as_gemm(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, 
 
 
 def _matmul(x: Tensor, w: Tensor) -> Tensor:
-    return moe.matmul(x, w, "fp64")
+    return matmul(x, w, "fp64")
 
 
 def _skipped(x: Tensor, w: Tensor) -> Tensor:
@@ -172,21 +174,21 @@ def one_lost(rows: Tensor, w: Tensor) -> Tensor:
     """A race: one element of one slot is not added."""
     rows = rows.clone()
     rows[0, 0, int(rows[0, 0].abs().argmax())] = 0
-    return moe.finalize(rows, w, rows.shape[2], "flashinfer")
+    return finalize(rows, w, rows.shape[2], "flashinfer")
 
 
 def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any, held: Any) -> Tensor:
-    return moe.finalize(rows, weights, hidden, "slot", held)
+    return finalize(rows, weights, hidden, "slot", held)
 
 
 def weights_in_fp16(rows: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-    return moe.finalize(rows, weights.half(), *rest)
+    return finalize(rows, weights.half(), *rest)
 
 
 def weights_first(rows: Tensor, weights: Tensor, *_: Any) -> Tensor:
     """Each weighted row rounded to bf16."""
     weighted = (rows * weights.float()[..., None]).bfloat16().float()
-    return moe.finalize(weighted, torch.ones_like(weights), rows.shape[2], "slot")
+    return finalize(weighted, torch.ones_like(weights), rows.shape[2], "slot")
 
 
 def _rerouted(**changes: Any) -> Callable[[Call], tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ..kernels import moe_dispatch
 from ..kernels.moe_call import MoECall
 from ..reference import checks
-from ..reference.moe.layer import FinalizeOrder, finalize
+from ..reference.moe.finalize import FinalizeOrder, finalize
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
 from ..reference.weights.experts import Experts

@@ -29,9 +29,10 @@ from torch.autograd.function import once_differentiable
 from ..kernels.dispatch import nvfp4_quantize
 from ..kernels.moe_dispatch import fused_moe
 from ..reference.activation import activate
-from ..reference.moe.layer import Activations, hidden_values
+from ..reference.moe.activations import Activations, hidden_values
 from ..reference.recipe import Recipe, SfLayout
-from ..reference.weights.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
+from ..reference.weights.experts import Experts
+from ..reference.weights.layout import gemm1_values, gemm2_values, unshuffled_bias
 from ..reference.weights.versions import versions
 
 

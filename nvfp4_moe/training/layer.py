@@ -16,7 +16,8 @@ from ..reference import checks
 from ..reference.activation import ActivationType, check_activation
 from ..reference.recipe import Build, Recipe
 from ..reference.weights.arguments import Options, check_preparation, check_values
-from ..reference.weights.experts import Experts, quantize_experts
+from ..reference.weights.experts import Experts
+from ..reference.weights.prepare import quantize_experts
 from .gradient import StraightThrough
 
 

@@ -1,4 +1,6 @@
-"""The sums of exact products that any order may compute: points 1 and 9 of `moe.py`.
+"""Sums of exact products that any order may compute, and how far they are from the true sums.
+
+This file states points 1 and 9 of `moe.py`.
 
 Let P and -N be the sums of the positive and of the negative terms, errors included. A sum in any order
 lies in [-N, P], and so do its parts. A part that fp32 cannot hold is infinite, and stays so:
@@ -14,12 +16,55 @@ with an infinite end may be times 0: nothing is claimed of sums over it.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, replace
+
 import torch
 
-from .interval import LARGEST, Accumulation, Interval, choose, fp32_range, unless
+from .interval import LARGEST, Interval, U, choose, fp32_range, unless
 
 _FLUSHED = 2.0**-118
-"""What a product may lose: 2^-126, where it is times 2^-8 until the end, as in our kernels."""
+"""The most that a product loses to flushing: 2^-126, where kernels hold it times 2^-8 until the end."""
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How far a sum of exact products may be from the true one, in units of B.
+
+    `per_term` for each nonzero term, `per_step` for each `step` of terms. With `chunk` the sum is a
+    tree over contiguous ranges of whole chunks of that many terms, each of which may have any order.
+    """
+
+    name: str
+    per_term: float
+    per_step: float
+    step: int
+    source: str
+    chunk: int | None = None
+
+    def error(self, largest: torch.Tensor, terms: torch.Tensor | int, k: int) -> torch.Tensor:
+        """An upper bound; `largest` is B, `terms` how many of the K products are not zero."""
+        # 1.001 for the second order: the rounded partial sums exceed B by less than K * U.
+        return largest * (terms * self.per_term + -(-k // self.step) * self.per_step) * 1.001
+
+
+FP32 = Accumulation("fp32", U, 0.0, 1, "IEEE 754: round to nearest, any tree of additions")
+ANY_ORDER = Accumulation(
+    "any order",
+    U,
+    3 * U,
+    8,
+    "steps of at least 8 products, aligned to the largest term with one more bit than fp32 has, dropped "
+    "below, the result truncated to fp32; covers FP32. "
+    "`nvfp4_moe.differential.accumulation` asks a backend",
+)
+CONTIGUOUS = replace(
+    ANY_ORDER,
+    name="contiguous",
+    source=ANY_ORDER.source
+    + "; tiles of at most 256 of K, ascending or split, as our kernels' are; "
+    "within a tile those decode every second or fourth column first",
+    chunk=256,
+)
 
 
 def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from ..activation import STEP_LIMIT, ActivationType
-from ..weights.experts import Experts, unshuffled_bias
+from ..weights.experts import Experts
+from ..weights.layout import unshuffled_bias
 from .interval import LARGEST, SMALLEST, Interval, U, choose, rounded, unless
 from .product import Product
 

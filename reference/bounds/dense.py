@@ -8,8 +8,8 @@ import torch
 
 from ..dense import operands
 from ..numerics.subnormals import kept
-from .accumulation import sum_of_products
-from .interval import ANY_ORDER, Accumulation, Interval, rounded
+from .accumulation import ANY_ORDER, Accumulation, sum_of_products
+from .interval import Interval, rounded
 from .product import Product
 
 

@@ -1,8 +1,8 @@
-"""Intervals, and how far sums may be from the true ones; `moe.py` has the argument."""
+"""Intervals of numbers, with what their ends mean where fp32 overflows or is NaN."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -12,47 +12,6 @@ U = 2.0**-24
 """Unit roundoff of fp32."""
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = torch.finfo(torch.float32).smallest_normal
-
-
-@dataclass(frozen=True)
-class Accumulation:
-    """How far a sum of exact products may be from the true one, in units of B.
-
-    `per_term` for each nonzero term, `per_step` for each `step` of terms. With `chunk` the sum is a
-    tree over contiguous ranges of whole chunks of that many terms, each of which may have any order.
-    """
-
-    name: str
-    per_term: float
-    per_step: float
-    step: int
-    source: str
-    chunk: int | None = None
-
-    def error(self, largest: torch.Tensor, terms: torch.Tensor | int, k: int) -> torch.Tensor:
-        """An upper bound; `largest` is B, `terms` how many of the K products are not zero."""
-        # 1.001 for the second order: the rounded partial sums exceed B by less than K * U.
-        return largest * (terms * self.per_term + -(-k // self.step) * self.per_step) * 1.001
-
-
-FP32 = Accumulation("fp32", U, 0.0, 1, "IEEE 754: round to nearest, any tree of additions")
-ANY_ORDER = Accumulation(
-    "any order",
-    U,
-    3 * U,
-    8,
-    "steps of at least 8 products, aligned to the largest term with one more bit than fp32 has, dropped "
-    "below, the result truncated to fp32; covers FP32. "
-    "`nvfp4_moe.differential.accumulation` asks a backend",
-)
-CONTIGUOUS = replace(
-    ANY_ORDER,
-    name="contiguous",
-    source=ANY_ORDER.source
-    + "; tiles of at most 256 of K, ascending or split, as our kernels' are; "
-    "within a tile those decode every second or fourth column first",
-    chunk=256,
-)
 
 
 @dataclass(frozen=True)

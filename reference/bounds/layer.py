@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..moe.layer import Activations, hidden_values
+from ..moe.activations import Activations, hidden_values
 from ..recipe import Recipe
-from ..weights.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
-from .accumulation import sum_of_products
+from ..weights.experts import Experts
+from ..weights.layout import gemm1_values, gemm2_values, unshuffled_bias
+from .accumulation import Accumulation, sum_of_products
 from .activation import activation_bounds
-from .interval import Accumulation, Interval, rounded, unless
+from .interval import Interval, rounded, unless
 from .product import Product
 from .requantize import requantize_blocks, requantize_rows
 

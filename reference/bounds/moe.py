@@ -57,23 +57,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..moe.layer import Activations, FinalizeOrder, finalize, held_slots
+from ..moe.activations import Activations
+from ..moe.finalize import FinalizeOrder, finalize
+from ..moe.permute import held_slots
 from ..moe.routing import Routing
 from ..numerics.subnormals import kept
 from ..recipe import Recipe
 from ..weights.experts import Experts
-from .interval import (
-    ANY_ORDER,
-    LARGEST,
-    Accumulation,
-    Interval,
-    U,
-    choose,
-    hull,
-    rounded,
-    unless,
-    valid,
-)
+from .accumulation import ANY_ORDER, Accumulation
+from .interval import LARGEST, Interval, U, choose, hull, rounded, unless, valid
 from .layer import Layer
 from .routing import routing_bounds
 

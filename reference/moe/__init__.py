@@ -6,6 +6,7 @@ layers that NVFP4 is compared with.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from .layer import Activations, MoEResult, fused_moe, quantize_activations
+from .activations import Activations, quantize_activations
+from .layer import MoEResult, fused_moe
 
 __all__ = ["Activations", "MoEResult", "fused_moe", "quantize_activations"]

@@ -31,11 +31,13 @@ from typing import Literal, get_args
 import torch
 
 from ..activation import ActivationType, activate, check_activation
+from ..numerics.accumulate import matmul
 from ..numerics.subnormals import kept
-from ..weights import shown
+from ..weights.summary import one_line
 from . import fp8
+from .finalize import FinalizeOrder, finalize
 from .fp8 import BLOCK, LEAST_OF_INTERMEDIATE, Scaled
-from .layer import FinalizeOrder, MoEResult, finalize, matmul
+from .layer import MoEResult
 
 Format = Literal["bf16", "fp8 per tensor", "fp8 block", "mxfp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -57,7 +59,7 @@ class SiblingExperts:
     intermediate_scale: torch.Tensor | None = None  # likewise
 
     def __repr__(self) -> str:
-        return shown.short(self)
+        return one_line(self)
 
     @property
     def num_local(self) -> int:

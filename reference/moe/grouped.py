@@ -8,9 +8,11 @@ there is zero. There is no routing and no weighting: the dispatcher combines.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from ..numerics.accumulate import Accumulate
 from ..recipe import Recipe
 from ..weights.experts import Experts
-from .layer import Accumulate, Activations, fused_moe, quantize_activations
+from .activations import Activations, quantize_activations
+from .layer import fused_moe
 
 
 def quantize_grouped(

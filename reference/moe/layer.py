@@ -30,43 +30,21 @@ Sources: flashinfer-python 0.7.2, `trtllm_fused_moe_runner.cu:670-805`, `trace/t
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from ..activation import activate
-from ..numerics import e2m1, e4m3
+from ..numerics.accumulate import Accumulate, matmul
 from ..numerics.subnormals import kept
 from ..quantize import Quantized, quantize_block_scales, quantize_global_scale, quantize_per_token
-from ..recipe import BLOCK_SIZE, Recipe
-from ..weights.experts import Experts, gemm1_values, gemm2_values, unshuffled_bias
+from ..recipe import Recipe
+from ..weights.experts import Experts
+from ..weights.layout import gemm1_values, gemm2_values, unshuffled_bias
+from .activations import Activations, hidden_values
+from .finalize import FinalizeOrder, finalize
+from .permute import held_slots
 
-Accumulate = Literal["fp64", "fp32"]
-FinalizeOrder = Literal["flashinfer", "slot"]
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """The hidden states of T tokens as the fused call receives them."""
-
-    hidden_states: torch.Tensor  # [T, H/2] uint8 codes, or [T, H] bf16 (W4A16)
-    block_scales: torch.Tensor | None = None  # [T, H/16] e4m3, linear
-    per_token_scale: torch.Tensor | None = None  # [T] fp32; None: static scales
-
-    @property
-    def is_bf16(self) -> bool:
-        return self.hidden_states.dtype == torch.bfloat16
-
-    @property
-    def is_static(self) -> bool:
-        return not self.is_bf16 and self.per_token_scale is None
-
-
-def quantize_activations(x: torch.Tensor, recipe: Recipe) -> Activations:
-    """[T, H] bf16 or fp16, per token."""
-    q = quantize_per_token(x, recipe.base_scale_inv, recipe)
-    return Activations(q.codes, q.block_scales, q.per_token_scale)
 
 
 @dataclass(frozen=True)
@@ -172,109 +150,6 @@ def fused_moe(
     if keep_steps:
         steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
     return MoEResult(output, rows, steps if keep_steps else {})
-
-
-def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Tensor:
-    """x [N, K] times w [M, K] transposed, fp32 [N, M], every product exact."""
-    if accumulate == "fp64":
-        return (x.double() @ w.double().T).float()
-    total = x.new_zeros(x.shape[0], w.shape[0])
-    for k in range(x.shape[1]):
-        total = total + x[:, k, None] * w[None, :, k]
-    return total
-
-
-def held_slots(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
-    """[T, K] bool: whether the expert of a slot, a global id, is held here."""
-    local = ids.long() - local_expert_offset
-    return (local >= 0) & (local < num_local)
-
-
-def permutation(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
-    """[T * K] int32: the permuted row of each expanded index token * K + slot, -1 held elsewhere.
-
-    Rows are sorted by expert, ascending in it, without padding (FlashInfer pads experts to tiles).
-    """
-    local = ids.reshape(-1).long() - local_expert_offset
-    here = held_slots(ids, num_local, local_expert_offset).reshape(-1)
-    order = torch.where(here, local, num_local).argsort(stable=True)
-    row = torch.empty_like(order)
-    row[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
-    return torch.where(here, row, -1).int()
-
-
-def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
-    """How many strided groups of slots FlashInfer's finalize sums apart; 1: ascending slots.
-
-    `trtllm_fused_moe_dev_kernel.cu:1145-1165`; numerics.md has the rule: few tokens, 4 < K <= 64.
-    """
-    blocks = -(-hidden_size // 256) * min(tokens, 8192)
-    if blocks >= 1184 or not 4 < top_k <= 64 or hidden_size % 8:
-        return 1
-    groups = 1
-    while 4 * groups < top_k:
-        groups *= 2
-    return groups
-
-
-@kept
-def finalize(
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    hidden_size: int,
-    order: FinalizeOrder,
-    held: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
-
-    Args:
-        hidden_size: the padded one, which FlashInfer's order depends on.
-        held: [T, K] bool, the slots that are added; None: all. Weights of the others are not read, so
-            that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
-            `:925`, `:947`, `:1036-1046`: permuted index -1 is skipped).
-    """
-    tokens, top_k, _ = rows.shape
-    groups = 1 if order == "slot" else split_k_groups(tokens, top_k, hidden_size)
-    w = weights.float()
-    total: torch.Tensor | None = None
-    for j in range(groups):
-        part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
-        for k in range(j, top_k, groups):
-            added = _fma(w[:, k, None], rows[:, k], part)
-            part = added if held is None else torch.where(held[:, k, None], added, part)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
-
-
-def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c with one rounding to fp32: bf16 b leaves the product exact in fp64.
-
-    The fp64 sum may round before the fp32 rounding does; it is made odd where it was not exact, so
-    that the second rounding is the only one that shows.
-    """
-    product, addend = a.double() * b.double(), c.double()
-    total = product + addend
-    virtual = total - product
-    error = (product - (total - virtual)) + (addend - virtual)
-    bits = total.view(torch.int64)
-    # Round to odd: step towards the error where the last bit is even and something was lost.
-    away = (error > 0) == (total > 0)
-    odd = torch.where(away, bits + 1, bits - 1)
-    inexact = (error != 0) & (bits & 1 == 0) & total.isfinite()
-    return torch.where(inexact, odd, bits).view(torch.float64).float()
-
-
-def hidden_values(activations: Activations) -> torch.Tensor:
-    """[T, H] fp32: codes times block scales, exact; or the bf16 values."""
-    if activations.is_bf16:
-        return activations.hidden_states.float()
-    assert activations.block_scales is not None
-    codes = activations.hidden_states
-    scales = e4m3.decode(activations.block_scales.view(torch.uint8))
-    scales = scales.reshape(codes.shape[0], codes.shape[1] * 2 // BLOCK_SIZE)
-    values = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK_SIZE))
-    return (values * scales[..., None]).flatten(-2)
 
 
 def activate_raw(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:

@@ -21,19 +21,15 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..layouts import to_linear
+from ..layouts import inverse, to_linear
+from ..numerics.accumulate import Accumulate
 from ..numerics.subnormals import kept
 from ..recipe import BLOCK_SIZE, Recipe, SfLayout
-from ..shuffle import inverse
-from ..weights.experts import (
-    Experts,
-    lay_out,
-    lay_out_rows,
-    padded_sizes,
-    row_order,
-    unshuffled_bias,
-)
-from .layer import Accumulate, Activations, FinalizeOrder, MoEResult, fused_moe
+from ..weights.experts import Experts
+from ..weights.layout import lay_out, lay_out_rows, padded_sizes, row_order, unshuffled_bias
+from .activations import Activations
+from .finalize import FinalizeOrder
+from .layer import MoEResult, fused_moe
 
 _ALIKE = (
     "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar", "gemm1_alpha",

@@ -1,7 +1,7 @@
 """Statistics of quantization: how many blocks saturate or underflow, and the signal-to-noise ratio.
 
-`counts.py` measures rows of activations and of weights. `moe.py` collects both quantizations of a layer,
-by expert and over calls. `table.py` prints them.
+`measure.py` quantizes rows and counts what happens to them. `counts.py` has the counts, which add up
+over calls, layers and ranks. `moe.py` collects both quantizations of a layer.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .counts import QuantizationStatistics
-from .table import by_expert, statistics_table
+from .counts import QuantizationStatistics, statistics_table
 
 INVALID = ("ids out of range", "NaN weights")
 """Slots of ids and weights that a call was given: on the CPU such a call raises."""
@@ -60,7 +59,7 @@ class MoEStatistics:
             {
                 f"{what}, {name}": statistics
                 for what, part in self.parts().items()
-                for name, statistics in by_expert(part).items()
+                for name, statistics in part.by_expert().items()
             }
         )
         return "\n".join([lines, *_invalid_slots("", self)])

@@ -15,12 +15,10 @@ not forgeries.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .experts import Experts
+from .experts import Experts
 
 _SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # the first digits of pi
 _WORDS = 1 << 22  # at a time
@@ -28,7 +26,7 @@ _LEFT_OUT = ("cute_dsl", "cutlass", "shard", "first_expert")
 """Copies of the weights for other kernels, which follow from the rest, and where these are from."""
 
 
-def checksum(experts: "Experts") -> str:
+def checksum(experts: Experts) -> str:
     """`Experts.checksum`."""
     found = hashlib.sha256()
     for name, value in _state(experts):
@@ -70,7 +68,7 @@ def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def _state(experts: "Experts") -> Iterator[tuple[str, object]]:
+def _state(experts: Experts) -> Iterator[tuple[str, object]]:
     for field in fields(experts):
         value = getattr(experts, field.name)
         if field.name not in _LEFT_OUT and value is not None and value is not False:

@@ -6,32 +6,17 @@ flashinfer-python 0.7.2, `fused_moe/prepare.py:2495-2640` and `cute_dsl/utils.py
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from .. import checks
+from ..layouts import inverse
 from ..recipe import BLOCK_SIZE
-from ..shuffle import inverse
-from . import shown
-from .experts import Experts, reordered, row_order
+from .experts import CuteDslWeights, Experts
+from .layout import reordered, row_order
 
 _GROUP = 64  # rows of up, and of gate, at a time
-
-
-@dataclass(frozen=True)
-class CuteDslWeights:
-    """A second copy of the weights of `num_local` experts."""
-
-    w1_weight: torch.Tensor  # [E, M1, H/2] uint8
-    w1_weight_sf: torch.Tensor  # [32, 4, M1/128, 4, H/64, E] e4m3, strided
-    w1_alpha: torch.Tensor  # [E] fp32, of up and gate alike
-    w2_weight: torch.Tensor  # [E, H, I/2] uint8
-    w2_weight_sf: torch.Tensor  # [32, 4, H/128, 4, I/64, E] e4m3, strided
-    w2_alpha: torch.Tensor  # [E] fp32
-
-    def __repr__(self) -> str:
-        return shown.short(self)
 
 
 def with_cute_dsl(experts: Experts) -> Experts:

@@ -6,32 +6,15 @@ layer one scalar for each GEMM of an expert. Source: flashinfer-python 0.7.2,
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from .. import checks
-from ..shuffle import inverse
-from . import shown
-from .experts import Experts, reordered, row_order
+from ..layouts import inverse
+from .experts import CutlassWeights, Experts
+from .layout import reordered, row_order
 from .scalars import product
-
-
-@dataclass(frozen=True)
-class CutlassWeights:
-    """A second copy of the weights of `num_local` experts, and the static scales."""
-
-    fc1_expert_weights: torch.Tensor  # [E, M1, H/2] uint8
-    fc1_weight_block: torch.Tensor  # [E, M1, H/16] e4m3
-    fc1_act_global: torch.Tensor  # [] fp32 encode scale of the hidden states
-    fc1_global: torch.Tensor  # [E] fp32
-    fc2_expert_weights: torch.Tensor  # [E, H, I/2] uint8
-    fc2_weight_block: torch.Tensor  # [E, H, I/16] e4m3
-    fc2_act_global: torch.Tensor  # [] fp32 encode scale of the intermediate
-    fc2_global: torch.Tensor  # [E] fp32
-
-    def __repr__(self) -> str:
-        return shown.short(self)
 
 
 def with_cutlass(experts: Experts) -> Experts:

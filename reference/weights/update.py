@@ -27,7 +27,9 @@ from ..recipe import Recipe
 from .arguments import Options
 from .cute_dsl import refresh_cute_dsl
 from .cutlass import refresh_cutlass
-from .experts import Experts, lay_out, lay_out_bias, quantize_weight
+from .experts import Experts
+from .layout import lay_out, lay_out_bias
+from .prepare import quantize_weight
 from .scalars import (
     in_raw_units,
     largest_added,

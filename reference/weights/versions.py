@@ -1,4 +1,4 @@
-"""Whether a layer was written since: the version counters that autograd keeps of its tensors."""
+"""The tensors of a layer, and the counters by which autograd sees that one was written."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
@@ -8,22 +8,21 @@ from typing import Any
 import torch
 
 
-def tensors_of(held: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a dataclass, and of the dataclasses that it holds."""
-    for field in fields(held):
-        value = getattr(held, field.name)
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif is_dataclass(value):
-            yield from tensors_of(value)
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """A tensor itself; the tensors of a dataclass and of the dataclasses in it; none of other values."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
 
 
-def versions(held: Any) -> list[int]:
-    """A number for each tensor, which a write to it changes; 0 of those made in inference mode."""
-    return [0 if t.is_inference() else t._version for t in tensors_of(held)]
+def versions(layer: Any) -> list[int]:
+    """The version of each tensor, which a write changes; 0 for tensors made in inference mode."""
+    return [0 if t.is_inference() else t._version for t in tensors_of(layer)]
 
 
-def mark_written(held: Any) -> None:
+def mark_written(layer: Any) -> None:
     """Count a write to every tensor: torch does not see what a Triton kernel writes."""
-    for t in tensors_of(held):
+    for t in tensors_of(layer):
         torch.autograd.graph.increment_version(t)

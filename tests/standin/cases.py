@@ -9,7 +9,7 @@ import torch
 from moe_cases import Shape
 from moe_triton_cases import coarse
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.layer import quantize_activations
+from nvfp4_moe.reference.moe.activations import quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.baselines import sibling_moe
-from nvfp4_moe.reference.moe.layer import Activations, MoEResult, Stages, fused_moe, read_back
+from nvfp4_moe.reference.moe.layer import MoEResult, Stages, fused_moe, read_back
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, unpack_topk
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
-from nvfp4_moe.reference.weights.experts import Experts, row_order
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.layout import row_order
 
 from nvfp4_moe.mutants.conforming import CONFORMING
 

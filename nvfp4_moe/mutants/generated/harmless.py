@@ -25,9 +25,9 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference fused_moe: rounding: steps['intermediate'].float() -> steps['intermediate']",
         "reference fused_moe: rounding: rows.float() -> rows",
         "reference finalize: rounding: weights.float() -> weights",
-        "reference _fma: rounding: a.double() -> a",
-        "reference _fma: rounding: b.double() -> b",
-        "reference _fma: rounding: c.double() -> c",
+        "reference fma: rounding: a.double() -> a",
+        "reference fma: rounding: b.double() -> b",
+        "reference fma: rounding: c.double() -> c",
         "reference add_rmsnorm: rounding: x.float() -> x",
         "reference add_rmsnorm: rounding: residual.float() -> residual",
         "reference _normalized: rounding: weight.float() -> weight",
@@ -62,8 +62,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference split_k_groups: constant: 1 -> 2 (2)",
     ),
     "It is read where something was lost alone: the error is not 0 there, nor the sum.": (
-        "reference _fma: comparison: error > 0 -> error >= 0",
-        "reference _fma: comparison: total > 0 -> total >= 0",
+        "reference fma: comparison: error > 0 -> error >= 0",
+        "reference fma: comparison: total > 0 -> total >= 0",
     ),
     "At the bound itself both sides are the bound; above 88.73 the exponential is infinite.": (
         "reference (LOWEST, HIGHEST): constant: (-87.0, 89.0) -> (-87.0, 89.00000762939453)",

@@ -15,7 +15,7 @@ from ...cases.moe_case import MoECase
 from ...kernels.config_cache import GemmConfig
 from ...kernels.quantize import LaunchConfig
 from ...reference.activation import ActivationType
-from ...reference.moe.layer import Activations
+from ...reference.moe.activations import Activations
 from ...reference.moe.routing import Routing, RoutingMethodType
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from ..calls import Call, FusedCall, QuantizerCall

@@ -20,7 +20,7 @@ from ...reference.bounds.dense import mm_fp4_bounds
 from ...reference.layouts import from_linear
 from ...reference.quantize import Quantized, quantize_per_token
 from ...reference.recipe import Recipe, SfLayout
-from ...reference.weights.experts import prepare_experts
+from ...reference.weights.prepare import prepare_experts
 from ..calls import Answered, Call, QuantizerCall
 from .part_calls import exactly
 from .strict import codes_multiplied

@@ -11,8 +11,7 @@ from ... import host
 from ...differential.verdict import unequal
 from ...kernels import moe
 from ...reference.layouts import from_linear
-from ...reference.moe import layer as reference_moe
-from ...reference.moe.layer import FinalizeOrder
+from ...reference.moe.finalize import FinalizeOrder, finalize
 from ...reference.quantize import dequantize
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..calls import Answered
@@ -151,7 +150,7 @@ class FinalizeCall:
         rows, permuted, weights = self._given()
         held = (permuted >= 0).view_as(weights)
         of_slot = rows[permuted.long().clamp_min(0), : self.width].float()
-        total = reference_moe.finalize(
+        total = finalize(
             of_slot.view(self.tokens, self.top_k, -1), weights, self.padded, self.order, held
         )
         want = total.to(self.dtype)

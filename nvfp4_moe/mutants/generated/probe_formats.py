@@ -7,7 +7,9 @@ import itertools
 import torch
 
 from ... import host
-from ...reference import layouts, shuffle
+from ...reference import layouts
+from ...reference import recipe as recipes
+from ...reference.layouts import interleave_gated_rows, inverse, shuffle_rows
 from ...reference.numerics import e2m1, e4m3, fp32
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 from .answers import Answers, raised
@@ -63,19 +65,21 @@ def of_layouts() -> Answers:
         )
         for target in SfLayout:
             yield "convert", layouts.convert(laid, m, k, layout, target)
+    yield from _of_row_orders()
 
 
-def of_shuffle() -> Answers:
+def _of_row_orders() -> Answers:
     for rows in (16, 32, 48, 64, 128, 384):
         for tile in (128, 64, 256):
-            yield "shuffle_rows", raised(lambda r=rows, t=tile: shuffle.shuffle_rows(r, t))
-        yield "interleave", shuffle.interleave_gated_rows(rows)
-        yield "inverse", shuffle.inverse(shuffle.interleave_gated_rows(rows))
-    yield "refused", raised(lambda: shuffle.interleave_gated_rows(3))
-    yield "default", shuffle.shuffle_rows(384)
+            yield "shuffle_rows", raised(lambda r=rows, t=tile: shuffle_rows(r, t))
+        yield "interleave", interleave_gated_rows(rows)
+        yield "inverse", inverse(interleave_gated_rows(rows))
+    yield "refused", raised(lambda: interleave_gated_rows(3))
+    yield "default", shuffle_rows(384)
 
 
 def of_recipe() -> Answers:
+    yield "block size", recipes.BLOCK_SIZE
     for recipe in all_recipes():
         yield "recipe", (recipe.code, recipe.base_scale_inv, recipe.e4m3_max, str(recipe))
     for code in range(136):

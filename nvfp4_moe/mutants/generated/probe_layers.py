@@ -15,8 +15,12 @@ from ...reference import activation, dense, layouts
 from ...reference import fused_quantize as producers
 from ...reference.activation import ActivationType
 from ...reference.moe import layer as moe
+from ...reference.moe.activations import Activations
+from ...reference.moe.finalize import finalize, split_k_groups
+from ...reference.moe.permute import held_slots, permutation
+from ...reference.numerics.accumulate import fma, matmul
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from ...reference.weights import experts
+from ...reference.weights.prepare import prepare_experts
 from .answers import Answers, raised
 from .numbers import around, seeded, specials
 from .trial import Probe
@@ -40,13 +44,13 @@ def of_moe() -> Answers:
         rows = (host.normal(g, tokens, top_k, hidden) * size).bfloat16().float()
         weights = host.normal(g, tokens, top_k)
         for order in ("flashinfer", "slot"):
-            yield f"finalize, {top_k}", moe.finalize(rows, weights, hidden, order)
+            yield f"finalize, {top_k}", finalize(rows, weights, hidden, order)
     for tokens, top_k, hidden in itertools.product(
         (1, 8, 16, 18, 19, 1183, 1184, 8192, 9000),
         (1, 4, 5, 8, 9, 16, 17, 33, 64, 65),
         (256, 257, 512, 16384, 16388),
     ):
-        yield "split_k_groups", moe.split_k_groups(tokens, top_k, hidden)
+        yield "split_k_groups", split_k_groups(tokens, top_k, hidden)
     a = host.normal(g, 4096).bfloat16().float()
     b, c = (
         host.normal(g, 4096),
@@ -54,30 +58,30 @@ def of_moe() -> Answers:
     )
     near = (a.double() * b.double()).float()
     for addend in (c, near * -1, -near * (1 + 2.0**-23), near * 2.0**-24, near * 2.0**25):
-        yield "fma", moe._fma(a, b, addend)
+        yield "fma", fma(a, b, addend)
     # Products of 25 bits, which are ties of fp32, and addends that fp64 loses.
     odd = (host.arange(3, 255, 2).float(), host.integers(g, 0, 2**18, (126,)))
     low = (2.0**24 / odd[0]).ceil().long() // 2 * 2 + 1
     tie = (low + odd[1] % (low // 2) // 2 * 2).float()
     for sign, size in itertools.product((1.0, -1.0), (2.0**-64, -(2.0**-64), 0.0, 2.0**-80)):
-        yield "fma, ties", moe._fma(odd[0] * sign, tie, tie * size)
+        yield "fma, ties", fma(odd[0] * sign, tie, tie * size)
     ulp = 2.0**-28  # of fp64 there; addends that leave a sum one or two of them from a tie
     for scale, sign, steps in itertools.product((1.0, 2.0**-60), (1.0, -1.0), (1, 2)):
         addend = host.full(tie.shape, sign * steps * ulp * (1 - 2.0**-23) * scale)
         for factor in (scale, -scale):
-            yield "fma, near ties", moe._fma(odd[0] * factor, tie, addend)
-    yield "fma, special", moe._fma(specials(), specials().flip(0), specials().roll(3))
-    yield "finalize, no slots", moe.finalize(host.zeros(2, 0, 5), host.zeros(2, 0), 8, "slot")
+            yield "fma, near ties", fma(odd[0] * factor, tie, addend)
+    yield "fma, special", fma(specials(), specials().flip(0), specials().roll(3))
+    yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), 8, "slot")
     far = [(256 * n + m) for n in (1183, 1184) for m in (0, 8)]
-    yield "split_k_groups", [moe.split_k_groups(1, 8, hidden) for hidden in far]
+    yield "split_k_groups", [split_k_groups(1, 8, hidden) for hidden in far]
     ids = host.integers(g, -1, 7, (6, 3)).int()
-    yield "permutation, all held", moe.permutation(ids, 7)
-    yield "held_slots", [moe.held_slots(ids, 4), moe.held_slots(ids, 4, 2)]
-    yield "permutation", [moe.permutation(ids, 4, offset) for offset in (0, 2)]
+    yield "permutation, all held", permutation(ids, 7)
+    yield "held_slots", [held_slots(ids, 4), held_slots(ids, 4, 2)]
+    yield "permutation", [permutation(ids, 4, offset) for offset in (0, 2)]
     x, w = host.integers(g, -9, 9, (5, 32)).float(), host.integers(g, -9, 9, (7, 32)).float()
-    yield "matmul", [moe.matmul(x, w, how) for how in ("fp64", "fp32")]
+    yield "matmul", [matmul(x, w, how) for how in ("fp64", "fp32")]
     x, w = host.normal(g, 5, 64), host.normal(g, 7, 64)
-    yield "matmul, rounded", [moe.matmul(x, w, how) for how in ("fp64", "fp32")]
+    yield "matmul, rounded", [matmul(x, w, how) for how in ("fp64", "fp32")]
     for case in matrix_moe.exact_cases():
         yield case.name, case.run(keep_steps=True)
         elsewhere = replace(case, ids=case.ids * 2 - 1, num_experts=8, local_expert_offset=1)
@@ -87,13 +91,13 @@ def of_moe() -> Answers:
         for recipe in (Recipe("exact"), Recipe("fast", NVFP44Over6Config(256))):
             yield f"{case.name}, {recipe}", moe.fused_moe(*given, recipe=recipe, keep_steps=True)
         yield "unrounded", moe.fused_moe(*given, round_to_bf16=False, keep_steps=True)
-    odd_sizes = experts.prepare_experts(
+    odd_sizes = prepare_experts(
         host.integers(g, -2, 3, (2, 48, 80)).bfloat16(),
         host.integers(g, -2, 3, (2, 80, 48)).bfloat16(), ActivationType.Relu,
     )  # fmt: skip
     x = torch.nn.functional.pad(host.integers(g, -2, 3, (4, 80)).bfloat16(), (0, 48))
     ids, weights = host.integers(g, 0, 2, (4, 1)).int(), host.ones(4, 1)
-    yield "padded", moe.fused_moe(moe.Activations(x), odd_sizes, ids, weights)
+    yield "padded", moe.fused_moe(Activations(x), odd_sizes, ids, weights)
     for case in (
         *matrix_edges.far_below(Recipe()),
         *itertools.islice(matrix_edges.static(Recipe()), 0, 10, 3),

@@ -1,0 +1,58 @@
+"""The weighted sum over the experts of a token, in FlashInfer's order of additions.
+
+Source: flashinfer-python 0.7.2, `trtllm_fused_moe_dev_kernel.cu:678-1165`.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from typing import Literal
+
+import torch
+
+from ..numerics.accumulate import fma
+from ..numerics.subnormals import kept
+
+FinalizeOrder = Literal["flashinfer", "slot"]
+
+
+@kept
+def finalize(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    hidden_size: int,
+    order: FinalizeOrder,
+    held: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
+
+    Args:
+        hidden_size: the padded one, which FlashInfer's order depends on.
+        held: [T, K] bool, the slots that are added; None: all. Weights of the others are not read, so
+            that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
+            `:925`, `:947`, `:1036-1046`: permuted index -1 is skipped).
+    """
+    tokens, top_k, _ = rows.shape
+    groups = 1 if order == "slot" else split_k_groups(tokens, top_k, hidden_size)
+    w = weights.float()
+    total: torch.Tensor | None = None
+    for j in range(groups):
+        part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
+        for k in range(j, top_k, groups):
+            added = fma(w[:, k, None], rows[:, k], part)
+            part = added if held is None else torch.where(held[:, k, None], added, part)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
+    """How many strided groups of slots FlashInfer's finalize sums apart; 1: ascending slots.
+
+    `trtllm_fused_moe_dev_kernel.cu:1145-1165`; numerics.md has the rule: few tokens, 4 < K <= 64.
+    """
+    blocks = -(-hidden_size // 256) * min(tokens, 8192)
+    if blocks >= 1184 or not 4 < top_k <= 64 or hidden_size % 8:
+        return 1
+    groups = 1
+    while 4 * groups < top_k:
+        groups *= 2
+    return groups
