@@ -186,6 +186,12 @@ REFUSED = {
     ),
     "SiTU with a linear up": ({"hidden_act": "situ"}, "activation_situ_linear_beta is missing", "beta"),
     "an unknown name": ({"hidden_act": "xielu"}, 'hidden_act is "xielu"', "activation"),
+    "a multiplier": ({"expert_multiplier": 0.5}, "expert_multiplier is 0.5", "activation"),
+    "multipliers of gates": (
+        {"moe_config": {"gate_multipliers": [1, 2]}},
+        "moe_config.gate_multipliers is an array of 2",
+        "activation",
+    ),
 }  # fmt: skip
 
 
@@ -217,11 +223,25 @@ HARMLESS = {
     "layernorm_mlp_alpha": 3.5, "num_activated_experts": 8, "logits_soft_cap": 30.0,
     "clip_config": {"hidden_act": "quick_gelu"}, "fuse_swiglu": True, "attention_bias": False,
     "expert_clamp": None, "use_glu_clamp": False,
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125,
+    "attention_in_multiplier": 0.5, "key_multiplier": 0.39, "lm_head_multiplier": 0.02,
+    "ssm_multipliers": [0.35, 0.25, 0.17, 0.5, 0.35], "ssm_in_multiplier": 1.25,
+    "ffn_dim_multiplier": 1.3, "mlp_multipliers": [1.0, 1], "expert_multiplier": 1,
 }  # fmt: skip
 
 
 def test_fields_of_other_parts_are_harmless(checkpoint, parts):
     assert_same_experts(load_experts(checkpoint(**HARMLESS), LAYER), assembled(parts))
+
+
+@pytest.mark.parametrize("value", [[0.88, 0.59], [1.0, 0.5], 2, "1", True])
+@pytest.mark.parametrize("given", [{}, {"activation": ActivationType.Swiglu}], ids=["", "given"])
+def test_multipliers_inside_an_expert_are_refused(value, given, checkpoint):
+    """No argument of ours says what Falcon-H1's do, so that none overrules them."""
+    with pytest.raises(
+        CheckpointError, match=r"mlp_multipliers is .*multiplies gate and the result"
+    ):
+        load_experts(checkpoint(mlp_multipliers=value), LAYER, **given)
 
 
 def test_arguments_count_before_the_configuration(checkpoint, parts):

@@ -27,6 +27,7 @@ from .model_fields import (
     OAI_ACTIVATIONS,
     OAI_MODELS,
     PARAMETER_FIELDS,
+    REFUSED_FIELDS,
     SUSPECTS,
     UNSERVED_MODELS,
     WEIGHT_ON_INPUT_FIELDS,
@@ -205,14 +206,22 @@ class _Reading:
             plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|\W", "_", name).lower()
             if value is None or value is False or plain in HARMLESS or ELSEWHERE.match(plain):
                 continue
+            where = path if _PLAIN.fullmatch(path) else shown(path)
+            if "multiplier" in plain and _is_one(value):
+                continue
+            if (effect := REFUSED_FIELDS.get(plain)) is not None:
+                self.problems.append(
+                    f"{where} is {shown(value)}, which {effect}; nothing here computes that"
+                )
+                continue
             answer = next((argument for p, argument in SUSPECTS if p.search(plain)), None)
             if answer is None or answer in given or path in known:
                 continue
             if ACTIVATIONS.get((str(value).lower(), self._layer.gated)) == kind is not None:
                 continue
             self.problems.append(
-                f"{path if _PLAIN.fullmatch(path) else shown(path)} is {shown(value)}, which may change "
-                f"what the experts compute and is not known here; give `{answer}` to say what holds"
+                f"{where} is {shown(value)}, which may change what the experts compute and is not known "
+                f"here; give `{answer}` to say what holds"
             )
 
     def _fields(self) -> Iterator[tuple[str, str, Any]]:
@@ -275,6 +284,13 @@ class _Reading:
     def _say(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _is_one(value: Any) -> bool:
+    """True for a multiplier that has no effect, or a list of such."""
+    if isinstance(value, list):
+        return all(map(_is_one, value))
+    return NUMBER.fits(value) and value == 1
 
 
 def _objects(value: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -68,11 +68,16 @@ UNSERVED_MODELS = {
     "inkling2": "caps gate and up softly",
 }
 
+REFUSED_FIELDS = {"mlp_multipliers": "multiplies gate and the result of each expert"}
+"""Fields that change the function, and that nothing here computes unless every number is 1: Falcon-H1's
+are down(up(x) * act(gate(x) * m[0])) * m[1] (`modeling_falcon_h1.py`, `FalconH1MLP`)."""
+
 SUSPECTS = (
     (re.compile(r"limit|clamp|clip|cap$|capp(ed|ing)"), "clamp_limit"),
     (re.compile(r"alpha(?!bet)"), "alpha"),
     (re.compile(r"(?<!alpha)beta"), "beta"),
     (re.compile(r"(^|_)(act|acts|actfn|activations?)(_|$)|glu|gelu|silu|swish|relu"), "activation"),
+    (re.compile(r"multiplier"), "activation"),
 )
 """Names that could mean a change of what the experts compute, and the argument that answers for it."""
 
@@ -87,6 +92,11 @@ HARMLESS = frozenset(
     # Attention and residual stream: OLMoE, DBRX, MiniMax, Inkling, Bailing-Hybrid.
     ("clip_qkv", "mlp_alpha_factor", "mlp_beta_factor", "log_scaling_alpha", "qk_l2_clip_threshold",
      "rel_l2_clip_threshold", "linear_silu", "qk_clip",
+     # Attention's keys, logits: Falcon-H1, Grok-1. The embedding's, the residual stream's (Granite-MoE
+     # adds residual_multiplier times the layer's result), attention's and the SSM's: `ELSEWHERE`.
+     "key_multiplier", "lm_head_multiplier", "output_multiplier_scale",
+     # The size of dense layers: Llama.
+     "ffn_dim_multiplier",
      # State-space layers: Nemotron-H, Granite-MoE-Hybrid.
      "time_step_limit",
      # Routing: Zaya, Inkling.
