@@ -141,6 +141,11 @@ class Operation(Generic[C, R]):
         """The names of all backends, users' too, in the order of the table."""
         return tuple(self._table)
 
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every name that `backend` may have."""
+        return (AUTO, *self._table, *sorted(self._aliases))
+
     def check_name(self, backend: Any) -> str:
         """The full name of a backend, or "auto".
 
@@ -151,7 +156,7 @@ class Operation(Generic[C, R]):
             name = self._aliases.get(backend, backend)
             if name == AUTO or name in self._table or backend in self._aliases:
                 return name
-        checks.one_of("backend", backend, (AUTO, *self._table, *sorted(self._aliases)))
+        checks.one_of("backend", backend, self.accepted)
         raise AssertionError("one_of has raised")
 
     def refusal(self, backend: str, call: C) -> str | None:

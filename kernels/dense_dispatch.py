@@ -6,7 +6,7 @@ the sums open (`reference/bounds/dense.py`). A backend that was named never fall
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,13 @@ from .backends import Asked, Backend, Operation
 from .dense_call import DenseCall, make_dense_call
 from .flashinfer import dense as fi
 
+DenseBackend = Literal[
+    "auto", "reference", "triton",
+    "flashinfer:cutlass", "flashinfer:cute-dsl", "flashinfer:cudnn",
+    "flashinfer:cutedsl_low_latency", "flashinfer:b12x", "flashinfer:cake", "flashinfer:trtllm",
+    "cutlass", "cute-dsl", "cudnn", "cutedsl_low_latency", "b12x", "cake", "trtllm",
+]  # fmt: skip
+"""What an editor offers for `backend`; `register_backend` adds other names."""
 _AUTOMATIC = ("flashinfer:cutlass", "flashinfer:cute-dsl")
 """FlashInfer's backends that "auto" tries, in order. Its cake is experimental; that its others are
 better than these is not known."""
@@ -91,7 +98,7 @@ def mm_fp4(
     out: torch.Tensor | None = None,
     block_size: int = 16,
     use_8x4_sf_layout: bool = False,
-    backend: str = "auto",
+    backend: DenseBackend | str = "auto",
     use_nvfp4: bool = True,
     enable_pdl: bool = True,
 ) -> Asked[DenseCall]:

@@ -6,7 +6,7 @@ the bits or the meaning of the result. A backend that was named never falls back
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 
@@ -20,6 +20,12 @@ from .outputs import allocate
 from .quantize_call import UNSET, QuantizeCall, check_values, make_quantize_call
 
 Result = tuple[torch.Tensor, ...]
+QuantizeBackend = Literal[
+    "auto", "reference", "triton",
+    "flashinfer", "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake",
+    "cuda", "cute-dsl", "cake",
+]  # fmt: skip
+"""What an editor offers for `backend`; `register_backend` adds other names."""
 
 
 def _on_flashinfer(name: str) -> Backend[QuantizeCall, Result]:
@@ -124,6 +130,57 @@ def auto_order(build: Build) -> tuple[str, ...]:
     return f"flashinfer:{build}", "triton", "reference"
 
 
+@overload
+def nvfp4_quantize(
+    a: torch.Tensor,
+    a_global_sf: float | torch.Tensor,
+    sfLayout: Any = ...,
+    do_shuffle: bool = ...,
+    sf_vec_size: int = ...,
+    enable_pdl: bool | None = ...,
+    backend: QuantizeBackend | str = ...,
+    per_token_activation: Literal[False] = ...,
+    expanded_idx_to_permuted_idx: torch.Tensor | None = ...,
+    out_scale: torch.Tensor | None = ...,
+    nvfp4_4over6: Any = ...,
+    *,
+    fast_math: bool | None = ...,
+    build: Build | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def nvfp4_quantize(
+    a: torch.Tensor,
+    a_global_sf: float | torch.Tensor,
+    sfLayout: Any = ...,
+    do_shuffle: bool = ...,
+    sf_vec_size: int = ...,
+    enable_pdl: bool | None = ...,
+    backend: QuantizeBackend | str = ...,
+    *,
+    per_token_activation: Literal[True],
+    expanded_idx_to_permuted_idx: torch.Tensor | None = ...,
+    out_scale: torch.Tensor | None = ...,
+    nvfp4_4over6: Any = ...,
+    fast_math: bool | None = ...,
+    build: Build | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def nvfp4_quantize(
+    a: torch.Tensor,
+    a_global_sf: float | torch.Tensor,
+    sfLayout: Any = ...,
+    do_shuffle: bool = ...,
+    sf_vec_size: int = ...,
+    enable_pdl: bool | None = ...,
+    backend: QuantizeBackend | str = ...,
+    per_token_activation: bool = ...,
+    expanded_idx_to_permuted_idx: torch.Tensor | None = ...,
+    out_scale: torch.Tensor | None = ...,
+    nvfp4_4over6: Any = ...,
+    *,
+    fast_math: bool | None = ...,
+    build: Build | None = ...,
+) -> Result: ...
 @QUANTIZE.served()
 def nvfp4_quantize(
     a: torch.Tensor,
@@ -132,7 +189,7 @@ def nvfp4_quantize(
     do_shuffle: bool = False,
     sf_vec_size: int = 16,
     enable_pdl: bool | None = None,
-    backend: str = "auto",
+    backend: QuantizeBackend | str = "auto",
     per_token_activation: bool = False,
     expanded_idx_to_permuted_idx: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,

@@ -7,7 +7,7 @@ these with static scales only, so it is no backend.
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,9 @@ from .quantize_call import (
     is_unset,
     make_quantize_call,
 )
+
+FusedQuantizeBackend = Literal["auto", "reference", "triton"]
+"""What an editor offers for `backend`; `register_backend` adds other names."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def silu_and_mul_nvfp4_quantize(
     x: torch.Tensor,
     a_global_sf: float | torch.Tensor | None = None,
     sfLayout: Any = SfLayout.layout_128x4,
-    backend: str = "auto",
+    backend: FusedQuantizeBackend | str = "auto",
     *,
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
@@ -134,7 +137,7 @@ def rmsnorm_nvfp4_quantize(
     eps: float = 1e-6,
     a_global_sf: float | torch.Tensor | None = None,
     sfLayout: Any = SfLayout.layout_128x4,
-    backend: str = "auto",
+    backend: FusedQuantizeBackend | str = "auto",
     *,
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
@@ -167,7 +170,7 @@ def add_rmsnorm_nvfp4_quantize(
     eps: float = 1e-6,
     a_global_sf: float | torch.Tensor | None = None,
     sfLayout: Any = SfLayout.layout_128x4,
-    backend: str = "auto",
+    backend: FusedQuantizeBackend | str = "auto",
     *,
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,

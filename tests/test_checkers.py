@@ -1,18 +1,25 @@
 """mypy and pyright see the whole package: in a checkout, in an editable install and in a wheel."""
 
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+import typing
 import venv
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from nvfp4_moe.kernels.dense_dispatch import MM_FP4, DenseBackend
+from nvfp4_moe.kernels.dispatch import QUANTIZE, QuantizeBackend
+from nvfp4_moe.kernels.producers import FUSED_QUANTIZE, FusedQuantizeBackend
+from nvfp4_moe.reference.weights.writers import WRITERS, WriterName
 
 import nvfp4_moe
 
@@ -20,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("LICENSE", "README.md", "kernels", "nvfp4_moe", "pyproject.toml", "reference", "src")
 FORMS = ("checkout", "editable", "wheel")
 USER = """
+import torch
 import nvfp4_moe
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.recipe import SfLayout
@@ -30,8 +38,15 @@ reveal_type(nvfp4_moe.Experts.load_)
 reveal_type(nvfp4_moe.Recipe("exact").math)
 reveal_type(INTERPRETING)
 reveal_type(SfLayout.layout_128x4.value)
+x = torch.Tensor()
+flag = bool(x)
+reveal_type(nvfp4_moe.nvfp4_quantize(x, 1.0))
+reveal_type(nvfp4_moe.nvfp4_quantize(x, 1.0, per_token_activation=False))
+reveal_type(nvfp4_moe.nvfp4_quantize(x, x, backend="triton", per_token_activation=True))
+reveal_type(nvfp4_moe.nvfp4_quantize(x, 1.0, per_token_activation=flag))
 nvfp4_moe.no_such_name
 """ + "".join(f"nvfp4_moe.{name}\n" for name in nvfp4_moe.__all__)
+TENSOR = r"([\w.]+\.)?Tensor"
 REVEALED = (
     r"experts: ([\w.]+\.)?Experts",
     r"-> ([\w.]+\.)?Explanation",
@@ -39,7 +54,16 @@ REVEALED = (
     "'fast'.*'exact'",
     r"\bbool\b",
     r"Literal\[0\]",
+    rf"tuple\[{TENSOR}, {TENSOR}\]",
+    rf"tuple\[{TENSOR}, {TENSOR}\]",
+    rf"tuple\[{TENSOR}, {TENSOR}, {TENSOR}\]",
+    rf"tuple\[{TENSOR}, \.\.\.\]",
 )
+TORCH = """
+from typing import Any
+class Tensor: ...
+def __getattr__(name: str) -> Any: ...
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +83,14 @@ def copy(tmp_path_factory) -> Path:
 def form(request, copy, tmp_path_factory) -> tuple[Path, Path]:
     """An interpreter that has the package in this form, and the folder that its user works in.
 
-    The interpreter has no torch, which takes a checker half a minute to read.
+    The interpreter has no torch, which takes a checker half a minute to read, but a stub of it.
     """
     folder = tmp_path_factory.mktemp(request.param)
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv/bin/python"
+    (packages,) = (folder / "venv").glob("lib/*/site-packages")
+    (packages / "torch-stubs").mkdir()
+    (packages / "torch-stubs/__init__.pyi").write_text(TORCH)
     if request.param == "checkout":
         return python, copy
     reason = "needs setuptools 77 or later, to build without a network"
@@ -72,7 +99,6 @@ def form(request, copy, tmp_path_factory) -> tuple[Path, Path]:
     program = f"from setuptools import build_meta; build_meta.{build}({str(folder)!r})"
     run(sys.executable, "-c", program, cwd=copy)
     (built,) = folder.glob("*.whl")
-    (packages,) = (folder / "venv").glob("lib/*/site-packages")
     zipfile.ZipFile(built).extractall(packages)
     return python, folder
 
@@ -109,6 +135,7 @@ def pyright(python: Path, user: Path) -> list[tuple[int, str]]:
         (found["range"]["start"]["line"] + 1, found["message"])
         for found in json.loads(told)["generalDiagnostics"]
         if found["severity"] in ("error", "information")
+        and found.get("rule") != "reportMissingModuleSource"  # torch is a stub here
     ]
 
 
@@ -123,5 +150,33 @@ def test_a_checker_sees_every_public_function(form, checker: Callable):
     assert len(revealed) == len(REVEALED), told
     for text, expected in zip(revealed, REVEALED, strict=True):
         assert re.search(expected, text), text
-    (error,) = [text for line, text in told if not lines[line - 1].startswith("reveal_type")]
-    assert "no_such_name" in error
+    errors = [text for line, text in told if not lines[line - 1].startswith("reveal_type")]
+    assert len(errors) == 1 and "no_such_name" in errors[0], errors
+
+
+@pytest.mark.parametrize(
+    ("declared", "accepted"),
+    [
+        (QuantizeBackend, QUANTIZE.accepted),
+        (DenseBackend, MM_FP4.accepted),
+        (FusedQuantizeBackend, FUSED_QUANTIZE.accepted),
+        (WriterName, ("auto", "reference", *WRITERS)),
+    ],
+    ids=["nvfp4_quantize", "mm_fp4", "fused_quantize", "load_"],
+)
+def test_the_names_of_a_type_are_those_that_a_call_accepts(declared, accepted):
+    assert sorted(get_args(declared)) == sorted(accepted)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs typing.get_overloads of Python 3.11")
+@pytest.mark.parametrize("function", [nvfp4_moe.nvfp4_quantize], ids=lambda f: f.__name__)
+def test_overloads_have_the_parameters_of_their_function(function):
+    overloads = typing.get_overloads(inspect.unwrap(function))
+    want = inspect.signature(function).parameters
+    assert overloads
+    for overload in overloads:
+        have = inspect.signature(overload).parameters
+        assert list(have) == list(want)
+        for name, parameter in have.items():
+            differs = parameter.annotation != want[name].annotation
+            assert not differs or typing.get_origin(parameter.annotation) is typing.Literal, name

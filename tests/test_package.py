@@ -252,7 +252,7 @@ def test_load_finds_its_triton_writer_whatever_was_imported_first(first):
 {first}
 import torch
 from nvfp4_moe.reference.weights.writers import WRITERS
-assert list(WRITERS) == ["reference", "triton"]
+assert list(WRITERS) == ["triton"]
 writer, reason = WRITERS["triton"](torch.device("cpu"))
 assert (writer is None) == bool(reason) and "backend" not in reason, reason
 print(reason)

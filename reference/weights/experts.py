@@ -15,6 +15,7 @@ from ..recipe import Recipe
 from .arguments import Options
 from .summary import dtype_and_shape, one_line
 from .versions import tensors_of
+from .writers import WriterName
 
 _WEIGHTS = ("gemm1_weights", "gemm2_weights")
 _ALWAYS = (
@@ -139,7 +140,7 @@ class Experts:
         clamp_limit: torch.Tensor | float | None = None,
         input_amax: float | None = None,
         intermediate_amax: float | None = None,
-        backend: str = "auto",
+        backend: WriterName = "auto",
     ) -> None:
         """Quantize new weights into these experts, in place; `update.py` has the contract.
 

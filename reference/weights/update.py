@@ -172,7 +172,9 @@ def _write_parameters(e: Experts, some: slice, options: Options) -> None:
 
 
 def _writer(backend: str, device: torch.device) -> Writer:
-    checks.one_of("backend", backend, ("auto", *WRITERS))
+    checks.one_of("backend", backend, ("auto", "reference", *WRITERS))
+    if backend == "reference":
+        return write_by_reference
     if backend == "auto":
         faster = WRITERS.get("triton") if device.type == "cuda" else None
         writer = faster(device)[0] if faster else None

@@ -1,12 +1,12 @@
-"""The writers of new weights into experts, by backend.
+"""The writers of new weights into experts that stand beside the reference's own, by backend.
 
-`update.py` asks a writer of this table for what `Experts.load_` writes. The package adds the one of the
-Triton kernels. Nothing here imports torch, so that the package can add it before torch is loaded.
+`Experts.load_` finds its writer here. The package adds the one of the Triton kernels.
+Nothing here imports torch, so that the package can add it before torch is loaded.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
     Find = Callable[[torch.device], tuple[Writer | None, str]]
 
-
-def _find_reference(device: "torch.device") -> "tuple[Writer | None, str]":
-    from .update import write_by_reference
-
-    return write_by_reference, ""
-
-
-WRITERS: "dict[str, Find]" = {"reference": _find_reference}
+WriterName = Literal["auto", "reference", "triton"]
+"""What `Experts.load_` takes as `backend`."""
+WRITERS: "dict[str, Find]" = {}
 """By backend: what finds the writer for a device, or None and the reason why there is none."""
