@@ -110,7 +110,7 @@ def call(
     count = at_a_time(len(jobs))
     results: list[Any] = [None] * len(jobs)
     shares = side_by_side(
-        lambda i: call_in_one(function, jobs[i::count], **environment), range(count), count
+        lambda i: call_in_one(function, jobs[i::count], _ROOT, **environment), range(count), count
     )
     for i, share in enumerate(shares):
         results[i::count] = share

@@ -80,8 +80,8 @@ def fake_quantized_moe(
     _check_weights(w13, w2, w13_bias, w2_bias)
     checks.tensor("x", x, (torch.bfloat16,), ("T", w13.shape[2]), like=("w13", w13))
     if experts is None:
-        biases = (None if bias is None else bias.detach() for bias in (w13_bias, w2_bias))
-        options = Options(*biases, alpha, beta, clamp_limit)
+        first, second = (None if b is None else b.detach() for b in (w13_bias, w2_bias))
+        options = Options(first, second, alpha, beta, clamp_limit)
         shipped = _shipped(w13), _shipped(w2)
         check_preparation(*shipped, activation, recipe, options)
         if checks.reads_values(*shipped):
