@@ -10,20 +10,29 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.moe.routing import Routing, RoutingMethodType
+from ..reference.moe.routing import METHODS, Routing, RoutingMethodType
 from .jit.arithmetic import add, div, flush, larger, mul, to_bf16
 from .jit.pdl import await_previous
 from .target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
 RENORMALIZE_NAIVE = tl.constexpr(int(RoutingMethodType.RenormalizeNaive))
-TOP_K = tl.constexpr(int(RoutingMethodType.TopK))
 TOP_K_SIGMOID = tl.constexpr(int(RoutingMethodType.TopKSigmoid))
 LLAMA4 = tl.constexpr(int(RoutingMethodType.Llama4))
 DEFAULT = tl.constexpr(int(RoutingMethodType.Default))
-DEEPSEEK = tl.constexpr(int(RoutingMethodType.DeepSeekV3))
-MINIMAX = tl.constexpr(int(RoutingMethodType.MiniMax2))
 SIGMOID_RENORM = tl.constexpr(int(RoutingMethodType.SigmoidRenorm))
+RAW_METHODS = tl.constexpr(tuple(int(method) for method in METHODS if method.raw))
+BIASED_METHODS = tl.constexpr(tuple(int(method) for method in METHODS if method.biased))
+
+
+@triton.constexpr_function
+def is_raw(method):
+    return method in RAW_METHODS.value
+
+
+@triton.constexpr_function
+def is_biased(method):
+    return method in BIASED_METHODS.value
 
 
 @triton.constexpr_function
@@ -73,11 +82,8 @@ def route_kernel(
     expert = tl.arange(0, WIDTH)
     inside = expert < E
     x = tl.load(logits_ptr + token * E + expert, inside, other=float("-inf")).to(tl.float32)
-    BIASED: tl.constexpr = METHOD == DEEPSEEK or METHOD == MINIMAX
-    RAW: tl.constexpr = (
-        METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE or METHOD == TOP_K
-        or METHOD == TOP_K_SIGMOID or METHOD == LLAMA4
-    )  # fmt: skip
+    BIASED: tl.constexpr = is_biased(METHOD)
+    RAW: tl.constexpr = is_raw(METHOD)
     if RAW:
         value = x
         if METHOD == LLAMA4:
@@ -176,7 +182,7 @@ def route(
     """
     if routing.top_k > logits.shape[1]:
         raise ValueError(f"top_k is {routing.top_k}; logits has only {logits.shape[1]} experts")
-    if bias is not None and int(routing.method) not in (DEEPSEEK.value, MINIMAX.value):
+    if bias is not None and not routing.method.biased:
         raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
     return _op(
         logits, bias, int(routing.method), routing.top_k, routing.scale, routing.norm_topk_prob

@@ -17,7 +17,7 @@ from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe import permute
 from nvfp4_moe.reference.moe import routing as reference_routing
 from nvfp4_moe.reference.moe.activations import Activations, hidden_values
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
@@ -264,13 +264,11 @@ def output_dtypes(device, config=SMALL):
 def routing(device, config=None):
     """Ids, ties of raw logits included, and weights as the reference's."""
     g = torch.Generator().manual_seed(11)
-    for method in RoutingMethodType:
-        if method == RoutingMethodType.Unspecified:
-            continue
+    for method in METHODS:
         for experts, k in ((16, 1), (100, 5), (128, 8)):
             r = Routing(method, 1 if method == RoutingMethodType.Llama4 else k)
             logits = torch.randn(9, experts, generator=g)
-            biased = method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2)
+            biased = method.biased
             bias = torch.randn(experts, generator=g) / 4 if biased else None
             if int(method) in RAW:
                 logits = (logits * 4).round().bfloat16()  # ties
@@ -314,12 +312,10 @@ def strange_logits(rows: int) -> dict[str, torch.Tensor]:
 
 def routing_of_strange_logits(device, config=None):
     for what, logits in strange_logits(2 if device == "cpu" else 64).items():
-        for method in RoutingMethodType:
-            if method == RoutingMethodType.Unspecified:
-                continue
+        for method in METHODS:
             r = Routing(method, 1 if method == RoutingMethodType.Llama4 else 5)
             bias = None
-            if method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2):
+            if method.biased:
                 bias = torch.tensor([1e-38, -1e-39, 0.0, -0.0, 2e-39, -3.0, 1e-9, -torch.inf] * 2)
             _routed_alike(device, logits, r, bias, f"{method.name} {what}")
             if int(method) in RAW:  # the others compare fp32 scores

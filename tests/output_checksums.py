@@ -125,7 +125,7 @@ def _layers(backend: str, device: str) -> Iterator[tuple[str, Any]]:
     for method in RoutingMethodType:
         if method != RoutingMethodType.Unspecified:
             top_k = 1 if method == RoutingMethodType.Llama4 else TOP_K
-            biased = method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2)
+            biased = method.biased
             yield layer(
                 f"routed by {method.name}", swiglu, (logits, Routing(method, top_k)),
                 routing_bias=bias if biased else None,

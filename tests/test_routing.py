@@ -9,7 +9,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from nvfp4_moe.kernels.routing import is_biased, is_raw
 from nvfp4_moe.reference.moe.routing import (
+    METHODS,
     Routing,
     RoutingResult,
     append_shared_experts,
@@ -387,3 +389,14 @@ def test_random_ties_against_the_scalar_formulation(rows, routing):
     if routing.method == M.Default:
         hypothesis.assume(routing.top_k == 1)  # its fp32 scores may tie where the fp64 ones do not
     assert_scalar(torch.tensor(rows) + 0.0, routing)
+
+
+def test_the_methods_are_those_of_the_contract():
+    """The table against lists of these tests; the reference, bounds and kernel read the table."""
+    assert list(METHODS) == [m for m in M if m != M.Unspecified]
+    assert {m for m in METHODS if m.raw} == set(RAW)
+    assert {m for m in METHODS if m.biased} == set(BIASED)
+    for method in M:
+        implemented = method != M.Unspecified
+        assert is_raw(int(method)) == (implemented and method.raw)
+        assert is_biased(int(method)) == (implemented and method.biased)

@@ -16,7 +16,7 @@ from .. import host
 from ..reference.activation import IMPLEMENTED, ActivationType
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.finalize import FinalizeOrder
-from ..reference.moe.routing import Routing, RoutingMethodType
+from ..reference.moe.routing import METHODS, Routing, RoutingMethodType
 from ..reference.numerics import e2m1, e4m3
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, all_recipes
@@ -141,9 +141,9 @@ class Kind:
 
 
 def _routing(d: Draw) -> Routing:
-    method = d.choice([m for m in _M if m != _M.Unspecified])
+    method = d.choice(METHODS)
     options: dict[str, Any] = {}
-    if method in (_M.DeepSeekV3, _M.MiniMax2):
+    if method.biased:
         options["routed_scaling_factor"] = d.choice((None, 2.5, 1e-3))
     if method == _M.DeepSeekV3 and d.chance(0.5):
         options |= {"n_group": 4, "topk_group": 2}
@@ -264,7 +264,7 @@ def _logits(d: Draw, kind: Kind, tokens: int, num_experts: int) -> dict[str, Any
         value = d.choice((torch.inf, -torch.inf, torch.nan, 3.3e38))
         logits[-1, int(d.integers(0, num_experts, 1))] = value
     bias = None
-    if kind.routing.method in (_M.DeepSeekV3, _M.MiniMax2):
+    if kind.routing.method.biased:
         bias = d.normal(num_experts) * d.choice((0.0, 0.2, 30.0))
     return {"logits": logits.to(kind.logits_dtype), "routing_bias": bias}
 

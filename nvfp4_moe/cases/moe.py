@@ -11,7 +11,7 @@ from .. import host
 from ..kernels import environment
 from ..reference.activation import IMPLEMENTED, ActivationType
 from ..reference.moe.activations import Activations, quantize_activations
-from ..reference.moe.routing import Routing, RoutingMethodType, route
+from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
@@ -163,13 +163,10 @@ def _routed() -> Iterator[MoECase]:
     """From logits, by each method."""
     logits = _logits(TOKENS, EXPERTS)
     bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
-    for method in RoutingMethodType:
-        if method == _M.Unspecified:
-            continue
-        biased = method in (_M.DeepSeekV3, _M.MiniMax2)
+    for method in METHODS:
         routing = Routing(method, 1 if method == _M.Llama4 else TOP_K)
         yield _case(f"routed by {method.name}", ActivationType.Swiglu, routing=routing,
-                    logits=logits, routing_bias=bias if biased else None)  # fmt: skip
+                    logits=logits, routing_bias=bias if method.biased else None)  # fmt: skip
     yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
 
 

@@ -80,7 +80,7 @@ class Setting:
         # Ties, and logits above which a sigmoid saturates, choose by the smaller index.
         logits[0, : self.routing.top_k + 2] = logits[0].max()
         bias = host.normal(g, self.experts) * 0.2
-        biased = self.routing.method in (_M.DeepSeekV3, _M.MiniMax2)
+        biased = self.routing.method.biased
         return Call(
             logits,
             self.routing,

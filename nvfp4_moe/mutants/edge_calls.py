@@ -14,7 +14,7 @@ from ..cases.moe_case import MoECase
 from ..differential.verdict import unequal
 from ..kernels import moe, routing
 from ..reference.bounds.interval import Interval, rounded
-from ..reference.moe.routing import Routing, RoutingMethodType, route
+from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.recipe import Recipe
 from .calls import Answered, FusedCall
 
@@ -124,14 +124,11 @@ def every_method() -> RoutingCall:
     logits[2, ::5] = -0.0
     bias = host.normal(g, 12)
     found = []
-    for method in _M:
-        if method == _M.Unspecified:
-            continue
-        biased = method in (_M.DeepSeekV3, _M.MiniMax2)
+    for method in METHODS:
         k = 1 if method == _M.Llama4 else 3
-        how = Routing(method, k, routed_scaling_factor=2.5 if biased else None)
+        how = Routing(method, k, routed_scaling_factor=2.5 if method.biased else None)
         for values in (logits, logits.bfloat16()):
-            found.append((how, values, bias if biased else None))
+            found.append((how, values, bias if method.biased else None))
     found.append((Routing(_M.SigmoidRenorm, 3, norm_topk_prob=False), logits, None))
     return RoutingCall(tuple(found))
 

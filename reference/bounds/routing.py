@@ -31,8 +31,6 @@ from .interval import Interval, U, rounded, unless
 from .selection import of_sets, selections, surely_before
 
 _M = RoutingMethodType
-_BIASED = (_M.DeepSeekV3, _M.MiniMax2)
-_SCORED = (_M.Default, _M.SigmoidRenorm, _M.Sigmoid, *_BIASED)
 _DIVISION = 2.0**-22
 _EPSILON = 1e-20  # what denominators are kept from zero with
 
@@ -85,7 +83,7 @@ def routing_bounds(
     """
     reference = route(logits, routing, bias)
     x = logits.double()
-    if routing.method not in _SCORED:
+    if routing.method.raw:
         ids = reference.ids[None]
         unknown = (x > -torch.inf).sum(1) < routing.top_k
         if routing.method == _M.Llama4:  # between zeros of two signs its kernel has no order
@@ -150,7 +148,7 @@ def _of_chosen_scores(part: Interval, scores: Interval, routing: Routing) -> Int
     """[S, T, K], before the rounding to bf16."""
     if routing.method == _M.Default:
         return _share(part, scores, 0.0)
-    if routing.method in _BIASED:
+    if routing.method.biased:
         weights = _share(part, part, _EPSILON) * Interval.point(part.low.new_tensor(routing.scale))
         return weights.widened(weights.magnitude * U)
     if routing.method == _M.SigmoidRenorm and routing.norm_topk_prob:

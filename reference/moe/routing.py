@@ -64,19 +64,44 @@ class RoutingMethodType(enum.IntEnum):
     TopKSigmoid = 9
     Unspecified = 10
 
+    @property
+    def raw(self) -> bool:
+        """True if it selects by logits, in their own type; else by scores in fp32."""
+        return _METHODS[self].raw
+
+    @property
+    def biased(self) -> bool:
+        """True if it reads a bias of each expert, and a factor of the weights."""
+        return _METHODS[self].biased
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A row of the table. FlashInfer's kernels have at most `experts` and `top_k`."""
+
+    raw: bool = False
+    biased: bool = False
+    # The last tier of each list covers all before it (`RoutingCustomPolicy.cuh:829-900`).
+    experts: int = 256
+    top_k: int = 8
+
 
 _M = RoutingMethodType
 _CUDA = Arithmetic(ftz=True)
-_RAW = (_M.Renormalize, _M.RenormalizeNaive, _M.TopK, _M.TopKSigmoid, _M.Llama4)
-_BIASED = (_M.DeepSeekV3, _M.MiniMax2)
-# The last tier of each list covers all before it (`RoutingCustomPolicy.cuh:829-900`).
-_LARGEST = dict.fromkeys(_M, (256, 8)) | {
-    _M.Renormalize: (2048, 32),
-    _M.RenormalizeNaive: (2048, 32),
-    _M.DeepSeekV3: (1024, 32),
-    _M.MiniMax2: (1024, 32),
-    _M.Llama4: (128, 1),
+_METHODS = {
+    _M.Default: _Method(),
+    _M.Renormalize: _Method(raw=True, experts=2048, top_k=32),
+    _M.DeepSeekV3: _Method(biased=True, experts=1024, top_k=32),
+    _M.Llama4: _Method(raw=True, experts=128, top_k=1),
+    _M.RenormalizeNaive: _Method(raw=True, experts=2048, top_k=32),
+    _M.TopK: _Method(raw=True),
+    _M.SigmoidRenorm: _Method(),
+    _M.MiniMax2: _Method(biased=True, experts=1024, top_k=32),
+    _M.Sigmoid: _Method(),
+    _M.TopKSigmoid: _Method(raw=True),
 }
+METHODS = tuple(_METHODS)
+"""All but Unspecified."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,7 @@ class Routing:
         except ValueError:
             method = RoutingMethodType.Unspecified
         if method == RoutingMethodType.Unspecified or isinstance(self.method, bool):
-            names = ", ".join(m.name for m in RoutingMethodType if m.name != "Unspecified")
+            names = ", ".join(m.name for m in METHODS)
             checks.wrong_value("method", self.method, f"one of {names}")
         object.__setattr__(self, "method", method)
         checks.integer("top_k", self.top_k, 1)
@@ -124,7 +149,7 @@ class Routing:
         factor = self.routed_scaling_factor
         if factor is not None:
             checks.number("routed_scaling_factor", factor)
-            if method not in _BIASED and factor != 1:
+            if not method.biased and factor != 1:
                 allowed = f"None or 1 with {method.name}, which has none"
                 checks.wrong_value("routed_scaling_factor", factor, allowed)
         checks.flag("norm_topk_prob", self.norm_topk_prob)
@@ -176,7 +201,7 @@ def route(
     _check(logits, routing, bias)
     method, k = routing.method, routing.top_k
     values = logits.float()
-    if method in _RAW:
+    if method.raw:
         # Llama4's maximum is a comparison by value, which a NaN loses.
         llama4 = method == RoutingMethodType.Llama4
         scores = values.masked_fill(values.isnan(), -math.inf) if llama4 else values
@@ -192,7 +217,7 @@ def route(
         scores = _softmax(values)
         ids = _order(_key(scores))[:, :k]
         weights = scores.gather(1, ids)
-    elif method in _BIASED:
+    elif method.biased:
         unbiased = scores = _sigmoid(values)
         if bias is not None:
             bias = bias.to(torch.bfloat16) if routing.grouped else bias
@@ -254,12 +279,12 @@ def refusal(routing: Routing, num_experts: int, has_bias: bool = True) -> str | 
         return f"top_k is {k}, more than the {e} experts"
     if routing.grouped:
         return _grouped_refusal(routing, e)
-    largest_e, largest_k = _LARGEST[routing.method]
-    if e > largest_e:
-        return f"{name} has kernels for up to {largest_e} experts, not {e}"
-    if k > largest_k:
-        return f"{name} has kernels for top_k up to {largest_k}, not {k}"
-    if routing.method in _BIASED and not has_bias:
+    most = _METHODS[routing.method]
+    if e > most.experts:
+        return f"{name} has kernels for up to {most.experts} experts, not {e}"
+    if k > most.top_k:
+        return f"{name} has kernels for top_k up to {most.top_k}, not {k}"
+    if routing.method.biased and not has_bias:
         # `RoutingCustomPolicy.cuh:232`: the pointer is followed unchecked.
         return f"{name} without groups reads a bias, and there is none"
     return None
@@ -305,7 +330,7 @@ def _check(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) ->
     if routing.top_k > experts:
         checks.wrong_value("top_k", routing.top_k, f"at most {experts}, the columns of logits")
     if bias is not None:
-        if routing.method not in _BIASED:
+        if not routing.method.biased:
             allowed = f"None with {routing.method.name}, which has none"
             checks.wrong_value("bias", bias, allowed)
         checks.tensor("bias", bias, floats, (experts,), like=("logits", logits))

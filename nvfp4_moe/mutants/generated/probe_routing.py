@@ -32,7 +32,7 @@ def of_routing() -> Answers:
     for method, k in itertools.product(_M, (1, 3, 8)):
         if method == _M.Unspecified or (method == _M.Llama4 and k > 1):
             continue
-        bias = host.normal(seeded(4), 16) if method in (_M.DeepSeekV3, _M.MiniMax2) else None
+        bias = host.normal(seeded(4), 16) if method.biased else None
         for logits in (special, special.bfloat16()):
             yield f"special, {method.name}", routing.route(logits, Routing(method, k), bias)
     for _, how, logits, bias in matrix_edges.routers():
