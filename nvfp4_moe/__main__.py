@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from . import __version__, exits, invocation
+from . import __version__, exits
 from .cli import options
 from .cli.guard import guarded
+from .report import invocation
 
 COMMANDS = {
     "diff": (".cli.diff", "compare the same tensors through every backend here, to the bit"),
     "blackwell": (".cli.blackwell", "run the whole matrix through every backend, tactic and math"),
-    "replay": (".failures.replay", "run a failing case from a file again"),
+    "replay": (".cli.replay", "run a failing case from a file again"),
     "doctor": (".cli.doctor", "say what is here, and which backend would serve"),
     "mutants": (".mutants.command", "plant the catalogue of mistakes, and see what finds them"),
     "fuzz-bounds": (".cli.fuzz_bounds", "judge random runs that keep the contract"),

@@ -26,7 +26,7 @@ from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.differential import quantize as diff_quantizers
 from nvfp4_moe.differential import quantizers, workers
 from nvfp4_moe.differential.compare import run_reference
-from nvfp4_moe.differential.quantize import Choice
+from nvfp4_moe.differential.quantize import InputSelection
 from nvfp4_moe.failures import write as folder
 from nvfp4_moe.report.data import Report
 
@@ -83,12 +83,12 @@ def write(where: Path) -> Report:
     few = [c for c in matrix_moe.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
     with planted(), mock.patch.object(matrix_moe, "cases", lambda: few):
         backends = ["reference", workers.INTERPRETER]
-        compared = diff_quantizers.run(Choice(kind="normal", recipes="plain"), backends)
+        compared = diff_quantizers.run(InputSelection(kind="normal", recipes="plain"), backends)
         judged = diff_moe.run([workers.INTERPRETER, "reference"])
         script = ["env", "PYTHONPATH=.", sys.executable, "tests/planted_report.py", str(where)]
         whole = Report(script, sections=[compared.section, judged.section])
         whole.folder, whole.name = str(ROOT), "make planted-report"
-        folder.write_failures(compared, judged, where)
+        folder.write_failures([compared, judged], where)
         whole.seconds = round(time.monotonic() - start, 1)
         folder.write(whole, where)
     return whole

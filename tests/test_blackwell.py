@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,11 @@ OPTIONS = Namespace(small=True, timeout=300)
 def test_every_backend_in_every_math():
     planned = list(blackwell.jobs(None))
     assert len({job.folder for job in planned}) == len(planned) == 4 * 2 + 4 * 4 + 4
-    assert {job.backend for job in planned if job.part == "moe"} == set(moe_dispatch.ORDER) - {
+    assert {job.backend for job in planned if job.part.name == "moe"} == set(moe_dispatch.ORDER) - {
         "reference"
     }
     (one,) = [j for j in planned if j.math == "4over6" and j.backend == "flashinfer:cutlass"]
-    assert one.variables == {"FLASHINFER_NVFP4_4OVER6": "1"}
+    assert one.part.maths[one.math] == {"FLASHINFER_NVFP4_4OVER6": "1"}
     assert one.arguments(OPTIONS, Path("out"))[:3] == ["diff", "--only", "moe"]
 
 
@@ -97,7 +98,8 @@ def test_a_process_that_dies(tmp_path, monkeypatch, capfd):
 
 def test_a_process_that_does_not_end(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(blackwell, "CHILD", (sys.executable, "-c", "import time; time.sleep(60)"))
-    monkeypatch.setattr(blackwell, "MATHS", {"fast math": {}})
+    once = tuple(replace(part, maths={"fast math": {}}) for part in blackwell.PARTS)
+    monkeypatch.setattr(blackwell, "PARTS", once)
     arguments = ["blackwell", "--backends", "flashinfer:cake", "--timeout", "1"]
     assert main([*arguments, "--report", str(tmp_path)]) == 1
     assert "FAIL: 1 of 1 crashed" in capfd.readouterr().out
@@ -114,8 +116,8 @@ MATH_OF = {
 
 def rehearsed(backend, part, math, lie, tmp_path, monkeypatch):
     """(exit status, report) of one process's work, done in this one."""
-    (job,) = [j for j in blackwell.jobs(backend) if (j.part, j.math) == (part, math)]
-    for name, value in job.variables.items():
+    (job,) = [j for j in blackwell.jobs(backend) if (j.part.name, j.math) == (part, math)]
+    for name, value in job.part.maths[math].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("nvfp4_moe.failures.write.MOST_FILES", 1)
     with standin.installed(lie):

@@ -22,7 +22,7 @@ from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.quantize import quantize_block_scales, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
-from nvfp4_moe.mutants.conforming import truncating
+from nvfp4_moe.differential.conforming import truncating
 
 RECIPES = [
     Recipe(),

@@ -15,7 +15,7 @@ from nvfp4_moe.reference.moe.layer import Stages
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 
-from nvfp4_moe.mutants.conforming import CONFORMING
+from nvfp4_moe.differential.conforming import CONFORMING
 
 SHAPE = Shape(8, 272, 176, 4, 2)
 SUMS = [name for name in CONFORMING if "approximate" not in name]  # the activation is no stage here

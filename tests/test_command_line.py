@@ -26,8 +26,8 @@ from nvfp4_moe.checkpoints import resumable_writer as workspace
 from nvfp4_moe.cli import blackwell, doctor, options
 from nvfp4_moe.cli import convert as convert_command
 from nvfp4_moe.cli.guard import guarded
+from nvfp4_moe.differential import parts, workers
 from nvfp4_moe.differential import quantize as diff_quantizers
-from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
 
@@ -343,6 +343,7 @@ def test_a_misspelt_option_needs_no_torch():
 
 
 def test_the_choices_of_options_are_the_keys_of_their_tables():
+    assert tuple(part.name for part in parts.PARTS) == options.PARTS
     assert tuple(quantize_cases.RECIPES) == options.RECIPES
     assert options.KINDS == inputs.KINDS
     assert tuple(moe_cases.SETS) == options.LAYERS

@@ -94,7 +94,7 @@ def test_a_call_made_again_must_give_the_same_bits(few_cases, monkeypatch):
     monkeypatch.setattr(diff_moe.moe_dispatch, "serve", restless)
     monkeypatch.setattr(diff_moe.moe_dispatch, "refusal", lambda name, request: None)
     monkeypatch.setattr(diff_moe, "_sums", lambda *_: "")
-    result = diff_moe.run(["triton"], diff_moe.Sweep(replay=True))
+    result = diff_moe.run(["triton"], diff_moe.RunOptions(replay=True))
     assert {c.status for c in result.section.cells} == {"different"}
     assert {w.failure.summary for w in result.failures} >= {"1 of 9216 elements are other bits"}
     assert all(w.failure.case.endswith(", again") for w in result.failures)
@@ -132,7 +132,7 @@ def test_the_exact_cases_are_exact():
     """Any order of the sums gives the same bits: ascending in fp32 as well as in fp64."""
     from nvfp4_moe.reference.moe.layer import fused_moe
 
-    from nvfp4_moe.mutants.conforming import CONFORMING
+    from nvfp4_moe.differential.conforming import CONFORMING
 
     exact = [case for case in matrix_moe.cases() if case.exact]
     assert len(exact) >= 3

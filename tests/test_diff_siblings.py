@@ -26,11 +26,11 @@ from standin import layers
 
 from nvfp4_moe.cases.baselines import SiblingCase, exact_case
 from nvfp4_moe.differential import baselines as diff_siblings
-from nvfp4_moe.differential.calls import Sweep
+from nvfp4_moe.differential.calls import RunOptions
 from nvfp4_moe.exits import CommandError
 
 NAMES = adapter.NAMES
-EVERY = Sweep(every_configuration=True, replay=True)
+EVERY = RunOptions(every_configuration=True, replay=True)
 needs_flashinfer = pytest.mark.skipif(
     version.HERE.version is None or importlib.util.find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
@@ -46,8 +46,9 @@ LIES = [
 def judged(name, lie=None, sweep=EVERY):
     """Cells of one layer by case, and the tactics that ran."""
     with standin.installed(lie) as fake:
-        section, not_run = diff_siblings.run([name], sweep)
-    assert not not_run and section.columns == [name]
+        result = diff_siblings.run([name], sweep)
+    section = result.section
+    assert not result.not_run and section.columns == [name]
     assert {ran.backend for ran in fake.ran} <= {name}
     cells = {case: row[name] for case, row in section.rows.items()}
     quantizer = cells.pop("mxfp8, its quantizer", None)
@@ -141,7 +142,7 @@ def test_the_quantizer_of_mxfp8():
 
 @needs_flashinfer
 def test_another_answer_to_the_same_call():
-    cells, _ = judged(NAMES["mxfp8"], "last bit of every second call", Sweep(replay=True))
+    cells, _ = judged(NAMES["mxfp8"], "last bit of every second call", RunOptions(replay=True))
     assert {c.status for c in cells.values()} == {"different"}
     assert "again" in next(iter(cells.values())).failures[0].case
 
@@ -182,10 +183,10 @@ def test_from_logits(format):
 
 
 def test_without_a_gpu():
-    section, not_run = diff_siblings.run()
-    assert not section.rows and sum(not_run.values()) == 12
-    section, not_run = diff_siblings.run([NAMES["bf16"]])
-    assert not not_run and {c.status for c in section.cells} == {"skipped"}
+    result = diff_siblings.run()
+    assert not result.section.rows and sum(result.not_run.values()) == 12
+    result = diff_siblings.run([NAMES["bf16"]])
+    assert not result.not_run and {c.status for c in result.section.cells} == {"skipped"}
 
 
 def test_an_unknown_layer():

@@ -23,7 +23,7 @@ from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.report import data as report
 from nvfp4_moe.report import html as page
-from nvfp4_moe.report.data import Cell, Report, Section
+from nvfp4_moe.report.data import Cell, PartResult, Report, Section
 
 UNFIT = {
     "K = 24": torch.zeros(4, 24, dtype=torch.bfloat16),
@@ -105,7 +105,7 @@ def test_layers_that_cannot_run(named, capsys, tmp_path, monkeypatch):
 def test_the_reference_judged_by_itself(capsys, tmp_path, monkeypatch):
     section = Section("layers", notes=["24 tokens"])
     section.put("Swiglu", "reference", Cell("inside", 1))
-    monkeypatch.setattr(diff_moe, "run", lambda *_: diff_moe.Judgement(section))
+    monkeypatch.setattr(diff_moe, "run", lambda *_: PartResult(section))
     arguments = ["--only", "moe", "--layers", "few", "--backends", "reference"]
     told_as_nothing(*diff(capsys, tmp_path, *arguments))
 

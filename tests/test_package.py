@@ -2,12 +2,14 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,26 @@ LINKS = {
     "nvfp4_moe/kernels": "../kernels",
     "nvfp4_moe/reference": "../reference",
 }
+FOLDERS: dict[str, set[str]] = {
+    "cases": set(),
+    "checkpoints": set(),
+    "parallel": set(),
+    "report": set(),
+    "training": set(),
+    "serving": {"checkpoints"},
+    "differential": {"cases", "report"},
+    "failures": {"cases", "differential", "report"},
+    "mutants": {"cases", "differential", "failures"},
+    "cli": {"cases", "checkpoints", "differential", "failures", "report"},
+}
+"""The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
+reference. `cli` runs commands by the functions of the others, and nothing imports `cli` or `mutants`
+but `__main__`."""
+FLAT = {"__main__": {"cli", "report"}, "inputs": {"cases"}, "public": {"training"}}
+"""The modules that lie flat in `nvfp4_moe/` and import one of its folders."""
+MOST_FLAT = 10
+DOCUMENTED = ("nvfp4_moe.inputs",)
+"""Modules that the documentation imports from, and that lie elsewhere now: by these names, too."""
 TEXT = (".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".cfg", ".sh", "")
 
 
@@ -156,6 +178,39 @@ def test_one_folder_imports_flashinfer():
         folder, inner, *_ = [*path.relative_to(ROOT).parts, ""]
         if folder in PACKAGES and (folder, inner) != ("kernels", "flashinfer"):
             assert not [name for name in imports(path) if name.split(".")[0] == "flashinfer"], path
+
+
+def test_folders_import_in_one_direction():
+    """Exactly what `FOLDERS` says, which has no cycle."""
+    list(TopologicalSorter(FOLDERS).static_order())  # raises CycleError
+    found: dict[str, set[str]] = {name: set() for name in FOLDERS}
+    flat: dict[str, set[str]] = {}
+    for path in PYTHON:
+        first, *inside = path.relative_to(ROOT).with_suffix("").parts
+        if first == "nvfp4_moe":
+            importer = inside[0]
+            others = {name.split(".")[1] for name in imports(path) if name.startswith("nvfp4_moe.")}
+            into = found[importer] if len(inside) > 1 else flat.setdefault(importer, set())
+            into |= (others & set(FOLDERS)) - {importer}
+    assert found == FOLDERS
+    assert {module: folders for module, folders in flat.items() if folders} == FLAT
+
+
+def test_kernels_know_nothing_of_the_tools():
+    for path in PYTHON:
+        if path.relative_to(ROOT).parts[0] == "kernels":
+            inside = {name.split(".")[1] for name in imports(path) if name.startswith("nvfp4_moe.")}
+            assert not inside & (set(FOLDERS) | set(FLAT)), path
+
+
+def test_few_modules_lie_flat_in_the_package():
+    assert len(list((ROOT / "nvfp4_moe").glob("*.py"))) <= MOST_FLAT
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_modules_stay_importable(name):
+    module = importlib.import_module(name)
+    assert all(hasattr(module, public) for public in module.__all__)
 
 
 def test_reference_runs_without_triton_flashinfer_and_numpy():

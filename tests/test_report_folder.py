@@ -12,7 +12,7 @@ import torch
 from nvfp4_moe.reference.numerics import e2m1
 from safetensors.torch import save_file
 
-from nvfp4_moe import invocation, machine
+from nvfp4_moe import machine
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cli import blackwell
@@ -23,6 +23,7 @@ from nvfp4_moe.failures import write as folder
 from nvfp4_moe.failures.replay_file import save_quantizer
 from nvfp4_moe.report import data as report
 from nvfp4_moe.report import html as page
+from nvfp4_moe.report import invocation
 from nvfp4_moe.report import terminal as text
 from nvfp4_moe.report.data import Cell, Report, Section
 

@@ -9,7 +9,7 @@ from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.differential import moe as diff_moe
-from nvfp4_moe.mutants.conforming import CONFORMING, truncating
+from nvfp4_moe.differential.conforming import CONFORMING, truncating
 
 FUSED = moe.fused_moe
 

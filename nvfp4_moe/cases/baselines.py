@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from .. import host
-from ..differential.format_error import exact_layer
 from ..kernels.flashinfer.baselines import SiblingRequest, flashinfer_weights
 from ..reference.activation import ActivationType
 from ..reference.moe.baselines import (
@@ -73,7 +72,7 @@ def real_case(format: Format) -> SiblingCase:
     ids, weights = matrix_moe.choice()
     maxima = {}
     if format == "fp8 per tensor":
-        _, largest = exact_layer(x, w13, w2, ids, weights)
+        _, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
         maxima = {"input_amax": x.abs().max().item(), "intermediate_amax": largest}
     experts = prepare_sibling(format, w13, w2, SWIGLU, **maxima)
     return SiblingCase(f"{format}, Swiglu", quantize_for(x, experts), experts, ids, weights)

@@ -9,7 +9,7 @@ import torch
 
 from .. import host
 from ..kernels import environment
-from ..reference.activation import IMPLEMENTED, ActivationType
+from ..reference.activation import IMPLEMENTED, ActivationType, activate
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.numerics import e2m1
@@ -245,3 +245,17 @@ def _normal(
         Routing(_M.Renormalize, top_k), experts, ids=ids.int(), weights=weights.bfloat16(),
         recipe=recipe,
     )  # fmt: skip
+
+
+def exact_layer(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """(output [T, H] in fp64 of a SwiGLU layer, the largest magnitude of its intermediate)."""
+    want = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    largest = 0.0
+    for t in range(x.shape[0]):
+        for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            y = activate((w13[e].double() @ x[t].double())[None], ActivationType.Swiglu)[0]
+            largest = max(largest, y.abs().max().item())
+            want[t] += weight * (w2[e].double() @ y)
+    return want, largest

@@ -13,27 +13,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import files
-from ..differential import (
-    baselines as diff_siblings,
-)
-from ..differential import (
-    quantize as diff_quantizers,
-)
-from ..differential import (
-    workers,
-)
+from ..differential import workers
+from ..differential.parts import PARTS, Part
+from ..differential.quantize import CANNOT
 from ..exits import CommandError, Exit
 from ..failures import write as folder
-from ..kernels import dispatch, environment, moe_dispatch
-from ..kernels.flashinfer import baselines
+from ..kernels import environment
 from ..report import data as report
-from ..report import terminal as text
+from ..report import terminal
 from ..report.data import FAILED, Cell, Failure, Report, Section, worst
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
@@ -42,74 +35,61 @@ LONGEST = 1e6
 """Seconds of one process."""
 PRINTED = "printed.txt"
 """In the folder of each process."""
-_EXACT = environment.EXACT_VARIABLES["cute-dsl"][0]
-_SWITCH, _MODE, _, _USE_256 = environment.FOUR_OVER_SIX_VARIABLES
-MATHS: dict[str, dict[str, str]] = {"fast math": {}, "exact math": {_EXACT: "1"}}
-LAYER_MATHS = MATHS | {
-    "4over6": {_SWITCH: "1"},
-    "4over6 of 256 by MSE, exact math": {_SWITCH: "1", _MODE: "MSE", _USE_256: "1", _EXACT: "1"},
-}
-"""What FlashInfer's kernels can be asked through the environment, by name."""
-ANY_MATH: dict[str, dict[str, str]] = {"any math": {}}
-"""Of layers without NVFP4."""
-SIBLINGS = tuple(baselines.NAMES.values())
-TITLES = {
-    "quantizers": "quantizers", "moe": "fused mixture of experts", "siblings": diff_siblings.TITLE
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Job:
-    """One process."""
+class BackendJob:
+    """The work of one process: a part of the comparison, by one backend in one environment."""
 
-    part: str  # of `diff --only`
+    part: Part
     backend: str
-    math: str
-    variables: dict[str, str] = field(default_factory=dict, compare=False)
+    math: str  # a key of `part.maths`
 
     @property
     def folder(self) -> str:
-        return re.sub(r"\W+", "-", f"{self.part} {self.backend} {self.math}")
+        return re.sub(r"\W+", "-", f"{self.part.name} {self.backend} {self.math}")
+
+    @property
+    def title(self) -> str:
+        """The title of its table in the report."""
+        return f"{self.part.title}, {self.math}"
 
     def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
-        layers = self.part != "quantizers"
-        names = self.backend if layers else f"reference,{self.backend},golden"
-        given = ["diff", "--only", self.part, "--backends", names, "--report", str(out)]
-        if layers:
-            given += ["--every-configuration", "--replay"]
-        if self.part == "moe":
-            given += ["--layers", "few" if options.small else "large"]
-        elif options.small and not layers:
-            given += ["--kind", "grid"]
-        return given
+        chosen = self.part.arguments(self.backend, options.small)
+        return ["diff", "--only", self.part.name, *chosen, "--report", str(out)]
 
 
 @dataclass(frozen=True)
-class Done:
-    job: Job
-    status: int | None  # of the process; None: it did not end
+class JobResult:
+    """How the process of a job ended."""
+
+    job: BackendJob
+    status: int | None  # the exit status; None: it did not end
     printed: str
     report: Report | None  # None: it wrote none
 
 
-def jobs(chosen: str | None) -> Iterator[Job]:
-    """Every process to be started; CommandError for a backend that is none."""
+def jobs(chosen: str | None) -> Iterator[BackendJob]:
+    """Every process to be started.
+
+    Args:
+        chosen: backends, comma-separated; None: all.
+
+    Raises:
+        CommandError: one of them is no backend.
+    """
     names = None if chosen is None else chosen.split(",")
-    known = {*dispatch.BACKENDS, *moe_dispatch.ORDER, *SIBLINGS} - {"reference"}
+    known = {backend for part in PARTS for backend in part.backends} - {"reference"}
     for name in names or ():
         if name not in known:
             raise CommandError(
                 f"--backends has {name!r}; it must be among {', '.join(sorted(known))}"
             )
-    parts = (
-        ("quantizers", dispatch.BACKENDS, MATHS), ("moe", moe_dispatch.ORDER, LAYER_MATHS),
-        ("siblings", SIBLINGS, ANY_MATH),
-    )  # fmt: skip
-    for part, backends, maths in parts:
-        for backend in backends:
+    for part in PARTS:
+        for backend in part.backends:
             if backend != "reference" and (names is None or backend in names):
-                for math, variables in maths.items():
-                    yield Job(part, backend, math, variables)
+                for math in part.maths:
+                    yield BackendJob(part, backend, math)
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -132,7 +112,7 @@ def run(options: argparse.Namespace) -> Exit:
     whole.missing = _missing(verdicts, options.backends)
     folder.write(whole, out)
     _print(verdicts, out)
-    text.print_end(whole, sys.stdout)
+    terminal.print_end(whole, sys.stdout)
     return whole.status
 
 
@@ -161,7 +141,7 @@ def _why(verdicts: Section, backends: list[str]) -> str:
     return notes.most_common(1)[0][0] if notes else "nothing was run"
 
 
-def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list[Done]:
+def _run_all(planned: list[BackendJob], options: argparse.Namespace, out: Path) -> list[JobResult]:
     """Every job, as many at a time as there are GPUs, each on one of its own; without any, two."""
     names: list[str | None] = [None, None]
     if torch.cuda.is_available():
@@ -172,7 +152,7 @@ def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list
     for name in names:
         gpus.put(name)
 
-    def run_one(job: Job) -> Done:
+    def run_one(job: BackendJob) -> JobResult:
         gpu = gpus.get()
         try:
             return _run_one(job, gpu, max(1, (os.cpu_count() or 1) // len(names)), options, out)
@@ -183,15 +163,16 @@ def _run_all(planned: list[Job], options: argparse.Namespace, out: Path) -> list
 
 
 def _run_one(
-    job: Job, gpu: str | None, threads: int, options: argparse.Namespace, out: Path
-) -> Done:
+    job: BackendJob, gpu: str | None, threads: int, options: argparse.Namespace, out: Path
+) -> JobResult:
     where = out / job.folder
     chosen = {*environment.EXACT_VARIABLES["cuda"], *environment.FOUR_OVER_SIX_VARIABLES}
-    variables = {k: v for k, v in os.environ.items() if k not in chosen} | job.variables
+    inherited = {k: v for k, v in os.environ.items() if k not in chosen}
+    variables = inherited | job.part.maths[job.math]
     variables["OMP_NUM_THREADS"] = str(threads)
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
-    print(f"running {job.part}, {job.backend}, {job.math}", flush=True)
+    print(f"running {job.part.name}, {job.backend}, {job.math}", flush=True)
     for name in ("report.json", "report.html", PRINTED):
         (where / name).unlink(missing_ok=True)
     command = [*CHILD, *job.arguments(options, where)]
@@ -201,27 +182,27 @@ def _run_one(
     where.mkdir(parents=True, exist_ok=True)
     (where / PRINTED).write_text(printed, "utf-8")
     try:
-        return Done(job, status, printed, report.read(where / "report.json"))
+        return JobResult(job, status, printed, report.read(where / "report.json"))
     except (OSError, ValueError, KeyError, TypeError):
-        return Done(job, status, printed, None)
+        return JobResult(job, status, printed, None)
 
 
-def _verdicts(found: list[Done]) -> Section:
+def _verdicts(found: list[JobResult]) -> Section:
     """A cell for each job."""
     section = Section("verdicts", summary=True)
     for done in found:
-        row = f"{TITLES[done.job.part]}, {done.job.math}"
+        row = done.job.title
         section.put(row, done.job.backend, _verdict(done))
     return section
 
 
-def _verdict(done: Done) -> Cell:
+def _verdict(done: JobResult) -> Cell:
     last = (done.printed.strip().splitlines() or ["nothing was printed"])[-1]
     if done.report is None and done.status == Exit.NOT_RUN:  # refused before any work
-        return Cell("skipped", note=last.split(diff_quantizers.CANNOT, 1)[-1])
+        return Cell("skipped", note=last.split(CANNOT, 1)[-1])
     if done.report is None:
         lines = done.printed.strip().splitlines()[-20:]
-        title = f"{done.job.part}, {done.job.backend}, {done.job.math}"
+        title = f"{done.job.part.name}, {done.job.backend}, {done.job.math}"
         return Cell("crashed", 1, 1, last, [Failure(title, f"exit status {done.status}", lines)])
     cells = [
         cell
@@ -241,11 +222,11 @@ def _verdict(done: Done) -> Cell:
     )  # fmt: skip
 
 
-def _tables(found: list[Done]) -> Iterator[Section]:
+def _tables(found: list[JobResult]) -> Iterator[Section]:
     """The jobs' sections of one part and math, side by side."""
     merged: dict[str, Section] = {}
     for done in found:
-        title = f"{TITLES[done.job.part]}, {done.job.math}"
+        title = done.job.title
         table = merged.setdefault(title, Section(title))
         if done.report is None:
             table.put("the whole process", done.job.backend, _verdict(done))

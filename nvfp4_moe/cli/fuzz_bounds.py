@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .. import invocation
 from ..differential import workers
 from ..differential.fuzz import Judged, judged
 from ..exits import Exit
+from ..report import invocation
 
 _SHOWN = 20
 

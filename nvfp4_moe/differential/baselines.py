@@ -6,7 +6,6 @@ to the reference's is said, not judged.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -19,9 +18,9 @@ from ..kernels.flashinfer import baselines as adapter
 from ..kernels.flashinfer.baselines import NAMES, SiblingRequest
 from ..reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
 from ..report import difference_map as heat
-from ..report.data import SHOWN, Cell, Failure, Section, Status, worst
+from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from . import tactics
-from .calls import ONCE, Output, Sweep, crash, outputs
+from .calls import ONCE, Output, RunOptions, crash, outputs
 
 TITLE = "BF16, FP8 and MXFP8 layers"
 _OF_NAME: dict[str, Format] = {name: format for format, name in NAMES.items()}
@@ -37,12 +36,13 @@ def known(names: str | None) -> list[str] | None:
     return list(dict.fromkeys(names.split(",")))
 
 
-def run(names: list[str] | None = None, sweep: Sweep = ONCE) -> tuple[Section, Counter[str]]:
-    """(the cells of the layers, why the others were not run, with their numbers of cases).
+def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResult:
+    """Compare the layers that were named, or all that FlashInfer serves here.
 
-    Layers that were named have their cells in any case, those that are not run too.
+    A layer that was named has its cells even if it is not run.
     """
-    section, not_run = Section(TITLE), Counter[str]()
+    result = PartResult(Section(TITLE))
+    section = result.section
     device = "cuda" if torch.cuda.is_available() else "cpu"
     idle: dict[str, list[str]] = {}
     count = 0
@@ -56,21 +56,22 @@ def run(names: list[str] | None = None, sweep: Sweep = ONCE) -> tuple[Section, C
             idle.setdefault(reason, []).append(NAMES[format])
             continue
         for case in every:
-            cell = Cell("skipped", note=reason) if reason else _judged(case, NAMES[format], sweep)
+            cell = Cell("skipped", note=reason) if reason else _judged(case, NAMES[format], options)
             section.put(case.name, NAMES[format], cell)
         if format == "mxfp8":  # the one with a kernel for it, whose bits are determined
             cell = Cell("skipped", note=reason) if reason else _of_quantizer(every[0].experts)
             section.put(f"{format}, its quantizer", NAMES[format], cell)
     for reason, layers in idle.items():
-        not_run[f"{', '.join(layers)}: {reason}"] = count * len(layers)
+        result.not_run[f"{', '.join(layers)}: {reason}"] = count * len(layers)
     section.notes.append("the reference's bits where sums are exact, elsewhere how near they are")
-    return section, not_run
+    result.failures = [FailingCase(f) for cell in section.cells for f in cell.failures]
+    return result
 
 
-def _judged(case: SiblingCase, name: str, sweep: Sweep) -> Cell:
+def _judged(case: SiblingCase, name: str, options: RunOptions) -> Cell:
     request, want = case.request(), case.reference()
     found = outputs(
-        lambda: adapter.run(request), lambda: _configurations(request), sweep, want.is_cuda
+        lambda: adapter.run(request), lambda: _configurations(request), options, want.is_cuda
     )
     wrong = [
         failure

@@ -21,34 +21,37 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What is run of every case beside the configuration that a call takes by itself."""
+class RunOptions:
+    """What is run of each case besides one call in the configuration that the backend chooses."""
 
     every_configuration: bool = False
     replay: bool = False
     """Every call once more, on a GPU in a CUDA graph over poisoned memory: the same bits."""
 
 
-ONCE = Sweep()
+ONCE = RunOptions()
 
 
 def outputs(
-    call: Call, configurations: Callable[[], Iterable[Configuration]], sweep: Sweep, on_gpu: bool
+    call: Call,
+    configurations: Callable[[], Iterable[Configuration]],
+    options: RunOptions,
+    on_gpu: bool,
 ) -> dict[str, Output]:
     """What each configuration gave, by name.
 
     Args:
-        configurations: asked where the sweep wants every one.
+        configurations: called where the options ask for every configuration.
     """
     every: Iterable[Configuration] = [Configuration(DEFAULT)]
-    if sweep.every_configuration:
+    if options.every_configuration:
         try:
             every = configurations()
         except Exception as error:  # FlashInfer runs the call to be asked
             return {DEFAULT: Output(error)}
     again = _replayed if on_gpu else _caught
     return {
-        c.name: Output(_caught(call, c), again(call, c) if sweep.replay else None) for c in every
+        c.name: Output(_caught(call, c), again(call, c) if options.replay else None) for c in every
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from ..cases import inputs
 from ..cases import moe as matrix_moe
 from ..cases.moe import TENSOR
-from ..reference.activation import ActivationType, activate
+from ..reference.activation import ActivationType
 from ..reference.moe import layer as moe
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.baselines import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
@@ -29,7 +29,7 @@ def costs() -> dict[str, dict[str, float]]:
     x = inputs.activations()[TENSOR].bfloat16()
     w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])
     ids, weights = matrix_moe.choice(x.shape[0])
-    want, largest = exact_layer(x, w13, w2, ids, weights)
+    want, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
     maxima: dict[str, Any] = {
         "input_amax": x.abs().max().item(), "intermediate_amax": largest
     }  # fmt: skip
@@ -62,17 +62,3 @@ def costs() -> dict[str, dict[str, float]]:
             for format in FORMATS
         },
     }
-
-
-def exact_layer(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """(output [T, H] in fp64 of a SwiGLU layer, the largest magnitude of its intermediate)."""
-    want = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    largest = 0.0
-    for t in range(x.shape[0]):
-        for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
-            y = activate((w13[e].double() @ x[t].double())[None], KIND)[0]
-            largest = max(largest, y.abs().max().item())
-            want[t] += weight * (w2[e].double() @ y)
-    return want, largest

@@ -15,7 +15,6 @@ from ..cases.fuzz import DenseCall, Draw, Kind, draw, draw_dense
 from ..cases.moe_case import MoECase, to_device
 from ..kernels import moe_dispatch
 from ..kernels.dense_dispatch import mm_fp4 as dispatched_mm_fp4
-from ..mutants.conforming import CONFORMING
 from ..reference import dense
 from ..reference.bounds.dense import mm_fp4_bounds
 from ..reference.bounds.interval import Interval
@@ -27,6 +26,7 @@ from ..reference.moe.layer import Stages
 from ..reference.numerics.accumulate import matmul
 from ..reference.numerics.fp32 import flush
 from ..reference.weights.experts import Experts
+from .conforming import CONFORMING
 
 Tensor = torch.Tensor
 

@@ -8,7 +8,7 @@ reference's, is said beside it.
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,37 +18,23 @@ from ..cases.moe_case import MoECase
 from ..exits import CommandError
 from ..kernels import moe_dispatch
 from ..report import difference_map as heat
-from ..report.data import SHOWN, Cell, Failure, Section, Status, worst
+from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from . import accumulation as sums
 from . import tactics, workers
-from .calls import ONCE, Output, Sweep, crash, outputs
+from .calls import ONCE, Output, RunOptions, crash, outputs
 from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
+
+TITLE = "fused mixture of experts"
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """A configuration of a backend whose output a case does not allow."""
+class WrongOutput(FailingCase):
+    """A case in which one configuration of a backend gave an output that is not allowed."""
 
     case: MoECase
     backend: str
     configuration: str
     output: torch.Tensor | None  # on the CPU; None: it raised
-    failure: Failure
-
-
-@dataclass
-class Judged:
-    """A cell, and what is wrong in it."""
-
-    cell: Cell
-    wrong: list[Wrong] = field(default_factory=list)
-
-
-@dataclass
-class Judgement:
-    section: Section
-    not_run: Counter = field(default_factory=Counter)
-    failures: list[Wrong] = field(default_factory=list)
 
 
 def known(names: str | None) -> list[str] | None:
@@ -65,36 +51,36 @@ def known(names: str | None) -> list[str] | None:
 
 def run(
     backends: Iterable[str] | None = None,
-    sweep: Sweep = ONCE,
+    options: RunOptions = ONCE,
     every: list[MoECase] | None = None,
-) -> Judgement:
+) -> PartResult:
     """Judge the backends (all that work here) on every case (those of `matrix_moe.cases`)."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    result = Judgement(Section("fused mixture of experts"))
+    result = PartResult(Section(TITLE))
     every = matrix_moe.cases() if every is None else every
     here = [case.to(device) for case in every]
     names = list(backends or _that_serve(here, on_gpu, result))
     withheld = {name: _sums(name, device) for name in names}
     interpreted = _interpret(every) if workers.INTERPRETER in names else []
-    if sweep.every_configuration and "triton" in names and on_gpu:
-        _compile_ahead(every, sweep)
+    if options.every_configuration and "triton" in names and on_gpu:
+        _compile_ahead(every, options)
     for i, case in enumerate(here):
         allowed: dict[bool, Allowed] = {}
         for name in names:
             if name == workers.INTERPRETER:
                 answer = interpreted[i]
             else:
-                answer = moe_dispatch.refusal(name, case.request()) or _outputs(case, name, sweep)
+                answer = moe_dispatch.refusal(name, case.request()) or _outputs(case, name, options)
             if isinstance(answer, str):
                 result.section.put(case.name, name, Cell("skipped", note=answer))
                 continue
             drops = may_drop_nan(name)
             if drops not in allowed:
                 allowed[drops] = Allowed(case, backend=name)
-            judged = _judge(allowed[drops], name, answer, withheld[name])
-            result.section.put(case.name, name, judged.cell)
-            result.failures += judged.wrong
+            cell, wrong = _judge(allowed[drops], name, answer, withheld[name])
+            result.section.put(case.name, name, cell)
+            result.failures += wrong
     result.section.notes.append(
         f"{TOKENS} tokens of {TENSOR}, {EXPERTS} experts, top {TOP_K}, I = {INTERMEDIATE}; outputs "
         "that the contract determines, and the relative error and the share of equal elements "
@@ -103,7 +89,7 @@ def run(
     return result
 
 
-def _that_serve(every: list[MoECase], on_gpu: bool, result: Judgement) -> list[str]:
+def _that_serve(every: list[MoECase], on_gpu: bool, result: PartResult) -> list[str]:
     """The backends that serve any case here; why the others do not is noted."""
     found = []
     for name in moe_dispatch.ORDER:
@@ -128,24 +114,26 @@ def _sums(backend: str, device: torch.device) -> str:
     return "" if measured.as_assumed else str(measured)
 
 
-def _outputs(case: MoECase, backend: str, sweep: Sweep) -> dict[str, Output]:
+def _outputs(case: MoECase, backend: str, options: RunOptions) -> dict[str, Output]:
     """What each configuration gave, by name."""
     request = case.request()
     if backend == "reference":  # which no graph can capture
-        sweep = replace(sweep, replay=False)
+        options = replace(options, replay=False)
     return outputs(
         lambda: moe_dispatch.serve(request, backend)[0],
         lambda: tactics.configurations(backend, request),
-        sweep, case.activations.hidden_states.is_cuda,
+        options, case.activations.hidden_states.is_cuda,
     )  # fmt: skip
 
 
-def _judge(allowed: Allowed, backend: str, found: dict[str, Output], withheld: str) -> Judged:
-    """One cell of a case's configurations."""
+def _judge(
+    allowed: Allowed, backend: str, found: dict[str, Output], withheld: str
+) -> tuple[Cell, list[WrongOutput]]:
+    """The cell of a case's configurations, and the outputs that are wrong."""
     exact, want = allowed.case.exact, allowed.want.double()
     compared = sum(1 if output.again is None else 2 for output in found.values())
     if withheld and not exact:
-        return Judged(Cell("withheld", compared, note=withheld))
+        return Cell("withheld", compared, note=withheld), []
     wrong, places = [], [0] * PLACES
     statuses: list[Status] = ["identical" if exact else "inside"]
     equal, error = 1.0, 0.0
@@ -155,7 +143,7 @@ def _judge(allowed: Allowed, backend: str, found: dict[str, Output], withheld: s
         ):
             statuses.append(status)
             got = output.got.cpu() if isinstance(output.got, torch.Tensor) else None
-            wrong.append(Wrong(allowed.case, backend, name, got, failure))
+            wrong.append(WrongOutput(failure, allowed.case, backend, name, got))
         if isinstance(output.got, torch.Tensor):
             got = output.got.to(want.device)
             places = [a + b for a, b in zip(places, allowed.places(got), strict=True)]
@@ -166,7 +154,7 @@ def _judge(allowed: Allowed, backend: str, found: dict[str, Output], withheld: s
         worst(statuses), compared, len(wrong), f"{allowed.determined:.1%} determined, {near}",
         [w.failure for w in wrong[:SHOWN]], places if sum(places) else None,
     )  # fmt: skip
-    return Judged(cell, wrong)
+    return cell, wrong
 
 
 def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[Status, Failure]]:
@@ -189,15 +177,15 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
             yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))
 
 
-def _compile_ahead(every: list[MoECase], sweep: Sweep) -> None:
+def _compile_ahead(every: list[MoECase], options: RunOptions) -> None:
     """Compile the GEMMs of every configuration side by side, into Triton's cache."""
-    workers.call(_compile, [(case, sweep) for case in every])
+    workers.call(_compile, [(case, options) for case in every])
 
 
-def _compile(case: MoECase, sweep: Sweep) -> None:
+def _compile(case: MoECase, options: RunOptions) -> None:
     case = case.to("cuda")
     if moe_dispatch.refusal("triton", case.request()) is None:
-        _outputs(case, "triton", replace(sweep, replay=False))
+        _outputs(case, "triton", replace(options, replay=False))
 
 
 def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:

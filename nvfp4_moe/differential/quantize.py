@@ -2,9 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +16,12 @@ from ..kernels.flashinfer.quantize import BUILDS
 from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import Recipe, SfLayout
 from ..report import difference_map as heat
-from ..report.data import PAIRED, SHOWN, Cell, Failure, Section
+from ..report.data import PAIRED, SHOWN, Cell, FailingCase, Failure, PartResult, Section
 from . import quantizers, workers
 from .compare import Difference, compare, run_reference
 from .explain import explain_element, first_element
 
+TITLE = "quantizers"
 GOLDEN = quantizers.GOLDEN
 _LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
 INTERPRETED_ROWS = 16
@@ -33,8 +33,8 @@ CANNOT = "which cannot run here: "
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What to compare; the options of the command."""
+class InputSelection:
+    """Which inputs and recipes are compared: options of the command."""
 
     file: str | None = None
     kind: str | None = None
@@ -43,27 +43,14 @@ class Choice:
     rows: int | None = None
 
 
-@dataclass
-class Comparison:
-    """What was compared, and what there is to say of it."""
-
-    section: Section
-    facts: list[dict] = field(default_factory=list)
-    not_run: Counter = field(default_factory=Counter)
-    missing: list[str] = field(default_factory=list)  # tensors of one's own that were not compared
-    elements: int = 0
-    failures: list["Found"] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
-class Found:
-    """A difference with all that it takes to see it again."""
+class QuantizerDifference(FailingCase):
+    """A case in which two backends gave different bits."""
 
     item: Input
     case: Case
     pair: tuple[str, str]
     difference: Difference
-    failure: Failure
 
 
 def label(item: Input) -> str:
@@ -73,10 +60,10 @@ def label(item: Input) -> str:
     return item.name.split()[0] if item.group == "synthetic" else item.name
 
 
-def run(choice: Choice, backends: list[str]) -> Comparison:
-    """Compare the backends, which `available` let pass, on all inputs of the choice."""
-    result = Comparison(Section("quantizers"))
-    items = list(_inputs(choice, result))
+def run(selection: InputSelection, backends: list[str]) -> PartResult:
+    """Compare the backends, which `available` let pass, on all selected inputs."""
+    result = PartResult(Section(TITLE))
+    items = list(_inputs(selection, result))
     if len(backends) < 2:  # one side is no comparison
         return result
     if workers.INTERPRETER in backends:
@@ -145,7 +132,7 @@ def _refusal(backend: str) -> str | None:
 
 
 def _add(
-    result: Comparison,
+    result: PartResult,
     item: Input,
     case: Case,
     outputs: dict[str, Quantized],
@@ -177,7 +164,7 @@ def _add(
         failure = _failure(item, case, pair, left, right, difference)
         if len(cell.failures) < SHOWN:
             cell.failures.append(failure)
-        result.failures.append(Found(item, case, pair, difference, failure))
+        result.failures.append(QuantizerDifference(failure, item, case, pair, difference))
 
 
 def _failure(
@@ -202,23 +189,23 @@ def _failure(
     )
 
 
-def _inputs(choice: Choice, result: Comparison) -> Iterator[Input]:
+def _inputs(selection: InputSelection, result: PartResult) -> Iterator[Input]:
     """Every Input of the matrix that is chosen."""
-    recipes = matrix.choose(choice.recipes)
+    recipes = matrix.choose(selection.recipes)
     skipped: dict[str, str] = {}
     tensors: Iterable[tuple[str, torch.Tensor, list[Input]]] = ()
-    if choice.file:
-        tensors = matrix.from_file(choice.file, choice.rows, recipes, False, skipped)
-    elif not choice.kind:
-        tensors = matrix.activations(choice.rows, recipes, False)
+    if selection.file:
+        tensors = matrix.from_file(selection.file, selection.rows, recipes, False, skipped)
+    elif not selection.kind:
+        tensors = matrix.activations(selection.rows, recipes, False)
     for name, x, pieces in tensors:
         if x.dtype != torch.float32:
             result.facts.append({"tensor": name, **_what_per_token_is_for(x)})
         yield from pieces
-    if not choice.file:
-        kinds = [choice.kind] if choice.kind else inputs.KINDS
-        yield from matrix.synthetic(kinds, choice.seed, choice.rows, recipes, False)
-        if choice.rows is None and not choice.kind:
+    if not selection.file:
+        kinds = [selection.kind] if selection.kind else inputs.KINDS
+        yield from matrix.synthetic(kinds, selection.seed, selection.rows, recipes, False)
+        if selection.rows is None and not selection.kind:
             yield from matrix.golden(recipes)
     result.missing = [f"tensor {name}: {reason}" for name, reason in skipped.items()]
 

@@ -1,31 +1,25 @@
-"""`nvfp4-moe replay`: a failing case from a file, run again."""
+"""A failing case run again: both sides of a comparison, or one backend of a fused call."""
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import files
 from ..cases.moe_case import MoECase, to_device
 from ..cases.quantize import Case
 from ..differential import quantizers, tactics, workers
 from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed
-from ..exits import CommandError, Exit
 from ..kernels import moe_dispatch
 from ..kernels.backends import UnsupportedError
 from ..kernels.dispatch import BACKENDS
 from ..kernels.moe_call import MoECall
 from ..reference.quantize import Quantized
-from .replay_file import Failure, MoEFailure, QuantizerFailure, ReplayFileError, load
+from .replay_file import Failure, MoEFailure, QuantizerFailure
 
 Runner = Callable[[str, MoECase, str | None], torch.Tensor]
 """(backend, call, configuration or None) to the output, on the CPU."""
@@ -46,24 +40,6 @@ class Replayed:
     differs: bool
     text: str
     facts: dict[str, Any]  # for --json
-
-
-def run(options: argparse.Namespace) -> Exit:
-    files.check_safetensors("FILE", options.file)
-    if options.json not in (None, "-"):
-        files.check_file("--json", options.json)
-    try:
-        found = replay(load(options.file), options.backend)
-    except (ReplayFileError, UnknownBackendError) as error:
-        raise CommandError(str(error)) from None
-    except CannotRunError as error:
-        hint = f". On a machine where it can, the file {options.file} is all that replay needs"
-        raise CommandError(f"{error}{hint}", Exit.NOT_RUN) from None
-    print(found.text, file=sys.stderr if options.json == "-" else sys.stdout)
-    if options.json:
-        text = json.dumps({"differs": found.differs, **found.facts}, indent=1)
-        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n", "utf-8")
-    return Exit.DIFFERENCE if found.differs else Exit.DONE
 
 
 def run_call(backend: str, case: MoECase, configuration: str | None = None) -> torch.Tensor:

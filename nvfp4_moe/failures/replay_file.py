@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import invocation, strict_json
+from .. import strict_json
 from ..cases.moe_case import MoECase
 from ..cases.quantize import Case, Mode
 from ..differential import quantizers
@@ -34,6 +34,7 @@ from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from ..reference.weights.cute_dsl import with_cute_dsl
 from ..reference.weights.cutlass import with_cutlass
 from ..reference.weights.experts import Experts
+from ..report import invocation
 
 FORMAT = 1
 _KEY = "nvfp4_moe"

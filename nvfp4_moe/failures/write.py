@@ -3,16 +3,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import invocation
 from ..cases.moe_case import to_device
-from ..differential.moe import Judgement, Wrong
-from ..differential.quantize import GOLDEN, Comparison, Found
+from ..differential.moe import WrongOutput
+from ..differential.quantize import GOLDEN, QuantizerDifference
 from ..differential.tactics import DEFAULT
-from ..report.data import Failure, Report
+from ..report import invocation
+from ..report.data import Failure, PartResult, Report
 from ..report.html import render
 from .bug_report import upstream_text
 from .minimize import shrink_matrix
@@ -55,25 +56,24 @@ def write(whole: Report, folder: Path) -> None:
     (folder / "report.html").write_text(render(found), "utf-8", newline="\n")
 
 
-def write_failures(compared: Comparison | None, judged: Judgement | None, folder: Path) -> None:
-    """The first failing case of each cell: `Failure.replay` and `upstream` are filled in."""
+def write_failures(results: Iterable[PartResult], folder: Path) -> None:
+    """Write the first failing case of each cell, and fill in `Failure.replay` and `upstream`.
+
+    Cases of layers beside NVFP4 have no replay file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     files = 0
-    both: tuple[tuple[Any, Comparison | Judgement | None], ...] = (
-        (_quantizer, compared), (_layer, judged)
-    )  # fmt: skip
-    for of, results in both:
-        if results is None:
-            continue
-        first = {id(c.failures[0]) for c in results.section.cells if c.failures}
-        for found in results.failures:
-            if id(found.failure) in first and files < MOST_FILES:
+    for result in results:
+        first = {id(c.failures[0]) for c in result.section.cells if c.failures}
+        for case in result.failures:
+            write_one = _WRITERS.get(type(case))
+            if write_one and id(case.failure) in first and files < MOST_FILES:
                 files += 1
-                of(found, folder / f"failure-{files:02}.safetensors")
+                write_one(case, folder / f"failure-{files:02}.safetensors")
 
 
-def _quantizer(found: Found, path: Path) -> None:
+def _quantizer(found: QuantizerDifference, path: Path) -> None:
     x, case, difference = found.item.x, found.case, found.difference
     row = difference.row - found.item.first_row
     golden = found.item.golden.get(case) if GOLDEN in found.pair else None
@@ -93,7 +93,7 @@ def _quantizer(found: Found, path: Path) -> None:
     _point(found.failure, failing, path)
 
 
-def _layer(found: Wrong, path: Path) -> None:
+def _layer(found: WrongOutput, path: Path) -> None:
     failing = MoEFailure(
         to_device(found.case, "cpu"), found.backend, found.output,
         None if found.configuration == DEFAULT else found.configuration,
@@ -107,6 +107,12 @@ def _layer(found: Wrong, path: Path) -> None:
         found.failure.details.append(f"not shrunk: {error}")
     save_moe(path, failing)
     _point(found.failure, failing, path)
+
+
+_WRITERS: dict[type, Callable[[Any, Path], None]] = {
+    QuantizerDifference: _quantizer,
+    WrongOutput: _layer,
+}
 
 
 def _point(failure: Failure, failing: QuantizerFailure | MoEFailure, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..differential.conforming import SETTINGS, Setting, perform
 from ..differential.stages import Call, Run
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.layer import MoEResult, Stages
@@ -24,7 +25,6 @@ from .arguments import (
     other_tensor,
     padding_filled,
 )
-from .conforming import SETTINGS, Setting, perform
 from .edges import EDGES
 from .quantizers import QUANTIZERS, as_activations, as_requantize, read_otherwise
 from .stages import (

@@ -9,11 +9,11 @@ from typing import Any, TextIO
 
 import torch
 
+from ..differential.conforming import CONFORMING, conforms, perform
 from ..differential.stages import Call, Run, judge
 from ..reference.moe.layer import Stages
 from . import planted
 from .catalogue import EVERY_SETTING, MUTANTS, Mutant
-from .conforming import CONFORMING, conforms, perform
 from .generated import command as generated
 from .kernel_calls import CALLS, prepared
 from .kernels import KERNEL_MUTANTS

@@ -9,6 +9,7 @@ import torch
 from .. import host
 from ..cases import inputs
 from ..cases import moe_edges as matrix_edges
+from ..differential.conforming import Setting
 from ..differential.stages import Call
 from ..reference.activation import ActivationType
 from ..reference.moe.routing import Routing, RoutingMethodType
@@ -16,7 +17,6 @@ from ..reference.numerics import e2m1, e4m3
 from ..reference.recipe import BLOCK_SIZE, NVFP44Over6Config, Recipe
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_experts, prepare_experts
-from .conforming import Setting
 
 _M = RoutingMethodType
 _SIZE = 128

@@ -15,6 +15,7 @@ from ..cases import inputs
 from ..cases import moe as matrix_moe
 from ..cases import quantize as matrix
 from ..cases.moe_case import MoECase
+from ..differential.conforming import SETTINGS, Setting
 from ..failures import slice_call as moe_parts
 from ..kernels.config_cache import GemmConfig
 from ..reference.activation import ActivationType
@@ -22,7 +23,6 @@ from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from .calls import Answered, Call, FusedCall, QuantizerCall
-from .conforming import SETTINGS, Setting
 from .edge_calls import EDGE_CALLS
 
 Tensor = torch.Tensor

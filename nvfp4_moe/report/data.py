@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import invocation
 from ..exits import Exit
 from ..machine import machine
+from . import invocation
 
 Status = Literal["identical", "inside", "different", "outside", "crashed", "withheld", "skipped"]
 """Of a cell, best first: the same bits; in the proved intervals; other bits; out of an interval; the
@@ -105,6 +105,25 @@ class Section:
         """The sides of which no comparison came to a verdict; the oracle is none of them."""
         part = {ORACLE} | {side for column, _ in self.judged() for side in column.split(PAIRED)}
         return [side for side in dict.fromkeys(sides) if side not in part]
+
+
+@dataclass(frozen=True)
+class FailingCase:
+    """A failure with what it takes to run it again; each part of a comparison adds fields."""
+
+    failure: Failure
+
+
+@dataclass
+class PartResult:
+    """What one part of a comparison compared."""
+
+    section: Section
+    not_run: Counter[str] = field(default_factory=Counter)  # why, and how many comparisons
+    missing: list[str] = field(default_factory=list)  # what was asked for and not compared, and why
+    failures: list[FailingCase] = field(default_factory=list)  # all of them
+    elements: int = 0  # of the tensors that were compared
+    facts: list[dict[str, Any]] = field(default_factory=list)  # what a scale for each row is worth
 
 
 @dataclass

@@ -6,19 +6,18 @@ from typing import Any, TextIO
 
 import torch
 
-from ..differential.quantize import Comparison
 from ..exits import Exit
-from .data import FAILED, Cell, Failure, Report, Section
+from .data import FAILED, Cell, PartResult, Report, Section
 
 _SHOWN = 10
 
 
-def print_comparison(
-    result: Comparison, backends: list[str], seconds: float, stream: TextIO
+def print_quantizers(
+    result: PartResult, sides: list[str] | None, seconds: float, stream: TextIO
 ) -> None:
-    """The table of the quantizers, the first differences, and what a per-token scale is for."""
+    """Print the quantizers' table, the first differences, and what a scale for each row is worth."""
     _table(result.section, stream)
-    _failures([found.failure for found in result.failures], stream)
+    _failures(result, stream)
     if result.facts:
         print("\nwhat a per-token scale is for (exact math, no 4over6):", file=stream)
         width = max(len(f["tensor"]) for f in result.facts)
@@ -27,7 +26,7 @@ def print_comparison(
     cells = result.section.cells
     compared, failed = sum(c.compared for c in cells), sum(c.failed for c in cells)
     print(
-        f"\n{compared} comparisons of {result.elements:,} elements by {', '.join(backends)}: "
+        f"\n{compared} comparisons of {result.elements:,} elements by {', '.join(sides or ())}: "
         f"{_outcome(compared, failed, len(result.missing))} ({seconds:.0f} s)",
         file=stream,
     )
@@ -59,8 +58,11 @@ def _facts(f: dict[str, Any]) -> str:
     return "; ".join(told)
 
 
-def print_judgement(section: Section, failures: list[Failure], stream: TextIO) -> None:
-    """A line for each case and backend of layers, and their first failures."""
+def print_layers(
+    result: PartResult, sides: list[str] | None, seconds: float, stream: TextIO
+) -> None:
+    """Print a line for each case and backend of layers, and the first failures."""
+    section = result.section
     if not section.rows:
         return
     print(f"\n{section.title}: {section.notes[0]}", file=stream)
@@ -68,7 +70,7 @@ def print_judgement(section: Section, failures: list[Failure], stream: TextIO) -
     for row, cells in section.rows.items():
         for backend, cell in cells.items():
             print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
-    _failures(failures, stream)
+    _failures(result, stream)
 
 
 def print_costs(costs: dict[str, dict[str, float]], stream: TextIO) -> None:
@@ -110,7 +112,8 @@ def _verdict(cell: Cell) -> str:
     return f"{cell.note}  {cell.status}{many}"
 
 
-def _failures(failures: list[Failure], stream: TextIO) -> None:
+def _failures(result: PartResult, stream: TextIO) -> None:
+    failures = [case.failure for case in result.failures]
     for failure in failures[:_SHOWN]:
         print(f"\n{failure.case} differ: {failure.summary}", file=stream)
         for line in failure.details:

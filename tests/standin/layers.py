@@ -19,7 +19,7 @@ from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import row_order
 
-from nvfp4_moe.mutants.conforming import CONFORMING
+from nvfp4_moe.differential.conforming import CONFORMING
 
 from . import decode
 from .behaviour import Behaviour

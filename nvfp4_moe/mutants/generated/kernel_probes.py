@@ -12,6 +12,7 @@ from ... import host
 from ...cases import moe_edges as matrix_edges
 from ...cases import quantize as matrix
 from ...cases.moe_case import MoECase
+from ...differential.conforming import Setting
 from ...kernels.config_cache import GemmConfig
 from ...kernels.quantize import LaunchConfig
 from ...reference.activation import ActivationType
@@ -19,7 +20,6 @@ from ...reference.moe.activations import Activations
 from ...reference.moe.routing import Routing, RoutingMethodType
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from ..calls import Call, FusedCall, QuantizerCall
-from ..conforming import Setting
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of, rows_at_edges
 from . import far_calls

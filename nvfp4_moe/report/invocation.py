@@ -39,7 +39,7 @@ def program() -> list[str]:
     """The words that start the command line: the installed script, or this interpreter's module."""
     script = Path(sys.argv[0])
     if script.name != SCRIPT:
-        return [sys.executable, "-m", str(__package__)]
+        return [sys.executable, "-m", __name__.partition(".")[0]]
     found = shutil.which(SCRIPT)
     same = found is not None and Path(found).resolve() == script.resolve()
     return [SCRIPT if same else str(script.absolute())]

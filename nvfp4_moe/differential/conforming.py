@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from .. import host
-from ..differential.stages import Call, Run
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.layer import Stages, activate_raw, fused_moe
@@ -20,6 +19,7 @@ from ..reference.numerics.accumulate import matmul
 from ..reference.recipe import NVFP44Over6Config, Recipe
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import prepare_experts
+from .stages import Call, Run
 
 _M = RoutingMethodType
 
