@@ -1,6 +1,6 @@
 """Conforming runs of a fuzzed call, and the intervals that they are judged by.
 
-A way to run is one of `mutants.conforming`, or one of those here: they sum in another order, approximate
+A way to run is one of `conforming.CONFORMING`, or one of those here: they sum in another order, approximate
 an activation, flush what is subnormal, or multiply scalars first. Triton's kernels are one, too.
 """
 
