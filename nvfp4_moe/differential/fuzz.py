@@ -1,7 +1,7 @@
 """Conforming runs of a fuzzed call, and the intervals that they are judged by.
 
-A way to run is one of `conforming.CONFORMING`, or one of those here: they sum in another order, approximate
-an activation, flush what is subnormal, or multiply scalars first. Triton's kernels are one, too.
+A way to run is one of `conforming.CONFORMING` or one of those here. They sum in another order, use an
+approximate activation, flush subnormal values, or multiply scalars first. Triton's kernels are one more.
 """
 
 # SPDX-License-Identifier: Apache-2.0
