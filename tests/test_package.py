@@ -85,6 +85,14 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def test_the_hooks_use_the_pinned_linter():
+    """Two versions of a formatter undo each other's work."""
+    pinned = re.search(r"^(ruff==\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    hooks = re.findall(r"ruff==[^\s\"]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert set(hooks) == {pinned[1]}
+
+
 def run(program: str) -> str:
     """What a program prints in a process of its own."""
     done = subprocess.run(
