@@ -16,6 +16,7 @@ import torch
 from measure import arguments, save, start
 from moe_speed import DEVICE, SHAPES, random_experts
 from nvfp4_moe.kernels import moe as triton_moe
+from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
@@ -64,9 +65,8 @@ def main() -> None:
             given = (activations, experts, ids.int(), weights.bfloat16())
             want = reference.fused_moe(*given, keep_steps=True)
             outputs = [
-                triton_moe._fused_moe(
-                    *given, config=config, recipe=Recipe(), local_expert_offset=0,
-                    finalize_order="flashinfer", do_finalize=True,
+                triton_moe.fused_moe(
+                    KernelCall(activations, experts, s.experts), *given[2:], config=config
                 )[0]
                 for config in configurations(tokens, top_k, s.experts, s.rows)
             ]  # fmt: skip

@@ -17,17 +17,16 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import triton
 
 from ..reference.activation import ActivationType
 from ..reference.weights.experts import Experts
 from . import environment, jit, moe_gemm
+from .moe_call import Mode
 from .target import arch, gpu_name, native_mma
 
-Mode = Literal["per-token", "static", "bf16"]
-"""What the tokens are to both GEMMs."""
 _FORMAT = 1
 """Of an entry, and of what `moe.py` does with a configuration: another number is a miss."""
 _log = logging.getLogger("nvfp4_moe")

@@ -18,8 +18,8 @@ from ..reference.moe.finalize import FinalizeOrder, split_k_groups
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
 from . import config_cache, moe_gemm, moe_kernels
-from .config_cache import Configs, GemmConfig, Mode
-from .moe_call import Observe
+from .config_cache import Configs, GemmConfig
+from .moe_call import KernelCall, Mode, Observe
 from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
 from .target import arch, launch_options, native_mma, shared_memory
@@ -155,52 +155,48 @@ def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _fused_moe(
-    activations: Activations,
-    experts: Experts,
+def fused_moe(
+    call: KernelCall,
     ids: torch.Tensor,
     weights: torch.Tensor,
     *,
-    recipe: Recipe,
-    local_expert_offset: int,
-    finalize_order: FinalizeOrder,
-    do_finalize: bool,
-    num_experts: int | None = None,
-    output_dtype: torch.dtype = torch.bfloat16,
-    batch_invariant: bool = False,
-    quantize: bool = False,
     config: GemmConfig | None = None,
     observe: Observe | None = None,
 ) -> Triple:
+    """Launch the layer's kernels: an `moe_ops.Implementation`.
+
+    Args:
+        config: the tiles of both GEMMs; None: the tuned ones, or the table's.
+    """
+    results = empty_results(call, ids)
     tokens, top_k = ids.shape
-    slots = tokens * top_k
-    h, width = experts.padded_hidden_size, experts.hidden_size
-    output, _, _ = results = empty_results(
-        activations.hidden_states, tokens, slots, width, h, do_finalize, output_dtype
-    )
     if tokens == 0:
         return results
-    held = experts.num_local
-    static, plain = activations.is_static, activations.is_bf16 and not quantize
-    mode: Mode = "static" if static else "bf16" if plain else "per-token"
-    here = held_slots(slots, experts, num_experts)
-    configs = (config, config) if config else _configs(experts, here, top_k, mode, batch_invariant)
-    p = permute(ids, held, local_expert_offset, configs[0].bn)
+    slots, experts, recipe = tokens * top_k, call.experts, call.recipe
+    held, static, plain = experts.num_local, call.is_static, call.is_w4a16
+    here = held_slots(slots, experts, call.all_experts)
+    configs = (
+        (config, config)
+        if config
+        else _configs(experts, here, top_k, call.mode, call.batch_invariant)
+    )
+    p = permute(ids, held, call.local_expert_offset, configs[0].bn)
 
-    x = activations.hidden_states
-    x1 = quantized(x, recipe) if quantize else operand(activations)
-    intermediate = _gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
+    activations = call.activations
+    x1 = quantized(activations.hidden_states, recipe) if call.quantize else operand(activations)
+    intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
     if observe is not None:
         observe(ids, intermediate, p.permuted)
     if plain:
         x2 = operand(Activations(intermediate))
     else:
         x2 = quantized(intermediate, recipe, per_token=not static)
-    rows = _gemm2(x2, experts, p, slots, configs[1])
-    if not do_finalize:
+    rows = gemm2(x2, experts, p, slots, configs[1])
+    output = results[0]
+    if not call.do_finalize:
         return output, rows, p.permuted
 
-    finalize(rows, p.permuted, weights, output, h, finalize_order)
+    finalize(rows, p.permuted, weights, output, experts.padded_hidden_size, call.finalize_order)
     return results
 
 
@@ -228,7 +224,8 @@ def finalize(
     )  # fmt: skip
 
 
-fused_moe = register("triton", _fused_moe)
+OP = register("triton", fused_moe)
+"""The same, which a compiler can call."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +259,7 @@ def quantized(x: torch.Tensor, recipe: Recipe, *, per_token: bool = True) -> Ope
     return Operand(*quantize_global_scale(x, None, recipe), None)
 
 
-def _gemm1(
+def gemm1(
     x: Operand,
     experts: Experts,
     p: Permutation,
@@ -281,7 +278,7 @@ def _gemm1(
     return out
 
 
-def _gemm2(
+def gemm2(
     x: Operand,
     experts: Experts,
     p: Permutation,

@@ -1,18 +1,18 @@
-"""The door to measuring tiles: `autotune_fused_moe` checks a layer as a call of it would be checked."""
+"""`autotune_fused_moe`, the public function that measures tiles: it checks a layer as a call does."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..reference import checks
 from ..reference.weights.experts import Experts
 from .backends import UnsupportedError
-from .moe_dispatch import refusal, request_of_layer
+from .moe_api import layer_call
+from .moe_dispatch import FUSED_MOE
 
 if TYPE_CHECKING:
-    from .config_cache import Mode
     from .tuning import Tuning
 
 
@@ -58,21 +58,20 @@ def autotune_fused_moe(
     counts = list(counts)
     for count in counts:
         checks.integer("tokens", count, 1)
-    everywhere = experts.num_local if num_experts is None else num_experts
-    checks.integer("num_experts", everywhere, experts.num_local)
-    checks.integer("top_k", top_k, 1, everywhere)
+    all_experts = experts.num_local if num_experts is None else num_experts
+    checks.integer("num_experts", all_experts, experts.num_local)
+    checks.integer("top_k", top_k, 1, all_experts)
     like = experts.gemm1_weights
     empty = like.new_empty((0, top_k), dtype=torch.int32), like.new_empty((0, top_k)).bfloat16()
-    request = request_of_layer(
-        like.new_empty((0, experts.hidden_size), dtype=torch.bfloat16), experts, empty, activation,
-        None, everywhere, local_expert_offset, None, "cuda", None, "slot", False,
-        torch.bfloat16,
+    states = like.new_empty((0, experts.hidden_size), dtype=torch.bfloat16)
+    call, _ = layer_call(
+        states, experts, empty, activation=activation, num_experts=all_experts,
+        local_expert_offset=local_expert_offset, finalize_order="slot",
     )  # fmt: skip
-    if request.capability is None:
+    if call.capability is None:
         raise UnsupportedError(f"experts are on the {like.device.type}; only a GPU can be measured")
-    if (reason := refusal("triton", request)) is not None:
+    if (reason := FUSED_MOE.refusal("triton", call)) is not None:
         raise UnsupportedError(f"backend triton cannot serve this layer: {reason}")
     from .tuning import autotune
 
-    mode = cast("Mode", activation)  # which request_of_layer has checked
-    return autotune(experts, counts, top_k, mode, everywhere, local_expert_offset)
+    return autotune(call, counts, top_k)

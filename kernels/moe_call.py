@@ -1,8 +1,8 @@
-"""One call of the fused mixture of experts, checked: what every backend is asked and judged by."""
+"""One call of the fused mixture of experts: its arguments, checked and packed once."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,48 +23,45 @@ from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Recipe, SfLayout
 from ..reference.weights.experts import Experts
 from . import environment
 from .capability import capability_of
+from .flat import reader
 from .quantize_call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
 """What is still to be done to bf16 hidden states; Triton does the first on its way."""
 
+Mode = Literal["per-token", "static", "bf16"]
+"""How hidden states and intermediate are quantized; "bf16": not at all."""
+
 Observe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-"""Is shown ids [T, K], the intermediate [T * K, padded I] before it is quantized (bf16, fp32 with static
-scales), and the row of each slot, [T * K] int32, -1 held elsewhere; None: slot by slot, all there."""
+"""It is called with the ids [T, K], the intermediate [T * K, padded I] before it is quantized (bf16, or
+fp32 with static scales), and the row of each slot, [T * K] int32, -1 for an expert of another rank. None
+in place of the rows: the intermediate is slot by slot."""
 
 
 TOPK_NAMES = ("topk_ids[0]", "topk_ids[1]")
 """The names that FlashInfer's function has for ids and weights."""
+LOGITS_NAMES = ("routing_logits", "")
+"""The name that FlashInfer's function has for the logits."""
 
 
 @dataclass(frozen=True)
-class MoECall:
-    """The arguments of a fused call, normalized; made by `make_moe_call`, which checks them."""
+class KernelCall:
+    """The part of a call that kernels read; it crosses `torch.library` (`moe_ops`).
+
+    The routing is given beside it: ids [T, K] int32, and weights [T, K].
+    """
 
     activations: Activations
     experts: Experts
-    num_experts: int
-    local_expert_offset: int
-    routing: Routing
-    logits: torch.Tensor | None  # [T, E]; None: the routing is given
-    routing_bias: torch.Tensor | None
-    ids: torch.Tensor | None  # [T, K] int32, with weights [T, K]
-    weights: torch.Tensor | None
-    recipe: Recipe  # of the intermediate
-    build: LayerBuild
-    explicit_4over6: bool
-    do_finalize: bool
-    finalize_order: FinalizeOrder
-    batch_invariant: bool
-    output: torch.Tensor | None
-    output_dtype: torch.dtype
-    enable_pdl: bool | None
-    tune_max_num_tokens: int
-    lora_delta: torch.Tensor | None
-    shared_experts: int
-    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
+    num_experts: int  # of all ranks, over which the slots are spread; without shared experts
+    shared_experts: int = 0
+    local_expert_offset: int = 0
+    recipe: Recipe = Recipe()  # noqa: RUF009 (frozen); of the intermediate
+    do_finalize: bool = True
+    finalize_order: FinalizeOrder = "flashinfer"
+    batch_invariant: bool = False
+    output_dtype: torch.dtype = torch.bfloat16
     quantize: Quantize | None = None
-    observe: Observe | None = None
 
     @property
     def is_w4a16(self) -> bool:
@@ -77,6 +74,39 @@ class MoECall:
         return self.activations.is_static
 
     @property
+    def mode(self) -> Mode:
+        """How hidden states and intermediate are quantized."""
+        return "static" if self.is_static else "bf16" if self.is_w4a16 else "per-token"
+
+    @property
+    def all_experts(self) -> int:
+        """Experts of all ranks, the shared ones too."""
+        return self.num_experts + self.shared_experts
+
+
+@dataclass(frozen=True)
+class MoECall(KernelCall):
+    """The checked arguments of a fused call; made by `make_moe_call`.
+
+    The routing is one of two: `logits` and how they are routed, or `ids` and `weights`.
+    """
+
+    _: KW_ONLY
+    routing: Routing
+    logits: torch.Tensor | None = None  # [T, E]; None: the routing is given
+    routing_bias: torch.Tensor | None = None
+    ids: torch.Tensor | None = None  # [T, K] int32, with weights [T, K]
+    weights: torch.Tensor | None = None
+    build: LayerBuild = "cuda"
+    output: torch.Tensor | None = None
+    enable_pdl: bool | None = None
+    tune_max_num_tokens: int = 8192
+    lora_delta: torch.Tensor | None = None
+    routing_replay_out: torch.Tensor | None = None  # [>= T, K]: the ids are written into it
+    capability: tuple[int, int] | None = None  # of the GPU asked about; None on the CPU
+    observe: Observe | None = None
+
+    @property
     def tokens(self) -> int:
         return self.activations.hidden_states.shape[0]
 
@@ -84,8 +114,8 @@ class MoECall:
     def device(self) -> torch.device:
         return self.activations.hidden_states.device
 
-    def returned(self, output: torch.Tensor) -> list[torch.Tensor]:
-        """What a finalized call returns: in the caller's tensor where one is given."""
+    def placed(self, output: torch.Tensor) -> list[torch.Tensor]:
+        """The results of a finalized call, in the caller's tensor where one is given."""
         return [output if self.output is None else self.output.copy_(output)]
 
     def routed(self, backend: str = "reference") -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,87 +138,104 @@ def make_moe_call(
     experts: Experts,
     *,
     num_experts: int,
-    routing: Routing,
-    local_expert_offset: int = 0,
-    logits: torch.Tensor | None = None,
-    routing_bias: torch.Tensor | None = None,
+    routing: Routing | None = None,
     topk: Any = None,
-    do_finalize: bool = True,
     finalize_order: FinalizeOrder = "flashinfer",
-    batch_invariant: bool = False,
-    output: torch.Tensor | None = None,
     output_dtype: torch.dtype | None = None,
-    enable_pdl: bool | None = None,
-    tune_max_num_tokens: int = 8192,
-    lora_delta: torch.Tensor | None = None,
-    shared_experts: int = 0,
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     capability: tuple[int, int] | None = None,
-    quantize: Quantize | None = None,
-    topk_names: tuple[str, str] = TOPK_NAMES,
+    names: tuple[str, str] | None = None,
+    **options: Any,
 ) -> MoECall:
     """Check what no backend accepts, and resolve what the environment decides.
+
+    Args:
+        routing: how `logits`, an option, are routed; None with topk: K is that of the ids.
+        topk: ids and weights, or both packed in one tensor.
+        capability: of another GPU than the one that the hidden states are on.
+        names: of the routing's two tensors, for messages; omitted, FlashInfer's.
+        options: other fields of `MoECall`.
 
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
     """
-    checks.flag("do_finalize", do_finalize)
-    checks.flag("batch_invariant", batch_invariant)
-    check_optional_flags(enable_pdl=enable_pdl, fast_math=fast_math)
+    check_optional_flags(fast_math=fast_math)
     checks.one_of("finalize_order", finalize_order, get_args(FinalizeOrder))
     checks.one_of("build", build, get_args(LayerBuild))
     checks.integer("num_experts", num_experts, 1)
-    checks.integer("num_fused_shared_experts", shared_experts, 0)
     _check_experts(experts)
     tokens = _check_activations(activations, experts)
-    ids = weights = None
-    if topk is None:
-        _check_logits(logits, routing_bias, tokens, num_experts, routing)
-    else:
-        ids, weights = _topk(topk, tokens, routing.top_k, topk_names)
-    if shared_experts and (topk is not None or not routing.grouped):
-        raise ValueError(
-            f"num_fused_shared_experts is {shared_experts}; only DeepSeekV3 with groups, routed from "
-            "logits, has any"
-        )
-    checks.integer("local_expert_offset", local_expert_offset)
-    most = num_experts + shared_experts - experts.num_local
-    if not 0 <= local_expert_offset <= most or (shared_experts and most):
-        raise ValueError(
-            f"local_expert_offset is {local_expert_offset}; with {experts.num_local} local experts "
-            f"of {num_experts} + {shared_experts} shared it must be 0 to {most}, and shared experts "
-            "need them all"
-        )
-    width = experts.hidden_size
-    if output is not None:
-        checks.tensor("output", output, OUTPUT_DTYPES, (tokens, width), contiguous=True)
+    if topk is not None:
+        top_k = "K" if routing is None else routing.top_k
+        options["ids"], options["weights"] = _topk(topk, tokens, top_k, names or TOPK_NAMES)
+        if routing is None:
+            routing = routing_of(1, options["ids"].shape[1], None, None, None)
+    assert routing is not None, "with logits"
+    output, batch_invariant = options.get("output"), options.get("batch_invariant")
     if output_dtype is None:
-        output_dtype = torch.bfloat16 if output is None else output.dtype
-    if output_dtype not in OUTPUT_DTYPES:
-        allowed = checks.any_of(map(str, OUTPUT_DTYPES))
-        checks.wrong_value("output_dtype", output_dtype, allowed)
-    _check_devices(activations, experts, logits, routing_bias, ids, weights, output)
-    explicit = not is_unset(nvfp4_4over6)
-    config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
+        output_dtype = output.dtype if isinstance(output, torch.Tensor) else torch.bfloat16
+    config = (
+        environment.four_over_six() if is_unset(nvfp4_4over6) else four_over_six_of(nvfp4_4over6)
+    )
     quantizers: Build = "cuda" if build == "cutlass" else build
-    math = math_of(fast_math, quantizers)
-    if capability is None:
-        capability = capability_of(activations.hidden_states)
-    request = MoECall(
-        activations, experts, num_experts, local_expert_offset, routing, logits, routing_bias, ids,
-        weights, Recipe(math, config, quantizers), build, explicit, do_finalize,
-        "slot" if batch_invariant else finalize_order, batch_invariant, output, output_dtype,
-        enable_pdl, tune_max_num_tokens, lora_delta, shared_experts, capability,
-        quantize,
-    )  # fmt: skip
-    if build == "cutlass" and (experts.cutlass is None or not request.is_static or not do_finalize):
+    call = MoECall(
+        activations,
+        experts,
+        num_experts,
+        routing=routing,
+        recipe=Recipe(math_of(fast_math, quantizers), config, quantizers),
+        build=build,
+        finalize_order="slot" if batch_invariant else finalize_order,
+        output_dtype=output_dtype,
+        capability=capability_of(activations.hidden_states) if capability is None else capability,
+        **options,
+    )
+    _check_options(call)
+    if topk is None:
+        _check_logits(call, (names or LOGITS_NAMES)[0])
+    _check_placement(call)
+    _check_devices(call, names)
+    return call
+
+
+def _check_options(call: MoECall) -> None:
+    checks.flag("do_finalize", call.do_finalize)
+    checks.flag("batch_invariant", call.batch_invariant)
+    check_optional_flags(enable_pdl=call.enable_pdl)
+    checks.integer("num_fused_shared_experts", call.shared_experts, 0)
+    if call.shared_experts and (call.logits is None or not call.routing.grouped):
+        raise ValueError(
+            f"num_fused_shared_experts is {call.shared_experts}; only DeepSeekV3 with groups, routed "
+            "from logits, has any"
+        )
+    shape = (call.tokens, call.experts.hidden_size)
+    if call.output is not None:
+        checks.tensor("output", call.output, OUTPUT_DTYPES, shape, contiguous=True)
+    if call.output_dtype not in OUTPUT_DTYPES:
+        allowed = checks.any_of(map(str, OUTPUT_DTYPES))
+        checks.wrong_value("output_dtype", call.output_dtype, allowed)
+    if call.build == "cutlass" and (
+        call.experts.cutlass is None or not call.is_static or not call.do_finalize
+    ):
         raise ValueError(
             'build is "cutlass", a layer of static scales, finalized, whose experts come from '
             "nvfp4_moe.with_cutlass"
         )
-    return request
+
+
+def _check_placement(call: MoECall) -> None:
+    """The local experts are among those of all ranks."""
+    offset, shared = call.local_expert_offset, call.shared_experts
+    checks.integer("local_expert_offset", offset)
+    local = call.experts.num_local
+    most = call.all_experts - local
+    if not 0 <= offset <= most or (shared and most):
+        raise ValueError(
+            f"local_expert_offset is {offset}; with {local} local experts of {call.num_experts} + "
+            f"{shared} shared it must be 0 to {most}, and shared experts need them all"
+        )
 
 
 def _want(name: str, t: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | str, ...]) -> None:
@@ -268,31 +315,25 @@ def _check_activations(a: Activations, e: Experts) -> int:
     return tokens
 
 
-def _check_logits(
-    logits: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: int,
-    num_experts: int,
-    routing: Routing,
-) -> None:
-    checks.integer("top_k", routing.top_k, 1, num_experts)
+def _check_logits(call: MoECall, name: str) -> None:
+    checks.integer("top_k", call.routing.top_k, 1, call.num_experts)
     floats = (torch.float32, torch.bfloat16)
-    _want("routing_logits", logits, floats, (tokens, num_experts))
-    if bias is not None:
-        _want("routing_bias", bias, floats, (num_experts,))
+    _want(name, call.logits, floats, (call.tokens, call.num_experts))
+    if call.routing_bias is not None:
+        _want("routing_bias", call.routing_bias, floats, (call.num_experts,))
 
 
 def _topk(
-    topk: Any, tokens: int, top_k: int, names: tuple[str, str]
+    topk: Any, tokens: int, top_k: int | str, names: tuple[str, str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (tokens, top_k)
+    shape: tuple[int | str, ...] = (tokens, top_k)
     if isinstance(topk, torch.Tensor):
         _want("topk_ids", topk, (torch.int32,), shape)
         return unpack_topk(topk)
     checks.pair("topk_ids", topk, "packed int32 [T, K] or (ids, weights)")
     ids, weights = topk
     _want(names[0], ids, (torch.int32,), shape)
-    _want(names[1], weights, (torch.bfloat16, torch.float32), shape)
+    _want(names[1], weights, (torch.bfloat16, torch.float32), tuple(ids.shape))
     return ids, weights
 
 
@@ -313,14 +354,26 @@ def check_values(r: MoECall, names: tuple[str, str] = TOPK_NAMES) -> None:
     checks.values(names[1], r.weights, ~r.weights.isnan() | (r.ids < 0), "no NaN")
 
 
-def _check_devices(a: Activations, e: Experts, *others: torch.Tensor | None) -> None:
-    held = {f.name: getattr(e, f.name) for f in fields(e)}
-    held |= {"hidden_states_scale": a.block_scales, "per_token_scale": a.per_token_scale}
-    names = ("routing_logits", "routing_bias", "topk_ids[0]", "topk_ids[1]", "output")
-    held |= dict(zip(names, others, strict=True))
-    for name, t in held.items():
-        if isinstance(t, torch.Tensor):
-            checks.same_device(name, t, "hidden_states", a.hidden_states)
+_DEVICE_NAMES = (
+    *(f.name for f in fields(Experts) if f.type in (torch.Tensor, torch.Tensor | None)),
+    "hidden_states_scale", "per_token_scale", "routing_bias", "output",
+)  # fmt: skip
+_DEVICE_TENSORS = reader(
+    *(f"experts.{name}" for name in _DEVICE_NAMES[:-4]),
+    "activations.block_scales", "activations.per_token_scale", "routing_bias", "output",
+)  # fmt: skip
+
+
+def _check_devices(call: MoECall, names: tuple[str, str] | None) -> None:
+    states = call.activations.hidden_states
+    given = call.logits is None
+    first, second = names or (TOPK_NAMES if given else LOGITS_NAMES)
+    routing = (call.ids, call.weights) if given else (call.logits, None)
+    for name, t in zip(
+        (*_DEVICE_NAMES, first, second), (*_DEVICE_TENSORS(call), *routing), strict=True
+    ):
+        if t is not None and t.device != states.device:
+            checks.same_device(name, t, "hidden_states", states)
 
 
 def routing_of(

@@ -1,13 +1,8 @@
 """The grouped GEMM of the experts: NVFP4 weights in the production layout, tokens on the MMA's N side.
 
 A program owns BM rows of one expert's weights, as they lie in memory, and up to BN of its tokens.
-<<<<<<< HEAD
 `jit/mma.py` multiplies them; the accumulator's rows are put back into their natural order
 (`reference/layouts.py`) once, in the epilogue. Where an expert has many tokens its weights are decoded
-=======
-`gemm_sums.py` multiplies them; the accumulator's rows are put back into their natural order
-(`reference/layouts.py`) once, in the epilogue. Where an expert has many tokens its weights are decoded
->>>>>>> c7e4751 (Break the import cycles of the reference)
 once, before.
 """
 

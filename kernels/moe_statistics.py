@@ -27,7 +27,7 @@ class Observer:
         static = r.is_static
         x = r.activations.hidden_states[:, : e.hidden_size]
         hidden_states = quantization_statistics(
-            x, r.recipe, experts=ids, num_experts=_everywhere(r),
+            x, r.recipe, experts=ids, num_experts=r.all_experts,
             encode_scale=e.input_scale if static else None,
         )  # fmt: skip
         encode = None
@@ -38,7 +38,7 @@ class Observer:
             hidden_states,
             quantization_statistics(
                 intermediate[:, : e.intermediate_size], r.recipe,
-                experts=_of_rows(ids.flatten(), row_of_slot), num_experts=_everywhere(r),
+                experts=_of_rows(ids.flatten(), row_of_slot), num_experts=r.all_experts,
                 encode_scale=encode,
             ),
         )  # fmt: skip
@@ -48,7 +48,7 @@ class Observer:
         """Of no tokens where no backend had an intermediate to show."""
         r = self._request
         if self._seen is None:
-            return MoEStatistics.empty(_everywhere(r), r.device)
+            return MoEStatistics.empty(r.all_experts, r.device)
         return MoEStatistics(*self._seen, _invalid(r))
 
 
@@ -56,12 +56,8 @@ def _invalid(r: MoECall) -> torch.Tensor:
     """[2] int64: slots that `moe_call.check_values` refuses where it may read them."""
     if r.ids is None or r.weights is None:  # a router's own
         return torch.zeros(2, dtype=torch.int64, device=r.device)
-    out_of_range = (r.ids < -1) | (r.ids >= _everywhere(r))
+    out_of_range = (r.ids < -1) | (r.ids >= r.all_experts)
     return torch.stack((out_of_range.sum(), (r.weights.isnan() & (r.ids >= 0)).sum()))
-
-
-def _everywhere(r: MoECall) -> int:
-    return r.num_experts + r.shared_experts
 
 
 def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.Tensor:
@@ -73,16 +69,15 @@ def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.T
     return of_slot.new_full((nowhere + 1,), -1).scatter_(0, rows, of_slot)[:-1]
 
 
-def observed(r: MoECall) -> tuple[MoECall, Observer]:
-    """The request, to be shown to the observer.
+def observed(r: MoECall) -> MoECall:
+    """The call, with an observer.
 
     Raises:
         ValueError: nothing of it is quantized.
     """
     if r.is_w4a16:
         raise ValueError('stats is True; with activation "bf16" no activations are quantized')
-    observer = Observer(r)
-    return replace(r, observe=observer), observer
+    return replace(r, observe=Observer(r))
 
 
 def refusal(backend: str, r: MoECall) -> str | None:

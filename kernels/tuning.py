@@ -17,9 +17,9 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from ..reference.weights.experts import Experts
 from . import config_cache, moe
-from .config_cache import Configs, GemmConfig, Mode
+from .config_cache import Configs, GemmConfig
+from .moe_call import KernelCall
 from .moe_trial import Trial, microseconds
 
 Timer = Callable[[functools.partial], float]
@@ -68,17 +68,15 @@ class Tuning:
 
 
 def autotune(
-    experts: Experts,
-    tokens: Iterable[int],
-    top_k: int,
-    mode: Mode,
-    num_experts: int,
-    local_expert_offset: int,
-    timer: Timer = microseconds,
+    call: KernelCall, tokens: Iterable[int], top_k: int, timer: Timer = microseconds
 ) -> list[Tuning]:
-    """`autotune_fused_moe` of checked arguments: one result a bucket, at its largest count given."""
+    """`autotune_fused_moe` of checked arguments: one result a bucket, at its largest count given.
+
+    Args:
+        call: whose layer is measured, with hidden states of its own.
+    """
     buckets = {triton.next_power_of_2(t * top_k): t for t in sorted(tokens)}
-    trial = functools.partial(Trial, experts, top_k, mode, num_experts, local_expert_offset)
+    trial = functools.partial(Trial, call, top_k)
     return [
         # The kernels work differently on tiles at most half full; the skewed tokens fill them.
         _tune(trial(t), trial(slots // top_k, skewed=True), timer)

@@ -10,6 +10,7 @@ from moe_cases import GATED, PLAIN, Case, Shape
 from nvfp4_moe.kernels import moe as triton_moe
 from nvfp4_moe.kernels import routing as triton_routing
 from nvfp4_moe.kernels.moe import GemmConfig
+from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
@@ -50,11 +51,12 @@ def output_of(
     dtype=torch.bfloat16,
 ):
     """Triton's output, on the device."""
-    return triton_moe._fused_moe(
-        *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
-        config=config, recipe=recipe or Recipe(), local_expert_offset=local_expert_offset,
-        finalize_order=order, do_finalize=True, output_dtype=dtype,
-    )[0]  # fmt: skip
+    call = KernelCall(
+        case.activations, case.experts, case.experts.num_local, recipe=recipe or Recipe(),
+        local_expert_offset=local_expert_offset, finalize_order=order, output_dtype=dtype,
+    )  # fmt: skip
+    on_device = (to(device, t) for t in (call, case.ids, case.weights))
+    return triton_moe.fused_moe(*on_device, config=config)[0]
 
 
 def both(case: Case, device, **options):
@@ -205,6 +207,14 @@ def static_scales(device, config=SMALL):
     close(moe_cases.make(Shape(5, 128, 128, 4, 2), mode="static"), device, config=config)
 
 
+def call_of(activations, case, recipe):
+    """A call in the order of slots, which quantizes bf16 hidden states."""
+    return KernelCall(
+        activations, case.experts, case.experts.num_local, recipe=recipe, finalize_order="slot",
+        quantize="per-token" if activations.is_bf16 else None,
+    )  # fmt: skip
+
+
 def quantized_on_the_way(device, config=SMALL):
     """bf16 hidden states, quantized by the call itself: the bits of quantizing them before."""
     case = moe_cases.make(Shape(7, 144, 80, 4, 2))
@@ -214,10 +224,9 @@ def quantized_on_the_way(device, config=SMALL):
         q = quantize_per_token(x, recipe.base_scale_inv, recipe)
         given = Activations(q.codes, q.block_scales, q.per_token_scale)
         outputs = [
-            triton_moe._fused_moe(
-                *(to(device, t) for t in (a, case.experts, case.ids, case.weights)), recipe=recipe,
-                local_expert_offset=0, finalize_order="slot", do_finalize=True, config=config,
-                quantize=a.is_bf16,
+            triton_moe.fused_moe(
+                *(to(device, t) for t in (call_of(a, case, recipe), case.ids, case.weights)),
+                config=config,
             )[0]
             for a in (Activations(x), given)
         ]  # fmt: skip

@@ -7,7 +7,7 @@ import moe_cases
 import numpy as np
 import pytest
 from assertions import assert_bitwise
-from nvfp4_moe.kernels import moe_dispatch
+from nvfp4_moe.kernels import moe_api
 from parallel_cases import SHAPE, Rank, agree_on_refusing, case
 
 from nvfp4_moe import Routing, RoutingMethodType
@@ -28,7 +28,7 @@ def long_reasons(r: Rank) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             if r.rank == 1:
-                patch.setattr(moe_dispatch, "request_of_layer", refuse)
+                patch.setattr(moe_api, "layer_call", refuse)
             with pytest.raises(AgreementError) as raised:
                 r.tp(layer)
         told = str(raised.value)

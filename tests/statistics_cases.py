@@ -12,7 +12,8 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 from moe_triton_cases import coarse, to
-from nvfp4_moe.kernels import reference_moe_ops
+from nvfp4_moe.kernels import moe_ops
+from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import hidden_values
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
@@ -185,11 +186,13 @@ def static_scales_on_triton(device):
 def shown(implementation, case, device, **options):
     """(ids, intermediate, row of each slot) that an implementation shows an observer, on the CPU."""
     seen = []
+    call = KernelCall(
+        case.activations, case.experts, case.experts.num_local, finalize_order="slot", **options
+    )
     implementation(
-        *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
-        recipe=Recipe(), finalize_order="slot", do_finalize=True,
-        observe=lambda *tensors: seen.extend(tensors), **options,
-    )  # fmt: skip
+        *(to(device, t) for t in (call, case.ids, case.weights)),
+        observe=lambda *tensors: seen.extend(tensors),
+    )
     return [t if t is None else t.cpu() for t in seen]
 
 
@@ -200,8 +203,8 @@ def intermediates_are_the_same(device):
     for offset, local in ((0, 6), (2, 3)):
         case = coarse(Shape(9, 128, 128, 6, 3, offset, local), ActivationType.Relu2)
         options = {"local_expert_offset": offset}
-        ids, rows, row_of_slot = shown(triton_moe._fused_moe, case, device, **options)
-        ids2, want, none = shown(reference_moe_ops._fused_moe, case, "cpu", **options)
+        ids, rows, row_of_slot = shown(triton_moe.fused_moe, case, device, **options)
+        ids2, want, none = shown(moe_ops.reference, case, "cpu", **options)
         assert none is None and torch.equal(ids, ids2)
         here = row_of_slot >= 0
         assert torch.equal(here, (ids.flatten() >= offset) & (ids.flatten() < offset + local))

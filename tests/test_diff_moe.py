@@ -82,7 +82,7 @@ def test_one_bit_where_sums_are_exact_is_different(instead):
 
 
 def test_a_call_made_again_must_give_the_same_bits(few_cases, monkeypatch):
-    serve, calls = diff_moe.moe_dispatch.serve, []
+    serve, calls = diff_moe.FUSED_MOE.serve, []
 
     def restless(request, backend):
         (output,) = serve(request, "reference")
@@ -91,8 +91,8 @@ def test_a_call_made_again_must_give_the_same_bits(few_cases, monkeypatch):
             output.view(torch.int16)[2, 5] ^= 1
         return [output]
 
-    monkeypatch.setattr(diff_moe.moe_dispatch, "serve", restless)
-    monkeypatch.setattr(diff_moe.moe_dispatch, "refusal", lambda name, request: None)
+    monkeypatch.setattr(diff_moe.FUSED_MOE, "serve", restless)
+    monkeypatch.setattr(diff_moe.FUSED_MOE, "refusal", lambda name, request: None)
     monkeypatch.setattr(diff_moe, "_sums", lambda *_: "")
     result = diff_moe.run(["triton"], diff_moe.RunOptions(replay=True))
     assert {c.status for c in result.section.cells} == {"different"}
@@ -104,7 +104,7 @@ def test_an_error_of_a_backend_is_a_crash(few_cases, monkeypatch):
     def fail(request, backend):
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(diff_moe.moe_dispatch, "serve", fail)
+    monkeypatch.setattr(diff_moe.FUSED_MOE, "serve", fail)
     result = diff_moe.run(["reference"])
     assert set(statuses(result, "reference")) == {"crashed"}
     assert result.failures[0].failure.summary == "RuntimeError: no kernel image"

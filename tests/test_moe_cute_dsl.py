@@ -13,11 +13,11 @@ import torch
 from assertions import assert_bitwise
 from installations import pretend
 from moe_cases import Shape
-from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
 )
 from nvfp4_moe.kernels.moe_call import make_moe_call
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe import layer as reference
@@ -265,12 +265,12 @@ def test_run_hands_the_arguments_over_and_drops_the_padding(monkeypatch):
     monkeypatch.setattr(
         fused_moe, "cute_dsl_fused_moe", lambda **a: as_the_kernels_do(a), raising=False
     )
-    monkeypatch.setattr(moe_dispatch, "refusal", lambda backend, r: None)
+    monkeypatch.setattr(FUSED_MOE, "refusal", lambda backend, r: None)
     into = torch.empty(6, 208, dtype=torch.bfloat16)
     request = make_moe_call(
         case.activations, nvfp4_moe.with_cute_dsl(case.experts), num_experts=4,
         routing=Routing(RoutingMethodType.Renormalize, 2), topk=(case.ids, case.weights),
         finalize_order="slot", build="cute-dsl", output=into,
     )  # fmt: skip
-    (output,) = moe_dispatch.serve(request, NAME)
+    (output,) = FUSED_MOE.serve(request, NAME)
     assert output is into and agree(output, case, shape)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from installations import pretend
 from moe_cases import Shape
-from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.kernels.flashinfer import cutlass
 from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
 from nvfp4_moe.kernels.flashinfer.rules import BLACKWELL
 from nvfp4_moe.kernels.moe_call import make_moe_call
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.activations import Activations
@@ -267,9 +267,9 @@ def test_run_hands_the_arguments_over_and_drops_the_padding(monkeypatch):
         return [output, torch.empty(1), torch.empty(1), torch.empty(1)]
 
     monkeypatch.setattr(fused_moe, "cutlass_fused_moe", as_it_returns)
-    monkeypatch.setattr(moe_dispatch, "refusal", lambda backend, r: None)
+    monkeypatch.setattr(FUSED_MOE, "refusal", lambda backend, r: None)
     into = torch.empty(6, 208, dtype=torch.bfloat16)
-    (output,) = moe_dispatch.serve(request_of(case, shape, output=into), NAME)
+    (output,) = FUSED_MOE.serve(request_of(case, shape, output=into), NAME)
     assert output is into and agree(output, case, shape)
 
 

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import inspect
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import moe_cases
 import pytest
@@ -10,8 +10,10 @@ import torch
 from assertions import assert_bitwise
 from installations import pretend
 from moe_cases import Shape
-from nvfp4_moe.kernels import moe_dispatch, reference_moe_ops
+from nvfp4_moe.kernels import moe_dispatch, moe_ops
 from nvfp4_moe.kernels.flashinfer import trtllm
+from nvfp4_moe.kernels.moe_call import KernelCall
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
@@ -191,21 +193,40 @@ def test_compiles_into_one_graph():
 
 def test_opcheck():
     case = moe_cases.make(SHAPE)
-    e, a = case.experts, case.activations
     # opcheck cannot compare float8 tensors; the op reads their bytes.
-    scales = [t.view(torch.uint8) for t in (e.gemm1_weights_scale, e.gemm2_weights_scale)]
+    scales = {
+        name: getattr(case.experts, name).view(torch.uint8)
+        for name in ("gemm1_weights_scale", "gemm2_weights_scale")
+    }
+    experts = replace(case.experts, **scales)
     for do_finalize in (True, False):
+        call = KernelCall(
+            case.activations, experts, 8, do_finalize=do_finalize, output_dtype=torch.float16
+        )
+        flat = moe_ops.FLAT.flatten(call)
         torch.library.opcheck(
-            torch.ops.nvfp4_moe.reference_fused_moe,
-            (
-                a.hidden_states, a.block_scales, a.per_token_scale, e.gemm1_weights,
-                scales[0], e.gemm2_weights, scales[1],
-                e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar, None,
-                None, None, None, None, case.ids, case.weights, 128, 64, 3, 0, None, 0, False,
-                do_finalize, torch.float16, False, False,
-            ),
-        )  # fmt: skip
-    assert reference_moe_ops.fused_moe is not None
+            torch.ops.nvfp4_moe.reference_fused_moe, (*flat, case.ids, case.weights)
+        )
+
+
+def test_a_call_crosses_and_comes_back():
+    """Every field that kernels read, with a value of its own."""
+    case = moe_cases.make(SHAPE)
+    call = KernelCall(
+        case.activations, replace(case.experts, gemm1_alpha=torch.ones(8)), 12, 4, 3,
+        Recipe("exact", NVFP44Over6Config(256)), False, "slot", True, torch.float32, "per-token",
+    )  # fmt: skip
+    flat = moe_ops.FLAT.flatten(call)
+    assert len(flat) == len(moe_ops.FLAT.names) == len(set(moe_ops.FLAT.names))
+    assert all(isinstance(v, torch.Tensor | torch.dtype | int | str | None) for v in flat)
+    back = moe_ops.FLAT.build(flat)
+    for f in fields(KernelCall):
+        a, b = getattr(call, f.name), getattr(back, f.name)
+        if not is_dataclass(a) or isinstance(a, Recipe):
+            assert a == b and a != f.default, f.name
+            continue
+        for g in fields(a):
+            assert getattr(a, g.name) is getattr(b, g.name), g.name
 
 
 def test_output_dtypes():
@@ -319,7 +340,7 @@ def test_a_missing_kernel_falls_back_once(monkeypatch, caplog):
         assert_bitwise(routed(case, (case.ids, case.weights))[0], want, "the reference's")
     assert len(calls) == 1
     assert "had no kernel, falling back" in caplog.text
-    reason = moe_dispatch.refusal("flashinfer:trtllm", calls[0])
+    reason = FUSED_MOE.refusal("flashinfer:trtllm", calls[0])
     assert reason == "it had no kernel for this shape: No kernel found for the given options: e2m1"
     with pytest.raises(nvfp4_moe.UnsupportedError, match="no kernel for this shape"):
         routed(case, (case.ids, case.weights), backend="flashinfer:trtllm")

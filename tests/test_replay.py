@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.kernels import moe_dispatch
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -111,7 +111,7 @@ def backends(monkeypatch):
     monkeypatch.setattr(
         replay.workers, "call_interpreted",
         lambda function, jobs: [
-            fault["call"](moe_dispatch.serve(case.request(), "reference")[0]) for (case,) in jobs
+            fault["call"](FUSED_MOE.serve(case.request(), "reference")[0]) for (case,) in jobs
         ],
     )  # fmt: skip
     return fault

@@ -19,7 +19,8 @@ import pytest
 import standin
 import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
-from nvfp4_moe.kernels import capability, dispatch, environment, moe_dispatch
+from nvfp4_moe.kernels import capability, dispatch, environment
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from standin import CAPABILITY, LIES, layers
@@ -55,7 +56,7 @@ def outputs(case, backend):
     found = {}
     for c in tactics.configurations(backend, request):
         with c.forced():
-            found[c.name] = moe_dispatch.serve(request, backend)[0]
+            found[c.name] = FUSED_MOE.serve(request, backend)[0]
     return found
 
 
@@ -118,7 +119,7 @@ def test_rows_that_are_not_finalized():
     with standin.installed():
         for c in tactics.configurations(TRTLLM, request):
             with c.forced():
-                rows, weights, permuted = moe_dispatch.serve(request, TRTLLM)
+                rows, weights, permuted = FUSED_MOE.serve(request, TRTLLM)
             tile = 8 if c.name == "default" else json.loads(c.name)[0]
             here = (case.ids >= 4) & (case.ids < 8)
             permuted = permuted.view(here.shape)
@@ -234,11 +235,11 @@ def served(lie, name, backend, every=False):
     with standin.installed(lie):
         request = CASES[name].make(backend).request()
         default, *others = tactics.configurations(backend, request)
-        found["again"] = moe_dispatch.serve(request, backend)[0]
+        found["again"] = FUSED_MOE.serve(request, backend)[0]
         for c in (default, *(others if every else others[-1:])):
             try:
                 with c.forced():
-                    found[c.name] = moe_dispatch.serve(request, backend)[0]
+                    found[c.name] = FUSED_MOE.serve(request, backend)[0]
             except RuntimeError as error:
                 assert "running GEMM" in str(error)
                 found[c.name] = None
@@ -336,10 +337,10 @@ def test_cpu_tensors_are_a_blackwells():
         assert explained.backend == "flashinfer:cuda"
         assert "Triton runs on a GPU" in explained.reason("triton")
         case = CASES["gated"].make(TRTLLM)
-        reason = moe_dispatch.refusal("triton", case.request())
+        reason = FUSED_MOE.refusal("triton", case.request())
         assert reason.startswith("hidden_states are on the cpu; Triton runs on a GPU")
         with pytest.raises(nvfp4_moe.UnsupportedError, match="Triton runs on a GPU"):
-            moe_dispatch.serve(case.request(), "triton")
+            FUSED_MOE.serve(case.request(), "triton")
     assert capability.capability_of(x) is None
     assert dispatch.explain(x, 1 / 2688, per_token_activation=True).backend == "reference"
 
@@ -355,7 +356,7 @@ def test_a_gpu_is_asked_for_its_own(monkeypatch):
 def test_automatic_choice_takes_it():
     case = CASES["exact sums"].make(TRTLLM)
     with standin.installed() as fake:
-        moe_dispatch.serve(case.request(), "auto")
+        FUSED_MOE.serve(case.request(), "auto")
     assert fake.ran == [layers.Ran(TRTLLM, "default")]
 
 

@@ -8,8 +8,9 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
-from nvfp4_moe.kernels import config_cache, moe, moe_dispatch, target
+from nvfp4_moe.kernels import config_cache, moe, target
 from nvfp4_moe.kernels.moe_call import make_moe_call
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
@@ -248,6 +249,6 @@ def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
     for c in (every[1], every[-1]):
         launched.clear()
         with c.forced():
-            moe_dispatch.serve(request, "triton")
+            FUSED_MOE.serve(request, "triton")
         assert len(launched) == 2
         assert tactics._words(launched[int(c.name[4]) - 1]) == c.name[6:]

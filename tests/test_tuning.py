@@ -11,10 +11,11 @@ from assertions import assert_bitwise
 from moe_cases import Case, Shape, make
 from nvfp4_moe.kernels import config_cache, moe, tuning
 from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.kernels.tuning import Measured, autotune, candidates, difference
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.moe.activations import Activations
 from triton.runtime.errors import OutOfResources
 
 import nvfp4_moe
@@ -62,10 +63,19 @@ def clock(times: dict):
 
 
 def run(case: Case, **options) -> torch.Tensor:
-    return moe._fused_moe(
-        case.activations, case.experts, case.ids, case.weights, recipe=Recipe(),
-        local_expert_offset=0, finalize_order="slot", do_finalize=True, **options,
-    )[0]  # fmt: skip
+    call = KernelCall(
+        case.activations, case.experts, case.experts.num_local, finalize_order="slot", **options
+    )
+    return moe.fused_moe(call, case.ids, case.weights)[0]
+
+
+def layer(case: Case, mode: str = "per-token", num_experts: int = 4, offset: int = 0) -> KernelCall:
+    """A call of the case's layer without tokens, as `autotune_fused_moe` makes it."""
+    states = torch.empty(0, case.experts.padded_hidden_size, dtype=torch.bfloat16)
+    return KernelCall(
+        Activations(states), case.experts, num_experts, local_expert_offset=offset,
+        quantize=None if mode == "bf16" else mode,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -156,9 +166,7 @@ class TestInTheInterpreter:
         before = run(case)
         invariant = run(case, batch_invariant=True)
         assert launched == [TABLE] * 4
-        (tuned,) = autotune(
-            case.experts, [5], 2, "per-token", 4, 0, clock({WIDE: 1, (WIDE, WIDE): 2})
-        )
+        (tuned,) = autotune(layer(case), [5], 2, clock({WIDE: 1, (WIDE, WIDE): 2}))
         assert tuned.chosen == (WIDE, WIDE) and tuned.table == (TABLE, TABLE)
         assert (tuned.table_us, tuned.chosen_us) == (5, 2)
         assert [(m.gemm, m.config, m.us, m.dropped) for m in tuned.measured] == [
@@ -208,7 +216,7 @@ class TestInTheInterpreter:
         monkeypatch.setattr(moe, "_launch_gemm", miscompiled)
         case = make(Shape(5, 128, 128, 4, 2))
         (tuned,) = autotune(
-            case.experts, [5], 2, "per-token", 4, 0,
+            layer(case), [5], 2,
             clock({WIDE: 1, TALL: 2, (TALL, TALL): 3}),
         )  # fmt: skip
         assert tuned.chosen == (TALL, TALL)
@@ -227,7 +235,7 @@ class TestInTheInterpreter:
 
         monkeypatch.setattr(moe, "_launch_gemm", miscompiled)
         case = make(Shape(17, 128, 128, 6, 2, 1, 4))
-        (tuned,) = autotune(case.experts, [17], 2, "per-token", 6, 1, clock({WIDE: 1}))
+        (tuned,) = autotune(layer(case, "per-token", 6, 1), [17], 2, clock({WIDE: 1}))
         assert [bool(m.dropped) for m in tuned.measured] == [False, True, False] * 2
         assert WIDE not in tuned.chosen
 
@@ -241,7 +249,7 @@ class TestInTheInterpreter:
 
         monkeypatch.setattr(moe, "_launch_gemm", refused)
         case = make(Shape(5, 128, 128, 4, 2))
-        (tuned,) = autotune(case.experts, [5], 2, "bf16", 4, 0, clock({}))
+        (tuned,) = autotune(layer(case, "bf16"), [5], 2, clock({}))
         assert [m.dropped for m in tuned.measured if m.config == WIDE] == [
             str(OutOfResources(300_000, 232_448, "shared memory"))
         ] * 2
@@ -249,9 +257,7 @@ class TestInTheInterpreter:
 
     def test_the_whole_call_decides(self, few):
         case = make(Shape(5, 128, 128, 4, 2), mode="static")
-        (tuned,) = autotune(
-            case.experts, [5], 2, "static", 4, 0, clock({WIDE: 1, (WIDE, WIDE): 5.0})
-        )
+        (tuned,) = autotune(layer(case, "static"), [5], 2, clock({WIDE: 1, (WIDE, WIDE): 5.0}))
         assert tuned.chosen == tuned.table and tuned.chosen_us == tuned.table_us == 5
         assert not [m for m in tuned.measured if m.dropped]
         config_cache._known.clear()
@@ -262,7 +268,7 @@ class TestInTheInterpreter:
 
     def test_one_measurement_a_bucket(self, few):
         case = make(Shape(1, 128, 128, 4, 2))
-        found = autotune(case.experts, [7, 9, 1, 5], 2, "per-token", 4, 0, clock({}))
+        found = autotune(layer(case), [7, 9, 1, 5], 2, clock({}))
         assert [t.tokens for t in found] == [1, 7, 9]
         text = str(found[1])
         assert text.startswith("7 tokens: 5.0 us by the table, 5.0 us chosen\n")

@@ -160,7 +160,7 @@ def function(_: MoECall) -> Function:
 def run(r: MoECall) -> list[torch.Tensor]:
     """Run the call, which `refusal` let pass, on FlashInfer."""
     output = CUTE_DSL_FUSED_MOE.run(r, *_routed(r))
-    return r.returned(output[:, : r.experts.hidden_size])
+    return r.placed(output[:, : r.experts.hidden_size])
 
 
 def arguments(r: MoECall) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def run(r: MoECall) -> list[torch.Tensor]:
     # It returns a list that begins with the output, and not the tensor that its annotation says.
     output = _new_output(r)
     CUTLASS_FUSED_MOE.run(r, *_routed(r), output)
-    return r.returned(output[:, : r.experts.hidden_size])
+    return r.placed(output[:, : r.experts.hidden_size])
 
 
 def arguments(r: MoECall) -> dict[str, Any]:

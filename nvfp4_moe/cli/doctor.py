@@ -8,7 +8,8 @@ import torch
 
 from ..kernels.dispatch import auto_order, explain
 from ..kernels.flashinfer import version
-from ..kernels.moe_dispatch import ORDER, explain_fused_moe
+from ..kernels.moe_api import explain_fused_moe
+from ..kernels.moe_dispatch import ORDER
 from ..machine import machine
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout

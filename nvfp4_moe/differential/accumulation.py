@@ -15,7 +15,8 @@ import torch
 
 from .. import host
 from ..cases.moe_case import MoECase
-from ..kernels import environment, moe_dispatch
+from ..kernels import environment
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
@@ -65,7 +66,7 @@ class Sums:
 
 
 def measure(backend: str, device: torch.device | str) -> Sums:
-    """Ask a backend of `moe_dispatch.ORDER`.
+    """Ask a backend of `FUSED_MOE.names`.
 
     Raises:
         UnsupportedError: it cannot serve the probe's layer (per token, Identity) here.
@@ -109,7 +110,7 @@ def _row(
 def _ask(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """[T] fp64: the sums that were kept."""
     case = _case(backend, codes, scales)
-    found = moe_dispatch.serve(case.request(), backend)[0][:, 0].double().cpu()
+    found = FUSED_MOE.serve(case.request(), backend)[0][:, 0].double().cpu()
     return found.sqrt() if case.experts.activation == ActivationType.Relu2 else found
 
 

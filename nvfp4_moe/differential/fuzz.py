@@ -13,8 +13,8 @@ import torch
 
 from ..cases.fuzz import DenseCall, Draw, Kind, draw, draw_dense
 from ..cases.moe_case import MoECase, to_device
-from ..kernels import moe_dispatch
 from ..kernels.dense_dispatch import mm_fp4 as dispatched_mm_fp4
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference import dense
 from ..reference.bounds.dense import mm_fp4_bounds
 from ..reference.bounds.interval import Interval
@@ -105,9 +105,9 @@ def _options(case: MoECase) -> dict[str, Any]:
 def _triton(case: MoECase) -> Tensor | None:
     """The output of our kernels; None where they do not serve."""
     request = case.request()
-    if moe_dispatch.refusal("triton", request) is not None:
+    if FUSED_MOE.refusal("triton", request) is not None:
         return None
-    return moe_dispatch.serve(request, "triton")[0]
+    return FUSED_MOE.serve(request, "triton")[0]
 
 
 def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[Judged]:

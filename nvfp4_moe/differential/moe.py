@@ -16,7 +16,7 @@ from ..cases import moe as matrix_moe
 from ..cases.moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from ..cases.moe_case import MoECase
 from ..exits import CommandError
-from ..kernels import moe_dispatch
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..report import difference_map as heat
 from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from . import accumulation as sums
@@ -43,8 +43,8 @@ def known(names: str | None) -> list[str] | None:
         return None
     here = {} if torch.cuda.is_available() else {"triton": workers.INTERPRETER}
     for name in names.split(","):
-        if name not in moe_dispatch.ORDER:
-            allowed = ", ".join(moe_dispatch.ORDER)
+        if name not in FUSED_MOE.names:
+            allowed = ", ".join(FUSED_MOE.names)
             raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
     return [here.get(name, name) for name in dict.fromkeys(names.split(","))]
 
@@ -71,7 +71,7 @@ def run(
             if name == workers.INTERPRETER:
                 answer = interpreted[i]
             else:
-                answer = moe_dispatch.refusal(name, case.request()) or _outputs(case, name, options)
+                answer = FUSED_MOE.refusal(name, case.request()) or _outputs(case, name, options)
             if isinstance(answer, str):
                 result.section.put(case.name, name, Cell("skipped", note=answer))
                 continue
@@ -92,8 +92,8 @@ def run(
 def _that_serve(every: list[MoECase], on_gpu: bool, result: PartResult) -> list[str]:
     """The backends that serve any case here; why the others do not is noted."""
     found = []
-    for name in moe_dispatch.ORDER:
-        reasons = [moe_dispatch.refusal(name, case.request()) for case in every]
+    for name in FUSED_MOE.names:
+        reasons = [FUSED_MOE.refusal(name, case.request()) for case in every]
         if None in reasons:
             found.append(name)
         elif on_gpu or name != "triton":
@@ -120,7 +120,7 @@ def _outputs(case: MoECase, backend: str, options: RunOptions) -> dict[str, Outp
     if backend == "reference":  # which no graph can capture
         options = replace(options, replay=False)
     return outputs(
-        lambda: moe_dispatch.serve(request, backend)[0],
+        lambda: FUSED_MOE.serve(request, backend)[0],
         lambda: tactics.configurations(backend, request),
         options, case.activations.hidden_states.is_cuda,
     )  # fmt: skip
@@ -184,14 +184,14 @@ def _compile_ahead(every: list[MoECase], options: RunOptions) -> None:
 
 def _compile(case: MoECase, options: RunOptions) -> None:
     case = case.to("cuda")
-    if moe_dispatch.refusal("triton", case.request()) is None:
+    if FUSED_MOE.refusal("triton", case.request()) is None:
         _outputs(case, "triton", replace(options, replay=False))
 
 
 def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
     request = case.request()
-    reason = moe_dispatch.refusal("triton", request)
-    return reason or {tactics.DEFAULT: Output(moe_dispatch.serve(request, "triton")[0])}
+    reason = FUSED_MOE.refusal("triton", request)
+    return reason or {tactics.DEFAULT: Output(FUSED_MOE.serve(request, "triton")[0])}
 
 
 def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:

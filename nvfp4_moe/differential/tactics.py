@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from ..kernels import moe_dispatch
 from ..kernels.flashinfer import autotuner
 from ..kernels.flashinfer.autotuner import UNTUNED
 from ..kernels.moe_call import MoECall
+from ..kernels.moe_dispatch import FUSED_MOE
 
 if TYPE_CHECKING:
-    from ..kernels.config_cache import Configs, GemmConfig, Mode
+    from ..kernels.config_cache import Configs, GemmConfig
 
 DEFAULT = "default"
 
@@ -56,12 +56,12 @@ class Configuration:
 
 
 def configurations(backend: str, request: MoECall) -> list[Configuration]:
-    """What a backend of `moe_dispatch.ORDER`, which serves the request, can choose; "default" first.
+    """What a backend of `FUSED_MOE.names`, which serves the request, can choose; "default" first.
 
     FlashInfer's layers run the request once, by default, to be asked.
     """
     if backend.startswith("flashinfer:"):
-        found = advertised(lambda: moe_dispatch.serve(request, backend))
+        found = advertised(lambda: FUSED_MOE.serve(request, backend))
         return [Configuration(t.name, lambda t=t: forced(t)) for t in found]  # type: ignore[misc]
     if backend == "triton":
         return _of_triton(request)
@@ -132,10 +132,8 @@ def _of_triton(request: MoECall) -> list[Configuration]:
     if request.batch_invariant:  # always the table's
         return found
     experts, top_k = request.experts, request.routed()[0].shape[1]
-    mode: Mode = "static" if request.is_static else "bf16" if request.is_w4a16 else "per-token"
-    everywhere = request.num_experts + request.shared_experts
-    held = moe.held_slots(request.tokens * top_k, experts, everywhere)
-    key = config_cache.key_of(experts, held, top_k, mode)
+    held = moe.held_slots(request.tokens * top_k, experts, request.all_experts)
+    key = config_cache.key_of(experts, held, top_k, request.mode)
     table = moe.table_configs(experts, held)
     for which in (0, 1):
         for config in _tiles(key.weights[which][1], native=key.native):

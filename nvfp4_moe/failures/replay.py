@@ -14,10 +14,10 @@ from ..differential import quantizers, tactics, workers
 from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed
-from ..kernels import moe_dispatch
 from ..kernels.backends import UnsupportedError
 from ..kernels.dispatch import BACKENDS
 from ..kernels.moe_call import MoECall
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference.quantize import Quantized
 from .replay_file import Failure, MoEFailure, QuantizerFailure
 
@@ -50,10 +50,10 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
     """
     request = None
     if backend != workers.INTERPRETER:
-        if backend not in moe_dispatch.ORDER:
+        if backend not in FUSED_MOE.names:
             raise UnknownBackendError(f"the file's backend is {backend!r}, not one of ours")
         request = to_device(case, _device()).request()
-        if reason := moe_dispatch.refusal(backend, request):
+        if reason := FUSED_MOE.refusal(backend, request):
             raise CannotRunError(f"{backend} cannot run here: {reason}")
     if request is None:
         if configuration is not None:
@@ -62,7 +62,7 @@ def run_call(backend: str, case: MoECase, configuration: str | None = None) -> t
             raise CannotRunError(f"{backend} cannot run here: {reason}")
         return workers.call_interpreted(_serve_in_triton, [(case,)])[0]
     with _forced(backend, request, configuration):
-        return moe_dispatch.serve(request, backend)[0].cpu()
+        return FUSED_MOE.serve(request, backend)[0].cpu()
 
 
 def _forced(
@@ -79,7 +79,7 @@ def _forced(
 
 
 def _serve_in_triton(case: MoECase) -> torch.Tensor:
-    return moe_dispatch.serve(case.request(), "triton")[0]
+    return FUSED_MOE.serve(case.request(), "triton")[0]
 
 
 def _device() -> str:
@@ -126,7 +126,7 @@ def replay(failure: Failure, backend: str | None = None, runner: Runner = run_ca
 
 def _backend(name: str, of_quantizer: bool) -> str:
     here = {"triton": "triton" if torch.cuda.is_available() else workers.INTERPRETER}
-    known = (*(BACKENDS if of_quantizer else moe_dispatch.ORDER), workers.INTERPRETER)
+    known = (*(BACKENDS if of_quantizer else FUSED_MOE.names), workers.INTERPRETER)
     if name not in known:
         raise UnknownBackendError(f"--backend is {name!r}; it must be one of {', '.join(known)}")
     return here.get(name, name)

@@ -15,8 +15,9 @@ from ..cases.moe_case import MoECase
 from ..differential import quantizers
 from ..differential.compare import compare, run_reference
 from ..differential.verdict import Allowed
-from ..kernels import moe, moe_dispatch
+from ..kernels import moe
 from ..kernels.config_cache import GemmConfig
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference.quantize import Quantized, dequantize
 
 Tensor = torch.Tensor
@@ -45,7 +46,7 @@ class FusedCall:
                 stack.enter_context(mock.patch.object(moe, name, value))
             both = (self.config, self.config)
             stack.enter_context(mock.patch.object(moe, "_configs", lambda *_: both))
-            return moe_dispatch.serve(self.case.to(device).request(), "triton")[0].cpu()
+            return FUSED_MOE.serve(self.case.to(device).request(), "triton")[0].cpu()
 
     def judge(self) -> Answered:
         """The intervals, or the one right output."""

@@ -4,8 +4,8 @@
 import torch
 import torch.distributed as dist
 
-from ..kernels import moe_dispatch
 from ..kernels.moe_call import MoECall
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference import checks
 from ..reference.moe.layer import OUTPUT_DTYPES
 from .rank_check import Group
@@ -26,6 +26,6 @@ def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> t
 
 def all_reduced(r: MoECall, backend: str, group: Group, output_dtype: torch.dtype) -> torch.Tensor:
     """[T, hidden size] of output_dtype: each rank's output, of the request's dtype, and their sum."""
-    output = moe_dispatch.serve(r, backend)[0]
+    output = FUSED_MOE.serve(r, backend)[0]
     dist.all_reduce(output, group=group)
     return output.to(output_dtype)

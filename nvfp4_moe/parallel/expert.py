@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 
-from ..kernels import moe_dispatch
+from ..kernels import moe_api
 from ..kernels.moe_call import MoECall
+from ..kernels.moe_dispatch import FUSED_MOE, with_codes
 from ..reference import checks
 from ..reference.moe.finalize import FinalizeOrder, finalize
 from ..reference.moe.routing import Routing
@@ -88,10 +89,11 @@ def fused_moe_ep(
                 f"local_expert_offset is {local_expert_offset}; the experts held here are those from "
                 f"{experts.first_expert} on"
             )
-        r = moe_dispatch.request_of_layer(
-            hidden_states, experts, routing, activation, routing_bias, everywhere,
-            local_expert_offset, fast_math, build, nvfp4_4over6, finalize_order, batch_invariant,
-            travels,
+        r, name = moe_api.layer_call(
+            hidden_states, experts, routing, activation=activation, routing_bias=routing_bias,
+            num_experts=everywhere, local_expert_offset=local_expert_offset, backend=backend,
+            fast_math=fast_math, build=build, nvfp4_4over6=nvfp4_4over6,
+            finalize_order=finalize_order, batch_invariant=batch_invariant, output_dtype=travels,
         )  # fmt: skip
         if dispatch == "all-to-all":
             _check_quantized(r)
@@ -102,7 +104,7 @@ def fused_moe_ep(
         if not check:
             _check_even(r, dist.get_rank(group), dist.get_world_size(group))
             return r, {}
-        fields = described(_unfinalized(r) if dispatch == "all-to-all" else r, backend) | {
+        fields = described(_unfinalized(r) if dispatch == "all-to-all" else r, name) | {
             "output_dtype": str(output_dtype),
             "reduce_dtype": str(travels),
             _OFFSET: local_expert_offset,
@@ -160,11 +162,11 @@ def _unfinalized(r: MoECall) -> MoECall:
 
 
 def _all_to_all(r: MoECall, backend: str, group: Group, counts: list[int]) -> torch.Tensor:
-    name = moe_dispatch.resolve(_unfinalized(r), backend)
+    name = FUSED_MOE.resolve(_unfinalized(r), backend)
     ids, weights = r.routed(name)
     exchange = Exchange.of(ids, counts, group)
     width = r.experts.hidden_size
-    arrived = exchange.dispatch(moe_dispatch.with_codes(r).activations, width)
+    arrived = exchange.dispatch(with_codes(r).activations, width)
     rows = exchange.returned(_rows(r, name, arrived)[:, :width], arrived)
     return _finalized(r, name, rows, exchange.permuted, weights)
 
@@ -184,7 +186,7 @@ def _rows(r: MoECall, name: str, arrived: Arrived) -> torch.Tensor:
         ids=arrived.ids,
         weights=torch.ones_like(arrived.ids, dtype=torch.bfloat16),
     )
-    rows, _, permuted = moe_dispatch.serve(remote, name)
+    rows, _, permuted = FUSED_MOE.serve(remote, name)
     return rows[permuted.view(arrived.ids.shape)[arrived.token, arrived.slot].long()]
 
 
@@ -197,7 +199,7 @@ def _finalized(
 ) -> torch.Tensor:
     """[T, hidden size]: this rank's tokens, as one process finalizes them."""
     width, order = r.experts.padded_hidden_size, r.finalize_order
-    if name == "reference" or moe_dispatch.refusal("triton", r) is not None:
+    if name == "reference" or FUSED_MOE.refusal("triton", r) is not None:
         # -1, a slot without an expert anywhere, reads the row of zeros, and is skipped.
         wide = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         by_slot = wide[permuted.long()].unflatten(0, weights.shape)

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ..kernels import moe_dispatch
 from ..kernels.moe_call import MoECall
+from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference import checks
 
 REASON = 1000
@@ -72,7 +72,7 @@ def described(r: MoECall, backend: str) -> Fields:
     """What every rank of a call must have alike, wherever its experts are."""
     e = r.experts
     return {
-        "backend": moe_dispatch.resolve(r, backend),
+        "backend": FUSED_MOE.resolve(r, backend),
         "num_experts": r.num_experts,
         "top_k": r.routing.top_k,
         "hidden_size": e.hidden_size,

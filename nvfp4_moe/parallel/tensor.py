@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..kernels import moe_dispatch
+from ..kernels import moe_api
 from ..kernels.moe_call import MoECall
 from ..reference import checks
 from ..reference.moe.finalize import FinalizeOrder
@@ -65,13 +65,15 @@ def fused_moe_tp(
 
     def make() -> tuple[MoECall, Fields]:
         checks.flag("check", check)
-        r = moe_dispatch.request_of_layer(
-            hidden_states, experts, routing, activation, routing_bias, None, 0, fast_math, build,
-            nvfp4_4over6, finalize_order, batch_invariant, travelling(reduce_dtype, output_dtype),
+        r, name = moe_api.layer_call(
+            hidden_states, experts, routing, activation=activation, routing_bias=routing_bias,
+            backend=backend, fast_math=fast_math, build=build, nvfp4_4over6=nvfp4_4over6,
+            finalize_order=finalize_order, batch_invariant=batch_invariant,
+            output_dtype=travelling(reduce_dtype, output_dtype),
         )  # fmt: skip
         if not check:
             return r, {}
-        return r, described(r, backend) | {
+        return r, described(r, name) | {
             "tokens": r.tokens,
             "local experts": experts.num_local,
             "scalars of the weights": _digest(experts),

@@ -11,8 +11,8 @@ import torch
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
 from ..kernels.dispatch import nvfp4_quantize
+from ..kernels.moe_api import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
 from ..kernels.moe_call import routing_of
-from ..kernels.moe_dispatch import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
 from ..kernels.weight_on_input import weigh_rows
 from ..reference import checks
 from ..reference.moe.routing import Routing, unpack_topk

@@ -27,7 +27,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..kernels.dispatch import nvfp4_quantize
-from ..kernels.moe_dispatch import fused_moe
+from ..kernels.moe_api import fused_moe
 from ..reference.activation import activate
 from ..reference.moe.activations import Activations, hidden_values
 from ..reference.recipe import Recipe, SfLayout
