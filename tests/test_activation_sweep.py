@@ -25,12 +25,8 @@ from nvfp4_moe.reference.weights.prepare import prepare_experts
 SMALLEST = 2.0**-126
 BLOCK = 1 << 15 if INTERPRETING else 1024
 FUNCTIONS = ("sigmoid", "tanh", "gelu", "gelu_tanh")
-ON_THE_INTERPRETER = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
-]
 PLACES = [
-    pytest.param("cpu", marks=ON_THE_INTERPRETER, id="interpreter"),
+    pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter"),
     pytest.param("cuda", marks=ON_A_GPU, id="gpu"),
 ]
 KINDS = GATED + PLAIN

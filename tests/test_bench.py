@@ -15,20 +15,8 @@ import test_speed
 import torch
 from bf16_layer import Tiles, Weights, candidates
 from moe_speed import Shape
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.activation import ActivationType
 from offline import compile_kernel, resources
-
-
-def interpreted(test):
-    reason = "set TRITON_INTERPRET=1 to run the interpreter"
-    return pytest.mark.interpreter(pytest.mark.skipif(not INTERPRETING, reason=reason)(test))
-
-
-def offline(test):
-    reason = "Triton was imported under its interpreter"
-    return pytest.mark.compile(pytest.mark.skipif(INTERPRETING, reason=reason)(test))
-
 
 SMALL = (Tiles(16, 64, 64, 2, 1, 4), Tiles(16, 128, 64, 1, 1, 4))
 SHAPES = {
@@ -88,7 +76,7 @@ def test_grouped_mm_layer(case, name):
     assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [1, 40])  # 40: more than a tile an expert
 @pytest.mark.parametrize("name", SHAPES)
 def test_layer(case, name, tokens):
@@ -98,7 +86,7 @@ def test_layer(case, name, tokens):
     assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_tune_takes_the_fastest_pair_of_one_height(case, monkeypatch):
     s = SHAPES["Swiglu"]
     x, logits, w = case(s, 1)
@@ -138,7 +126,7 @@ def stopped_clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
     shapes = (
         Shape("all", 128, 64, 2, 2, tuned_once=(7,)),
@@ -256,7 +244,7 @@ def compiled(t: Tiles, arch: int, *, first: bool, even: bool = True):
     )
 
 
-@offline
+@pytest.mark.compile
 @pytest.mark.parametrize("t", bf16_layer.TILES, ids=str)
 def test_gemm_compiles(t, tmp_path):
     """Copied asynchronously, multiplied by the Hopper's MMA where 64 rows are there for it."""
@@ -270,14 +258,14 @@ def test_gemm_compiles(t, tmp_path):
     assert stack <= 64
 
 
-@offline
+@pytest.mark.compile
 def test_second_gemm_with_a_last_part_compiles(tmp_path):
     kernel = compiled(bf16_layer.TILES[-1], 90, first=False, even=False)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert resources(kernel, tmp_path)[0] <= 64
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("m", [3, 130])
 def test_dense_products_are_checked(m, monkeypatch):
     """The cells' inputs have exact sums, and another weight is seen."""
@@ -295,7 +283,7 @@ def test_dense_products_are_checked(m, monkeypatch):
         dense_speed.check(*a, *b, alpha)
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_reload_speed(monkeypatch, capsys):
     """Every cell is measured, and checked: of weights that change under the clock, it says so."""
     monkeypatch.setattr(reload_speed, "SHAPES", {"small": (2, 64, 128)})

@@ -47,7 +47,6 @@ def test_results_are_those_of_the_plain_state(state, device):
 
 @pytest.mark.interpreter
 @pytest.mark.slow
-@pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
 @pytest.mark.parametrize("state", STATES)
 def test_interpreter(state):
     check(state, "cpu")

@@ -11,14 +11,12 @@ from nvfp4_moe.kernels import (
     dense_ops,  # noqa: F401  registers the op
 )
 from nvfp4_moe.kernels.config_cache import GemmConfig
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.quantize import dequantize
 
 import nvfp4_moe
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, at inf and NaN
 ]
 

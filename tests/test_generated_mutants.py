@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_moe.kernels.target import INTERPRETING
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.mutants.generated import answers, command, harmless, reference_probes, trial
@@ -80,7 +79,6 @@ def test_a_sample_is_caught(of_reference):
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
 def test_a_sample_of_the_kernels_is_caught():
     every = [m for m in command.every("kernels") if m.file == "kernels/routing.py"]
     some = [m for m in every if m.function == "route_kernel" and m.rule == "operator"][:3]
@@ -100,7 +98,7 @@ def test_what_changes_nothing_survives_and_a_loop_without_an_end_times_out(of_re
     endless = replace(made, build=lambda: "def pack(code):\n    while True:\n        pass")
     dies = replace(made, build=lambda: "def pack(code):\n    import os\n    os._exit(3)")
     probe = reference_probes.probe("e2m1")
-    tried = trial.run([(m, [probe]) for m in (nothing, endless, dies)], jobs=3, seconds=1.0)
+    tried = trial.run([(m, [probe]) for m in (nothing, endless, dies)], jobs=3, seconds=5.0)
     found = {r.mutant.source: (r.status, r.by) for r in tried}
     assert found[nothing.source] == ("survived", "")
     assert found[endless.source][0] == "timed out"

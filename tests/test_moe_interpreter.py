@@ -9,13 +9,9 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 from nvfp4_moe.kernels import moe
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.activation import ActivationType
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
-]
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)

@@ -4,14 +4,11 @@
 import pytest
 from nvfp4_moe.kernels.moe import GemmConfig, gemm_config
 from nvfp4_moe.kernels.moe_gemm import NONE, expert_gemm_kernel
-from nvfp4_moe.kernels.target import INTERPRETING, native_mma, shared_memory
+from nvfp4_moe.kernels.target import native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 from offline import compile_kernel, resources
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(INTERPRETING, reason="Triton was imported under its interpreter"),
-]
+pytestmark = pytest.mark.compile
 
 
 def configs(native: bool) -> list[GemmConfig]:

@@ -84,7 +84,6 @@ def test_cases(transport, ranks, tmp_path):
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
 def test_all_to_all_in_the_interpreter(tmp_path):
     check_cases("gloo", 2, tmp_path, "all_to_all_is_one_process")
 

@@ -4,14 +4,12 @@
 import pytest
 import reload_cases as cases
 import torch
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference import checks
 
 from nvfp4_moe import ActivationType, prepare_experts
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, at inf and NaN
 ]
 

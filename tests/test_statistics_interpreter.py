@@ -3,12 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import statistics_cases
-from nvfp4_moe.kernels.target import INTERPRETING
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
-]
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.mark.parametrize("case", statistics_cases.ON_TRITON, ids=lambda f: f.__name__)

@@ -11,7 +11,6 @@ from moe_cases import Shape
 from nvfp4_moe.kernels import config_cache, moe, target
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 from nvfp4_moe.differential import tactics
@@ -226,7 +225,6 @@ def test_nothing_is_forced_where_bits_may_not_depend_on_it(an_h100):
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter")
 @pytest.mark.parametrize("mode", ["per-token", "static", "bf16", "shares"])
 def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))

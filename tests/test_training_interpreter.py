@@ -4,12 +4,8 @@
 import pytest
 import training_cases as cases
 from moe_cases import Shape
-from nvfp4_moe.kernels.target import INTERPRETING
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
-]
+pytestmark = pytest.mark.interpreter
 SHAPE = Shape(4, 208, 80, 3, 2)
 
 

@@ -12,7 +12,6 @@ from moe_cases import Case, Shape, make
 from nvfp4_moe.kernels import config_cache, moe, tuning
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.kernels.moe_call import KernelCall
-from nvfp4_moe.kernels.target import INTERPRETING
 from nvfp4_moe.kernels.tuning import Measured, autotune, candidates, difference
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
@@ -21,10 +20,6 @@ from triton.runtime.errors import OutOfResources
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError
 
-interpreter = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not INTERPRETING, reason="set TRITON_INTERPRET=1 to run the interpreter"),
-]
 TABLE = GemmConfig(64, 16, 128, 4, 4)  # of both GEMMs, for few tokens
 WIDE = GemmConfig(128, 32, 128, 3, 4)
 TALL = GemmConfig(128, 16, 64, 3, 4)
@@ -159,7 +154,7 @@ def test_without_a_gpu():
 
 
 class TestInTheInterpreter:
-    pytestmark = interpreter
+    pytestmark = pytest.mark.interpreter
 
     def test_chosen_kept_and_used(self, launched, few, cache, monkeypatch):
         case = make(Shape(5, 128, 128, 4, 2))
