@@ -31,10 +31,10 @@ class Kept:
 
 
 def raised(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the words of its ValueError."""
+    """What a call returns, or the words with which it refuses its arguments."""
     try:
         return call()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
 
 

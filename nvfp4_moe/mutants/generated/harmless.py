@@ -107,6 +107,44 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference route: constant: _warp_sum(chosen) + 1e-20 -> "
         "_warp_sum(chosen) + 1.0000000490448792e-20",
     ),
+    "Where both sides agree within the last bits, which are free (`bounds/activation.py`).": (
+        "reference sigmoid: comparison: x < -88 -> x <= -88",
+        "reference silu: comparison: x < -88 -> x <= -88",
+        "reference gelu_tanh: comparison: x < -1 -> x <= -1",
+    ),
+    "What is clamped otherwise is not chosen; below -100 the sigmoid is 0.": (
+        "reference sigmoid: operator: -88 -> 88 (2)",
+        "reference silu: operator: -88 -> 88 (2)",
+        "reference gelu_tanh: operator: -1 -> 1",
+        "reference gelu_tanh: constant: -1 -> -2 (3)",
+        "reference gelu_tanh: constant: -100 -> -101",
+    ),
+    "At the limit itself both sides are the limit, and the ratio of the two is 1.": (
+        "reference weight_encode_scale: comparison: encode > MOST_OF_WEIGHTS -> "
+        "encode >= MOST_OF_WEIGHTS",
+        "reference weight_encode_scale: comparison: encode > most -> encode >= most",
+        "reference _finite: comparison: x > LARGEST -> x >= LARGEST",
+        "reference raised: comparison: decode < least -> decode <= least",
+    ),
+    "Where no scale is raised the bytes that were given are kept.": (
+        "reference raised: constant: torch.where(low, decode / least, 1.0) -> "
+        "torch.where(low, decode / least, 1.0000001192092896)",
+    ),
+    "A reload has been refused unless it gives what the experts hold, and nothing else.": (
+        "reference _write_static_scales: operator: held is not None and amax is not None -> "
+        "held is not None or amax is not None",
+        "reference _write_parameters: operator: e.gemm1_bias is not None and "
+        "options.w13_bias is not None -> e.gemm1_bias is not None or options.w13_bias is not None",
+        "reference _write_parameters: operator: e.gemm2_bias is not None and "
+        "options.w2_bias is not None -> e.gemm2_bias is not None or options.w2_bias is not None",
+    ),
+    "The next expert's scalar is written after this one, and there is none behind the last.": (
+        "reference write_by_reference: constant: e + 1 -> e + 2",
+    ),
+    "The division flushes it, and a sum that has a 1 in it does not show it.": (
+        "reference _softmax: rounding: _CUDA.flush(torch.exp(difference.double()).float()) -> "
+        "torch.exp(difference.double()).float()",
+    ),
     "Any negative number stands for NaN.": (
         "reference max_ignoring_nan: constant: -1.0 -> -1.0000001192092896",
     ),

@@ -87,4 +87,6 @@ def of_recipe() -> Answers:
     for bad in (lambda: Recipe("slow"), lambda: Recipe(build="none"), lambda: NVFP44Over6Config(3),
                 lambda: NVFP44Over6Config(256, "max"), lambda: NVFP44Over6Config(448, 2)):  # fmt: skip
         yield "refused", raised(bad)
+    for given in (None, Recipe(), "fast"):
+        yield "check_recipe", raised(lambda r=given: recipes.check_recipe(r))
     yield "of", NVFP44Over6Config.of(NVFP44Over6Config(256, "mse", True))

@@ -70,6 +70,9 @@ def of_moe() -> Answers:
         addend = host.full(tie.shape, sign * steps * ulp * (1 - 2.0**-23) * scale)
         for factor in (scale, -scale):
             yield "fma, near ties", fma(odd[0] * factor, tie, addend)
+    # 2^-25 + 2^-55 next to 1/2: a tie of fp32 but for what fp64 loses, of a sum below 1.
+    low = host.fp32([5237765.0, -5237765.0]) * 2.0**-55
+    yield "fma, near ties below 1", fma(host.fp32([205.0]), low, host.fp32([0.5, -0.5]))
     yield "fma, special", fma(specials(), specials().flip(0), specials().roll(3))
     yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), 8, "slot")
     far = [(256 * n + m) for n in (1183, 1184) for m in (0, 8)]
@@ -192,6 +195,7 @@ def of_activation() -> Probe:
 
 def traits() -> Answers:
     x = host.normal(seeded(15), 4, 32)
+    x[0, ::3], x[1, ::3] = -0.0, 0.0
     x[0, 0] = -0.0
     yield "the first own value", activation.OWN
     for kind in (ActivationType.Identity, ActivationType.Relu, ActivationType.Relu2):

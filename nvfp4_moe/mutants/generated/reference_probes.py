@@ -17,6 +17,7 @@ ASKED: dict[str, Asked] = {
     "routing": probe_routing.of_routing,
     "experts": probe_experts.of_experts,
     "moe": probe_layers.of_moe,
+    "scalars": probe_experts.of_scalars,
     "builds": probe_experts.of_builds,
     "reload": probe_experts.of_reload,
     "dense": probe_layers.of_dense,
@@ -46,7 +47,8 @@ OF_FILE = {
     "reference/recipe.py": ("recipe", "dense"),
     "reference/weights/update.py": ("reload", "builds"),
     "reference/moe/routing.py": ("routing",),
-    "reference/weights/scalars.py": ("experts",),
+    "reference/weights/scalars.py": ("scalars", "experts"),
+    "reference/weights/writers.py": ("reload",),
 }
 """Probes of each module, in order."""
 
