@@ -9,10 +9,11 @@ the dtype that a kernel of its own would have written. Names are those of `quant
 import triton
 import triton.language as tl
 
-from .jit.arithmetic import div, flush, reciprocal, to_bf16
+from .jit.arithmetic import div, flush, log2, reciprocal, to_bf16
 from .jit.formats import BF16, LAYOUT_LINEAR, PER_TOKEN
 from .jit.load import block_values, load_blocks
 from .jit.pdl import await_previous
+from .jit.recipe import flushes
 from .jit.store import store_codes, zero_padding_rows
 from .quantize_block import or_zero, quantize_block, row_scales
 
@@ -44,16 +45,11 @@ def _exp(t):
     return p * _power_of_two(half) * _power_of_two(power - half)
 
 
-@triton.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
-
-
 @triton.jit
 def _sum_of_squares(x):
     """[R] of [R, NB, 16]: a binary tree over adjacent columns, by sums of two, which commute."""
     R: tl.constexpr = x.shape[0]
-    LEVELS: tl.constexpr = _log2(x.shape[1] * 16)
+    LEVELS: tl.constexpr = log2(x.shape[1] * 16)
     terms = tl.reshape(x * x, (R, x.shape[1] * 16))
     for _ in tl.static_range(LEVELS):
         terms = tl.sum(tl.reshape(terms, (R, terms.shape[1] // 2, 2)), 2)
@@ -88,7 +84,7 @@ def _quantize_rows(
     ARCH: tl.constexpr,
 ):  # fmt: skip
     """Codes, block scales and per-token scales of whole rows x [R, NBP, 16]."""
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    FTZ: tl.constexpr = flushes(RECIPE)
     amax = tl.max(tl.abs(x), 2)
     row_amax = flush(or_zero(tl.max(or_zero(amax), 1)), FTZ, ARCH)[:, None]
     if scale_ptr is None:

@@ -14,7 +14,7 @@ import triton
 
 from ..reference.layouts import padded_shape
 from ..reference.numerics.fp32 import rcp_delta
-from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
+from ..reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
 from . import quantize_kernel as k
 from .jit import formats
 from .ops import Pair, Quantizers, Triple, register
@@ -131,7 +131,10 @@ def _launch(
     if config is None:
         if mode == formats.PER_TOKEN.value:
             config = launch_config(
-                m, num_blocks, four_over_six=bool(recipe_code & 1), interpreted=INTERPRETING
+                m,
+                num_blocks,
+                four_over_six=bool(recipe_code & FOUR_OVER_SIX),
+                interpreted=INTERPRETING,
             )
         else:
             config = global_launch_config(m, num_blocks, interpreted=INTERPRETING)

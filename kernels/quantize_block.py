@@ -19,6 +19,14 @@ from .jit.arithmetic import (
 from .jit.e2m1 import columns, e2m1_encode, e2m1_encode_magnitudes, e2m1_signs
 from .jit.e4m3 import e4m3_decode, e4m3_encode
 from .jit.formats import E4M3, PER_TOKEN
+from .jit.recipe import (
+    flushes,
+    has_fast_error,
+    is_exact,
+    is_four_over_six,
+    largest_value,
+    squares_error,
+)
 
 
 @triton.jit
@@ -30,9 +38,9 @@ def or_zero(amax):
 @triton.jit
 def row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
     """(encode scale, per-token scale) of rows with the given maxima."""
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
-    zero_encode: tl.constexpr = 0.0 if RECIPE & 1 else FLT_MAX
-    if RECIPE & 32:
+    FTZ: tl.constexpr = flushes(RECIPE)
+    zero_encode: tl.constexpr = 0.0 if is_four_over_six(RECIPE) else FLT_MAX
+    if is_exact(RECIPE):
         encode = smaller(div(reciprocal(g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX, ARCH)
         encode = tl.where(encode == 0, 1.0, encode)
         encode = tl.where(amax == 0, zero_encode, encode)
@@ -45,10 +53,9 @@ def row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr)
 
 
 @triton.jit
-def _output_scale(
-    sf, encode, rcp_delta_ptr, EXACT: tl.constexpr, FTZ: tl.constexpr, ARCH: tl.constexpr
-):
-    if EXACT:
+def _output_scale(sf, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if is_exact(RECIPE):
         decode = reciprocal(encode, FTZ, ARCH)
         return smaller(reciprocal(mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX, ARCH)
     decode = rcp(encode, rcp_delta_ptr, ARCH)
@@ -89,30 +96,30 @@ def _candidate(
 
     Magnitudes a [R, NB, 16] have the differences of signed values, and round alike.
     """
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    FTZ: tl.constexpr = flushes(RECIPE)
     byte = e4m3_encode(unrounded, ARCH)
     sf = e4m3_decode(byte)
-    output_scale = _output_scale(sf, encode, rcp_delta_ptr, (RECIPE & 32) != 0, FTZ, ARCH)
+    output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
     words, rounded = e2m1_encode_magnitudes(mul(a, output_scale[:, :, None], FTZ, ARCH), ARCH)
     if NEAR_ONE:
         # sf * row_amax, and its product with a code, are exact: at most 11 + 4 + 2 significant bits.
         # All is 2^-26 of itself until the division.
         SHIFT: tl.constexpr = 2.0**-26
-        D: tl.constexpr = (1536.0 if RECIPE & 2 else 2688.0) * SHIFT
+        D: tl.constexpr = largest_value(RECIPE) * SHIFT
         by_row = rounded * (sf * (row_amax * 2.0**100))[:, :, None]
         difference = sub(_divide_by_constant(by_row, D), a, FTZ, ARCH)
     else:
         scaled = rounded * 2.0**126 * sf[:, :, None]  # exact
-        if RECIPE & 16:
+        if has_fast_error(RECIPE):
             difference = sub(scaled, mul(a, encode[:, :, None], FTZ, ARCH), FTZ, ARCH)
         elif MODE == PER_TOKEN:
             # A row maximum of 0 leaves blocks of zeros and of NaN, and both candidates the same.
             by_row = mul(scaled, row_amax[:, :, None], FTZ, ARCH)
-            D: tl.constexpr = 1536.0 if RECIPE & 2 else 2688.0
+            D: tl.constexpr = largest_value(RECIPE)
             difference = sub(div(by_row, D, FTZ, ARCH), a, FTZ, ARCH)
         else:
             difference = sub(mul(scaled, decode[:, :, None], FTZ, ARCH), a, FTZ, ARCH)
-    if RECIPE & 4:
+    if squares_error(RECIPE):
         term = mul(difference, difference, FTZ, ARCH)
     else:
         term = tl.abs(difference)
@@ -125,8 +132,8 @@ def _four_over_six(
     RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """(scale bytes, packed codes): of the block's maximum at 4 if that error is the smaller."""
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
-    if RECIPE & 32:
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if is_exact(RECIPE):
         unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
         decode = reciprocal(encode, FTZ, ARCH)
     else:
@@ -162,11 +169,10 @@ def quantize_block(
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """(scale bytes [R, NB], packed codes [R, NB, 2]) of blocks x [R, NB, 16] with maxima amax."""
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
-    EXACT: tl.constexpr = (RECIPE & 32) != 0
+    FTZ: tl.constexpr = flushes(RECIPE)
     amax = flush(amax, FTZ, ARCH)
-    if RECIPE & 1:
-        if ARCH != 0 and MODE == PER_TOKEN and not RECIPE & 16:
+    if is_four_over_six(RECIPE):
+        if ARCH != 0 and MODE == PER_TOKEN and not has_fast_error(RECIPE):
             far = (row_amax != 0) & ((row_amax < 2.0**-60) | (row_amax > 2.0**16))
             if tl.max(tl.max(far.to(tl.int32), 1), 0) == 0:
                 byte, words = _four_over_six(
@@ -183,15 +189,15 @@ def quantize_block(
         byte = e4m3_encode(unrounded, ARCH)
         output_scale = mul(rcp(e4m3_decode(byte), rcp_delta_ptr, ARCH), encode, FTZ, ARCH)
         output_scale = tl.where(unrounded == 0, 0.0, output_scale)
-    elif EXACT:
+    elif is_exact(RECIPE):
         unrounded = mul(amax, mul(encode, SIXTH, FTZ, ARCH), FTZ, ARCH)
         byte = e4m3_encode(tl.where(amax == 0, 0.0, unrounded), ARCH)
-        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, EXACT, FTZ, ARCH)
+        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
         output_scale = tl.where(amax == 0, 0.0, output_scale)
     else:
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
         byte = e4m3_encode(unrounded, ARCH)
-        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, EXACT, FTZ, ARCH)
+        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
         # The CuTe-DSL kernel tests the rounded scale.
         zero = amax == 0 if FTZ else byte == 0
         output_scale = tl.where(zero, 0.0, output_scale)
@@ -213,8 +219,8 @@ def quantize_fp32_block(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
 @triton.jit
 def prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
     """e4m3 input is first brought into fp16 (`reference.quantize._e4m3_blocks`)."""
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
-    if (RECIPE & 32) and not FTZ:
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if is_exact(RECIPE) and not FTZ:
         decode = reciprocal(encode, FTZ, ARCH)
     else:
         decode = rcp(encode, rcp_delta_ptr, ARCH)

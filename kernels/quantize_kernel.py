@@ -22,6 +22,7 @@ from .jit.formats import (
 )
 from .jit.load import block_maxima, block_values, load_blocks
 from .jit.pdl import await_previous
+from .jit.recipe import flushes, is_exact
 from .jit.store import store_codes, zero_padding_rows
 from .quantize_block import or_zero, prescale_e4m3, quantize_block, quantize_fp32_block, row_scales
 
@@ -116,7 +117,7 @@ def quantize_kernel(
     ARCH: tl.constexpr,
 ):
     await_previous(ARCH)
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    FTZ: tl.constexpr = flushes(RECIPE)
     if LAYOUT != LAYOUT_LINEAR:
         row_programs = (M + ROWS - 1) // ROWS
         if tl.program_id(0) >= row_programs:
@@ -169,7 +170,7 @@ def quantize_kernel(
         row_amax = given
         encode = given
         if INVERSE:
-            if RECIPE & 32:
+            if is_exact(RECIPE):
                 encode = reciprocal(given, FTZ, ARCH)
             else:
                 # Nothing subnormal comes out; but the assembler would cancel rcp(rcp(x)).

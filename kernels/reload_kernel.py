@@ -14,6 +14,7 @@ from .jit.arithmetic import div, flush, mul, reciprocal
 from .jit.formats import BF16, GLOBAL_SCALE, LAYOUT_128X4
 from .jit.load import block_maxima, block_values, load_blocks
 from .jit.pdl import await_previous
+from .jit.recipe import flushes
 from .jit.store import store_codes
 from .quantize_block import quantize_block
 
@@ -97,7 +98,7 @@ def load_weights_kernel(
     ARCH: tl.constexpr,
 ):
     await_previous(ARCH)
-    FTZ: tl.constexpr = (RECIPE & 64) == 0
+    FTZ: tl.constexpr = flushes(RECIPE)
     expert = tl.program_id(1).to(tl.int64)
     amax = tl.load(amax_ptr + expert)
     encode = mul(reciprocal(amax, False, ARCH), largest, False, ARCH)

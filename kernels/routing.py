@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType
-from .jit.arithmetic import add, div, flush, larger, mul, to_bf16
+from .jit.arithmetic import add, div, flush, larger, log2, mul, to_bf16
 from .jit.pdl import await_previous
 from .target import arch, launch_options
 
@@ -35,11 +35,6 @@ def is_biased(method):
     return method in BIASED_METHODS.value
 
 
-@triton.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
-
-
 @triton.jit
 def _sigmoid(x):
     """0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
@@ -56,7 +51,7 @@ def _exp(x, ARCH: tl.constexpr):
 @triton.jit
 def _warp_sum(x):
     """A butterfly, lane i with lane i + width / 2: sums of two, which commute."""
-    LEVELS: tl.constexpr = _log2(x.shape[0])
+    LEVELS: tl.constexpr = log2(x.shape[0])
     for _ in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
     return tl.sum(x, 0)

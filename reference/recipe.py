@@ -20,6 +20,14 @@ LayerBuild = Literal["cuda", "cute-dsl", "cutlass"]
 BLOCK_SIZE = 16
 """Elements that share one block scale."""
 
+# Bits of `Recipe.code`. The first four are FlashInfer's code of 4over6 (`nvfp4Recipe.h`).
+FOUR_OVER_SIX = 1 << 0
+E4M3_MAX_256 = 1 << 1
+SQUARED_ERROR = 1 << 2
+FAST_ERROR = 1 << 4
+EXACT = 1 << 5
+NO_FTZ = 1 << 6  # the "cute-dsl" build, whose kernels keep subnormal numbers
+
 
 class SfLayout(IntEnum):
     """Where a block scale lies in memory; `layouts.py` has the formulas."""
@@ -108,21 +116,29 @@ class Recipe:
 
     @property
     def code(self) -> int:
-        """Bits 0 to 4: FlashInfer's wire code of 4over6 (`nvfp4Recipe.h`); 5: exact; 6: cute-dsl."""
+        """The recipe as an integer, the sum of the bits above."""
         f = self.four_over_six
-        code = 0
-        if f is not None:
-            code = 1 | (f.e4m3_max == 256) << 1 | int(f.err_mode) << 2 | f.err_use_fast_math << 4
-        return code | (self.math == "exact") << 5 | (self.build == "cute-dsl") << 6
+        return (
+            (FOUR_OVER_SIX if f is not None else 0)
+            | (E4M3_MAX_256 if f is not None and f.e4m3_max == 256 else 0)
+            | (SQUARED_ERROR if f is not None and f.err_mode == NVFP44Over6ErrMode.MSE else 0)
+            | (FAST_ERROR if f is not None and f.err_use_fast_math else 0)
+            | (EXACT if self.math == "exact" else 0)
+            | (NO_FTZ if self.build == "cute-dsl" else 0)
+        )
 
     @classmethod
     def from_code(cls, code: int) -> "Recipe":
         """The inverse of `code`; ValueError for an integer that is no recipe's code."""
         f = None
-        if code & 1:
-            mode = code >> 2 & 3
-            f = NVFP44Over6Config(256 if code & 2 else 448, mode, bool(code & 16))  # type: ignore[arg-type]
-        recipe = cls("exact" if code & 32 else "fast", f, "cute-dsl" if code & 64 else "cuda")
+        if code & FOUR_OVER_SIX:
+            f = NVFP44Over6Config(
+                256 if code & E4M3_MAX_256 else 448,
+                NVFP44Over6ErrMode.MSE if code & SQUARED_ERROR else NVFP44Over6ErrMode.MAE,
+                bool(code & FAST_ERROR),
+            )
+        build: Build = "cute-dsl" if code & NO_FTZ else "cuda"
+        recipe = cls("exact" if code & EXACT else "fast", f, build)
         if recipe.code != code:
             raise ValueError(f"code {code} is not the code of a recipe")
         return recipe

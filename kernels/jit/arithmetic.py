@@ -13,21 +13,21 @@ import triton.language as tl
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 SIXTH = tl.constexpr(0.16666667163372039794921875)  # fp32 of 1/6, which is also rcp.approx(6)
-_MIN_NORMAL = tl.constexpr(1.1754943508222875e-38)
+_MIN_NORMAL = tl.constexpr(2.0**-126)
 
 
-@triton.jit
-def _flushed(x):
-    """Subnormals to zero of the same sign, without assembly."""
-    return tl.where(tl.abs(x) < _MIN_NORMAL, x * 0.0, x)
+@triton.constexpr_function
+def log2(n):
+    """The logarithm of a power of two."""
+    return n.bit_length() - 1
 
 
 @triton.jit
 def flush(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    """What an operation of the build reads where x is stored."""
+    """With FTZ, a subnormal x to zero of its sign."""
     if FTZ:
         if ARCH == 0:
-            return _flushed(x)
+            return tl.where(tl.abs(x) < _MIN_NORMAL, x * 0.0, x)
         return tl.inline_asm_elementwise(
             "mul.rn.ftz.f32 $0, $1, 0f3F800000;", "=f,f", [x], tl.float32, True, 1
         )
@@ -35,18 +35,18 @@ def flush(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def _instruction(a, b, NAME: tl.constexpr, FTZ: tl.constexpr):
+    """The instruction NAME.rn of two fp32 operands, which the compiler fuses with no other."""
+    ASM: tl.constexpr = NAME + (".rn.ftz.f32 $0, $1, $2;" if FTZ else ".rn.f32 $0, $1, $2;")
+    return tl.inline_asm_elementwise(ASM, "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
 def mul(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """a * b."""
     if ARCH == 0:
-        if FTZ:
-            return _flushed(_flushed(a) * _flushed(b))
-        return a * b
-    if FTZ:
-        return tl.inline_asm_elementwise(
-            "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-        )
-    return tl.inline_asm_elementwise(
-        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-    )
+        return flush(flush(a, FTZ, ARCH) * flush(b, FTZ, ARCH), FTZ, ARCH)
+    return _instruction(a, b, "mul", FTZ)
 
 
 @triton.jit
@@ -54,79 +54,45 @@ def mul_magnitude(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
     """|a| * b; the assembly keeps the magnitude a modifier of the multiplication, which is free."""
     if ARCH == 0:
         return mul(tl.abs(a), b, FTZ, ARCH)
-    if FTZ:
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 a; abs.f32 a, $1; mul.rn.ftz.f32 $0, a, $2; }",
-            "=f,f,f",
-            [a, b],
-            tl.float32,
-            True,
-            1,
-        )
-    return tl.inline_asm_elementwise(
-        "{ .reg .f32 a; abs.f32 a, $1; mul.rn.f32 $0, a, $2; }",
-        "=f,f,f",
-        [a, b],
-        tl.float32,
-        True,
-        1,
+    ASM: tl.constexpr = (
+        "{ .reg .f32 a; abs.f32 a, $1; mul.rn.ftz.f32 $0, a, $2; }"
+        if FTZ
+        else "{ .reg .f32 a; abs.f32 a, $1; mul.rn.f32 $0, a, $2; }"
     )
+    return tl.inline_asm_elementwise(ASM, "=f,f,f", [a, b], tl.float32, True, 1)
 
 
 @triton.jit
 def sub(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """a - b."""
     if ARCH == 0:
-        if FTZ:
-            return _flushed(_flushed(a) - _flushed(b))
-        return a - b
-    if FTZ:
-        return tl.inline_asm_elementwise(
-            "sub.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-        )
-    return tl.inline_asm_elementwise(
-        "sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-    )
+        return flush(flush(a, FTZ, ARCH) - flush(b, FTZ, ARCH), FTZ, ARCH)
+    return _instruction(a, b, "sub", FTZ)
 
 
 @triton.jit
 def add(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """a + b."""
     if ARCH == 0:
-        if FTZ:
-            return _flushed(_flushed(a) + _flushed(b))
-        return a + b
-    if FTZ:
-        return tl.inline_asm_elementwise(
-            "add.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-        )
-    return tl.inline_asm_elementwise(
-        "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-    )
+        return flush(flush(a, FTZ, ARCH) + flush(b, FTZ, ARCH), FTZ, ARCH)
+    return _instruction(a, b, "add", FTZ)
 
 
 @triton.jit
 def div(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    """Correctly rounded a / b."""
+    """a / b, correctly rounded."""
     if ARCH == 0:
-        if FTZ:
-            return _flushed(tl.div_rn(_flushed(a), _flushed(b)))
-        return tl.div_rn(a, b)
-    if FTZ:
-        return tl.inline_asm_elementwise(
-            "div.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-        )
-    return tl.inline_asm_elementwise(
-        "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-    )
+        return flush(tl.div_rn(flush(a, FTZ, ARCH), flush(b, FTZ, ARCH)), FTZ, ARCH)
+    return _instruction(a, b, "div", FTZ)
 
 
 @triton.jit
 def reciprocal(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    """Correctly rounded 1 / x: the bits of `div(1.0, x)`, in fewer instructions."""
+    """1 / x, correctly rounded: the bits of `div(1.0, x)`, in fewer instructions."""
     if ARCH == 0:
         return div(1.0, x, FTZ, ARCH)
-    if FTZ:
-        return tl.inline_asm_elementwise("rcp.rn.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    ASM: tl.constexpr = "rcp.rn.ftz.f32 $0, $1;" if FTZ else "rcp.rn.f32 $0, $1;"
+    return tl.inline_asm_elementwise(ASM, "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit

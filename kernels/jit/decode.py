@@ -47,7 +47,7 @@ def decode_fourth(words, WHICH: tl.constexpr, ARCH: tl.constexpr):
 @triton.jit
 def operand_scale(sf):
     """e4m3 bytes for `scaled`, bf16: times 2^118, so that nothing overflows on the way."""
-    return (e4m3_decode(sf.to(tl.int32)) * 3.3230699894622e35).to(tl.bfloat16)
+    return (e4m3_decode(sf.to(tl.int32)) * 2.0**118).to(tl.bfloat16)
 
 
 @triton.jit
@@ -63,5 +63,5 @@ def scaled(a, scale, ARCH: tl.constexpr):
 @triton.jit
 def decode_values(words, scale, WHICH: tl.constexpr, ARCH: tl.constexpr):
     """Nibble WHICH of 16-bit words of four codes times fp32 of their block scale: bf16, exact."""
-    value = decode_fourth(words, WHICH, ARCH).to(tl.float32) * 8.507059173023462e37  # 2^126
+    value = decode_fourth(words, WHICH, ARCH).to(tl.float32) * 2.0**126
     return (value * scale).to(tl.bfloat16)

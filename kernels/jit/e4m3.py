@@ -32,5 +32,5 @@ def e4m3_decode(byte):
     """e4m3 byte 0..255 (int32) to fp32, exactly; the sign of zero is kept."""
     # Exponent and significand stand where fp32 has them; the product with 2^120 mends the bias.
     bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
-    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    value = bits.to(tl.float32, bitcast=True) * 2.0**120
     return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)

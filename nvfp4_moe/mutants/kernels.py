@@ -340,9 +340,9 @@ _QUANTIZER: tuple[Entry, ...] = (
     (
         "output scale from the unrounded block scale",
         "byte = e4m3_encode(unrounded, ARCH)\n"
-        "output_scale = _output_scale(e4m3_decode(byte), encode, A_, B_, C_, D_)",
+        "output_scale = _output_scale(e4m3_decode(byte), encode, A_, B_, C_)",
         "byte = e4m3_encode(unrounded, ARCH)\n"
-        "output_scale = _output_scale(unrounded, encode, A_, B_, C_, D_)",
+        "output_scale = _output_scale(unrounded, encode, A_, B_, C_)",
         "quantizer, fast, 128x4",
     ),
     (

@@ -219,6 +219,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/e4m3.py": _LIBRARY,
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),
     "kernels/jit/pdl.py": ("decode",),
+    "kernels/jit/recipe.py": _BLOCKS,
     "kernels/jit/approximations.py": _ACTIVATIONS,
     "kernels/dense_gemm.py": (*_PRODUCTS, *_named("far, dense")),
     "kernels/producer_kernel.py": _PRODUCERS,

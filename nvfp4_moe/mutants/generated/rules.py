@@ -78,7 +78,7 @@ def generate(file: str, source: str, *, jitted: bool = False) -> list[Generated]
     """All of a module, in order.
 
     Args:
-        jitted: of the functions with `triton.jit` alone.
+        jitted: of the functions with `triton.jit` or `triton.constexpr_function` alone.
     """
     seen: Counter[tuple[str, ...]] = Counter()
     found = []
@@ -98,12 +98,16 @@ def _roots(tree: ast.Module, jitted: bool) -> Iterator[tuple[str, ast.stmt]]:
                 if isinstance(inner, ast.FunctionDef):
                     yield f"{node.name}.{inner.name}", inner
         elif isinstance(node, ast.FunctionDef):
-            if not jitted or any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            if not jitted or any(_is_compiled(d) for d in node.decorator_list):
                 yield node.name, node
         elif isinstance(node, ast.Assign) and any(
             isinstance(n, ast.Constant) and _is_number(n.value) for n in ast.walk(node)
         ):
             yield ", ".join(ast.unparse(t) for t in node.targets), node
+
+
+def _is_compiled(decorator: ast.expr) -> bool:
+    return ast.unparse(decorator).startswith(("triton.jit", "triton.constexpr_function"))
 
 
 def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
