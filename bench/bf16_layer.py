@@ -15,13 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from measure import microseconds
+from triton.runtime.errors import OutOfResources
+
 from nvfp4_moe.kernels.jit.arithmetic import to_bf16
 from nvfp4_moe.kernels.moe import Permutation, permute
 from nvfp4_moe.kernels.routing import route
 from nvfp4_moe.kernels.target import arch
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from triton.runtime.errors import OutOfResources
 
 
 @dataclass(frozen=True)

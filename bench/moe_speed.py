@@ -20,11 +20,11 @@ import bf16_layer
 import torch
 from bf16_layer import Weights
 from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes, save, start
-from nvfp4_moe.kernels import moe as triton_moe
-from nvfp4_moe.kernels.target import arch, native_mma
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
+from nvfp4_moe.kernels import moe as triton_moe
+from nvfp4_moe.kernels.target import arch, native_mma
 
 DEVICE = torch.device("cuda")
 TOKENS = (1, 8, 32, 128, 1024, 4096, 16384)

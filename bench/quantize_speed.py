@@ -10,6 +10,7 @@ reference first.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 from measure import arguments, copy_rate, microseconds, save, start
+
 from nvfp4_moe.kernels.quantize import quantize_per_token
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 
 import torch
 from measure import arguments, copy_rate, microseconds, save, start
+
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.prepare import prepare_experts

@@ -16,12 +16,12 @@ import moe_speed
 import pytest
 import torch
 from moe_speed import Shape
-from nvfp4_moe.kernels.flashinfer import baselines
-from nvfp4_moe.reference.moe import baselines as siblings
-from nvfp4_moe.reference.moe.routing import route
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
+from nvfp4_moe.kernels.flashinfer import baselines
+from nvfp4_moe.reference.moe import baselines as siblings
+from nvfp4_moe.reference.moe.routing import route
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CALLS = 10  # in one graph, so that a replay's own cost is a tenth

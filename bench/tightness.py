@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from measure import arguments, save, start
 from moe_speed import DEVICE, SHAPES, random_experts
+
 from nvfp4_moe.kernels import moe as triton_moe
 from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS

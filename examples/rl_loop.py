@@ -22,9 +22,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nvfp4_moe.reference.moe.routing import route
-
 from nvfp4_moe import Routing, RoutingMethodType, fake_quantized_moe, fused_moe, prepare_experts
+from nvfp4_moe.reference.moe.routing import route
 
 CONTEXT, WIDTH, HIDDEN, INNER, EXPERTS = 8, 32, 256, 128, 8
 ROUTING = Routing(RoutingMethodType.Renormalize, 2)

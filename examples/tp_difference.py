@@ -12,11 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nvfp4_moe.cases.inputs import activations
 from nvfp4_moe.reference.moe.activations import hidden_values, quantize_activations
 from nvfp4_moe.reference.moe.shards import shard_columns
 from nvfp4_moe.reference.recipe import Recipe
-
-from nvfp4_moe.cases.inputs import activations
 
 SHARDS = (2, 4, 8)
 

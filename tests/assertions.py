@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential.compare import compare
 from nvfp4_moe.reference.bounds.interval import Interval
 from nvfp4_moe.reference.layouts import to_linear
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
-
-from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential.compare import compare
 
 _LINEAR = SfLayout.layout_linear
 

@@ -181,9 +181,8 @@ def quantizers(device: str, backend: str) -> Any:
 
 @part
 def experts(device: str, backend: str) -> Any:
-    from nvfp4_moe.reference.moe.shards import select_experts, shard_experts
-
     import nvfp4_moe as n
+    from nvfp4_moe.reference.moe.shards import select_experts, shard_experts
 
     w13, w2 = (w.to(device) for w in weights())
     static = n.prepare_experts(w13, w2, input_amax=3.3, intermediate_amax=7.7)
@@ -241,6 +240,8 @@ def dense(device: str, backend: str) -> Any:
 
 @part
 def judge(device: str, backend: str) -> Any:
+    from nvfp4_moe import host
+    from nvfp4_moe.cases import moe as matrix_moe
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
     from nvfp4_moe.reference.moe.activations import quantize_activations
     from nvfp4_moe.reference.moe.baselines import (
@@ -252,9 +253,6 @@ def judge(device: str, backend: str) -> Any:
     from nvfp4_moe.reference.recipe import Recipe
     from nvfp4_moe.reference.statistics.measure import weight_statistics
     from nvfp4_moe.reference.weights.prepare import prepare_experts
-
-    from nvfp4_moe import host
-    from nvfp4_moe.cases import moe as matrix_moe
     from nvfp4_moe.serving.scales import serving_scales
 
     w13, w2 = (w.to(device) for w in weights(hidden=128, intermediate=128))

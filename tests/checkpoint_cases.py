@@ -6,11 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe
 from nvfp4_moe.reference.weights.experts import Experts
-from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 96, 48

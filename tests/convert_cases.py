@@ -14,10 +14,10 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 from nvfp4_moe.checkpoints import load_experts
 from nvfp4_moe.cli.convert import RECIPES
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 QWEN = NAMINGS["qwen3-moe"]
 LAYERS = (0, 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from assertions import assert_bitwise, assert_inside
+
 from nvfp4_moe.kernels import dense as triton_dense
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.reference import dense as reference

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 from nvfp4_moe.cases import inputs
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 OUTPUTS = {False: 3741, True: 140}
 """How many output arrays the two files hold; `edge` is the key."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from nvfp4_moe.kernels.flashinfer import version
 
 COMPLETE = version.Installation(version.CITED, has_cake_programs=True, has_cudnn=True)

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
 from nvfp4_moe.reference.moe.permute import held_slots

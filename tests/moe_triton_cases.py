@@ -7,6 +7,7 @@ import moe_cases
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Case, Shape
+
 from nvfp4_moe.kernels import moe as triton_moe
 from nvfp4_moe.kernels import routing as triton_routing
 from nvfp4_moe.kernels.moe import GemmConfig

@@ -15,13 +15,6 @@ import torch
 import torch.distributed as dist
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_bounds
-from nvfp4_moe.reference.moe.layer import fused_moe as reference_fused_moe
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.moe.shards import fused_moe_shards
-from nvfp4_moe.reference.recipe import NVFP44Over6Config
-from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe_case import to_device
@@ -29,6 +22,13 @@ from nvfp4_moe.parallel import AgreementError, fused_moe_ep, fused_moe_tp
 from nvfp4_moe.parallel import select_experts as select
 from nvfp4_moe.parallel import shard_experts as shard
 from nvfp4_moe.parallel.all_to_all import packed_bytes
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_bounds
+from nvfp4_moe.reference.moe.layer import fused_moe as reference_fused_moe
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.shards import fused_moe_shards
+from nvfp4_moe.reference.recipe import NVFP44Over6Config
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 SHAPE = Shape(13, 144, 112, 9, 5)
 """Padded in H and in I, 7 blocks of I and 9 experts: uneven on 2 and on 4 ranks."""

@@ -14,10 +14,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from nvfp4_moe.reference.layouts import from_linear, to_linear
-from nvfp4_moe.reference.numerics import e2m1
-from nvfp4_moe.reference.quantize import Quantized
-from nvfp4_moe.reference.recipe import SfLayout
 
 from nvfp4_moe.cases import moe as matrix_moe
 from nvfp4_moe.cases.moe_case import MoECase
@@ -28,6 +24,10 @@ from nvfp4_moe.differential import quantizers, workers
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.quantize import InputSelection
 from nvfp4_moe.failures import write as folder
+from nvfp4_moe.reference.layouts import from_linear, to_linear
+from nvfp4_moe.reference.numerics import e2m1
+from nvfp4_moe.reference.quantize import Quantized
+from nvfp4_moe.reference.recipe import SfLayout
 from nvfp4_moe.report.data import Report
 
 ROOT = Path(__file__).resolve().parent.parent

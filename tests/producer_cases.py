@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 from assertions import assert_bitwise, assert_quantized
+
 from nvfp4_moe.kernels import producer_launch as launch
 from nvfp4_moe.reference import fused_quantize as reference
 from nvfp4_moe.reference.quantize import quantize_per_token

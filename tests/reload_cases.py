@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from assertions import assert_bitwise
+
+from nvfp4_moe import ActivationType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.cute_dsl import with_cute_dsl
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.prepare import prepare_experts
 from nvfp4_moe.reference.weights.versions import tensors_of
-
-from nvfp4_moe import ActivationType
 
 EXPERTS, HIDDEN, INTERMEDIATE = (
     3,

@@ -7,16 +7,16 @@ import moe_cases
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.failures.replay_file import MoEFailure, Origin, QuantizerFailure
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 FOUR = Recipe("exact", NVFP44Over6Config(256, "MSE", True))

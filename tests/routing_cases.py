@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
 
 M = RoutingMethodType

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from importlib.resources import files
 
 import numpy as np
+
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, NVFP44Over6ErrMode, Recipe
 
 F = np.float32

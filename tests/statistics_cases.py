@@ -12,14 +12,14 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 from moe_triton_cases import coarse, to
+
+import nvfp4_moe
 from nvfp4_moe.kernels import moe_ops
 from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import hidden_values
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.statistics.counts import BINS, COUNTS, QuantizationStatistics
-
-import nvfp4_moe
 
 FOUR = Recipe("fast", NVFP44Over6Config())
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from nvfp4_moe.reference.activation import IMPLEMENTED, OWN, ActivationType, activate
 
 

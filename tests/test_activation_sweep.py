@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from marks import ON_A_GPU
 from moe_cases import GATED, PLAIN
+
 from nvfp4_moe.kernels.jit import approximations as special
 from nvfp4_moe.kernels.moe_gemm import _activation, _per_expert
 from nvfp4_moe.kernels.target import INTERPRETING

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.reference.numerics import e2m1
-from nvfp4_moe.reference.recipe import Recipe, SfLayout, all_recipes
 
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases import quantize as matrix
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.explain import explain_element, first_element
+from nvfp4_moe.reference.numerics import e2m1
+from nvfp4_moe.reference.recipe import Recipe, SfLayout, all_recipes
 
 LINEAR = SfLayout.layout_linear
 

@@ -12,13 +12,13 @@ from assertions import (
     assert_per_token_scales_bitwise,
     assert_quantized,
 )
-from nvfp4_moe.reference.layouts import from_linear
-from nvfp4_moe.reference.quantize import Quantized
-from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.quantize import Quantized
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 CODES = torch.arange(3 * 16, dtype=torch.uint8).reshape(3, 16)  # 3 rows of 32 elements
 SCALES = torch.arange(3 * 2, dtype=torch.uint8).reshape(3, 2)

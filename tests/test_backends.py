@@ -8,14 +8,14 @@ import dense_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+
+import nvfp4_moe
+from nvfp4_moe import UnsupportedError, register_backend
 from nvfp4_moe.kernels import backends
 from nvfp4_moe.kernels.backends import Backend, Operation
 from nvfp4_moe.kernels.dense_dispatch import MM_FP4
 from nvfp4_moe.kernels.dispatch import QUANTIZE
 from nvfp4_moe.kernels.producers import FUSED_QUANTIZE
-
-import nvfp4_moe
-from nvfp4_moe import UnsupportedError, register_backend
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
 TOKEN = {"a_global_sf": 1 / 2688, "per_token_activation": True}

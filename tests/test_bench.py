@@ -15,8 +15,9 @@ import test_speed
 import torch
 from bf16_layer import Tiles, Weights, candidates
 from moe_speed import Shape
-from nvfp4_moe.reference.activation import ActivationType
 from offline import compile_kernel, resources
+
+from nvfp4_moe.reference.activation import ActivationType
 
 SMALL = (Tiles(16, 64, 64, 2, 1, 4), Tiles(16, 128, 64, 1, 1, 4))
 SHAPES = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import standin
-from nvfp4_moe.kernels import moe_dispatch
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cli import blackwell
+from nvfp4_moe.kernels import moe_dispatch
 from nvfp4_moe.report import data as report
 
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, as FlashInfer's layers do")

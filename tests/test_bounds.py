@@ -8,6 +8,8 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Shape
+
+from nvfp4_moe.differential.conforming import truncating
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds import product as bounds_product
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS, FP32, sum_of_products
@@ -21,8 +23,6 @@ from nvfp4_moe.reference.moe.activations import Activations, hidden_values
 from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.quantize import quantize_block_scales, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-
-from nvfp4_moe.differential.conforming import truncating
 
 RECIPES = [
     Recipe(),

@@ -8,14 +8,14 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Shape
+
+from nvfp4_moe.differential.conforming import CONFORMING
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.layer import Stages
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
-
-from nvfp4_moe.differential.conforming import CONFORMING
 
 SHAPE = Shape(8, 272, 176, 4, 2)
 SUMS = [name for name in CONFORMING if "approximate" not in name]  # the activation is no stage here

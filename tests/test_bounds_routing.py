@@ -11,16 +11,6 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
-from nvfp4_moe.reference.bounds import routing as bounds_routing
-from nvfp4_moe.reference.bounds.interval import Interval
-from nvfp4_moe.reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
-from nvfp4_moe.reference.bounds.routing import routing_bounds
-from nvfp4_moe.reference.bounds.selection import SETS, selections
-from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe import routing
-from nvfp4_moe.reference.moe.finalize import finalize
-from nvfp4_moe.reference.moe.routing import Routing, route
-from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from routing_cases import (
     BIASED,
     GROUPED,
@@ -37,6 +27,16 @@ from routing_cases import (
 )
 
 from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.reference.bounds import routing as bounds_routing
+from nvfp4_moe.reference.bounds.interval import Interval
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
+from nvfp4_moe.reference.bounds.routing import routing_bounds
+from nvfp4_moe.reference.bounds.selection import SETS, selections
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe import routing
+from nvfp4_moe.reference.moe.finalize import finalize
+from nvfp4_moe.reference.moe.routing import Routing, route
+from nvfp4_moe.reference.weights.cutlass import with_cutlass
 
 EXPERTS = 16
 SHAPE = Shape(24, 128, 64, EXPERTS, 4)

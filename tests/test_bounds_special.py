@@ -9,6 +9,10 @@ import pytest
 import torch
 from assertions import assert_inside
 from moe_cases import GATED, PLAIN, Shape
+
+from nvfp4_moe.cases.fuzz import Draw
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.differential.verdict import Allowed
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS, sum_of_products
 from nvfp4_moe.reference.bounds.interval import Interval, hull
@@ -22,10 +26,6 @@ from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.numerics.fp32 import flush
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.prepare import prepare_experts
-
-from nvfp4_moe.cases.fuzz import Draw
-from nvfp4_moe.cases.moe_case import MoECase
-from nvfp4_moe.differential.verdict import Allowed
 
 INF, NAN = torch.inf, torch.nan
 SHAPE = Shape(4, 128, 128, 2, 1)

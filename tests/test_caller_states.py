@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from caller_states import PARTS, STATES
 from marks import ON_A_GPU
+
 from nvfp4_moe.kernels.target import INTERPRETING
 
 TESTS = Path(__file__).parent

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+
+import nvfp4_moe
 from nvfp4_moe.kernels.dense_dispatch import MM_FP4, DenseBackend
 from nvfp4_moe.kernels.dispatch import QUANTIZE, QuantizeBackend
 from nvfp4_moe.kernels.producers import FUSED_QUANTIZE, FusedQuantizeBackend
 from nvfp4_moe.reference.weights.writers import WRITERS, WriterName
-
-import nvfp4_moe
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("LICENSE", "README.md", "kernels", "nvfp4_moe", "pyproject.toml", "reference", "src")

@@ -16,10 +16,10 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.weights.prepare import assemble_experts
 
 from nvfp4_moe.checkpoints import CheckpointError, load_experts
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.weights.prepare import assemble_experts
 
 QWEN = NAMINGS["qwen3-moe"]
 OAI = {"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0}

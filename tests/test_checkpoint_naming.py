@@ -21,10 +21,10 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.weights.prepare import prepare_experts, quantize_weight
 
 from nvfp4_moe.checkpoints import CheckpointError, load_experts
+from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.prepare import prepare_experts, quantize_weight
 
 QWEN, MIXTRAL = NAMINGS["qwen3-moe"], NAMINGS["mixtral"]
 NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}

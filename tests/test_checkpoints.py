@@ -24,13 +24,13 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.weights.experts import Experts
-from nvfp4_moe.reference.weights.prepare import assemble_experts
 from safetensors.torch import load_file, save_file
 
 from nvfp4_moe.checkpoints import CheckpointError, Folder, find_layers, load_experts
 from nvfp4_moe.checkpoints.progress import Bar
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts
 
 QWEN = NAMINGS["qwen3-moe"]
 

@@ -6,10 +6,10 @@ import re
 import moe_cases
 import pytest
 import torch
-from nvfp4_moe.reference import checks
 from torch._subclasses import FakeTensorMode
 
 import nvfp4_moe
+from nvfp4_moe.reference import checks
 
 X = torch.zeros(2, 3, dtype=torch.bfloat16)
 GIVEN = {

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+
 from nvfp4_moe.kernels import config_cache, environment
 from nvfp4_moe.kernels.config_cache import GemmConfig, Key, lookup, path_of, store, text_of
 

@@ -17,12 +17,12 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts, quantize_weight
 from safetensors.torch import load_file
 
 from nvfp4_moe.checkpoints import CheckpointError, convert, load_experts
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts, quantize_weight
 
 QWEN = NAMINGS["qwen3-moe"]
 P = QWEN.of(0)

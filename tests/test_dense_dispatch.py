@@ -10,13 +10,13 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from installations import pretend
+
+import nvfp4_moe
+from nvfp4_moe import UnsupportedError, explain_mm_fp4, mm_fp4, nvfp4_quantize
 from nvfp4_moe.kernels import dense_dispatch, target
 from nvfp4_moe.kernels.dense_call import make_dense_call
 from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
 from nvfp4_moe.reference import dense
-
-import nvfp4_moe
-from nvfp4_moe import UnsupportedError, explain_mm_fp4, mm_fp4, nvfp4_quantize
 
 CASE = dense_cases.coarse(33, 64, 256)
 GOOD = CASE.arguments

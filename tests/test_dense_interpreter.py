@@ -6,14 +6,14 @@ import pytest
 import torch
 import triton.language as tl
 from assertions import assert_bitwise
+
+import nvfp4_moe
 from nvfp4_moe.kernels import (
     dense,
     dense_ops,  # noqa: F401  registers the op
 )
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.reference.quantize import dequantize
-
-import nvfp4_moe
 
 pytestmark = [
     pytest.mark.interpreter,

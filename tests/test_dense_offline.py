@@ -2,11 +2,12 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+from offline import compile_kernel, resources
+
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.kernels.dense import dense_config
 from nvfp4_moe.kernels.dense_gemm import decode_rows_kernel, dense_gemm_kernel
 from nvfp4_moe.kernels.target import native_mma, shared_memory
-from offline import compile_kernel, resources
 
 pytestmark = pytest.mark.compile
 

@@ -9,6 +9,7 @@ import torch
 from assertions import assert_bitwise, assert_inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nvfp4_moe.reference import dense
 from nvfp4_moe.reference.bounds.accumulation import FP32
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds

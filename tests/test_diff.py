@@ -6,10 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.kernels import dispatch
-from nvfp4_moe.reference.layouts import from_linear, to_linear
-from nvfp4_moe.reference.numerics import e4m3
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from safetensors.torch import save_file
 
 from nvfp4_moe import __main__
@@ -17,6 +13,10 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import compare, quantizers
 from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.kernels import dispatch
+from nvfp4_moe.reference.layouts import from_linear, to_linear
+from nvfp4_moe.reference.numerics import e4m3
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 

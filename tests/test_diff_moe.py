@@ -130,9 +130,8 @@ def test_costs_are_those_of_four_bits():
 
 def test_the_exact_cases_are_exact():
     """Any order of the sums gives the same bits: ascending in fp32 as well as in fp64."""
-    from nvfp4_moe.reference.moe.layer import fused_moe
-
     from nvfp4_moe.differential.conforming import CONFORMING
+    from nvfp4_moe.reference.moe.layer import fused_moe
 
     exact = [case for case in matrix_moe.cases() if case.exact]
     assert len(exact) >= 3

@@ -11,6 +11,12 @@ import standin
 import torch
 from assertions import assert_bitwise
 from installations import pretend
+from standin import layers
+
+from nvfp4_moe.cases.baselines import SiblingCase, exact_case
+from nvfp4_moe.differential import baselines as diff_siblings
+from nvfp4_moe.differential.calls import RunOptions
+from nvfp4_moe.exits import CommandError
 from nvfp4_moe.kernels.flashinfer import baselines as adapter
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
@@ -22,12 +28,6 @@ from nvfp4_moe.reference.moe.baselines import (
     quantize_for,
 )
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
-from standin import layers
-
-from nvfp4_moe.cases.baselines import SiblingCase, exact_case
-from nvfp4_moe.differential import baselines as diff_siblings
-from nvfp4_moe.differential.calls import RunOptions
-from nvfp4_moe.exits import CommandError
 
 NAMES = adapter.NAMES
 EVERY = RunOptions(every_configuration=True, replay=True)

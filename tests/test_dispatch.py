@@ -12,6 +12,10 @@ import torch
 from assertions import assert_bitwise, assert_quantized
 from installations import pretend
 from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
+
+import nvfp4_moe
+from nvfp4_moe import SfLayout, UnsupportedError, explain, nvfp4_quantize
+from nvfp4_moe.cases import inputs
 from nvfp4_moe.kernels import backends, dispatch, environment, target
 from nvfp4_moe.kernels.capability import check_capability
 from nvfp4_moe.kernels.flashinfer import quantize as fi
@@ -20,10 +24,6 @@ from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.layouts import shuffle_rows
 from nvfp4_moe.reference.recipe import Recipe, all_recipes
-
-import nvfp4_moe
-from nvfp4_moe import SfLayout, UnsupportedError, explain, nvfp4_quantize
-from nvfp4_moe.cases import inputs
 
 NEW, OLD = environment.EXACT_VARIABLES["cuda"]
 ROOT = Path(nvfp4_moe.__file__).parent.parent

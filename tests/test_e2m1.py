@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from assertions import assert_bitwise
+
 from nvfp4_moe.reference.numerics import e2m1
 
 

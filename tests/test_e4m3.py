@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference.numerics import e4m3
 from torch.overrides import TorchFunctionMode
+
+from nvfp4_moe.reference.numerics import e4m3
 
 INF = torch.tensor(torch.inf)
 

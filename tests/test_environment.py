@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 

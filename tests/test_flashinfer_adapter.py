@@ -13,6 +13,8 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from installations import pretend
+
+from nvfp4_moe import NVFP44Over6Config, SfLayout, nvfp4_quantize
 from nvfp4_moe.kernels import dispatch, environment
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.kernels.dispatch import QUANTIZE
@@ -21,8 +23,6 @@ from nvfp4_moe.kernels.quantize_call import UNSET, make_quantize_call
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import Recipe
-
-from nvfp4_moe import NVFP44Over6Config, SfLayout, nvfp4_quantize
 
 NEW, OLD = environment.EXACT_VARIABLES["cuda"]
 G = 1 / 2688

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from installations import pretend
+
 from nvfp4_moe.kernels.flashinfer import (
     autotuner,
     baselines,

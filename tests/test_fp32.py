@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from assertions import assert_bitwise
+
 from nvfp4_moe.reference.numerics import fp32
 from nvfp4_moe.reference.numerics.fp32 import FLT_MAX, Arithmetic, rcp_approx_ftz
 

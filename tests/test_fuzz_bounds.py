@@ -5,14 +5,14 @@ import shlex
 
 import pytest
 import torch
-from nvfp4_moe.reference.bounds.interval import Interval
-from nvfp4_moe.reference.moe.layer import Stages
-from nvfp4_moe.reference.numerics.accumulate import matmul
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases.fuzz import Kind
 from nvfp4_moe.cli import fuzz_bounds
 from nvfp4_moe.differential import fuzz as fuzz_runs
+from nvfp4_moe.reference.bounds.interval import Interval
+from nvfp4_moe.reference.moe.layer import Stages
+from nvfp4_moe.reference.numerics.accumulate import matmul
 
 SETTINGS = {"tokens": 4, "ways": 3, "kinds": None, "device": "cpu", "triton": False}
 

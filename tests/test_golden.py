@@ -4,6 +4,7 @@
 import pytest
 from assertions import assert_bitwise
 from golden_cases import OUTPUTS, cases
+
 from nvfp4_moe.reference import layouts, quantize
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
+
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.grouped import fused_moe_grouped, quantize_grouped

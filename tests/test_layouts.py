@@ -6,6 +6,7 @@ import torch
 from assertions import assert_bitwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nvfp4_moe.reference.layouts import convert, from_linear, padded_shape, to_linear
 from nvfp4_moe.reference.recipe import SfLayout
 

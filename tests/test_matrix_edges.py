@@ -3,12 +3,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from nvfp4_moe.reference.activation import IMPLEMENTED
-from nvfp4_moe.reference.moe.routing import route
-from nvfp4_moe.reference.recipe import Recipe
 
 from nvfp4_moe.cases import moe_edges as matrix_edges
 from nvfp4_moe.differential.verdict import Allowed, unequal
+from nvfp4_moe.reference.activation import IMPLEMENTED
+from nvfp4_moe.reference.moe.routing import route
+from nvfp4_moe.reference.recipe import Recipe
 
 CASES = {case.name: case for case in matrix_edges.cases(Recipe())}
 

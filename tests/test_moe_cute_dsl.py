@@ -13,6 +13,8 @@ import torch
 from assertions import assert_bitwise
 from installations import pretend
 from moe_cases import Shape
+
+import nvfp4_moe
 from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
 )
@@ -25,8 +27,6 @@ from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-
-import nvfp4_moe
 
 NAME = cute_dsl.NAME
 KINDS = [a for a in IMPLEMENTED if "cute-dsl" in a.row.flashinfer]

@@ -13,6 +13,8 @@ import pytest
 import torch
 from installations import pretend
 from moe_cases import Shape
+
+import nvfp4_moe
 from nvfp4_moe.kernels.flashinfer import cutlass
 from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
 from nvfp4_moe.kernels.flashinfer.rules import BLACKWELL
@@ -25,8 +27,6 @@ from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-
-import nvfp4_moe
 
 NAME = cutlass.NAME
 SHAPE = Shape(3, 128, 64, 8, 2)

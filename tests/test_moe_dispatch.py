@@ -10,6 +10,8 @@ import torch
 from assertions import assert_bitwise
 from installations import pretend
 from moe_cases import Shape
+
+import nvfp4_moe
 from nvfp4_moe.kernels import moe_dispatch, moe_ops
 from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.kernels.moe_call import KernelCall
@@ -18,8 +20,6 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-
-import nvfp4_moe
 
 SHAPE = Shape(5, 128, 64, 8, 2)
 DEEPSEEK = Routing(RoutingMethodType.DeepSeekV3, 2, 4, 2, 2.5)

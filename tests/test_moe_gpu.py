@@ -8,13 +8,13 @@ from assertions import assert_bitwise
 from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
+
+from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.kernels import moe
 from nvfp4_moe.kernels.moe import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.recipe import Recipe
-
-from nvfp4_moe.differential import accumulation as sums
 
 pytestmark = ON_A_GPU
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
+
 from nvfp4_moe.kernels import moe
 from nvfp4_moe.reference.activation import ActivationType
 

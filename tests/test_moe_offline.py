@@ -2,11 +2,12 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+from offline import compile_kernel, resources
+
 from nvfp4_moe.kernels.moe import GemmConfig, gemm_config
 from nvfp4_moe.kernels.moe_gemm import NONE, expert_gemm_kernel
 from nvfp4_moe.kernels.target import native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
-from offline import compile_kernel, resources
 
 pytestmark = pytest.mark.compile
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from moe_cases import GATED, PLAIN, Shape
+
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.finalize import finalize, split_k_groups

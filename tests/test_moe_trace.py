@@ -13,6 +13,7 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
+
 from nvfp4_moe.kernels.flashinfer import trtllm
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.reference.activation import ActivationType

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.differential.conforming import CONFORMING, SETTINGS, conforms, perform
@@ -14,6 +13,7 @@ from nvfp4_moe.differential.stages import STAGES, judge
 from nvfp4_moe.mutants import command
 from nvfp4_moe.mutants.catalogue import EVERY_SETTING, MUTANTS
 from nvfp4_moe.mutants.kernels import KERNEL_MUTANTS
+from nvfp4_moe.reference.moe.layer import Stages
 
 _OF_QWEN = [m for m in MUTANTS if m.setting == "qwen"][:2]
 ROOT = Path(__file__).parent.parent

@@ -3,10 +3,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from nvfp4_moe.reference.moe.baselines import FORMATS, prepare_sibling
-from nvfp4_moe.reference.weights.versions import tensors_of
 
 from nvfp4_moe import assemble_experts, prepare_experts, with_cute_dsl, with_cutlass
+from nvfp4_moe.reference.moe.baselines import FORMATS, prepare_sibling
+from nvfp4_moe.reference.weights.versions import tensors_of
 from nvfp4_moe.serving.scales import serving_scales
 
 E, H, INTER = 2, 128, 128

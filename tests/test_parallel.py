@@ -13,9 +13,10 @@ from pathlib import Path
 import parallel_agreement_cases  # noqa: F401  more of CASES
 import pytest
 import torch
-from nvfp4_moe.kernels.target import INTERPRETING
 from parallel_cases import CASES
 from parallel_worker import LOSSES, TIMEOUT
+
+from nvfp4_moe.kernels.target import INTERPRETING
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = [("gloo", 2), ("gloo", 4), ("nccl", 2), ("nccl", 4)]

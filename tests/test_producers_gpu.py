@@ -6,11 +6,11 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
 from marks import ON_A_GPU
+
+import nvfp4_moe
 from nvfp4_moe.reference import fused_quantize as reference
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
-
-import nvfp4_moe
 
 pytestmark = ON_A_GPU
 

@@ -5,9 +5,9 @@ import producer_cases
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.kernels import producer_launch, producer_ops  # noqa: F401  register ops
 
 import nvfp4_moe
+from nvfp4_moe.kernels import producer_launch, producer_ops  # noqa: F401  register ops
 
 pytestmark = [
     pytest.mark.interpreter,

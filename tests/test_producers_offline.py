@@ -4,11 +4,12 @@
 import re
 
 import pytest
+from offline import compile_kernel, resources
+
 from nvfp4_moe.kernels import producer_kernel as k
 from nvfp4_moe.kernels.jit.formats import BF16, FP16
 from nvfp4_moe.kernels.producer_launch import launch_config
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from offline import compile_kernel, resources
 
 pytestmark = pytest.mark.compile
 

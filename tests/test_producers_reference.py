@@ -9,11 +9,6 @@ import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvfp4_moe.kernels import target
-from nvfp4_moe.reference import fused_quantize as producers
-from nvfp4_moe.reference.bounds.interval import Interval, rounded
-from nvfp4_moe.reference.quantize import quantize_per_token
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 from nvfp4_moe import (
     UnsupportedError,
@@ -21,6 +16,11 @@ from nvfp4_moe import (
     rmsnorm_nvfp4_quantize,
     silu_and_mul_nvfp4_quantize,
 )
+from nvfp4_moe.kernels import target
+from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference.bounds.interval import Interval, rounded
+from nvfp4_moe.reference.quantize import quantize_per_token
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 ULP = 2.0**-23
 

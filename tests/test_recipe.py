@@ -4,6 +4,7 @@
 import dataclasses
 
 import pytest
+
 from nvfp4_moe.reference.recipe import (
     NVFP44Over6Config,
     NVFP44Over6ErrMode,

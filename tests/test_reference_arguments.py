@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
+
+from nvfp4_moe.cases import inputs
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import (
@@ -15,8 +17,6 @@ from nvfp4_moe.reference.quantize import (
     quantize_per_token,
 )
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
-
-from nvfp4_moe.cases import inputs
 
 by_recipe = pytest.mark.parametrize("recipe", all_recipes(), ids=str)
 

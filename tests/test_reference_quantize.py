@@ -14,6 +14,8 @@ from assertions import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+from nvfp4_moe.cases import inputs
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import (
@@ -23,8 +25,6 @@ from nvfp4_moe.reference.quantize import (
     quantize_per_token,
 )
 from nvfp4_moe.reference.recipe import SfLayout, all_recipes
-
-from nvfp4_moe.cases import inputs
 
 RECIPES = st.sampled_from(all_recipes())
 SEEDS = st.integers(0, 2**32 - 1)

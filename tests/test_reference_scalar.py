@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference.numerics import e2m1
-from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_token
-from nvfp4_moe.reference.recipe import Recipe, all_recipes
 from scalar_model import ZERO, Kernel, hmax
 
 from nvfp4_moe.cases import inputs
+from nvfp4_moe.reference.numerics import e2m1
+from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_token
+from nvfp4_moe.reference.recipe import Recipe, all_recipes
 
 PLAIN = [r for r in all_recipes() if r.four_over_six is None]
 by_recipe = pytest.mark.parametrize("recipe", all_recipes(), ids=str)

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_global_scale, quantize_per_token
 from nvfp4_moe.reference.recipe import SfLayout, all_recipes

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import reload_cases as cases
 import torch
+
+from nvfp4_moe import ActivationType, fused_moe
 from nvfp4_moe.reference.moe.shards import select_experts, shard_experts
 from nvfp4_moe.reference.weights.checksum import digests
 from nvfp4_moe.reference.weights.prepare import prepare_experts
 from nvfp4_moe.reference.weights.versions import tensors_of
-
-from nvfp4_moe import ActivationType, fused_moe
 
 SWIGLU = ActivationType.Swiglu
 PARAMETERS = {

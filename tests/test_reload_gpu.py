@@ -5,9 +5,9 @@ import pytest
 import reload_cases as cases
 import torch
 from marks import ON_A_GPU
-from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 from nvfp4_moe import ActivationType, fused_moe
+from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 pytestmark = ON_A_GPU
 SWIGLU = ActivationType.Swiglu

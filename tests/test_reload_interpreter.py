@@ -4,9 +4,9 @@
 import pytest
 import reload_cases as cases
 import torch
-from nvfp4_moe.reference import checks
 
 from nvfp4_moe import ActivationType, prepare_experts
+from nvfp4_moe.reference import checks
 
 pytestmark = [
     pytest.mark.interpreter,

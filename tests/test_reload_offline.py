@@ -4,10 +4,11 @@
 import re
 
 import pytest
+from offline import compile_kernel, resources
+
 from nvfp4_moe.kernels import reload_kernel as k
 from nvfp4_moe.kernels.jit.formats import BF16, FP16
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-from offline import compile_kernel, resources
 
 pytestmark = pytest.mark.compile
 

@@ -7,12 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.quantize import Quantized
-from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from replay_cases import CASE, FOUR, ORIGIN, assert_same, moe_failure, quantizer_failure, wrong
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -38,6 +32,12 @@ from nvfp4_moe.failures.replay_file import (
     save_moe,
     save_quantizer,
 )
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.quantize import Quantized
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 CASES = [
     (CASE, torch.bfloat16),

@@ -9,7 +9,6 @@ import sys
 import pytest
 import replay_cases
 import torch
-from nvfp4_moe.reference.numerics import e2m1
 from safetensors.torch import save_file
 
 from nvfp4_moe import machine
@@ -21,6 +20,7 @@ from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures import write as folder
 from nvfp4_moe.failures.replay_file import save_quantizer
+from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.report import data as report
 from nvfp4_moe.report import html as page
 from nvfp4_moe.report import invocation

@@ -9,16 +9,6 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from nvfp4_moe.kernels.routing import is_biased, is_raw
-from nvfp4_moe.reference.moe.routing import (
-    METHODS,
-    Routing,
-    RoutingResult,
-    append_shared_experts,
-    pack_topk,
-    route,
-    unpack_topk,
-)
 from routing_cases import (
     BIASED,
     GROUPED,
@@ -37,6 +27,17 @@ from routing_cases import (
     variants,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nvfp4_moe.kernels.routing import is_biased, is_raw
+from nvfp4_moe.reference.moe.routing import (
+    METHODS,
+    Routing,
+    RoutingResult,
+    append_shared_experts,
+    pack_topk,
+    route,
+    unpack_topk,
+)
 
 
 @each_dtype

@@ -9,6 +9,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from routing_cases import BIASED, GROUPED, M, bias_of, each_dtype, logits_of, name, same
+
 from nvfp4_moe.reference.moe.routing import (
     Routing,
     RoutingResult,
@@ -18,7 +20,6 @@ from nvfp4_moe.reference.moe.routing import (
     route,
     unpack_topk,
 )
-from routing_cases import BIASED, GROUPED, M, bias_of, each_dtype, logits_of, name, same
 
 # Packed ids
 

@@ -2,9 +2,10 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+from offline import compile_kernel, resources
+
 from nvfp4_moe.kernels.routing import route_kernel
 from nvfp4_moe.reference.moe.routing import RoutingMethodType
-from offline import compile_kernel, resources
 
 pytestmark = pytest.mark.compile
 

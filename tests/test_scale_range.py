@@ -8,6 +8,8 @@ import torch
 import training_cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN
+
+from nvfp4_moe import fake_quantized_moe, fused_moe
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import fp8
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
@@ -15,8 +17,6 @@ from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import gemm1_values
 from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts, quantize_weight
 from nvfp4_moe.reference.weights.scalars import MOST_OF_WEIGHTS, MOST_RAW, static_encode_scale
-
-from nvfp4_moe import fake_quantized_moe, fused_moe
 
 MAGNITUDES = [2.0**-133, 1e-39, 1e-37, 7e-36, 1e-34, 1e-30, 1e-20, 1.0, 1e20, 2.0**124]
 TINY = MAGNITUDES[:4]

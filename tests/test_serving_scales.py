@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from assertions import assert_bitwise
-from nvfp4_moe.reference.activation import ActivationType, activate
-from nvfp4_moe.reference.weights.prepare import assemble_experts
 from server_sources import source_of
 
+from nvfp4_moe.reference.activation import ActivationType, activate
+from nvfp4_moe.reference.weights.prepare import assemble_experts
 from nvfp4_moe.serving import serving_scales
 
 KINDS = [ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Situ, ActivationType.Relu2]

@@ -15,11 +15,6 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels import environment
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.routing import pack_topk
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from nvfp4_moe.reference.weights.experts import Experts
 from server_sources import (
     VERSIONS,
     arguments_of,
@@ -33,6 +28,11 @@ from server_sources import (
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError, nvfp4_quantize
+from nvfp4_moe.kernels import environment
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.routing import pack_topk
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.serving import SERVERS, fused_experts_fp4
 from nvfp4_moe.serving import sglang as ours
 from nvfp4_moe.serving.sglang import fused_experts_none_to_flashinfer_trtllm_fp4 as drop_in

@@ -10,6 +10,9 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
+from tp_difference import changed
+
+from nvfp4_moe.cases import inputs
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.interval import Interval
 from nvfp4_moe.reference.bounds.parallel import (
@@ -29,9 +32,6 @@ from nvfp4_moe.reference.recipe import Recipe
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values, unshuffled_bias
 from nvfp4_moe.reference.weights.prepare import prepare_experts
-from tp_difference import changed
-
-from nvfp4_moe.cases import inputs
 
 SHAPE = Shape(6, 144, 112, 3, 2)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

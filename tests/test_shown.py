@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.baselines import prepare_sibling
 from nvfp4_moe.reference.weights.cute_dsl import with_cute_dsl

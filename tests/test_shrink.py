@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import compare, run_reference
 from nvfp4_moe.failures import minimize as shrink
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 

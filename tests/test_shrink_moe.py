@@ -9,15 +9,6 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.numerics import e4m3
-from nvfp4_moe.reference.weights.layout import (
-    gemm1_values,
-    gemm2_values,
-    row_order,
-    unshuffled_bias,
-)
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe_case import MoECase
@@ -31,6 +22,15 @@ from nvfp4_moe.failures.slice_call import (
     keep_slots,
     keep_tokens,
     with_given_routing,
+)
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e4m3
+from nvfp4_moe.reference.weights.layout import (
+    gemm1_values,
+    gemm2_values,
+    row_order,
+    unshuffled_bias,
 )
 
 SHAPE = Shape(6, 368, 208, 8, 3, 2, 4)  # H and I padded to 384 and 256, experts 2 to 5 held

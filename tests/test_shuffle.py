@@ -4,6 +4,7 @@
 import pytest
 import torch
 from assertions import assert_bitwise
+
 from nvfp4_moe.reference.layouts import interleave_gated_rows, inverse, shuffle_rows
 
 ROWS = (128, 256, 384)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
+
 from nvfp4_moe.kernels.flashinfer import baselines as adapter
 from nvfp4_moe.kernels.flashinfer.baselines import SiblingRequest
 from nvfp4_moe.reference.activation import ActivationType

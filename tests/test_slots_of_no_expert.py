@@ -8,13 +8,13 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
+
+import nvfp4_moe
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.finalize import finalize
 from nvfp4_moe.reference.moe.permute import held_slots
-
-import nvfp4_moe
 
 SHAPE = Shape(6, 128, 64, 6, 5, 2, 3)
 ORDERS = ("flashinfer", "slot")

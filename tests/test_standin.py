@@ -19,10 +19,6 @@ import pytest
 import standin
 import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
-from nvfp4_moe.kernels import capability, dispatch, environment
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
-from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from standin import CAPABILITY, LIES, layers
 from standin import quantizers as standin_quantizers
 from standin.cases import CASES, EXACT_MATH
@@ -33,6 +29,10 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case, global_scale
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.differential import quantizers, tactics
+from nvfp4_moe.kernels import capability, dispatch, environment
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 flashinfer = pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")

@@ -13,6 +13,11 @@ import torch
 from assertions import assert_bitwise
 from installations import pretend
 from moe_cases import Shape
+from statistics_cases import FOUR, assert_same, assert_slow, slow
+
+import nvfp4_moe
+from nvfp4_moe import LayerStatistics, MoEStatistics
+from nvfp4_moe.cases import inputs
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
@@ -22,11 +27,6 @@ from nvfp4_moe.reference.statistics import measure
 from nvfp4_moe.reference.statistics.counts import COUNTS, QuantizationStatistics
 from nvfp4_moe.reference.statistics.measure import quantization_statistics, weight_statistics
 from nvfp4_moe.reference.weights.prepare import quantize_weight
-from statistics_cases import FOUR, assert_same, assert_slow, slow
-
-import nvfp4_moe
-from nvfp4_moe import LayerStatistics, MoEStatistics
-from nvfp4_moe.cases import inputs
 
 SHAPE = Shape(7, 128, 64, 6, 3)
 

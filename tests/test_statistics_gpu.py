@@ -8,12 +8,12 @@ from assertions import assert_bitwise
 from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import to
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
-from nvfp4_moe.reference.statistics.measure import quantization_statistics, weight_statistics
 
 import nvfp4_moe
 from nvfp4_moe import fused_moe
 from nvfp4_moe.cases import inputs
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
+from nvfp4_moe.reference.statistics.measure import quantization_statistics, weight_statistics
 
 pytestmark = ON_A_GPU
 

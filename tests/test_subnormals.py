@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from nvfp4_moe.kernels.target import INTERPRETING
 
 ROOT = Path(__file__).resolve().parent.parent

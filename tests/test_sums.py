@@ -4,12 +4,12 @@
 
 import pytest
 import torch
-from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe.layer import Stages
 
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.differential.conforming import CONFORMING, truncating
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.layer import Stages
 
 FUSED = moe.fused_moe
 

@@ -20,11 +20,11 @@ from checkpoint_cases import (
     weights,
     write,
 )
-from nvfp4_moe.kernels import environment
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError, fused_moe
 from nvfp4_moe.checkpoints import CheckpointError, load_experts
+from nvfp4_moe.kernels import environment
 from nvfp4_moe.serving import SERVERS, activation_of, load, serving_scales
 
 OURS, SGLANGS = environment.SWITCH_VARIABLES

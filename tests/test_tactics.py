@@ -8,12 +8,12 @@ import moe_cases
 import pytest
 import torch
 from moe_cases import Shape
+
+from nvfp4_moe.differential import tactics
 from nvfp4_moe.kernels import config_cache, moe, target
 from nvfp4_moe.kernels.moe_call import make_moe_call
 from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-
-from nvfp4_moe.differential import tactics
 
 SHAPE = Shape(5, 128, 64, 4, 2)
 

@@ -8,10 +8,6 @@ import torch
 import training_cases as cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Shape
-from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.moe.activations import quantize_activations
-from nvfp4_moe.reference.moe.routing import route
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 from nvfp4_moe import (
     ActivationType,
@@ -21,6 +17,10 @@ from nvfp4_moe import (
     fused_moe,
     prepare_experts,
 )
+from nvfp4_moe.reference.moe import layer as reference
+from nvfp4_moe.reference.moe.activations import quantize_activations
+from nvfp4_moe.reference.moe.routing import route
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 SHAPE = Shape(12, 208, 80, 7, 3)  # padded to 256 and 128
 FOUR_OVER_SIX = NVFP44Over6Config(256, "MSE")

@@ -6,11 +6,11 @@ import torch
 import triton_cases
 from assertions import assert_bitwise
 from golden_cases import cases
-from nvfp4_moe.kernels import quantize as triton_quantize
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
+from nvfp4_moe.kernels import quantize as triton_quantize
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 pytestmark = [
     pytest.mark.interpreter,

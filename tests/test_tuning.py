@@ -9,16 +9,16 @@ import torch
 import triton
 from assertions import assert_bitwise
 from moe_cases import Case, Shape, make
+from triton.runtime.errors import OutOfResources
+
+import nvfp4_moe
+from nvfp4_moe import UnsupportedError
 from nvfp4_moe.kernels import config_cache, moe, tuning
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.kernels.moe_call import KernelCall
 from nvfp4_moe.kernels.tuning import Measured, autotune, candidates, difference
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
-from triton.runtime.errors import OutOfResources
-
-import nvfp4_moe
-from nvfp4_moe import UnsupportedError
 
 TABLE = GemmConfig(64, 16, 128, 4, 4)  # of both GEMMs, for few tokens
 WIDE = GemmConfig(128, 32, 128, 3, 4)

@@ -7,10 +7,10 @@ from assertions import assert_bitwise
 from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import to
-from nvfp4_moe.kernels import config_cache, moe, tuning
-from nvfp4_moe.kernels.config_cache import GemmConfig
 
 import nvfp4_moe
+from nvfp4_moe.kernels import config_cache, moe, tuning
+from nvfp4_moe.kernels.config_cache import GemmConfig
 
 pytestmark = ON_A_GPU
 

@@ -7,11 +7,11 @@ import torch
 import training_cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Shape
+
+import nvfp4_moe
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.layer import activate_raw
 from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
-
-import nvfp4_moe
 from nvfp4_moe.serving.fused import fused_experts_fp4
 
 E, H, INNER = 3, 128, 128

@@ -6,6 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
+
+import nvfp4_moe
+from nvfp4_moe.cases.quantize import Case
+from nvfp4_moe.differential import explain as arithmetic
+from nvfp4_moe.differential import quantizers
+from nvfp4_moe.failures.bug_report import upstream_text
+from nvfp4_moe.failures.replay_file import save_moe, save_quantizer
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
@@ -16,14 +24,6 @@ from nvfp4_moe.kernels.flashinfer import (
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.flashinfer.function import as_theirs
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
-
-import nvfp4_moe
-from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential import explain as arithmetic
-from nvfp4_moe.differential import quantizers
-from nvfp4_moe.failures.bug_report import upstream_text
-from nvfp4_moe.failures.replay_file import save_moe, save_quantizer
 
 needs_flashinfer = pytest.mark.skipif(
     version.HERE.version is None, reason="needs flashinfer-python"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
-from nvfp4_moe.kernels import environment
-from nvfp4_moe.reference.activation import ActivationType
 from server_sources import arguments_of, attributes_of, members_of, source_of
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError
+from nvfp4_moe.kernels import environment
+from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.serving import SERVERS
 from nvfp4_moe.serving import vllm as ours
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from marks import ON_A_GPU
+
+from nvfp4_moe import Routing, RoutingMethodType, explain_fused_moe, fused_moe, prepare_experts
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.reference.moe.routing import pack_topk, route
 from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values
-
-from nvfp4_moe import Routing, RoutingMethodType, explain_fused_moe, fused_moe, prepare_experts
 from nvfp4_moe.serving import vllm
 from nvfp4_moe.serving.fused import fused_experts_fp4
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
+from torch.nn import functional
+
+from nvfp4_moe import ActivationType, fake_quantized_moe, fused_moe
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe.activations import hidden_values, quantize_activations
@@ -21,9 +24,6 @@ from nvfp4_moe.reference.recipe import Recipe
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values
 from nvfp4_moe.reference.weights.prepare import prepare_experts
-from torch.nn import functional
-
-from nvfp4_moe import ActivationType, fake_quantized_moe, fused_moe
 
 A = ActivationType
 LIMIT = 1.5

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 from assertions import assert_quantized
+
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.kernels import quantize as triton_quantize
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
-
-from nvfp4_moe.cases import inputs
-from nvfp4_moe.cases.quantize import Case
 
 PLAIN = [r for r in all_recipes() if r.four_over_six is None]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from nvfp4_moe.reference import quantize
 from nvfp4_moe.reference.moe import fp8
 from nvfp4_moe.reference.moe.routing import Routing, route

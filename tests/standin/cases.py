@@ -8,13 +8,13 @@ import moe_cases
 import torch
 from moe_cases import Shape
 from moe_triton_cases import coarse
+
+import nvfp4_moe
+from nvfp4_moe.cases.moe import MoECase
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
-
-import nvfp4_moe
-from nvfp4_moe.cases.moe import MoECase
 
 from .lies import CUTE_DSL, CUTLASS, TRTLLM
 

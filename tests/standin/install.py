@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from nvfp4_moe.kernels import backends, capability
 from nvfp4_moe.kernels.flashinfer import version
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from nvfp4_moe.differential.conforming import CONFORMING
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.activations import Activations
@@ -18,8 +20,6 @@ from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import row_order
-
-from nvfp4_moe.differential.conforming import CONFORMING
 
 from . import decode
 from .behaviour import Behaviour

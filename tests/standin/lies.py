@@ -7,6 +7,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+from nvfp4_moe.mutants.quantizers import QUANTIZERS, _half_up, as_requantize
+from nvfp4_moe.mutants.stages import in_bf16, other_finalize, sigmoid_of_up
+from nvfp4_moe.mutants.tensors import next_row, of_one
 from nvfp4_moe.reference import quantize
 from nvfp4_moe.reference.activation import activate
 from nvfp4_moe.reference.layouts import from_linear
@@ -20,10 +24,6 @@ from nvfp4_moe.reference.quantize import (
     quantize_per_token,
 )
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
-
-from nvfp4_moe.mutants.quantizers import QUANTIZERS, _half_up, as_requantize
-from nvfp4_moe.mutants.stages import in_bf16, other_finalize, sigmoid_of_up
-from nvfp4_moe.mutants.tensors import next_row, of_one
 
 from .behaviour import Behaviour, Given, Matrix, quantized, routed
 from .layers import fused_finalize

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.recipe import SfLayout
 

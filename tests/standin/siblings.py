@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import torch
+
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.baselines import SiblingActivations, SiblingExperts
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
