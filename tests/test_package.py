@@ -52,6 +52,41 @@ FLAT = {"__main__": {"cli", "report"}, "inputs": {"cases"}, "public": {"training
 MOST_FLAT = 10
 DOCUMENTED = ("nvfp4_moe.inputs",)
 """Modules that the documentation imports from, and that lie elsewhere now: by these names, too."""
+REFERENCE = (
+    "variables", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
+    "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
+)  # fmt: skip
+"""The files and folders of `reference/`, in order: each imports none that follows it."""
+EARLIER_PATHS = ("bounds_parallel", "grouped", "routing", "shards")
+"""Modules of `reference/` that only re-export, for users' code: nothing of ours imports them."""
+LATE_IMPORTS = {
+    ("weights/experts.py", "weights/checksum.py"),  # Experts.checksum
+    ("weights/experts.py", "weights/update.py"),  # Experts.load_
+    ("weights/writers.py", "weights/update.py"),  # so that the table of writers needs no torch
+}
+"""Imports inside functions of `reference/` that would otherwise close a cycle."""
+REFERENCE_NAMES = (
+    "activation.ActivationType",
+    "bounds.fused_moe_bounds",
+    "bounds.routed_moe_bounds",
+    "bounds.parallel.expert_parallel_bounds",
+    "bounds.parallel.tensor_parallel_bounds",
+    "bounds_parallel.expert_parallel_bounds",
+    "bounds_parallel.tensor_parallel_bounds",
+    "dense.mm_fp4",
+    "grouped.fused_moe_grouped",
+    "grouped.quantize_grouped",
+    "moe.fused_moe",
+    "moe.grouped.fused_moe_grouped",
+    "moe.quantize_activations",
+    "moe.routing.route",
+    "moe.shards.fused_moe_shards",
+    "quantize.quantize_per_token",
+    "recipe.Recipe",
+    "routing.route",
+    "shards.fused_moe_shards",
+)
+"""Names of `nvfp4_moe.reference` that the documentation has, or had."""
 TEXT = (".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".cfg", ".sh", "")
 
 
@@ -219,6 +254,61 @@ def test_few_modules_lie_flat_in_the_package():
 def test_documented_modules_stay_importable(name):
     module = importlib.import_module(name)
     assert all(hasattr(module, public) for public in module.__all__)
+
+
+def reference_imports() -> Iterator[tuple[str, str]]:
+    """(file, file that it imports), relative to `reference/`, late imports and those of types too."""
+    folder = ROOT / "reference"
+    for path in sorted(folder.rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")[2:] if name.startswith("nvfp4_moe.reference.") else []
+            while parts:
+                module = folder.joinpath(*parts)
+                if module.is_dir() or module.with_suffix(".py").is_file():
+                    file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+                    yield path.relative_to(folder).as_posix(), file.relative_to(folder).as_posix()
+                    break
+                parts.pop()
+
+
+def test_reference_imports_one_way():
+    rooms = {path.stem for path in (ROOT / "reference").iterdir() if not path.stem.startswith("_")}
+    assert rooms == {*REFERENCE, *EARLIER_PATHS}
+    for file, imported in reference_imports():
+        room, other = (Path(f).parts[0].removesuffix(".py") for f in (file, imported))
+        if room not in EARLIER_PATHS:
+            assert other in REFERENCE[: REFERENCE.index(room) + 1], f"{file} imports {imported}"
+
+
+def test_reference_has_no_import_cycle():
+    edges = set(reference_imports())
+    assert edges >= LATE_IMPORTS, "an exception that is not needed"
+    graph: dict[str, set[str]] = {}
+    for file, imported in edges - LATE_IMPORTS:
+        graph.setdefault(file, set()).add(imported)
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_reference_is_in_folders_that_say_what_they_hold():
+    folder = ROOT / "reference"
+    assert len(list(folder.glob("*.py"))) <= 12
+    for inner in (path for path in folder.iterdir() if path.is_dir() and path.name[0] != "_"):
+        text = ast.get_docstring(ast.parse((inner / "__init__.py").read_text())) or ""
+        named = re.findall(r"`(\w+\.\w+)`", text)
+        assert named and all((inner / name).is_file() for name in named), f"{inner}: {named}"
+
+
+def test_only_users_import_the_earlier_paths():
+    earlier = tuple(f"nvfp4_moe.reference.{name}" for name in EARLIER_PATHS)
+    for path in PYTHON:
+        for name in imports(path):
+            assert not f"{name}.".startswith(tuple(f"{e}." for e in earlier)), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("name", REFERENCE_NAMES)
+def test_a_documented_name_is_where_the_documentation_says(name):
+    module, _, attribute = name.rpartition(".")
+    assert callable(getattr(importlib.import_module(f"nvfp4_moe.reference.{module}"), attribute))
 
 
 def test_reference_runs_without_triton_flashinfer_and_numpy():

@@ -1,7 +1,7 @@
-"""The numbers below every operation: the E2M1, E4M3 and fp32 arithmetic of the hardware, to the bit.
+"""The arithmetic below every operation, to the bit of the hardware: E2M1, E4M3, fp32 and sums.
 
-`rcp_delta.xz` is the table of `rcp.approx` that `fp32.py` reads. `subnormals.py` keeps the processor
-from flushing subnormal numbers.
+`fp32.py` reads `rcp_delta.xz`, the measured table of the PTX instruction for an approximate reciprocal.
+`accumulate.py` multiplies matrices, and `subnormals.py` keeps the processor from flushing subnormals.
 """
 
 # SPDX-License-Identifier: Apache-2.0
