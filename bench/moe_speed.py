@@ -59,9 +59,7 @@ class Shape:
     @property
     def held(self) -> tuple[object, ...]:
         """What random weights depend on: shapes that are equal in it share them."""
-        return (
-            self.hidden, self.intermediate, self.experts, self.activation, self.biased
-        )  # fmt: skip
+        return (self.hidden, self.intermediate, self.experts, self.activation, self.biased)
 
 
 SHAPES = (

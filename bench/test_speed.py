@@ -64,10 +64,11 @@ def test_quantize(benchmark, rows, columns, recipe, backend):
     benchmark.group = f"quantize {rows} x {columns} {recipe}"
     x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
     options = {
-        "per_token_activation": True, "fast_math": recipe != "exact",
+        "per_token_activation": True,
+        "fast_math": recipe != "exact",
         "build": "cute-dsl" if backend.endswith("dsl") else "cuda",
         "nvfp4_4over6": NVFP44Over6Config() if "4over6" in recipe else None,
-    }  # fmt: skip
+    }
     args = (x, 1 / 2688, nvfp4_moe.SfLayout.layout_linear)
     skip_unless_it_serves(nvfp4_moe.explain(*args, **options), backend)
     device_time(

@@ -70,7 +70,7 @@ def main() -> None:
                     KernelCall(activations, experts, s.experts), *given[2:], config=config
                 )[0]
                 for config in configurations(tokens, top_k, s.experts, s.rows)
-            ]  # fmt: skip
+            ]
             for accumulation in (ANY_ORDER, CONTIGUOUS):
                 bounds = fused_moe_bounds(*given, accumulation=accumulation)
                 second = fused_moe_bounds(

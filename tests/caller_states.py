@@ -165,9 +165,10 @@ def quantizers(device: str, backend: str) -> Any:
         x = inputs.synthetic(kind, 20, 64)
         found.append(x)
         for base, options in (
-            (448, {"fast_math": True}), (448, {"fast_math": False}),
+            (448, {"fast_math": True}),
+            (448, {"fast_math": False}),
             (256, {"nvfp4_4over6": n.NVFP44Over6Config(256, "MSE")}),
-        ):  # fmt: skip
+        ):
             for way in (
                 {"per_token_activation": True, "sfLayout": n.SfLayout.layout_128x4},
                 {"sfLayout": n.SfLayout.layout_linear},

@@ -40,7 +40,7 @@ from checkpoint_cases import (
     quantized,
     weights,
     write,
-)  # fmt: skip
+)
 from replay_cases import moe_failure, quantizer_failure
 
 from nvfp4_moe.checkpoints import CheckpointError, Folder, convert, find_layers, load_experts
@@ -90,8 +90,9 @@ def bases(folder: Path) -> dict[str, Files]:
     }
     found = {name: contents(path) for name, path in made.items()}
     for kind, save, failure in (
-        ("quantizer", save_quantizer, quantizer_failure()), ("layer", save_moe, moe_failure()),
-    ):  # fmt: skip
+        ("quantizer", save_quantizer, quantizer_failure()),
+        ("layer", save_moe, moe_failure()),
+    ):
         place = folder / kind
         place.mkdir()
         save(place / FAILURE, failure)

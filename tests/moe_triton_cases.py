@@ -230,7 +230,7 @@ def quantized_on_the_way(device, config=SMALL):
                 config=config,
             )[0]
             for a in (Activations(x), given)
-        ]  # fmt: skip
+        ]
         assert_bitwise(*outputs, str(recipe))
 
 

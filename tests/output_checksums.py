@@ -113,9 +113,7 @@ def _layers(backend: str, device: str) -> Iterator[tuple[str, Any]]:
         w13 = numbers(10, EXPERTS, INTERMEDIATE * (2 if kind.gated else 1), HIDDEN, high=123)
         w2 = numbers(11, EXPERTS, HIDDEN, INTERMEDIATE, high=123)
         experts = nvfp4_moe.prepare_experts(w13.to(device), w2.to(device), kind, **more or {})
-        y = nvfp4_moe.fused_moe(
-            x, experts, routing, backend=backend, fast_math=True, **options
-        )  # fmt: skip
+        y = nvfp4_moe.fused_moe(x, experts, routing, backend=backend, fast_math=True, **options)
         return f"fused_moe {kind.name} {name}", (experts.checksum(), y)
 
     for kind in ActivationType:

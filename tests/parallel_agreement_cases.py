@@ -52,9 +52,10 @@ def each_rank_has_its_own_shard(r: Rank) -> None:
     layer = moe_cases.make(SHAPE)
     e, other = layer.experts, r.ranks + 1
     agree_on_refusing(
-        r, f"rank 1 holds shard 0 of {r.ranks}; it must be shard_experts\\(experts, 1, {r.ranks}",
+        r,
+        f"rank 1 holds shard 0 of {r.ranks}; it must be shard_experts\\(experts, 1, {r.ranks}",
         lambda: r.tp(layer, shard(e, 0, r.ranks)),
-    )  # fmt: skip
+    )
     agree_on_refusing(
         r, f"rank 0 holds shard 0 of {other}", lambda: r.tp(layer, shard(e, r.rank, other))
     )

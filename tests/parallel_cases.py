@@ -217,9 +217,10 @@ def what_travels(r: Rank) -> None:
     rows_out = int(here.sum() - here[tokens].sum())
     assert packed_bytes(SHAPE.hidden, SHAPE.top_k) == 0.5625 * SHAPE.hidden + 4 + 4 * SHAPE.top_k
     assert sent == [
-        8 * (r.ranks - 1), tokens_out * packed_bytes(SHAPE.hidden, SHAPE.top_k),
+        8 * (r.ranks - 1),
+        tokens_out * packed_bytes(SHAPE.hidden, SHAPE.top_k),
         rows_out * SHAPE.hidden * 2,
-    ]  # fmt: skip
+    ]
 
 
 @case
@@ -305,9 +306,10 @@ def wrong_offsets(r: Rank) -> None:
     layer = moe_cases.make(SHAPE)
     for dispatch in ("all-to-all", "all-reduce"):
         agree_on_refusing(
-            r, "local_expert_offset is 0 on rank 1; the ranks before it hold 4",
+            r,
+            "local_expert_offset is 0 on rank 1; the ranks before it hold 4",
             lambda dispatch=dispatch: r.ep(layer, dispatch, held=(0, 4)),
-        )  # fmt: skip
+        )
     held = (4 * r.rank, 4) if r.rank < 2 else (8, 1)
     if r.ranks == 2:
         agree_on_refusing(

@@ -41,9 +41,7 @@ def bounds_of(case, **options):
 
 
 def output_of(case, **options):
-    return moe.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, **options
-    ).output  # fmt: skip
+    return moe.fused_moe(case.activations, case.experts, case.ids, case.weights, **options).output
 
 
 @pytest.mark.parametrize("kind", GATED + PLAIN, ids=lambda k: k.name)

@@ -114,8 +114,9 @@ def mypy(python: Path, user: Path) -> list[tuple[int, str]]:
     told = run(
         *(sys.executable, "-m", "mypy", "--config-file=", f"--python-executable={python}"),
         *(f"--cache-dir={user.parent / 'cache'}", user.name),
-        cwd=user.parent, status=1,
-    )  # fmt: skip
+        cwd=user.parent,
+        status=1,
+    )
     return [
         (int(found[1]), found[2])
         for line in told.splitlines()
@@ -129,8 +130,9 @@ def pyright(python: Path, user: Path) -> list[tuple[int, str]]:
     told = run(
         *(sys.executable, "-m", "basedpyright", "--pythonpath", str(python), "--outputjson"),
         user.name,
-        cwd=user.parent, status=1,
-    )  # fmt: skip
+        cwd=user.parent,
+        status=1,
+    )
     return [
         (found["range"]["start"]["line"] + 1, found["message"])
         for found in json.loads(told)["generalDiagnostics"]

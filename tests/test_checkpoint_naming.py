@@ -270,7 +270,7 @@ GROUPS = {
     "everybody's": ([{"weights": NVFP4_WEIGHTS}], None),
     "nobody's": ([nv("re:.*self_attn.*")], "no targets of the config_groups .group_0. mean it"),
     "MX alone": ([{**MX, "targets": ["Linear"]}], "none of its config_groups has 4-bit float"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("stack", [False, True])

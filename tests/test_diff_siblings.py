@@ -37,10 +37,11 @@ needs_flashinfer = pytest.mark.skipif(
 )
 QUANTIZER_LIE = "MXFP8's scale rounded down"
 LIES = [
-    (n, b) for n, lie in standin.LIES.items()
+    (n, b)
+    for n, lie in standin.LIES.items()
     if lie.of == "sibling" and n != QUANTIZER_LIE
     for b in lie.backends
-]  # fmt: skip
+]
 
 
 def judged(name, lie=None, sweep=EVERY):
@@ -210,7 +211,7 @@ def test_an_unknown_layer():
         ("bf16", {"version": (0, 6, 18)}, "flashinfer-python is older than 0.7"),
         ("bf16", {"version": None}, "flashinfer-python is not installed"),
     ],
-)  # fmt: skip
+)
 def test_refusals(monkeypatch, format, change, message):
     here = {"capability": (10, 0), "version": (0, 7, 2), "kind": None} | change
     monkeypatch.setattr(adapter, "capability_of", lambda t: here["capability"])

@@ -49,9 +49,9 @@ def test_versions_are_read(text, parsed):
 
 def test_a_range_has_its_beginning_and_not_its_end():
     span = Versions((0, 7), before=(0, 7, 3))
-    assert [v in span for v in ((0, 6, 18), (0, 7), (0, 7, 0), (0, 7, 2), (0, 7, 3), (1, 0, 0))] == [
-        False, True, True, True, False, False
-    ]  # fmt: skip
+    assert [
+        v in span for v in ((0, 6, 18), (0, 7), (0, 7, 0), (0, 7, 2), (0, 7, 3), (1, 0, 0))
+    ] == [False, True, True, True, False, False]
     assert () in EVERY and (9, 9) in Versions((0, 7)) and CITED in SUPPORTED
 
 

@@ -110,8 +110,9 @@ def test_a_constant_is_exchanged_where_it_was_imported(of_reference):
     values = next(m for m in of_reference if "VALUES = " in m.source)
     tried = trial.run(
         [(block, [reference_probes.probe("dense")]), (values, [reference_probes.probe("e2m1")])],
-        jobs=1, seconds=60,
-    )  # fmt: skip
+        jobs=1,
+        seconds=60,
+    )
     assert [r.status for r in tried] == ["killed", "killed"]
 
 

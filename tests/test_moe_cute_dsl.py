@@ -154,7 +154,7 @@ def test_the_layout_is_that_of_flashinfers_own_preparation():
     for (codes, sf), got, got_sf in (
         (first, ours.w1_weight, ours.w1_weight_sf),
         (of_its_own(w2, w2_sf), ours.w2_weight, ours.w2_weight_sf),
-    ):  # fmt: skip
+    ):
         assert_bitwise(got, codes, "codes")
         assert got_sf.stride() == sf.stride()
         assert_bitwise(got_sf.view(torch.uint8), sf, "block scales")

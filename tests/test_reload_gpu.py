@@ -27,8 +27,9 @@ def test_every_byte_is_written():
 def test_a_real_layer(recipe):
     for dtype in (torch.bfloat16, torch.float16):
         cases.reloaded(SWIGLU, "cuda", "triton", recipe=recipe, dtype=dtype, **LARGE)
-    cases.reloaded(ActivationType.Relu2, "cuda", "triton", recipe=recipe, n=2, hidden=1024,
-                   intermediate=2688)  # fmt: skip
+    cases.reloaded(
+        ActivationType.Relu2, "cuda", "triton", recipe=recipe, n=2, hidden=1024, intermediate=2688
+    )
 
 
 def test_checksum_is_that_of_the_cpu():

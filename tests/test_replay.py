@@ -105,15 +105,17 @@ def backends(monkeypatch):
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        quantizers, "interpret",
+        quantizers,
+        "interpret",
         lambda jobs: [fault["quantizer"](run_reference(x, case)) for x, case in jobs],
-    )  # fmt: skip
+    )
     monkeypatch.setattr(
-        replay.workers, "call_interpreted",
+        replay.workers,
+        "call_interpreted",
         lambda function, jobs: [
             fault["call"](FUSED_MOE.serve(case.request(), "reference")[0]) for (case,) in jobs
         ],
-    )  # fmt: skip
+    )
     return fault
 
 
@@ -299,7 +301,7 @@ def change_tensors(path, **changes):
         ("moe", change_tensors, {"experts__gemm2_bias": torch.zeros(4, 7)}, "gemm2_bias"),
         ("moe", change_tensors, {"activations__per_token_scale": torch.ones(4)}, "per_token_scale"),
     ],
-)  # fmt: skip
+)
 def test_what_a_file_must_be(kind, change, changes, message, tmp_path, capsys):
     path = tmp_path / "case.safetensors"
     if kind == "quantizer":

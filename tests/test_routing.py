@@ -341,10 +341,8 @@ def test_strides_do_not_matter(routing, dtype):
 
 dyadic = st.integers(-256, 256).map(lambda n: n / 64)  # few enough values for many ties
 rows = st.integers(1, 6).flatmap(
-    lambda t: st.lists(
-        st.lists(dyadic, min_size=16, max_size=16), min_size=t, max_size=t
-    )
-)  # fmt: skip
+    lambda t: st.lists(st.lists(dyadic, min_size=16, max_size=16), min_size=t, max_size=t)
+)
 a_routing = st.sampled_from(VARIANTS)
 
 

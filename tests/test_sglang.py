@@ -216,10 +216,11 @@ def test_routing_from_logits():
     info.routing_method_type = 2
     got = drop_in(Dispatched(case.x, None, topk), info, config(scaling=2.5)).hidden_states
     want = nvfp4_moe.fused_moe(
-        case.x, case.experts,
+        case.x,
+        case.experts,
         (logits, nvfp4_moe.Routing(nvfp4_moe.RoutingMethodType.DeepSeekV3, 4, 4, 2, 2.5)),
         routing_bias=bias,
-    )  # fmt: skip
+    )
     assert_bitwise(got, want, "output")
     info.routing_method_type = None
     how.num_expert_group = how.topk_group = how.correction_bias = None
@@ -281,9 +282,10 @@ def test_padded_hidden_size(sglang, monkeypatch):
     x = moe_cases.hidden_states(Shape(5, 384, 128, 4, 2))
     routing = moe_cases.routing_of(shape)
     got = drop_in(
-        Dispatched(x, None, standard(*routing)), quant_info(experts, shape, padded_hidden_size=512),
+        Dispatched(x, None, standard(*routing)),
+        quant_info(experts, shape, padded_hidden_size=512),
         config("relu2", False),
-    ).hidden_states  # fmt: skip
+    ).hidden_states
     (want,) = direct(moe_cases.padded(x, 512), experts, routing, shape)
     assert_bitwise(got, want[:, :384].contiguous(), "output")
     sizes = [(width, symmetric) for _, width, _, symmetric in sglang.buffers]

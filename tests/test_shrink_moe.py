@@ -184,10 +184,11 @@ def wrong_expert(value):
         case.request()
         e = case.experts
         wrong = replace(
-            e, output2_scale_scalar=torch.where(
+            e,
+            output2_scale_scalar=torch.where(
                 e.output2_scale_scalar == value, -e.output2_scale_scalar, e.output2_scale_scalar
             ),
-        )  # fmt: skip
+        )
         got = replace(case, experts=wrong).reference()
         return not bool(case.allowed().contains(got).all())
 

@@ -83,9 +83,7 @@ def mxfp8_of(block):
     if ratio < 2.0**-126:  # flushed, as subnormal values are
         power, block = -127, [math.copysign(0, v) for v in block]
     block = [math.copysign(0, v) if abs(v) < 2.0**-126 else v for v in block]
-    return [
-        0x7E if math.isnan(v) else e4m3_of(math.ldexp(v, -power)) for v in block
-    ], power + 127  # fmt: skip
+    return [0x7E if math.isnan(v) else e4m3_of(math.ldexp(v, -power)) for v in block], power + 127
 
 
 def test_mxfp8_is_the_scalar_model():
@@ -228,9 +226,10 @@ def test_the_layer_by_loops(format):
 )  # fmt: skip
 def test_bad_arguments(change, message):
     given = {
-        "format": "fp8 block", "w13": torch.zeros(1, 256, 128).bfloat16(),
+        "format": "fp8 block",
+        "w13": torch.zeros(1, 256, 128).bfloat16(),
         "w2": torch.zeros(1, 128, 128).bfloat16(),
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match=message):
         prepare_sibling(**given | change)
 

@@ -26,7 +26,7 @@ def test_the_value_is_python_s(value):
 
 
 def test_infinity_and_nan_of_a_configuration():
-    low, high, nan = parse('[-Infinity, Infinity, NaN]')  # fmt: skip
+    low, high, nan = parse("[-Infinity, Infinity, NaN]")
     assert low == -math.inf and high == math.inf and math.isnan(nan)
 
 

@@ -126,8 +126,9 @@ def test_blocked_tactics_are_not_advertised(ask, monkeypatch):
     blocked = {"x::layer::Runner": {(8, 3)}}
     monkeypatch.setattr(AutoTuner.get()._blocklist, "_invalid", blocked)
     assert names(tactics.advertised(ask("x::layer", lambda _: [[8, 3], [8, 4]]))) == [
-        "default", "[8, 4]"
-    ]  # fmt: skip
+        "default",
+        "[8, 4]",
+    ]
 
 
 def test_a_tactic_that_did_not_run_is_an_error(ask):

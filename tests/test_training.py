@@ -275,7 +275,7 @@ def test_a_routing_that_is_not_chosen_yet(routing):
         ({"w2_bias": W2[..., 0]}, {}, "w2_bias is None; it must be a bias"),
         ({}, {"w13_bias": W13[..., 0]}, "w13_bias is float32 [7, 160]; it must be None"),
     ],
-)  # fmt: skip
+)
 def test_experts_that_do_not_fit(prepared, change, message):
     experts = prepare_experts(W13.bfloat16(), W2.bfloat16(), **prepared)
     given = {"x": X, "w13": W13, "w2": W2, "routing": (IDS, SCORES), "experts": experts} | change

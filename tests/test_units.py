@@ -97,9 +97,10 @@ def test_a_server_hands_over_parameters_divided_by_the_scalar(static):
     s1 = plain.output1_scale_gate_scalar
     full = torch.full_like(s1, 1.0)
     theirs = {
-        "gemm1_alpha": full * GPT_OSS["alpha"], "gemm1_beta": full * GPT_OSS["beta"] / s1,
+        "gemm1_alpha": full * GPT_OSS["alpha"],
+        "gemm1_beta": full * GPT_OSS["beta"] / s1,
         "gemm1_clamp_limit": full * GPT_OSS["clamp_limit"] / s1,
-    }  # fmt: skip
+    }
     for name, value in theirs.items():
         assert_bitwise(getattr(own, name), value, name)
     routing = case.ids, case.weights

@@ -140,9 +140,10 @@ class Trtllm(SiblingLayers, Module):
         biases = {
             name: None if bias is None else bias[:, decode.trtllm_rows(bias.shape[1], gated)]
             for name, bias, gated in (
-                ("gemm1_bias", gemm1_bias, kind.gated), ("gemm2_bias", gemm2_bias, False)
+                ("gemm1_bias", gemm1_bias, kind.gated),
+                ("gemm2_bias", gemm2_bias, False),
             )
-        }  # fmt: skip
+        }
         experts = _experts(
             w13, w2, kind, (valid_hidden_size, valid_intermediate_size),
             (output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar),
@@ -236,8 +237,9 @@ class Cutlass(Module):
         experts = replace(
             # `alpha1` goes before the activation of its bf16 rounding; nothing follows it.
             _experts(w13, w2, kind, (None, None), (torch.ones_like(alpha1), alpha1, alpha2)),
-            input_scale=act1.reshape(1), intermediate_scale=act2.reshape(1),
-        )  # fmt: skip
+            input_scale=act1.reshape(1),
+            intermediate_scale=act2.reshape(1),
+        )
         first, second = (0 if t == UNTUNED else t + 1 for t in profile_ids)
         names = [f"gemm{i} {t}" for i, t in enumerate(profile_ids, 1) if t != UNTUNED]
         scales = decode.rows_of_scales(input_sf, input.shape[0])

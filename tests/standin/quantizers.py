@@ -68,7 +68,7 @@ class Quantizers:
 
     def nvfp4_quantize_cute_dsl(
         self, input, global_scale, sf_layout=0, enable_pdl=None, nvfp4_4over6=None, out=None
-    ):  # fmt: skip
+    ):
         if out is not None:
             raise NotImplementedError("the stand-in allocates its outputs")
         how = recipe("cute-dsl", _code(nvfp4_4over6))

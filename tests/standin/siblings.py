@@ -120,8 +120,9 @@ class SiblingLayers:
         given = (gemm1_weights, gemm1_weights_scale), (gemm2_weights, gemm2_weights_scale)
         if mx:
             given = tuple(
-                _of_mxfp8(*pair, gated) for pair, gated in zip(given, (kind.gated, False), strict=True)
-            )  # fmt: skip
+                _of_mxfp8(*pair, gated)
+                for pair, gated in zip(given, (kind.gated, False), strict=True)
+            )
         else:
             tokens, blocks = hidden_states.shape[0], hidden_states.shape[1] // 128
             assert hidden_states_scale.shape == (blocks, tokens)
@@ -139,7 +140,7 @@ class SiblingLayers:
 
     def _per_tensor(
         self, gemm1, gemm2, kind, scalars, tactic, x, ids, weights, offset, output, sizes
-    ):  # fmt: skip
+    ):
         """The scales that make these three scalars: the input's is in those of the first weights."""
         up, gate, row = scalars
         encode = up / gate if kind.gated else up  # one of all experts
