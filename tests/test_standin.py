@@ -6,6 +6,7 @@ tactics and the stand-in break together with it.
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -19,7 +20,8 @@ import pytest
 import standin
 import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
-from standin import CAPABILITY, LIES, layers
+from installations import pretend
+from standin import CAPABILITY, LIES, compiled, layers
 from standin import quantizers as standin_quantizers
 from standin.cases import CASES, EXACT_MATH
 from standin.lies import CUTE_DSL, CUTLASS, TRTLLM
@@ -30,6 +32,8 @@ from nvfp4_moe.cases.quantize import Case, global_scale
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.differential import quantizers, tactics
 from nvfp4_moe.kernels import capability, dispatch, environment
+from nvfp4_moe.kernels.flashinfer import version
+from nvfp4_moe.kernels.flashinfer.function import Argument
 from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -380,56 +384,70 @@ def parameters_of_cpp(source, function):
     return [parameter.split()[-1].rstrip("_") for parameter in bare.split(",")]
 
 
-def names_of(function):
-    return [name for name in inspect.signature(function).parameters if name != "self"]
+@pytest.mark.parametrize("layer", compiled.LAYERS, ids=lambda f: f.name)
+def test_signatures_of_the_compiled_layers(layer):
+    assert layer.names == parameters_of_cpp(layer.source, layer.name)
 
 
-def test_signatures_of_the_compiled_layers():
-    launcher = "trtllm_fused_moe_kernel_launcher.cu"
-    binding = "fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu"
-    for source, name, ours in (
-        (launcher, "trtllm_fp4_block_scale_moe", layers.Trtllm.trtllm_fp4_block_scale_moe),
-        (launcher, "trtllm_get_valid_moe_configs", layers.Trtllm.trtllm_get_valid_moe_configs),
-        (launcher, "trtllm_bf16_moe", layers.Trtllm.trtllm_bf16_moe),
-        *((launcher, name, getattr(layers.Trtllm, name)) for name in (
-            "trtllm_fp8_per_tensor_scale_moe", "trtllm_fp8_per_tensor_scale_routed_moe",
-            "trtllm_fp8_block_scale_moe",
-        )),
-        (binding, "runMoe", layers.Cutlass.run_moe),
-    ):  # fmt: skip
-        assert names_of(ours) == parameters_of_cpp(source, name), name
+@pytest.mark.parametrize("function", compiled.PYTHON, ids=lambda f: f.name)
+def test_signatures_of_the_python_that_is_replaced(function):
+    theirs = getattr(importlib.import_module(function.source), function.name)
+    assert function.names == list(inspect.signature(theirs).parameters)
 
 
-def test_signatures_of_the_python_that_is_replaced():
-    from flashinfer.experimental.cake_nvfp4_per_token import cake_backend
-    from flashinfer.fused_moe.cute_dsl import fused_moe as cute_dsl
-    from flashinfer.quantization.kernels import nvfp4_quantize
-
-    ours = standin_quantizers.Quantizers
-    for theirs, replaced in (
-        (nvfp4_quantize.nvfp4_quantize_per_token_cute_dsl, ours.nvfp4_quantize_per_token_cute_dsl),
-        (nvfp4_quantize.nvfp4_quantize_cute_dsl, ours.nvfp4_quantize_cute_dsl),
-        (cake_backend.nvfp4_quantize_per_token, ours.cake),
-    ):
-        want, got = (
-            {n: (p.kind, n) for n, p in inspect.signature(f).parameters.items() if n != "self"}
-            for f in (theirs, replaced)
-        )
-        assert got == want
-    core_names = set(inspect.signature(cute_dsl._moe_core_impl).parameters)
-    read = set(names_of(layers.CuteDsl.core)) - {"not_read"}
-    assert core_names == read | layers.CuteDsl.NOT_READ and not read & layers.CuteDsl.NOT_READ
-
-
-def test_signatures_of_the_compiled_quantizers():
+@pytest.mark.parametrize("function", compiled.CLOSURES, ids=lambda f: f.name)
+def test_signatures_of_the_compiled_quantizers(function):
     """The closures of `get_fp4_quantization_module`, read from their source."""
     from flashinfer.quantization import fp4_quantization
 
     source = inspect.getsource(fp4_quantization.get_fp4_quantization_module.__wrapped__)
-    for name in ("fp4_quantize_sm100", "nvfp4_quant_and_per_token_scale_sm100"):
-        text = re.search(rf"\n    def {name}\((.*?)\n    \) ->", source, re.S)[1]
-        want = re.findall(r"^ {8}(\w+)\s*:", text, re.M)
-        assert names_of(getattr(standin_quantizers.Quantizers, name)) == want
+    text = re.search(rf"\n    def {function.name}\((.*?)\n    \) ->", source, re.S)[1]
+    assert function.names == re.findall(r"^ {8}(\w+)\s*:", text, re.M)
+
+
+def test_every_compiled_function_has_its_stand_in():
+    methods = [
+        method.compiled
+        for kind in (layers.Trtllm, layers.Cutlass, layers.CuteDsl, standin_quantizers.Quantizers)
+        for method in (getattr(kind, name) for name in dir(kind))
+        if hasattr(method, "compiled")
+    ]
+    described = (*compiled.LAYERS, *compiled.PYTHON, *compiled.CLOSURES)
+    assert sorted(f.name for f in methods) == sorted(f.name for f in described)
+
+
+class TestBinding:
+    later = version.Versions((0, 7, 4))
+    function = compiled.Compiled(
+        "x.cu", "f",
+        (Argument("a"), Argument("new", versions=later), Argument("b"), Argument("buffer")),
+        frozenset({"buffer"}),
+    )  # fmt: skip
+
+    def made(self):
+        class Layer:
+            @self.function
+            def f(self, a, b=3):
+                return a, b
+
+        return Layer().f
+
+    def test_by_position_and_by_name(self):
+        f = self.made()
+        assert f(1, 2, "any") == (1, 2) and f(1, b=4, buffer=None) == (1, 4) and f(a=1) == (1, 3)
+
+    def test_arguments_of_another_version(self, monkeypatch):
+        f = self.made()
+        with pytest.raises(TypeError, match="f takes 3 arguments; 4 came by position"):
+            f(1, None, 2, "any")
+        pretend(monkeypatch, version=(0, 7, 4))
+        assert f(1, None, 2, "any") == (1, 2)
+
+    @pytest.mark.parametrize("value", [True, 1, "x", torch.zeros(1)])
+    def test_what_is_not_read_must_be_absent(self, monkeypatch, value):
+        pretend(monkeypatch, version=(0, 7, 4))
+        with pytest.raises(NotImplementedError, match="the stand-in of f has no new"):
+            self.made()(1, new=value)
 
 
 # In processes of its own

@@ -21,7 +21,7 @@ from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import row_order
 
-from . import decode
+from . import compiled, decode
 from .behaviour import Behaviour
 from .environment import recipe
 from .siblings import SiblingLayers
@@ -113,26 +113,20 @@ class Module:
 class Trtllm(SiblingLayers, Module):
     """`gen_trtllm_gen_fused_moe_sm100_module().build_and_load()`, of TensorRT-LLM's cubins."""
 
-    def trtllm_get_valid_moe_configs(
-        self, dtype_act, dtype_weights, fp8_quantization_type, top_k, hidden_size,
-        hidden_size_output, intermediate_size, num_local_experts, act_type, use_shuffled_weight,
-        weight_layout, use_per_token_scaling, num_tokens, has_gemm1_lora_delta,
-    ):  # fmt: skip
+    @compiled.VALID_CONFIGS
+    def trtllm_get_valid_moe_configs(self):
         return [list(tactic) for tactic in TRTLLM_TACTICS]
 
+    @compiled.FP4_BLOCK_SCALE
     def trtllm_fp4_block_scale_moe(
         self, routing_input_mode, routing_logits, topk_ids, topk_weights, routing_bias,
         hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm1_bias,
-        gemm1_lora_delta, gemm1_alpha, gemm1_beta, gemm1_clamp_limit, gemm2_weights,
-        gemm2_weights_scale, gemm2_bias, output1_scales_scalar, output1_scales_gate_scalar,
-        output2_scales_scalar, per_token_scales, num_experts, top_k, num_fused_shared_experts,
-        n_group, topk_group, intermediate_size, local_expert_offset, local_num_experts,
-        routed_scaling_factor, routing_method_type, do_finalize, enable_pdl, act_type, output,
-        config_index, norm_topk_prob, routing_replay_out, da_routing_metadata, da_body_workspace,
-        is_da_body_preparation, valid_hidden_size, valid_intermediate_size,
+        gemm1_alpha, gemm1_beta, gemm1_clamp_limit, gemm2_weights, gemm2_weights_scale, gemm2_bias,
+        output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar, per_token_scales,
+        num_experts, top_k, n_group, topk_group, intermediate_size, local_expert_offset,
+        local_num_experts, routed_scaling_factor, routing_method_type, do_finalize, act_type, output,
+        config_index, norm_topk_prob, valid_hidden_size, valid_intermediate_size,
     ):  # fmt: skip
-        if gemm1_lora_delta is not None or num_fused_shared_experts or is_da_body_preparation:
-            raise NotImplementedError("the stand-in has no LoRA, shared experts or DA")
         kind, tokens = ActivationType(act_type), hidden_states.shape[0]
         w13 = decode.trtllm(gemm1_weights, gemm1_weights_scale, kind.gated)
         w2 = decode.trtllm(gemm2_weights, gemm2_weights_scale, False)
@@ -216,16 +210,13 @@ class Cutlass(Module):
     def set_deepgemm_jit_include_dirs(self, folders: list[str]) -> None:
         pass
 
+    @compiled.CUTLASS
     def run_moe(
         self, output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
-        fc1_expert_biases, fc2_expert_weights, fc2_expert_biases, quant_scales, input_sf,
-        swiglu_alpha, swiglu_beta, swiglu_limit, clamped_relu2_limit, situ_beta, situ_linear_beta,
-        swizzled_input_sf, tp_size, tp_rank, ep_size, ep_rank, cluster_size, cluster_rank,
-        enable_alltoall, min_latency_mode, profile_ids, enable_pdl, base_activation_type,
-        workspace_buffer,
+        fc2_expert_weights, quant_scales, input_sf, situ_beta, situ_linear_beta, tp_size, ep_rank,
+        profile_ids, base_activation_type,
     ):  # fmt: skip
-        if swizzled_input_sf or tp_size != 1 or fc1_expert_biases is not None:
-            raise NotImplementedError("the stand-in reads linear scales of one TP rank, no biases")
+        assert tp_size == 1
         kind = ActivationType(base_activation_type)
         if kind == ActivationType.Situ and not all(  # it takes 4 and 25 without
             beta is not None and (beta == 1).all() for beta in (situ_beta, situ_linear_beta)
@@ -255,29 +246,19 @@ class Cutlass(Module):
 class CuteDsl:
     """`_moe_core_impl` of `fused_moe/cute_dsl/fused_moe.py`, under which every kernel is."""
 
-    NOT_READ = frozenset({
-        "gemm1_mma_tiler", "gemm1_mma_inst_shape", "gemm2_mma_tiler", "gemm2_mma_inst_shape",
-        "moe_sort_buffers", "gemm1_out", "gemm1_out_scale", "localized_memset_stream",
-        "localized_weights", "localized_streams", "sm_count", "aux_stream", "main_event",
-        "memset_event", "use_async_memset", "enable_pdl",
-    })  # fmt: skip
-    """Another architecture's, buffers, streams."""
-
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
+    @compiled.CUTE_DSL_CORE
     def core(
-        self, *, x, x_sf, token_selected_experts, token_final_scales, w1_weight, w1_weight_sf,
-        w1_alpha, fc2_input_scale, w2_weight, w2_weight_sf, w2_alpha, num_experts, top_k,
-        num_local_experts, local_expert_offset, tile_size, gemm1_mma_tiler_mn,
-        gemm1_cluster_shape_mn, gemm2_mma_tiler_mn, gemm2_cluster_shape_mn, moe_output,
-        per_token_scale, output_dtype, use_fused_finalize, activation_type, swiglu_alpha,
-        swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta, nvfp4_4over6, **not_read,
+        self, x, x_sf, token_selected_experts, token_final_scales, w1_weight, w1_weight_sf,
+        w1_alpha, fc2_input_scale, w2_weight, w2_weight_sf, w2_alpha, num_local_experts,
+        local_expert_offset, tile_size, gemm1_mma_tiler_mn, gemm1_cluster_shape_mn,
+        gemm2_mma_tiler_mn, gemm2_cluster_shape_mn, moe_output, per_token_scale, output_dtype,
+        use_fused_finalize, activation_type, swiglu_alpha, swiglu_beta, swiglu_limit,
     ):  # fmt: skip
-        """Keywords, as the layer's runner gives them."""
-        assert not_read.keys() <= self.NOT_READ, f"unknown: {not_read.keys() - self.NOT_READ}"
-        constants = (swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta)
-        if constants != (1.0, 0.0, torch.finfo(torch.float32).max, None, None):
+        constants = (swiglu_alpha, swiglu_beta, swiglu_limit)
+        if constants != (1.0, 0.0, torch.finfo(torch.float32).max):
             raise NotImplementedError("the stand-in has no constants of the activation")
         if per_token_scale is None or output_dtype != torch.bfloat16:
             raise NotImplementedError("the stand-in has per-token scales and bf16 alone")

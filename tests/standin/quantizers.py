@@ -9,6 +9,7 @@ import torch
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.recipe import SfLayout
 
+from . import compiled
 from .behaviour import Behaviour, Matrix
 from .environment import OF_ENVIRONMENT, recipe
 
@@ -35,6 +36,7 @@ class Quantizers:
             ).flatten(),
         )
 
+    @compiled.NVFP4_PER_TOKEN
     def nvfp4_quant_and_per_token_scale_sm100(
         self, input, scale_inv, expanded_idx_to_permuted_idx=None, sf_layout=2,
         nvfp4_4over6_code=OF_ENVIRONMENT,
@@ -44,13 +46,12 @@ class Quantizers:
             Matrix(input, scale_inv, how, layout, True, expanded_idx_to_permuted_idx)
         )
 
+    @compiled.FP4_QUANTIZE
     def fp4_quantize_sm100(
-        self, input, global_scale=None, sf_vec_size=16, sf_use_ue8m0=False,
-        is_sf_swizzled_layout=True, is_sf_8x4_layout=False, is_global_scale_inversed=False,
-        enable_pdl=None, nvfp4_4over6_code=OF_ENVIRONMENT,
+        self, input, global_scale=None, sf_vec_size=16, is_sf_swizzled_layout=True,
+        is_sf_8x4_layout=False, nvfp4_4over6_code=OF_ENVIRONMENT,
     ):  # fmt: skip
-        if sf_vec_size != 16 or sf_use_ue8m0 or is_global_scale_inversed:
-            raise NotImplementedError("the stand-in has NVFP4 with encode scales alone")
+        assert sf_vec_size == 16
         layout = SfLayout.layout_8x4 if is_sf_8x4_layout else SfLayout.layout_128x4
         layout = layout if is_sf_swizzled_layout else SfLayout.layout_linear
         how = recipe("cuda", nvfp4_4over6_code)
@@ -58,24 +59,22 @@ class Quantizers:
         q = self._behaviour.quantize(Matrix(input, scale, how, layout, False))
         return q.codes, q.block_scales.flatten()
 
+    @compiled.CUTE_DSL_PER_TOKEN
     def nvfp4_quantize_per_token_cute_dsl(
-        self, input, global_scale_inv, sf_layout=0, enable_pdl=None, out_scale=None,
-        nvfp4_4over6=None,
+        self, input, global_scale_inv, sf_layout=0, out_scale=None, nvfp4_4over6=None
     ):  # fmt: skip
         how = recipe("cute-dsl", _code(nvfp4_4over6))
         scale, layout = float(global_scale_inv), SfLayout(sf_layout)
         return self._per_token(Matrix(input, scale, how, layout, True, out_scale=out_scale))
 
-    def nvfp4_quantize_cute_dsl(
-        self, input, global_scale, sf_layout=0, enable_pdl=None, nvfp4_4over6=None, out=None
-    ):
-        if out is not None:
-            raise NotImplementedError("the stand-in allocates its outputs")
+    @compiled.CUTE_DSL_GLOBAL
+    def nvfp4_quantize_cute_dsl(self, input, global_scale, sf_layout=0, nvfp4_4over6=None):
         how = recipe("cute-dsl", _code(nvfp4_4over6))
         q = self._behaviour.quantize(Matrix(input, global_scale, how, SfLayout(sf_layout), False))
         return q.codes, q.block_scales
 
-    def cake(self, x, global_scale_inv, *, out_scale=None, enable_pdl=None):
+    @compiled.CAKE
+    def cake(self, x, global_scale_inv, out_scale=None):
         how = recipe("cute-dsl", 0)
         layout, scale = SfLayout.layout_128x4, float(global_scale_inv)
         return self._per_token(Matrix(x, scale, how, layout, True, out_scale=out_scale))

@@ -10,7 +10,7 @@ from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.baselines import SiblingActivations, SiblingExperts
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
-from . import decode
+from . import compiled, decode
 
 Tensor = torch.Tensor
 MAJOR_K, BLOCK_MAJOR_K = 0, 2
@@ -30,16 +30,14 @@ class SiblingLayers:
     _kernels: Any
     _routed: Any
 
+    @compiled.BF16
     def trtllm_bf16_moe(
         self, routing_input_mode, routing_logits, routing_bias, expert_indices, expert_weights,
-        hidden_states, gemm1_weights, gemm2_weights, gemm1_lora_delta, gemm1_alpha, gemm1_beta,
-        gemm1_clamp_limit, output, num_experts, top_k, n_group, topk_group, intermediate_size,
-        local_expert_offset, local_num_experts, routed_scaling_factor, routing_method_type,
-        use_shuffled_weight, weight_layout, do_finalize, enable_pdl, moe_tactic, activation_type,
-        norm_topk_prob, routing_replay_out, da_routing_metadata, da_body_workspace,
-        is_da_body_preparation,
+        hidden_states, gemm1_weights, gemm2_weights, output, num_experts, top_k, n_group, topk_group,
+        intermediate_size, local_expert_offset, local_num_experts, routed_scaling_factor,
+        routing_method_type, use_shuffled_weight, weight_layout, moe_tactic, activation_type,
+        norm_topk_prob,
     ):  # fmt: skip
-        _none_of(gemm1_lora_delta, gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
         assert use_shuffled_weight and weight_layout == BLOCK_MAJOR_K
         kind = ActivationType(activation_type)
         w13, w2 = (
@@ -56,17 +54,13 @@ class SiblingLayers:
                     local_expert_offset, output, (local_num_experts, intermediate_size))  # fmt: skip
         return []
 
+    @compiled.FP8_TENSOR_ROUTED
     def trtllm_fp8_per_tensor_scale_routed_moe(
-        self, routing_input_mode, expert_indices, expert_weights, routing_bias, hidden_states,
-        gemm1_weights, output1_scales_scalar, output1_scales_gate_scalar, gemm2_weights,
-        output2_scales_scalar, output, num_experts, top_k, n_group, topk_group,
-        intermediate_size, local_expert_offset, local_num_experts, routed_scaling_factor,
-        use_routing_scales_on_input, routing_method_type, do_finalize, enable_pdl, config_index,
-        activation_type, norm_topk_prob, routing_replay_out, da_routing_metadata,
-        da_body_workspace, is_da_body_preparation, gemm1_clamp_limit,
+        self, routing_input_mode, expert_indices, expert_weights, hidden_states, gemm1_weights,
+        output1_scales_scalar, output1_scales_gate_scalar, gemm2_weights, output2_scales_scalar,
+        output, intermediate_size, local_expert_offset, local_num_experts, config_index,
+        activation_type,
     ):  # fmt: skip
-        _none_of(routing_bias, gemm1_clamp_limit)
-        assert not use_routing_scales_on_input
         ids, weights = self._routed(
             routing_input_mode, expert_indices, expert_weights, None, None, None
         )
@@ -78,16 +72,13 @@ class SiblingLayers:
         )  # fmt: skip
         return []
 
+    @compiled.FP8_TENSOR
     def trtllm_fp8_per_tensor_scale_moe(
         self, routing_logits, routing_bias, hidden_states, gemm1_weights, output1_scales_scalar,
-        output1_scales_gate_scalar, gemm2_weights, output2_scales_scalar, output, num_experts,
-        top_k, n_group, topk_group, intermediate_size, local_expert_offset, local_num_experts,
-        routed_scaling_factor, use_routing_scales_on_input, routing_method_type, do_finalize,
-        enable_pdl, config_index, activation_type, norm_topk_prob, routing_replay_out,
-        da_routing_metadata, da_body_workspace, is_da_body_preparation, gemm1_clamp_limit,
+        output1_scales_gate_scalar, gemm2_weights, output2_scales_scalar, output, num_experts, top_k,
+        n_group, topk_group, intermediate_size, local_expert_offset, local_num_experts,
+        routed_scaling_factor, routing_method_type, config_index, activation_type, norm_topk_prob,
     ):  # fmt: skip
-        _none_of(gemm1_clamp_limit)
-        assert not use_routing_scales_on_input
         ids, weights = self._kernels.behaviour.route(
             routing_logits,
             Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
@@ -102,19 +93,14 @@ class SiblingLayers:
         )  # fmt: skip
         return []
 
+    @compiled.FP8_BLOCK
     def trtllm_fp8_block_scale_moe(
         self, routing_input_mode, routing_logits, expert_indices, expert_weights, routing_bias,
-        hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm1_lora_delta,
-        gemm1_bias, gemm1_alpha, gemm1_beta, gemm1_clamp_limit, gemm2_weights,
-        gemm2_weights_scale, gemm2_bias, output, num_experts, top_k, num_fused_shared_experts,
-        n_group, topk_group, intermediate_size, local_expert_offset, local_num_experts,
-        routed_scaling_factor, routing_method_type, use_shuffled_weight, weight_layout,
-        do_finalize, enable_pdl, config_index, quantization_type, act_type, norm_topk_prob,
-        routing_replay_out, da_routing_metadata, da_body_workspace, is_da_body_preparation,
-        valid_hidden_size, valid_intermediate_size,
+        hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights,
+        gemm2_weights_scale, output, num_experts, top_k, n_group, topk_group, intermediate_size,
+        local_expert_offset, local_num_experts, routed_scaling_factor, routing_method_type,
+        use_shuffled_weight, weight_layout, config_index, quantization_type, act_type, norm_topk_prob,
     ):  # fmt: skip
-        _none_of(gemm1_lora_delta, gemm1_bias, gemm1_alpha, gemm1_beta, gemm1_clamp_limit,
-                 gemm2_bias, num_fused_shared_experts or None)  # fmt: skip
         kind, mx = ActivationType(act_type), quantization_type == MX
         assert use_shuffled_weight == mx and weight_layout == MAJOR_K
         given = (gemm1_weights, gemm1_weights_scale), (gemm2_weights, gemm2_weights_scale)
@@ -171,8 +157,3 @@ def _of_mxfp8(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tenso
     place = decode.trtllm_rows(rows, gated)
     linear = decode.unswizzled(scales, rows, columns // 32)
     return codes.view(torch.uint8)[:, place].view(codes.dtype), linear[:, place]
-
-
-def _none_of(*given: Any) -> None:
-    if any(each is not None for each in given):
-        raise NotImplementedError("the stand-in has no biases, parameters, LoRA, shared experts")
