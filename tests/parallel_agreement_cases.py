@@ -23,7 +23,7 @@ def long_reasons(r: Rank) -> None:
     layer = moe_cases.make(SHAPE)
     for text in ("\u6f22" * 1200, "x" * 10**6, "\udcff\n" * 600, "\U0001f600" * 3000):
 
-        def refuse(*_: Any, text: str = text) -> None:
+        def refuse(*_: Any, text: str = text, **__: Any) -> None:
             raise RuntimeError(text)
 
         with pytest.MonkeyPatch.context() as patch:
