@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
 import torch
 
@@ -12,11 +12,12 @@ from ..reference.moe.activations import Activations
 from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
+from ..reference.statistics.moe import MoEStatistics
 from ..reference.weights.experts import Experts
 from . import moe_statistics
 from .backends import Asked, prepared
-from .moe_call import MoECall, check_linear, check_values, make_moe_call, routing_of
-from .moe_dispatch import FUSED_MOE
+from .moe_call import Mode, MoECall, check_linear, check_values, make_moe_call, routing_of
+from .moe_dispatch import FUSED_MOE, MoEBackend
 from .quantize_call import UNSET
 from .weight_on_input import weigh_rows
 
@@ -69,7 +70,7 @@ def trtllm_fp4_block_scale_moe(
     valid_intermediate_size: int | None = None,
     hidden_states_scale_layout: Any = None,
     *,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     nvfp4_4over6: Any = UNSET,
@@ -173,7 +174,7 @@ def trtllm_fp4_block_scale_routed_moe(
     num_fused_shared_experts: int | None = None,
     hidden_states_scale_layout: Any = None,
     *,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     nvfp4_4over6: Any = UNSET,
@@ -226,17 +227,74 @@ def _output(call: MoECall, results: list[torch.Tensor]) -> Any:
     return results[0], call.observe.statistics
 
 
+@overload
+def fused_moe(
+    hidden_states: torch.Tensor,
+    experts: Experts,
+    routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
+    *,
+    activation: Mode | None = ...,
+    routing_bias: torch.Tensor | None = ...,
+    num_experts: int | None = ...,
+    local_expert_offset: int = ...,
+    backend: MoEBackend | str = ...,
+    fast_math: bool | None = ...,
+    build: LayerBuild = ...,
+    nvfp4_4over6: Any = ...,
+    finalize_order: FinalizeOrder = ...,
+    batch_invariant: bool = ...,
+    output_dtype: torch.dtype = ...,
+    stats: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def fused_moe(
+    hidden_states: torch.Tensor,
+    experts: Experts,
+    routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
+    *,
+    activation: Mode | None = ...,
+    routing_bias: torch.Tensor | None = ...,
+    num_experts: int | None = ...,
+    local_expert_offset: int = ...,
+    backend: MoEBackend | str = ...,
+    fast_math: bool | None = ...,
+    build: LayerBuild = ...,
+    nvfp4_4over6: Any = ...,
+    finalize_order: FinalizeOrder = ...,
+    batch_invariant: bool = ...,
+    output_dtype: torch.dtype = ...,
+    stats: Literal[True],
+) -> tuple[torch.Tensor, MoEStatistics]: ...
+@overload
+def fused_moe(
+    hidden_states: torch.Tensor,
+    experts: Experts,
+    routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
+    *,
+    activation: Mode | None = ...,
+    routing_bias: torch.Tensor | None = ...,
+    num_experts: int | None = ...,
+    local_expert_offset: int = ...,
+    backend: MoEBackend | str = ...,
+    fast_math: bool | None = ...,
+    build: LayerBuild = ...,
+    nvfp4_4over6: Any = ...,
+    finalize_order: FinalizeOrder = ...,
+    batch_invariant: bool = ...,
+    output_dtype: torch.dtype = ...,
+    stats: bool = ...,
+) -> torch.Tensor | tuple[torch.Tensor, MoEStatistics]: ...
 @FUSED_MOE.served(_output)
 def fused_moe(
     hidden_states: torch.Tensor,
     experts: Experts,
     routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
     *,
-    activation: str | None = None,
+    activation: Mode | None = None,
     routing_bias: torch.Tensor | None = None,
     num_experts: int | None = None,
     local_expert_offset: int = 0,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     nvfp4_4over6: Any = None,
@@ -302,12 +360,12 @@ layer_call = prepared(fused_moe)
 """(the checked call, the backend's name) of the arguments of `fused_moe`."""
 
 
-def _activation(activation: str | None, experts: Experts) -> str:
+def _activation(activation: Mode | None, experts: Experts) -> Mode:
     """How the hidden states are quantized; omitted, as the experts' scales say."""
     static = experts.input_scale is not None
     if activation is None:
         activation = "static" if static else "per-token"
-    checks.one_of("activation", activation, ("per-token", "static", "bf16"))
+    checks.one_of("activation", activation, get_args(Mode))
     if activation == "static" and not static:
         raise ValueError(
             'activation is "static"; the experts must have been given input_amax for it'

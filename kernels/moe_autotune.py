@@ -10,6 +10,7 @@ from ..reference import checks
 from ..reference.weights.experts import Experts
 from .backends import UnsupportedError
 from .moe_api import layer_call
+from .moe_call import Mode
 from .moe_dispatch import FUSED_MOE
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def autotune_fused_moe(
     tokens: int | Iterable[int],
     top_k: int,
     *,
-    activation: str = "per-token",
+    activation: Mode = "per-token",
     num_experts: int | None = None,
     local_expert_offset: int = 0,
 ) -> "list[Tuning]":

@@ -8,7 +8,7 @@ backend that can serve, before any work starts; a backend that was named never f
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,10 @@ from .flashinfer import (
 )
 from .moe_call import MoECall
 
+MoEBackend = Literal[
+    "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
+]  # fmt: skip
+"""What an editor offers for `backend`; `register_backend` adds other names."""
 Results = list[torch.Tensor]
 """[output [T, H]], or without `do_finalize` [rows, weights, permuted rows]."""
 _Run = Callable[[MoECall], Results]

@@ -20,6 +20,7 @@ import pytest
 import nvfp4_moe
 from nvfp4_moe.kernels.dense_dispatch import MM_FP4, DenseBackend
 from nvfp4_moe.kernels.dispatch import QUANTIZE, QuantizeBackend
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE, MoEBackend
 from nvfp4_moe.kernels.producers import FUSED_QUANTIZE, FusedQuantizeBackend
 from nvfp4_moe.reference.weights.writers import WRITERS, WriterName
 
@@ -44,9 +45,16 @@ reveal_type(nvfp4_moe.nvfp4_quantize(x, 1.0))
 reveal_type(nvfp4_moe.nvfp4_quantize(x, 1.0, per_token_activation=False))
 reveal_type(nvfp4_moe.nvfp4_quantize(x, x, backend="triton", per_token_activation=True))
 reveal_type(nvfp4_moe.nvfp4_quantize(x, 1.0, per_token_activation=flag))
+layer = nvfp4_moe.prepare_experts(x, x)
+routing = x, nvfp4_moe.Routing(nvfp4_moe.RoutingMethodType.Renormalize, 2)
+reveal_type(nvfp4_moe.fused_moe(x, layer, routing))
+reveal_type(nvfp4_moe.fused_moe(x, layer, (x, x), activation="bf16", stats=False))
+reveal_type(nvfp4_moe.fused_moe(x, layer, (x, x), backend="mine", stats=True))
+reveal_type(nvfp4_moe.fused_moe(x, layer, (x, x), stats=flag))
 nvfp4_moe.no_such_name
 """ + "".join(f"nvfp4_moe.{name}\n" for name in nvfp4_moe.__all__)
 TENSOR = r"([\w.]+\.)?Tensor"
+PAIR = rf"tuple\[{TENSOR}, ([\w.]+\.)?MoEStatistics\]"
 REVEALED = (
     r"experts: ([\w.]+\.)?Experts",
     r"-> ([\w.]+\.)?Explanation",
@@ -58,6 +66,10 @@ REVEALED = (
     rf"tuple\[{TENSOR}, {TENSOR}\]",
     rf"tuple\[{TENSOR}, {TENSOR}, {TENSOR}\]",
     rf"tuple\[{TENSOR}, \.\.\.\]",
+    rf"\"{TENSOR}\"$",
+    rf"\"{TENSOR}\"$",
+    rf"\"{PAIR}\"$",
+    rf"\"{TENSOR} \| {PAIR}\"$",
 )
 TORCH = """
 from typing import Any
@@ -162,23 +174,25 @@ def test_a_checker_sees_every_public_function(form, checker: Callable):
         (QuantizeBackend, QUANTIZE.accepted),
         (DenseBackend, MM_FP4.accepted),
         (FusedQuantizeBackend, FUSED_QUANTIZE.accepted),
+        (MoEBackend, FUSED_MOE.accepted),
         (WriterName, ("auto", "reference", *WRITERS)),
     ],
-    ids=["nvfp4_quantize", "mm_fp4", "fused_quantize", "load_"],
+    ids=["nvfp4_quantize", "mm_fp4", "fused_quantize", "fused_moe", "load_"],
 )
 def test_the_names_of_a_type_are_those_that_a_call_accepts(declared, accepted):
     assert sorted(get_args(declared)) == sorted(accepted)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs typing.get_overloads of Python 3.11")
-@pytest.mark.parametrize("function", [nvfp4_moe.nvfp4_quantize], ids=lambda f: f.__name__)
-def test_overloads_have_the_parameters_of_their_function(function):
+@pytest.mark.parametrize("name", ["nvfp4_quantize", "fused_moe"])
+def test_overloads_have_the_parameters_of_their_function(name):
+    function = getattr(nvfp4_moe, name)
     overloads = typing.get_overloads(inspect.unwrap(function))
     want = inspect.signature(function).parameters
     assert overloads
     for overload in overloads:
         have = inspect.signature(overload).parameters
         assert list(have) == list(want)
-        for name, parameter in have.items():
-            differs = parameter.annotation != want[name].annotation
-            assert not differs or typing.get_origin(parameter.annotation) is typing.Literal, name
+        for parameter in have.values():
+            same = parameter.annotation == want[parameter.name].annotation
+            assert same or typing.get_origin(parameter.annotation) is typing.Literal, parameter

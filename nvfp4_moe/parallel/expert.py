@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ..kernels import moe_api
-from ..kernels.moe_call import MoECall
-from ..kernels.moe_dispatch import FUSED_MOE, with_codes
+from ..kernels.moe_call import Mode, MoECall
+from ..kernels.moe_dispatch import FUSED_MOE, MoEBackend, with_codes
 from ..reference import checks
 from ..reference.moe.finalize import FinalizeOrder, finalize
 from ..reference.moe.routing import Routing
@@ -32,9 +32,9 @@ def fused_moe_ep(
     num_experts: int | None = None,
     dispatch: Dispatch = "all-to-all",
     group: dist.ProcessGroup | None = None,
-    activation: str | None = None,
+    activation: Mode | None = None,
     routing_bias: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     nvfp4_4over6: Any = None,

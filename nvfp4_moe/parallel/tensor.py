@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ..kernels import moe_api
-from ..kernels.moe_call import MoECall
+from ..kernels.moe_call import Mode, MoECall
+from ..kernels.moe_dispatch import MoEBackend
 from ..reference import checks
 from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import Routing
@@ -26,9 +27,9 @@ def fused_moe_tp(
     routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
     *,
     group: dist.ProcessGroup | None = None,
-    activation: str | None = None,
+    activation: Mode | None = None,
     routing_bias: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     nvfp4_4over6: Any = None,

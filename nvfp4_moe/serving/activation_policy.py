@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
+from ..kernels.moe_call import Mode
 from ..reference import checks
 
-Activation = Literal["per-token", "static", "bf16"]
+Activation = Mode
 Quantization = Literal["as the switch says", "static", "per-token"]
 
 

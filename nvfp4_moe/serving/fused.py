@@ -13,6 +13,7 @@ from ..kernels.backends import UnsupportedError
 from ..kernels.dispatch import nvfp4_quantize
 from ..kernels.moe_api import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
 from ..kernels.moe_call import routing_of
+from ..kernels.moe_dispatch import MoEBackend
 from ..kernels.weight_on_input import weigh_rows
 from ..reference import checks
 from ..reference.moe.routing import Routing, unpack_topk
@@ -54,7 +55,7 @@ def fused_experts_fp4(
     enable_pdl: bool | None = None,
     output: torch.Tensor | None = None,
     quantizer_build: Build = "cute-dsl",
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
 ) -> list[torch.Tensor]:
     """Quantize the hidden states as SGLang does, and run the experts.
 

@@ -9,6 +9,7 @@ from ..checkpoints.folder import Folder
 from ..checkpoints.formats import read_quantization
 from ..checkpoints.load import load_experts
 from ..kernels import environment
+from ..kernels.moe_dispatch import MoEBackend
 from ..reference import checks
 from ..reference.weights.experts import Experts
 from .activation_policy import activation_of
@@ -18,7 +19,7 @@ def load(
     folder: Path | str | Folder,
     layer: int | str,
     *,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     per_token: bool | None = None,
     **options: Any,
 ) -> Experts:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 
+from ..kernels.moe_dispatch import MoEBackend
 from ..kernels.quantize_call import check_optional_flags, four_over_six_of, math_of
 from ..reference import checks
 from ..reference.activation import ActivationType, check_activation
@@ -35,7 +36,7 @@ def fake_quantized_moe(
     alpha: torch.Tensor | float | None = None,
     beta: torch.Tensor | float | None = None,
     clamp_limit: torch.Tensor | float | None = None,
-    backend: str = "auto",
+    backend: MoEBackend | str = "auto",
     fast_math: bool | None = None,
     build: Build = "cuda",
     nvfp4_4over6: Any = None,
