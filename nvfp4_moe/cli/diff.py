@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 from .. import files
 from ..cases import quantize as matrix
+from ..differential import own
 from ..differential.calls import RunOptions
 from ..differential.format_error import costs
-from ..differential.parts import MOE, PARTS, QUANTIZERS, Part, Settings
+from ..differential.parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
 from ..differential.quantize import InputSelection
 from ..exits import CommandError, Exit
 from ..failures import write as folder
@@ -21,8 +23,15 @@ from ..report.data import PartResult, Report
 
 
 def run(options: argparse.Namespace) -> Exit:
+    parts = _parts(options)
+    with ExitStack() as stack:
+        for address in options.backend:
+            stack.enter_context(own.register(address, parts[0].operation))
+        return _compare(options, parts, _names(options))
+
+
+def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | None) -> Exit:
     start = time.monotonic()
-    parts, names = _parts(options), options.backends
     sides = {part.name: part.sides(names) for part in parts}
     if options.input is not None:
         matrix.check_file(options.input)
@@ -71,11 +80,24 @@ def run(options: argparse.Namespace) -> Exit:
     return whole.status
 
 
+def _names(options: argparse.Namespace) -> str | None:
+    """The backends to compare, comma-separated; None: all. One's own are compared with the reference."""
+    if not options.backend:
+        return options.backends  # type: ignore[no-any-return]
+    return ",".join([options.backends or "reference", *options.backend])
+
+
 def _parts(options: argparse.Namespace) -> tuple[Part, ...]:
     """The parts to compare. A file or a kind of input belongs to the quantizers."""
     about_quantizers = options.input is not None or options.kind
     if options.only not in (None, QUANTIZERS.name) and about_quantizers:
         raise CommandError(f"--only is {options.only}; --input and --kind are of the quantizers")
+    if options.backend and not (options.only or about_quantizers):
+        raise CommandError(
+            f"--backend is {options.backend[0]}; --only must name its part, quantizers or moe"
+        )
+    if options.only == BASELINES.name and options.backend:
+        raise CommandError(f"--only is {options.only}; it has no --backend of your own")
     if options.only:
         return tuple(part for part in PARTS if part.name == options.only)
     return (QUANTIZERS,) if about_quantizers or options.backends else PARTS

@@ -41,6 +41,11 @@ def _diff(parser: argparse.ArgumentParser) -> None:
         "--input", metavar="FILE", help="your own tensors, [M, K], from safetensors"
     )
     parser.add_argument("--backends", help="comma-separated; default: all that work here")
+    parser.add_argument(
+        "--backend", metavar="MODULE:FUNCTION", action="append", default=[],
+        help="also a backend of your own, a function of one call, as `register_backend` takes it; of "
+        "the part that --only names",
+    )  # fmt: skip
     parser.add_argument("--recipes", choices=RECIPES, default="all")
     parser.add_argument("--kind", choices=KINDS, help="only this kind of synthetic input")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic inputs")
@@ -87,7 +92,10 @@ def _replay(parser: argparse.ArgumentParser) -> None:
         "and print the first difference. A backend that cannot run here counts as not run."
     )
     parser.add_argument("file", metavar="FILE", help="written where a comparison failed")
-    parser.add_argument("--backend", help="run this one in the place of the one that failed")
+    parser.add_argument(
+        "--backend",
+        help="run this one in the place of the one that failed; also module:function, as for diff",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the outcome to FILE; - is stdout")
 
 

@@ -4,12 +4,15 @@
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from .. import files
+from ..differential import own
+from ..differential.parts import MOE, QUANTIZERS
 from ..exits import CommandError, Exit
 from ..failures import replay
-from ..failures.replay_file import ReplayFileError, load
+from ..failures.replay_file import Failure, QuantizerFailure, ReplayFileError, load
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -17,7 +20,8 @@ def run(options: argparse.Namespace) -> Exit:
     if options.json not in (None, "-"):
         files.check_file("--json", options.json)
     try:
-        result = replay.replay(load(options.file), options.backend)
+        with _own_backend(failure := load(options.file), options.backend):
+            result = replay.replay(failure, options.backend)
     except (ReplayFileError, replay.UnknownBackendError) as error:
         raise CommandError(str(error)) from None
     except replay.CannotRunError as error:
@@ -28,3 +32,14 @@ def run(options: argparse.Namespace) -> Exit:
         text = json.dumps({"differs": result.differs, **result.facts}, indent=1)
         print(text) if options.json == "-" else Path(options.json).write_text(text + "\n", "utf-8")
     return Exit.DIFFERENCE if result.differs else Exit.DONE
+
+
+def _own_backend(failure: Failure, name: str | None) -> AbstractContextManager[object]:
+    """Within, a backend that is named as module:function is known.
+
+    A file's own text never names the module: to run a file runs no code but ours.
+    """
+    if name is None or ":" not in name or name.startswith("flashinfer:"):
+        return nullcontext()
+    part = QUANTIZERS if isinstance(failure, QuantizerFailure) else MOE
+    return own.register(name, part.operation)

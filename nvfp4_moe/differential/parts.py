@@ -52,6 +52,8 @@ class Part:
     """Print a result on a terminal, given the sides and the seconds that it took."""
     arguments: Callable[[str, bool], list[str]]
     """The arguments of `diff` for one backend, of all its cases or of a small part of them."""
+    operation: str = ""
+    """The operation that a user's backend is registered for; empty: the part takes none."""
     optional: bool = False
     """The report has no section of it where it has no cells."""
 
@@ -68,6 +70,7 @@ QUANTIZERS = Part(
         *("--backends", f"reference,{backend},{quantize.GOLDEN}"),
         *(("--kind", "grid") if small else ()),
     ],
+    dispatch.QUANTIZE.name,
 )
 MOE = Part(
     "moe",
@@ -80,6 +83,7 @@ MOE = Part(
     lambda backend, small: [
         *("--backends", backend, *_LAYER_ARGUMENTS, "--layers", "few" if small else "large")
     ],
+    moe_dispatch.FUSED_MOE.name,
 )
 BASELINES = Part(
     "siblings",

@@ -11,13 +11,16 @@ from ..cases import inputs
 from ..cases import quantize as matrix
 from ..cases.quantize import Case, Input
 from ..exits import CommandError, Exit
-from ..kernels import dispatch, environment
+from ..kernels import environment
+from ..kernels.backends import UnsupportedError
+from ..kernels.dispatch import QUANTIZE
 from ..kernels.flashinfer.quantize import BUILDS
 from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import Recipe, SfLayout
 from ..report import difference_map as heat
 from ..report.data import PAIRED, SHOWN, Cell, FailingCase, Failure, PartResult, Section
 from . import quantizers, workers
+from .calls import crash
 from .compare import Difference, compare, run_reference
 from .explain import explain_element, first_element
 
@@ -90,7 +93,12 @@ def run(selection: InputSelection, backends: list[str]) -> PartResult:
                 elif reason := quantizers.refusal(backend, x, case):
                     refused[backend] = reason
                 else:
-                    outputs[backend] = quantizers.run(backend, x, case)
+                    try:
+                        outputs[backend] = quantizers.run(backend, x, case)
+                    except UnsupportedError as error:
+                        refused[backend] = str(error)
+                    except Exception as error:
+                        _add_crash(result, item, case, backend, error)
             _add(result, item, case, outputs, refused)
     return result
 
@@ -106,8 +114,8 @@ def available(names: str | None) -> list[str]:
     known = {"triton": "triton" if on_gpu else workers.INTERPRETER}
     chosen = [known.get(name, name) for name in names.split(",")]
     for name in chosen:
-        if name not in (*dispatch.BACKENDS, GOLDEN, workers.INTERPRETER):
-            allowed = ", ".join((*dispatch.BACKENDS, GOLDEN))
+        if name not in (*QUANTIZE.names, GOLDEN, workers.INTERPRETER):
+            allowed = ", ".join((*QUANTIZE.names, GOLDEN))
             raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
         if name not in here:
             raise CommandError(f"--backends has {name!r}, {CANNOT}{_refusal(name)}", Exit.NOT_RUN)
@@ -116,7 +124,7 @@ def available(names: str | None) -> list[str]:
 
 def _that_serve() -> list[str]:
     """The backends that serve a matrix here in the math that the environment asks for."""
-    return [b for b in dispatch.BACKENDS if b != "reference" and _refusal(b) is None]
+    return [b for b in QUANTIZE.names if b != "reference" and _refusal(b) is None]
 
 
 def _refusal(backend: str) -> str | None:
@@ -165,6 +173,18 @@ def _add(
         if len(cell.failures) < SHOWN:
             cell.failures.append(failure)
         result.failures.append(QuantizerDifference(failure, item, case, pair, difference))
+
+
+def _add_crash(result: PartResult, item: Input, case: Case, backend: str, error: Exception) -> None:
+    row, column = f"{label(item)}, {case.mode}", PAIRED.join(("reference", backend))
+    cell = result.section.rows.get(row, {}).get(column)
+    if cell is None or cell.status == "skipped":
+        cell = Cell("crashed", note="no output")
+        result.section.put(row, column, cell)
+    cell.status, cell.compared, cell.failed = "crashed", cell.compared + 1, cell.failed + 1
+    if len(cell.failures) < SHOWN:
+        title = f"{item.name}, {case.mode}, {case.recipe}, {case.layout.name}: {backend}"
+        cell.failures.append(crash(title, error))
 
 
 def _failure(

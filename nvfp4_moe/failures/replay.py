@@ -15,7 +15,7 @@ from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed
 from ..kernels.backends import UnsupportedError
-from ..kernels.dispatch import BACKENDS
+from ..kernels.dispatch import QUANTIZE
 from ..kernels.moe_call import MoECall
 from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference.quantize import Quantized
@@ -96,7 +96,7 @@ def run_side(side: str, x: torch.Tensor, case: Case) -> Quantized:
         if reason := workers.interpreter_refusal():
             raise CannotRunError(f"{side} cannot run here: {reason}")
         return quantizers.interpret([(x, case)])[0]
-    if side not in BACKENDS:
+    if side not in QUANTIZE.names:
         raise UnknownBackendError(f"the file's side is {side!r}, not one of ours")
     x = x.to(_device())
     if reason := quantizers.refusal(side, x, case):
@@ -126,7 +126,7 @@ def replay(failure: Failure, backend: str | None = None, runner: Runner = run_ca
 
 def _backend(name: str, of_quantizer: bool) -> str:
     here = {"triton": "triton" if torch.cuda.is_available() else workers.INTERPRETER}
-    known = (*(BACKENDS if of_quantizer else FUSED_MOE.names), workers.INTERPRETER)
+    known = (*(QUANTIZE.names if of_quantizer else FUSED_MOE.names), workers.INTERPRETER)
     if name not in known:
         raise UnknownBackendError(f"--backend is {name!r}; it must be one of {', '.join(known)}")
     return here.get(name, name)

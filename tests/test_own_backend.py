@@ -1,0 +1,115 @@
+"""`nvfp4-moe diff --backend module:function`: a user's own backend is judged as the others are."""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+import torch
+
+from nvfp4_moe import __main__
+from nvfp4_moe.kernels.backends import OPERATIONS
+
+QUANTIZERS = ["diff", "--only", "quantizers", "--kind", "grid", "--rows", "4"]
+LAYERS = ["diff", "--only", "moe", "--layers", "few"]
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    assert not [
+        name for o in OPERATIONS.values() for name in o.names if ":" in name and "own" in name
+    ]
+
+
+def run(capsys, arguments, function, *more):
+    """(exit status, the statuses of the backend's cells, what was printed)."""
+    name = f"own_backends:{function}"
+    status = __main__.main([*arguments, "--backend", name, "--json", "-", *more])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    cells = [
+        (column, cell)
+        for section in found["sections"]
+        for row in section["rows"].values()
+        for column, cell in row.items()
+        if name in column
+    ]
+    return status, cells, printed.err
+
+
+def test_a_right_quantizer_is_identical(capsys):
+    status, cells, _ = run(capsys, QUANTIZERS, "quantize")
+    assert status == 0 and cells
+    assert {column for column, _ in cells} == {"reference = own_backends:quantize"}
+    assert {cell["status"] for _, cell in cells} == {"identical"}
+
+
+def test_a_wrong_quantizer_is_caught(capsys, tmp_path):
+    report = tmp_path / "report"
+    status, cells, _ = run(capsys, QUANTIZERS, "quantize_wrongly", "--report", str(report))
+    assert status == 1 and {cell["status"] for _, cell in cells} == {"different"}
+    failure = cells[0][1]["failures"][0]
+    assert failure["summary"] == "1 codes" and "e2m1 code" in "".join(failure["details"])
+    (file, *_) = sorted(report.rglob("*.safetensors"))
+    again = ["replay", str(file), "--backend", "own_backends:quantize"]
+    assert __main__.main([*again[:2], again[2], f"{again[3]}_wrongly"]) == 1
+    assert __main__.main(again) == 0
+    assert __main__.main(["replay", str(file)]) == 2
+    assert "'own_backends:quantize_wrongly', not one of ours" in capsys.readouterr().err
+
+
+def test_a_quantizer_that_raises_has_crashed(capsys):
+    status, cells, _ = run(capsys, QUANTIZERS, "quantize_and_raise")
+    assert status == 1 and {cell["status"] for _, cell in cells} == {"crashed"}
+    assert "RuntimeError: out of luck" in cells[0][1]["failures"][0]["summary"]
+
+
+def test_a_quantizer_that_cannot_is_compared_where_it_can(capsys):
+    status, cells, _ = run(capsys, QUANTIZERS, "quantize_some")
+    assert status == 0 and {cell["status"] for _, cell in cells} == {"identical"}
+
+
+def test_a_right_layer_is_inside_and_a_wrong_one_is_caught(capsys):
+    status, cells, _ = run(capsys, LAYERS, "layer")
+    assert status == 0
+    assert {cell["status"] for _, cell in cells} == {"inside", "identical"}
+    status, cells, _ = run(capsys, LAYERS, "layer_wrongly")
+    # Where sums must be exact the failure is another number; elsewhere it is out of the interval.
+    assert status == 1 and {"different"} <= {cell["status"] for _, cell in cells}
+
+
+def test_a_result_of_another_shape_has_crashed(capsys):
+    status, cells, _ = run(capsys, LAYERS, "layer_of_another_shape")
+    assert status == 1
+    failed = [cell for _, cell in cells if cell["status"] == "crashed"]
+    assert (
+        "own_backends:layer_of_another_shape is float32 [1, 1]"
+        in failed[0]["failures"][0]["summary"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nowhere:run", "there is no module nowhere"),
+        ("own_backends.deeper:run", "there is no module own_backends.deeper"),
+        ("own_backends:run", "own_backends has no function run"),
+        ("own_backends:not_a_function", "own_backends has no function not_a_function"),
+        ("own_backends", "it must be module:function"),
+        (":run", "it must be module:function"),
+        ("flashinfer:mine", "--backend is 'flashinfer:mine'"),
+    ],
+)
+def test_one_clear_error(address, message, capsys):
+    assert __main__.main([*QUANTIZERS, "--backend", address]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_its_part_must_be_named(capsys):
+    assert __main__.main(["diff", "--backend", "own_backends:layer"]) == 2
+    assert "--only must name its part" in capsys.readouterr().err
+    assert __main__.main(["diff", "--only", "siblings", "--backend", "own_backends:layer"]) == 2
+    assert "it has no --backend of your own" in capsys.readouterr().err
