@@ -7,7 +7,7 @@ import torch
 from nvfp4_moe.cases import moe as matrix_moe
 from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.differential import workers
-from nvfp4_moe.differential.format_error import costs
+from nvfp4_moe.differential.format_error import format_errors
 
 INTERPRETER = workers.INTERPRETER
 
@@ -120,7 +120,7 @@ def test_a_backend_whose_sums_are_not_as_assumed_is_judged_where_they_are_exact(
 
 
 def test_costs_are_those_of_four_bits():
-    nvfp4, others = costs().values()
+    nvfp4, others = format_errors().values()
     weights, per_token, static = nvfp4.values()
     assert 0.1 < weights < 0.2 < per_token < 0.3
     assert abs(static - per_token) < 0.03  # its scales come from the very tokens it is judged on

@@ -84,7 +84,7 @@ def test_the_tally_counts_what_intervals_say():
     allowed = Interval(*(torch.tensor(t, dtype=torch.float64) for t in (low, high)))
     tally = fuzz_bounds.Tally()
     tally.add(
-        7, "again", fuzz_runs.Judged("a way", "output", torch.tensor([1.0, 3, 0, 0, 5]), allowed)
+        7, "again", fuzz_runs.JudgedRun("a way", "output", torch.tensor([1.0, 3, 0, 0, 5]), allowed)
     )
     assert (tally.single, tally.infinite, tally.nan, tally.unknown, tally.widths) == (2, 1, 1, 1, 1)
     assert tally.outputs == 5 and "2 of 5 of output outside, first at (1,)" in tally.alarms[0]

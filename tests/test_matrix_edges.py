@@ -16,8 +16,8 @@ CASES = {case.name: case for case in matrix_edges.cases(Recipe())}
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_is_allowed_and_another_output_is_not(name):
     allowed = Allowed(CASES[name])
-    assert not allowed.wrong(allowed.want).any()
-    wrong = allowed.wrong(torch.where(allowed.want == 0, 1, allowed.want * 1.5))
+    assert not allowed.wrong(allowed.expected).any()
+    wrong = allowed.wrong(torch.where(allowed.expected == 0, 1, allowed.expected * 1.5))
     assert wrong.double().mean() > 0.9, "intervals that hold anything"
 
 
@@ -49,7 +49,7 @@ def test_routers_are_undecided_in_16_bits():
 
 def test_an_output_in_fp32_is_compared_to_the_bit():
     case = CASES["Relu2, float32 weights of any size, to fp32"]
-    want = case.reference()
-    assert want.dtype == torch.float32
-    other = torch.nextafter(want, torch.full_like(want, torch.inf))
-    assert unequal(other, want).all() and Allowed(case).wrong(other).any()
+    expected = case.reference()
+    assert expected.dtype == torch.float32
+    other = torch.nextafter(expected, torch.full_like(expected, torch.inf))
+    assert unequal(other, expected).all() and Allowed(case).wrong(other).any()

@@ -358,13 +358,13 @@ def test_files_that_are_none(tmp_path, capsys):
 
 def test_predicates_shrink_what_fails(backends):
     failure = quantizer_failure(sides=("reference", workers.INTERPRETER))
-    small = shrink.shrink_matrix(failure.x, replay.quantizer_fails(CASE, *failure.sides), 5.0)
+    small = shrink.minimize_tensor(failure.x, replay.quantizer_fails(CASE, *failure.sides), 5.0)
     assert small.shape == (1, 32)  # `wrong` changes byte 9, of the second block
     assert not replay.quantizer_fails(CASE, "reference", "flashinfer:cuda")(small)
 
     call = replace(moe_failure(), backend=workers.INTERPRETER, configuration=None)
     fails = replay.call_fails(call)
-    least = shrink_moe.shrink_call(call.case, fails, 20.0)
+    least = shrink_moe.minimize_call(call.case, fails, 20.0)
     assert least.ids.numel() == 1 and least.experts.padded_hidden_size == 128
     backends["call"] = lambda output: output
     assert not fails(call.case)

@@ -13,7 +13,7 @@ from moe_cases import Shape
 import nvfp4_moe
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.failures import minimize_moe as shrink_moe
-from nvfp4_moe.failures.minimize_moe import shrink_call
+from nvfp4_moe.failures.minimize_moe import minimize_call
 from nvfp4_moe.failures.slice_call import (
     PER_EXPERT,
     keep_experts,
@@ -204,7 +204,7 @@ def test_a_fault_in_one_expert(from_logits):
     value = case.experts.output2_scale_scalar[2].item()
     fails, calls = wrong_expert(value)
     start = time.monotonic()
-    small = shrink_call(case, fails)
+    small = minimize_call(case, fails)
     assert time.monotonic() - start < 20
     assert fails(small) and len(calls) < 250
     e = small.experts
@@ -228,7 +228,7 @@ def test_what_needs_two_slots_and_a_place():
         return bool(two) and case.experts.padded_hidden_size > 128
 
     case = call()
-    small = shrink_call(case, fails)
+    small = minimize_call(case, fails)
     assert small.ids.shape == (1, 2) and small.experts.padded_hidden_size == 256
     assert small.experts.padded_intermediate_size == 64
     assert not small.experts.gemm1_weights.any() and not small.activations.hidden_states.any()
@@ -246,7 +246,7 @@ def test_an_exact_call_stays_exact(exact, monkeypatch):
         return True
 
     monkeypatch.setattr(shrink_moe, "_single", lambda c: c.experts.padded_hidden_size > 128)
-    small = shrink_call(replace(call(), exact=exact), fails)
+    small = minimize_call(replace(call(), exact=exact), fails)
     narrow = [case for case in asked if case.experts.padded_hidden_size == 128]
     assert small.experts.padded_hidden_size == (256 if exact else 128)
     assert exact != bool(narrow)
@@ -259,7 +259,7 @@ def test_without_a_proof_that_one_output_is_right_tokens_alone_go(monkeypatch):
     weights[2, 1] = torch.nan  # of which the intervals know nothing
     assert not shrink_moe._single(replace(case, weights=weights))
     monkeypatch.setattr(shrink_moe, "_single", lambda c: False)
-    small = shrink_call(case, lambda c: True)
+    small = minimize_call(case, lambda c: True)
     assert small.ids.shape == (1, 3) and small.experts is case.experts
 
 
@@ -269,11 +269,11 @@ def test_the_budget_is_kept():
         return True
 
     start = time.monotonic()
-    small = shrink_call(call(), slow, seconds=0.75)
+    small = minimize_call(call(), slow, seconds=0.75)
     assert time.monotonic() - start < 1.2
     assert small.ids.shape[0] < 6
 
 
 def test_what_does_not_fail():
     with pytest.raises(ValueError, match="does not fail"):
-        shrink_call(call(), lambda case: False)
+        minimize_call(call(), lambda case: False)

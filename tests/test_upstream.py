@@ -12,7 +12,7 @@ import nvfp4_moe
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import explain as arithmetic
 from nvfp4_moe.differential import quantizers
-from nvfp4_moe.failures.bug_report import upstream_text
+from nvfp4_moe.failures.bug_report import bug_report_text
 from nvfp4_moe.failures.replay_file import save_moe, save_quantizer
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.flashinfer import (
@@ -84,7 +84,7 @@ def test_the_quantizers_call(backend, mode, recipe, large, tmp_path, monkeypatch
         failure = replace(failure, outputs=q | {backend: wrong(q["reference"])})
     path = tmp_path / "case.safetensors"
     save_quantizer(path, failure)
-    text = upstream_text(failure, str(path))
+    text = bug_report_text(failure, str(path))
     program = snippet(text)
     assert ("load_file" in program) == large
     got = caught(program, flashinfer, "nvfp4_quantize", monkeypatch)
@@ -101,7 +101,7 @@ def test_the_quantizers_call(backend, mode, recipe, large, tmp_path, monkeypatch
 
 def test_the_text_of_a_quantizer():
     failure = quantizer_failure(sides=("reference", "flashinfer:cuda"))
-    text = upstream_text(failure)
+    text = bug_report_text(failure)
     assert text.startswith("# flashinfer:cuda differs from reference in the e2m1 code: per-token, ")
     assert "- torch 2\n- GPU: B200" in text and "`nvfp4-moe diff --rows 3`" in text
     good, bad = failure.outputs.values()
@@ -118,20 +118,20 @@ def test_the_text_of_a_quantizer():
 def test_where_nothing_can_be_spelled_out():
     failure = quantizer_failure(sides=("reference", "flashinfer:cuda"))
     raised = replace(failure, outputs=failure.outputs | {"flashinfer:cuda": None})
-    text = upstream_text(raised)
+    text = bug_report_text(raised)
     assert text.startswith("# flashinfer:cuda raises: per-token") and "```\nnote\n```" in text
     q = failure.outputs["reference"]
     scales = q.block_scales.clone()
     scales[-1, -1] = 0xFF
     padding = failure.outputs | {"flashinfer:cuda": replace(q, block_scales=scales)}
-    text = upstream_text(replace(failure, outputs=padding))
+    text = bug_report_text(replace(failure, outputs=padding))
     assert "in the padding of the block scales" in text
     assert "byte 511 of the buffer: expected 0x00, got 0xff" in text
     same = replace(failure, outputs=dict.fromkeys(failure.sides, q))
     with pytest.raises(ValueError, match="are the same"):
-        upstream_text(same)
+        bug_report_text(same)
     triton = quantizer_failure(sides=("reference", "triton"))
-    assert "replay(load('failure.safetensors'), 'triton')" in snippet(upstream_text(triton))
+    assert "replay(load('failure.safetensors'), 'triton')" in snippet(bug_report_text(triton))
 
 
 def failed_trtllm(routed):
@@ -154,7 +154,7 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
     failure = failed_trtllm(routed)
     path = tmp_path / "case.safetensors"
     save_moe(path, failure)
-    text = upstream_text(failure, str(path))
+    text = bug_report_text(failure, str(path))
     name = f"trtllm_fp4_block_scale{'' if routed else '_routed'}_moe"
     program = snippet(text)
     got = caught(program, fused_moe, name, monkeypatch)
@@ -167,7 +167,7 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
     last = re.search(r"sum over the slots = (0x\w{4})", text).group(1)
     assert last == arithmetic.bits(failure.case.reference()[1, 7]).split()[0]
     with pytest.raises(ValueError, match="is what it may be"):
-        upstream_text(replace(failure, output=failure.case.reference()))
+        bug_report_text(replace(failure, output=failure.case.reference()))
 
 
 @needs_flashinfer
@@ -186,6 +186,6 @@ def test_the_other_layers(layer, tmp_path, monkeypatch):
     path = tmp_path / "case.safetensors"
     save_moe(path, failure)
     name = "cute_dsl_fused_moe" if cute else "cutlass_fused_moe"
-    got = caught(snippet(upstream_text(failure, str(path))), fused_moe, name, monkeypatch)
+    got = caught(snippet(bug_report_text(failure, str(path))), fused_moe, name, monkeypatch)
     for key, value in layer.arguments(case.request()).items():
         assert_same(got[key], value)

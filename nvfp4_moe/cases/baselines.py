@@ -102,8 +102,8 @@ def exact_case(format: Format, offset: int = 0) -> SiblingCase:
     up = _signs(g, size) * (3.5 - 1.5 * seven.float()) * host.powers(larger)
     gate = (64.0 + 48.0 * seven.float()) * (host.uniform(g, *size) < 0.9)
     w13 = torch.cat([up, gate], 1)[..., None] / 8 * shares
-    some = host.uniform(g, EXPERTS, HIDDEN, INTERMEDIATE).argsort(2) < 8
-    w2 = _signs(g, some.shape) * some
+    nonzero = host.uniform(g, EXPERTS, HIDDEN, INTERMEDIATE).argsort(2) < 8
+    w2 = _signs(g, nonzero.shape) * nonzero
     activations, experts = _assembled(format, x, w13, w2)
     ids, _ = matrix_moe.choice()
     if offset:

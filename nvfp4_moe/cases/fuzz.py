@@ -68,8 +68,8 @@ class Draw:
             other = torch.ldexp(1 + self.uniform(n), self.integers(-149, 128, n))
             x = torch.where(self.uniform(n) < 0.3, other, x)
         if self.chance(wild / 2):
-            some = host.fp32(_EXTREMES)[self.integers(0, len(_EXTREMES), n)]
-            x = torch.where(self.uniform(n) < 0.2, some, x)
+            extremes = host.fp32(_EXTREMES)[self.integers(0, len(_EXTREMES), n)]
+            x = torch.where(self.uniform(n) < 0.2, extremes, x)
         if self.chance(wild / 8):
             x[int(self.integers(0, n, 1))] = self.choice((torch.inf, -torch.inf, torch.nan))
         return torch.where(self.uniform(n) < 0.1, -x, x) if self.chance(0.2) else x
@@ -197,37 +197,39 @@ def _block_scales(d: Draw, *shape: int) -> Tensor:
     return d.integers(low, high, *shape).to(torch.uint8)
 
 
-def _experts(d: Draw, kind: Kind, held: int, exponent: int) -> Experts:
+def _experts(d: Draw, kind: Kind, num_local: int, exponent: int) -> Experts:
     rows = kind.intermediate * (2 if kind.activation.gated else 1)
-    h, i, some = kind.hidden, kind.intermediate, d.choice((0, 0, 0, 32))
-    h, i = h - some, i - (some if some < i and not kind.biases else 0)
+    h, i, padding = kind.hidden, kind.intermediate, d.choice((0, 0, 0, 32))
+    h, i = h - padding, i - (padding if padding < i and not kind.biases else 0)
     rows = rows // kind.intermediate * i
-    decode = d.scalars(held, exponent - 7).nan_to_num()  # up's and gate's must be equal
-    given: dict[str, Any] = {}
+    decode = d.scalars(num_local, exponent - 7).nan_to_num()  # up's and gate's must be equal
+    options: dict[str, Any] = {}
     if kind.parameters:
-        limit = decode * d.scalars(held, d.choice((0, 4, 8)))
-        given = {
-            "alpha": d.choice((1.702, d.scalars(held))),
-            "beta": d.choice((1.0, d.scalars(held))),
-            "clamp_limit": limit if d.chance(0.7) else d.scalars(held).abs(),
+        limit = decode * d.scalars(num_local, d.choice((0, 4, 8)))
+        options = {
+            "alpha": d.choice((1.702, d.scalars(num_local))),
+            "beta": d.choice((1.0, d.scalars(num_local))),
+            "clamp_limit": limit if d.chance(0.7) else d.scalars(num_local).abs(),
         }
-        given = {n: v for n, v in given.items() if n in kind.activation.parameters}
+        options = {n: v for n, v in options.items() if n in kind.activation.parameters}
     if kind.mode == "static":
         amax = (d.scalars(2, 3, 0.15).abs().nan_to_num(nan=1.0)).clamp(1e-33, 1e38)
-        given |= {"input_amax": amax[0].item(), "intermediate_amax": amax[1].item()}
+        options |= {"input_amax": amax[0].item(), "intermediate_amax": amax[1].item()}
     if kind.biases:
-        given["w13_bias"] = d.normal(held, rows) * decode[:, None] * 2.0 ** d.choice((0, 4, 8))
-    decode2 = d.scalars(held, d.exponent() if d.chance(0.3) else -7)
+        options["w13_bias"] = (
+            d.normal(num_local, rows) * decode[:, None] * 2.0 ** d.choice((0, 4, 8))
+        )
+    decode2 = d.scalars(num_local, d.exponent() if d.chance(0.3) else -7)
     if kind.biases:
-        given["w2_bias"] = d.normal(held, h) * decode2[:, None] * 2.0 ** d.choice((0, 8))
-    w13 = _codes(d, held, rows, h), _block_scales(d, held, rows, h // BLOCK_SIZE), decode
-    w2 = _codes(d, held, h, i), _block_scales(d, held, h, i // BLOCK_SIZE), decode2
+        options["w2_bias"] = d.normal(num_local, h) * decode2[:, None] * 2.0 ** d.choice((0, 8))
+    w13 = _codes(d, num_local, rows, h), _block_scales(d, num_local, rows, h // BLOCK_SIZE), decode
+    w2 = _codes(d, num_local, h, i), _block_scales(d, num_local, h, i // BLOCK_SIZE), decode2
     # Its checks refuse what a caller of FlashInfer's functions may hand over all the same.
-    experts = assemble_checked(w13, w2, kind.activation, Options(**given))
+    experts = assemble_checked(w13, w2, kind.activation, Options(**options))
     if kind.build == "cutlass":
         return with_cutlass(experts)
     scalars: dict[str, Any] = {  # as a caller of FlashInfer's may give them
-        name: d.scalars(held, exponent - 7)
+        name: d.scalars(num_local, exponent - 7)
         for name in ("output1_scale_scalar", "output1_scale_gate_scalar")
         if d.chance(0.15)
     }

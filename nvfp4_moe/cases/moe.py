@@ -191,8 +191,8 @@ def exact_cases() -> Iterator[MoECase]:
 
         def codes(*size: int, density: float, g: torch.Generator = g) -> torch.Tensor:
             value = host.integers(g, 0, 2, size) * 8 + 2  # the codes of 1 and -1
-            some = host.uniform(g, *size) < density
-            return e2m1.pack(torch.where(some, value, 0).to(torch.uint8))
+            nonzero = host.uniform(g, *size) < density
+            return e2m1.pack(torch.where(nonzero, value, 0).to(torch.uint8))
 
         def ones(*size: int) -> torch.Tensor:
             return torch.full(size, one, dtype=torch.uint8, device="cpu")
@@ -251,11 +251,11 @@ def exact_layer(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
     """(output [T, H] in fp64 of a SwiGLU layer, the largest magnitude of its intermediate)."""
-    want = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    output = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     largest = 0.0
     for t in range(x.shape[0]):
         for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
             y = activate((w13[e].double() @ x[t].double())[None], ActivationType.Swiglu)[0]
             largest = max(largest, y.abs().max().item())
-            want[t] += weight * (w2[e].double() @ y)
-    return want, largest
+            output[t] += weight * (w2[e].double() @ y)
+    return output, largest

@@ -216,11 +216,11 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
     g = _g(13)
     biases = {"w13_bias": host.normal(g, 2, 2 * SIZE) / 2, "w2_bias": host.normal(g, 2, SIZE) / 2}
     options: dict[str, Any] = PARAMETERS | biases
-    some = _experts(2, _A.Swiglu, 70, **options)
+    experts = _experts(2, _A.Swiglu, 70, **options)
     ordinary = host.normal(g, TOKENS, SIZE).bfloat16()
     given = _given(3, experts=4)  # of which 1 and 2 are held here
     yield MoECase("Swiglu, biases and parameters, experts 1 and 2 of 4",
-                  quantize_activations(ordinary, replace(recipe, build="cuda")), some, recipe=recipe,
+                  quantize_activations(ordinary, replace(recipe, build="cuda")), experts, recipe=recipe,
                   local_expert_offset=1, **given)  # fmt: skip
 
     # The second half of K cancels the first but for a sixteenth of the columns.
@@ -242,15 +242,15 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
 
     ordered = _given(8, experts=8)
     weights = host.powers(host.arange(8) * 11 % 40 - 30) * (1 + host.uniform(g, TOKENS, 8))
-    some = _experts(8, _A.Relu2, 60)
-    some = replace(some, output2_scale_scalar=some.output2_scale_scalar
+    experts = _experts(8, _A.Relu2, 60)
+    experts = replace(experts, output2_scale_scalar=experts.output2_scale_scalar
                    * host.powers(30 - host.arange(8) * 11 % 40))  # fmt: skip
     state = quantize_activations(
         host.normal(g, TOKENS, SIZE).bfloat16(), replace(recipe, build="cuda")
     )
     for dtype in (torch.bfloat16, torch.float32):
         given = ordered | {"weights": weights.to(dtype)}
-        yield MoECase(f"Relu2, {str(dtype)[6:]} weights of any size, to fp32", state, some,
+        yield MoECase(f"Relu2, {str(dtype)[6:]} weights of any size, to fp32", state, experts,
                       recipe=recipe, output_dtype=torch.float32, **given)  # fmt: skip
 
 

@@ -76,18 +76,18 @@ def cases(x: torch.Tensor, recipes: list[Recipe], every_layout: bool) -> list[Ca
     Plain recipes take all three layouts. Those of 4over6 do with `every_layout`, else one each in
     turn: the layout is no part of the arithmetic.
     """
-    found = []
+    result = []
     for i, recipe in enumerate(recipes):
         plain = recipe.four_over_six is None
         layouts = list(SfLayout) if plain or every_layout else [SfLayout(i % len(SfLayout))]
         if x.dtype == torch.float32:
             if recipe == Recipe():
-                found += [Case("fp32 per-token", recipe, layout) for layout in layouts]
+                result += [Case("fp32 per-token", recipe, layout) for layout in layouts]
             continue
         scale = global_scale(x, recipe)
-        found += [Case("per-token", recipe, layout) for layout in layouts]
-        found += [Case("global-scale", recipe, layout, scale) for layout in layouts]
-    return found
+        result += [Case("per-token", recipe, layout) for layout in layouts]
+        result += [Case("global-scale", recipe, layout, scale) for layout in layouts]
+    return result
 
 
 def synthetic(
@@ -101,8 +101,8 @@ def synthetic(
                     continue
                 x = inputs.synthetic(kind, m, k, dtype, seed)[:rows]
                 name = f"{kind} {_short(dtype)} {m}x{k} seed {seed}"
-                if found := cases(x, recipes, every_layout):
-                    yield Input("synthetic", name, x, found)
+                if chosen := cases(x, recipes, every_layout):
+                    yield Input("synthetic", name, x, chosen)
 
 
 def activations(
@@ -132,9 +132,9 @@ def from_file(
                 continue
             with host.READING:
                 x = part[:rows]
-            found = _pieces("file", name, x, rows, recipes, every_layout)
-            if found:
-                yield name, x, found
+            pieces = _pieces("file", name, x, rows, recipes, every_layout)
+            if pieces:
+                yield name, x, pieces
             else:
                 skipped[name] = "fp32 has the recipe fast-cuda only, which --recipes leaves out"
 
@@ -158,7 +158,7 @@ def golden(recipes: list[Recipe]) -> Iterator[Input]:
 def _golden(name: str, arrays: dict[str, torch.Tensor], recipes: list[Recipe]) -> Iterator[Input]:
     dtype = torch.bfloat16 if name.startswith("bf16") else torch.float16
     interpreted = name.endswith(("/7x80", "/84x32"))
-    found: dict[Case, Quantized] = {}
+    outputs: dict[Case, Quantized] = {}
     for key in sorted(arrays):
         *path, last = key.split("/")
         if last not in ("sf", "sf_128x4", "sf_8x4") or "fp32in" in path:
@@ -176,10 +176,10 @@ def _golden(name: str, arrays: dict[str, torch.Tensor], recipes: list[Recipe]) -
         )
         if case.recipe in recipes:
             scale = arrays.get(f"{prefix}/scale")
-            found[case] = Quantized(arrays[f"{prefix}/q"], arrays[key], scale)
+            outputs[case] = Quantized(arrays[f"{prefix}/q"], arrays[key], scale)
     x = arrays["x"].view(dtype)
-    if found:
-        yield Input("golden", name, x, list(found), golden=found, interpreted=interpreted)
+    if outputs:
+        yield Input("golden", name, x, list(outputs), golden=outputs, interpreted=interpreted)
     if "fp32in/x" in arrays and Recipe() in recipes:
         case = Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
         q = Quantized(arrays["fp32in/q"], arrays["fp32in/sf"], arrays["fp32in/scale"])
@@ -197,11 +197,11 @@ def _pieces(
 ) -> list[Input]:
     """The first `rows` rows in runs of about PIECE elements, under one global scale."""
     x = x[:rows]
-    found = cases(x, recipes, every_layout)
+    chosen = cases(x, recipes, every_layout)
     step = max(1, PIECE // (128 * x.shape[1])) * 128
     return [
-        Input(group, name, x[start : start + step], found, start)
-        for start in range(0, x.shape[0] if found else 0, step)
+        Input(group, name, x[start : start + step], chosen, start)
+        for start in range(0, x.shape[0] if chosen else 0, step)
     ]
 
 

@@ -104,10 +104,10 @@ def run(options: argparse.Namespace) -> Exit:
     print(workers.run([*CHILD, "doctor"], options.timeout)[1], end="")
     for job in jobs(None):  # of every earlier run, whatever it was asked for
         folder.remove_stale(out / job.folder)
-    found = _run_all(planned, options, out)
-    verdicts = _verdicts(found)
+    results = _run_all(planned, options, out)
+    verdicts = _verdicts(results)
     whole = Report.of_this_run()
-    whole.sections = [verdicts, *_tables(found)]
+    whole.sections = [verdicts, *_tables(results)]
     whole.seconds = round(time.monotonic() - start, 1)
     whole.missing = _missing(verdicts, options.backends)
     folder.write(whole, out)
@@ -187,29 +187,29 @@ def _run_one(
         return JobResult(job, status, printed, None)
 
 
-def _verdicts(found: list[JobResult]) -> Section:
+def _verdicts(results: list[JobResult]) -> Section:
     """A cell for each job."""
     section = Section("verdicts", summary=True)
-    for done in found:
-        row = done.job.title
-        section.put(row, done.job.backend, _verdict(done))
+    for result in results:
+        row = result.job.title
+        section.put(row, result.job.backend, _verdict(result))
     return section
 
 
-def _verdict(done: JobResult) -> Cell:
-    last = (done.printed.strip().splitlines() or ["nothing was printed"])[-1]
-    if done.report is None and done.status == Exit.NOT_RUN:  # refused before any work
+def _verdict(result: JobResult) -> Cell:
+    last = (result.printed.strip().splitlines() or ["nothing was printed"])[-1]
+    if result.report is None and result.status == Exit.NOT_RUN:  # refused before any work
         return Cell("skipped", note=last.split(CANNOT, 1)[-1])
-    if done.report is None:
-        lines = done.printed.strip().splitlines()[-20:]
-        title = f"{done.job.part.name}, {done.job.backend}, {done.job.math}"
-        return Cell("crashed", 1, 1, last, [Failure(title, f"exit status {done.status}", lines)])
+    if result.report is None:
+        lines = result.printed.strip().splitlines()[-20:]
+        title = f"{result.job.part.name}, {result.job.backend}, {result.job.math}"
+        return Cell("crashed", 1, 1, last, [Failure(title, f"exit status {result.status}", lines)])
     cells = [
         cell
-        for section in done.report.sections
+        for section in result.report.sections
         for row in section.rows.values()
         for column, cell in row.items()
-        if done.job.backend in column
+        if result.job.backend in column
     ]
     run = [cell for cell in cells if cell.status != "skipped"]
     reasons = Counter(cell.note for cell in cells if cell.status == "skipped")
@@ -222,21 +222,21 @@ def _verdict(done: JobResult) -> Cell:
     )  # fmt: skip
 
 
-def _tables(found: list[JobResult]) -> Iterator[Section]:
+def _tables(results: list[JobResult]) -> Iterator[Section]:
     """The jobs' sections of one part and math, side by side."""
     merged: dict[str, Section] = {}
-    for done in found:
-        title = done.job.title
+    for result in results:
+        title = result.job.title
         table = merged.setdefault(title, Section(title))
-        if done.report is None:
-            table.put("the whole process", done.job.backend, _verdict(done))
-        for section in done.report.sections if done.report else []:
+        if result.report is None:
+            table.put("the whole process", result.job.backend, _verdict(result))
+        for section in result.report.sections if result.report else []:
             table.notes += [note for note in section.notes if note not in table.notes]
             for name, row in section.rows.items():
                 for column, cell in row.items():
                     for failure in cell.failures:
                         if failure.replay is not None:
-                            failure.replay = f"{done.job.folder}/{failure.replay}"
+                            failure.replay = f"{result.job.folder}/{failure.replay}"
                     table.put(name, column, cell)
     yield from merged.values()
 

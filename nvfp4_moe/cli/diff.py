@@ -13,7 +13,7 @@ from .. import files
 from ..cases import quantize as matrix
 from ..differential import own
 from ..differential.calls import RunOptions
-from ..differential.format_error import costs
+from ..differential.format_error import format_errors
 from ..differential.parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
 from ..differential.quantize import InputSelection
 from ..exits import CommandError, Exit
@@ -60,7 +60,7 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
         results.append(result)
     terminal.print_not_run(not_run, stream)
     if MOE in parts and not names:
-        terminal.print_costs(costs(), stream)
+        terminal.print_format_errors(format_errors(), stream)
     whole.seconds = round(time.monotonic() - start, 1)
     whole.not_run = dict(not_run)
     if names:  # which are of one part

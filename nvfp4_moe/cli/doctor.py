@@ -17,33 +17,33 @@ from ..reference.weights.prepare import prepare_experts
 
 
 def run(options: argparse.Namespace) -> int:
-    found = examine()
+    examined = examine()
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(examined, indent=1))
         return 0
     print(
         "versions: "
-        + ", ".join(f"{k} {v or '(not installed)'}" for k, v in found["versions"].items())
+        + ", ".join(f"{k} {v or '(not installed)'}" for k, v in examined["versions"].items())
     )
-    print(f"commit: {found['commit'] or '(no checkout)'}")
-    for gpu in found["gpus"] or ["none"]:
+    print(f"commit: {examined['commit'] or '(no checkout)'}")
+    for gpu in examined["gpus"] or ["none"]:
         print(f"GPU: {gpu}")
-    print(f"NVIDIA driver: {found['driver'] or 'none'}")
-    if found["rcp_table"] is not None:
-        print(f"rcp.approx table: {found['rcp_table']}")
-    print(f"FlashInfer: {found['flashinfer']['version']}")
-    for line in found["flashinfer"]["differences"]:
+    print(f"NVIDIA driver: {examined['driver'] or 'none'}")
+    if examined["rcp_table"] is not None:
+        print(f"rcp.approx table: {examined['rcp_table']}")
+    print(f"FlashInfer: {examined['flashinfer']['version']}")
+    for line in examined["flashinfer"]["differences"]:
         print(f"  {line}")
-    for build, facts in found["builds"].items():
+    for build, facts in examined["builds"].items():
         print(f'\na bf16 matrix per token, build="{build}"; auto tries {", ".join(facts["auto"])}:')
         print(facts["explanation"])
-    layer = found["fused_moe"]
+    layer = examined["fused_moe"]
     print(f"\nthe fused mixture of experts, per token; auto tries {', '.join(layer['auto'])}:")
     print(layer["explanation"])
-    for backend, how in found["sums"].items():
+    for backend, how in examined["sums"].items():
         print(f"sums of {backend}: {how}")
     print("\nenvironment:")
-    for name, value in found["environment"].items():
+    for name, value in examined["environment"].items():
         print(f"  {name} = {'(unset)' if value is None else value}")
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..differential import workers
-from ..differential.fuzz import Judged, judged
+from ..differential.fuzz import JudgedRun, judged
 from ..exits import Exit
 from ..report import invocation
 
@@ -39,7 +39,7 @@ class Tally:
     width: float = 0.0  # sum of their binary logarithms, relative to the magnitude
     alarms: list[str] = field(default_factory=list)
 
-    def add(self, seed: int, replay: str, one: Judged) -> None:
+    def add(self, seed: int, replay: str, one: JudgedRun) -> None:
         allowed, got = one.allowed, one.got
         wrong, unknown, single = ~allowed.contains(got), allowed.unknown, allowed.single
         infinite = (allowed.low.isinf() | allowed.high.isinf()) & ~unknown

@@ -110,8 +110,8 @@ def _row(
 def _ask(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """[T] fp64: the sums that were kept."""
     case = _case(backend, codes, scales)
-    found = FUSED_MOE.serve(case.request(), backend)[0][:, 0].double().cpu()
-    return found.sqrt() if case.experts.activation == ActivationType.Relu2 else found
+    sums = FUSED_MOE.serve(case.request(), backend)[0][:, 0].double().cpu()
+    return sums.sqrt() if case.experts.activation == ActivationType.Relu2 else sums
 
 
 def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:

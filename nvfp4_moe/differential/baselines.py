@@ -69,20 +69,22 @@ def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResul
 
 
 def _judged(case: SiblingCase, name: str, options: RunOptions) -> Cell:
-    request, want = case.request(), case.reference()
-    found = outputs(
-        lambda: adapter.run(request), lambda: _configurations(request), options, want.is_cuda
+    request, expected = case.request(), case.reference()
+    outputs_by_name = outputs(
+        lambda: adapter.run(request), lambda: _configurations(request), options, expected.is_cuda
     )
     wrong = [
         failure
-        for configuration, output in found.items()
-        for failure in _failures(case, want, output, f"{case.name}: {name}, {configuration}")
+        for configuration, output in outputs_by_name.items()
+        for failure in _failures(case, expected, output, f"{case.name}: {name}, {configuration}")
     ]
-    compared = sum(1 if output.again is None else 2 for output in found.values())
+    compared = sum(1 if output.again is None else 2 for output in outputs_by_name.values())
     statuses: list[Status] = ["identical" if case.exact else "withheld"]
     statuses += [status for status, _ in wrong]
-    got = [output.got for output in found.values() if isinstance(output.got, torch.Tensor)]
-    note = _nearness(got, want) if got else "no output"
+    got = [
+        output.got for output in outputs_by_name.values() if isinstance(output.got, torch.Tensor)
+    ]
+    note = _nearness(got, expected) if got else "no output"
     return Cell(worst(statuses), compared, len(wrong), note, [f for _, f in wrong[:SHOWN]])
 
 
@@ -92,12 +94,12 @@ def _of_quantizer(experts: SiblingExperts) -> Cell:
     x = torch.cat(every).to(experts.w13.device)
     title = f"mxfp8, its quantizer: {NAMES['mxfp8']}"
     try:
-        got, want = adapter.quantize(x, experts), quantize_for(x, experts)
+        got, expected = adapter.quantize(x, experts), quantize_for(x, experts)
     except Exception as error:
         return Cell("crashed", 1, 1, "no output", [crash(title, error)])
-    assert got.scale is not None and want.scale is not None
-    codes = got.hidden_states.view(torch.uint8) != want.hidden_states.view(torch.uint8)
-    scales = got.scale != want.scale
+    assert got.scale is not None and expected.scale is not None
+    codes = got.hidden_states.view(torch.uint8) != expected.hidden_states.view(torch.uint8)
+    scales = got.scale != expected.scale
     if not codes.any() and not scales.any():
         return Cell("identical", 1, note="all equal")
     summary = f"{int(codes.sum())} codes and {int(scales.sum())} scales are other bits"
@@ -106,31 +108,31 @@ def _of_quantizer(experts: SiblingExperts) -> Cell:
 
 
 def _configurations(request: SiblingRequest) -> list[tactics.Configuration]:
-    found = tactics.advertised(lambda: adapter.run(request))
+    advertised = tactics.advertised(lambda: adapter.run(request))
     return [
         tactics.Configuration(t.name, lambda t=t: tactics.forced(t))  # type: ignore[misc]
-        for t in found
+        for t in advertised
     ]
 
 
-def _nearness(every: list[torch.Tensor], want: torch.Tensor) -> str:
+def _nearness(every: list[torch.Tensor], expected: torch.Tensor) -> str:
     """Of the output that is farthest from the reference's."""
-    equal = min((got == want).double().mean().item() for got in every)
+    equal = min((got == expected).double().mean().item() for got in every)
     if equal == 1:
         return "all equal"
-    norm = want.double().norm()
-    error = max(((got.double() - want.double()).norm() / norm).item() for got in every)
+    norm = expected.double().norm()
+    error = max(((got.double() - expected.double()).norm() / norm).item() for got in every)
     return f"{equal:.2%} equal, error {error:.1e}"
 
 
 def _failures(
-    case: SiblingCase, want: torch.Tensor, output: Output, title: str
+    case: SiblingCase, expected: torch.Tensor, output: Output, title: str
 ) -> Iterator[tuple[Status, Failure]]:
     """What is wrong with an output, and with the call when it is made again."""
     if isinstance(output.got, Exception):
         yield "crashed", crash(title, output.got)
     elif case.exact:
-        yield from _difference(output.got, want, title)
+        yield from _difference(output.got, expected, title)
     if isinstance(output.again, Exception):
         yield "crashed", crash(f"{title}, again", output.again)
     elif output.again is not None and isinstance(output.got, torch.Tensor):
@@ -138,12 +140,12 @@ def _failures(
 
 
 def _difference(
-    got: torch.Tensor, want: torch.Tensor, title: str
+    got: torch.Tensor, expected: torch.Tensor, title: str
 ) -> Iterator[tuple[Status, Failure]]:
-    wrong = got.view(torch.int16) != want.view(torch.int16)
+    wrong = got.view(torch.int16) != expected.view(torch.int16)
     if not wrong.any():
         return
     t, h = (int(i) for i in wrong.nonzero()[0])
     summary = f"{int(wrong.sum())} of {wrong.numel()} elements are other bits"
-    first = f"token {t}, column {h}: {got[t, h].item()!r} instead of {want[t, h].item()!r}"
+    first = f"token {t}, column {h}: {got[t, h].item()!r} instead of {expected[t, h].item()!r}"
     yield "different", Failure(title, summary, [first], heat.of_output(wrong))

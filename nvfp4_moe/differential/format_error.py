@@ -20,7 +20,7 @@ from ..reference.weights.prepare import prepare_experts
 KIND = ActivationType.Swiglu
 
 
-def costs() -> dict[str, dict[str, float]]:
+def format_errors() -> dict[str, dict[str, float]]:
     """Mean over tokens of a layer's relative error against the bf16 layer in fp64: NVFP4's, others'.
 
     By token, since one with an outlier has most of the norm of all. Static scales, NVFP4's and those of
@@ -29,7 +29,7 @@ def costs() -> dict[str, dict[str, float]]:
     x = inputs.activations()[TENSOR].bfloat16()
     w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])
     ids, weights = matrix_moe.choice(x.shape[0])
-    want, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
+    expected, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
     maxima: dict[str, Any] = {
         "input_amax": x.abs().max().item(), "intermediate_amax": largest
     }  # fmt: skip
@@ -39,7 +39,7 @@ def costs() -> dict[str, dict[str, float]]:
     static = quantize_global_scale(x, experts.input_scale, Recipe())
 
     def error(output: torch.Tensor) -> float:
-        return ((output - want).norm(dim=1) / want.norm(dim=1)).mean().item()
+        return ((output - expected).norm(dim=1) / expected.norm(dim=1)).mean().item()
 
     def of_nvfp4(a: Activations, e: Experts) -> float:
         return error(moe.fused_moe(a, e, ids, weights).output)

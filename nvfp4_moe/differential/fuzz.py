@@ -32,7 +32,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedRun:
     """A run, and what it may have given."""
 
     way: str
@@ -110,7 +110,7 @@ def _triton(case: MoECase) -> Tensor | None:
     return FUSED_MOE.serve(request, "triton")[0]
 
 
-def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[Judged]:
+def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[JudgedRun]:
     a, e = case.activations, case.experts
     options = _options(case)
     ids, weights = case.routed
@@ -121,33 +121,33 @@ def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[Judged]:
         result = moe.fused_moe(
             a, e, ids, weights, **options, stages=every[name], keep_steps=number == 0
         )
-        yield Judged(name, "output", result.output, allowed.output)
+        yield JudgedRun(name, "output", result.output, allowed.output)
         if number == 0:
             yield from _stages(case, options, name, result)
     routed = allowed.output
     if case.logits is not None:
         routed = routed_moe_bounds(a, e, case.logits, case.routing, case.routing_bias, **options)
-        yield Judged("fp64, routed", "output", result.output, routed)
+        yield JudgedRun("fp64, routed", "output", result.output, routed)
     if triton and (got := _triton(case)) is not None:
-        yield Judged("triton", "output", got, routed)
+        yield JudgedRun("triton", "output", got, routed)
 
 
 def _stages(
     case: MoECase, options: dict[str, Any], name: str, result: moe.MoEResult
-) -> Iterator[Judged]:
+) -> Iterator[JudgedRun]:
     """Each stage given what the run itself had before it."""
     steps = result.steps
-    middle = steps.get("intermediate", steps["activated"]).float()
+    intermediate = steps.get("intermediate", steps["activated"]).float()
     given = fused_moe_bounds(
         case.activations, case.experts, *case.routed, **options,
-        accumulator1=steps["accumulator1"], intermediate=middle,
+        accumulator1=steps["accumulator1"], intermediate=intermediate,
     )  # fmt: skip
-    yield Judged(name, "accumulator1", steps["accumulator1"], given.accumulator1)
-    yield Judged(name, "intermediate", middle, given.intermediate)
-    yield Judged(name, "rows", result.rows, given.rows)
+    yield JudgedRun(name, "accumulator1", steps["accumulator1"], given.accumulator1)
+    yield JudgedRun(name, "intermediate", intermediate, given.intermediate)
+    yield JudgedRun(name, "rows", result.rows, given.rows)
 
 
-def _parallel(case: MoECase, d: Draw) -> Iterator[Judged]:
+def _parallel(case: MoECase, d: Draw) -> Iterator[JudgedRun]:
     """Two ranks of experts, or of the intermediate's columns."""
     options = _options(case)
     del options["cutlass"]
@@ -160,7 +160,7 @@ def _parallel(case: MoECase, d: Draw) -> Iterator[Judged]:
     if e.intermediate_size >= 32:
         got = shards.fused_moe_shards(a, e, ids, weights, tp_shards=2, **options)
         allowed = tensor_parallel_bounds(a, e, ids, weights, 2, **options)
-        yield Judged("2 shards", "output", got.output, allowed)
+        yield JudgedRun("2 shards", "output", got.output, allowed)
     count = e.num_local
     parts = [count] if count == 1 else [1] * count
     allowed = expert_parallel_bounds(a, e, ids, weights, parts, **options)
@@ -176,23 +176,25 @@ def _parallel(case: MoECase, d: Draw) -> Iterator[Judged]:
         total = torch.zeros_like(outputs[0])
         for r in order:
             total = total + outputs[r]
-        yield Judged(f"{count} ranks", "output", total.to(case.output_dtype), allowed)
+        yield JudgedRun(f"{count} ranks", "output", total.to(case.output_dtype), allowed)
 
 
-def _dense(call: DenseCall, triton: bool) -> Iterator[Judged]:
+def _dense(call: DenseCall, triton: bool) -> Iterator[JudgedRun]:
     arguments = {name: getattr(call, name) for name in DenseCall.__dataclass_fields__}
     allowed = mm_fp4_bounds(**arguments)
     for accumulate in ("fp64", "fp32"):
-        yield Judged(
+        yield JudgedRun(
             accumulate, "output", dense.mm_fp4(**arguments, accumulate=accumulate), allowed
         )
     if triton:
-        yield Judged("triton", "output", dispatched_mm_fp4(**arguments, backend="triton"), allowed)
+        yield JudgedRun(
+            "triton", "output", dispatched_mm_fp4(**arguments, backend="triton"), allowed
+        )
 
 
 def judged(
     seed: int, *, tokens: int, ways: int, kinds: int | None, device: str, triton: bool
-) -> Iterator[Judged]:
+) -> Iterator[JudgedRun]:
     """What one seed's call gives, in each of some ways.
 
     Args:

@@ -41,12 +41,12 @@ def known(names: str | None) -> list[str] | None:
     """The backends that were named, comma-separated; CommandError for an unknown one."""
     if names is None:
         return None
-    here = {} if torch.cuda.is_available() else {"triton": workers.INTERPRETER}
+    on_cpu = {} if torch.cuda.is_available() else {"triton": workers.INTERPRETER}
     for name in names.split(","):
         if name not in FUSED_MOE.names:
             allowed = ", ".join(FUSED_MOE.names)
             raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
-    return [here.get(name, name) for name in dict.fromkeys(names.split(","))]
+    return [on_cpu.get(name, name) for name in dict.fromkeys(names.split(","))]
 
 
 def run(
@@ -59,13 +59,13 @@ def run(
     device = torch.device("cuda" if on_gpu else "cpu")
     result = PartResult(Section(TITLE))
     every = matrix_moe.cases() if every is None else every
-    here = [case.to(device) for case in every]
-    names = list(backends or _that_serve(here, on_gpu, result))
+    on_device = [case.to(device) for case in every]
+    names = list(backends or _that_serve(on_device, on_gpu, result))
     withheld = {name: _sums(name, device) for name in names}
     interpreted = _interpret(every) if workers.INTERPRETER in names else []
     if options.every_configuration and "triton" in names and on_gpu:
         _compile_ahead(every, options)
-    for i, case in enumerate(here):
+    for i, case in enumerate(on_device):
         allowed: dict[bool, Allowed] = {}
         for name in names:
             if name == workers.INTERPRETER:
@@ -91,16 +91,16 @@ def run(
 
 def _that_serve(every: list[MoECase], on_gpu: bool, result: PartResult) -> list[str]:
     """The backends that serve any case here; why the others do not is noted."""
-    found = []
+    serving = []
     for name in FUSED_MOE.names:
         reasons = [FUSED_MOE.refusal(name, case.request()) for case in every]
         if None in reasons:
-            found.append(name)
+            serving.append(name)
         elif on_gpu or name != "triton":
             result.not_run[f"{name}: {Counter(reasons).most_common(1)[0][0]}"] += len(every)
     if not on_gpu:
-        found.insert(0, workers.INTERPRETER)
-    return found
+        serving.insert(0, workers.INTERPRETER)
+    return serving
 
 
 def _sums(backend: str, device: torch.device) -> str:
@@ -127,17 +127,17 @@ def _outputs(case: MoECase, backend: str, options: RunOptions) -> dict[str, Outp
 
 
 def _judge(
-    allowed: Allowed, backend: str, found: dict[str, Output], withheld: str
+    allowed: Allowed, backend: str, outputs_by_name: dict[str, Output], withheld: str
 ) -> tuple[Cell, list[WrongOutput]]:
     """The cell of a case's configurations, and the outputs that are wrong."""
-    exact, want = allowed.case.exact, allowed.want.double()
-    compared = sum(1 if output.again is None else 2 for output in found.values())
+    exact, expected = allowed.case.exact, allowed.expected.double()
+    compared = sum(1 if output.again is None else 2 for output in outputs_by_name.values())
     if withheld and not exact:
         return Cell("withheld", compared, note=withheld), []
     wrong, places = [], [0] * PLACES
     statuses: list[Status] = ["identical" if exact else "inside"]
     equal, error = 1.0, 0.0
-    for name, output in found.items():
+    for name, output in outputs_by_name.items():
         for status, failure in _failures(
             allowed, output, f"{allowed.case.name}: {backend}, {name}"
         ):
@@ -145,10 +145,10 @@ def _judge(
             got = output.got.cpu() if isinstance(output.got, torch.Tensor) else None
             wrong.append(WrongOutput(failure, allowed.case, backend, name, got))
         if isinstance(output.got, torch.Tensor):
-            got = output.got.to(want.device)
+            got = output.got.to(expected.device)
             places = [a + b for a, b in zip(places, allowed.places(got), strict=True)]
-            equal = min(equal, (got == want).double().mean().item())
-            error = max(error, ((got - want).norm() / want.norm()).item())
+            equal = min(equal, (got == expected).double().mean().item())
+            error = max(error, ((got - expected).norm() / expected.norm()).item())
     near = "all equal" if equal == 1 else f"{equal:.2%} equal, error {error:.1e}"
     cell = Cell(
         worst(statuses), compared, len(wrong), f"{allowed.determined:.1%} determined, {near}",
@@ -162,12 +162,12 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
     if isinstance(output.got, Exception):
         yield "crashed", crash(title, output.got)
     else:
-        got = output.got.to(allowed.want.device)
-        found = allowed.first(got)
-        if found is not None:
-            details = [found.where(), *explain_output(allowed.case, found)]
+        got = output.got.to(allowed.expected.device)
+        first = allowed.first(got)
+        if first is not None:
+            details = [first.where(), *explain_output(allowed.case, first)]
             status: Status = "outside" if allowed.interval else "different"
-            yield status, Failure(title, str(found), details, heat.of_output(allowed.wrong(got)))
+            yield status, Failure(title, str(first), details, heat.of_output(allowed.wrong(got)))
     if isinstance(output.again, Exception):
         yield "crashed", crash(f"{title}, again", output.again)
     elif output.again is not None and isinstance(output.got, torch.Tensor):

@@ -106,18 +106,18 @@ def run(selection: InputSelection, backends: list[str]) -> PartResult:
 def available(names: str | None) -> list[str]:
     """The sides to compare, in order, each once; CommandError for one that is unknown or not here."""
     on_gpu = torch.cuda.is_available()
-    here = ["reference", *_that_serve(), GOLDEN]
+    usable = ["reference", *_that_serve(), GOLDEN]
     if not on_gpu and workers.interpreter_refusal() is None:
-        here.insert(1, workers.INTERPRETER)
+        usable.insert(1, workers.INTERPRETER)
     if names is None:
-        return here
+        return usable
     known = {"triton": "triton" if on_gpu else workers.INTERPRETER}
     chosen = [known.get(name, name) for name in names.split(",")]
     for name in chosen:
         if name not in (*QUANTIZE.names, GOLDEN, workers.INTERPRETER):
             allowed = ", ".join((*QUANTIZE.names, GOLDEN))
             raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
-        if name not in here:
+        if name not in usable:
             raise CommandError(f"--backends has {name!r}, {CANNOT}{_refusal(name)}", Exit.NOT_RUN)
     return list(dict.fromkeys(chosen))
 
@@ -282,7 +282,7 @@ def _interpret(items: list[Input]) -> dict[int, dict[Case, Quantized]]:
             if (i + j + j // every) % every == 0:
                 jobs.append((item.x, case))
                 places.append((i, case))
-    found: dict[int, dict[Case, Quantized]] = {}
+    outputs: dict[int, dict[Case, Quantized]] = {}
     for (i, case), result in zip(places, quantizers.interpret(jobs), strict=True):
-        found.setdefault(i, {})[case] = result
-    return found
+        outputs.setdefault(i, {})[case] = result
+    return outputs

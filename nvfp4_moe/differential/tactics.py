@@ -61,8 +61,8 @@ def configurations(backend: str, request: MoECall) -> list[Configuration]:
     FlashInfer's layers run the request once, by default, to be asked.
     """
     if backend.startswith("flashinfer:"):
-        found = advertised(lambda: FUSED_MOE.serve(request, backend))
-        return [Configuration(t.name, lambda t=t: forced(t)) for t in found]  # type: ignore[misc]
+        every_tactic = advertised(lambda: FUSED_MOE.serve(request, backend))
+        return [Configuration(t.name, lambda t=t: forced(t)) for t in every_tactic]  # type: ignore[misc]
     if backend == "triton":
         return _of_triton(request)
     return [Configuration(DEFAULT)]
@@ -88,17 +88,17 @@ def advertised(call: Callable[[], object]) -> list[Tactic]:
 
     with autotuner.answered_by(note):
         call()
-    found = [Tactic(DEFAULT)]
+    result = [Tactic(DEFAULT)]
     for op, by_runner in questions.items():
         prefix = op.rsplit(":", 1)[-1] + " " if len(questions) > 1 else ""
         for place, values in enumerate(by_runner):
             runner = f"runner {place} " if len(by_runner) > 1 else ""
-            found += [
+            result += [
                 Tactic(f"{prefix}{runner}{json.dumps(value)}", op, place, value)
                 for value in values
                 if value != UNTUNED or place > 0
             ]
-    return found
+    return result
 
 
 @contextlib.contextmanager
@@ -128,9 +128,9 @@ def forced(tactic: Tactic) -> Iterator[None]:
 def _of_triton(request: MoECall) -> list[Configuration]:
     from ..kernels import config_cache, moe
 
-    found = [Configuration(DEFAULT)]
+    result = [Configuration(DEFAULT)]
     if request.batch_invariant:  # always the table's
-        return found
+        return result
     experts, top_k = request.experts, request.routed()[0].shape[1]
     held = moe.held_slots(request.tokens * top_k, experts, request.all_experts)
     key = config_cache.key_of(experts, held, top_k, request.mode)
@@ -141,8 +141,8 @@ def _of_triton(request: MoECall) -> list[Configuration]:
             pair[which] = config
             if tuple(pair) != table:
                 name = f"gemm{which + 1} {_words(config)}"
-                found.append(Configuration(name, _using(key, (pair[0], pair[1]))))
-    return found
+                result.append(Configuration(name, _using(key, (pair[0], pair[1]))))
+    return result
 
 
 def _tiles(columns: int, *, native: bool) -> "list[GemmConfig]":

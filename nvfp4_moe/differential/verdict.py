@@ -64,7 +64,7 @@ class Allowed:
     ):
         self.case = case
         self.accumulation = accumulation
-        self.want = case.reference()
+        self.expected = case.reference()
         drops_nan = may_drop_nan(backend)
         self.interval = None if case.exact else case.allowed(accumulation, drops_nan=drops_nan)
 
@@ -78,7 +78,7 @@ class Allowed:
     def wrong(self, got: torch.Tensor) -> torch.Tensor:
         """Which elements are not allowed."""
         if self.interval is None:
-            return unequal(got, self.want)
+            return unequal(got, self.expected)
         return ~self.interval.contains(got)
 
     def first(self, got: torch.Tensor) -> Outside | None:
@@ -90,14 +90,14 @@ class Allowed:
         what = "elements are not the one right output"
         if self.interval is not None:
             what = f"elements are outside their intervals (sums: {self.accumulation.name})"
-        interval = self.interval or Interval.point(self.want)
+        interval = self.interval or Interval.point(self.expected)
 
         def of(t: torch.Tensor) -> torch.Tensor:
             return t[token, column].to(got.dtype)
 
         return Outside(
             int(bad.sum()), bad.numel(), what, token, column, of(got), of(interval.low),
-            of(interval.high), of(self.want),
+            of(interval.high), of(self.expected),
         )  # fmt: skip
 
     def places(self, got: torch.Tensor) -> list[int]:
@@ -110,11 +110,11 @@ class Allowed:
         return (place * PLACES).long().clamp(0, PLACES - 1).bincount(minlength=PLACES).tolist()
 
 
-def explain_output(case: MoECase, found: Outside) -> list[str]:
+def explain_output(case: MoECase, outside: Outside) -> list[str]:
     """The reference's values on the way to an element of the output: a line for each slot."""
     ids, weights = case.routed
     result = case.run(keep_steps=True)
-    t, column, lines = found.token, found.column, []
+    t, column, lines = outside.token, outside.column, []
     for k, e in enumerate(ids[t].tolist()):
         local = e - case.local_expert_offset
         if not 0 <= local < case.experts.num_local:

@@ -24,7 +24,7 @@ INLINE = 256
 _WORDS = {2: ("uint16", 4), 4: ("uint32", 8)}
 
 
-def upstream_text(failure: Failure, path: str = "failure.safetensors") -> str:
+def bug_report_text(failure: Failure, path: str = "failure.safetensors") -> str:
     """Title, versions, the call, what was expected and what came, and the arithmetic between.
 
     Args:
@@ -34,9 +34,9 @@ def upstream_text(failure: Failure, path: str = "failure.safetensors") -> str:
         ValueError: a recorded output is what it should be.
     """
     if isinstance(failure, QuantizerFailure):
-        title, call, found = _quantizer(failure, path)
+        title, call, outcome = _quantizer(failure, path)
     else:
-        title, call, found = _moe(failure, path)
+        title, call, outcome = _moe(failure, path)
     origin = failure.origin
     parts = [
         f"# {title}",
@@ -44,7 +44,7 @@ def upstream_text(failure: Failure, path: str = "failure.safetensors") -> str:
         *_versions(origin.machine),
         f"Found by `{origin.command}`.",
     ]
-    parts += ["## The call", *call, "## Expected and got", *found]
+    parts += ["## The call", *call, "## Expected and got", *outcome]
     return "\n\n".join(parts) + "\n"
 
 
@@ -204,14 +204,14 @@ def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
         call += ["Its arguments:", _code("\n".join(_described(k, v) for k, v in given.items()))]
     if failure.output is None:
         return f"{backend} raises: {case.name}", call, _raised(backend, failure.origin.note)
-    found = Allowed(case, failure.accumulation, backend=backend).first(failure.output)
-    if found is None:
+    outside = Allowed(case, failure.accumulation, backend=backend).first(failure.output)
+    if outside is None:
         raise ValueError(f"the output of {backend} is what it may be")
     return f"{backend}: wrong output of the fused call, {case.name}", call, [
-        f"{found}.",
-        _code(found.where()),
-        f"The reference's steps to element {found.column} of token {found.token}:",
-        _code("\n".join(explain_output(case, found))),
+        f"{outside}.",
+        _code(outside.where()),
+        f"The reference's steps to element {outside.column} of token {outside.token}:",
+        _code("\n".join(explain_output(case, outside))),
     ]  # fmt: skip
 
 

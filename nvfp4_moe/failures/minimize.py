@@ -78,8 +78,8 @@ class Search(Generic[T]):
         self._end = end
 
 
-def fewest(items: Sequence[T], fails: Callable[[list[T]], bool], least: int = 0) -> list[T]:
-    """A part of the items that fails, without any one of which it does not; at least `least` of them.
+def fewest(items: Sequence[T], fails: Callable[[list[T]], bool], minimum: int = 0) -> list[T]:
+    """A part of the items that fails, without any one of which it does not; at least `minimum` of them.
 
     All of them must fail.
     """
@@ -89,7 +89,7 @@ def fewest(items: Sequence[T], fails: Callable[[list[T]], bool], least: int = 0)
         before, start = len(kept), 0
         while start < len(kept):
             rest = kept[:start] + kept[start + size :]
-            if len(rest) >= least and fails(rest):
+            if len(rest) >= minimum and fails(rest):
                 kept = rest
             else:
                 start += size
@@ -99,19 +99,19 @@ def fewest(items: Sequence[T], fails: Callable[[list[T]], bool], least: int = 0)
     return kept
 
 
-def smallest(most: int, fails: Callable[[int], bool]) -> int:
-    """The least number that fails, by bisection: `most` does, and so does all above one that does."""
-    low, high = 0, most
+def smallest(upper: int, fails: Callable[[int], bool]) -> int:
+    """The least number that fails, by bisection: `upper` does, and so does all above one that does."""
+    low, high = 0, upper
     while low < high:
-        middle = (low + high) // 2
-        if fails(middle):
-            high = middle
+        midpoint = (low + high) // 2
+        if fails(midpoint):
+            high = midpoint
         else:
-            low = middle + 1
+            low = midpoint + 1
     return high
 
 
-def shrink_matrix(
+def minimize_tensor(
     x: torch.Tensor, fails: Fails, seconds: float = 20.0, place: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """The smallest and simplest tensor found for which `fails` holds, as it does for x.
@@ -166,8 +166,8 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 def _fewest_slices(x: torch.Tensor, size: int, dim: int, search: Search) -> torch.Tensor:
     """The fewest rows (dim 0, size 1) or blocks of columns (dim 1), as many of them zero as may be."""
 
-    def join(some: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(some), dim)
+    def join(selected: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(selected), dim)
 
     def keeping(of: list[int]) -> torch.Tensor:
         return join([part if i in of else zero for i, part in enumerate(parts)])
@@ -177,8 +177,8 @@ def _fewest_slices(x: torch.Tensor, size: int, dim: int, search: Search) -> torc
 
     parts = list(x.split(size, dim))
     while len(parts) > 1:
-        middle = (len(parts) + 1) // 2
-        halves = (parts[:middle], parts[middle:])
+        midpoint = (len(parts) + 1) // 2
+        halves = (parts[:midpoint], parts[midpoint:])
         half = next((half for half in halves if search(join(half))), None)
         if half is None:
             break
@@ -207,7 +207,7 @@ def _fewest_slices(x: torch.Tensor, size: int, dim: int, search: Search) -> torc
                 return whole([*units[:i], [zero] * (n + 1), *units[i + 1 :]])
 
             units[i] = [zero] * (smallest(len(unit) - 1, search.of(shorter)) + 1)
-    return whole(fewest(units, search.of(whole), least=1))
+    return whole(fewest(units, search.of(whole), minimum=1))
 
 
 def _fewest_elements(x: torch.Tensor, search: Search) -> torch.Tensor:
@@ -272,8 +272,8 @@ def _simpler_values(value: torch.Tensor) -> list[torch.Tensor]:
     if value == 1:
         return []
     one = torch.ones_like(value)
-    found = [one] if value == -1 else [one, -one]
+    simpler = [one] if value == -1 else [one, -one]
     if value.isfinite() and value != 0:
         near_one = (torch.frexp(value.double())[0] * 2).to(value.dtype)
-        found += [c for c in (rounded_to_bits(value, 0), near_one) if c != value]
-    return found
+        simpler += [c for c in (rounded_to_bits(value, 0), near_one) if c != value]
+    return simpler

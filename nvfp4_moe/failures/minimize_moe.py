@@ -33,7 +33,9 @@ _ONE = int(e4m3.encode(host.ones()))
 _BLOCK_BYTES = BLOCK_SIZE // 2
 
 
-def shrink_call(case: MoECase, fails: Callable[[MoECase], bool], seconds: float = 60.0) -> MoECase:
+def minimize_call(
+    case: MoECase, fails: Callable[[MoECase], bool], seconds: float = 60.0
+) -> MoECase:
     """The smallest and simplest call found for which `fails` holds, as it does for the case.
 
     Args:
@@ -91,11 +93,11 @@ def _fewest(
     items: int | Sequence[int],
     keep: Callable[[MoECase, list[int]], MoECase],
     search: Search,
-    least: int = 1,
+    minimum: int = 1,
 ) -> MoECase:
-    """With the fewest of the items kept, at least `least`."""
+    """With the fewest of the items kept, at least `minimum`."""
     every = list(range(items)) if isinstance(items, int) else list(items)
-    kept = fewest(every, lambda of: _holds(search, lambda: keep(case, of)), least)
+    kept = fewest(every, lambda of: _holds(search, lambda: keep(case, of)), minimum)
     return case if len(kept) == len(every) else keep(case, kept)
 
 
@@ -115,13 +117,13 @@ def _fewest_experts(case: MoECase, search: Search) -> MoECase:
     used = [e for e in range(case.experts.num_local) if e in local]
     spare = [e for e in range(case.experts.num_local) if e not in local]
 
-    def keep(of_case: MoECase, some: list[int]) -> MoECase:
-        kept = sorted([*used, *some])
+    def keep(of_case: MoECase, selected: list[int]) -> MoECase:
+        kept = sorted([*used, *selected])
         offset = of_case.local_expert_offset
         return keep_experts(of_case, kept, offset)
 
     if spare:
-        case = _fewest(case, spare, keep, search, least=0 if used else 1)
+        case = _fewest(case, spare, keep, search, minimum=0 if used else 1)
     fewer = keep_experts(case, range(case.experts.num_local))
     if fewer.num_experts == case.num_experts:
         return case
@@ -191,10 +193,10 @@ def _sparser(case: MoECase, search: Search) -> MoECase:
     for name in ("gemm2_weights", "gemm1_weights"):
         for dim, size in ((1, 1), (2, _BLOCK_BYTES)):
             present = _nonzero(getattr(case.experts, name), dim, size)
-            case = _fewest(case, present, partial(of_experts, name, dim, size), search, least=0)
+            case = _fewest(case, present, partial(of_experts, name, dim, size), search, minimum=0)
     columns = BLOCK_SIZE if case.activations.is_bf16 else _BLOCK_BYTES
     present = _nonzero(case.activations.hidden_states, 1, columns)
-    return _fewest(case, present, of_states, search, least=0)
+    return _fewest(case, present, of_states, search, minimum=0)
 
 
 def _nonzero(t: torch.Tensor, dim: int, size: int) -> list[int]:

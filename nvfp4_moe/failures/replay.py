@@ -70,12 +70,12 @@ def _forced(
 ) -> AbstractContextManager[None]:
     if configuration is None:
         return nullcontext()
-    here = {c.name: c for c in tactics.configurations(backend, request)}
-    if configuration not in here:
+    available = {c.name: c for c in tactics.configurations(backend, request)}
+    if configuration not in available:
         raise CannotRunError(
-            f"{backend} has no configuration {configuration!r} here; it has {', '.join(here)}"
+            f"{backend} has no configuration {configuration!r} here; it has {', '.join(available)}"
         )
-    return here[configuration].forced()
+    return available[configuration].forced()
 
 
 def _serve_in_triton(case: MoECase) -> torch.Tensor:
@@ -125,11 +125,11 @@ def replay(failure: Failure, backend: str | None = None, runner: Runner = run_ca
 
 
 def _backend(name: str, of_quantizer: bool) -> str:
-    here = {"triton": "triton" if torch.cuda.is_available() else workers.INTERPRETER}
+    names = {"triton": "triton" if torch.cuda.is_available() else workers.INTERPRETER}
     known = (*(QUANTIZE.names if of_quantizer else FUSED_MOE.names), workers.INTERPRETER)
     if name not in known:
         raise UnknownBackendError(f"--backend is {name!r}; it must be one of {', '.join(known)}")
-    return here.get(name, name)
+    return names.get(name, name)
 
 
 def _replay_quantizer(failure: QuantizerFailure, backend: str | None) -> Replayed:
@@ -171,15 +171,15 @@ def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Rep
     except RuntimeError as error:
         return _raised(name, error, facts)
     what = f"{case.name}, {name}" + (f", {configuration}" if configuration else "")
-    found = Allowed(case, failure.accumulation, backend=name).first(output)
-    if found is None:
+    outside = Allowed(case, failure.accumulation, backend=name).first(output)
+    if outside is None:
         return Replayed(False, f"{what}: {'the same bits' if case.exact else 'inside'}", facts)
-    text = f"{what}: {found}\n  {found.where()}"
-    return Replayed(True, text, facts | {"outside": found.count, "first": found.where()})
+    text = f"{what}: {outside}\n  {outside.where()}"
+    return Replayed(True, text, facts | {"outside": outside.count, "first": outside.where()})
 
 
 def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor], bool]:
-    """For `shrink.shrink_matrix`: whether two sides differ on a tensor; no where one cannot run."""
+    """For `minimize.minimize_tensor`: whether two sides differ on a tensor; no where one cannot run."""
 
     def fails(x: torch.Tensor) -> bool:
         try:
@@ -191,7 +191,7 @@ def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor
 
 
 def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoECase], bool]:
-    """For `shrink_moe.shrink_call`: whether the backend's output of a call is not allowed."""
+    """For `minimize_moe.minimize_call`: whether the backend's output of a call is not allowed."""
 
     def fails(case: MoECase) -> bool:
         try:

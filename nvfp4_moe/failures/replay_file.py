@@ -175,9 +175,11 @@ def _write(
     origin: Origin,
 ) -> None:
     # Clones, since safetensors refuses tensors that share their memory.
-    held = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items() if t is not None}
+    contents = {
+        k: t.detach().cpu().contiguous().clone() for k, t in tensors.items() if t is not None
+    }
     text = json.dumps({"format": FORMAT, **facts, "origin": asdict(origin)})
-    save_file(held, path, {_KEY: text})
+    save_file(contents, path, {_KEY: text})
 
 
 def is_failing_case(path: Path) -> bool:
@@ -215,9 +217,9 @@ def load(path: str | Path) -> Failure:
         if kind not in _READERS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(_READERS)}")
         del facts["format"]
-        held = _Held(facts, tensors)
-        failure = _READERS[kind](held)
-        held.check_all_read()
+        contents = _Contents(facts, tensors)
+        failure = _READERS[kind](contents)
+        contents.check_all_read()
         return failure
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -227,7 +229,7 @@ def load(path: str | Path) -> Failure:
 E = TypeVar("E", bound=enum.Enum)
 
 
-class _Held:
+class _Contents:
     """What a file holds; each piece is taken once, and none may remain."""
 
     def __init__(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]):
@@ -268,18 +270,18 @@ class _Held:
             raise ValueError(f"unknown: {', '.join([*self.facts, *self.tensors])}")
 
 
-def _quantizer(held: _Held) -> QuantizerFailure:
-    sides, raised = held.fact("sides", list), held.fact("raised", list)
+def _quantizer(contents: _Contents) -> QuantizerFailure:
+    sides, raised = contents.fact("sides", list), contents.fact("raised", list)
     if len(sides) != 2 or len(set(sides)) != 2 or not all(type(side) is str for side in sides):
         raise ValueError(f"sides is {sides!r}; it must be two names")
-    mode, scale = held.fact("mode", str), held.fact("global_scale", float, int, type(None))
+    mode, scale = contents.fact("mode", str), contents.fact("global_scale", float, int, type(None))
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; it must be one of {get_args(Mode)}")
     if (scale is None) == (mode == "global-scale"):
         raise ValueError(f"global_scale is {scale!r} in mode {mode}")
-    layout = held.member("layout", SfLayout)
-    case = Case(mode, Recipe.from_code(held.fact("recipe", int)), layout, scale)
-    x = held.tensors.pop("x")
+    layout = contents.member("layout", SfLayout)
+    case = Case(mode, Recipe.from_code(contents.fact("recipe", int)), layout, scale)
+    x = contents.tensors.pop("x")
     if (x.dtype == torch.float32) != (mode == "fp32 per-token"):
         raise ValueError(f"x is {x.dtype} in mode {mode}")
     quantizers.request(x, case)  # raises for what no quantizer takes
@@ -288,46 +290,50 @@ def _quantizer(held: _Held) -> QuantizerFailure:
     def output(i: int) -> Quantized:
         scales = padded_shape(rows, columns // BLOCK_SIZE, layout)
         return Quantized(
-            held.tensor(f"{i}.codes", torch.uint8, (rows, columns // 2)),
-            held.tensor(f"{i}.block_scales", torch.uint8, scales),
-            held.tensor(f"{i}.per_token_scale", torch.float32, (rows,)) if scale is None else None,
+            contents.tensor(f"{i}.codes", torch.uint8, (rows, columns // 2)),
+            contents.tensor(f"{i}.block_scales", torch.uint8, scales),
+            contents.tensor(f"{i}.per_token_scale", torch.float32, (rows,))
+            if scale is None
+            else None,
         )
 
     outputs = {side: None if side in raised else output(i) for i, side in enumerate(sides)}
-    return QuantizerFailure(x, case, outputs, held.origin())
+    return QuantizerFailure(x, case, outputs, contents.origin())
 
 
 _OUTPUT_DTYPES = {str(t).removeprefix("torch."): t for t in OUTPUT_DTYPES}
 
 
-def _moe(held: _Held) -> MoEFailure:
-    routing = held.fact("routing", dict)
+def _moe(contents: _Contents) -> MoEFailure:
+    routing = contents.fact("routing", dict)
     if routing.get("method") not in RoutingMethodType.__members__:
         raise ValueError(f"routing's method is {routing.get('method')!r}")
     experts = Experts(
-        **held.optional(*_EXPERT_TENSORS, prefix="experts."),
-        hidden_size=held.fact("hidden_size", int),
-        intermediate_size=held.fact("intermediate_size", int),
-        activation=held.member("activation", ActivationType),
+        **contents.optional(*_EXPERT_TENSORS, prefix="experts."),
+        hidden_size=contents.fact("hidden_size", int),
+        intermediate_size=contents.fact("intermediate_size", int),
+        activation=contents.member("activation", ActivationType),
     )
-    dtype = held.fact("output_dtype", str) if "output_dtype" in held.facts else "bfloat16"
+    dtype = contents.fact("output_dtype", str) if "output_dtype" in contents.facts else "bfloat16"
     if dtype not in _OUTPUT_DTYPES:
         raise ValueError(f"output_dtype is {dtype!r}; it must be one of {[*_OUTPUT_DTYPES]}")
     case = MoECase(
-        held.fact("name", str),
-        Activations(**held.optional(*(f.name for f in fields(Activations)), prefix="activations.")),
+        contents.fact("name", str),
+        Activations(
+            **contents.optional(*(f.name for f in fields(Activations)), prefix="activations.")
+        ),
         experts,
         Routing(**routing | {"method": RoutingMethodType[routing["method"]]}),
-        held.fact("num_experts", int),
-        **held.optional("logits", "routing_bias", "ids", "weights"),
-        local_expert_offset=held.fact("local_expert_offset", int),
-        recipe=Recipe.from_code(held.fact("recipe", int)),
-        build=held.fact("build", str),
-        finalize_order=held.fact("finalize_order", str),
+        contents.fact("num_experts", int),
+        **contents.optional("logits", "routing_bias", "ids", "weights"),
+        local_expert_offset=contents.fact("local_expert_offset", int),
+        recipe=Recipe.from_code(contents.fact("recipe", int)),
+        build=contents.fact("build", str),
+        finalize_order=contents.fact("finalize_order", str),
         output_dtype=_OUTPUT_DTYPES[dtype],
-        exact=held.fact("exact", bool),
+        exact=contents.fact("exact", bool),
     )
-    in_cute_dsl, in_cutlass = held.fact("cute_dsl", bool), held.fact("cutlass", bool)
+    in_cute_dsl, in_cutlass = contents.fact("cute_dsl", bool), contents.fact("cutlass", bool)
     replace(case, build="cuda").request()  # raises for what no backend takes
     for name in ("input_scale", "intermediate_scale"):
         scale = getattr(experts, name)
@@ -336,21 +342,21 @@ def _moe(held: _Held) -> MoEFailure:
     experts = with_cute_dsl(experts) if in_cute_dsl else experts
     case = replace(case, experts=with_cutlass(experts) if in_cutlass else experts)
     case.request()
-    accumulation = held.fact("accumulation", str)
+    accumulation = contents.fact("accumulation", str)
     if accumulation not in ACCUMULATIONS:
         raise ValueError(f"accumulation is {accumulation!r}; it must be among {[*ACCUMULATIONS]}")
     output = None
-    if not held.fact("raised", bool):
+    if not contents.fact("raised", bool):
         shape = (case.activations.hidden_states.shape[0], experts.hidden_size)
-        output = held.tensor("output", case.output_dtype, shape)
+        output = contents.tensor("output", case.output_dtype, shape)
     return MoEFailure(
         case,
-        held.fact("backend", str),
+        contents.fact("backend", str),
         output,
-        held.fact("configuration", str, type(None)),
+        contents.fact("configuration", str, type(None)),
         ACCUMULATIONS[accumulation],
-        held.origin(),
+        contents.origin(),
     )
 
 
-_READERS: dict[Any, Callable[[_Held], Failure]] = {"quantizer": _quantizer, "moe": _moe}
+_READERS: dict[Any, Callable[[_Contents], Failure]] = {"quantizer": _quantizer, "moe": _moe}

@@ -15,9 +15,9 @@ from ..differential.tactics import DEFAULT
 from ..report import invocation
 from ..report.data import Failure, PartResult, Report
 from ..report.html import render
-from .bug_report import upstream_text
-from .minimize import shrink_matrix
-from .minimize_moe import shrink_call
+from .bug_report import bug_report_text
+from .minimize import minimize_tensor
+from .minimize_moe import minimize_call
 from .replay import call_fails, quantizer_fails, run_call, run_side
 from .replay_file import (
     MoEFailure,
@@ -51,9 +51,9 @@ def write(whole: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for failure in [f for cell in whole.cells for f in cell.failures if f.heat][MOST_HEATS:]:
         failure.heat = None
-    found = whole.as_dict()
-    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    (folder / "report.html").write_text(render(found), "utf-8", newline="\n")
+    data = whole.as_dict()
+    (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    (folder / "report.html").write_text(render(data), "utf-8", newline="\n")
 
 
 def write_failures(results: Iterable[PartResult], folder: Path) -> None:
@@ -82,7 +82,7 @@ def _quantizer(found: QuantizerDifference, path: Path) -> None:
             fails = quantizer_fails(case, *found.pair)
             in_padding = row == x.shape[0]
             place = None if in_padding else (row, difference.block)
-            x = shrink_matrix(x, fails, SECONDS, place)
+            x = minimize_tensor(x, fails, SECONDS, place)
         except ValueError as error:  # it did not fail again
             found.failure.details.append(f"not shrunk: {error}")
     elif row < x.shape[0]:  # nothing but rows can be left out of what was recorded
@@ -100,7 +100,7 @@ def _layer(found: WrongOutput, path: Path) -> None:
         origin=Origin(note=found.failure.summary if found.output is None else ""),
     )  # fmt: skip
     try:
-        case = shrink_call(failing.case, call_fails(failing, run_call), SECONDS)
+        case = minimize_call(failing.case, call_fails(failing, run_call), SECONDS)
         output = run_call(failing.backend, case, failing.configuration)
         failing = replace(failing, case=case, output=output)
     except (ValueError, RuntimeError) as error:
@@ -120,6 +120,6 @@ def _point(failure: Failure, failing: QuantizerFailure | MoEFailure, path: Path)
     again = [*invocation.program(), "replay", str(path.absolute())]
     failure.again = invocation.pasted(again, invocation.folder())
     try:
-        failure.upstream = upstream_text(failing, path.name)
+        failure.upstream = bug_report_text(failing, path.name)
     except ValueError as error:  # what was recorded is right: it came and went
         failure.details.append(f"no report: {error}")

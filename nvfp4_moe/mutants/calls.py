@@ -51,8 +51,8 @@ class FusedCall:
     def judge(self) -> Answered:
         """The intervals, or the one right output."""
         allowed = Allowed(self.case)
-        want = allowed.want.double()
-        return Answered(lambda got: not allowed.wrong(got).any(), torch.Tensor.double, want)
+        expected = allowed.expected.double()
+        return Answered(lambda got: not allowed.wrong(got).any(), torch.Tensor.double, expected)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class QuantizerCall:
 
     def judge(self) -> Answered:
         """Every bit."""
-        want, x, case = run_reference(self.x, self.case), self.x, self.case
+        expected, x, case = run_reference(self.x, self.case), self.x, self.case
 
         def values(q: Quantized) -> Tensor:
             decode = q.per_token_scale
@@ -74,7 +74,9 @@ class QuantizerCall:
                 decode = 1 / host.fp32(case.global_scale)
             return dequantize(q.codes, q.block_scales, decode, case.layout).double()
 
-        return Answered(lambda got: compare(x, case, got, want) is None, values, values(want))
+        return Answered(
+            lambda got: compare(x, case, got, expected) is None, values, values(expected)
+        )
 
 
 class Call(Protocol):

@@ -181,28 +181,28 @@ class Report:
 
 def read(path: Path) -> Report:
     """What `Report.as_dict` wrote; OSError or ValueError where it cannot be read."""
-    found = json.loads(path.read_text("utf-8"))
+    data = json.loads(path.read_text("utf-8"))
     return Report(
-        shlex.split(found["command"]), found["machine"], found["seconds"],
-        [_section(s) for s in found["sections"]], found["not_run"], found["missing"],
-        found["folder"], found["name"], found["date"],
+        shlex.split(data["command"]), data["machine"], data["seconds"],
+        [_section(s) for s in data["sections"]], data["not_run"], data["missing"],
+        data["folder"], data["name"], data["date"],
     )  # fmt: skip
 
 
-def _section(found: dict[str, Any]) -> Section:
+def _section(data: dict[str, Any]) -> Section:
     rows = {
         name: {column: _cell(cell) for column, cell in row.items()}
-        for name, row in found["rows"].items()
+        for name, row in data["rows"].items()
     }
-    return Section(**found | {"rows": rows})
+    return Section(**data | {"rows": rows})
 
 
-def _cell(found: dict[str, Any]) -> Cell:
+def _cell(data: dict[str, Any]) -> Cell:
     failures = [
         Failure(**f | {"heat": None if f["heat"] is None else Heat(**f["heat"])})
-        for f in found["failures"]
+        for f in data["failures"]
     ]
-    return Cell(**found | {"failures": failures})
+    return Cell(**data | {"failures": failures})
 
 
 def worst(statuses: Iterable[Status]) -> Status:

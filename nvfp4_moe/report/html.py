@@ -131,7 +131,7 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
 
 def _failing(report: dict[str, Any]) -> Markup:
     """Links to the details of what failed."""
-    found = [
+    items = [
         element(
             "li",
             element("span", cell["status"], class_=f"chip {cell['status']}"),
@@ -142,9 +142,9 @@ def _failing(report: dict[str, Any]) -> Markup:
         for key, title, row, column, cell in _cells(report)
         if cell["status"] in FAILED
     ]
-    if len(found) > LISTED:
-        found[LISTED:] = [element("li", f"and {count_of(len(found) - LISTED, 'more cell')} below")]
-    return element("ul", *found, class_="failing") if found else Markup()
+    if len(items) > LISTED:
+        items[LISTED:] = [element("li", f"and {count_of(len(items) - LISTED, 'more cell')} below")]
+    return element("ul", *items, class_="failing") if items else Markup()
 
 
 def _legend(statuses: dict[str, int]) -> Markup:

@@ -40,8 +40,8 @@ def program() -> list[str]:
     script = Path(sys.argv[0])
     if script.name != SCRIPT:
         return [sys.executable, "-m", __name__.partition(".")[0]]
-    found = shutil.which(SCRIPT)
-    same = found is not None and Path(found).resolve() == script.resolve()
+    installed = shutil.which(SCRIPT)
+    same = installed is not None and Path(installed).resolve() == script.resolve()
     return [SCRIPT if same else str(script.absolute())]
 
 

@@ -40,15 +40,19 @@ def histogram(bins: Sequence[int]) -> Markup:
     return element("figure", element("figcaption", caption), drawing)
 
 
-def heat(found: dict[str, Any]) -> Markup:
+def heat(counts: dict[str, Any]) -> Markup:
     """A `report.Heat`: which tiles differ, and where within a tile."""
     return element(
         "figure",
-        element("figcaption", f"Where differences lie in the {found['what']}"),
+        element("figcaption", f"Where differences lie in the {counts['what']}"),
         element(
             "div",
-            _map("Which tiles differ", found["tiles"], ("tile row", "tile column")),
-            _map("Where within a tile", found["within"], ("row in the tile", "column in the tile")),
+            _map("Which tiles differ", counts["tiles"], ("tile row", "tile column")),
+            _map(
+                "Where within a tile",
+                counts["within"],
+                ("row in the tile", "column in the tile"),
+            ),
             class_="maps",
         ),
     )
@@ -144,6 +148,6 @@ def _text(x: float, y: float, text: str, anchor: str | None = None) -> Markup:
     return element("text", text, x=f"{x:g}", y=f"{y:g}", text_anchor=anchor)
 
 
-def _upright(middle: float, text: str) -> Markup:
+def _upright(center: float, text: str) -> Markup:
     """The name of the axis that goes down, at the left edge."""
-    return element("text", text, transform=f"translate(10 {middle:g}) rotate(-90)")
+    return element("text", text, transform=f"translate(10 {center:g}) rotate(-90)")

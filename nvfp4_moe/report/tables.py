@@ -19,11 +19,11 @@ def section_table(key: str, section: dict[str, Any]) -> Markup:
     rows = list(range(len(section["rows"])))
     quiet = [j for j, cells in enumerate(section["rows"].values()) if _is_quiet(cells)]
     fold = QUIET < len(quiet) < len(rows)
-    shown = [j for j in rows if j not in set(quiet)] if fold else rows
+    visible = [j for j in rows if j not in set(quiet)] if fold else rows
     return element(
         "section",
         element("h2", section["title"], id=f"s{key}"),
-        _table(key, section, shown) if rows else element("p", "Nothing was run."),
+        _table(key, section, visible) if rows else element("p", "Nothing was run."),
         _folded(key, section, quiet) if fold else "",
         _notes([*_reasons(section), *section["notes"]]),
         aria_labelledby=f"s{key}",
@@ -37,19 +37,21 @@ def _is_quiet(cells: dict[str, dict[str, Any]]) -> bool:
 def _folded(key: str, section: dict[str, Any], rows: list[int]) -> Markup:
     every = list(section["rows"].values())
     compared = sum(cell["compared"] for j in rows for cell in every[j].values())
-    told = f"{count_of(len(rows), 'row')}, all identical ({count_of(compared, 'comparison')})"
-    return element("details", element("summary", told), _table(key, section, rows))
+    summary = f"{count_of(len(rows), 'row')}, all identical ({count_of(compared, 'comparison')})"
+    return element("details", element("summary", summary), _table(key, section, rows))
 
 
 def _reasons(section: dict[str, Any]) -> list[str]:
     """Why cells were skipped or withheld, each once."""
-    found = Counter(
+    reasons = Counter(
         (cell["status"], cell["note"] or "no reason given")
         for cells in section["rows"].values()
         for cell in cells.values()
         if cell["status"] in UNJUDGED
     )
-    return [f"{status} ({count_of(n, 'cell')}): {reason}" for (status, reason), n in found.items()]
+    return [
+        f"{status} ({count_of(n, 'cell')}): {reason}" for (status, reason), n in reasons.items()
+    ]
 
 
 def _notes(items: Sequence[str]) -> Markup:
@@ -115,7 +117,7 @@ def _cell(key: str, cell: dict[str, Any] | None) -> Markup:
 
 def _details(key: str, name: str, cell: dict[str, Any]) -> Markup:
     """What a cell has to tell; the key is inside, so that a link to it opens the details."""
-    shown = len(cell["failures"])
+    listed = len(cell["failures"])
     return element(
         "details",
         element("summary", f"{name}: {cell['status']} {counts(cell)}".rstrip()),
@@ -123,8 +125,8 @@ def _details(key: str, name: str, cell: dict[str, Any]) -> Markup:
             "div",
             element("p", cell["note"]) if cell["note"] else "",
             histogram(cell["histogram"]) if cell["histogram"] else "",
-            element("p", f"The first {shown} of {count_of(cell['failed'], 'failure')}:")
-            if cell["failed"] > shown > 0
+            element("p", f"The first {listed} of {count_of(cell['failed'], 'failure')}:")
+            if cell["failed"] > listed > 0
             else "",
             *map(_failure, cell["failures"]),
             id=key,

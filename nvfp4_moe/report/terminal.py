@@ -44,18 +44,18 @@ def _outcome(compared: int, failed: int, missing: int) -> str:
 
 def _facts(f: dict[str, Any]) -> str:
     """The spread and the SNR of a tensor, and what has none."""
-    told = []
+    parts = []
     for what, name in (("NaN", "rows_with_nan"), ("an infinity", "rows_with_infinity")):
         if f[name]:
-            told.append(f"{f[name]} of {f['shape'][0]} rows with {what}, left out here")
+            parts.append(f"{f[name]} of {f['shape'][0]} rows with {what}, left out here")
     if f["spread"] is None:
-        told.append("no value but 0: no SNR" if not told else "no other value but 0: no SNR")
+        parts.append("no value but 0: no SNR" if not parts else "no other value but 0: no SNR")
     else:
-        told.append(
+        parts.append(
             f"row maxima spread {f['spread']:5.1f} x   SNR per token {f['snr_per_token']:5.2f} dB, "
             f"one scale {f['snr_global']:5.2f} dB"
         )
-    return "; ".join(told)
+    return "; ".join(parts)
 
 
 def print_layers(
@@ -73,11 +73,11 @@ def print_layers(
     _failures(result, stream)
 
 
-def print_costs(costs: dict[str, dict[str, float]], stream: TextIO) -> None:
-    """What four bits cost, and eight, of `costs.costs`."""
+def print_format_errors(errors_by_group: dict[str, dict[str, float]], stream: TextIO) -> None:
+    """Print the errors of the formats, a line for each group: `format_error.format_errors`."""
     print("mean relative error of a token against the bf16 layer, SwiGLU:", file=stream)
-    for group, found in costs.items():
-        print(f"  {group}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=stream)
+    for group, errors in errors_by_group.items():
+        print(f"  {group}: " + ", ".join(f"{k} {v:.3f}" for k, v in errors.items()), file=stream)
 
 
 def _table(section: Section, stream: TextIO) -> None:
