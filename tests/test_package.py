@@ -120,6 +120,18 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_guides_name_files_that_exist(document):
+    """Whoever moves a file finds the guides that send people to it."""
+    named = re.findall(
+        r"`((?:kernels|reference|nvfp4_moe|tests|bench|examples|docs|src|\.ci)/[\w./]*)`",
+        (ROOT / document).read_text(encoding="utf-8"),
+    )
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
 def test_the_hooks_use_the_pinned_linter():
     """Two versions of a formatter undo each other's work."""
     pinned = re.search(r"^(ruff==\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
