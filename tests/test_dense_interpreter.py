@@ -4,16 +4,14 @@
 import dense_cases
 import pytest
 import torch
-import triton.language as tl
 from assertions import assert_bitwise
 
 import nvfp4_moe
 from nvfp4_moe.kernels import (
-    dense,
     dense_ops,  # noqa: F401  registers the op
 )
 from nvfp4_moe.kernels.config_cache import GemmConfig
-from nvfp4_moe.reference.quantize import dequantize
+from nvfp4_moe.mutants.generated.strict import codes_multiplied
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -33,25 +31,11 @@ def test_case(case, config):
     case("cpu", CONFIGS[config])
 
 
-def _dot_scaled(a, a_scale, a_format, b, b_scale, b_format, acc):
-    """`tl.dot_scaled` of the interpreter, which has none: [M, K/2] codes times [K/2, N]."""
-    assert (a_format, b_format) == ("e2m1", "e2m1")
-
-    def values(codes, scale):
-        codes, scale = (torch.from_numpy(t.handle.data.copy()) for t in (codes, scale))
-        return dequantize(codes.contiguous(), scale.contiguous().view(torch.uint8), 1.0).double()
-
-    product = values(a, a_scale) @ values(tl.trans(b), b_scale).T
-    total = (torch.from_numpy(acc.handle.data).double() + product).float()
-    return tl.tensor(type(acc.handle)(total.numpy(), acc.handle.dtype), acc.type)
-
-
 @pytest.mark.parametrize("case", dense_cases.CASES, ids=lambda f: f.__name__)
-def test_codes_multiplied_as_they_are(case, monkeypatch):
+def test_codes_multiplied_as_they_are(case):
     """The path of GPUs with a block-scaled MMA, with that instruction spelled out."""
-    monkeypatch.setattr(tl, "dot_scaled", _dot_scaled)
-    monkeypatch.setattr(dense, "native_mma", lambda arch: True)
-    case("cpu", GemmConfig(128, 16, 128, 1, 4))
+    with codes_multiplied():
+        case("cpu", GemmConfig(128, 16, 128, 1, 4))
 
 
 def test_the_door_runs_it():

@@ -1,6 +1,7 @@
 """Mutants made by rule: what is made, that it is planted, caught, and listed where it cannot be."""
 
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import json
 import os
 from collections import Counter
@@ -9,9 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.mutants.generated import answers, command, harmless, reference_probes, trial
+from nvfp4_moe.kernels import moe_gemm, moe_kernels
+from nvfp4_moe.mutants.generated import (
+    answers,
+    command,
+    harmless,
+    kernel_probes,
+    reference_probes,
+    trial,
+)
+from nvfp4_moe.mutants.generated.plant import planted
 from nvfp4_moe.mutants.generated.rules import generate
 
 _SOURCE = '''
@@ -103,6 +114,59 @@ def test_what_changes_nothing_survives_and_a_loop_without_an_end_times_out(of_re
     assert found[nothing.source] == ("survived", "")
     assert found[endless.source][0] == "timed out"
     assert found[dies.source] == ("killed", "the process ended")
+
+
+def test_those_behind_a_child_that_ends_are_tried_by_another(of_reference):
+    made = [m for m in of_reference if m.function == "pack"]
+    dies = replace(made[0], build=lambda: "def pack(code):\n    import os\n    os._exit(3)")
+    probe = reference_probes.probe("e2m1")
+    some = [(m, [probe]) for m in (*made[:2], dies, *made[2:])]
+    found = list(trial.run(some, jobs=1, seconds=60, at_once=len(some)))
+    assert [r.mutant for r in found] == [m for m, _ in some]
+    assert {r.status for r in found} == {"killed"}
+    assert [r.by for r in found].count("the process ended") == 1
+
+
+def test_a_mutant_is_taken_out_again(of_reference):
+    probe = reference_probes.probe("e2m1")
+    for mutant in (_mutant(of_reference, "pack"), _mutant(of_reference, "VALUES")):
+        with planted(mutant):
+            assert list(probe())
+        assert not list(probe())
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["NONE", "to_bf16"])
+def test_kernels_that_use_a_mutant_are_compiled_anew_and_no_others(name):
+    uses, other = moe_gemm.expert_gemm_kernel, moe_kernels.permute_kernel
+    other.device_caches[0] = compiled = object()
+    key = uses.cache_key
+    with planted(next(m for m in command.every("kernels") if m.function == name)):
+        assert uses.cache_key != key
+        assert other.device_caches.pop(0) is compiled
+    assert uses.cache_key == key
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "change", ["ARCH), inside -> ARCH), word >= 0", "row * K -> row * K + 1", "inside"]
+)
+def test_an_address_of_no_tensor_is_an_error(change):
+    """A store without its mask, and one that is an element late."""
+    decode = next(m for m in command.every("kernels") if m.function == "decode_kernel")
+    wrong = replace(decode, build=lambda: decode_source().replace(*(change.split(" -> ") * 2)[:2]))
+    probe = kernel_probes.probe("decode", "cpu")
+    with planted(wrong):
+        if " -> " not in change:
+            assert not list(probe())
+            return
+        with pytest.raises(InterpreterError, match="OutOfBoundsError"):
+            list(probe())
+
+
+def decode_source():
+    source = inspect.getsource(moe_kernels.decode_kernel.fn)
+    return source[source.index("def ") :]
 
 
 def test_a_constant_is_exchanged_where_it_was_imported(of_reference):

@@ -10,6 +10,7 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 
 from nvfp4_moe.kernels import moe
+from nvfp4_moe.mutants.generated.strict import codes_multiplied
 from nvfp4_moe.reference.activation import ActivationType
 
 pytestmark = pytest.mark.interpreter
@@ -18,6 +19,13 @@ pytestmark = pytest.mark.interpreter
 @pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
 def test_case(case):
     case("cpu")
+
+
+def test_codes_multiplied_as_they_are():
+    """The path of GPUs with a block-scaled MMA, with that instruction spelled out."""
+    for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
+        with codes_multiplied():
+            case("cpu", moe.GemmConfig(128, 16, 128, 1, 4))
 
 
 @pytest.mark.parametrize("ring", [1, 1 << 28])

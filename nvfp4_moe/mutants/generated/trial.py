@@ -72,13 +72,13 @@ def run(
         seconds: a mutant that takes longer has timed out.
         at_once: mutants that a child tries one after the other.
     """
-    again: list[Given] = []  # of children that ended before
+    again: deque[Given] = deque()  # of children that ended before
     children: dict[int, _Child] = {}
 
     more = iter(mutants)
 
     def waiting() -> Iterator[Given]:
-        while given := again.pop() if again else next(more, None):
+        while given := again.popleft() if again else next(more, None):
             yield given
 
     while True:
