@@ -19,7 +19,8 @@ from ..reference.moe.routing import (
     route,
     unpack_topk,
 )
-from ..reference.recipe import BLOCK_SIZE, Build, LayerBuild, Recipe, SfLayout
+from ..reference.moe.variants import VARIANTS, Variant
+from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, SfLayout
 from ..reference.weights.experts import Experts
 from . import environment
 from .capability import capability_of
@@ -107,6 +108,11 @@ class MoECall(KernelCall):
     observe: Observe | None = None
 
     @property
+    def variant(self) -> Variant:
+        """Whose bits the call has."""
+        return VARIANTS[self.build]
+
+    @property
     def tokens(self) -> int:
         return self.activations.hidden_states.shape[0]
 
@@ -179,7 +185,7 @@ def make_moe_call(
     config = (
         environment.four_over_six() if is_unset(nvfp4_4over6) else four_over_six_of(nvfp4_4over6)
     )
-    quantizers: Build = "cuda" if build == "cutlass" else build
+    quantizers = VARIANTS[build].quantizers
     call = MoECall(
         activations,
         experts,
@@ -216,12 +222,18 @@ def _check_options(call: MoECall) -> None:
     if call.output_dtype not in OUTPUT_DTYPES:
         allowed = checks.any_of(map(str, OUTPUT_DTYPES))
         checks.wrong_value("output_dtype", call.output_dtype, allowed)
-    if call.build == "cutlass" and (
-        call.experts.cutlass is None or not call.is_static or not call.do_finalize
-    ):
+    _check_variant(call)
+
+
+def _check_variant(call: MoECall) -> None:
+    """The limits of a variant on every backend."""
+    layout = call.variant.layout
+    if not call.variant.static_only or layout is None:
+        return
+    if not layout.is_in(call.experts) or not call.is_static or not call.do_finalize:
         raise ValueError(
-            'build is "cutlass", a layer of static scales, finalized, whose experts come from '
-            "nvfp4_moe.with_cutlass"
+            f'build is "{call.build}", a layer of static scales, finalized, whose experts come from '
+            f"nvfp4_moe.{layout.add.__name__}"
         )
 
 

@@ -18,11 +18,7 @@ from ..reference.recipe import SfLayout
 from . import backends, moe_statistics
 from .backends import Backend, Operation
 from .dispatch import nvfp4_quantize
-from .flashinfer import (
-    cute_dsl,
-    cutlass,
-    trtllm,
-)
+from .flashinfer.table import LAYERS
 from .moe_call import MoECall
 
 MoEBackend = Literal[
@@ -66,8 +62,8 @@ def _triton_refusal(call: MoECall) -> str | None:
         return reason
     if call.lora_delta is not None:
         return _NO_LORA
-    if call.build == "cutlass":
-        return 'build="cutlass" rounds the first GEMM to bf16, which these kernels do not'
+    if call.variant.rounds_first_gemm:
+        return f'build="{call.build}" rounds the first GEMM to bf16, which these kernels do not'
     states = call.activations.hidden_states
     return backends.triton_refusal_of(states, "hidden_states are", call.capability)
 
@@ -77,8 +73,8 @@ def _reference_refusal(call: MoECall) -> str | None:
         return reason
     if call.lora_delta is not None:
         return _NO_LORA
-    if call.build == "cutlass" and torch.compiler.is_compiling():
-        return 'torch.compile cannot trace build="cutlass"'
+    if call.variant.rounds_first_gemm and torch.compiler.is_compiling():
+        return f'torch.compile cannot trace build="{call.build}"'
     return None
 
 
@@ -92,8 +88,8 @@ def _in_triton(call: MoECall) -> Results:
 
 
 def _in_reference(call: MoECall) -> Results:
-    if call.build == "cutlass":
-        return _in_cutlass_arithmetic(call)
+    if call.variant.rounds_first_gemm:
+        return _in_its_arithmetic(call)
     from . import moe_ops as ours
 
     return _run("reference", ours.REFERENCE, ours.reference, call)
@@ -113,10 +109,11 @@ def _run(name: str, op: Any, function: Any, call: MoECall) -> Results:
     return call.placed(output)
 
 
-def _in_cutlass_arithmetic(call: MoECall) -> Results:
+def _in_its_arithmetic(call: MoECall) -> Results:
+    """The reference itself, of a variant whose roundings the op does not have."""
     call = with_codes(call)
     output = reference_fused_moe(
-        call.activations, call.experts, *call.routed(), recipe=call.recipe, cutlass=True,
+        call.activations, call.experts, *call.routed(), recipe=call.recipe, variant=call.build,
         local_expert_offset=call.local_expert_offset, finalize_order=call.finalize_order,
         output_dtype=call.output_dtype,
     ).output  # fmt: skip
@@ -148,7 +145,7 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
 FUSED_MOE: Operation[MoECall, Results] = Operation(
     "fused_moe",
     [
-        *map(_on_flashinfer, (trtllm, cute_dsl, cutlass)),
+        *map(_on_flashinfer, LAYERS),
         Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
         Backend("reference", _reference_refusal, _in_reference),
     ],

@@ -86,8 +86,8 @@ def refusal(backend: str, r: MoECall) -> str | None:
         return None
     if backend.startswith("flashinfer"):
         return "stats=True needs the intermediate, which FlashInfer does not return"
-    if r.build == "cutlass":
-        return 'stats=True knows no build="cutlass"'
+    if r.variant.rounds_first_gemm:
+        return f'stats=True knows no build="{r.build}"'
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace stats=True"
     return None

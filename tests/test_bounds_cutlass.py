@@ -29,13 +29,13 @@ def case_of(kind=ActivationType.Swiglu, seed=0, shape=SHAPE):
 def bounds_of(case, **options):
     return fused_moe_bounds(
         case.activations, case.experts, case.ids, case.weights,
-        cutlass=True, finalize_order="slot", **options,
+        variant="cutlass", finalize_order="slot", **options,
     )  # fmt: skip
 
 
-def output_of(case, stages=None, *, cutlass=True, recipe=None):
+def output_of(case, stages=None, *, variant="cutlass", recipe=None):
     return moe.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, stages=stages, cutlass=cutlass,
+        case.activations, case.experts, case.ids, case.weights, stages=stages, variant=variant,
         recipe=recipe, finalize_order="slot",
     ).output  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_an_approximate_activation_is_inside():
         return y * (1 + (torch.rand(y.shape) * 2 - 1) * 2.0**-22)
 
     stages = as_cutlass(case, activate=approximate)
-    assert_inside(output_of(case, stages, cutlass=False), bounds_of(case).output)
+    assert_inside(output_of(case, stages, variant="cuda"), bounds_of(case).output)
 
 
 def as_cutlass(case, **changes):
@@ -112,13 +112,13 @@ MISTAKES = [accumulator_in_fp32, activation_in_fp32, decode_scale]
 def test_a_mistake_is_outside(mistake):
     case = case_of(shape=Shape(16, 256, 128, 4, 2))
     right = output_of(case)
-    assert_bitwise(output_of(case, as_cutlass(case), cutlass=False), right, "no mistake")
+    assert_bitwise(output_of(case, as_cutlass(case), variant="cuda"), right, "no mistake")
     bounds = bounds_of(case).output
     assert bounds.contains(right).all()
-    assert not bounds.contains(output_of(case, mistake(case), cutlass=False)).all()
+    assert not bounds.contains(output_of(case, mistake(case), variant="cuda")).all()
 
 
 def test_the_other_layer_with_static_scales_is_outside():
     case = case_of(shape=Shape(16, 256, 128, 4, 2))
-    other = output_of(case, cutlass=False)
+    other = output_of(case, variant="cuda")
     assert not bounds_of(case).output.contains(other).all()

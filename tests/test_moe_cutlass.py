@@ -96,7 +96,7 @@ def as_the_kernels_do(a):
 def agree(got, case, shape):
     want = reference.fused_moe(
         case.activations, nvfp4_moe.with_cutlass(case.experts), case.ids, case.weights,
-        local_expert_offset=shape.offset, finalize_order="slot", cutlass=True,
+        local_expert_offset=shape.offset, finalize_order="slot", variant="cutlass",
     ).output.double()  # fmt: skip
     return (got[:, : shape.hidden].double() - want).norm() <= 2e-3 * want.norm()
 
@@ -145,9 +145,9 @@ def test_its_roundings_are_not_those_of_tensorrt_llm():
     experts = nvfp4_moe.with_cutlass(case.experts)
     ours, other = (
         reference.fused_moe(
-            case.activations, experts, case.ids, case.weights, cutlass=cutlass, keep_steps=True
+            case.activations, experts, case.ids, case.weights, variant=variant, keep_steps=True
         )
-        for cutlass in (True, False)
+        for variant in ("cutlass", "cuda")
     )
     first = ours.steps["accumulator1"][0, 0] * experts.output1_scale_gate_scalar[case.ids[0, 0]]
     x0, x1 = first.bfloat16().float().chunk(2)
@@ -280,6 +280,11 @@ def test_the_door_serves_it_by_the_reference():
         activation="static", build="cutlass", finalize_order="slot",
     )  # fmt: skip
     want = reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, finalize_order="slot", cutlass=True
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        finalize_order="slot",
+        variant="cutlass",
     ).output
     assert torch.equal(got, want)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
+from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CuteDslWeights
 from ..moe_call import MoECall
 from .function import KEYWORD, Argument, Function
 from .layer_rules import (
     COMMON,
+    IN_ITS_LAYOUT,
     NO_LORA,
     NO_SHARED_EXPERTS,
     NOT_BATCH_INVARIANT,
@@ -28,6 +30,7 @@ from .layer_rules import (
 from .rules import SM100, Rule, first_reason, math_of, no_kernels_beside
 
 NAME = "flashinfer:cute-dsl"
+BUILD: LayerBuild = "cute-dsl"
 
 
 def _weights(r: MoECall) -> CuteDslWeights:
@@ -133,16 +136,13 @@ RULES: tuple[Rule[MoECall], ...] = (
         "fused_moe/cute_dsl/fused_moe.py:1504",
     ),
     writes_bf16("fused_moe/cute_dsl/fused_moe.py:116"),
-    bits_of("cute-dsl"),
+    bits_of(BUILD),
     math_of("cute-dsl", "quantization/kernels/nvfp4_quantize.py:3250"),
     four_over_six_of_environment("quantization/kernels/nvfp4_quantize.py:3250"),
     NOT_BATCH_INVARIANT,
     slot_order("fused_moe/cute_dsl/blackwell/moe_finalize.py:100"),
     routing_limit("fused_moe/cute_dsl/moe_utils.py:549"),
-    Rule(
-        lambda r: r.experts.cute_dsl is None,
-        "the experts are not in its layout: nvfp4_moe.with_cute_dsl(experts) holds them so, too",
-    ),
+    IN_ITS_LAYOUT,
 )
 """What the layer refuses, in the order in which it is asked."""
 

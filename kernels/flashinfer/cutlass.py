@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
+from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CutlassWeights
 from ..moe_call import MoECall
 from .function import KEYWORD, OMITTED, Argument, Function
@@ -27,6 +28,7 @@ from .layer_rules import (
 from .rules import BLACKWELL, Rule, first_reason, math_of, no_kernels_beside
 
 NAME = "flashinfer:cutlass"
+BUILD: LayerBuild = "cutlass"
 
 
 def _weights(r: MoECall) -> CutlassWeights:
@@ -119,7 +121,7 @@ CUTLASS_FUSED_MOE = Function(
 
 RULES: tuple[Rule[MoECall], ...] = (
     *COMMON,
-    bits_of("cutlass"),
+    bits_of(BUILD),
     no_kernels_beside(BLACKWELL, "fused_moe/api.py:543"),
     has_activation("cutlass", "cutlass_backend/cutlass_fused_moe_kernels.cuh:2731"),
     NO_LORA,

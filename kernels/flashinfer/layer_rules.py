@@ -29,6 +29,21 @@ def bits_of(build: LayerBuild) -> Rule[MoECall]:
     return Rule(lambda r: r.build != build, f'its bits are those of build="{build}"')
 
 
+def _not_in_its_layout(r: MoECall) -> bool:
+    layout = r.variant.layout
+    return layout is not None and not layout.is_in(r.experts)
+
+
+def _how_to_have_it(r: MoECall) -> str:
+    layout = r.variant.layout
+    assert layout is not None
+    add = layout.add.__name__
+    return f"the experts are not in its layout: nvfp4_moe.{add}(experts) holds them so, too"
+
+
+IN_ITS_LAYOUT: Rule[MoECall] = Rule(_not_in_its_layout, _how_to_have_it)
+
+
 def four_over_six_of_environment(source: str) -> Rule[MoECall]:
     """The quantizer of the intermediate reads 4over6 from the environment."""
 

@@ -4,6 +4,10 @@
 from . import autotuner, baselines, cute_dsl, cutlass, dense, quantize, trtllm
 from .function import Function
 
+LAYERS = (trtllm, cute_dsl, cutlass)
+"""The adapters to the fused NVFP4 layers, in the order in which "auto" asks them. Each has NAME, BUILD,
+`refusal`, `run`, `function` and `arguments` of a `MoECall`."""
+
 FUNCTIONS: tuple[Function, ...] = (
     quantize.NVFP4_QUANTIZE,
     dense.MM_FP4,

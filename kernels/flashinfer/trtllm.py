@@ -7,7 +7,7 @@ import torch
 
 from ...reference.activation import ActivationType
 from ...reference.moe.routing import refusal as routing_refusal
-from ...reference.recipe import SfLayout
+from ...reference.recipe import LayerBuild, SfLayout
 from ..moe_call import MoECall
 from .function import Argument, Function
 from .layer_rules import (
@@ -21,6 +21,7 @@ from .layer_rules import (
 from .rules import SM10X, Rule, first_reason, math_of, no_kernels_beside
 
 NAME = "flashinfer:trtllm"
+BUILD: LayerBuild = "cuda"
 
 
 def _block_scales(r: MoECall) -> torch.Tensor | None:
@@ -153,7 +154,7 @@ RULES: tuple[Rule[MoECall], ...] = (
         "activation Situ has no kernels on sm_107",
         "fused_moe/runners.py:5556",
     ),
-    bits_of("cuda"),
+    bits_of(BUILD),
     math_of("cuda", "trtllm_fused_moe_runner.cu:764"),
     four_over_six_of_environment("trtllm_fused_moe_runner.cu:764"),
     writes_bf16("fused_moe/core.py:3558"),

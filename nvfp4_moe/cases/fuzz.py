@@ -17,11 +17,11 @@ from ..reference.activation import IMPLEMENTED, ActivationType
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType
+from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1, e4m3
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, all_recipes
 from ..reference.weights.arguments import Options
-from ..reference.weights.cutlass import with_cutlass
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_checked
 from .moe_case import MoECase
@@ -226,8 +226,8 @@ def _experts(d: Draw, kind: Kind, num_local: int, exponent: int) -> Experts:
     w2 = _codes(d, num_local, h, i), _block_scales(d, num_local, h, i // BLOCK_SIZE), decode2
     # Its checks refuse what a caller of FlashInfer's functions may hand over all the same.
     experts = assemble_checked(w13, w2, kind.activation, Options(**options))
-    if kind.build == "cutlass":
-        return with_cutlass(experts)
+    if VARIANTS[kind.build].static_only:
+        return VARIANTS[kind.build].prepared(experts)
     scalars: dict[str, Any] = {  # as a caller of FlashInfer's may give them
         name: d.scalars(num_local, exponent - 7)
         for name in ("output1_scale_scalar", "output1_scale_gate_scalar")

@@ -12,11 +12,10 @@ from ..kernels import environment
 from ..reference.activation import IMPLEMENTED, ActivationType, activate
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
+from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
-from ..reference.weights.cute_dsl import with_cute_dsl
-from ..reference.weights.cutlass import with_cutlass
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_experts, prepare_experts
 from . import inputs
@@ -107,7 +106,7 @@ def _states(experts: Experts, recipe: Recipe, mode: str = "per-token") -> Activa
 
 
 def _recipe(build: LayerBuild = "cuda") -> Recipe:
-    quantizers = "cuda" if build == "cutlass" else build
+    quantizers = VARIANTS[build].quantizers
     return Recipe(environment.math(quantizers), environment.four_over_six(), quantizers)
 
 
@@ -172,13 +171,17 @@ def _routed() -> Iterator[MoECase]:
 
 def _of_other_builds() -> Iterator[MoECase]:
     for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in kind.row.flashinfer):
-        case = _case("build cute-dsl", kind, recipe=_recipe("cute-dsl"), build="cute-dsl",
-                     finalize_order="slot")  # fmt: skip
-        yield replace(case, experts=with_cute_dsl(case.experts))
+        yield _of_build("cute-dsl", kind)
     for kind in (ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Relu2):
-        case = _case("build cutlass", kind, "static", build="cutlass", finalize_order="slot",
-                     recipe=_recipe("cutlass"))  # fmt: skip
-        yield replace(case, experts=with_cutlass(case.experts))
+        yield _of_build("cutlass", kind)
+
+
+def _of_build(build: LayerBuild, kind: ActivationType) -> MoECase:
+    variant = VARIANTS[build]
+    mode = "static" if variant.static_only else "per-token"
+    case = _case(f"build {build}", kind, mode, build=build, recipe=_recipe(build),
+                 finalize_order=variant.finalize_order)  # fmt: skip
+    return replace(case, experts=variant.prepared(case.experts))
 
 
 def exact_cases() -> Iterator[MoECase]:

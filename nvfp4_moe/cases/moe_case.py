@@ -74,7 +74,7 @@ class MoECase:
         return moe.fused_moe(
             self.activations, self.experts, *self.routed, recipe=self.recipe,
             local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            cutlass=self.build == "cutlass", output_dtype=self.output_dtype, keep_steps=keep_steps,
+            variant=self.build, output_dtype=self.output_dtype, keep_steps=keep_steps,
         )  # fmt: skip
 
     def allowed(
@@ -88,7 +88,7 @@ class MoECase:
         options: dict[str, Any] = {
             "recipe": self.recipe, "local_expert_offset": self.local_expert_offset,
             "finalize_order": self.finalize_order, "accumulation": accumulation,
-            "cutlass": self.build == "cutlass", "output_dtype": self.output_dtype,
+            "variant": self.build, "output_dtype": self.output_dtype,
             "drops_nan": drops_nan,
         }  # fmt: skip
         if self.logits is not None:

@@ -20,10 +20,9 @@ from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
+from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1, e4m3
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
-from ..reference.weights.cute_dsl import with_cute_dsl
-from ..reference.weights.cutlass import with_cutlass
 from ..reference.weights.prepare import assemble_experts
 
 _BLOCKS = 16
@@ -131,23 +130,19 @@ def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
         w13, e4m3.encode(exponents).expand(1, i, -1).contiguous().to(device), unit, w2,
         w2_scales, unit, kind, **static,
     )  # fmt: skip
-    if build == "cute-dsl":
-        experts = with_cute_dsl(experts)
-    if build == "cutlass":
-        experts = with_cutlass(experts)
+    variant = VARIANTS[build]
     token_scale = None if static else torch.ones(tokens, dtype=torch.float32, device=device)
     return MoECase(
         "sums",
         Activations(codes, scales.view(torch.float8_e4m3fn), token_scale),
-        experts,
+        variant.prepared(experts),
         Routing(RoutingMethodType.Renormalize, 1),
         num_experts=1,
         ids=torch.zeros(tokens, 1, dtype=torch.int32, device=device),
         weights=torch.ones(tokens, 1, dtype=torch.float32, device=device),
         recipe=Recipe(
-            environment.math("cuda" if build != "cute-dsl" else build), environment.four_over_six(),
-            "cute-dsl" if build == "cute-dsl" else "cuda",
+            environment.math(variant.quantizers), environment.four_over_six(), variant.quantizers
         ),
         build=build,
-        finalize_order="flashinfer" if build == "cuda" else "slot",
+        finalize_order=variant.finalize_order,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from ..reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_
 from ..reference.moe import layer as moe
 from ..reference.moe import shards
 from ..reference.moe.layer import Stages
+from ..reference.moe.variants import VARIANTS
 from ..reference.numerics.accumulate import matmul
 from ..reference.numerics.fp32 import flush
 from ..reference.weights.experts import Experts
@@ -97,7 +98,7 @@ def _ways(case: MoECase) -> dict[str, Stages]:
 def _options(case: MoECase) -> dict[str, Any]:
     return {
         "recipe": case.recipe, "local_expert_offset": case.local_expert_offset,
-        "finalize_order": case.finalize_order, "cutlass": case.build == "cutlass",
+        "finalize_order": case.finalize_order, "variant": case.build,
         "output_dtype": case.output_dtype,
     }  # fmt: skip
 
@@ -150,7 +151,7 @@ def _stages(
 def _parallel(case: MoECase, d: Draw) -> Iterator[JudgedRun]:
     """Two ranks of experts, or of the intermediate's columns."""
     options = _options(case)
-    del options["cutlass"]
+    del options["variant"]
     offset = options.pop("local_expert_offset")
     ids, weights = case.routed
     ids = torch.where(ids < offset, -1, ids - offset)
@@ -208,7 +209,7 @@ def judged(
         return
     kind = Kind.draw(number)
     case = draw(seed, kind, tokens).to(device)
-    if number % 12 == 10 and kind.build != "cutlass":
+    if number % 12 == 10 and not VARIANTS[kind.build].rounds_first_gemm:
         yield from _parallel(case, d)
     else:
         yield from _fused(case, d, ways, triton)

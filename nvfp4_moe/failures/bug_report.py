@@ -12,8 +12,10 @@ from ..differential.compare import compare
 from ..differential.explain import bits, explain_element, first_element
 from ..differential.verdict import Allowed, explain_output
 from ..kernels import environment
-from ..kernels.flashinfer import cute_dsl, cutlass, trtllm
+from ..kernels.flashinfer import trtllm
 from ..kernels.flashinfer.quantize import BUILDS
+from ..kernels.flashinfer.table import LAYERS
+from ..reference.moe.variants import VARIANTS
 from ..reference.quantize import Quantized
 from ..reference.recipe import BLOCK_SIZE, Build, Recipe, SfLayout
 from .replay_file import Failure, MoEFailure, QuantizerFailure
@@ -189,7 +191,7 @@ def _replay_snippet(path: str, backend: str, configuration: str | None = None) -
 
 def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
     case, backend = failure.case, failure.backend
-    adapters = {m.NAME: m for m in (trtllm, cute_dsl, cutlass)}
+    adapters = {m.NAME: m for m in LAYERS}
     call = [f"{case.name}: {_shape(case)}."]
     if failure.configuration is not None:
         call.append(f"Configuration: `{failure.configuration}`.")
@@ -287,7 +289,7 @@ def _adapter_snippet(adapter: Any, case: MoECase, path: str) -> str:
     """The layer's own layouts are made from those in the file, which nvfp4-moe does."""
     function = adapter.function(case.request()).name
     module = adapter.__name__.rsplit(".", 1)[1]
-    build: Build = "cute-dsl" if case.build == "cute-dsl" else "cuda"
+    build = VARIANTS[case.build].quantizers
     return "\n".join(
         [
             *_environment(case.recipe, build, four_over_six=True),

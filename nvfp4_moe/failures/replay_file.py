@@ -31,8 +31,7 @@ from ..reference.moe.layer import OUTPUT_DTYPES
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.quantize import Quantized
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
-from ..reference.weights.cute_dsl import with_cute_dsl
-from ..reference.weights.cutlass import with_cutlass
+from ..reference.weights.copies import LAYOUTS
 from ..reference.weights.experts import Experts
 from ..report import invocation
 
@@ -161,8 +160,7 @@ def save_moe(path: str | Path, failure: MoEFailure) -> None:
         "hidden_size": e.hidden_size,
         "intermediate_size": e.intermediate_size,
         "activation": e.activation.name,
-        "cute_dsl": e.cute_dsl is not None,
-        "cutlass": e.cutlass is not None,
+        **{layout.field: layout.is_in(e) for layout in LAYOUTS},
         "routing": asdict(r) | {"method": r.method.name},
     }
     _write(path, tensors, facts, failure.origin)
@@ -333,14 +331,15 @@ def _moe(contents: _Contents) -> MoEFailure:
         output_dtype=_OUTPUT_DTYPES[dtype],
         exact=contents.fact("exact", bool),
     )
-    in_cute_dsl, in_cutlass = contents.fact("cute_dsl", bool), contents.fact("cutlass", bool)
+    layouts = [layout for layout in LAYOUTS if contents.fact(layout.field, bool)]
     replace(case, build="cuda").request()  # raises for what no backend takes
     for name in ("input_scale", "intermediate_scale"):
         scale = getattr(experts, name)
         if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (1,)):
             raise ValueError(f"experts.{name} is {scale.dtype} {tuple(scale.shape)}")
-    experts = with_cute_dsl(experts) if in_cute_dsl else experts
-    case = replace(case, experts=with_cutlass(experts) if in_cutlass else experts)
+    for layout in layouts:
+        experts = layout.add(experts)
+    case = replace(case, experts=experts)
     case.request()
     accumulation = contents.fact("accumulation", str)
     if accumulation not in ACCUMULATIONS:

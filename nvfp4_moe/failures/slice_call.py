@@ -18,8 +18,7 @@ from ..reference.layouts import from_linear, inverse, to_linear
 from ..reference.moe.activations import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.recipe import BLOCK_SIZE, SfLayout
-from ..reference.weights.cute_dsl import with_cute_dsl
-from ..reference.weights.cutlass import with_cutlass
+from ..reference.weights.copies import in_layouts_of, without_layouts
 from ..reference.weights.experts import Experts
 from ..reference.weights.layout import row_order
 
@@ -42,10 +41,7 @@ def rebuilt(experts: Experts, **changes: Any) -> Experts:
     Raises:
         ValueError: the changed ones cannot have such a layout.
     """
-    changed = replace(experts, **changes, cute_dsl=None, cutlass=None)
-    if experts.cute_dsl is not None:
-        changed = with_cute_dsl(changed)
-    return changed if experts.cutlass is None else with_cutlass(changed)
+    return in_layouts_of(without_layouts(experts, **changes), experts)
 
 
 def with_given_routing(case: MoECase) -> MoECase:

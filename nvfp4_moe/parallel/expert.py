@@ -123,7 +123,7 @@ def fused_moe_ep(
 
 
 def _check_quantized(r: MoECall) -> None:
-    if r.quantize is None or r.build == "cutlass":
+    if r.quantize is None or r.variant.static_only:
         raise ValueError(
             'dispatch "all-to-all" moves quantized tokens and unfinished rows; activation must be '
             '"per-token" or "static", and build not "cutlass"'

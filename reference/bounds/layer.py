@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..moe.activations import Activations, hidden_values
+from ..moe.variants import Variant
 from ..recipe import Recipe
 from ..weights.experts import Experts
 from ..weights.layout import gemm1_values, gemm2_values, unshuffled_bias
@@ -67,7 +68,7 @@ class Layer:
     experts: Experts
     recipe: Recipe
     accumulation: Accumulation
-    cutlass: bool
+    variant: Variant
     drops_nan: bool
 
     @property
@@ -115,15 +116,17 @@ class Layer:
         raw = Product.of(sums)
         if scale is not None:
             raw = raw.times(scale[slots.token, None])
-        if self.cutlass:
+        if self.variant.rounds_first_gemm:
             scalar = experts.output1_scale_gate_scalar
             scaled = raw.times(scalar[slots.expert, None]).result()
             raw = Product.of(rounded(torch.bfloat16, scaled))
             one = torch.ones_like(scalar)
             experts = replace(experts, output1_scale_scalar=one, output1_scale_gate_scalar=one)
-        drops = self.drops_nan or self.cutlass  # whose clamps give the limit for NaN
+        drops = (
+            self.drops_nan or self.variant.rounds_first_gemm
+        )  # whose clamps give the limit for NaN
         middle = activation_bounds(raw, experts, slots.expert, drops_nan=drops)
-        if self.activations.is_static and not self.cutlass:
+        if self.activations.is_static and not self.variant.rounds_first_gemm:
             return middle
         return rounded(torch.bfloat16, middle)
 
@@ -135,7 +138,7 @@ class Layer:
         unknown = torch.zeros_like(row, dtype=torch.bool)
         counts = slots.counts
         if self.activations.is_static:
-            encode = experts.intermediate_scale if self.cutlass else None
+            encode = experts.intermediate_scale if self.variant.rounds_first_gemm else None
             values = requantize_blocks(middle, self.recipe, encode)
         elif not self.activations.is_bf16:
             values, scale, row, unknown = requantize_rows(middle, self.recipe)

@@ -61,8 +61,9 @@ from ..moe.activations import Activations
 from ..moe.finalize import FinalizeOrder, finalize
 from ..moe.permute import held_slots
 from ..moe.routing import Routing
+from ..moe.variants import VARIANTS
 from ..numerics.subnormals import kept
-from ..recipe import Recipe
+from ..recipe import LayerBuild, Recipe
 from ..weights.experts import Experts
 from .accumulation import ANY_ORDER, Accumulation
 from .interval import LARGEST, Interval, U, choose, hull, rounded, unless, valid
@@ -92,7 +93,7 @@ def fused_moe_bounds(
     finalize_order: FinalizeOrder = "flashinfer",
     output_dtype: torch.dtype = torch.bfloat16,
     accumulation: Accumulation = ANY_ORDER,
-    cutlass: bool = False,
+    variant: LayerBuild = "cuda",
     drops_nan: bool = False,
     accumulator1: torch.Tensor | None = None,
     intermediate: torch.Tensor | None = None,
@@ -106,7 +107,9 @@ def fused_moe_bounds(
         accumulator1: [T, K, M1], an implementation's own: what follows is judged given it.
         intermediate: [T, K, I], likewise; with static scales the activated values.
     """
-    layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass, drops_nan)
+    layer = Layer(
+        activations, experts, recipe or Recipe(), accumulation, VARIANTS[variant], drops_nan
+    )
     local = ids.long() - local_expert_offset
     acc, mid, rows = layer.through(local, accumulator1, intermediate)
     given = weights if isinstance(weights, Interval) else Interval.point(weights)
@@ -130,7 +133,7 @@ def routed_moe_bounds(
     finalize_order: FinalizeOrder = "flashinfer",
     output_dtype: torch.dtype = torch.bfloat16,
     accumulation: Accumulation = ANY_ORDER,
-    cutlass: bool = False,
+    variant: LayerBuild = "cuda",
     drops_nan: bool = False,
 ) -> Interval:
     """[T, H]: the output of a call that routes from logits, over all that its routing may choose.
@@ -140,7 +143,9 @@ def routed_moe_bounds(
         the others: as `fused_moe_bounds` does.
     """
     chosen = routing_bounds(logits, routing, routing_bias)
-    layer = Layer(activations, experts, recipe or Recipe(), accumulation, cutlass, drops_nan)
+    layer = Layer(
+        activations, experts, recipe or Recipe(), accumulation, VARIANTS[variant], drops_nan
+    )
     ids, places = _union(chosen.ids, logits.shape[1])
     rows = layer.through(ids - local_expert_offset)[2]
     held = held_slots(ids, experts.num_local, local_expert_offset)

@@ -37,12 +37,13 @@ from ..activation import activate
 from ..numerics.accumulate import Accumulate, matmul
 from ..numerics.subnormals import kept
 from ..quantize import Quantized, quantize_block_scales, quantize_global_scale, quantize_per_token
-from ..recipe import Recipe
+from ..recipe import LayerBuild, Recipe
 from ..weights.experts import Experts
 from ..weights.layout import gemm1_values, gemm2_values, unshuffled_bias
 from .activations import Activations, hidden_values
 from .finalize import FinalizeOrder, finalize
 from .permute import held_slots
+from .variants import VARIANTS
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,7 +74,7 @@ def fused_moe(
     accumulate: Accumulate = "fp64",
     finalize_order: FinalizeOrder = "flashinfer",
     output_dtype: torch.dtype = torch.bfloat16,
-    cutlass: bool = False,
+    variant: LayerBuild = "cuda",
     round_to_bf16: bool = True,
     keep_steps: bool = False,
     stages: "Stages | None" = None,
@@ -89,12 +90,13 @@ def fused_moe(
         accumulate: the two GEMMs' sums; see the module.
         finalize_order: "flashinfer" (depends on T) or "slot" (ascending, always).
         output_dtype: bf16 (FlashInfer's), fp16 or fp32.
-        cutlass: as FlashInfer's cutlass layer does; static scales, experts of `with_cutlass`.
+        variant: whose bits; "cutlass" has static scales and experts of `with_cutlass` alone.
         round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
             requantization: FlashInfer's own trace reference does.
         stages: other functions in place of some of these, as a judge of implementations plants them.
     """
     recipe, do = recipe or Recipe(), stages or Stages()
+    rounds = VARIANTS[variant].rounds_first_gemm
     tokens, top_k = ids.shape
     x = hidden_values(activations)
     h, m1 = experts.padded_hidden_size, experts.gemm1_weights.shape[1]
@@ -113,7 +115,7 @@ def fused_moe(
         raw = acc1[token, slot]
         if activations.per_token_scale is not None:
             raw = raw * activations.per_token_scale[token, None]
-        if cutlass:
+        if rounds:
             raw = (raw * experts.output1_scale_gate_scalar[e]).bfloat16().float()
             activated[token, slot] = activate(raw, experts.activation, nan_is_clamped=True)
         else:
@@ -125,8 +127,8 @@ def fused_moe(
             steps["intermediate"] = do.round_intermediate(activated)
             values2 = steps["intermediate"].float()
     else:
-        encode2 = experts.intermediate_scale if cutlass else None
-        if not activations.is_static or cutlass:
+        encode2 = experts.intermediate_scale if rounds else None
+        if not activations.is_static or rounds:
             steps["intermediate"] = activated = do.round_intermediate(activated)
         values2, scale2 = do.requantize(activated, encode2, recipe, steps)
 

@@ -15,7 +15,7 @@ Sources: sizes, `align_fp4_moe_weights_for_flashinfer_trtllm` of sglang 0.5.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..layouts import inverse, to_linear
 from ..numerics.accumulate import Accumulate
 from ..numerics.subnormals import kept
 from ..recipe import BLOCK_SIZE, Recipe, SfLayout
+from ..weights.copies import without_layouts
 from ..weights.experts import Experts
 from ..weights.layout import lay_out, lay_out_rows, padded_sizes, row_order, unshuffled_bias
 from .activations import Activations
@@ -116,10 +117,10 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     alike: dict[str, Any] = {
         name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE
     }
-    return replace(
+    return without_layouts(
         e, gemm1_weights=w13[0], gemm1_weights_scale=w13[1], gemm2_weights=w2[0],
         gemm2_weights_scale=w2[1], intermediate_size=size, gemm1_bias=bias1, gemm2_bias=bias2,
-        cute_dsl=None, cutlass=None, shard=(rank, shards), **alike,
+        shard=(rank, shards), **alike,
     )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def select_experts(experts: Experts, first: int, count: int) -> Experts:
         if isinstance(value := getattr(experts, f.name), torch.Tensor)
     }
     start = (experts.first_expert or 0) + first
-    return replace(experts, **held, first_expert=start, cute_dsl=None, cutlass=None)
+    return without_layouts(experts, **held, first_expert=start)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from dataclasses import fields
 
 import torch
 
+from .copies import LAYOUTS
 from .experts import Experts
 
 _SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # the first digits of pi
 _WORDS = 1 << 22  # at a time
-_LEFT_OUT = ("cute_dsl", "cutlass", "shard", "first_expert")
+_LEFT_OUT = (*(layout.field for layout in LAYOUTS), "shard", "first_expert")
 """Copies of the weights for other kernels, which follow from the rest, and where these are from."""
 
 

@@ -25,8 +25,7 @@ from .. import checks
 from ..numerics.subnormals import kept
 from ..recipe import Recipe
 from .arguments import Options
-from .cute_dsl import refresh_cute_dsl
-from .cutlass import refresh_cutlass
+from .copies import refresh_layouts
 from .experts import Experts
 from .layout import lay_out, lay_out_bias
 from .prepare import quantize_weight
@@ -108,8 +107,7 @@ def load_(
         jobs = _jobs(experts, some, (w13, w2), amax or (None, None), _added(experts, n, options))
         write(jobs, recipe or Recipe("exact"))
         _write_parameters(experts, some, options)
-        refresh_cute_dsl(experts, some)
-        refresh_cutlass(experts, some)
+        refresh_layouts(experts, some)
     mark_written(experts)
 
 

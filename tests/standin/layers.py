@@ -238,7 +238,7 @@ class Cutlass(Module):
             "activations": Activations(input, scales), "experts": experts,
             "ids": token_selected_experts, "weights": token_final_scales,
             "recipe": recipe("cuda"), "local_expert_offset": ep_rank * w13[0].shape[0],
-            "finalize_order": "slot", "cutlass": True, "stages": _stages(first, second),
+            "finalize_order": "slot", "variant": "cutlass", "stages": _stages(first, second),
         })  # fmt: skip
         output.copy_(result.output)
 

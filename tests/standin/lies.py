@@ -182,7 +182,7 @@ def _first_gemm_in_fp32(given: Given) -> Given:
     def of_raw(raw: Tensor, experts: Any, e: int) -> Tensor:
         return activate(raw * experts.output1_scale_gate_scalar[e], experts.activation)
 
-    return _stages(activate=of_raw, requantize=requantize)(given | {"cutlass": False})
+    return _stages(activate=of_raw, requantize=requantize)(given | {"variant": "cuda"})
 
 
 def _halves_exchanged(given: Given) -> Given:
