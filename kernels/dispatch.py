@@ -134,7 +134,7 @@ def auto_order(build: Build) -> tuple[str, ...]:
 def nvfp4_quantize(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
-    sfLayout: Any = ...,
+    sfLayout: SfLayout | int = ...,
     do_shuffle: bool = ...,
     sf_vec_size: int = ...,
     enable_pdl: bool | None = ...,
@@ -151,7 +151,7 @@ def nvfp4_quantize(
 def nvfp4_quantize(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
-    sfLayout: Any = ...,
+    sfLayout: SfLayout | int = ...,
     do_shuffle: bool = ...,
     sf_vec_size: int = ...,
     enable_pdl: bool | None = ...,
@@ -168,7 +168,7 @@ def nvfp4_quantize(
 def nvfp4_quantize(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
-    sfLayout: Any = ...,
+    sfLayout: SfLayout | int = ...,
     do_shuffle: bool = ...,
     sf_vec_size: int = ...,
     enable_pdl: bool | None = ...,
@@ -185,7 +185,7 @@ def nvfp4_quantize(
 def nvfp4_quantize(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
-    sfLayout: Any = SfLayout.layout_128x4,
+    sfLayout: SfLayout | int = SfLayout.layout_128x4,
     do_shuffle: bool = False,
     sf_vec_size: int = 16,
     enable_pdl: bool | None = None,

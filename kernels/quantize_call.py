@@ -65,7 +65,7 @@ def make_quantize_call(
     a: torch.Tensor,
     a_global_sf: float | torch.Tensor,
     *,
-    sfLayout: Any = SfLayout.layout_128x4,
+    sfLayout: SfLayout | int = SfLayout.layout_128x4,
     do_shuffle: bool = False,
     sf_vec_size: int = BLOCK_SIZE,
     enable_pdl: bool | None = None,
