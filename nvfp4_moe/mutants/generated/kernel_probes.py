@@ -23,7 +23,7 @@ from ..calls import Call, FusedCall, QuantizerCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of, rows_at_edges
 from . import far_calls
-from .operation_calls import CutCall, NativeCall, ProducerCall, ProductCall, ReloadCall
+from .operation_calls import ChosenCall, CutCall, NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, PermuteCall
 from .strict import strict
 from .trial import Probe
@@ -40,6 +40,7 @@ def _more_quantizers() -> Named:
         "cute-dsl, fast": Recipe(build="cute-dsl"),
         "cute-dsl, exact": Recipe("exact", build="cute-dsl"),
         "exact": Recipe("exact"),
+        "4over6 by MAE": Recipe("fast", NVFP44Over6Config()),
         "4over6 of 256 by MSE, exact": Recipe("exact", NVFP44Over6Config(256, "MSE")),
         "4over6, fast error, cute-dsl": Recipe(
             "fast", NVFP44Over6Config(448, "MAE", True), "cute-dsl"
@@ -74,6 +75,12 @@ def _cuts() -> Named:
     )
     split = LaunchConfig(4, 4, 0, 2, 1)
     yield "quantizer, programs a row, global scale", lambda: CutCall(x, case, split)
+
+    for recipe in (Recipe(), Recipe("exact")):
+        yield (
+            f"quantizer, chosen rows, {recipe}",
+            functools.partial(ChosenCall, x, recipe, SfLayout.layout_128x4),
+        )
 
 
 def _layers() -> Named:
@@ -131,6 +138,7 @@ def _rest() -> Named:
 def _parts() -> Named:
     yield "permute", lambda: PermuteCall(37, 3)
     yield "permute, 15 experts", lambda: PermuteCall(200, 15, tile=32)
+    yield "permute, none held", lambda: PermuteCall(64, 64, elsewhere=True)
     yield "permute, three launches", lambda: PermuteCall(700, 5, one_launch=False)
     yield (
         "permute, three launches, 15 experts",

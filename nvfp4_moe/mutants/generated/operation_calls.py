@@ -186,6 +186,41 @@ class CutCall(QuantizerCall):
 
 
 @dataclass(frozen=True)
+class ChosenCall:
+    """Rows that an index names, some of them none, with a base scale and an output scale in tensors."""
+
+    x: Tensor
+    recipe: Recipe
+    layout: SfLayout
+
+    def _given(self, device: str) -> tuple[Tensor, ...]:
+        rows = len(self.x)
+        index = torch.cat([host.arange(rows).flip(0)[3:] - 2, host.arange(3)]).int()
+        index[1], index[2] = rows, rows + 7
+        scales = host.fp32([self.recipe.base_scale_inv]), host.fp32([0.3])
+        return tuple(t.to(device) for t in (self.x, scales[0], index, scales[1]))
+
+    def answer(self, device: str = "cpu") -> Any:
+        x, base, index, shown = self._given(device)
+        found = quantize.quantize_per_token(
+            x, base, self.recipe, self.layout, row_index=index, out_scale=shown
+        )
+        return [
+            t.cpu()[_live(index.cpu(), len(x))] if i == 2 else t.cpu() for i, t in enumerate(found)
+        ]
+
+    def judge(self) -> Answered:
+        x, base, index, shown = self._given("cpu")
+        q = quantize_per_token(x, base, self.recipe, self.layout, row_index=index, out_scale=shown)
+        assert q.per_token_scale is not None
+        return exactly([q.codes, q.block_scales, q.per_token_scale[_live(index, len(x))]])
+
+
+def _live(index: Tensor, rows: int) -> Tensor:
+    return index[(index >= 0) & (index < rows)].long()
+
+
+@dataclass(frozen=True)
 class NativeCall:
     """A call by the path of GPUs that multiply codes, in the interpreter."""
 

@@ -35,13 +35,14 @@ class PermuteCall:
     offset: int = 2
     tile: int = 16
     one_launch: bool = True
+    elsewhere: bool = False  # all slots: no tile is used
 
     def _ids(self) -> Tensor:
         g = torch.Generator().manual_seed(self.slots)
         ids = host.integers(g, self.offset - 2, self.offset + self.local + 2, (self.slots, 1))
         ids[ids == self.offset + 1] = self.offset + 2  # an expert of no slot
         ids[-1], ids[-2] = self.offset + self.local, self.offset - 1
-        return ids.int()
+        return host.full(ids.shape, 1.0).int() if self.elsewhere else ids.int()
 
     def answer(self, device: str = "cpu") -> Any:
         limit = self.slots if self.one_launch else 0
