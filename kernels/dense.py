@@ -9,9 +9,10 @@ CUDA graph.
 import torch
 import triton
 
-from ..reference.recipe import BLOCK_SIZE
+from ..reference.recipe import BLOCK_SIZE, SfLayout
 from . import dense_gemm
 from .config_cache import GemmConfig
+from .decode import decode
 from .dense_ops import register
 from .target import arch, launch_options, native_mma, shared_memory
 
@@ -45,23 +46,6 @@ def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)
 
 
-def _decode(
-    codes: torch.Tensor, block_scales: torch.Tensor, tile: int, columns: int, factor: float
-) -> torch.Tensor:
-    """[R, 4, columns / 4] bf16, each fourth column together, zero beyond K."""
-    rows, half = codes.shape
-    blocks = half * 2 // BLOCK_SIZE
-    out = torch.empty((rows, 4, columns // 4), dtype=torch.bfloat16, device=codes.device)
-    at_once = min(64, triton.next_power_of_2(columns // BLOCK_SIZE))
-    programs = triton.cdiv(rows, tile) * (tile // 8)
-    dense_gemm.decode_rows_kernel[(programs, triton.cdiv(columns // BLOCK_SIZE, at_once))](
-        codes.view(torch.uint16), block_scales, out, rows, blocks, columns // BLOCK_SIZE,
-        triton.cdiv(blocks, 4), FACTOR=factor, TILE=tile, BLOCKS=at_once,
-        ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
-    )  # fmt: skip
-    return out
-
-
 def _aligned(t: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it, contiguous and at a multiple of 16 bytes."""
     t = t.contiguous()
@@ -87,9 +71,10 @@ def _mm_fp4(
     w_sf: torch.Tensor | None = _aligned(b_scales)
     if config.decoded:
         columns = triton.cdiv(k, config.bk) * config.bk
-        w, w_sf = _decode(w, b_scales, 128, columns, 2.0**-8), None
+        w, w_sf = decode(w, b_scales, SfLayout.layout_128x4, columns=columns, operand=True), None
     if not native:
-        x, x_sf = _decode(x, a_scales, tile, columns, 1.0), None
+        layout = SfLayout.layout_8x4 if use_8x4 else SfLayout.layout_128x4
+        x, x_sf = decode(x, a_scales, layout, columns=columns), None
     dense_gemm.dense_gemm_kernel[(triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),)](
         x, x_sf, w, w_sf, alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
         BY_ROW=alpha is not None and alpha.numel() > 1, X_TILE=tile,

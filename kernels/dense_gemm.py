@@ -10,52 +10,14 @@ import triton
 import triton.language as tl
 
 from .jit.arithmetic import to_bf16
-from .jit.decode import decode_values
-from .jit.e4m3 import e4m3_decode
-from .jit.layouts import scale_offset
+from .jit.layouts import tiled_scale_offset
 from .jit.mma import decoded_sums, native_sums, sums
 from .jit.pdl import await_previous
 
 
-@triton.jit(do_not_specialize=["R"])
-def decode_rows_kernel(
-    codes_ptr,  # [R, K/4] uint16, four codes each
-    sf_ptr,  # uint8, 128x4 or 8x4
-    out_ptr,  # [R, 4, P/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
-    R,
-    NB,  # K / 16
-    padded,  # P / 16 >= K / 16; what is more is zero
-    sf_tiles,
-    FACTOR: tl.constexpr,  # a power of two on every value
-    TILE: tl.constexpr,  # 128 or 8: rows of a tile of scales
-    BLOCKS: tl.constexpr,
-    ARCH: tl.constexpr,
-):
-    """Code times block scale times FACTOR, exact, of eight rows."""
-    await_previous(ARCH)
-    i = tl.arange(0, 8)
-    if TILE == 8:
-        row = tl.program_id(0).to(tl.int64) * 8 + i
-    else:  # rows whose block scales share sectors of memory: a pair in each 32
-        row = tl.program_id(0).to(tl.int64) // 16 * 128
-        row += tl.program_id(0) % 16 * 2 + i % 2 + i // 2 * 32
-    row = row[:, None]
-    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
-    inside = (row < R) & (block < NB)
-    four = tl.arange(0, 4)[None, None, :]
-    word = (row * NB + block)[:, :, None] * 4 + four
-    words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
-    sf = tl.load(sf_ptr + scale_offset(row, block, sf_tiles, TILE), inside, other=0)
-    scale = (e4m3_decode(sf.to(tl.int32)) * FACTOR)[:, :, None]
-    written = ((row < R) & (block < padded))[:, :, None]
-    for j in tl.static_range(4):
-        out = out_ptr + ((row * 4 + j) * padded + block)[:, :, None] * 4 + four
-        tl.store(out, decode_values(words, scale, j, ARCH), written)
-
-
 @triton.jit(do_not_specialize=["M"])
 def dense_gemm_kernel(
-    x_ptr,  # a: [M, 4, K/4] bf16 of `decode_rows_kernel`; with NATIVE codes [M, K/2] uint8
+    x_ptr,  # a: [M, 4, K/4] bf16 of `decode_kernel`; with NATIVE codes [M, K/2] uint8
     x_sf_ptr,  # with NATIVE uint8, 128x4 or 8x4
     w_ptr,  # b: codes [N, K/2] uint8, or decoded, times 2^-8, [N, 4, K/4] bf16
     w_sf_ptr,  # uint8, 128x4; None where b is decoded
@@ -84,7 +46,7 @@ def dense_gemm_kernel(
     source = tl.where(live, n, 0)
     m = tl.where(column < N, column, 0).to(tl.int64)
     if NATIVE:
-        x_sf = x_sf_ptr + scale_offset(
+        x_sf = x_sf_ptr + tiled_scale_offset(
             source[:, None], tl.arange(0, BK // 16)[None, :], sf_tiles, X_TILE
         )
         acc = native_sums(

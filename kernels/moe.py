@@ -15,10 +15,11 @@ import triton
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations
 from ..reference.moe.finalize import FinalizeOrder, split_k_groups
-from ..reference.recipe import Recipe
+from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.experts import Experts
 from . import config_cache, moe_gemm, moe_kernels
 from .config_cache import Configs, GemmConfig
+from .decode import decode
 from .moe_call import KernelCall, Mode, Observe
 from .moe_ops import Triple, empty_results, register
 from .quantize import quantize_global_scale, quantize_per_token, quantize_to_values
@@ -142,19 +143,6 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     return p
 
 
-def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
-    """[M, 4, K/4] bf16, each fourth column together: code times block scale (linear), exact."""
-    m, half = codes.shape
-    words = half // 2
-    x = torch.empty((m, 4, words), dtype=torch.bfloat16, device=codes.device)
-    size = min(1024, triton.next_power_of_2(words))
-    moe_kernels.decode_kernel[(m, triton.cdiv(words, size))](
-        codes.view(torch.uint16), block_scales.view(torch.uint8), x, half * 2, WORDS=size,
-        ARCH=arch(codes.device), num_warps=max(1, size // 256), **launch_options(codes.device),
-    )  # fmt: skip
-    return x
-
-
 def fused_moe(
     call: KernelCall,
     ids: torch.Tensor,
@@ -246,7 +234,7 @@ def operand(a: Activations) -> Operand:
     scales = a.block_scales.view(torch.uint8)
     if native_mma(arch(a.hidden_states.device)):
         return Operand(a.hidden_states, scales, a.per_token_scale)
-    return Operand(decode(a.hidden_states, scales), None, a.per_token_scale)
+    return Operand(decode(a.hidden_states, scales, SfLayout.layout_linear), None, a.per_token_scale)
 
 
 def quantized(x: torch.Tensor, recipe: Recipe, *, per_token: bool = True) -> Operand:
@@ -317,7 +305,10 @@ def _launch_gemm(
     for expert in range(0, held, at_once):
         if config.decoded:
             some = slice(expert, expert + at_once)
-            _decode_weights(w[some], w_sf[some], weights)
+            decode(
+                w[some].flatten(0, 1), w_sf[some], SfLayout.layout_128x4, operand=True,
+                out=weights.flatten(0, 1),
+            )  # fmt: skip
         moe_gemm.expert_gemm_kernel[(rows // bm, tiles)](
             x.values, x.block_scales, weights, w_sf.view(torch.uint8),
             x.token_scale, bias, scale,
@@ -333,14 +324,3 @@ def _launch_gemm(
             ARCH=arch(w.device), num_warps=config.warps,
             maxnreg=config.registers, **launch_options(w.device),
         )  # fmt: skip
-
-
-def _decode_weights(w: torch.Tensor, w_sf: torch.Tensor, out: torch.Tensor) -> None:
-    """Some experts' weights [N, M, K/2] into the first of [>= N, M, 4, K/4] bf16."""
-    experts, rows, half = w.shape
-    blocks = min(64, triton.next_power_of_2(half // 8))
-    programs = (experts * rows // 8, triton.cdiv(half // 8, blocks))
-    moe_kernels.decode_weights_kernel[programs](
-        w.view(torch.uint16), w_sf.view(torch.uint8), out, half * 2, BLOCKS=blocks,
-        ARCH=arch(w.device), num_warps=4, **launch_options(w.device),
-    )  # fmt: skip

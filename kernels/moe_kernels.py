@@ -1,12 +1,10 @@
-"""The small kernels around the two grouped GEMMs: permutation, decoding of activations, finalize."""
+"""The small kernels around the two grouped GEMMs: permutation and finalize."""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
 import triton.language as tl
 
 from .jit.arithmetic import to_bf16
-from .jit.decode import decode_fourth, decode_values, operand_scale, scaled
-from .jit.e4m3 import e4m3_decode
 from .jit.pdl import await_previous
 
 
@@ -146,55 +144,6 @@ def place_kernel(
     row = first + tl.sum(earlier.to(tl.int32), 1)
     tl.store(permuted_ptr + index, tl.where(held, row, -1), index < N)
     tl.store(expanded_ptr + row, index, held)
-
-
-@triton.jit
-def decode_kernel(
-    codes_ptr,  # [M, K/4] uint16, four codes each
-    sf_ptr,  # [M, K/16] uint8, linear
-    x_ptr,  # [M, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
-    K,
-    WORDS: tl.constexpr,
-    ARCH: tl.constexpr,
-):
-    """Code times block scale, exact in bf16."""
-    await_previous(ARCH)
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    inside = word < K // 4
-    words = tl.load(codes_ptr + row * (K // 4) + word, inside, other=0)
-    sf = tl.load(sf_ptr + row * (K // 16) + word // 4, inside, other=0)
-    scale = e4m3_decode(sf.to(tl.int32))
-    out = x_ptr + row * K + word
-    for i in tl.static_range(4):
-        tl.store(out + i * (K // 4), decode_values(words, scale, i, ARCH), inside)
-
-
-@triton.jit
-def decode_weights_kernel(
-    codes_ptr,  # [R, K/4] uint16, R a multiple of 128
-    sf_ptr,  # [R, K/16] uint8, 128x4
-    w_ptr,  # [R, 4, K/4] bf16, columns as `decode_kernel` has them
-    K,  # a multiple of 64
-    BLOCKS: tl.constexpr,
-    ARCH: tl.constexpr,
-):
-    """Code times block scale times 2^-8 of eight rows of weights in the production layout."""
-    await_previous(ARCH)
-    # Rows whose block scales share sectors of memory: a pair in each 32.
-    tile = tl.program_id(0).to(tl.int64) // 16
-    line = (tl.program_id(0) % 16 * 2 + tl.arange(0, 8) % 2 + tl.arange(0, 8) // 2 * 32)[:, None]
-    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
-    inside = block < K // 16
-    four = tl.arange(0, 4)[None, None, :]
-    row = tile * 128 + line
-    word = (row * (K // 16) + block)[:, :, None] * 4 + four
-    words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
-    offset = tile * (8 * K) + block // 4 * 512 + line % 32 * 16 + line // 32 * 4 + block % 4
-    scale = operand_scale(tl.load(sf_ptr + offset, inside, other=0))[:, :, None]
-    for i in tl.static_range(4):
-        out = w_ptr + ((row * 4 + i) * (K // 16) + block)[:, :, None] * 4 + four
-        tl.store(out, scaled(decode_fourth(words, i, ARCH), scale, ARCH), inside[:, :, None])
 
 
 @triton.jit

@@ -6,8 +6,10 @@ from offline import compile_kernel, resources
 
 from nvfp4_moe.kernels.config_cache import GemmConfig
 from nvfp4_moe.kernels.dense import dense_config
-from nvfp4_moe.kernels.dense_gemm import decode_rows_kernel, dense_gemm_kernel
+from nvfp4_moe.kernels.dense_gemm import dense_gemm_kernel
+from nvfp4_moe.kernels.jit.decode import decode_kernel
 from nvfp4_moe.kernels.target import native_mma, shared_memory
+from nvfp4_moe.reference.recipe import SfLayout
 
 pytestmark = pytest.mark.compile
 
@@ -90,13 +92,14 @@ def test_edges(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", [80, 90])  # where codes are decoded
-@pytest.mark.parametrize("tile", [8, 128])
-def test_decoding(arch, tile, tmp_path):
-    constants = {"FACTOR": 1.0, "TILE": tile, "BLOCKS": 64, "ARCH": arch}
+@pytest.mark.parametrize("operand", [False, True])
+@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+def test_decoding(arch, layout, operand, tmp_path):
+    constants = {"OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64, "ARCH": arch}
     types = {
         "codes_ptr": "*u16", "sf_ptr": "*u8", "out_ptr": "*bf16", "R": "i32", "NB": "i32",
-        "padded": "i32", "sf_tiles": "i32",
+        "padded": "i32", "sf_columns": "i32",
     }  # fmt: skip
-    aligned = ("codes_ptr", "sf_ptr", "out_ptr", "NB", "padded", "sf_tiles")
-    kernel = compile_kernel(decode_rows_kernel, arch, types, constants, aligned, num_warps=4)
+    aligned = ("codes_ptr", "sf_ptr", "out_ptr", "NB", "padded", "sf_columns")
+    kernel = compile_kernel(decode_kernel, arch, types, constants, aligned, num_warps=4)
     assert resources(kernel, tmp_path) == (0, 0)

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 
 from .e4m3 import e4m3_decode
+from .formats import LAYOUT_128X4
+from .layouts import scale_offset
+from .pdl import await_previous
 
 
 @triton.jit
@@ -65,3 +68,42 @@ def decode_values(words, scale, WHICH: tl.constexpr, ARCH: tl.constexpr):
     """Nibble WHICH of 16-bit words of four codes times fp32 of their block scale: bf16, exact."""
     value = decode_fourth(words, WHICH, ARCH).to(tl.float32) * 2.0**126
     return (value * scale).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["R"])
+def decode_kernel(
+    codes_ptr,  # [R, K/4] uint16, four codes each
+    sf_ptr,  # uint8, of the layout
+    out_ptr,  # [R, 4, P/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
+    R,
+    NB,  # K / 16
+    padded,  # P / 16 >= K / 16; what is more is zero
+    sf_columns,  # blocks of a row of the layout
+    OPERAND: tl.constexpr,  # values times 2^-8, as `mma.decoded_sums` takes the weights
+    LAYOUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Code times block scale, exact in bf16, of eight rows."""
+    await_previous(ARCH)
+    i = tl.arange(0, 8)
+    if LAYOUT == LAYOUT_128X4:  # rows whose block scales share sectors of memory: a pair in each 32
+        row = tl.program_id(0).to(tl.int64) // 16 * 128
+        row += tl.program_id(0) % 16 * 2 + i % 2 + i // 2 * 32
+    else:
+        row = tl.program_id(0).to(tl.int64) * 8 + i
+    row = row[:, None]
+    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
+    inside = (row < R) & (block < NB)
+    four = tl.arange(0, 4)[None, None, :]
+    word = (row * NB + block)[:, :, None] * 4 + four
+    words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
+    sf = tl.load(sf_ptr + scale_offset(row, block, sf_columns, LAYOUT), inside, other=0)
+    scale = operand_scale(sf)[:, :, None]
+    written = ((row < R) & (block < padded))[:, :, None]
+    for j in tl.static_range(4):
+        value = scaled(decode_fourth(words, j, ARCH), scale, ARCH)
+        if not OPERAND:
+            value = value * 256.0
+        out = out_ptr + ((row * 4 + j) * padded + block)[:, :, None] * 4 + four
+        tl.store(out, value, written)

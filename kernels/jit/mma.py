@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .decode import decode_fourth, operand_scale, scaled
-from .layouts import scale_offset
+from .layouts import tiled_scale_offset
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def sums(
     w = w_ptr.to(tl.pointer_type(tl.uint16)) + expert_rows * K4
     w += m[:, None] * K4 + word[None, :]
     w_sf = w_sf_ptr + expert_rows * (K4 // 4)
-    w_sf += scale_offset(m[:, None], column[None, :], sf_tiles)
+    w_sf += tiled_scale_offset(m[:, None], column[None, :], sf_tiles)
     x = x_ptr + source[None, :] * (4 * K4) + word[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)
@@ -110,7 +110,7 @@ def native_sums(
     column = tl.arange(0, BK // 16)
     w = w_ptr + expert_rows * (K // 2) + m[:, None] * (K // 2) + byte[None, :]
     w_sf = w_sf_ptr + expert_rows * (K // 16)
-    w_sf += scale_offset(m[:, None], column[None, :], sf_tiles)
+    w_sf += tiled_scale_offset(m[:, None], column[None, :], sf_tiles)
     x = x_ptr + source[None, :] * (K // 2) + byte[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .formats import LAYOUT_128X4
-from .layouts import _scale_offset
+from .layouts import scale_offset
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def store_codes(
     mask = live & (column < NB)
     word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
     tl.store(codes_ptr + word, codes, mask[:, :, None])
-    offset = _scale_offset(row, column, padded_columns, LAYOUT)
+    offset = scale_offset(row, column, padded_columns, LAYOUT)
     byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
     tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
 

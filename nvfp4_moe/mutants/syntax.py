@@ -30,7 +30,7 @@ class Spot:
     scope: tuple[str, ...]  # functions around it by name, and `if` tests that hold there
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def spots(source: str) -> tuple[ast.Module, dict[type, list[Spot]]]:
     """The tree of a module and its nodes by type; both are shared, so copy before a change."""
     tree = ast.parse(source)

@@ -17,6 +17,7 @@ from ... import host
 from ...kernels import dense, moe, producer_launch, quantize, reload_launch, routing
 from ...kernels import quantize_kernel as k
 from ...kernels.config_cache import GemmConfig
+from ...kernels.decode import decode
 from ...reference.layouts import padded_shape
 from ...reference.moe.routing import Routing, RoutingMethodType
 from ...reference.recipe import Recipe, SfLayout
@@ -80,14 +81,13 @@ def _values(*size: int) -> Tensor:
 
 
 def _decode(rows: int) -> Tensor:
-    return moe.decode(_behind(_bytes(1, 2, 32), rows), _behind(_bytes(2, 2, 4), rows))[-2:]
+    codes, scales = _behind(_bytes(1, 2, 32), rows), _behind(_bytes(2, 2, 4), rows)
+    return decode(codes, scales, SfLayout.layout_linear)[-2:]
 
 
 def _decode_weights(rows: int) -> Tensor:
-    out = torch.empty(1, rows, 4, 16, dtype=torch.bfloat16, device="cpu")
     codes, scales = _behind(_bytes(3, 128, 32), rows), _behind(_bytes(4, 128, 4), rows)
-    moe._decode_weights(codes[None], scales[None], out)
-    return out[0, -128:]
+    return decode(codes, scales, SfLayout.layout_128x4, operand=True)[-128:]
 
 
 def _finalize(tokens: int) -> Tensor:
@@ -200,7 +200,7 @@ def _experts_of(far: int) -> Any:
 def calls() -> Iterator[tuple[str, Callable[[], FarCall]]]:
     """By name; the far call of each is in the interpreter alone."""
     k64 = FAR // 64
-    yield "far, decode", lambda: FarCall(_decode, 2, k64 + 2, 2)
+    yield "far, decode", lambda: FarCall(_decode, 2, k64 + 2, 1)
     yield "far, decode weights", lambda: FarCall(_decode_weights, 128, k64 + 128)
     yield "far, finalize", lambda: FarCall(_finalize, 4, k64 + 4, 4)
     yield "far, route", lambda: FarCall(_route, 4, k64 + 4, 4)

@@ -10,6 +10,7 @@ import torch
 from ... import host
 from ...differential.verdict import unequal
 from ...kernels import moe
+from ...kernels.decode import decode
 from ...reference.layouts import from_linear
 from ...reference.moe.finalize import FinalizeOrder, finalize
 from ...reference.quantize import dequantize
@@ -92,7 +93,7 @@ class DecodeCall:
 
     def answer(self, device: str = "cpu") -> Tensor:
         codes, scales = _codes(1, self.rows, self.columns)
-        return moe.decode(codes.to(device), scales.to(device)).cpu()
+        return decode(codes.to(device), scales.to(device), SfLayout.layout_linear).cpu()
 
     def judge(self) -> Answered:
         return exactly(_fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
@@ -108,10 +109,12 @@ class DecodeWeightsCall:
     def answer(self, device: str = "cpu") -> Tensor:
         codes, scales = _codes(2, 2, self.rows, self.columns)
         tiles = torch.stack([from_linear(one, SfLayout.layout_128x4) for one in scales])
-        out = torch.empty(2, self.rows, 4, self.columns // 4, dtype=torch.bfloat16, device=device)
-        given = tiles.view(2, self.rows, -1)
-        moe._decode_weights(codes.to(device), given.to(device), out)
-        return out.flatten(0, 1).cpu()
+        shape = (2 * self.rows, 4, self.columns // 4)
+        out = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        codes, given = codes.flatten(0, 1), tiles.view(2, self.rows, -1)
+        layout = SfLayout.layout_128x4
+        out = decode(codes.to(device), given.to(device), layout, operand=True, out=out)
+        return out.cpu()
 
     def judge(self) -> Answered:
         codes, scales = (t.flatten(0, 1) for t in _codes(2, 2, self.rows, self.columns))

@@ -1,0 +1,44 @@
+"""Codes and block scales to bf16, as the K loops of `jit/mma.py` read decoded rows: the launch."""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+import triton
+
+from ..reference.layouts import padded_shape
+from ..reference.recipe import BLOCK_SIZE, SfLayout
+from .jit.decode import decode_kernel
+from .target import arch, launch_options
+
+
+def decode(
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    layout: SfLayout,
+    *,
+    columns: int | None = None,
+    operand: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Code times block scale, exact; columns 0, 4, 8 ... of a row together, then 1, 5, 9 ....
+
+    Args:
+        codes: [R, K/2] uint8, contiguous.
+        block_scales: of `layout`, a byte each.
+        columns: of the result, a multiple of 16 and zero beyond K; K by default.
+        operand: values times 2^-8, as `jit.mma.decoded_sums` takes the weights.
+        out: [>= R, 4, columns / 4] bf16, written up to R; new by default.
+    """
+    rows, half = codes.shape
+    blocks, columns = half * 2 // BLOCK_SIZE, columns or half * 2
+    if out is None:
+        out = torch.empty((rows, 4, columns // 4), dtype=torch.bfloat16, device=codes.device)
+    padded = columns // BLOCK_SIZE
+    at_once = min(64, triton.next_power_of_2(padded))
+    tile = 128 if layout == SfLayout.layout_128x4 else 8
+    programs = triton.cdiv(rows, tile) * (tile // 8)
+    decode_kernel[(programs, triton.cdiv(padded, at_once))](
+        codes.view(torch.uint16), block_scales.view(torch.uint8), out, rows, blocks, padded,
+        padded_shape(rows, blocks, layout)[1], OPERAND=operand, LAYOUT=int(layout), BLOCKS=at_once,
+        ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
+    )  # fmt: skip
+    return out
