@@ -1,4 +1,7 @@
-"""The quantizer's arithmetic on blocks of 16 in registers."""
+"""Quantize blocks of 16 elements in registers; `reference/quantize.py` has the arithmetic.
+
+Names are those of the reference. x is [R, NB, 16] fp32, amax [R, NB] the blocks' largest magnitudes.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -31,13 +34,13 @@ from .jit.recipe import (
 
 @triton.jit
 def or_zero(amax):
-    """A maximum of magnitudes, 0 for NaN."""
+    """A maximum of magnitudes, with 0 in place of NaN."""
     return tl.where(amax > 0, amax, 0.0)
 
 
 @triton.jit
 def row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
-    """(encode scale, per-token scale) of rows with the given maxima."""
+    """(encode scales, per-token scales) of rows whose largest magnitudes are amax."""
     FTZ: tl.constexpr = flushes(RECIPE)
     zero_encode: tl.constexpr = 0.0 if is_four_over_six(RECIPE) else FLT_MAX
     if is_exact(RECIPE):
@@ -64,7 +67,7 @@ def _output_scale(sf, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.cons
 
 @triton.jit
 def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    """[R, NB, 16] summed left to right: the order decides near ties."""
+    """Sum [R, NB, 16] from left to right; the order decides near ties of 4over6."""
     R: tl.constexpr = terms.shape[0]
     NB: tl.constexpr = terms.shape[1]
     halves = tl.permute(tl.reshape(terms, (R, NB, 2, 8)), (0, 1, 3, 2))

@@ -1,10 +1,10 @@
-"""The arithmetic that NVFP4 kernels are made of, each operation rounding once, in Triton.
+"""fp32 operations that round once each; `reference/numerics/fp32.py` is their specification.
 
-Every function takes ARCH (10 * major + minor, or 0 in the interpreter, which has neither inline
-assembly nor a right e4m3 cast) and picks the GPU's own instruction where there is one: e4m3 from
-sm_89, e2m1 from sm_100. Elsewhere the same bits come from integer arithmetic. FTZ makes an operation
-flush subnormal inputs and results, as FlashInfer's CUDA build does. `reference/` is the
-specification; the assembly also keeps the compiler from fusing a multiply into an add.
+Every function takes ARCH: 10 * major + minor of the GPU, or 0 in the interpreter. On a GPU an operation
+is one instruction of inline assembly, which keeps the compiler from fusing a multiplication into an
+addition. The interpreter has no inline assembly, so NumPy's operation takes its place. With FTZ an
+operation takes subnormal inputs for zeros and gives zeros for subnormal results, as FlashInfer's CUDA
+build does.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -97,7 +97,11 @@ def reciprocal(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
-    """`rcp.approx.ftz.f32`; `rcp_delta_ptr` is the reference's table, read in the interpreter only."""
+    """The instruction `rcp.approx.ftz.f32`.
+
+    The interpreter reads its result from `rcp_delta_ptr`, the table of `reference.numerics.fp32`: int8
+    [2^23], the difference in ulp from the correctly rounded reciprocal for each significand.
+    """
     if ARCH == 0:
         bits = x.to(tl.int32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
@@ -116,7 +120,10 @@ def rcp(x, rcp_delta_ptr, ARCH: tl.constexpr):
 
 @triton.jit
 def smaller(a, b, ARCH: tl.constexpr):
-    """fminf, for which NaN is no number; the interpreter's minimum is NaN then."""
+    """The smaller of both, or the other if one is NaN (C's fminf).
+
+    The interpreter's minimum would give NaN.
+    """
     if ARCH == 0:
         return tl.where((a < b) | (b != b), a, b)
     return tl.minimum(a, b)
@@ -124,7 +131,7 @@ def smaller(a, b, ARCH: tl.constexpr):
 
 @triton.jit
 def larger(a, b, ARCH: tl.constexpr):
-    """fmaxf, likewise."""
+    """The larger of both, or the other if one is NaN (C's fmaxf)."""
     if ARCH == 0:
         return tl.where((a > b) | (b != b), a, b)
     return tl.maximum(a, b)
@@ -132,7 +139,10 @@ def larger(a, b, ARCH: tl.constexpr):
 
 @triton.jit
 def to_bf16(x, ARCH: tl.constexpr):
-    """fp32 to bf16, to nearest, ties to even; the interpreter's cast truncates and loses subnormals."""
+    """Round fp32 to bf16, to nearest, ties to even.
+
+    The interpreter's own cast truncates, and takes subnormal numbers for zeros.
+    """
     if ARCH == 0:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

@@ -1,4 +1,7 @@
-"""Codes and block scales to bf16."""
+"""e2m1 codes times e4m3 block scales, in bf16.
+
+The product is exact: a code has at most 2 significant bits and a block scale 4, and bf16 holds 8.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -12,9 +15,10 @@ from .pdl import await_previous
 
 @triton.jit
 def decode_fourth(words, WHICH: tl.constexpr, ARCH: tl.constexpr):
-    """Nibble WHICH of 16-bit words of four codes: values times 2^-126, bf16, two at a time.
+    """Nibble WHICH of 16-bit words of four codes, as values times 2^-126: bf16, fp32 in the interpreter.
 
-    Exponent and significand of a code stand where those of bf16 do. In the interpreter: fp32.
+    Exponent and significand of a code move to their places in bf16, two codes in one 32-bit register.
+    The exponent's bias is 1 in e2m1 and 127 in bf16, hence the factor.
     """
     # One operation for each nibble: the compiler then decodes in the layout of the MMA's operand.
     if ARCH == 0:
@@ -49,13 +53,13 @@ def decode_fourth(words, WHICH: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def operand_scale(sf):
-    """e4m3 bytes for `scaled`, bf16: times 2^118, so that nothing overflows on the way."""
+    """e4m3 bytes as bf16, times 2^118, which keeps 448 within bf16's range."""
     return (e4m3_decode(sf.to(tl.int32)) * 2.0**118).to(tl.bfloat16)
 
 
 @triton.jit
 def scaled(a, scale, ARCH: tl.constexpr):
-    """What `decode_fourth` gives times `operand_scale`: values times 2^-8, exactly."""
+    """`decode_fourth` (times 2^-126) times `operand_scale` (times 2^118): values times 2^-8, exactly."""
     if ARCH == 0:
         product = a * scale.to(tl.float32)
     else:
@@ -65,7 +69,7 @@ def scaled(a, scale, ARCH: tl.constexpr):
 
 @triton.jit
 def decode_values(words, scale, WHICH: tl.constexpr, ARCH: tl.constexpr):
-    """Nibble WHICH of 16-bit words of four codes times fp32 of their block scale: bf16, exact."""
+    """Nibble WHICH of 16-bit words of four codes, times their block scales in fp32: bf16, exact."""
     value = decode_fourth(words, WHICH, ARCH).to(tl.float32) * 2.0**126
     return (value * scale).to(tl.bfloat16)
 

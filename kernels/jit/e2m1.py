@@ -1,4 +1,8 @@
-"""fp32 to packed e2m1 codes."""
+"""fp32 to packed e2m1 codes, whose magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+
+The conversion instruction exists from sm_100 on. Elsewhere fp32 additions round to the same code.
+`reference/numerics/e2m1.py` is the specification: to nearest, ties to even, at most 6.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -9,7 +13,7 @@ from .arithmetic import mul, mul_magnitude
 
 @triton.jit
 def columns(x):
-    """[R, NB, N, 8] as its eight columns [R, NB, N], first to last."""
+    """Split [R, NB, N, 8] into its eight columns [R, NB, N], first to last."""
     shape: tl.constexpr = (x.shape[0], x.shape[1], x.shape[2], 2, 2)
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 4, 2)))
     x04, x26 = tl.split(tl.reshape(even, shape))
@@ -23,7 +27,7 @@ def columns(x):
 
 @triton.jit
 def _native_e2m1_words(y):
-    """fp32 [R, NB, 16] to packed e2m1 codes, int32 [R, NB, 2], by the GPU's own conversion."""
+    """Convert fp32 [R, NB, 16] to packed codes, int32 [R, NB, 2], by the GPU's instruction."""
     y0, y1, y2, y3, y4, y5, y6, y7 = columns(tl.reshape(y, (y.shape[0], y.shape[1], 2, 8)))
     return tl.inline_asm_elementwise(
         "{ .reg .b8 b0, b1, b2, b3;"

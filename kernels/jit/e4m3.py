@@ -1,4 +1,8 @@
-"""FP8 e4m3 bytes from fp32 and to fp32."""
+"""FP8 e4m3 (OCP's e4m3fn: no infinity, largest number 448) from fp32 and to fp32.
+
+The conversion instruction exists from sm_89 on. Elsewhere integer arithmetic gives the same byte.
+`reference/numerics/e4m3.py` is the specification.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -7,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def e4m3_encode(x, ARCH: tl.constexpr):
-    """fp32 >= 0 or NaN to its e4m3 byte, int32."""
+    """Round fp32 >= 0 to e4m3, to nearest, ties to even, at most 448; the byte as int32. NaN is 0x7F."""
     if ARCH >= 89:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1;"
@@ -29,8 +33,9 @@ def e4m3_encode(x, ARCH: tl.constexpr):
 
 @triton.jit
 def e4m3_decode(byte):
-    """e4m3 byte 0..255 (int32) to fp32, exactly; the sign of zero is kept."""
-    # Exponent and significand stand where fp32 has them; the product with 2^120 mends the bias.
+    """Convert an e4m3 byte (0 to 255, int32) to fp32, exactly; a zero keeps its sign."""
+    # Exponent and significand move to their places in fp32. The exponent's bias is 7 there and 127 in
+    # fp32, which the factor 2^120 makes up for; it is exact for e4m3's subnormal numbers too.
     bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
     value = bits.to(tl.float32, bitcast=True) * 2.0**120
     return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)

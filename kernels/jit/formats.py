@@ -1,4 +1,7 @@
-"""The numbers by which kernels know dtypes, kinds of scales and layouts of block scales."""
+"""Compile-time numbers: the dtype of an input, the kind of its scale, the layout of block scales.
+
+The layouts have the numbers of `reference.recipe.SfLayout`.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton.language as tl

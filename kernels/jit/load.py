@@ -1,4 +1,7 @@
-"""Blocks of 16 elements from memory, as words and as fp32, and their maxima."""
+"""Blocks of 16 elements from memory: as 32-bit words, as fp32, and their largest magnitudes.
+
+One thread holds whole blocks, which it reads in vectors of 16 bytes.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -18,7 +21,7 @@ def _load_words(x_ptr, row, block, mask, NB, FIRST: tl.constexpr, WORDS: tl.cons
 
 @triton.jit
 def load_blocks(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
-    """Blocks of x as they are in memory, a tuple of words [ROWS, NBP, 4]; zero outside the mask."""
+    """Read blocks of x as they lie in memory: a tuple of words [ROWS, NBP, 4], zero outside the mask."""
     WORDS: tl.constexpr = 16 if DTYPE == FP32 else 4 if DTYPE == E4M3 else 8
     words = ()
     for i in tl.static_range(WORDS // 4):
@@ -28,7 +31,7 @@ def load_blocks(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
 
 @triton.jit
 def block_values(words, DTYPE: tl.constexpr):
-    """What `load_blocks` read as fp32, [ROWS, NBP, 16], element order kept."""
+    """Convert the words of `load_blocks` to fp32 [ROWS, NBP, 16], in the order of the elements."""
     R: tl.constexpr = words[0].shape[0]
     NBP: tl.constexpr = words[0].shape[1]
     if DTYPE == FP32:
@@ -73,7 +76,7 @@ def _max_abs_f16x2(a, b):
 
 @triton.jit
 def block_maxima(words, DTYPE: tl.constexpr, ARCH: tl.constexpr):
-    """Largest magnitudes [ROWS, NBP]; of a block of nothing but NaN, NaN or 0."""
+    """Largest magnitudes [ROWS, NBP]. A block whose elements are all NaN gives NaN or 0."""
     if ARCH < 86 or (DTYPE != BF16 and DTYPE != FP16):
         amax = tl.max(tl.abs(block_values(words, DTYPE)), 2)
     else:

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: waiting for the kernels before."""
+"""Programmatic dependent launch (from sm_90): a kernel starts while the one before it ends."""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -8,6 +8,6 @@ from triton.language.extra.cuda import gdc_wait
 
 @triton.jit
 def await_previous(ARCH: tl.constexpr):
-    """Wait until what the kernels before wrote is visible: this one may be here before they end."""
+    """Wait until the writes of the previous kernels are visible (PTX griddepcontrol.wait)."""
     if ARCH >= 90:
         gdc_wait()

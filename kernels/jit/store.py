@@ -1,4 +1,4 @@
-"""Codes and block scales to memory, in the layouts of `layouts.py`."""
+"""Write codes and block scales to memory, the scales in any layout of `layouts.py`."""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -12,7 +12,7 @@ from .layouts import scale_offset
 def store_codes(
     codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT: tl.constexpr
 ):
-    """Codes [R, NB, 2] and block scales of the blocks that stand at (row, column), where live."""
+    """Write codes [R, NB, 2] and block scales of the blocks at (row, column) of live rows."""
     mask = live & (column < NB)
     word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
     tl.store(codes_ptr + word, codes, mask[:, :, None])
@@ -25,7 +25,7 @@ def store_codes(
 def zero_padding_rows(
     sf_ptr, M, padded_rows, padded_columns, first, N: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """Zeros to the scales of rows >= M, as words of four, from word `first` of the last row tile."""
+    """Zero the scales of rows >= M: N words of four, from word `first` of the last tile of rows."""
     TILE: tl.constexpr = 128 if LAYOUT == LAYOUT_128X4 else 8
     word = first + tl.arange(0, N)
     row = word % TILE
