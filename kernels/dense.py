@@ -14,6 +14,7 @@ from . import dense_gemm
 from .config_cache import GemmConfig
 from .decode import decode
 from .dense_ops import register
+from .outputs import aligned
 from .target import arch, launch_options, native_mma, shared_memory
 
 _WAVE = 128
@@ -46,12 +47,6 @@ def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)
 
 
-def _aligned(t: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of it, contiguous and at a multiple of 16 bytes."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t
-
-
 def _mm_fp4(
     a: torch.Tensor,
     b_rows: torch.Tensor,
@@ -66,9 +61,9 @@ def _mm_fp4(
     native = native_mma(arch(a.device))
     config = config or dense_config(m, n, k, arch(a.device))
     tile = 8 if use_8x4 else 128
-    x, w, columns = _aligned(a), _aligned(b_rows), k
-    x_sf: torch.Tensor | None = _aligned(a_scales)
-    w_sf: torch.Tensor | None = _aligned(b_scales)
+    x, w, columns = aligned(a), aligned(b_rows), k
+    x_sf: torch.Tensor | None = aligned(a_scales)
+    w_sf: torch.Tensor | None = aligned(b_scales)
     if config.decoded:
         columns = triton.cdiv(k, config.bk) * config.bk
         w, w_sf = decode(w, b_scales, SfLayout.layout_128x4, columns=columns, operand=True), None

@@ -1,4 +1,4 @@
-"""The tensors that a quantizer returns: shapes and dtypes, for real and for fake ones."""
+"""The tensors that kernels are given and return: their alignment, shapes and dtypes."""
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
@@ -19,6 +19,12 @@ def allocate(
         new(padded, dtype=torch.uint8),
         new((m,), dtype=torch.float32),
     )
+
+
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a contiguous copy at a multiple of 16 bytes, which the kernels' loads need."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
 
 
 def two_arguments(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:

@@ -13,13 +13,10 @@ from ..reference.numerics.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from . import producer_kernel as k
 from .ops import Triple
-from .outputs import allocate, two_arguments
+from .outputs import aligned, allocate, two_arguments
 from .producer_ops import Producers, register
-from .quantize import _DTYPES, _contiguous, quantize_per_token
+from .quantize import BLOCKS_IN_REGISTERS, DTYPES, quantize_per_token
 from .target import INTERPRETING, arch, launch_options
-
-_HELD_BLOCKS = 1024
-"""Blocks of a row, at most, that one program keeps in registers: K = 16,384."""
 
 
 def launch_config(num_blocks: int) -> tuple[int, int, int]:
@@ -56,9 +53,9 @@ def _launch(
         tensor = tensor.to(device=x.device, dtype=torch.float32).reshape(-1)
     codes, sf, token = outputs or (None, None, None)
     k.producer_kernel[(programs,)](
-        _contiguous(x, 16).view(torch.int32),
+        aligned(x).view(torch.int32),
         residual,
-        None if weight is None else _contiguous(weight, 16).view(torch.int32),
+        None if weight is None else aligned(weight).view(torch.int32),
         tensor,
         rcp_delta(x.device) if INTERPRETING else None,
         None if codes is None else codes.view(torch.int32),
@@ -73,7 +70,7 @@ def _launch(
         padded_columns,
         KIND=kind,
         RECIPE=recipe.code,
-        DTYPE=_DTYPES[x.dtype].value,
+        DTYPE=DTYPES[x.dtype].value,
         LAYOUT=int(layout),
         ROWS=rows,
         BLOCKS=blocks,
@@ -97,7 +94,7 @@ def _produce(
 ) -> Triple:
     """In one launch, or with `fused` False, and by default for long rows, in two."""
     if fused is None:
-        fused = columns <= _HELD_BLOCKS * BLOCK_SIZE
+        fused = columns <= BLOCKS_IN_REGISTERS * BLOCK_SIZE
     if fused:
         outputs = allocate(x[:, :columns], int(layout))
         _launch(x, columns, kind, residual, weight, eps, scale, recipe, layout, outputs)

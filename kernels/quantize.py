@@ -18,16 +18,16 @@ from ..reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
 from . import quantize_kernel as k
 from .jit import formats
 from .ops import Pair, Quantizers, Triple, register
-from .outputs import allocate, two_arguments
+from .outputs import aligned, allocate, two_arguments
 from .target import INTERPRETING, arch, launch_options
 
-_DTYPES = {
+DTYPES = {
     torch.bfloat16: formats.BF16,
     torch.float16: formats.FP16,
     torch.float8_e4m3fn: formats.E4M3,
     torch.float32: formats.FP32,
 }
-_ONE_READ_BLOCKS = 1024
+BLOCKS_IN_REGISTERS = 1024
 """Blocks of a row, at most, that one program keeps in registers: K = 16,384."""
 
 
@@ -48,7 +48,7 @@ def launch_config(
 ) -> LaunchConfig:
     """The shipped choice of the per-token quantizer for [m, 16 * num_blocks] (`bench/` has why)."""
     wide = max(4, triton.next_power_of_2(num_blocks))
-    read = min(wide, _ONE_READ_BLOCKS)
+    read = min(wide, BLOCKS_IN_REGISTERS)
     if interpreted:  # a program costs milliseconds there, whatever its size
         rows = min(64, triton.next_power_of_2(max(m, 1)))
         return LaunchConfig(rows, read, 0 if wide == read else read, 1, 4)
@@ -78,7 +78,7 @@ def launch_config(
 def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
     """The same for the global-scale quantizer, whose rows need no maximum."""
     wide = max(4, triton.next_power_of_2(num_blocks))
-    blocks = min(wide, _ONE_READ_BLOCKS if interpreted else 256)
+    blocks = min(wide, BLOCKS_IN_REGISTERS if interpreted else 256)
     rows = max(1, 256 // blocks)
     if interpreted:
         rows = min(64, triton.next_power_of_2(max(m, 1)))
@@ -94,12 +94,6 @@ class Outputs(NamedTuple):
     block_scales: torch.Tensor | None
     token_scale: torch.Tensor | None
     values: torch.Tensor | None = None
-
-
-def _contiguous(t: torch.Tensor, alignment: int) -> torch.Tensor:
-    """The tensor, or a copy of it where its strides or its address do not suit the kernel."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % alignment else t
 
 
 def _launch(
@@ -121,7 +115,7 @@ def _launch(
     padded_rows, padded_columns = padded_shape(m, num_blocks, SfLayout(layout))
     if m == 0 or num_blocks == 0:
         return
-    x = _contiguous(x, 16)
+    x = aligned(x)
     if scale is not None:
         scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1).contiguous()
     if out_scale is not None:
@@ -160,7 +154,7 @@ def _launch(
         padded_columns,
         RECIPE=recipe_code,
         MODE=mode,
-        DTYPE=_DTYPES[x.dtype].value,
+        DTYPE=DTYPES[x.dtype].value,
         LAYOUT=layout,
         INVERSE=inverse,
         HAS_ROW_INDEX=row_index is not None,

@@ -15,7 +15,7 @@ from ..reference.numerics.fp32 import rcp_delta
 from ..reference.recipe import BLOCK_SIZE, Recipe
 from ..reference.weights.update import Job
 from . import reload_kernel as k
-from .quantize import _DTYPES
+from .quantize import DTYPES
 from .target import INTERPRETING, arch, launch_options
 
 _WORDS = 4096 if not INTERPRETING else 1 << 16
@@ -65,7 +65,7 @@ def _write(jobs: Sequence[Job], recipe: Recipe) -> None:
 
 
 def _options(w: torch.Tensor) -> dict[str, int]:
-    return {"DTYPE": _DTYPES[w.dtype].value, "ARCH": arch(w.device), **launch_options(w.device)}
+    return {"DTYPE": DTYPES[w.dtype].value, "ARCH": arch(w.device), **launch_options(w.device)}
 
 
 def _launch_amax(w: torch.Tensor, bits: torch.Tensor) -> None:
