@@ -42,7 +42,8 @@ def refresh_layouts(experts: Experts, some: slice) -> None:
 
 def without_layouts(experts: Experts, **changes: Any) -> Experts:
     """The experts with these fields changed, and without copies in other layouts."""
-    return replace(experts, **changes, **{layout.field: None for layout in LAYOUTS})
+    changes |= {layout.field: None for layout in LAYOUTS}
+    return replace(experts, **changes)
 
 
 def in_layouts_of(experts: Experts, other: Experts) -> Experts:
