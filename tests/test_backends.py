@@ -2,9 +2,11 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import dense_cases
+import moe_cases
 import pytest
 import torch
 from assertions import assert_bitwise
@@ -15,7 +17,11 @@ from nvfp4_moe.kernels import backends
 from nvfp4_moe.kernels.backends import Backend, Operation
 from nvfp4_moe.kernels.dense_dispatch import MM_FP4
 from nvfp4_moe.kernels.dispatch import QUANTIZE
+from nvfp4_moe.kernels.flat import Flat
+from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
 from nvfp4_moe.kernels.producers import FUSED_QUANTIZE
+from nvfp4_moe.reference.moe.routing import RoutingMethodType
+from nvfp4_moe.reference.recipe import Recipe
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
 TOKEN = {"a_global_sf": 1 / 2688, "per_token_activation": True}
@@ -162,6 +168,75 @@ def test_a_fused_quantizer_of_ones_own():
     for one, want in zip(got, expected, strict=True):
         assert_bitwise(one, want, "mine")
     assert calls[0].residual is residual and calls[1].weight is None
+
+
+LAYER = moe_cases.Shape(5, 128, 64, 8, 2)
+
+
+def test_a_layer_gets_codes_and_its_output_is_placed():
+    case, calls = moe_cases.make(LAYER), []
+    expected = nvfp4_moe.fused_moe(case.x, case.experts, (case.ids, case.weights))
+
+    def run(call):
+        calls.append(call)
+        return FUSED_MOE.run("reference", call)[0]
+
+    given = (case.x, case.experts, (case.ids, case.weights))
+    with register_backend("fused_moe", "mine", run):
+        got = nvfp4_moe.fused_moe(*given, backend="mine")
+        assert_bitwise(got, expected, "mine")
+        (call,) = calls
+        assert call.activations.hidden_states.dtype == torch.uint8 and call.quantize is None
+        assert call.routed()[0] is case.ids
+        explanation = nvfp4_moe.explain_fused_moe(*given, stats=True, backend="mine")
+        assert explanation.backend is None
+        assert "which a registered backend does not return" in explanation.reason("mine")
+        call = replace(call, do_finalize=False)
+        assert "do_finalize is False" in FUSED_MOE.refusal("mine", call)
+        into = torch.full_like(expected, torch.nan)
+        (placed,) = FUSED_MOE.serve(replace(call, do_finalize=True, output=into), "mine")
+        assert placed is into
+        assert_bitwise(into, expected, "placed")
+
+
+# How a call crosses torch.library
+
+
+@dataclass(frozen=True)
+class Inner:
+    t: torch.Tensor
+    method: RoutingMethodType
+    left_out: int = 7
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    maybe: torch.Tensor | None
+    recipe: Recipe
+    word: Literal["a", "b"]
+    scale: float
+
+
+def test_a_dataclass_is_flattened_and_built_again():
+    flat = Flat(Outer, {Inner: ("t", "method")})
+    assert flat.schema == "Tensor t, int method, Tensor? maybe, int recipe, str word, float scale"
+    value = Outer(Inner(X, RoutingMethodType.TopK), None, Recipe("exact"), "b", 0.5)
+    row = flat.flatten(value)
+    assert row == (X, int(RoutingMethodType.TopK), None, Recipe("exact").code, "b", 0.5)
+    assert flat.build(row) == value
+    assert type(flat.build(row).inner.method) is RoutingMethodType
+
+
+def test_what_does_not_cross_is_named():
+    @dataclass
+    class Odd:
+        x: dict
+
+    with pytest.raises(TypeError, match=r"dict.* does not cross torch.library"):
+        Flat(Odd)
+    with pytest.raises(TypeError, match=r"Inner begins with \['t'\], not \['method'\]"):
+        Flat(Inner, {Inner: ("method",)})
 
 
 # The engine
