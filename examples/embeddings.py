@@ -1,4 +1,4 @@
-"""What NVFP4 does to the sentence embeddings of a real model: `make embeddings`.
+"""Measures the error of NVFP4 in the sentence embeddings of a real model: `make embeddings`.
 
 The feed-forward layers of all-MiniLM-L6-v2 become mixtures of experts that take every token, and are
 run with several kinds of NVFP4. The error of a sentence is 1 - cosine to its embedding by the bf16
@@ -101,7 +101,7 @@ def unquantized_layer(parts: dict[str, torch.Tensor]) -> Callable[..., torch.Ten
 
 @dataclass
 class Ranges:
-    """Of each layer, the row maxima of the feed-forward's input and of its intermediate, in bf16."""
+    """The row maxima of the feed-forward's input and of its intermediate, for each layer, in bf16."""
 
     inputs: list[torch.Tensor] = field(default_factory=list)
     row_maxima: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)

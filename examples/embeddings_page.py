@@ -12,7 +12,7 @@ BASELINE, SPLIT = "bf16 model", "bf16 experts, not quantized"
 
 @dataclass
 class Results:
-    """What the page tells of each method, by its label."""
+    """The numbers of the page, for each method by its label."""
 
     to_bf16: dict[str, torch.Tensor] = field(default_factory=dict)  # [N], of a sentence
     to_fp32: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -67,7 +67,7 @@ def _normalized(x: torch.Tensor) -> torch.Tensor:
 
 
 def bf16_layer(policy: Policy) -> Layer:
-    """What a trainer that knows nothing of NVFP4 computes."""
+    """The layer of a trainer without NVFP4."""
 
     def layer(x: torch.Tensor, routing: Pair) -> torch.Tensor:
         ids, weights = routing
@@ -84,7 +84,7 @@ def bf16_layer(policy: Policy) -> Layer:
 
 
 def fake_quantized_layer(policy: Policy) -> Layer:
-    """What the server will compute."""
+    """The layer that the server computes."""
     return lambda x, routing: fake_quantized_moe(x, policy.w13, policy.w2, routing)
 
 

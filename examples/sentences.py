@@ -36,7 +36,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def origin(texts: tuple[Sequence[str], Sequence[str]]) -> str:
-    """Which sentences: they differ a little between versions of Python."""
+    """A line that identifies the sentences, which differ a little between versions of Python."""
     digest = hashlib.sha256("\n".join(texts[0]).encode()).hexdigest()[:16]
     return (
         f"{len(texts[0])} sentences, calibration on {len(texts[1])} others, of Python "

@@ -1,7 +1,7 @@
-"""What tensor parallelism changes: `python examples/tp_difference.py`.
+"""The share of values that tensor parallelism changes: `python examples/tp_difference.py`.
 
-The shipped intermediates (`inputs.activations`, inputs of down projections) quantized per token as one
-row each, and as shards with row maxima of their own: the share of values that are not the same.
+The shipped intermediates (`inputs.activations`, inputs of down projections) are quantized per token:
+once as whole rows, and once as shards that have row maxima of their own.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -1,4 +1,7 @@
-"""What `nvfp4-moe diff` compares of the layers beside NVFP4: real hidden states, and exact sums."""
+"""The calls of the BF16, FP8 and MXFP8 layers that `nvfp4-moe diff` compares.
+
+Some have real hidden states; in the others every sum is exact.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from .moe_case import to_device
 
 SWIGLU = ActivationType.Swiglu
 HIDDEN = 256
-"""Of the exact cases."""
+"""The hidden size of the exact cases."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Kind:
-    """What kernels are compiled for, drawn before the values."""
+    """The shapes and options that kernels are compiled for; they are drawn before the values."""
 
     activation: ActivationType
     mode: str  # "per-token", "static" or "bf16"

@@ -1,4 +1,4 @@
-"""What `nvfp4-moe diff` compares of the fused mixture of experts."""
+"""The calls of the fused mixture of experts that `nvfp4-moe diff` compares."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _GIVEN = Routing(_M.Renormalize, TOP_K)
 
 
 def cases() -> list[MoECase]:
-    """What every machine compares, small enough for the interpreter.
+    """The cases that every machine compares; they are small enough for the interpreter.
 
     Real hidden states through each activation; the ways of the contract, one by one, on SwiGLU or
     Relu2; inputs whose sums are exact; inputs that show what ordinary numbers hide. The math and

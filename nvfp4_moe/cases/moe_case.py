@@ -80,7 +80,7 @@ class MoECase:
     def allowed(
         self, accumulation: Accumulation = ANY_ORDER, *, drops_nan: bool = False
     ) -> Interval:
-        """What an implementation's output may be; from logits, over all that it may choose.
+        """The intervals of an output; with logits they cover every permitted choice of experts.
 
         Args:
             drops_nan: as `fused_moe_bounds` has it.

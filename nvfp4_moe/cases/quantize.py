@@ -1,4 +1,4 @@
-"""What `nvfp4-moe diff` compares: input tensors, and the cases that each is quantized in."""
+"""The input tensors of `nvfp4-moe diff`, and the cases in which each is quantized."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ RECIPES = {
 """Choices of `--recipes`, as predicates."""
 
 SHAPES = ((33, 80), (5, 272))
-"""Of the synthetic kinds: a row more than two programs of 16, and columns that fill no power of 2."""
+"""Shapes of synthetic inputs: a row more than two programs of 16, columns that fill no power of 2."""
 
 PIECE = 1 << 24
 """Larger tensors are compared in runs of rows of about this many elements, to bound memory."""

@@ -1,4 +1,4 @@
-"""Whether the disk of a conversion's folder holds its result, asked before anything is written."""
+"""Checks that the disk has room for a conversion's result, before anything is written."""
 
 # SPDX-License-Identifier: Apache-2.0
 import re

@@ -1,4 +1,4 @@
-"""What quantizing the weights cost, by layer."""
+"""The error that quantizing the weights makes, by layer."""
 
 # SPDX-License-Identifier: Apache-2.0
 import math

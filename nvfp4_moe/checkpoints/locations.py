@@ -1,4 +1,4 @@
-"""Where an expert's matrix, vector or scalar lies in the tensors of a checkpoint, and how it is read."""
+"""Finds and reads an expert's matrix, vector or scalar in the tensors of a checkpoint."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass

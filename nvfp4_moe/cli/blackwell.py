@@ -30,11 +30,11 @@ from ..report import terminal
 from ..report.data import FAILED, Cell, Failure, Report, Section, worst
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
-"""What runs the command line in another process."""
+"""The command line in another process."""
 LONGEST = 1e6
-"""Seconds of one process."""
+"""The longest time limit of a process, in seconds."""
 PRINTED = "printed.txt"
-"""In the folder of each process."""
+"""The file with the output of a process, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 
 def left(options: argparse.Namespace) -> str:
-    """What an interrupt leaves."""
+    """The state that an interrupt leaves."""
     return (
         f"what finished is below {options.report}, a folder a process, without the page of all; the "
         "same command starts over"
@@ -125,7 +125,7 @@ def left(options: argparse.Namespace) -> str:
 
 
 def _missing(verdicts: Section, chosen: str | None) -> list[str]:
-    """What was asked for and not judged: each backend that was named, else FlashInfer as a whole."""
+    """Reasons why requested backends were not judged; where none was named, FlashInfer counts as one."""
     if chosen is not None:
         idle = verdicts.missing(chosen.split(","))
         return [f"backend {name}: {_why(verdicts, [name])}" for name in idle]
@@ -136,13 +136,13 @@ def _missing(verdicts: Section, chosen: str | None) -> list[str]:
 
 
 def _why(verdicts: Section, backends: list[str]) -> str:
-    """The reason that most cells of the backends have."""
+    """The most frequent note in the cells of the backends."""
     notes = Counter(row[b].note for row in verdicts.rows.values() for b in backends if b in row)
     return notes.most_common(1)[0][0] if notes else "nothing was run"
 
 
 def _run_all(planned: list[BackendJob], options: argparse.Namespace, out: Path) -> list[JobResult]:
-    """Every job, as many at a time as there are GPUs, each on one of its own; without any, two."""
+    """Run every job, one at a time on each GPU; without a GPU, two at a time."""
     names: list[str | None] = [None, None]
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -223,7 +223,7 @@ def _verdict(result: JobResult) -> Cell:
 
 
 def _tables(results: list[JobResult]) -> Iterator[Section]:
-    """The jobs' sections of one part and math, side by side."""
+    """One table for each part and math: the sections of its jobs side by side."""
     merged: dict[str, Section] = {}
     for result in results:
         title = result.job.title

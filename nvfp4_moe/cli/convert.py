@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 
 def left(options: argparse.Namespace) -> str:
-    """What an interrupt leaves, and how to go on."""
+    """The state that an interrupt leaves, and how to continue."""
     done = 0
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((options.destination / RECORD).read_bytes())

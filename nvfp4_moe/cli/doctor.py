@@ -79,7 +79,7 @@ def examine() -> dict:
 
 
 def _flashinfer() -> dict:
-    """Whether the installed version is one that is described, and where its functions differ."""
+    """Compare the installed version, and the signatures of its functions, with the described ones."""
     if version.HERE.version is None:
         return {"version": "not installed", "differences": []}
     here = version.written(version.HERE.version) or "of an unknown version"
@@ -93,7 +93,7 @@ def _flashinfer() -> dict:
 
 
 def _fused_moe(device: torch.device) -> dict:
-    """Of a layer of two experts, whose values nothing reads."""
+    """The backend that would serve a layer of two experts, whose values nothing reads."""
     w13 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
     w2 = torch.zeros(2, 128, 128, dtype=torch.bfloat16, device=device)
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
@@ -125,7 +125,7 @@ def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
 
 
 def _rcp_table() -> str:
-    """Whether this GPU's rcp.approx is the one of the reference, without which fast math differs."""
+    """Compare this GPU's rcp.approx with the reference's table; if it differs, so does fast math."""
     from ..kernels.probe import measure_rcp_delta
 
     measured = measure_rcp_delta("cuda")

@@ -25,7 +25,7 @@ _SHOWN = 20
 
 @dataclass
 class Tally:
-    """What was judged, and what was found wrong."""
+    """Counts of what was judged, and the alarms."""
 
     seeds: int = 0
     runs: Counter[str] = field(default_factory=Counter)  # by way
@@ -108,7 +108,7 @@ def part(seed: int, step: int, runs: int, seconds: float, settings: dict[str, An
 
 
 def replay_command(seed: int, settings: dict[str, Any]) -> str:
-    """What judges one seed again."""
+    """The command that judges one seed again."""
     words = [*invocation.program(), "fuzz-bounds", "--seed", str(seed), "--runs", "1"]
     for name, value in settings.items():
         if value is True:

@@ -1,4 +1,4 @@
-"""What ends a command besides its own end, told in one line each, with the exit status that it has."""
+"""Ends a command that fails or is interrupted: one line on stderr, and an exit status."""
 
 # SPDX-License-Identifier: Apache-2.0
 import io

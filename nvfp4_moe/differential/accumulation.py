@@ -38,7 +38,7 @@ _KINDS: dict[str, tuple[ActivationType, LayerBuild, dict[str, Any]]] = {
         ActivationType.Identity, "cutlass", {"input_amax": 2688.0, "intermediate_amax": 2.625}
     ),
 }  # fmt: skip
-"""Of the layers that have no Identity, or no per-token scales; sums are not negative here."""
+"""The layers without Identity or without per-token scales; their probes have no negative sums."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sums:
 
     @property
     def as_assumed(self) -> bool:
-        """Whether the intervals of `reference.bounds` hold for it."""
+        """True if the intervals of `reference.bounds` hold for this accumulation."""
         return self.nearest or (self.extra_bits >= 1 and self.steps_of_8)
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def _row(
 
 
 def _ask(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[T] fp64: the sums that were kept."""
+    """Run the layer; returns the sums as the backend rounded them, [T] fp64."""
     case = _case(backend, codes, scales)
     sums = FUSED_MOE.serve(case.request(), backend)[0][:, 0].double().cpu()
     return sums.sqrt() if case.experts.activation == ActivationType.Relu2 else sums

@@ -89,7 +89,7 @@ def _judged(case: SiblingCase, name: str, options: RunOptions) -> Cell:
 
 
 def _of_quantizer(experts: SiblingExperts) -> Cell:
-    """Synthetic inputs of every kind through FlashInfer's kernel."""
+    """Compare FlashInfer's MXFP8 quantizer with the reference on every kind of synthetic input."""
     every = [inputs.synthetic(kind, 64, 256).bfloat16() for kind in inputs.KINDS]
     x = torch.cat(every).to(experts.w13.device)
     title = f"mxfp8, its quantizer: {NAMES['mxfp8']}"
@@ -116,7 +116,7 @@ def _configurations(request: SiblingRequest) -> list[tactics.Configuration]:
 
 
 def _nearness(every: list[torch.Tensor], expected: torch.Tensor) -> str:
-    """Of the output that is farthest from the reference's."""
+    """The distance of the output that is farthest from the reference's, in words."""
     equal = min((got == expected).double().mean().item() for got in every)
     if equal == 1:
         return "all equal"
@@ -128,7 +128,7 @@ def _nearness(every: list[torch.Tensor], expected: torch.Tensor) -> str:
 def _failures(
     case: SiblingCase, expected: torch.Tensor, output: Output, title: str
 ) -> Iterator[tuple[Status, Failure]]:
-    """What is wrong with an output, and with the call when it is made again."""
+    """The failures of an output, and of the repeated call."""
     if isinstance(output.got, Exception):
         yield "crashed", crash(title, output.got)
     elif case.exact:

@@ -1,4 +1,4 @@
-"""A call in every configuration that a backend can choose, made again, its errors kept."""
+"""Runs a call in every configuration that a backend can choose, and repeats it; errors are results."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Output:
-    """Of a call, and of the same call made again: bits, or the error."""
+    """The outputs of a call and of the same call repeated; an error takes the place of an output."""
 
     got: torch.Tensor | Exception
     again: torch.Tensor | Exception | None = None
@@ -22,11 +22,11 @@ class Output:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is run of each case besides one call in the configuration that the backend chooses."""
+    """The runs of each case besides one call in the configuration that the backend chooses."""
 
     every_configuration: bool = False
     replay: bool = False
-    """Every call once more, on a GPU in a CUDA graph over poisoned memory: the same bits."""
+    """Repeat every call and compare the bits; on a GPU in a CUDA graph, over memory full of NaN."""
 
 
 ONCE = RunOptions()
@@ -38,7 +38,7 @@ def outputs(
     options: RunOptions,
     on_gpu: bool,
 ) -> dict[str, Output]:
-    """What each configuration gave, by name.
+    """The output of each configuration, by its name.
 
     Args:
         configurations: called where the options ask for every configuration.

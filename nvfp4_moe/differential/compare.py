@@ -1,4 +1,4 @@
-"""Two quantizations of one tensor: how much differs, where first, and in which step."""
+"""Compares two quantizations of one tensor: how much differs, where first, and from which step on."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from ..reference.recipe import BLOCK_SIZE
 
 @dataclass(frozen=True)
 class Difference:
-    """Counts of what differs between two outputs, and the first place."""
+    """The numbers of different codes and scales of two outputs, and the first place."""
 
     codes: int
     block_scales: int
@@ -48,7 +48,7 @@ class Difference:
 def compare(
     x: torch.Tensor, case: Case, left: Quantized, right: Quantized, first_row: int = 0
 ) -> Difference | None:
-    """None if codes, block scales (padding included) and per-token scales are the same bits."""
+    """The difference of two outputs; None if all bits are equal, those of padding scales included."""
     codes = _unequal(left.codes, right.codes)
     scales = _unequal(left.block_scales, right.block_scales)
     if left.per_token_scale is not None and right.per_token_scale is not None:
@@ -116,7 +116,7 @@ def _step(
 
 
 def run_reference(x: torch.Tensor, case: Case, keep_steps: bool = False) -> Quantized:
-    """The reference's answer to a case."""
+    """The reference's output for a case."""
     if case.mode == "global-scale":
         return quantize.quantize_global_scale(
             x, case.global_scale, case.recipe, case.layout, keep_steps=keep_steps

@@ -160,7 +160,7 @@ def _encode_scale(s: _Steps) -> torch.Tensor:
 
 
 def _output_scale(s: _Steps, scale: torch.Tensor, n: str, encode: torch.Tensor) -> torch.Tensor:
-    """Of a block with this rounded scale; `n` is "4" or "6" for a candidate, else empty."""
+    """Explain a block with this rounded scale; `n` names a 4over6 candidate, "4" or "6", or is empty."""
     how, decode = s.reciprocal("enc", encode)
     product = s.say(f"sf{n} * {how}", "", s.ar.mul(scale, decode))
     how, factor = s.reciprocal("that", product)

@@ -1,4 +1,4 @@
-"""What a format costs: the error of its layer against the bf16 one, as the references compute them."""
+"""The error of each number format's layer against the bf16 layer, as the references compute both."""
 
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
@@ -21,10 +21,10 @@ KIND = ActivationType.Swiglu
 
 
 def format_errors() -> dict[str, dict[str, float]]:
-    """Mean over tokens of a layer's relative error against the bf16 layer in fp64: NVFP4's, others'.
+    """The mean over tokens of each format's relative error against the bf16 layer in fp64.
 
-    By token, since one with an outlier has most of the norm of all. Static scales, NVFP4's and those of
-    fp8 per tensor, come from these very tokens.
+    The error is taken for each token, because a token with an outlier has most of the total norm. The
+    static scales of NVFP4 and of FP8 per tensor are calibrated on these very tokens.
     """
     x = inputs.activations()[TENSOR].bfloat16()
     w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])

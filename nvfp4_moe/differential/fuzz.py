@@ -196,7 +196,7 @@ def _dense(call: DenseCall, triton: bool) -> Iterator[JudgedRun]:
 def judged(
     seed: int, *, tokens: int, ways: int, kinds: int | None, device: str, triton: bool
 ) -> Iterator[JudgedRun]:
-    """What one seed's call gives, in each of some ways.
+    """Run the call of one seed in several ways, and judge each run.
 
     Args:
         ways: of the reference's runs.

@@ -90,7 +90,7 @@ def run(
 
 
 def _that_serve(every: list[MoECase], on_gpu: bool, result: PartResult) -> list[str]:
-    """The backends that serve any case here; why the others do not is noted."""
+    """The backends that serve at least one case here; the reasons of the others go to `result`."""
     serving = []
     for name in FUSED_MOE.names:
         reasons = [FUSED_MOE.refusal(name, case.request()) for case in every]
@@ -104,7 +104,7 @@ def _that_serve(every: list[MoECase], on_gpu: bool, result: PartResult) -> list[
 
 
 def _sums(backend: str, device: torch.device) -> str:
-    """Empty where a backend adds as the intervals assume; the interpreter's fp32 does."""
+    """Why a backend cannot be judged: how it adds, where the intervals assume otherwise; else empty."""
     if backend in ("reference", workers.INTERPRETER):
         return ""
     try:
@@ -115,7 +115,7 @@ def _sums(backend: str, device: torch.device) -> str:
 
 
 def _outputs(case: MoECase, backend: str, options: RunOptions) -> dict[str, Output]:
-    """What each configuration gave, by name."""
+    """The output of each configuration, by its name."""
     request = case.request()
     if backend == "reference":  # which no graph can capture
         options = replace(options, replay=False)
@@ -158,7 +158,7 @@ def _judge(
 
 
 def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[Status, Failure]]:
-    """What is wrong with an output, and with the call when it is made again."""
+    """The failures of an output, and of the repeated call."""
     if isinstance(output.got, Exception):
         yield "crashed", crash(title, output.got)
     else:
@@ -195,7 +195,7 @@ def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
 
 
 def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:
-    """The Triton kernels' outputs from their interpreter, or why they do not serve."""
+    """The outputs of the Triton kernels in the interpreter, or the reason why they do not serve."""
     if reason := workers.interpreter_refusal():
         return [reason] * len(every)
     return workers.call_interpreted(_serve_in_triton, [(case,) for case in every])

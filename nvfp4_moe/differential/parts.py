@@ -29,7 +29,7 @@ _LAYER_ARGUMENTS = ("--every-configuration", "--replay")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the parts compare."""
+    """The cases and the runs of a comparison."""
 
     inputs: InputSelection  # of the quantizers
     layers: str = "small"  # a key of `cases.moe.SETS`

@@ -28,16 +28,16 @@ TITLE = "quantizers"
 GOLDEN = quantizers.GOLDEN
 _LINEAR, _128X4 = SfLayout.layout_linear, SfLayout.layout_128x4
 INTERPRETED_ROWS = 16
-"""Rows of a tensor that the interpreter is given, where it is given only some."""
+"""The number of rows of a tensor that the interpreter quantizes, where it does not quantize all."""
 FEW = 100
-"""Cases whose kernels are compiled as they come."""
+"""Up to this number of cases, kernels are compiled one after the other."""
 CANNOT = "which cannot run here: "
-"""What the reason of a refusal stands behind."""
+"""The text before the reason of a refusal."""
 
 
 @dataclass(frozen=True)
 class InputSelection:
-    """Which inputs and recipes are compared: options of the command."""
+    """The inputs and recipes to compare: options of the command."""
 
     file: str | None = None
     kind: str | None = None
@@ -57,7 +57,7 @@ class QuantizerDifference(FailingCase):
 
 
 def label(item: Input) -> str:
-    """The row of the table that an input belongs to."""
+    """The name of the table row that an input belongs to."""
     if item.group == "golden":
         return "golden " + item.name.split("/")[1]
     return item.name.split()[0] if item.group == "synthetic" else item.name
@@ -210,7 +210,7 @@ def _failure(
 
 
 def _inputs(selection: InputSelection, result: PartResult) -> Iterator[Input]:
-    """Every Input of the matrix that is chosen."""
+    """Every selected input."""
     recipes = matrix.choose(selection.recipes)
     skipped: dict[str, str] = {}
     tensors: Iterable[tuple[str, torch.Tensor, list[Input]]] = ()
@@ -265,14 +265,14 @@ def _what_per_token_is_for(x: torch.Tensor) -> dict:
 
 
 def _for_the_interpreter(item: Input) -> Input:
-    """The input cut down to what the interpreter has the time for."""
+    """The part of an input that the interpreter has the time for."""
     if item.group in ("golden", "synthetic"):
         return replace(item, interpreted=item.interpreted and item.x.shape[1] <= 128)
     return replace(item, x=item.x[:INTERPRETED_ROWS])
 
 
 def _interpret(items: list[Input]) -> dict[int, dict[Case, Quantized]]:
-    """The interpreter's answers: of some cases where there are many, so that each meets some input."""
+    """The interpreter's outputs. Of many cases only some are run, each of them on some input."""
     jobs, places = [], []
     for i, item in enumerate(items):
         if not item.interpreted:

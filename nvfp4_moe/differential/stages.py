@@ -34,7 +34,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked for: a layer from router logits and bf16 hidden states."""
+    """A call to judge: a layer with router logits and bf16 hidden states."""
 
     logits: torch.Tensor
     routing: Routing
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Run:
-    """What an implementation did: ids, weights, codes, and the steps it kept."""
+    """The result of an implementation: ids, weights, codes, and the steps that it kept."""
 
     ids: torch.Tensor
     weights: torch.Tensor
@@ -63,12 +63,12 @@ class Verdict:
 
     @property
     def first(self) -> str | None:
-        """The stage at fault, None if there is none."""
+        """The first stage that is wrong; None if none is."""
         return next((stage for stage in STAGES if self.differing.get(stage)), None)
 
 
 def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many elements are other bits; every NaN is the same."""
+    """The number of elements with different bits; all NaNs count as equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.numel(), 1)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]

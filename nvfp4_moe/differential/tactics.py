@@ -56,9 +56,9 @@ class Configuration:
 
 
 def configurations(backend: str, request: MoECall) -> list[Configuration]:
-    """What a backend of `FUSED_MOE.names`, which serves the request, can choose; "default" first.
+    """The configurations that a backend of `FUSED_MOE` can choose for a call; "default" is first.
 
-    FlashInfer's layers run the request once, by default, to be asked.
+    FlashInfer's layers are asked by running the call once in their default configuration.
     """
     if backend.startswith("flashinfer:"):
         every_tactic = advertised(lambda: FUSED_MOE.serve(request, backend))
@@ -69,10 +69,10 @@ def configurations(backend: str, request: MoECall) -> list[Configuration]:
 
 
 def advertised(call: Callable[[], object]) -> list[Tactic]:
-    """What FlashInfer can choose in a call, which runs once: the default, then every tactic.
+    """The tactics that FlashInfer can choose in a call, after the default. The call runs once.
 
-    Of a call that asks more than once (cutlass does, for each GEMM) each answer to one question stands
-    beside the default to the others.
+    A call may ask more than once (cutlass asks for each GEMM). Each answer to one question is then
+    combined with the defaults of the others.
     """
     questions: dict[str, list[list[Any]]] = {}
 

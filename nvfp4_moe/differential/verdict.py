@@ -1,4 +1,4 @@
-"""What an output of the fused mixture of experts may be, and its first element that may not."""
+"""The permitted outputs of the fused mixture of experts, and the first element that is not."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from ..reference.weights.layout import unshuffled_bias
 from .explain import bits
 
 PLACES = 10
-"""Parts that an interval is counted in."""
+"""The number of equal parts of an interval, for the histogram of outputs."""
 
 
 def unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Which elements have other bits, of two tensors of one shape and dtype."""
+    """A mask of the elements whose bits differ, for two tensors of one shape and dtype."""
     return (
         (a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8))
         .unflatten(-1, (-1, a.element_size()))
@@ -26,7 +26,7 @@ def unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Outside:
-    """Elements of an output that are not what they may be, and the first."""
+    """The elements of an output that are not permitted: their number, and the first."""
 
     count: int
     of: int
@@ -57,7 +57,7 @@ def may_drop_nan(backend: str) -> bool:
 
 
 class Allowed:
-    """The outputs [T, H] that a backend may give for a case, and the reference's."""
+    """The permitted outputs [T, H] of a backend for a case, and the reference's output."""
 
     def __init__(
         self, case: MoECase, accumulation: Accumulation = ANY_ORDER, *, backend: str = "reference"
@@ -70,19 +70,19 @@ class Allowed:
 
     @property
     def determined(self) -> float:
-        """The share of elements that may have one value alone."""
+        """The share of elements for which one value alone is permitted."""
         if self.interval is None:
             return 1.0
         return self.interval.single.double().mean().item()
 
     def wrong(self, got: torch.Tensor) -> torch.Tensor:
-        """Which elements are not allowed."""
+        """A mask of the elements that are not permitted."""
         if self.interval is None:
             return unequal(got, self.expected)
         return ~self.interval.contains(got)
 
     def first(self, got: torch.Tensor) -> Outside | None:
-        """The first that is not allowed."""
+        """The first element that is not permitted; None if all are."""
         bad = self.wrong(got)
         if not bad.any():
             return None

@@ -1,4 +1,4 @@
-"""The text of a bug report for a backend's project, in Markdown, out of a failing case."""
+"""The Markdown text of a bug report to a backend's project, made from a failing case."""
 
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
@@ -27,7 +27,7 @@ _WORDS = {2: ("uint16", 4), 4: ("uint32", 8)}
 
 
 def bug_report_text(failure: Failure, path: str = "failure.safetensors") -> str:
-    """Title, versions, the call, what was expected and what came, and the arithmetic between.
+    """A bug report: title, versions, the call, expected and actual output, and the arithmetic between.
 
     Args:
         path: the file of the case, as the report names it.
@@ -164,7 +164,7 @@ def _input(x: torch.Tensor, path: str) -> list[str]:
 
 
 def _environment(recipe: Recipe, build: Build, four_over_six: bool) -> list[str]:
-    """What FlashInfer reads from the environment; 4over6 where it is no argument."""
+    """Lines that set the variables that FlashInfer reads; those of 4over6 where it is no argument."""
     wanted = {}
     if recipe.math == "exact":
         wanted[environment.EXACT_VARIABLES[build][0]] = "1"

@@ -1,4 +1,4 @@
-"""Smaller tensors that still fail: delta debugging by a predicate, which may be slow, alone.
+"""Minimizes a tensor that fails, by a predicate alone, which may be slow: delta debugging.
 
 First the rows, then the blocks of 16 columns: halves while one half fails, then those that can be zero
 (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", 2002: chunks are dropped,
@@ -45,7 +45,7 @@ class Search(Generic[T]):
 
     @property
     def exhausted(self) -> bool:
-        """Whether another call, as long as the latest, would end too late."""
+        """True if another call, as long as the latest, would end too late."""
         return time.monotonic() + self._last > self._end
 
     def __call__(self, candidate: T) -> bool:
@@ -63,11 +63,11 @@ class Search(Generic[T]):
         return answer
 
     def of(self, build: Callable[[A], T]) -> Callable[[A], bool]:
-        """Whether the candidate built of a part fails; none is built when time is short."""
+        """A predicate of parts: what `build` makes of it fails. When time is short nothing is built."""
         return lambda part: not self.exhausted and self(build(part))
 
     def begin(self, candidate: T) -> None:
-        """Ask about what is to be shrunk, whatever the time.
+        """Check that the original fails, whatever time is left.
 
         Raises:
             ValueError: it does not fail.
@@ -159,7 +159,7 @@ def _guesses(x: torch.Tensor, row: int, block: int) -> list[torch.Tensor]:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    """As integers: not zero for -0."""
+    """The bit patterns as integers; -0 is not zero."""
     return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 

@@ -1,4 +1,4 @@
-"""Smaller fused calls that still fail: fewer tokens, slots, experts and columns, then simpler contents.
+"""Minimizes a fused call that fails: fewer tokens, slots, experts and columns, then simpler contents.
 
 The predicate knows what fails; it must say no of a call that its backend does not take. Where a call's
 sums are exact, so that one output is right, they must stay so: its intervals stay single values.
@@ -73,7 +73,7 @@ def _tokens(case: MoECase) -> int:
 
 
 def _holds(search: Search, build: Callable[[], MoECase]) -> bool:
-    """Whether what is built fails; a call that cannot be built does not."""
+    """True if the call that `build` returns fails; a call that cannot be built does not fail."""
     if search.exhausted:
         return False
     try:
@@ -84,7 +84,7 @@ def _holds(search: Search, build: Callable[[], MoECase]) -> bool:
 
 
 def _either(case: MoECase, build: Callable[[], MoECase], search: Search) -> MoECase:
-    """What is built if it fails, else the case."""
+    """The call that `build` returns if it fails, else the case."""
     return build() if _holds(search, build) else case
 
 

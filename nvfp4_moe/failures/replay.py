@@ -35,7 +35,7 @@ class UnknownBackendError(CannotRunError):
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of it."""
+    """The outcome of running a failing case again."""
 
     differs: bool
     text: str
@@ -87,7 +87,7 @@ def _device() -> str:
 
 
 def run_side(side: str, x: torch.Tensor, case: Case) -> Quantized:
-    """A side of a comparison, other than the fixed one.
+    """The output of a side of a comparison, other than the golden one.
 
     Raises:
         CannotRunError: it cannot run here.
@@ -179,7 +179,7 @@ def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Rep
 
 
 def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor], bool]:
-    """For `minimize.minimize_tensor`: whether two sides differ on a tensor; no where one cannot run."""
+    """A predicate for `minimize_tensor`: two sides differ on a tensor; false where one cannot run."""
 
     def fails(x: torch.Tensor) -> bool:
         try:
@@ -191,7 +191,7 @@ def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor
 
 
 def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoECase], bool]:
-    """For `minimize_moe.minimize_call`: whether the backend's output of a call is not allowed."""
+    """A predicate for `minimize_call`: the backend's output of a call is not permitted."""
 
     def fails(case: MoECase) -> bool:
         try:

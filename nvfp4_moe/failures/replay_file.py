@@ -181,7 +181,7 @@ def _write(
 
 
 def is_failing_case(path: Path) -> bool:
-    """Whether a file says of itself that it holds a failing case; it need not be readable as one."""
+    """True if a file's description names it a failing case; the rest of it may be damaged."""
     try:
         if not path.is_file() or path.is_symlink():
             return False
@@ -228,7 +228,7 @@ E = TypeVar("E", bound=enum.Enum)
 
 
 class _Contents:
-    """What a file holds; each piece is taken once, and none may remain."""
+    """The contents of a file; each piece is taken once, and none may remain."""
 
     def __init__(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]):
         self.facts, self.tensors = facts, tensors

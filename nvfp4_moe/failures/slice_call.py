@@ -1,4 +1,4 @@
-"""Parts of a fused call that are calls themselves: fewer tokens, slots, experts, rows and columns.
+"""Cuts a fused call to a smaller one: fewer tokens, slots, experts, rows and columns.
 
 What is kept has its codes, scales and scalars to the bit. The prepared tensors are taken back into
 their natural rows and linear scales, cut in whole tiles, and laid out again; copies in CuTe-DSL's and

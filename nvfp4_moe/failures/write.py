@@ -1,4 +1,4 @@
-"""The report's folder: the page, its data, and each failing case, shrunk, as a file to replay."""
+"""Writes a report's folder: the page, its data, and each failing case, minimized, as a replay file."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json
@@ -30,10 +30,10 @@ from .replay_file import (
 )
 
 MOST_FILES = 12
-"""Failing cases that are shrunk and written, the first of each cell."""
+"""The largest number of failing cases that are minimized and written, the first of each cell."""
 MOST_HEATS = 40
 SECONDS = 20.0
-"""For the shrinking of one."""
+"""The time for minimizing one failing case."""
 
 
 _FAILURE = re.compile(r"failure-\d{2,}\.safetensors")
@@ -47,7 +47,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def write(whole: Report, folder: Path) -> None:
-    """report.json and report.html."""
+    """Write report.json and report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     for failure in [f for cell in whole.cells for f in cell.failures if f.heat][MOST_HEATS:]:
         failure.heat = None

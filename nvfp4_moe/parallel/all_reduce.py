@@ -1,4 +1,4 @@
-"""The ranks' outputs added, in the dtype in which they travel."""
+"""Adds the outputs of all ranks, in the dtype in which they are exchanged."""
 
 # SPDX-License-Identifier: Apache-2.0
 import torch

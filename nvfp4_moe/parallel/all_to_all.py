@@ -21,7 +21,7 @@ from .rank_check import Group
 
 
 def packed_bytes(hidden_size: int, top_k: int, per_token: bool = True) -> int:
-    """Of a token that travels."""
+    """The number of bytes that are sent for a token."""
     return hidden_size // 2 + hidden_size // BLOCK_SIZE + 4 * per_token + 4 * top_k
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a call must agree on, compared before any data travels.
+"""Compares the arguments of all ranks of a call, before any data is exchanged.
 
 Each rank says in a header what it was called with, or why it cannot take part: a rank with bad input
 takes part in this exchange too, so that the others learn of it. The sizes of the headers travel first.
@@ -19,7 +19,7 @@ from ..kernels.moe_dispatch import FUSED_MOE
 from ..reference import checks
 
 REASON = 1000
-"""Characters of an error that the other ranks are told."""
+"""The number of characters of an error that is sent to the other ranks."""
 Fields = dict[str, object]
 Group = dist.ProcessGroup | None
 _T = TypeVar("_T")
@@ -69,7 +69,7 @@ def prepare(
 
 
 def described(r: MoECall, backend: str) -> Fields:
-    """What every rank of a call must have alike, wherever its experts are."""
+    """The facts of a call that must be equal on every rank."""
     e = r.experts
     return {
         "backend": FUSED_MOE.resolve(r, backend),

@@ -1,4 +1,4 @@
-"""What a comparison found, as data: the text, the JSON file and the HTML page are made of it."""
+"""The results of a comparison as data, from which the text, the JSON file and the page are made."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json
@@ -15,8 +15,9 @@ from ..machine import machine
 from . import invocation
 
 Status = Literal["identical", "inside", "different", "outside", "crashed", "withheld", "skipped"]
-"""Of a cell, best first: the same bits; in the proved intervals; other bits; out of an interval; the
-backend raised or its process died; not judged, since its sums are not as assumed; not run."""
+"""The verdicts of a cell, best first: the same bits; in the proved intervals; other bits; out of an
+interval; the backend raised or its process died; not judged, since it adds
+otherwise than assumed; not run."""
 FAILED: tuple[Status, ...] = ("different", "outside", "crashed")
 UNJUDGED: tuple[Status, ...] = ("withheld", "skipped")
 ORACLE = "reference"
@@ -116,7 +117,7 @@ class FailingCase:
 
 @dataclass
 class PartResult:
-    """What one part of a comparison compared."""
+    """The result of one part of a comparison."""
 
     section: Section
     not_run: Counter[str] = field(default_factory=Counter)  # why, and how many comparisons
@@ -180,7 +181,7 @@ class Report:
 
 
 def read(path: Path) -> Report:
-    """What `Report.as_dict` wrote; OSError or ValueError where it cannot be read."""
+    """Read a report that `Report.as_dict` wrote; raises OSError or ValueError where it cannot."""
     data = json.loads(path.read_text("utf-8"))
     return Report(
         shlex.split(data["command"]), data["machine"], data["seconds"],
@@ -206,7 +207,7 @@ def _cell(data: dict[str, Any]) -> Cell:
 
 
 def worst(statuses: Iterable[Status]) -> Status:
-    """What a cell of several comparisons says: a failure if there is one, skipped if all were."""
+    """The verdict of several comparisons: a failure if there is one, skipped if all were skipped."""
     order: tuple[Status, ...] = (
         "crashed", "outside", "different", "withheld", "inside", "identical", "skipped"
     )  # fmt: skip

@@ -33,5 +33,5 @@ def element(tag: str, /, *content: str, **attributes: str | int | None) -> Marku
 
 
 def escape(text: str) -> Markup:
-    """Of any text; what UTF-8 cannot write (a lone surrogate of undecodable output) becomes `?`."""
+    """Escape any text; a character that UTF-8 cannot write (a lone surrogate) becomes `?`."""
     return Markup(html.escape(text.encode("utf-8", "replace").decode()))

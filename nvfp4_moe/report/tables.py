@@ -91,7 +91,7 @@ def _row(
 
 
 def tells(cell: dict[str, Any]) -> bool:
-    """Whether a cell has details."""
+    """True if a cell has details."""
     return bool(cell["note"] or cell["failures"] or cell["histogram"])
 
 
@@ -116,7 +116,7 @@ def _cell(key: str, cell: dict[str, Any] | None) -> Markup:
 
 
 def _details(key: str, name: str, cell: dict[str, Any]) -> Markup:
-    """What a cell has to tell; the key is inside, so that a link to it opens the details."""
+    """The details of a cell; the key is inside, so that a link to it opens them."""
     listed = len(cell["failures"])
     return element(
         "details",

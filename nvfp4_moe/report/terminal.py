@@ -1,4 +1,4 @@
-"""What `nvfp4-moe diff` found, as a terminal shows it."""
+"""Prints the results of `nvfp4-moe diff` on a terminal."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
@@ -123,7 +123,7 @@ def _failures(result: PartResult, stream: TextIO) -> None:
 
 
 def print_not_run(reasons: Counter, stream: TextIO) -> None:
-    """What could not be compared, and why."""
+    """Print what could not be compared, and why."""
     for reason, count in reasons.items():
         print(f"not run ({count}): {reason}", file=stream)
     if not torch.cuda.is_available():
@@ -131,7 +131,7 @@ def print_not_run(reasons: Counter, stream: TextIO) -> None:
 
 
 def _made(whole: Report) -> str:
-    """When and by what, in a line."""
+    """The date, the versions and the machine of a report, in one line."""
     machine = whole.machine
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
@@ -141,7 +141,7 @@ def _made(whole: Report) -> str:
 
 
 def print_end(whole: Report, stream: TextIO) -> None:
-    """By what this was made, what was asked for and not run, and what the exit status then means."""
+    """Print the machine, what was asked for and not run, and what the exit status means."""
     print(_made(whole), file=stream)
     for what in whole.missing:
         print(f"asked for and not run: {what}", file=stream)

@@ -1,4 +1,4 @@
-"""The switch: with which activations a MoE backend serves NVFP4 experts.
+"""The activation policy: static or per-token scales, for each MoE backend that serves NVFP4 experts.
 
 The same loader feeds many backends, and some of them take static activation scales alone. Where
 per-token activations are asked for and the loader replaces the scales by ones, such a backend would go
@@ -24,7 +24,7 @@ Quantization = Literal["as the switch says", "static", "per-token"]
 
 @dataclass(frozen=True)
 class Backend:
-    """What one MoE backend does with NVFP4 experts."""
+    """The support of one MoE backend for NVFP4 experts."""
 
     default: Activation | None  # of a serialized checkpoint, the switch off; None: it serves none
     refusal: str | None = None  # why it does not quantize per token

@@ -30,7 +30,7 @@ from .activation_policy import Activation
 
 @dataclass(frozen=True)
 class ServingScales:
-    """Of E local experts; SGLang's names. Scales of the input and the intermediate are one number."""
+    """The scalars of E local experts, by SGLang's names; input and intermediate have one scale each."""
 
     g1_alphas: torch.Tensor  # [E] fp32, FlashInfer's output1_scale_gate_scalar
     g1_alphas_up: torch.Tensor  # [E] fp32

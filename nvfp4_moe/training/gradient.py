@@ -89,7 +89,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class _Gradients(NamedTuple):
-    """Of the differentiable arguments, in their order; None where none is wanted."""
+    """The gradients of the differentiable arguments, in their order; None where none is needed."""
 
     x: torch.Tensor | None  # fp32
     w13: torch.Tensor | None

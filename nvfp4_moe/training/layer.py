@@ -127,7 +127,7 @@ def _check_weights(
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
 ) -> None:
-    """What `prepare_experts` says nothing about, or not in these words."""
+    """Refuse arguments that `prepare_experts` does not check, or names otherwise."""
     checks.tensor("w13", w13, checks.FLOATS, ("E", "rows", "H"))
     checks.tensor("w2", w2, checks.FLOATS, ("E", "H", "I"))
     for name, bias, w in (("w13_bias", w13_bias, w13), ("w2_bias", w2_bias, w2)):
