@@ -92,7 +92,7 @@ def quantize_per_token(
         encode, scale = row_scales(amax, g, recipe, ar)
         tops = max_ignoring_nan(_split(x)).float()
         blocks = quantize_blocks(x.float(), tops, encode, amax, recipe, ar)
-        steps = {"row amax": amax, "encode scale": encode, **blocks.steps}
+        steps = {"row_amax": amax, "encode_scale": encode, **blocks.steps}
         result = replace(blocks, per_token_scale=scale, steps=steps)
     if out_scale is not None:
         assert result.per_token_scale is not None
@@ -139,7 +139,7 @@ def quantize_global_scale(
     else:
         amax = max_ignoring_nan(_split(x)).float()
         result = quantize_blocks(x.float(), amax, encode, None, recipe, ar)
-    result = replace(result, steps={"encode scale": encode, **result.steps})
+    result = replace(result, steps={"encode_scale": encode, **result.steps})
     return _finish(result, layout, keep_steps)
 
 
@@ -227,7 +227,7 @@ def quantize_blocks(
     zero = e4m3.decode(scale_bytes) == 0 if rounded else amax == 0
     factor = torch.where(zero, 0.0, factor)
     codes = e2m1.encode(ar.mul(values, factor[..., None]))
-    steps = {"block amax": amax, "block scale": unrounded, "output scale": factor}
+    steps = {"block_amax": amax, "block_scale": unrounded, "output_scale": factor}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
 
 
@@ -293,8 +293,8 @@ def _four_over_six_blocks(
     zero = amax == 0
     scale_bytes = torch.where(take4, bytes4, bytes6).masked_fill(zero, 0)
     codes = torch.where(take4[..., None], codes4, codes6).masked_fill(zero[..., None], 0)
-    steps = {"block amax": amax, "block scale": unrounded6, "error of 4": error4}
-    steps |= {"error of 6": error6}
+    steps = {"block_amax": amax, "block_scale": unrounded6, "error_of_4": error4}
+    steps |= {"error_of_6": error6}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
 
 
@@ -315,7 +315,7 @@ def _e4m3_blocks(
     output_scale = ar.mul(rcp_approx_ftz(e4m3.decode(scale_bytes)), encode[:, None])
     output_scale = torch.where(unrounded == 0, 0.0, output_scale)
     codes = e2m1.encode(ar.mul(_split(values.float()), output_scale[..., None]))
-    steps = {"block amax": amax, "block scale": unrounded, "output scale": output_scale}
+    steps = {"block_amax": amax, "block_scale": unrounded, "output_scale": output_scale}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
 
 
@@ -334,10 +334,10 @@ def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithm
     unrounded = torch.where(denominator == 0, 0.0, rcp_approx_ftz(denominator))
     codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
     steps = {
-        "row amax": row_amax,
-        "block amax": amax,
-        "output scale": output_scale,
-        "block scale": unrounded,
+        "row_amax": row_amax,
+        "block_amax": amax,
+        "output_scale": output_scale,
+        "block_scale": unrounded,
     }
     return Quantized(e2m1.pack(codes.flatten(-2)), e4m3.encode(unrounded), scale, steps)
 

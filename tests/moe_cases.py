@@ -7,7 +7,7 @@ import torch
 
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
-from nvfp4_moe.reference.moe.permute import held_slots
+from nvfp4_moe.reference.moe.permute import local_slots
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe
 from nvfp4_moe.reference.weights.experts import Experts
@@ -80,7 +80,7 @@ def with_strange_weights(case: Case, shape: Shape) -> Case:
     """The case with an id of -1 in each second token, and NaN, inf and -inf where no expert is held."""
     ids = case.ids.clone()
     ids[::2, 0] = -1
-    nowhere = ~held_slots(ids, shape.held, shape.offset)
+    nowhere = ~local_slots(ids, shape.held, shape.offset)
     assert nowhere.any() and not nowhere.all()
     strange = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(case.weights)
     place = torch.arange(ids.numel()).view(ids.shape) % 3

@@ -125,7 +125,9 @@ def _assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
         local_expert_offset=shape.offset, keep_steps=True,
     ).steps  # fmt: skip
     values = hidden_values(
-        Activations(steps["codes2"].flatten(0, 1), steps["block scales2"].flatten(0, 1))
+        Activations(
+            steps["fc2_input_codes"].flatten(0, 1), steps["fc2_input_block_scales"].flatten(0, 1)
+        )
     )
     whole = (values.double() * 2**10).long()  # e2m1 times e4m3 is a multiple of 2^-10
     step = torch.where(whole == 0, 2**62, whole & -whole).amin(1, keepdim=True)

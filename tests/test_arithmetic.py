@@ -59,25 +59,25 @@ def check(lines, case, q, row, block, code):
     scale, steps = int(q.block_scales[row, block]), q.steps
     if q.per_token_scale is not None:
         assert hexadecimal(lines, "per-token scale") == pattern(q.per_token_scale[row])
-        assert hexadecimal(lines, "row maximum A") == pattern(steps["row amax"][row])
-    if "encode scale" in steps:
-        assert hexadecimal(lines, "encode scale enc") == pattern(steps["encode scale"][row])
-    tops = (hexadecimal(lines, "block maximum V"), pattern(steps["block amax"][row, block]))
+        assert hexadecimal(lines, "row maximum A") == pattern(steps["row_amax"][row])
+    if "encode_scale" in steps:
+        assert hexadecimal(lines, "encode scale enc") == pattern(steps["encode_scale"][row])
+    tops = (hexadecimal(lines, "block maximum V"), pattern(steps["block_amax"][row, block]))
     assert tops[0] == tops[1]
     if case.recipe.four_over_six is None:
         assert hexadecimal(lines, "block scale, unrounded") == pattern(
-            steps["block scale"][row, block]
+            steps["block_scale"][row, block]
         )
         assert hexadecimal(lines, "block scale sf") == scale
-        assert hexadecimal(lines, "output scale") == pattern(steps["output scale"][row, block])
+        assert hexadecimal(lines, "output scale") == pattern(steps["output_scale"][row, block])
         assert hexadecimal(lines, "code") == code
         return
     if lines[-1].startswith("block scale 0x00"):
         assert (scale, code) == (0, 0)
         return
-    assert hexadecimal(lines, "s6") == pattern(steps["block scale"][row, block])
+    assert hexadecimal(lines, "s6") == pattern(steps["block_scale"][row, block])
     for n in (4, 6):
-        assert hexadecimal(lines, f"error{n}") == pattern(steps[f"error of {n}"][row, block])
+        assert hexadecimal(lines, f"error{n}") == pattern(steps[f"error_of_{n}"][row, block])
     taken = lines[-1][-1]
     assert lines[-1].endswith(f"so the block has sf{taken} and code{taken}")
     assert hexadecimal(lines, f"sf{taken}") == scale

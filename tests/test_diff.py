@@ -71,7 +71,7 @@ def test_the_other_candidate_of_4over6_is_named():
     x = inputs.synthetic("normal", 9, 80)
     case = replace(CASE, recipe=Recipe("fast", NVFP44Over6Config()), layout=SfLayout.layout_linear)
     right = run_reference(x, case, keep_steps=True)
-    unrounded = right.steps["block scale"][4, 1]
+    unrounded = right.steps["block_scale"][4, 1]
     candidates = [int(e4m3.encode(unrounded * f)) for f in (1.0, 1.5)]
     wrong = right.block_scales.clone()
     wrong[4, 1] = candidates[0] if int(wrong[4, 1]) == candidates[1] else candidates[1]

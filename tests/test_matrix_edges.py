@@ -31,7 +31,7 @@ def test_block_scales_are_subnormal_in_all_operands():
     for case in matrix_edges.far_below(Recipe()):
         e = case.experts
         found = (case.activations.block_scales, e.gemm1_weights_scale, e.gemm2_weights_scale)
-        written = case.run(keep_steps=True).steps["block scales2"]
+        written = case.run(keep_steps=True).steps["fc2_input_block_scales"]
         for scales in (*found, written):
             bytes_ = scales.view(torch.uint8)
             assert ((bytes_ > 0) & (bytes_ < 8)).any()

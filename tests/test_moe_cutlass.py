@@ -154,7 +154,7 @@ def test_its_roundings_are_not_those_of_tensorrt_llm():
     want = (torch.nn.functional.silu(x1) * x0).bfloat16()
     assert torch.equal(ours.steps["intermediate"][0, 0], want)
     assert "intermediate" not in other.steps
-    assert not torch.equal(ours.steps["codes2"], other.steps["codes2"])
+    assert not torch.equal(ours.steps["fc2_input_codes"], other.steps["fc2_input_codes"])
 
 
 def test_arguments_bind_to_the_installed_function():

@@ -74,14 +74,14 @@ def test_each_step_follows_from_the_one_before(recipe):
     s, k = r.steps, SHAPE.top_k
     assert torch.equal(s["intermediate"], s["activated"].bfloat16())
     q = quantize_per_token(s["intermediate"].flatten(0, 1), recipe.base_scale_inv, recipe)
-    assert torch.equal(q.codes, s["codes2"].flatten(0, 1))
-    assert torch.equal(q.block_scales, s["block scales2"].flatten(0, 1))
-    assert torch.equal(q.per_token_scale, s["token scale2"].flatten())
+    assert torch.equal(q.codes, s["fc2_input_codes"].flatten(0, 1))
+    assert torch.equal(q.block_scales, s["fc2_input_block_scales"].flatten(0, 1))
+    assert torch.equal(q.per_token_scale, s["fc2_input_token_scales"].flatten())
     for t in range(SHAPE.tokens):
         for j in range(k):
             e = case.ids[t, j]
             acc = s["accumulator2"][t, j]
-            row = acc * s["token scale2"][t, j] * case.experts.output2_scale_scalar[e]
+            row = acc * s["fc2_input_token_scales"][t, j] * case.experts.output2_scale_scalar[e]
             assert torch.equal(row[: SHAPE.hidden].bfloat16(), r.rows[t, j])
             values = dequantize(q.codes, q.block_scales, 1.0)[t * k + j]
             exact = gemm2_values(case.experts, e).double() @ values.double()

@@ -81,8 +81,8 @@ def test_inverse_is_an_approximation_in_fast_math():
     nearest = 1 / torch.tensor([33.0])
     for recipe in (Recipe(), Recipe(build="cute-dsl"), Recipe("exact")):
         q = quantize_global_scale(x, 33.0, recipe, inverse=True, keep_steps=True)
-        assert torch.equal(q.steps["encode scale"], nearest) == (recipe.math == "exact")
-        assert torch.allclose(q.steps["encode scale"], nearest, rtol=2**-22, atol=0)
+        assert torch.equal(q.steps["encode_scale"], nearest) == (recipe.math == "exact")
+        assert torch.allclose(q.steps["encode_scale"], nearest, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -132,7 +132,7 @@ def test_per_token_is_global_scale_row_by_row(x, recipe):
     four = recipe.four_over_six
     assume(four is None or four.err_use_fast_math)
     whole = per_token(x, recipe, keep_steps=True)
-    encode = whole.steps["encode scale"]
+    encode = whole.steps["encode_scale"]
     expected = replace(whole, per_token_scale=None)
     assert_quantized(quantize_global_scale(x, encode, recipe), expected, f"rows {recipe}")
     for r, scale in enumerate(encode):
@@ -146,23 +146,23 @@ def test_steps_are_those_of_the_outputs(x, recipe):
     q = per_token(x, recipe, keep_steps=True)
     m, blocks = q.block_scales.shape
     four = recipe.four_over_six
-    last = ("error of 4", "error of 6") if four else ("output scale",)
-    assert list(q.steps) == ["row amax", "encode scale", "block amax", "block scale", *last]
+    last = ("error_of_4", "error_of_6") if four else ("output_scale",)
+    assert list(q.steps) == ["row_amax", "encode_scale", "block_amax", "block_scale", *last]
     assert [tuple(s.shape) for s in q.steps.values()] == [(m,)] * 2 + [(m, blocks)] * (
         len(last) + 2
     )
     assert all(s.dtype == torch.float32 for s in q.steps.values())
-    unrounded = q.steps["block scale"]
+    unrounded = q.steps["block_scale"]
     if not four:
         assert_block_scales_bitwise(q.block_scales, e4m3.encode(unrounded))
-        product = x.float().unflatten(-1, (-1, 16)) * q.steps["output scale"][..., None]
+        product = x.float().unflatten(-1, (-1, 16)) * q.steps["output_scale"][..., None]
         normal = (product.abs() >= 2.0**-126).flatten(-2) & (x.float().abs() >= 2.0**-126)
         codes = e2m1.encode(product.flatten(-2))
         assert torch.equal(codes[normal], e2m1.unpack(q.codes)[normal])
     else:
-        take4 = q.steps["error of 4"] < q.steps["error of 6"]
+        take4 = q.steps["error_of_4"] < q.steps["error_of_6"]
         chosen = e4m3.encode(torch.where(take4, unrounded * 1.5, unrounded))
-        chosen[q.steps["block amax"] == 0] = 0
+        chosen[q.steps["block_amax"] == 0] = 0
         assert_block_scales_bitwise(q.block_scales, chosen)
     assert per_token(x, recipe).steps == {}
 

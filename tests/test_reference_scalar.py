@@ -42,7 +42,7 @@ def assert_per_token(x, recipe, what):
     got = quantize_per_token(x, float(g), recipe, keep_steps=True)
     assert_equals_model(got, rows, f"{what} {recipe}")
     expected = torch.from_numpy(np.array(encodes, np.float32))
-    assert_bitwise(got.steps["encode scale"], expected, f"{what} {recipe}: encode scales")
+    assert_bitwise(got.steps["encode_scale"], expected, f"{what} {recipe}: encode scales")
 
 
 @by_dtype
@@ -114,7 +114,7 @@ def test_e4m3_input_is_rescaled_by_a_division_in_one_kernel_only():
     amax = {}
     for recipe in PLAIN:
         q = quantize_global_scale(x, 68.69921875, recipe, keep_steps=True)
-        amax[recipe.math, recipe.build] = q.steps["block amax"].half().view(torch.int16).item()
+        amax[recipe.math, recipe.build] = q.steps["block_amax"].half().view(torch.int16).item()
     divided = amax.pop(("exact", "cute-dsl"))
     assert set(amax.values()) == {divided + 1}
 

@@ -14,7 +14,7 @@ from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.parallel import expert_parallel_bounds
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.finalize import finalize
-from nvfp4_moe.reference.moe.permute import held_slots
+from nvfp4_moe.reference.moe.permute import local_slots
 
 SHAPE = Shape(6, 128, 64, 6, 5, 2, 3)
 ORDERS = ("flashinfer", "slot")
@@ -24,7 +24,7 @@ ORDERS = ("flashinfer", "slot")
 def pair():
     """(a case with NaN and infinite weights in slots of no expert, the same with zeros there)."""
     strange = moe_cases.with_strange_weights(moe_cases.make(SHAPE), SHAPE)
-    held = held_slots(strange.ids, SHAPE.held, SHAPE.offset)
+    held = local_slots(strange.ids, SHAPE.held, SHAPE.offset)
     return strange, replace(strange, weights=torch.where(held, strange.weights, 0))
 
 
@@ -64,7 +64,7 @@ def test_bounds_of_ranks():
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf])
 def test_a_weight_of_an_expert_still_shows(weight):
     case = moe_cases.make(SHAPE)
-    held = held_slots(case.ids, SHAPE.held, SHAPE.offset)
+    held = local_slots(case.ids, SHAPE.held, SHAPE.offset)
     token = int(held.any(1).nonzero()[0])
     weights = case.weights.masked_fill(held & (torch.arange(6) == token)[:, None], weight)
     out = moe.fused_moe(case.activations, case.experts, case.ids, weights, local_expert_offset=2)

@@ -107,10 +107,10 @@ def _step(
     if case.recipe.four_over_six is None:
         return "block scale (rounded to e4m3)"
     steps = run_reference(x[row : row + 1].cpu(), case, keep_steps=True).steps
-    unrounded = steps["block scale"][0, block]
+    unrounded = steps["block_scale"][0, block]
     candidates = {int(e4m3.encode(unrounded)), int(e4m3.encode(unrounded * 1.5))}
     if {_scale_byte(side, case, x, row, block) for side in (left, right)} == candidates:
-        errors = (float(steps[f"error of {n}"][0, block]) for n in (4, 6))
+        errors = (float(steps[f"error_of_{n}"][0, block]) for n in (4, 6))
         return "4over6 choice (reference errors of 4 and 6: {!r}, {!r})".format(*errors)
     return "block scale (rounded to e4m3)"
 

@@ -215,7 +215,7 @@ def _four_over_six(s: _Steps, encode: torch.Tensor, config: NVFP44Over6Config) -
         term = "|d|" if mode == NVFP44Over6ErrMode.MAE else "d * d"
         errors[n] = s.say(
             f"error{n}", f"sum of {term} over the 16 elements, left to right",
-            steps[f"error of {n}"][0, s.block : s.block + 1],
+            steps[f"error_of_{n}"][0, s.block : s.block + 1],
         )  # fmt: skip
     taken, why = (4, "<") if errors[4] < errors[6] else (6, "is not <")
     s.lines.append(f"error4 {why} error6, so the block has sf{taken} and code{taken}")

@@ -16,7 +16,7 @@ from ..reference.bounds.moe import fused_moe_bounds
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.finalize import FinalizeOrder, finalize
 from ..reference.moe.layer import MoEResult, requantize
-from ..reference.moe.permute import held_slots
+from ..reference.moe.permute import local_slots
 from ..reference.moe.routing import Routing, route
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
@@ -110,10 +110,10 @@ def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdi
     differing["intermediate"] = outside(staged.intermediate, steps["intermediate"])
     again: dict[str, torch.Tensor] = {}
     requantize(steps["intermediate"].bfloat16(), None, call.recipe, again)
-    held = held_slots(ids, e.num_local, call.local_expert_offset)
+    held = local_slots(ids, e.num_local, call.local_expert_offset)
     differing["requantization"] = sum(
         _unequal(steps[name][held], again[name][held])
-        for name in ("codes2", "block scales2", "token scale2")
+        for name in ("fc2_input_codes", "fc2_input_block_scales", "fc2_input_token_scales")
     )
     differing["rows"] = outside(staged.rows, r.rows)
     ordered = finalize(r.rows.float(), weights, e.padded_hidden_size, call.finalize_order, held)

@@ -123,8 +123,8 @@ def explain_output(case: MoECase, outside: Outside) -> list[str]:
         text = (
             f"slot {k}: expert {e}, accumulator2 {bits(result.steps['accumulator2'][t, k, column])}"
         )
-        if "token scale2" in result.steps:
-            text += f" * token scale {bits(result.steps['token scale2'][t, k])}"
+        if "fc2_input_token_scales" in result.steps:
+            text += f" * token scale {bits(result.steps['fc2_input_token_scales'][t, k])}"
         if case.experts.gemm2_bias is not None:
             bias = unshuffled_bias(case.experts.gemm2_bias[local], False)[column]
             text += f" + bias {bits(bias)}"

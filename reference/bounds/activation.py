@@ -35,8 +35,8 @@ def activation_bounds(
     `drops_nan` nothing is claimed of it: FlashInfer's cutlass layer gives SwigluStep's limit
     (`activation.activate`), and what its closed epilogues give is not known.
     """
-    found = _activated(Product.of(raw) if isinstance(raw, Interval) else raw, experts, expert)
-    return unless(found.nan, found) if drops_nan else found
+    value = _activated(Product.of(raw) if isinstance(raw, Interval) else raw, experts, expert)
+    return unless(value.nan, value) if drops_nan else value
 
 
 class _Terms(NamedTuple):

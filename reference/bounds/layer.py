@@ -28,7 +28,7 @@ def _zeros(ids: torch.Tensor, width: int) -> Interval:
 
 @dataclass(frozen=True)
 class Slots:
-    """Some of the (token, slot) pairs whose experts are held here, by expert."""
+    """Some of the (token, slot) pairs whose experts are on this rank, by expert."""
 
     token: torch.Tensor  # [N]
     slot: torch.Tensor  # [N]
@@ -38,7 +38,7 @@ class Slots:
 
 
 def _batches(local: torch.Tensor, num_local: int) -> Iterator[Slots]:
-    """The slots of whole experts, those held elsewhere left out."""
+    """The slots of whole experts; those of experts on other ranks are left out."""
     flat = local.flatten()
     here = (flat >= 0) & (flat < num_local)
     order = torch.where(here, flat, num_local).argsort(stable=True)
@@ -85,8 +85,8 @@ class Layer:
         """(first sums [T, K, M1], intermediate [T, K, I], rows [T, K, hidden size]).
 
         Args:
-            local: [T, K] int64; slots whose experts are not 0 ... num_local - 1 are held elsewhere, and
-                zero.
+            local: [T, K] int64; slots whose experts are not 0 ... num_local - 1 are not on this rank,
+                and zero.
             accumulator1, intermediate: as `fused_moe_bounds` has them.
         """
         acc, mid, rows = (_zeros(local, width) for width in self.widths)
@@ -142,8 +142,8 @@ class Layer:
             values = requantize_blocks(middle, self.recipe, encode)
         elif not self.activations.is_bf16:
             values, scale, row, unknown = requantize_rows(middle, self.recipe)
-            held = slots.expert[row] - slots.first
-            counts = held.bincount(minlength=len(counts)).tolist()
+            index = slots.expert[row] - slots.first
+            counts = index.bincount(minlength=len(counts)).tolist()
 
         def weights(e: int) -> torch.Tensor:
             return gemm2_values(experts, e)

@@ -59,7 +59,7 @@ import torch
 
 from ..moe.activations import Activations
 from ..moe.finalize import FinalizeOrder, finalize
-from ..moe.permute import held_slots
+from ..moe.permute import local_slots
 from ..moe.routing import Routing
 from ..moe.variants import VARIANTS
 from ..numerics.subnormals import kept
@@ -73,7 +73,7 @@ from .routing import routing_bounds
 
 @dataclass(frozen=True)
 class MoEBounds:
-    """Of every stage, [T, K, ...] as `MoEResult.steps` names them; zero in slots held elsewhere."""
+    """Of every stage, [T, K, ...] as `MoEResult.steps` names them; zero in slots not on this rank."""
 
     output: Interval  # [T, H]
     rows: Interval  # [T, K, H]
@@ -112,10 +112,10 @@ def fused_moe_bounds(
     )
     local = ids.long() - local_expert_offset
     acc, mid, rows = layer.through(local, accumulator1, intermediate)
-    given = weights if isinstance(weights, Interval) else Interval.point(weights)
-    held = held_slots(ids, experts.num_local, local_expert_offset)
+    weights = weights if isinstance(weights, Interval) else Interval.point(weights)
+    is_local = local_slots(ids, experts.num_local, local_expert_offset)
     output = _finalized(
-        rows, _where(held, given), experts.padded_hidden_size, finalize_order, output_dtype
+        rows, _where(is_local, weights), experts.padded_hidden_size, finalize_order, output_dtype
     )
     return MoEBounds(output, rows, acc, mid)
 
@@ -148,18 +148,18 @@ def routed_moe_bounds(
     )
     ids, places = _union(chosen.ids, logits.shape[1])
     rows = layer.through(ids - local_expert_offset)[2]
-    held = held_slots(ids, experts.num_local, local_expert_offset)
+    is_local = local_slots(ids, experts.num_local, local_expert_offset)
     output: Interval | None = None
     for place, low, high, ordered in zip(
         places, chosen.weights.low, chosen.weights.high, chosen.ordered, strict=True
     ):
         index = place[..., None].expand(-1, -1, experts.hidden_size)
-        found = _finalized(
+        one = _finalized(
             Interval(rows.low.gather(1, index), rows.high.gather(1, index)),
-            _where(held.gather(1, place), Interval(low, high)),
+            _where(is_local.gather(1, place), Interval(low, high)),
             experts.padded_hidden_size, finalize_order, output_dtype, ordered,
         )  # fmt: skip
-        output = found if output is None else hull(output, found)
+        output = one if output is None else hull(output, one)
     assert output is not None
     return unless(chosen.unknown[:, None], output)
 
@@ -167,21 +167,23 @@ def routed_moe_bounds(
 def _union(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """([T, most of any token] experts of any set, -1 behind; where those of each set are [S, T, K])."""
     index = ids.long()
-    held = torch.zeros(ids.shape[1], num_experts, dtype=torch.bool, device=ids.device)
-    for some in index:
-        held.scatter_(1, some, True)
-    count = held.sum(1)
-    order = held.byte().argsort(dim=1, descending=True, stable=True)[
+    chosen = torch.zeros(ids.shape[1], num_experts, dtype=torch.bool, device=ids.device)
+    for experts in index:
+        chosen.scatter_(1, experts, True)
+    count = chosen.sum(1)
+    order = chosen.byte().argsort(dim=1, descending=True, stable=True)[
         :, : int(count.max()) if count.numel() else 0
     ]
     behind = torch.arange(order.shape[1], dtype=torch.int64, device=ids.device) >= count[:, None]
-    rank = held.long().cumsum(1) - 1
-    return order.masked_fill(behind, -1), torch.stack([rank.gather(1, some) for some in index])
+    rank = chosen.long().cumsum(1) - 1
+    return order.masked_fill(behind, -1), torch.stack(
+        [rank.gather(1, experts) for experts in index]
+    )
 
 
-def _where(held: torch.Tensor, weights: Interval) -> Interval:
+def _where(is_local: torch.Tensor, weights: Interval) -> Interval:
     """Zero in slots that the finalize skips."""
-    return weights.map(lambda end: torch.where(held, end, 0.0))
+    return weights.map(lambda end: torch.where(is_local, end, 0.0))
 
 
 def _finalized(

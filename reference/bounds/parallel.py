@@ -81,17 +81,17 @@ def expert_parallel_bounds(
     Args:
         The rest: as for `fused_moe_bounds`.
     """
-    travels, first, parts = reduce_dtype or output_dtype, 0, []
+    reduced_dtype, first, parts = reduce_dtype or output_dtype, 0, []
     for count in counts:
-        held = select_experts(experts, first, count)
+        local = select_experts(experts, first, count)
         parts.append(
             fused_moe_bounds(
-                activations, held, ids, weights, local_expert_offset=first,
-                output_dtype=travels, **options,
+                activations, local, ids, weights, local_expert_offset=first,
+                output_dtype=reduced_dtype, **options,
             ).output
         )  # fmt: skip
         first += count
-    return all_reduce_bounds(parts, travels, output_dtype)
+    return all_reduce_bounds(parts, reduced_dtype, output_dtype)
 
 
 def tensor_parallel_bounds(
@@ -110,15 +110,15 @@ def tensor_parallel_bounds(
     Args:
         The rest: as for `fused_moe_bounds`.
     """
-    travels = reduce_dtype or output_dtype
+    reduced_dtype = reduce_dtype or output_dtype
     parts = [
         fused_moe_bounds(
             activations, shard_experts(experts, rank, tp_shards), ids, weights,
-            output_dtype=travels, **options,
+            output_dtype=reduced_dtype, **options,
         ).output
         for rank in range(tp_shards)
     ]  # fmt: skip
-    return all_reduce_bounds(parts, travels, output_dtype)
+    return all_reduce_bounds(parts, reduced_dtype, output_dtype)
 
 
 def _total(ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

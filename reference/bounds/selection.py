@@ -59,15 +59,17 @@ def selections(
     if groups is not None:
         ends = (end[tokens].tolist() for end in (groups.low, groups.high))
         of_groups = list(zip(*ends, strict=True))
-    found = [
+    by_token = [
         _of_token(low[i], high[i], list(zip(x[i], b[i], strict=True)), of_groups[i], routing)
         for i in range(len(low))
     ]
     many = torch.zeros_like(near)
-    many[tokens] = torch.tensor([f is None for f in found], dtype=torch.bool, device=many.device)
-    most = max(len(f or ()) for f in found) or 1
+    many[tokens] = torch.tensor(
+        [sets is None for sets in by_token], dtype=torch.bool, device=many.device
+    )
+    most = max(len(sets or ()) for sets in by_token) or 1
     ids = first.expand(most, -1, -1).clone()
-    for token, sets in zip(tokens.tolist(), found, strict=True):
+    for token, sets in zip(tokens.tolist(), by_token, strict=True):
         if sets is not None:
             every = sets + sets[:1] * (most - len(sets))
             ids[:, token] = torch.tensor(every, dtype=ids.dtype, device=ids.device)
@@ -123,16 +125,16 @@ def _of_token(
         if chosen is None:
             return None
         pools = [[e for e in experts if e // size in some] for some in chosen]
-    found: dict[frozenset[int], None] = {}
+    kept: dict[frozenset[int], None] = {}
     for pool in pools:
         lows, highs = ([end[e] for e in pool] for end in (low, high))
         sets = _choices(lows, highs, [inputs[e] for e in pool], routing.top_k)
         if sets is None:
             return None
-        found |= dict.fromkeys(frozenset(pool[i] for i in some) for some in sets)
-    if len(found) > SETS:
+        kept |= dict.fromkeys(frozenset(pool[i] for i in some) for some in sets)
+    if len(kept) > SETS:
         return None
-    return [sorted(some, key=lambda e: (-low[e], e)) for some in found]
+    return [sorted(some, key=lambda e: (-low[e], e)) for some in kept]
 
 
 def _choices(
@@ -149,18 +151,19 @@ def _choices(
     def before(i: int, j: int) -> bool:
         return low[i] > high[j] or (inputs[i] == inputs[j] and i < j)
 
-    found = [frozenset(first)]
-    for some in found:  # which grows
-        inside, outside = ([i for i in pool if (i in some) == held] for held in (True, False))
+    queue = [frozenset(first)]
+    for selection in queue:
+        inside = [i for i in pool if i in selection]
+        outside = [i for i in pool if i not in selection]
         for a in inside:
             if any(before(a, c) for c in inside if c != a):
                 continue
             for b in outside:
                 if before(a, b) or any(before(c, b) for c in outside if c != b):
                     continue
-                other = some - {a} | {b}
-                if other not in found:
-                    found.append(other)
-                if len(found) > SETS:
+                other = selection - {a} | {b}
+                if other not in queue:
+                    queue.append(other)
+                if len(queue) > SETS:
                     return None
-    return found
+    return queue

@@ -1,6 +1,6 @@
 """The layers beside NVFP4 in FlashInfer's test matrix, as baselines: BF16, FP8 and MXFP8 experts.
 
-For each token t and slot k, with e = ids[t, k] an expert held here, values being codes times scales:
+For each token t and slot k, with e = ids[t, k] an expert on this rank, values being codes times scales:
 
     accumulator1  sum over H of the token's and the first GEMM's values
     intermediate  activation(accumulator1), then by format

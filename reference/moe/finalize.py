@@ -20,14 +20,14 @@ def finalize(
     weights: torch.Tensor,
     hidden_size: int,
     order: FinalizeOrder,
-    held: torch.Tensor | None = None,
+    is_local: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
 
     Args:
         hidden_size: the padded one, which FlashInfer's order depends on.
-        held: [T, K] bool, the slots that are added; None: all. Weights of the others are not read, so
-            that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
+        is_local: [T, K] bool, the slots that are added; None: all. Weights of the others are not read,
+            so that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
             `:925`, `:947`, `:1036-1046`: permuted index -1 is skipped).
     """
     tokens, top_k, _ = rows.shape
@@ -38,7 +38,7 @@ def finalize(
         part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
         for k in range(j, top_k, groups):
             added = fma(w[:, k, None], rows[:, k], part)
-            part = added if held is None else torch.where(held[:, k, None], added, part)
+            part = added if is_local is None else torch.where(is_local[:, k, None], added, part)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -51,7 +51,7 @@ def fused_moe_grouped(
     """[E, max_m, hidden size] bf16: each row through its expert, zero beyond `masked_m`.
 
     Args:
-        activations: as `fused_moe` takes them, with [E, max_m] in place of [T]; E experts are held here.
+        activations: as `fused_moe` takes them, with [E, max_m] in place of [T]; E experts are local.
         recipe, accumulate: as `fused_moe` has them.
 
     Raises:

@@ -1,6 +1,6 @@
 """The fused mixture of experts, stage by stage: the specification of the production call.
 
-For each token t and slot k, with e = ids[t, k] an expert held here:
+For each token t and slot k, with e = ids[t, k] an expert on this rank:
 
     accumulator1  sum over H of codes * block scales of the token and of the expert's first GEMM
     raw           accumulator1 * per_token_scale[t] + gemm1_bias[e]
@@ -9,7 +9,7 @@ For each token t and slot k, with e = ids[t, k] an expert held here:
     accumulator2  sum over I
     row           (accumulator2 * token scale 2 + gemm2_bias[e]) * output2_scale_scalar[e], to bf16
     output[t]     sum over k of weights[t, k] * row, in fp32 and in the order below, to output_dtype;
-                  slots whose expert is not held here are skipped, whatever their weight
+                  slots whose expert is not on this rank are skipped, whatever their weight
 
 Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
 intermediate, is quantized by blocks from fp32. FlashInfer's cutlass layer, which has static scales
@@ -42,7 +42,7 @@ from ..weights.experts import Experts
 from ..weights.layout import gemm1_values, gemm2_values, unshuffled_bias
 from .activations import Activations, hidden_values
 from .finalize import FinalizeOrder, finalize
-from .permute import held_slots
+from .permute import local_slots
 from .variants import VARIANTS
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,11 +50,11 @@ OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class MoEResult:
-    """`output` and what led to it; [T, K, ...] tensors hold zeros in slots of experts held elsewhere.
+    """The output and its steps; [T, K, ...] tensors are zero in slots whose expert is not on this rank.
 
     `steps`, when asked for: "accumulator1" [T, K, M1] ([up; gate]), "activated" [T, K, I] fp32,
-    "intermediate" the same in bf16, "codes2" [T, K, I/2], "block scales2" [T, K, I/16],
-    "token scale2" [T, K], "accumulator2" [T, K, H].
+    "intermediate" the same in bf16, "fc2_input_codes" [T, K, I/2],
+    "fc2_input_block_scales" [T, K, I/16], "fc2_input_token_scales" [T, K], "accumulator2" [T, K, H].
     """
 
     output: torch.Tensor  # [T, H] bf16, or the dtype asked for
@@ -82,8 +82,8 @@ def fused_moe(
     """Everything after the routing.
 
     Args:
-        ids: [T, K] int32 global expert ids; those outside local_expert_offset ... + num_local are held
-            elsewhere and add nothing.
+        ids: [T, K] int32 global expert ids. Those outside local_expert_offset ... + num_local are not on
+            this rank and add nothing.
         weights: [T, K] bf16 or fp32 routing weights.
         recipe: of the intermediate's quantization; the build must be "cuda" for FlashInfer's
             TRT-LLM backend.
@@ -147,8 +147,8 @@ def fused_moe(
     rows = rows[..., : experts.hidden_size]
     if round_to_bf16:
         rows = do.round_rows(rows)
-    held = held_slots(ids, experts.num_local, local_expert_offset)
-    output = do.finalize(rows.float(), weights, h, finalize_order, held).to(output_dtype)
+    is_local = local_slots(ids, experts.num_local, local_expert_offset)
+    output = do.finalize(rows.float(), weights, h, finalize_order, is_local).to(output_dtype)
     if keep_steps:
         steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
     return MoEResult(output, rows, steps if keep_steps else {})
@@ -201,9 +201,9 @@ def read_back(
     """What `requantize` returns of a quantized intermediate, and keeps; shape is (T, K)."""
     scale = q.per_token_scale
     if scale is not None:
-        scale = steps["token scale2"] = scale.unflatten(0, shape)
-    steps["codes2"] = q.codes.unflatten(0, shape)
-    steps["block scales2"] = q.block_scales.unflatten(0, shape)
+        scale = steps["fc2_input_token_scales"] = scale.unflatten(0, shape)
+    steps["fc2_input_codes"] = q.codes.unflatten(0, shape)
+    steps["fc2_input_block_scales"] = q.block_scales.unflatten(0, shape)
     return hidden_values(Activations(q.codes, q.block_scales)).unflatten(0, shape), scale
 
 

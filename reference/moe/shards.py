@@ -142,13 +142,13 @@ def select_experts(experts: Experts, first: int, count: int) -> Experts:
             "holds one at least"
         )
     some = slice(first, first + count)
-    held: dict[str, Any] = {
+    selected: dict[str, Any] = {
         f.name: (value if f.name in _OF_THE_LAYER else value[some]).clone()
         for f in fields(experts)
         if isinstance(value := getattr(experts, f.name), torch.Tensor)
     }
     start = (experts.first_expert or 0) + first
-    return without_layouts(experts, **held, first_expert=start)
+    return without_layouts(experts, **selected, first_expert=start)
 
 
 @dataclass(frozen=True)

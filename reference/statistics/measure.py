@@ -81,12 +81,12 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
         checks.wrong_value("w", w, f"[E, M, K], K a positive multiple of {BLOCK_SIZE}")
     check_recipe(recipe)
     recipe = recipe or Recipe("exact")
-    held, rows, _ = w.shape
+    num_experts, rows, _ = w.shape
     encode = weight_encode_scale(w.abs().flatten(1).amax(1), recipe)
-    place = torch.arange(held, dtype=torch.int64, device=w.device)
+    place = torch.arange(num_experts, dtype=torch.int64, device=w.device)
     return quantization_statistics(
         w.flatten(0, 1), recipe, experts=place[:, None].expand(-1, rows).reshape(-1),
-        num_experts=held, encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
+        num_experts=num_experts, encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
     )  # fmt: skip
 
 
@@ -150,10 +150,10 @@ def _quantize(
 
 def _kept_scale(q: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
     """(block scales before e4m3, where 4over6 kept the candidate of 4), [N, K/16] each."""
-    scale = q.steps["block scale"]
-    if "error of 4" not in q.steps:
+    scale = q.steps["block_scale"]
+    if "error_of_4" not in q.steps:
         return scale, torch.zeros_like(scale, dtype=torch.bool)
-    four = (q.steps["error of 4"] < q.steps["error of 6"]) & (q.steps["block amax"] != 0)
+    four = (q.steps["error_of_4"] < q.steps["error_of_6"]) & (q.steps["block_amax"] != 0)
     return torch.where(four, scale * 1.5, scale), four
 
 

@@ -14,9 +14,9 @@ INVALID = ("ids out of range", "NaN weights")
 
 @dataclass(frozen=True)
 class MoEStatistics:
-    """Of one call or of several, by global expert; those held elsewhere have no rows.
+    """Statistics of one call or of several, by global expert; experts of other ranks have no rows.
 
-    A row is a token in a slot: a token counts once for each of its experts held here. Ranks that hold
+    A row is a token in a slot: a token counts once for each of its local experts. Ranks that hold
     different experts, or have different tokens, add up alike.
     """
 

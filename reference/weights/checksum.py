@@ -29,13 +29,13 @@ _LEFT_OUT = (*(layout.field for layout in LAYOUTS), "shard", "first_expert")
 
 def checksum(experts: Experts) -> str:
     """`Experts.checksum`."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for name, value in _state(experts):
         if isinstance(value, torch.Tensor):
             shape = "x".join(map(str, value.shape))
             value = f"{value.dtype} [{shape}] " + " ".join(f"{d:016x}" for d in digests(value))
-        found.update(f"{name}: {value}\n".encode())
-    return found.hexdigest()
+        total.update(f"{name}: {value}\n".encode())
+    return total.hexdigest()
 
 
 def digests(t: torch.Tensor) -> list[int]:

@@ -56,8 +56,8 @@ def refresh_cutlass(experts: Experts, some: slice) -> None:
     w = experts.cutlass
     if w is None:
         return
-    held = w.fc1_expert_weights, w.fc1_weight_block, w.fc2_expert_weights, w.fc2_weight_block
-    for old, new in zip(held, _natural(experts, some), strict=True):
+    copies = w.fc1_expert_weights, w.fc1_weight_block, w.fc2_expert_weights, w.fc2_weight_block
+    for old, new in zip(copies, _natural(experts, some), strict=True):
         old[some].copy_(new)
     for act, encode in (
         (w.fc1_act_global, experts.input_scale),

@@ -140,12 +140,12 @@ def _added(e: Experts, n: int, options: Options) -> tuple[torch.Tensor | None, t
 
 def _write_static_scales(e: Experts, some: slice, options: Options) -> None:
     """Before the weights' scalars, which have these in them."""
-    for held, amax in (
+    for scale, amax in (
         (e.input_scale, options.input_amax),
         (e.intermediate_scale, options.intermediate_amax),
     ):
-        if held is not None and amax is not None:
-            held.fill_(static_encode_scale(amax))
+        if scale is not None and amax is not None:
+            scale.fill_(static_encode_scale(amax))
     if not e.activation.linear_up:
         c = e.intermediate_scale
         up = e.output1_scale_scalar[some]
@@ -163,10 +163,10 @@ def _write_parameters(e: Experts, some: slice, options: Options) -> None:
         bias = lay_out_bias(options.w2_bias, divisor, False, e.padded_hidden_size)
         e.gemm2_bias[some].copy_(bias)
     for name in e.activation.parameters:
-        held, new = getattr(e, f"gemm1_{name}"), getattr(options, name)
+        old, new = getattr(e, f"gemm1_{name}"), getattr(options, name)
         raw = e.activation.is_raw(name)
-        if held is not None and (value := per_expert(new, len(gate), gate.device)) is not None:
-            held[some].copy_(in_raw_units(value, gate) if raw else value)
+        if old is not None and (value := per_expert(new, len(gate), gate.device)) is not None:
+            old[some].copy_(in_raw_units(value, gate) if raw else value)
 
 
 def _writer(backend: str, device: torch.device) -> Writer:

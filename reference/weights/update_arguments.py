@@ -9,7 +9,7 @@ from ..recipe import Recipe, check_recipe
 from .arguments import Options, check_options, check_values
 from .experts import Experts
 
-_HELD = {
+_FIELDS = {
     "w13_bias": "gemm1_bias",
     "w2_bias": "gemm2_bias",
     "alpha": "gemm1_alpha",
@@ -65,11 +65,11 @@ def check(
 
 def _check_given(e: Experts, options: Options) -> None:
     given = set(options.given())
-    held = {name for name, field in _HELD.items() if getattr(e, field) is not None}
-    if missing := [name for name in _HELD if name in held - given]:
+    present = {name for name, field in _FIELDS.items() if getattr(e, field) is not None}
+    if missing := [name for name in _FIELDS if name in present - given]:
         raise ValueError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: these experts were "
             "prepared with that, and a reload writes every byte of them; give it with the weights"
         )
-    if extra := [name for name in _HELD if name in given - held]:
+    if extra := [name for name in _FIELDS if name in given - present]:
         raise ValueError(f"{extra[0]} is given; these experts were prepared without")

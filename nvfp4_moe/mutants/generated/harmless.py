@@ -131,8 +131,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "torch.where(low, decode / least, 1.0000001192092896)",
     ),
     "A reload has been refused unless it gives what the experts hold, and nothing else.": (
-        "reference _write_static_scales: operator: held is not None and amax is not None -> "
-        "held is not None or amax is not None",
+        "reference _write_static_scales: operator: scale is not None and amax is not None -> "
+        "scale is not None or amax is not None",
         "reference _write_parameters: operator: e.gemm1_bias is not None and "
         "options.w13_bias is not None -> e.gemm1_bias is not None or options.w13_bias is not None",
         "reference _write_parameters: operator: e.gemm2_bias is not None and "

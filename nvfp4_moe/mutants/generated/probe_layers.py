@@ -17,7 +17,7 @@ from ...reference.activation import ActivationType
 from ...reference.moe import layer as moe
 from ...reference.moe.activations import Activations
 from ...reference.moe.finalize import finalize, split_k_groups
-from ...reference.moe.permute import held_slots, permutation
+from ...reference.moe.permute import local_slots, permutation
 from ...reference.numerics.accumulate import fma, matmul
 from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from ...reference.weights.prepare import prepare_experts
@@ -79,7 +79,7 @@ def of_moe() -> Answers:
     yield "split_k_groups", [split_k_groups(1, 8, hidden) for hidden in far]
     ids = host.integers(g, -1, 7, (6, 3)).int()
     yield "permutation, all held", permutation(ids, 7)
-    yield "held_slots", [held_slots(ids, 4), held_slots(ids, 4, 2)]
+    yield "local_slots", [local_slots(ids, 4), local_slots(ids, 4, 2)]
     yield "permutation", [permutation(ids, 4, offset) for offset in (0, 2)]
     x, w = host.integers(g, -9, 9, (5, 32)).float(), host.integers(g, -9, 9, (7, 32)).float()
     yield "matmul", [matmul(x, w, how) for how in ("fp64", "fp32")]
@@ -106,7 +106,10 @@ def of_moe() -> Answers:
         *itertools.islice(matrix_edges.static(Recipe()), 0, 10, 3),
     ):
         steps = case.run(keep_steps=True).steps
-        yield f"requantize, {case.name}", [steps[n] for n in ("codes2", "block scales2")]
+        yield (
+            f"requantize, {case.name}",
+            [steps[n] for n in ("fc2_input_codes", "fc2_input_block_scales")],
+        )
 
 
 def of_dense() -> Answers:
