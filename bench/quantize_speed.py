@@ -11,7 +11,7 @@ reference first.
 import torch
 from measure import arguments, copy_rate, microseconds, save, start
 
-from nvfp4_moe.kernels.quantize import quantize_per_token
+from nvfp4_moe.kernels.quantize.launch import quantize_per_token
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 

@@ -16,8 +16,8 @@ import torch
 from measure import arguments, save, start
 from moe_speed import DEVICE, SHAPES, random_experts
 
-from nvfp4_moe.kernels import moe as triton_moe
-from nvfp4_moe.kernels.moe_call import KernelCall
+from nvfp4_moe.kernels.moe import launch as triton_moe
+from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference

@@ -17,7 +17,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from ..reference import checks
-from .capability import check_capability
+from .device import check_capability
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 AUTO = "auto"

@@ -6,7 +6,7 @@ import functools
 import torch
 import triton
 
-from .capability import of_device
+from .device import of_device
 
 MIN_CAPABILITY = (8, 0)
 # The first Triton whose `tl.dot_scaled` compiles NVFP4 to the hardware's own MMA (seen offline).

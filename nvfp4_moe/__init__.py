@@ -85,7 +85,7 @@ def _version() -> str:
 
 
 def _find_triton_writer(device: Any) -> Any:
-    from .kernels.reload import find_writer
+    from .kernels.weights.update import find_writer
 
     return find_writer(device)
 

@@ -9,20 +9,18 @@ from .kernels.backends import Explanation as Explanation
 from .kernels.backends import Registration as Registration
 from .kernels.backends import UnsupportedError as UnsupportedError
 from .kernels.backends import register_backend as register_backend
-from .kernels.dense_dispatch import explain_mm_fp4 as explain_mm_fp4
-from .kernels.dense_dispatch import mm_fp4 as mm_fp4
-from .kernels.dispatch import explain as explain
-from .kernels.dispatch import nvfp4_quantize as nvfp4_quantize
-from .kernels.moe_api import explain_fused_moe as explain_fused_moe
-from .kernels.moe_api import fused_moe as fused_moe
-from .kernels.moe_api import trtllm_fp4_block_scale_moe as trtllm_fp4_block_scale_moe
-from .kernels.moe_api import (
-    trtllm_fp4_block_scale_routed_moe as trtllm_fp4_block_scale_routed_moe,
-)
-from .kernels.moe_autotune import autotune_fused_moe as autotune_fused_moe
-from .kernels.producers import add_rmsnorm_nvfp4_quantize as add_rmsnorm_nvfp4_quantize
-from .kernels.producers import rmsnorm_nvfp4_quantize as rmsnorm_nvfp4_quantize
-from .kernels.producers import silu_and_mul_nvfp4_quantize as silu_and_mul_nvfp4_quantize
+from .kernels.dense.api import explain_mm_fp4 as explain_mm_fp4
+from .kernels.dense.api import mm_fp4 as mm_fp4
+from .kernels.fused_quantize.api import add_rmsnorm_nvfp4_quantize as add_rmsnorm_nvfp4_quantize
+from .kernels.fused_quantize.api import rmsnorm_nvfp4_quantize as rmsnorm_nvfp4_quantize
+from .kernels.fused_quantize.api import silu_and_mul_nvfp4_quantize as silu_and_mul_nvfp4_quantize
+from .kernels.moe.api import explain_fused_moe as explain_fused_moe
+from .kernels.moe.api import fused_moe as fused_moe
+from .kernels.moe.api import trtllm_fp4_block_scale_moe as trtllm_fp4_block_scale_moe
+from .kernels.moe.api import trtllm_fp4_block_scale_routed_moe as trtllm_fp4_block_scale_routed_moe
+from .kernels.moe.autotune.api import autotune_fused_moe as autotune_fused_moe
+from .kernels.quantize.api import explain as explain
+from .kernels.quantize.api import nvfp4_quantize as nvfp4_quantize
 from .reference.activation import ActivationType as ActivationType
 from .reference.moe.routing import Routing as Routing
 from .reference.moe.routing import RoutingMethodType as RoutingMethodType

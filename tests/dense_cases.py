@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from assertions import assert_bitwise, assert_inside
 
-from nvfp4_moe.kernels import dense as triton_dense
-from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.dense import launch as triton_dense
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds

@@ -8,10 +8,10 @@ import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Case, Shape
 
-from nvfp4_moe.kernels import moe as triton_moe
-from nvfp4_moe.kernels import routing as triton_routing
-from nvfp4_moe.kernels.moe import GemmConfig
-from nvfp4_moe.kernels.moe_call import KernelCall
+from nvfp4_moe.kernels.moe import launch as triton_moe
+from nvfp4_moe.kernels.moe import routing as triton_routing
+from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.launch import GemmConfig
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds

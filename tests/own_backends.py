@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from nvfp4_moe.kernels.dispatch import QUANTIZE
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.quantize.api import QUANTIZE
 
 not_a_function = 3
 

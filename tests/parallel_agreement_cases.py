@@ -11,7 +11,7 @@ from parallel_cases import SHAPE, Rank, agree_on_refusing, case
 
 from nvfp4_moe import Routing, RoutingMethodType
 from nvfp4_moe.cases.moe_case import to_device
-from nvfp4_moe.kernels import moe_api
+from nvfp4_moe.kernels.moe import api as moe_api
 from nvfp4_moe.parallel import AgreementError, fused_moe_ep
 from nvfp4_moe.parallel import select_experts as select
 from nvfp4_moe.parallel import shard_experts as shard

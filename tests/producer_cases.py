@@ -4,7 +4,7 @@
 import torch
 from assertions import assert_bitwise, assert_quantized
 
-from nvfp4_moe.kernels import producer_launch as launch
+from nvfp4_moe.kernels.fused_quantize import launch
 from nvfp4_moe.reference import fused_quantize as reference
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout

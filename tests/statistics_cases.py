@@ -14,8 +14,8 @@ from moe_cases import Shape
 from moe_triton_cases import coarse, to
 
 import nvfp4_moe
-from nvfp4_moe.kernels import moe_ops
-from nvfp4_moe.kernels.moe_call import KernelCall
+from nvfp4_moe.kernels.moe import ops as moe_ops
+from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import hidden_values
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
@@ -198,7 +198,7 @@ def shown(implementation, case, device, **options):
 
 def intermediates_are_the_same(device):
     """Row by row, in the place that the permutation says."""
-    from nvfp4_moe.kernels import moe as triton_moe
+    from nvfp4_moe.kernels.moe import launch as triton_moe
 
     for offset, local in ((0, 6), (2, 3)):
         case = coarse(Shape(9, 128, 128, 6, 3, offset, local), ActivationType.Relu2)

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import test_activation
 
-from nvfp4_moe.kernels import moe_gemm
+from nvfp4_moe.kernels.moe import grouped_gemm as moe_gemm
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
     IMPLEMENTED,

@@ -15,11 +15,11 @@ import nvfp4_moe
 from nvfp4_moe import UnsupportedError, register_backend
 from nvfp4_moe.kernels import backends
 from nvfp4_moe.kernels.backends import Backend, Operation
-from nvfp4_moe.kernels.dense_dispatch import MM_FP4
-from nvfp4_moe.kernels.dispatch import QUANTIZE
+from nvfp4_moe.kernels.dense.api import MM_FP4
 from nvfp4_moe.kernels.flat import Flat
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
-from nvfp4_moe.kernels.producers import FUSED_QUANTIZE
+from nvfp4_moe.kernels.fused_quantize.api import FUSED_QUANTIZE
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.quantize.api import QUANTIZE
 from nvfp4_moe.reference.moe.routing import RoutingMethodType
 from nvfp4_moe.reference.recipe import Recipe
 

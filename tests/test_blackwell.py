@@ -12,7 +12,7 @@ import standin
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cli import blackwell
-from nvfp4_moe.kernels import moe_dispatch
+from nvfp4_moe.kernels.moe import backends as moe_dispatch
 from nvfp4_moe.report import data as report
 
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, as FlashInfer's layers do")

@@ -18,10 +18,10 @@ from typing import get_args
 import pytest
 
 import nvfp4_moe
-from nvfp4_moe.kernels.dense_dispatch import MM_FP4, DenseBackend
-from nvfp4_moe.kernels.dispatch import QUANTIZE, QuantizeBackend
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE, MoEBackend
-from nvfp4_moe.kernels.producers import FUSED_QUANTIZE, FusedQuantizeBackend
+from nvfp4_moe.kernels.dense.api import MM_FP4, DenseBackend
+from nvfp4_moe.kernels.fused_quantize.api import FUSED_QUANTIZE, FusedQuantizeBackend
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE, MoEBackend
+from nvfp4_moe.kernels.quantize.api import QUANTIZE, QuantizeBackend
 from nvfp4_moe.reference.weights.writers import WRITERS, WriterName
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_moe.kernels import config_cache, environment
-from nvfp4_moe.kernels.config_cache import GemmConfig, Key, lookup, path_of, store, text_of
+from nvfp4_moe.kernels import environment
+from nvfp4_moe.kernels.moe.autotune import cache as config_cache
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig, Key, lookup, path_of, store, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = Key(
@@ -210,7 +211,7 @@ def test_using_is_for_a_while():
 
 
 WRITER = """
-from nvfp4_moe.kernels.config_cache import *
+from nvfp4_moe.kernels.moe.autotune.cache import *
 import sys
 key, first, second = eval(sys.stdin.read())
 print("ready", flush=True)

@@ -13,8 +13,9 @@ from installations import pretend
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError, explain_mm_fp4, mm_fp4, nvfp4_quantize
-from nvfp4_moe.kernels import dense_dispatch, target
-from nvfp4_moe.kernels.dense_call import make_dense_call
+from nvfp4_moe.kernels import target
+from nvfp4_moe.kernels.dense import api as dense_dispatch
+from nvfp4_moe.kernels.dense.call import make_dense_call
 from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
 from nvfp4_moe.reference import dense
 

@@ -10,8 +10,8 @@ from assertions import assert_bitwise
 from marks import ON_A_GPU
 
 import nvfp4_moe
-from nvfp4_moe.kernels.config_cache import GemmConfig
-from nvfp4_moe.kernels.dense import dense_config
+from nvfp4_moe.kernels.dense.launch import dense_config
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
 from nvfp4_moe.kernels.target import arch
 from nvfp4_moe.reference import dense as reference
 

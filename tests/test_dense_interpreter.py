@@ -7,10 +7,7 @@ import torch
 from assertions import assert_bitwise
 
 import nvfp4_moe
-from nvfp4_moe.kernels import (
-    dense_ops,  # noqa: F401  registers the op
-)
-from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
 from nvfp4_moe.mutants.generated.strict import codes_multiplied
 
 pytestmark = [

@@ -13,7 +13,7 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import compare, quantizers
 from nvfp4_moe.differential.compare import run_reference
-from nvfp4_moe.kernels import dispatch
+from nvfp4_moe.kernels.quantize import api as dispatch
 from nvfp4_moe.reference.layouts import from_linear, to_linear
 from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout

@@ -16,10 +16,11 @@ from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 import nvfp4_moe
 from nvfp4_moe import SfLayout, UnsupportedError, explain, nvfp4_quantize
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.kernels import backends, dispatch, environment, target
-from nvfp4_moe.kernels.capability import check_capability
+from nvfp4_moe.kernels import backends, environment, target
+from nvfp4_moe.kernels.device import check_capability
 from nvfp4_moe.kernels.flashinfer import quantize as fi
-from nvfp4_moe.kernels.quantize_call import UNSET
+from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.quantize.call import UNSET
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.layouts import shuffle_rows

@@ -15,11 +15,12 @@ from assertions import assert_bitwise
 from installations import pretend
 
 from nvfp4_moe import NVFP44Over6Config, SfLayout, nvfp4_quantize
-from nvfp4_moe.kernels import dispatch, environment
+from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.backends import UnsupportedError
-from nvfp4_moe.kernels.dispatch import QUANTIZE
 from nvfp4_moe.kernels.flashinfer import quantize as fi
-from nvfp4_moe.kernels.quantize_call import UNSET, make_quantize_call
+from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.quantize.api import QUANTIZE
+from nvfp4_moe.kernels.quantize.call import UNSET, make_quantize_call
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import Recipe

@@ -13,7 +13,8 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.kernels import moe_gemm, moe_kernels
+from nvfp4_moe.kernels.moe import grouped_gemm as moe_gemm
+from nvfp4_moe.kernels.moe import permute as moe_kernels
 from nvfp4_moe.mutants.generated import (
     answers,
     command,
@@ -91,7 +92,7 @@ def test_a_sample_is_caught(of_reference):
 
 @pytest.mark.interpreter
 def test_a_sample_of_the_kernels_is_caught():
-    every = [m for m in command.every("kernels") if m.file == "kernels/routing.py"]
+    every = [m for m in command.every("kernels") if m.file == "kernels/moe/routing.py"]
     some = [m for m in every if m.function == "route_kernel" and m.rule == "operator"][:3]
     tried = list(trial.run([(m, command.probes_of(m, "cpu")) for m in some], jobs=1, seconds=200))
     assert len(tried) > 1 and [r.mutant.key for r in tried if r.status == "survived"] == []

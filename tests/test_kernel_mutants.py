@@ -49,7 +49,7 @@ def test_an_edit_that_does_not_fit_names_the_mutant():
 def test_an_edit_that_fits_twice_names_the_places():
     everywhere = _edited(SAMPLE[0], old="await_previous(ARCH)")
     with pytest.raises(
-        ValueError, match=r"fits \d+ places of kernels/ \(.*moe_gemm.py:\d+.*must fit one"
+        ValueError, match=r"fits \d+ places of kernels/ \(.*moe/grouped_gemm.py:\d+.*must fit one"
     ):
         everywhere.place(planted.KERNELS)
 

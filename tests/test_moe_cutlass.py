@@ -18,8 +18,8 @@ import nvfp4_moe
 from nvfp4_moe.kernels.flashinfer import cutlass
 from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
 from nvfp4_moe.kernels.flashinfer.rules import BLACKWELL
-from nvfp4_moe.kernels.moe_call import make_moe_call
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.moe.call import make_moe_call
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.activations import Activations

@@ -12,10 +12,11 @@ from installations import pretend
 from moe_cases import Shape
 
 import nvfp4_moe
-from nvfp4_moe.kernels import moe_dispatch, moe_ops
 from nvfp4_moe.kernels.flashinfer import trtllm
-from nvfp4_moe.kernels.moe_call import KernelCall
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.kernels.moe import backends as moe_dispatch
+from nvfp4_moe.kernels.moe import ops as moe_ops
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route

@@ -10,8 +10,8 @@ from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
 
 from nvfp4_moe.differential import accumulation as sums
-from nvfp4_moe.kernels import moe
-from nvfp4_moe.kernels.moe import GemmConfig
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe.launch import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.recipe import Recipe

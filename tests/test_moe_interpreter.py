@@ -9,7 +9,7 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 
-from nvfp4_moe.kernels import moe
+from nvfp4_moe.kernels.moe import launch as moe
 from nvfp4_moe.mutants.generated.strict import codes_multiplied
 from nvfp4_moe.reference.activation import ActivationType
 

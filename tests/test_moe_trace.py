@@ -15,7 +15,7 @@ import torch
 from moe_cases import Shape
 
 from nvfp4_moe.kernels.flashinfer import trtllm
-from nvfp4_moe.kernels.moe_call import make_moe_call
+from nvfp4_moe.kernels.moe.call import make_moe_call
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import inverse, to_linear
 from nvfp4_moe.reference.moe import layer as reference

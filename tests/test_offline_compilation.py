@@ -4,9 +4,9 @@
 import pytest
 from offline import compile_kernel, disassemble, resources
 
-from nvfp4_moe.kernels import quantize_kernel as k
 from nvfp4_moe.kernels.jit.formats import BF16, GLOBAL_SCALE, PER_TOKEN
-from nvfp4_moe.kernels.quantize import LaunchConfig, global_launch_config, launch_config
+from nvfp4_moe.kernels.quantize import kernel as k
+from nvfp4_moe.kernels.quantize.launch import LaunchConfig, global_launch_config, launch_config
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
 pytestmark = pytest.mark.compile

@@ -407,7 +407,7 @@ assert "torch" in sys.modules
     [
         "from nvfp4_moe.reference.weights.update import load_",
         "from nvfp4_moe.reference.weights.experts import Experts",
-        "import nvfp4_moe.kernels.reload",
+        "import nvfp4_moe.kernels.weights.update",
         "from nvfp4_moe import Experts",
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from assertions import assert_bitwise
 
 import nvfp4_moe
-from nvfp4_moe.kernels import producer_launch, producer_ops  # noqa: F401  register ops
+from nvfp4_moe.kernels.fused_quantize import launch as producer_launch  # noqa: F401  register ops
 
 pytestmark = [
     pytest.mark.interpreter,

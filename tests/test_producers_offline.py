@@ -6,9 +6,9 @@ import re
 import pytest
 from offline import compile_kernel, resources
 
-from nvfp4_moe.kernels import producer_kernel as k
+from nvfp4_moe.kernels.fused_quantize import kernel as k
+from nvfp4_moe.kernels.fused_quantize.launch import launch_config
 from nvfp4_moe.kernels.jit.formats import BF16, FP16
-from nvfp4_moe.kernels.producer_launch import launch_config
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 pytestmark = pytest.mark.compile

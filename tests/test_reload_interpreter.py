@@ -23,7 +23,7 @@ def test_every_byte_is_written():
 
 
 def test_auto_never_takes_the_interpreter(monkeypatch):
-    from nvfp4_moe.kernels import reload_launch
+    from nvfp4_moe.kernels.weights import launch as reload_launch
 
     monkeypatch.setattr(reload_launch, "write", None)  # raises when called
     cases.reloaded(ActivationType.Swiglu, "cpu", "auto")

@@ -6,8 +6,8 @@ import re
 import pytest
 from offline import compile_kernel, resources
 
-from nvfp4_moe.kernels import reload_kernel as k
 from nvfp4_moe.kernels.jit.formats import BF16, FP16
+from nvfp4_moe.kernels.weights import kernel as k
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 pytestmark = pytest.mark.compile

@@ -32,7 +32,7 @@ from nvfp4_moe.failures.replay_file import (
     save_moe,
     save_quantizer,
 )
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType

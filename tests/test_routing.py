@@ -28,7 +28,7 @@ from routing_cases import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nvfp4_moe.kernels.routing import is_biased, is_raw
+from nvfp4_moe.kernels.moe.routing import is_biased, is_raw
 from nvfp4_moe.reference.moe.routing import (
     METHODS,
     Routing,

@@ -4,7 +4,7 @@
 import pytest
 from offline import compile_kernel, resources
 
-from nvfp4_moe.kernels.routing import route_kernel
+from nvfp4_moe.kernels.moe.routing import route_kernel
 from nvfp4_moe.reference.moe.routing import RoutingMethodType
 
 pytestmark = pytest.mark.compile

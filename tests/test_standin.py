@@ -31,10 +31,12 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case, global_scale
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.differential import quantizers, tactics
-from nvfp4_moe.kernels import capability, dispatch, environment
+from nvfp4_moe.kernels import device as capability
+from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.kernels.flashinfer.function import Argument
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.quantize import api as dispatch
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
@@ -477,7 +479,7 @@ def test_the_processes_of_a_command_lie_too():
 import runpy
 runpy.run_path({str(REHEARSE)!r})["prepare"]({lie!r})
 from nvfp4_moe.differential import workers
-from nvfp4_moe.kernels.capability import capability_of
+from nvfp4_moe.kernels.device import capability_of
 import torch
 print(workers.call(capability_of, [(torch.ones(1),)]))
 import os

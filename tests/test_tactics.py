@@ -10,9 +10,11 @@ import torch
 from moe_cases import Shape
 
 from nvfp4_moe.differential import tactics
-from nvfp4_moe.kernels import config_cache, moe, target
-from nvfp4_moe.kernels.moe_call import make_moe_call
-from nvfp4_moe.kernels.moe_dispatch import FUSED_MOE
+from nvfp4_moe.kernels import target
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe.autotune import cache as config_cache
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.moe.call import make_moe_call
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 SHAPE = Shape(5, 128, 64, 4, 2)

@@ -10,7 +10,7 @@ from marks import ON_A_GPU
 
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.kernels import quantize as triton_quantize
+from nvfp4_moe.kernels.quantize import launch as triton_quantize
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.numerics import fp32
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes

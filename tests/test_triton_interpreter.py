@@ -9,7 +9,7 @@ from golden_cases import cases
 
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.kernels import quantize as triton_quantize
+from nvfp4_moe.kernels.quantize import launch as triton_quantize
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 pytestmark = [

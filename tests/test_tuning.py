@@ -13,10 +13,12 @@ from triton.runtime.errors import OutOfResources
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError
-from nvfp4_moe.kernels import config_cache, moe, tuning
-from nvfp4_moe.kernels.config_cache import GemmConfig
-from nvfp4_moe.kernels.moe_call import KernelCall
-from nvfp4_moe.kernels.tuning import Measured, autotune, candidates, difference
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe.autotune import cache as config_cache
+from nvfp4_moe.kernels.moe.autotune import search as tuning
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.moe.autotune.search import Measured, autotune, candidates, difference
+from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
 

@@ -9,8 +9,10 @@ from moe_cases import Shape, make
 from moe_triton_cases import to
 
 import nvfp4_moe
-from nvfp4_moe.kernels import config_cache, moe, tuning
-from nvfp4_moe.kernels.config_cache import GemmConfig
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe.autotune import cache as config_cache
+from nvfp4_moe.kernels.moe.autotune import search as tuning
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
 
 pytestmark = ON_A_GPU
 

@@ -8,7 +8,7 @@ from assertions import assert_quantized
 
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.kernels import quantize as triton_quantize
+from nvfp4_moe.kernels.quantize import launch as triton_quantize
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.quantize import Quantized
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes

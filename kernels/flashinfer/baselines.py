@@ -17,7 +17,7 @@ from ...reference.moe.baselines import Format, SiblingActivations, SiblingExpert
 from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
 from ...reference.weights.layout import row_order
-from ..capability import capability_of
+from ..device import capability_of
 from .function import KEYWORD, POSITIONAL, Argument, Function
 from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu
 

@@ -12,7 +12,7 @@ import torch
 from ...reference.activation import ActivationType
 from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CutlassWeights
-from ..moe_call import MoECall
+from ..moe.call import MoECall
 from .function import KEYWORD, OMITTED, Argument, Function
 from .layer_rules import (
     COMMON,

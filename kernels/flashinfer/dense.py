@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...reference.recipe import BLOCK_SIZE
-from ..dense_call import DenseCall
+from ..dense.call import DenseCall
 from . import version
 from .function import Argument, Function
 from .rules import (

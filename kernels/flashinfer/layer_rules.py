@@ -7,7 +7,7 @@ from ...reference.activation import FlashInferLayer
 from ...reference.moe.finalize import split_k_groups
 from ...reference.recipe import LayerBuild
 from .. import environment
-from ..moe_call import MoECall
+from ..moe.call import MoECall
 from . import rules
 from .rules import Rule, on_no_gpu
 

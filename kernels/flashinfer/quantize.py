@@ -10,7 +10,7 @@ import torch
 
 from ...reference.layouts import padded_shape
 from ...reference.recipe import BLOCK_SIZE, Build, SfLayout
-from ..quantize_call import QuantizeCall
+from ..quantize.call import QuantizeCall
 from . import version
 from .function import OMITTED, Argument, Function, OfType
 from .rules import (

@@ -8,7 +8,7 @@ import torch
 from ...reference.activation import ActivationType
 from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import LayerBuild, SfLayout
-from ..moe_call import MoECall
+from ..moe.call import MoECall
 from .function import Argument, Function
 from .layer_rules import (
     COMMON,

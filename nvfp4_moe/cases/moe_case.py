@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.moe_call import MoECall, make_moe_call
+from ..kernels.moe.call import MoECall, make_moe_call
 from ..reference.bounds.accumulation import ANY_ORDER, Accumulation
 from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds, routed_moe_bounds

@@ -6,10 +6,10 @@ import json
 
 import torch
 
-from ..kernels.dispatch import auto_order, explain
 from ..kernels.flashinfer import version
-from ..kernels.moe_api import explain_fused_moe
-from ..kernels.moe_dispatch import ORDER
+from ..kernels.moe.api import explain_fused_moe
+from ..kernels.moe.backends import ORDER
+from ..kernels.quantize.api import auto_order, explain
 from ..machine import machine
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout

@@ -16,7 +16,7 @@ import torch
 from .. import host
 from ..cases.moe_case import MoECase
 from ..kernels import environment
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe.backends import FUSED_MOE
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType

@@ -13,8 +13,8 @@ import torch
 
 from ..cases.fuzz import DenseCall, Draw, Kind, draw, draw_dense
 from ..cases.moe_case import MoECase, to_device
-from ..kernels.dense_dispatch import mm_fp4 as dispatched_mm_fp4
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.dense.api import mm_fp4 as dispatched_mm_fp4
+from ..kernels.moe.backends import FUSED_MOE
 from ..reference import dense
 from ..reference.bounds.dense import mm_fp4_bounds
 from ..reference.bounds.interval import Interval

@@ -16,7 +16,7 @@ from ..cases import moe as matrix_moe
 from ..cases.moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from ..cases.moe_case import MoECase
 from ..exits import CommandError
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe.backends import FUSED_MOE
 from ..report import difference_map as heat
 from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from . import accumulation as sums

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from ..cases.moe import SETS
-from ..kernels import dispatch, environment, moe_dispatch
+from ..kernels import environment
+from ..kernels.moe import backends as moe_dispatch
+from ..kernels.quantize import api as dispatch
 from ..report import terminal
 from ..report.data import PartResult
 from . import baselines, moe, quantize

@@ -13,8 +13,8 @@ from ..cases.quantize import Case, Input
 from ..exits import CommandError, Exit
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
-from ..kernels.dispatch import QUANTIZE
 from ..kernels.flashinfer.quantize import BUILDS
+from ..kernels.quantize.api import QUANTIZE
 from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import Recipe, SfLayout
 from ..report import difference_map as heat

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from ..cases.quantize import Case
-from ..kernels.dispatch import QUANTIZE
-from ..kernels.quantize_call import QuantizeCall, make_quantize_call
+from ..kernels.quantize.api import QUANTIZE
+from ..kernels.quantize.call import QuantizeCall, make_quantize_call
 from ..reference.quantize import Quantized
 from . import workers
 from .compare import run_reference

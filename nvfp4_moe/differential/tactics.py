@@ -18,11 +18,11 @@ from unittest import mock
 
 from ..kernels.flashinfer import autotuner
 from ..kernels.flashinfer.autotuner import UNTUNED
-from ..kernels.moe_call import MoECall
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe.backends import FUSED_MOE
+from ..kernels.moe.call import MoECall
 
 if TYPE_CHECKING:
-    from ..kernels.config_cache import Configs, GemmConfig
+    from ..kernels.moe.autotune.cache import Configs, GemmConfig
 
 DEFAULT = "default"
 
@@ -126,7 +126,8 @@ def forced(tactic: Tactic) -> Iterator[None]:
 
 
 def _of_triton(request: MoECall) -> list[Configuration]:
-    from ..kernels import config_cache, moe
+    from ..kernels.moe import launch as moe
+    from ..kernels.moe.autotune import cache as config_cache
 
     result = [Configuration(DEFAULT)]
     if request.batch_invariant:  # always the table's
@@ -150,7 +151,8 @@ def _tiles(columns: int, *, native: bool) -> "list[GemmConfig]":
 
     The candidates of `autotune_fused_moe` are compared with the table's when they are measured.
     """
-    from ..kernels import config_cache, moe
+    from ..kernels.moe import launch as moe
+    from ..kernels.moe.autotune import cache as config_cache
 
     shipped = dict.fromkeys(
         moe.gemm_config(each, 1, width, native=native)
@@ -167,7 +169,8 @@ def _words(c: "GemmConfig") -> str:
 
 
 def _using(key: Any, pair: "Configs") -> Callable[[], AbstractContextManager[None]]:
-    from ..kernels import config_cache, moe
+    from ..kernels.moe import launch as moe
+    from ..kernels.moe.autotune import cache as config_cache
 
     @contextlib.contextmanager
     def force() -> Iterator[None]:

@@ -15,9 +15,9 @@ from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed
 from ..kernels.backends import UnsupportedError
-from ..kernels.dispatch import QUANTIZE
-from ..kernels.moe_call import MoECall
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe.backends import FUSED_MOE
+from ..kernels.moe.call import MoECall
+from ..kernels.quantize.api import QUANTIZE
 from ..reference.quantize import Quantized
 from .replay_file import Failure, MoEFailure, QuantizerFailure
 

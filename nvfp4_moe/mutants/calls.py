@@ -15,9 +15,9 @@ from ..cases.moe_case import MoECase
 from ..differential import quantizers
 from ..differential.compare import compare, run_reference
 from ..differential.verdict import Allowed
-from ..kernels import moe
-from ..kernels.config_cache import GemmConfig
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe import launch as moe
+from ..kernels.moe.autotune.cache import GemmConfig
+from ..kernels.moe.backends import FUSED_MOE
 from ..reference.quantize import Quantized, dequantize
 
 Tensor = torch.Tensor

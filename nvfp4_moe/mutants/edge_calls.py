@@ -12,7 +12,8 @@ from .. import host
 from ..cases import moe_edges as matrix_edges
 from ..cases.moe_case import MoECase
 from ..differential.verdict import unequal
-from ..kernels import moe, routing
+from ..kernels.moe import launch as moe
+from ..kernels.moe import routing
 from ..reference.bounds.interval import Interval, rounded
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.recipe import Recipe

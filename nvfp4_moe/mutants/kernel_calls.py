@@ -17,7 +17,7 @@ from ..cases import quantize as matrix
 from ..cases.moe_case import MoECase
 from ..differential.conforming import SETTINGS, Setting
 from ..failures import slice_call as moe_parts
-from ..kernels.config_cache import GemmConfig
+from ..kernels.moe.autotune.cache import GemmConfig
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..differential import workers
-from ..kernels import moe
+from ..kernels import backends
 from .calls import Call
 from .kernel_calls import prepared
 from .syntax import Edit, Spot
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-KERNELS = Path(moe.__file__).resolve().parent
+KERNELS = Path(backends.__file__).resolve().parent
 _UNUSED = shutil.ignore_patterns("__pycache__", "data")
 
 
@@ -31,8 +31,8 @@ class KernelMutant:
 
     @property
     def file(self) -> str:
-        """The module of this package's kernels that has the place."""
-        return self.place(KERNELS)[0].name
+        """The module that has the place, such as "moe/routing.py"."""
+        return self.place(KERNELS)[0].relative_to(KERNELS).as_posix()
 
     def place(self, kernels: Path) -> tuple[Path, Spot]:
         """Where the edit goes in a folder of kernels.

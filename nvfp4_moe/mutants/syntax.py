@@ -128,7 +128,10 @@ class Edit:
         ]
         if len(fits) != 1:
             within = "".join(f", within `{name}`" for name in self.within)
-            places = ", ".join(f"{path.name}:{getattr(s.node, 'lineno', 0)}" for path, s in fits)
+            places = ", ".join(
+                f"{path.relative_to(folder).as_posix()}:{getattr(spot.node, 'lineno', 0)}"
+                for path, spot in fits
+            )
             raise ValueError(
                 f"`{self.old}`{within} fits {len(fits)} places of {folder.name}/"
                 f"{places and f' ({places})'}; it must fit one"

@@ -4,8 +4,8 @@
 import torch
 import torch.distributed as dist
 
-from ..kernels.moe_call import MoECall
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe.backends import FUSED_MOE
+from ..kernels.moe.call import MoECall
 from ..reference import checks
 from ..reference.moe.layer import OUTPUT_DTYPES
 from .rank_check import Group

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 
-from ..kernels import moe_api
-from ..kernels.moe_call import Mode, MoECall
-from ..kernels.moe_dispatch import FUSED_MOE, MoEBackend, with_codes
+from ..kernels.moe import api as moe_api
+from ..kernels.moe.backends import FUSED_MOE, MoEBackend, with_codes
+from ..kernels.moe.call import Mode, MoECall
 from ..reference import checks
 from ..reference.moe.finalize import FinalizeOrder, finalize
 from ..reference.moe.routing import Routing
@@ -205,7 +205,7 @@ def _finalized(
         by_slot = wide[permuted.long()].unflatten(0, weights.shape)
         held = permuted.view(weights.shape) >= 0
         return finalize(by_slot.float(), weights, width, order, held).to(r.output_dtype)
-    from ..kernels import moe as triton_moe
+    from ..kernels.moe import launch as triton_moe
 
     output = rows.new_empty((r.tokens, rows.shape[1]), dtype=r.output_dtype)
     if r.tokens:

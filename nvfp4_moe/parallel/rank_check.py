@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ..kernels.moe_call import MoECall
-from ..kernels.moe_dispatch import FUSED_MOE
+from ..kernels.moe.backends import FUSED_MOE
+from ..kernels.moe.call import MoECall
 from ..reference import checks
 
 REASON = 1000

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..kernels import moe_api
-from ..kernels.moe_call import Mode, MoECall
-from ..kernels.moe_dispatch import MoEBackend
+from ..kernels.moe import api as moe_api
+from ..kernels.moe.backends import MoEBackend
+from ..kernels.moe.call import Mode, MoECall
 from ..reference import checks
 from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import Routing

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
-from ..kernels.moe_call import Mode
+from ..kernels.moe.call import Mode
 from ..reference import checks
 
 Activation = Mode

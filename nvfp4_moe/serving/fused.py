@@ -10,11 +10,11 @@ import torch
 
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
-from ..kernels.dispatch import nvfp4_quantize
-from ..kernels.moe_api import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
-from ..kernels.moe_call import routing_of
-from ..kernels.moe_dispatch import MoEBackend
-from ..kernels.weight_on_input import weigh_rows
+from ..kernels.moe.api import trtllm_fp4_block_scale_moe, trtllm_fp4_block_scale_routed_moe
+from ..kernels.moe.backends import MoEBackend
+from ..kernels.moe.call import routing_of
+from ..kernels.moe.weight_on_input import weigh_rows
+from ..kernels.quantize.api import nvfp4_quantize
 from ..reference import checks
 from ..reference.moe.routing import Routing, unpack_topk
 from ..reference.recipe import Build, Recipe, SfLayout

@@ -9,7 +9,7 @@ from ..checkpoints.folder import Folder
 from ..checkpoints.formats import read_quantization
 from ..checkpoints.load import load_experts
 from ..kernels import environment
-from ..kernels.moe_dispatch import MoEBackend
+from ..kernels.moe.backends import MoEBackend
 from ..reference import checks
 from ..reference.weights.experts import Experts
 from .activation_policy import activation_of

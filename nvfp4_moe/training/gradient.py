@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.dispatch import nvfp4_quantize
-from ..kernels.moe_api import fused_moe
+from ..kernels.moe.api import fused_moe
+from ..kernels.quantize.api import nvfp4_quantize
 from ..reference.activation import activate
 from ..reference.moe.activations import Activations, hidden_values
 from ..reference.recipe import Recipe, SfLayout

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import torch
 
-from ..kernels.moe_dispatch import MoEBackend
-from ..kernels.quantize_call import check_optional_flags, four_over_six_of, math_of
+from ..kernels.moe.backends import MoEBackend
+from ..kernels.quantize.call import check_optional_flags, four_over_six_of, math_of
 from ..reference import checks
 from ..reference.activation import ActivationType, check_activation
 from ..reference.recipe import Build, Recipe

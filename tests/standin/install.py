@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 
-from nvfp4_moe.kernels import backends, capability
+from nvfp4_moe.kernels import backends
+from nvfp4_moe.kernels import device as capability
 from nvfp4_moe.kernels.flashinfer import version
 
 from .behaviour import Behaviour

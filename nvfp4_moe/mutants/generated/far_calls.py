@@ -14,10 +14,15 @@ import numpy as np
 import torch
 
 from ... import host
-from ...kernels import dense, moe, producer_launch, quantize, reload_launch, routing
-from ...kernels import quantize_kernel as k
-from ...kernels.config_cache import GemmConfig
 from ...kernels.decode import decode
+from ...kernels.dense import launch as dense
+from ...kernels.fused_quantize import launch as producer_launch
+from ...kernels.moe import launch as moe
+from ...kernels.moe import routing
+from ...kernels.moe.autotune.cache import GemmConfig
+from ...kernels.quantize import kernel as k
+from ...kernels.quantize import launch as quantize
+from ...kernels.weights import launch as reload_launch
 from ...reference.layouts import padded_shape
 from ...reference.moe.routing import Routing, RoutingMethodType
 from ...reference.recipe import Recipe, SfLayout

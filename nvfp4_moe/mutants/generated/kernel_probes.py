@@ -13,8 +13,8 @@ from ...cases import moe_edges as matrix_edges
 from ...cases import quantize as matrix
 from ...cases.moe_case import MoECase
 from ...differential.conforming import Setting
-from ...kernels.config_cache import GemmConfig
-from ...kernels.quantize import LaunchConfig
+from ...kernels.moe.autotune.cache import GemmConfig
+from ...kernels.quantize.launch import LaunchConfig
 from ...reference.activation import ActivationType
 from ...reference.moe.activations import Activations
 from ...reference.moe.routing import Routing, RoutingMethodType
@@ -205,19 +205,19 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_PRODUCTS, "far below", *_TILES, *_named("decoded", "native", "K of"), "cancelling sums",
         "grid", *_named("far, dense", "far, experts"),
     ),
-    "kernels/moe_gemm.py": (
+    "kernels/moe/grouped_gemm.py": (
         *_ACTIVATIONS, "gpt-oss", *_STATIC, *_TILES, *_named("one token", "decoded", "native"),
         "bf16", "far, experts",
     ),
-    "kernels/moe_kernels.py": (
+    "kernels/moe/permute.py": (
         *_named("permute", "decode", "finalize"), *_TILES, "three launches", "cancelling",
         "any size, to fp32", "far rows", *_named("far, decode", "far, finalize"),
     ),
-    "kernels/routing.py": (
+    "kernels/moe/routing.py": (
         "saturated routers", "undecided routers", "every routing method", "far, route",
     ),
-    "kernels/quantize_kernel.py": _BLOCKS,
-    "kernels/quantize_block.py": _BLOCKS,
+    "kernels/quantize/kernel.py": _BLOCKS,
+    "kernels/quantize/block.py": _BLOCKS,
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
@@ -229,9 +229,9 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/pdl.py": ("decode",),
     "kernels/jit/recipe.py": _BLOCKS,
     "kernels/jit/approximations.py": _ACTIVATIONS,
-    "kernels/dense_gemm.py": (*_PRODUCTS, *_named("far, dense")),
-    "kernels/producer_kernel.py": _PRODUCERS,
-    "kernels/reload_kernel.py": _RELOAD,
+    "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
+    "kernels/fused_quantize/kernel.py": _PRODUCERS,
+    "kernels/weights/kernel.py": _RELOAD,
 }  # fmt: skip
 """Calls of each module, in order."""
 

@@ -10,9 +10,10 @@ import torch
 from ... import host
 from ...cases.moe_case import to_device
 from ...differential.verdict import unequal
-from ...kernels import dense as triton_dense
-from ...kernels import producer_launch, quantize
-from ...kernels.config_cache import GemmConfig
+from ...kernels.dense import launch as triton_dense
+from ...kernels.fused_quantize import launch as producer_launch
+from ...kernels.moe.autotune.cache import GemmConfig
+from ...kernels.quantize import launch as quantize
 from ...reference import dense
 from ...reference import fused_quantize as producers
 from ...reference.activation import ActivationType

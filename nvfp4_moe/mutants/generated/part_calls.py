@@ -9,8 +9,8 @@ import torch
 
 from ... import host
 from ...differential.verdict import unequal
-from ...kernels import moe
 from ...kernels.decode import decode
+from ...kernels.moe import launch as moe
 from ...reference.layouts import from_linear
 from ...reference.moe.finalize import FinalizeOrder, finalize
 from ...reference.quantize import dequantize

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
-from ...kernels import moe
+from ...kernels.moe import launch as moe
 from ...reference import recipe
 from .rules import Generated
 

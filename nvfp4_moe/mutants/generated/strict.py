@@ -12,7 +12,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from ...kernels import dense, moe
+from ...kernels.dense import launch as dense
+from ...kernels.moe import launch as moe
 from ...reference.quantize import dequantize
 
 

@@ -1,0 +1,82 @@
+"""The dense product in Triton: how its kernels are launched.
+
+One launch decodes the rows of `a` (and of `b`, where `a` has many), a second multiplies; where the GPU
+multiplies codes there is one launch in all. Nothing waits for the GPU, so a call can be captured in a
+CUDA graph.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+import triton
+
+from ...reference.recipe import BLOCK_SIZE, SfLayout
+from ..decode import decode
+from ..moe.autotune.cache import GemmConfig
+from ..outputs import aligned
+from ..target import arch, launch_options, native_mma, shared_memory
+from . import kernel as dense_gemm
+from .ops import register
+
+_WAVE = 128
+"""Programs that keep a large GPU busy."""
+
+
+def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
+    """The tiles of [m, k] times [k, n] on a GPU of this ARCH: `bm` of n, `bn` of m.
+
+    The tiles are those that `moe.gemm_config` measured on an H100 for as many tokens of one expert,
+    narrower where too few programs would be left. On GPUs that multiply codes nothing was measured.
+    The order of a sum depends on `bk` and `decoded`, so on m.
+    """
+    if native_mma(arch):
+        if m <= 16:
+            return GemmConfig(128, 16, 128, 4, 4)
+        return GemmConfig(128, 64, 128, 3, 4) if m <= 64 else GemmConfig(128, 128, 128, 3, 8)
+    strips = triton.cdiv(n, 128)
+    if m <= 16:
+        long = k >= 4096 and strips >= _WAVE
+        return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(64, 16, 128, 4, 4)
+    if m <= 32:
+        return GemmConfig(64, 32, 128, 4, 4)
+    if m < 1024:
+        if strips * triton.cdiv(m, 64) < _WAVE:
+            return GemmConfig(64, 64, 128, 4, 4)
+        return GemmConfig(128, 64, 128, 3, 8, registers=128)
+    if shared_memory(arch) < 160:
+        return GemmConfig(128, 128, 64, 3, 8, decoded=True)
+    return GemmConfig(256, 128, 64, 4, 8, decoded=True)
+
+
+def _mm_fp4(
+    a: torch.Tensor,
+    b_rows: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+    alpha: torch.Tensor | None,
+    out: torch.Tensor,
+    use_8x4: bool,
+    config: GemmConfig | None = None,
+) -> None:
+    m, n, k = a.shape[0], b_rows.shape[0], a.shape[1] * 2
+    native = native_mma(arch(a.device))
+    config = config or dense_config(m, n, k, arch(a.device))
+    tile = 8 if use_8x4 else 128
+    x, w, columns = aligned(a), aligned(b_rows), k
+    x_sf: torch.Tensor | None = aligned(a_scales)
+    w_sf: torch.Tensor | None = aligned(b_scales)
+    if config.decoded:
+        columns = triton.cdiv(k, config.bk) * config.bk
+        w, w_sf = decode(w, b_scales, SfLayout.layout_128x4, columns=columns, operand=True), None
+    if not native:
+        layout = SfLayout.layout_8x4 if use_8x4 else SfLayout.layout_128x4
+        x, x_sf = decode(x, a_scales, layout, columns=columns), None
+    dense_gemm.dense_gemm_kernel[(triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),)](
+        x, x_sf, w, w_sf, alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
+        BY_ROW=alpha is not None and alpha.numel() > 1, X_TILE=tile,
+        BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
+        EVEN=k % config.bk == 0, NATIVE=native, ARCH=arch(a.device), num_warps=config.warps,
+        maxnreg=config.registers, **launch_options(a.device),
+    )  # fmt: skip
+
+
+mm_fp4 = register("triton", _mm_fp4)

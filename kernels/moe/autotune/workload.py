@@ -1,0 +1,112 @@
+"""A fused call with made-up tokens, whose GEMMs can also be run alone, and the time that one takes."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ....reference.moe.activations import Activations
+from ....reference.recipe import Recipe
+from ...quantize.launch import quantize_global_scale
+from .. import launch as moe
+from ..call import KernelCall
+from . import cache as config_cache
+from .cache import Configs, GemmConfig
+
+_RECIPE = Recipe()
+_FLUSH_BYTES = 256 << 20  # several times any L2 cache
+
+
+class Trial:
+    """A call's layer with tokens of normal values on experts drawn evenly.
+
+    With `skewed` all tokens take the same experts, the local ones first.
+    """
+
+    def __init__(self, call: KernelCall, top_k: int, tokens: int, *, skewed: bool = False) -> None:
+        experts, num_experts = call.experts, call.all_experts
+        offset, mode = call.local_expert_offset, call.mode
+        device = experts.gemm1_weights.device
+        g = torch.Generator(device).manual_seed(tokens)
+        score = torch.rand(tokens, num_experts, dtype=torch.float32, device=device, generator=g)
+        if skewed:
+            place = (
+                torch.arange(num_experts, dtype=torch.int64, device=device) - offset
+            ) % num_experts
+            score = (num_experts - place).expand(tokens, -1)
+        self.experts, self.top_k, self.tokens = experts, top_k, tokens
+        self.ids, self.slots = score.topk(top_k).indices.int(), tokens * top_k
+        self.offset = offset
+        held = moe.held_slots(self.slots, experts, num_experts)
+        self.key = config_cache.key_of(experts, held, top_k, mode)
+        self.table = moe.table_configs(experts, held)
+        local = self.ids - offset
+        self.rows = int(((local >= 0) & (local < experts.num_local)).sum())
+        size = tokens, experts.padded_hidden_size
+        x = torch.randn(size, dtype=torch.float32, device=device, generator=g).bfloat16()
+        self._permutations: dict[int, moe.Permutation] = {}
+        activations = Activations(x)
+        if mode == "static":
+            activations = Activations(*quantize_global_scale(x, experts.input_scale, _RECIPE))
+        self._call = replace(
+            call, activations=activations, recipe=_RECIPE, finalize_order="slot",
+            quantize="per-token" if mode == "per-token" else None,
+        )  # fmt: skip
+
+    def gemm(self, which: int, config: GemmConfig) -> torch.Tensor:
+        """[T * K, columns] of the first or the second GEMM; rows from `self.rows` on are undefined."""
+        if config.bn not in self._permutations:
+            self._permutations[config.bn] = moe.permute(
+                self.ids, self.experts.num_local, self.offset, config.bn
+            )
+        p = self._permutations[config.bn]
+        if which == 1:
+            static = self._call.mode == "static"
+            return moe.gemm1(self._x1, self.experts, p, self.slots, self.top_k, config, fp32=static)
+        return moe.gemm2(self._x2, self.experts, p, self.slots, config)
+
+    def call(self, configs: Configs) -> torch.Tensor:
+        """The output [T, H] bf16 of the whole call."""
+        weights = torch.full_like(self.ids, 1 / self.top_k, dtype=torch.bfloat16)
+        with config_cache.using(self.key, configs):
+            return moe.fused_moe(self._call, self.ids, weights)[0]
+
+    @functools.cached_property
+    def _x1(self) -> moe.Operand:
+        if self._call.mode == "per-token":
+            return moe.quantized(self._call.activations.hidden_states, _RECIPE)
+        return moe.operand(self._call.activations)
+
+    @functools.cached_property
+    def _x2(self) -> moe.Operand:
+        y = self.gemm(1, self.table[0])
+        if self._call.mode == "bf16":
+            return moe.operand(Activations(y))
+        return moe.quantized(y, _RECIPE, per_token=self._call.mode == "per-token")
+
+
+def microseconds(call: Callable[[], object], replays: int = 20) -> float:
+    """Median time of a call on the GPU, in a CUDA graph, nothing of it in the L2 cache before.
+
+    A model's layers evict one another; weights that stay in the cache would favour other tiles.
+    """
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    other = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for i in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 2:  # warm
+            times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)

@@ -1,0 +1,157 @@
+"""The backends of the fused mixture of experts.
+
+The two sums are each backend's own; everything else is the same to the bit. "auto" takes the first
+backend that can serve, before any work starts; a backend that was named never falls back.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+from ...reference.moe.activations import Activations
+from ...reference.moe.layer import fused_moe as reference_fused_moe
+from ...reference.recipe import SfLayout
+from .. import backends
+from ..backends import Backend, Operation
+from ..flashinfer.table import LAYERS
+from ..quantize.api import nvfp4_quantize
+from . import statistics as moe_statistics
+from .call import MoECall
+
+MoEBackend = Literal[
+    "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
+]  # fmt: skip
+"""What an editor offers for `backend`; `register_backend` adds other names."""
+Results = list[torch.Tensor]
+"""[output [T, H]], or without `do_finalize` [rows, weights, permuted rows]."""
+_Run = Callable[[MoECall], Results]
+
+
+def with_codes(call: MoECall) -> MoECall:
+    """The call with its bf16 hidden states quantized, where they are to be."""
+    if call.quantize is None:
+        return call
+    recipe, per_token = call.recipe, call.quantize == "per-token"
+    scale = recipe.base_scale_inv if per_token else call.experts.input_scale
+    assert scale is not None
+    codes = nvfp4_quantize(
+        call.activations.hidden_states, scale, SfLayout.layout_linear,
+        per_token_activation=per_token, nvfp4_4over6=recipe.four_over_six,
+        fast_math=recipe.math == "fast", build=recipe.build,
+    )  # fmt: skip
+    return replace(call, activations=Activations(*codes), quantize=None)
+
+
+def _on_flashinfer(adapter: ModuleType) -> Backend[MoECall, Results]:
+    def refusal(call: MoECall) -> str | None:
+        return moe_statistics.refusal(adapter.NAME, call) or adapter.refusal(call)
+
+    def run(call: MoECall) -> Results:
+        results: Results = adapter.run(with_codes(call))
+        return results
+
+    remembers = getattr(adapter, "remember_missing_kernel", None)
+    return Backend(adapter.NAME, refusal, run, remembers=remembers)
+
+
+def _triton_refusal(call: MoECall) -> str | None:
+    if (reason := moe_statistics.refusal("triton", call)) is not None:
+        return reason
+    if call.lora_delta is not None:
+        return _NO_LORA
+    if call.variant.rounds_first_gemm:
+        return f'build="{call.build}" rounds the first GEMM to bf16, which these kernels do not'
+    states = call.activations.hidden_states
+    return backends.triton_refusal_of(states, "hidden_states are", call.capability)
+
+
+def _reference_refusal(call: MoECall) -> str | None:
+    if (reason := moe_statistics.refusal("reference", call)) is not None:
+        return reason
+    if call.lora_delta is not None:
+        return _NO_LORA
+    if call.variant.rounds_first_gemm and torch.compiler.is_compiling():
+        return f'torch.compile cannot trace build="{call.build}"'
+    return None
+
+
+_NO_LORA = "gemm1_lora_delta is FlashInfer's alone"
+
+
+def _in_triton(call: MoECall) -> Results:
+    from . import launch as ours
+
+    return _run("triton", ours.OP, ours.fused_moe, call)
+
+
+def _in_reference(call: MoECall) -> Results:
+    if call.variant.rounds_first_gemm:
+        return _in_its_arithmetic(call)
+    from . import ops as ours
+
+    return _run("reference", ours.REFERENCE, ours.reference, call)
+
+
+def _run(name: str, op: Any, function: Any, call: MoECall) -> Results:
+    """Run a call by an implementation: its op, or the plain function, which takes an observer."""
+    if call.quantize == "static":  # an implementation quantizes per token on its way
+        call = with_codes(call)
+    ids, weights = call.routed(name)
+    if call.observe is None:
+        output, rows, permuted = op(call, ids, weights)
+    else:
+        output, rows, permuted = function(call, ids, weights, observe=call.observe)
+    if not call.do_finalize:
+        return [rows, weights.bfloat16(), permuted]
+    return call.placed(output)
+
+
+def _in_its_arithmetic(call: MoECall) -> Results:
+    """The reference itself, of a variant whose roundings the op does not have."""
+    call = with_codes(call)
+    output = reference_fused_moe(
+        call.activations, call.experts, *call.routed(), recipe=call.recipe, variant=call.build,
+        local_expert_offset=call.local_expert_offset, finalize_order=call.finalize_order,
+        output_dtype=call.output_dtype,
+    ).output  # fmt: skip
+    return call.placed(output)
+
+
+def _unfit(call: MoECall) -> str | None:
+    """Why no user's backend serves the call."""
+    if not call.do_finalize:
+        return "a registered backend returns the output alone, and do_finalize is False"
+    if call.observe is not None:
+        return "stats=True needs the intermediate, which a registered backend does not return"
+    return None
+
+
+def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
+    """The function of a user's backend: it gets codes, and its output is checked and placed."""
+
+    def adopted(call: MoECall) -> Results:
+        result = run(with_codes(call))
+        shape = (call.tokens, call.experts.hidden_size)
+        expected = torch.empty(shape, dtype=call.output_dtype, device="meta")
+        backends.check_results(name, [result], [expected], call.activations.hidden_states)
+        return call.placed(result)
+
+    return adopted
+
+
+FUSED_MOE: Operation[MoECall, Results] = Operation(
+    "fused_moe",
+    [
+        *map(_on_flashinfer, LAYERS),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("reference", _reference_refusal, _in_reference),
+    ],
+    adopt=_adopt,
+    unfit=_unfit,
+)
+ORDER = FUSED_MOE.names
+"""Our own backends, in the order in which "auto" tries them."""

@@ -1,0 +1,96 @@
+"""`torch.library` ops of an implementation of the fused mixture of experts.
+
+A compiler can call them and cannot look inside. The op's arguments are the fields of `KernelCall`, then
+ids and weights.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any, Protocol
+
+import torch
+
+from ...reference.moe import layer as moe
+from ...reference.moe.activations import quantize_activations
+from ...reference.moe.permute import permutation
+from ...reference.weights.experts import Experts
+from ..flat import Flat
+from .call import KernelCall, Observe
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+FLAT = Flat(
+    KernelCall,
+    {
+        Experts: (
+            "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
+            "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",
+            "hidden_size", "intermediate_size", "activation", "gemm1_bias", "gemm2_bias",
+            "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit",
+        )
+    },
+)  # fmt: skip
+"""How a call crosses: the one place that knows the op's arguments."""
+
+
+class Implementation(Protocol):
+    """(output [T, H] of `output_dtype`, rows [rows, padded H] bf16, permuted [T * K] int32).
+
+    The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are
+    bf16, and quantized per token with `recipe` first.
+    """
+
+    def __call__(self, call: KernelCall, ids: torch.Tensor, weights: torch.Tensor) -> Triple: ...
+
+
+def register(name: str, implementation: Implementation) -> Implementation:
+    """The op `nvfp4_moe::{name}_fused_moe` of an implementation, as a function."""
+    schema = f"({FLAT.schema}, Tensor ids, Tensor weights) -> (Tensor, Tensor, Tensor)"
+
+    @torch.library.custom_op(f"nvfp4_moe::{name}_fused_moe", mutates_args=(), schema=schema)
+    def op(*flat: Any) -> Triple:
+        return implementation(FLAT.build(flat), flat[-2], flat[-1])
+
+    @op.register_fake
+    def _(*flat: Any) -> Triple:
+        return empty_results(FLAT.build(flat), flat[-2])
+
+    def call_op(call: KernelCall, ids: torch.Tensor, weights: torch.Tensor) -> Triple:
+        return op(*FLAT.flatten(call), ids, weights)
+
+    return call_op
+
+
+def empty_results(call: KernelCall, ids: torch.Tensor) -> Triple:
+    """The three results, allocated; those that `do_finalize` leaves out have no rows."""
+    like, experts = call.activations.hidden_states, call.experts
+    tokens, kept = (ids.shape[0], 0) if call.do_finalize else (0, ids.numel())
+    output = like.new_empty((tokens, experts.hidden_size), dtype=call.output_dtype)
+    rows = like.new_empty((kept, experts.padded_hidden_size), dtype=torch.bfloat16)
+    return output, rows, like.new_empty(kept, dtype=torch.int32)
+
+
+def reference(
+    call: KernelCall, ids: torch.Tensor, weights: torch.Tensor, observe: Observe | None = None
+) -> Triple:
+    """The reference as an `Implementation`."""
+    activations, experts, offset = call.activations, call.experts, call.local_expert_offset
+    if call.quantize:
+        activations = quantize_activations(activations.hidden_states, call.recipe)
+    result = moe.fused_moe(
+        activations, experts, ids, weights, recipe=call.recipe, local_expert_offset=offset,
+        finalize_order=call.finalize_order, output_dtype=call.output_dtype,
+        keep_steps=observe is not None,
+    )  # fmt: skip
+    if observe is not None:
+        observe(ids, result.steps["activated"].flatten(0, 1), None)
+    output, rows, permuted = empty_results(call, ids)
+    if call.do_finalize:
+        return result.output, rows, permuted
+    permuted = permutation(ids, experts.num_local, offset)
+    here = permuted >= 0
+    rows.zero_()
+    rows[permuted[here].long(), : experts.hidden_size] = result.rows.flatten(0, 1)[here]
+    return output, rows, permuted
+
+
+REFERENCE = register("reference", reference)

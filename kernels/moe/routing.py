@@ -1,0 +1,184 @@
+"""Routing in one Triton kernel, a program a token: `reference.moe.routing` but for groups.
+
+Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, exp and
+tanh are rounded from fp64, sums have the reference's order. Only an fp64 value that lies next to an fp32
+rounding border may round to the other side.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+import triton
+import triton.language as tl
+
+from ...reference.moe.routing import METHODS, Routing, RoutingMethodType
+from ..jit.arithmetic import add, div, flush, larger, log2, mul, to_bf16
+from ..jit.pdl import await_previous
+from ..target import arch, launch_options
+
+RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
+RENORMALIZE_NAIVE = tl.constexpr(int(RoutingMethodType.RenormalizeNaive))
+TOP_K_SIGMOID = tl.constexpr(int(RoutingMethodType.TopKSigmoid))
+LLAMA4 = tl.constexpr(int(RoutingMethodType.Llama4))
+DEFAULT = tl.constexpr(int(RoutingMethodType.Default))
+SIGMOID_RENORM = tl.constexpr(int(RoutingMethodType.SigmoidRenorm))
+RAW_METHODS = tl.constexpr(tuple(int(method) for method in METHODS if method.raw))
+BIASED_METHODS = tl.constexpr(tuple(int(method) for method in METHODS if method.biased))
+
+
+@triton.constexpr_function
+def is_raw(method):
+    return method in RAW_METHODS.value
+
+
+@triton.constexpr_function
+def is_biased(method):
+    return method in BIASED_METHODS.value
+
+
+@triton.jit
+def _sigmoid(x):
+    """0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
+    e = tl.exp(-tl.abs(x.to(tl.float64)))
+    tanh = ((1.0 - e) / (1.0 + e)).to(tl.float32)
+    return 0.5 * tl.where(x < 0, -tanh, tanh) + 0.5
+
+
+@triton.jit
+def _exp(x, ARCH: tl.constexpr):
+    return flush(tl.exp(x.to(tl.float64)).to(tl.float32), True, ARCH)
+
+
+@triton.jit
+def _warp_sum(x):
+    """A butterfly, lane i with lane i + width / 2: sums of two, which commute."""
+    LEVELS: tl.constexpr = log2(x.shape[0])
+    for _ in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def route_kernel(
+    logits_ptr,  # [T, E] fp32 or bf16
+    bias_ptr,  # [E] fp32 or bf16, or None
+    ids_ptr,  # [T, K] int32
+    weights_ptr,  # [T, K] bf16
+    scale,  # routed_scaling_factor
+    E,
+    K: tl.constexpr,
+    METHOD: tl.constexpr,
+    NORM: tl.constexpr,  # norm_topk_prob
+    WIDTH: tl.constexpr,  # a power of two >= E
+    SLOTS: tl.constexpr,  # a power of two >= K
+    ARCH: tl.constexpr,
+):
+    await_previous(ARCH)
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, WIDTH)
+    inside = expert < E
+    x = tl.load(logits_ptr + token * E + expert, inside, other=float("-inf")).to(tl.float32)
+    BIASED: tl.constexpr = is_biased(METHOD)
+    RAW: tl.constexpr = is_raw(METHOD)
+    if RAW:
+        value = x
+        if METHOD == LLAMA4:
+            value = tl.where(x == x, x, float("-inf"))
+        score = value
+    elif METHOD == DEFAULT:
+        e = _exp(x - tl.max(x, 0), ARCH)
+        value = div(e, tl.zeros_like(e) + _warp_sum(e), True, ARCH)
+        score = value
+    else:
+        value = _sigmoid(x)
+        score = value
+        if BIASED and bias_ptr is not None:
+            bias = tl.load(bias_ptr + expert, inside, other=0.0).to(tl.float32)
+            score = add(score, bias, True, ARCH)
+    # Sign-magnitude integers, as the kernels of FlashInfer compare; nothing is below an expert.
+    bits = score.to(tl.int32, bitcast=True)
+    if not RAW and ARCH == 0:  # a GPU's arithmetic makes positive NaN only; the host's does not
+        bits = tl.where(score == score, bits, 0x7FC00000)
+    key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+
+    slot = tl.arange(0, SLOTS)
+    ids = tl.zeros((SLOTS,), tl.int32)
+    chosen = tl.zeros((SLOTS,), tl.int32)
+    value = value.to(tl.int32, bitcast=True)  # of which a sum with zeros keeps -0 and NaN
+    for i in tl.static_range(K):
+        best = tl.max(key, 0)
+        first = tl.min(tl.where(inside & (key == best), expert, WIDTH), 0)
+        ids = tl.where(slot == i, first, ids)
+        chosen = tl.where(slot == i, tl.sum(tl.where(expert == first, value, 0), 0), chosen)
+        inside = inside & (expert != first)
+        key = tl.where(expert == first, -2147483648, key)
+
+    chosen = chosen.to(tl.float32, bitcast=True)
+    live = slot < K
+    if METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE:
+        top = tl.max(tl.where(live, chosen, float("-inf")), 0)
+        e = tl.where(live, _exp(chosen - top, ARCH), 0.0)
+        weight = div(e, tl.zeros_like(e) + _warp_sum(e), True, ARCH)
+    elif METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID:
+        weight = _sigmoid(chosen)
+    elif BIASED:
+        total = _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20
+        scaled = mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)
+        weight = div(scaled, tl.zeros_like(chosen) + total, True, ARCH)
+    elif METHOD == SIGMOID_RENORM and NORM:
+        total = larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH)
+        weight = div(chosen, tl.zeros_like(chosen) + total, True, ARCH)
+    else:
+        weight = chosen
+    tl.store(ids_ptr + token * K + slot, ids, live)
+    tl.store(weights_ptr + token * K + slot, to_bf16(weight, ARCH), live)
+
+
+def refusal(routing: Routing) -> str | None:
+    """Why the kernel does not route so; the reference then does."""
+    return "groups are the reference's" if routing.grouped else None
+
+
+@torch.library.custom_op("nvfp4_moe::triton_route", mutates_args=())
+def _op(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    method: int,
+    top_k: int,
+    scale: float,
+    norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, experts = logits.shape
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.bfloat16, device=logits.device)
+    if tokens:
+        width = max(16, triton.next_power_of_2(experts))
+        route_kernel[(tokens,)](
+            logits.contiguous(), bias, ids, weights, scale, experts, K=top_k, METHOD=method,
+            NORM=norm, WIDTH=width, SLOTS=triton.next_power_of_2(top_k),
+            ARCH=arch(logits.device), num_warps=1 if width <= 256 else 4,
+            **launch_options(logits.device),
+        )  # fmt: skip
+    return ids, weights
+
+
+@_op.register_fake
+def _(logits, bias, method, top_k, scale, norm):  # type: ignore[no-untyped-def]
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.bfloat16)
+
+
+def route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int32 [T, K], weights bf16 [T, K]); `refusal` names what the kernel leaves out.
+
+    Raises:
+        ValueError: K > E, or a bias that the method does not read.
+    """
+    if routing.top_k > logits.shape[1]:
+        raise ValueError(f"top_k is {routing.top_k}; logits has only {logits.shape[1]} experts")
+    if bias is not None and not routing.method.biased:
+        raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
+    return _op(
+        logits, bias, int(routing.method), routing.top_k, routing.scale, routing.norm_topk_prob
+    )

@@ -1,0 +1,220 @@
+"""Quantize blocks of 16 elements in registers; `reference/quantize.py` has the arithmetic.
+
+Names are those of the reference. x is [R, NB, 16] fp32, amax [R, NB] the blocks' largest magnitudes.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+from ..jit.arithmetic import FLT_MAX, SIXTH, add, div, flush, mul, rcp, reciprocal, smaller, sub
+from ..jit.e2m1 import columns, e2m1_encode, e2m1_encode_magnitudes, e2m1_signs
+from ..jit.e4m3 import e4m3_decode, e4m3_encode
+from ..jit.formats import E4M3, PER_TOKEN
+from ..jit.recipe import (
+    flushes,
+    has_fast_error,
+    is_exact,
+    is_four_over_six,
+    largest_value,
+    squares_error,
+)
+
+
+@triton.jit
+def or_zero(amax):
+    """A maximum of magnitudes, with 0 in place of NaN."""
+    return tl.where(amax > 0, amax, 0.0)
+
+
+@triton.jit
+def row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
+    """(encode scales, per-token scales) of rows whose largest magnitudes are amax."""
+    FTZ: tl.constexpr = flushes(RECIPE)
+    zero_encode: tl.constexpr = 0.0 if is_four_over_six(RECIPE) else FLT_MAX
+    if is_exact(RECIPE):
+        encode = smaller(div(reciprocal(g, FTZ, ARCH), amax, FTZ, ARCH), FLT_MAX, ARCH)
+        encode = tl.where(encode == 0, 1.0, encode)
+        encode = tl.where(amax == 0, zero_encode, encode)
+        return encode, tl.where(amax == 0, 0.0, reciprocal(encode, FTZ, ARCH))
+    scale = mul(amax, g, FTZ, ARCH)
+    encode = rcp(scale, rcp_delta_ptr, ARCH)
+    if FTZ:
+        return tl.where(scale == 0, 0.0, encode), scale
+    return tl.where(amax == 0, zero_encode, encode), scale
+
+
+@triton.jit
+def _output_scale(sf, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if is_exact(RECIPE):
+        decode = reciprocal(encode, FTZ, ARCH)
+        return smaller(reciprocal(mul(sf, decode, FTZ, ARCH), FTZ, ARCH), FLT_MAX, ARCH)
+    decode = rcp(encode, rcp_delta_ptr, ARCH)
+    return rcp(mul(sf, decode, FTZ, ARCH), rcp_delta_ptr, ARCH)
+
+
+@triton.jit
+def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """Sum [R, NB, 16] from left to right; the order decides near ties of 4over6."""
+    R: tl.constexpr = terms.shape[0]
+    NB: tl.constexpr = terms.shape[1]
+    halves = tl.permute(tl.reshape(terms, (R, NB, 2, 8)), (0, 1, 3, 2))
+    first, second = tl.split(halves)
+    a0, a1, a2, a3, a4, a5, a6, a7 = columns(tl.reshape(first, (R, NB, 1, 8)))
+    b0, b1, b2, b3, b4, b5, b6, b7 = columns(tl.reshape(second, (R, NB, 1, 8)))
+    total = add(add(add(a0, a1, FTZ, ARCH), a2, FTZ, ARCH), a3, FTZ, ARCH)
+    total = add(add(add(total, a4, FTZ, ARCH), a5, FTZ, ARCH), a6, FTZ, ARCH)
+    total = add(add(add(total, a7, FTZ, ARCH), b0, FTZ, ARCH), b1, FTZ, ARCH)
+    total = add(add(add(total, b2, FTZ, ARCH), b3, FTZ, ARCH), b4, FTZ, ARCH)
+    total = add(add(add(total, b5, FTZ, ARCH), b6, FTZ, ARCH), b7, FTZ, ARCH)
+    return tl.reshape(total, (R, NB))
+
+
+@triton.jit
+def _divide_by_constant(p, D: tl.constexpr):
+    """p / D, correctly rounded where nothing in here is subnormal or overflows."""
+    INVERSE: tl.constexpr = 1.0 / D
+    q = p * INVERSE
+    return tl.fma(tl.fma(q, -D, p), INVERSE, q)
+
+
+@triton.jit
+def _candidate(
+    a, unrounded, encode, decode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(scale byte, output scale, packed magnitudes, error) of one of 4over6's two block scales.
+
+    Magnitudes a [R, NB, 16] have the differences of signed values, and round alike.
+    """
+    FTZ: tl.constexpr = flushes(RECIPE)
+    byte = e4m3_encode(unrounded, ARCH)
+    sf = e4m3_decode(byte)
+    output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
+    words, rounded = e2m1_encode_magnitudes(mul(a, output_scale[:, :, None], FTZ, ARCH), ARCH)
+    if NEAR_ONE:
+        # sf * row_amax, and its product with a code, are exact: at most 11 + 4 + 2 significant bits.
+        # All is 2^-26 of itself until the division.
+        SHIFT: tl.constexpr = 2.0**-26
+        D: tl.constexpr = largest_value(RECIPE) * SHIFT
+        by_row = rounded * (sf * (row_amax * 2.0**100))[:, :, None]
+        difference = sub(_divide_by_constant(by_row, D), a, FTZ, ARCH)
+    else:
+        scaled = rounded * 2.0**126 * sf[:, :, None]  # exact
+        if has_fast_error(RECIPE):
+            difference = sub(scaled, mul(a, encode[:, :, None], FTZ, ARCH), FTZ, ARCH)
+        elif MODE == PER_TOKEN:
+            # A row maximum of 0 leaves blocks of zeros and of NaN, and both candidates the same.
+            by_row = mul(scaled, row_amax[:, :, None], FTZ, ARCH)
+            D: tl.constexpr = largest_value(RECIPE)
+            difference = sub(div(by_row, D, FTZ, ARCH), a, FTZ, ARCH)
+        else:
+            difference = sub(mul(scaled, decode[:, :, None], FTZ, ARCH), a, FTZ, ARCH)
+    if squares_error(RECIPE):
+        term = mul(difference, difference, FTZ, ARCH)
+    else:
+        term = tl.abs(difference)
+    return byte, output_scale, words, _ordered_sum(term, FTZ, ARCH)
+
+
+@triton.jit
+def _four_over_six(
+    x, amax, encode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(scale bytes, packed codes): of the block's maximum at 4 if that error is the smaller."""
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if is_exact(RECIPE):
+        unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
+        decode = reciprocal(encode, FTZ, ARCH)
+    else:
+        unrounded6 = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        decode = rcp(encode, rcp_delta_ptr, ARCH)
+    unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
+    a = tl.abs(x)
+    byte = tl.zeros(amax.shape, tl.int32)
+    words = tl.zeros((amax.shape[0], amax.shape[1], 2), tl.int32)
+    output = tl.zeros(amax.shape, tl.float32)
+    error = tl.zeros(amax.shape, tl.float32)
+    unrounded = unrounded6
+    # A loop, not two calls: a program of few rows waits for its instructions as much as for its data.
+    for i in tl.range(0, 2):
+        this_byte, this_output, this_words, this_error = _candidate(
+            a, unrounded, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
+        )
+        better = (this_error < error) | (i == 0)
+        byte = tl.where(better, this_byte, byte)
+        words = tl.where(better[:, :, None], this_words, words)
+        output = tl.where(better, this_output, output)
+        error = this_error
+        unrounded = unrounded4
+    y = mul(x, output[:, :, None], FTZ, ARCH)
+    words = words | e2m1_signs(y, ARCH)
+    zero = amax == 0  # then even -0 gets the code 0
+    return tl.where(zero, 0, byte), tl.where(zero[:, :, None], 0, words)
+
+
+@triton.jit
+def quantize_block(
+    x, amax, encode, row_amax, rcp_delta_ptr,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(scale bytes [R, NB], packed codes [R, NB, 2]) of blocks x [R, NB, 16] with maxima amax."""
+    FTZ: tl.constexpr = flushes(RECIPE)
+    amax = flush(amax, FTZ, ARCH)
+    if is_four_over_six(RECIPE):
+        if ARCH != 0 and MODE == PER_TOKEN and not has_fast_error(RECIPE):
+            far = (row_amax != 0) & ((row_amax < 2.0**-60) | (row_amax > 2.0**16))
+            if tl.max(tl.max(far.to(tl.int32), 1), 0) == 0:
+                byte, words = _four_over_six(
+                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, True, ARCH
+                )
+            else:
+                byte, words = _four_over_six(
+                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH
+                )
+            return byte, words
+        return _four_over_six(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH)
+    if DTYPE == E4M3 and FTZ:  # the CUDA build's kernel for e4m3 has a rule of its own
+        unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        byte = e4m3_encode(unrounded, ARCH)
+        output_scale = mul(rcp(e4m3_decode(byte), rcp_delta_ptr, ARCH), encode, FTZ, ARCH)
+        output_scale = tl.where(unrounded == 0, 0.0, output_scale)
+    elif is_exact(RECIPE):
+        unrounded = mul(amax, mul(encode, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        byte = e4m3_encode(tl.where(amax == 0, 0.0, unrounded), ARCH)
+        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
+        output_scale = tl.where(amax == 0, 0.0, output_scale)
+    else:
+        unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
+        byte = e4m3_encode(unrounded, ARCH)
+        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
+        # The CuTe-DSL kernel tests the rounded scale.
+        zero = amax == 0 if FTZ else byte == 0
+        output_scale = tl.where(zero, 0.0, output_scale)
+    return byte, e2m1_encode(x, output_scale, FTZ, ARCH)
+
+
+@triton.jit
+def quantize_fp32_block(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
+    """The fp32-input rule: codes from the block's own maximum, the block scale afterwards."""
+    amax = flush(or_zero(amax), True, ARCH)  # a block of nothing but NaN counts as zeros
+    output_scale = mul(rcp(amax, rcp_delta_ptr, ARCH), 6.0, True, ARCH)
+    output_scale = tl.where(amax == 0, 0.0, output_scale)
+    denominator = mul(scale, output_scale, True, ARCH)
+    unrounded = tl.where(denominator == 0, 0.0, rcp(denominator, rcp_delta_ptr, ARCH))
+    words = e2m1_encode(x, output_scale, True, ARCH)
+    return e4m3_encode(unrounded, ARCH), words
+
+
+@triton.jit
+def prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
+    """e4m3 input is first brought into fp16 (`reference.quantize._e4m3_blocks`)."""
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if is_exact(RECIPE) and not FTZ:
+        decode = reciprocal(encode, FTZ, ARCH)
+    else:
+        decode = rcp(encode, rcp_delta_ptr, ARCH)
+    prescale = mul(decode, 6.0, FTZ, ARCH)
+    return mul(x, prescale[:, :, None], FTZ, ARCH).to(tl.float16).to(tl.float32)

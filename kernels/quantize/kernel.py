@@ -1,0 +1,190 @@
+"""The quantizer kernel: every recipe, input type and layout of NVFP4 in one Triton function.
+
+A program owns ROWS rows of NBP blocks of 16 (NBP a power of two >= the row's blocks, unless the row
+is longer and the program walks along it twice). Words of memory are laid out so that one thread
+holds whole blocks: two 16-byte loads, no exchange between threads but for the row's maximum, one
+8-byte store. `reference/quantize.py` explains the arithmetic; names are the same here.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import triton
+import triton.language as tl
+
+from ..jit.arithmetic import flush, larger, mul, rcp, reciprocal
+from ..jit.decode import decode_values
+from ..jit.e4m3 import e4m3_decode
+from ..jit.formats import E4M3, FP32, LAYOUT_LINEAR, PER_TOKEN, ROW_SCALES
+from ..jit.load import block_maxima, block_values, load_blocks
+from ..jit.pdl import await_previous
+from ..jit.recipe import flushes, is_exact
+from ..jit.store import store_codes, zero_padding_rows
+from .block import or_zero, prescale_e4m3, quantize_block, quantize_fp32_block, row_scales
+
+
+@triton.jit
+def _load_parts(
+    x_ptr, row, block, live, NB,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """(words, block maxima) of PARTS times BLOCKS blocks of a row, each a tuple of PARTS."""
+    parts = ()
+    maxima = ()
+    for i in tl.static_range(PARTS):
+        column = block + i * BLOCKS
+        words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+        parts = parts + (words,)  # noqa: RUF005, Triton has no star
+        maxima = maxima + (block_maxima(words, DTYPE, ARCH),)  # noqa: RUF005
+    return parts, maxima
+
+
+@triton.jit
+def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.constexpr):
+    """Largest magnitudes [ROWS] of the blocks at (row, column)."""
+    words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+    return or_zero(tl.max(block_maxima(words, DTYPE, ARCH), 1))
+
+
+@triton.jit
+def _quantize_and_store(
+    words, amax, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, values_ptr,
+    rcp_delta_ptr, NB, padded_columns,
+    RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales, or values, of the blocks that stand at (row, column), where live."""
+    x = block_values(words, DTYPE)
+    if DTYPE == E4M3:
+        x = prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
+        amax = tl.max(tl.abs(x), 2)
+    if DTYPE == FP32 and MODE == PER_TOKEN:
+        byte, codes = quantize_fp32_block(x, amax, token, rcp_delta_ptr, ARCH)
+    else:
+        byte, codes = quantize_block(
+            x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
+        )
+    if values_ptr is not None:
+        _store_values(values_ptr, codes, byte, row, column, live & (column < NB), NB, ARCH)
+    else:
+        store_codes(codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
+
+
+@triton.jit
+def _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH: tl.constexpr):
+    """Codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
+    halves = codes[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None, :]
+    words = tl.reshape(halves.to(tl.uint16), (codes.shape[0], codes.shape[1], 4))
+    scale = e4m3_decode(byte)[:, :, None]
+    for i in tl.static_range(4):
+        offset = ((row * 4 + i) * NB + column)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        tl.store(values_ptr + offset, decode_values(words, scale, i, ARCH), mask[:, :, None])
+
+
+@triton.jit(do_not_specialize=["M", "padded_rows"])  # serving meets every M
+def quantize_kernel(
+    x_ptr,  # [M, 16 NB] as int32 words
+    row_index_ptr,  # [>= M] int32, with HAS_ROW_INDEX
+    scale_ptr,  # fp32 [1] or [M], with HAS_SCALE_TENSOR
+    out_scale_ptr,  # fp32 [1], with HAS_OUT_SCALE
+    rcp_delta_ptr,  # [2^23] int8, in the interpreter
+    codes_ptr,  # [M, 2 NB] int32; None with values
+    sf_ptr,  # [padded_rows, padded_columns] uint8; None with values
+    values_ptr,  # [M, 4, 4 NB] bf16, or None
+    token_ptr,  # [M] fp32, with MODE PER_TOKEN
+    scale_value,  # fp32, without HAS_SCALE_TENSOR
+    M,
+    NB,
+    padded_rows,
+    padded_columns,
+    RECIPE: tl.constexpr,  # Recipe.code
+    MODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HAS_ROW_INDEX: tl.constexpr,
+    HAS_SCALE_TENSOR: tl.constexpr,
+    HAS_OUT_SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # quantized by a program at a time
+    PARTS: tl.constexpr,  # times BLOCKS, kept from the one read
+    READ: tl.constexpr,  # read at a time for the row's maximum (all, if SPLITS); 0: one read in all
+    SPLITS: tl.constexpr,  # programs that share the columns of a row
+    ARCH: tl.constexpr,
+):
+    await_previous(ARCH)
+    FTZ: tl.constexpr = flushes(RECIPE)
+    if LAYOUT != LAYOUT_LINEAR:
+        row_programs = (M + ROWS - 1) // ROWS
+        if tl.program_id(0) >= row_programs:
+            first = (tl.program_id(0) - row_programs) * SPLITS + tl.program_id(1)
+            zero_padding_rows(
+                sf_ptr, M, padded_rows, padded_columns, first * ROWS * BLOCKS, ROWS * BLOCKS, LAYOUT
+            )
+            return
+
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < M
+    if HAS_ROW_INDEX:
+        row = tl.load(row_index_ptr + row, live, other=-1).to(tl.int64)
+        live = live & (row >= 0) & (row < M)
+    row, live = row[:, None], live[:, None]
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+
+    if MODE == ROW_SCALES:
+        given = tl.load(scale_ptr + row, live, other=1.0)
+    elif HAS_SCALE_TENSOR:
+        given = tl.load(scale_ptr + tl.zeros_like(row))
+    else:
+        given = tl.zeros((ROWS, 1), tl.float32) + scale_value
+
+    if MODE != PER_TOKEN or READ == 0 or SPLITS != 1:
+        # With SPLITS, the program's own blocks are on their way while it reads the row.
+        parts, maxima = _load_parts(x_ptr, row, block, live, NB, PARTS, BLOCKS, DTYPE, ARCH)
+
+    if MODE == PER_TOKEN:
+        if READ == 0:
+            largest = maxima[0]
+            for i in tl.static_range(1, PARTS):
+                largest = larger(largest, maxima[i], ARCH)
+            row_amax = or_zero(tl.max(largest, 1))
+        else:
+            ahead = tl.arange(0, READ)[None, :]
+            row_amax = _read_maximum(x_ptr, row, ahead, live, NB, DTYPE, ARCH)
+            if SPLITS == 1:
+                for start in range(READ, NB, READ):
+                    more = _read_maximum(x_ptr, row, start + ahead, live, NB, DTYPE, ARCH)
+                    row_amax = tl.maximum(row_amax, more)
+        row_amax = flush(row_amax, FTZ, ARCH)[:, None]
+        encode, token = row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
+        shown = token
+        if HAS_OUT_SCALE:
+            shown = mul(token, tl.load(out_scale_ptr), FTZ, ARCH)
+        if tl.program_id(1) == 0:
+            tl.store(token_ptr + row, shown, live)
+    else:
+        row_amax = given
+        encode = given
+        if INVERSE:
+            if is_exact(RECIPE):
+                encode = reciprocal(given, FTZ, ARCH)
+            else:
+                # Nothing subnormal comes out; but the assembler would cancel rcp(rcp(x)).
+                encode = flush(rcp(given, rcp_delta_ptr, ARCH), True, ARCH)
+        encode = flush(encode, FTZ, ARCH)
+        token = encode
+
+    if MODE == PER_TOKEN and READ != 0 and SPLITS == 1:
+        for start in range(0, padded_columns, BLOCKS):
+            column = start + block
+            words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+            _quantize_and_store(
+                words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, column, live,
+                codes_ptr, sf_ptr, values_ptr, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+            )  # fmt: skip
+    else:
+        for i in tl.static_range(PARTS):
+            _quantize_and_store(
+                parts[i], maxima[i], encode, token, row_amax, row, block + i * BLOCKS, live,
+                codes_ptr, sf_ptr, values_ptr, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+            )  # fmt: skip

@@ -1,0 +1,236 @@
+"""The Triton quantizers: how they are launched.
+
+`quantize_per_token` and `quantize_global_scale` have the names, keywords and bits of
+`reference.quantize`, on one CUDA device (CPU tensors under the interpreter). They allocate, launch once
+and return; nothing waits for the GPU, so they can be captured in a CUDA graph.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ...reference.layouts import padded_shape
+from ...reference.numerics.fp32 import rcp_delta
+from ...reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
+from ..jit import formats
+from ..outputs import aligned, allocate, two_arguments
+from ..target import INTERPRETING, arch, launch_options
+from . import kernel as k
+from .ops import Pair, Quantizers, Triple, register
+
+DTYPES = {
+    torch.bfloat16: formats.BF16,
+    torch.float16: formats.FP16,
+    torch.float8_e4m3fn: formats.E4M3,
+    torch.float32: formats.FP32,
+}
+BLOCKS_IN_REGISTERS = 1024
+"""Blocks of a row, at most, that one program keeps in registers: K = 16,384."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a matrix is cut into programs."""
+
+    rows: int  # rows of a program
+    blocks: int  # of each row, quantized at a time
+    read: int  # blocks read at a time for the row's maximum before; 0: the same ones, read once
+    splits: int  # programs that share a row
+    warps: int
+    parts: int = 1  # times `blocks`, which a program keeps from its one read
+
+
+def launch_config(
+    m: int, num_blocks: int, *, four_over_six: bool = False, interpreted: bool = False
+) -> LaunchConfig:
+    """The shipped choice of the per-token quantizer for [m, 16 * num_blocks] (`bench/` has why)."""
+    wide = max(4, triton.next_power_of_2(num_blocks))
+    read = min(wide, BLOCKS_IN_REGISTERS)
+    if interpreted:  # a program costs milliseconds there, whatever its size
+        rows = min(64, triton.next_power_of_2(max(m, 1)))
+        return LaunchConfig(rows, read, 0 if wide == read else read, 1, 4)
+    one_read = wide == read
+    if one_read and wide >= 256 and (m <= 32 or (four_over_six and m <= 128)):
+        # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
+        blocks = 128 if four_over_six else wide // 4
+        return LaunchConfig(1, blocks, wide, triton.cdiv(num_blocks, blocks), blocks // 32)
+    if four_over_six and (not one_read or (m > 128 and wide >= 128)):
+        # Arithmetic limits: small programs, many at a time; the second read hits the cache.
+        blocks = 128 if wide > 256 and num_blocks % 128 == 0 else 64
+        return LaunchConfig(1, blocks, read, 1, blocks // 32)
+    if m <= 128 and one_read:
+        return LaunchConfig(1, wide, 0, 1, min(16, max(1, wide // 32)))
+    if wide < 128:
+        return LaunchConfig(256 // wide, wide, 0, 1, 4)
+    if not one_read:
+        return LaunchConfig(1, read, read, 1, 16)
+    if num_blocks in (128, 256):
+        return LaunchConfig(1, wide, 0, 1, wide // 64)
+    # Three or four parts follow the row's length more closely than a power of two does, and few
+    # threads with much each wait less at the row's maximum than many.
+    blocks = wide // 4
+    return LaunchConfig(1, blocks, 0, 1, blocks // 32, triton.cdiv(num_blocks, blocks))
+
+
+def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
+    """The same for the global-scale quantizer, whose rows need no maximum."""
+    wide = max(4, triton.next_power_of_2(num_blocks))
+    blocks = min(wide, BLOCKS_IN_REGISTERS if interpreted else 256)
+    rows = max(1, 256 // blocks)
+    if interpreted:
+        rows = min(64, triton.next_power_of_2(max(m, 1)))
+    elif m <= 128:
+        rows = 1
+    return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 64))
+
+
+class Outputs(NamedTuple):
+    """What the kernel writes: codes and block scales, or values in their place."""
+
+    codes: torch.Tensor | None
+    block_scales: torch.Tensor | None
+    token_scale: torch.Tensor | None
+    values: torch.Tensor | None = None
+
+
+def _launch(
+    x: torch.Tensor,
+    outputs: Outputs,
+    mode: int,
+    scale: torch.Tensor | None,
+    scale_value: float,
+    recipe_code: int,
+    layout: int,
+    *,
+    inverse: bool = False,
+    row_index: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> None:
+    m, columns = x.shape
+    num_blocks = columns // BLOCK_SIZE
+    padded_rows, padded_columns = padded_shape(m, num_blocks, SfLayout(layout))
+    if m == 0 or num_blocks == 0:
+        return
+    x = aligned(x)
+    if scale is not None:
+        scale = scale.to(device=x.device, dtype=torch.float32).reshape(-1).contiguous()
+    if out_scale is not None:
+        out_scale = out_scale.to(device=x.device, dtype=torch.float32).reshape(-1)
+    if row_index is not None:
+        row_index = row_index.contiguous()
+    if config is None:
+        if mode == formats.PER_TOKEN.value:
+            config = launch_config(
+                m,
+                num_blocks,
+                four_over_six=bool(recipe_code & FOUR_OVER_SIX),
+                interpreted=INTERPRETING,
+            )
+        else:
+            config = global_launch_config(m, num_blocks, interpreted=INTERPRETING)
+    programs = triton.cdiv(m, config.rows)
+    if padded_rows != m and row_index is None:
+        # Padding rows are in the last row tile only: programs of their own fill it, words of four.
+        tile = padded_columns // 4 * (128 if layout == SfLayout.layout_128x4 else 8)
+        programs += triton.cdiv(tile, config.rows * config.blocks * config.splits)
+    k.quantize_kernel[(programs, config.splits)](
+        x.view(torch.int32),
+        row_index,
+        scale,
+        out_scale,
+        rcp_delta(x.device) if INTERPRETING else None,
+        None if outputs.codes is None else outputs.codes.view(torch.int32),
+        outputs.block_scales,
+        outputs.values,
+        outputs.token_scale,
+        scale_value,
+        m,
+        num_blocks,
+        padded_rows,
+        padded_columns,
+        RECIPE=recipe_code,
+        MODE=mode,
+        DTYPE=DTYPES[x.dtype].value,
+        LAYOUT=layout,
+        INVERSE=inverse,
+        HAS_ROW_INDEX=row_index is not None,
+        HAS_SCALE_TENSOR=scale is not None,
+        HAS_OUT_SCALE=out_scale is not None,
+        ROWS=config.rows,
+        BLOCKS=config.blocks,
+        PARTS=config.parts,
+        READ=config.read,
+        SPLITS=config.splits,
+        ARCH=arch(x.device),
+        num_warps=config.warps,
+        **launch_options(x.device),
+    )
+
+
+def _per_token(
+    x: torch.Tensor,
+    base_scale_inv: float | torch.Tensor,
+    recipe: Recipe,
+    layout: SfLayout = SfLayout.layout_linear,
+    *,
+    row_index: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> Triple:
+    scale, value = two_arguments(base_scale_inv)
+    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
+    _launch(
+        x,
+        Outputs(codes, sf, token),
+        formats.PER_TOKEN.value,
+        scale,
+        value,
+        recipe.code,
+        int(layout),
+        row_index=row_index,
+        out_scale=out_scale,
+    )
+    return codes, sf, token
+
+
+def _global_scale(
+    x: torch.Tensor,
+    global_scale: float | torch.Tensor | None,
+    recipe: Recipe,
+    layout: SfLayout = SfLayout.layout_linear,
+    *,
+    inverse: bool = False,
+) -> Pair:
+    scale, value = two_arguments(global_scale)
+    mode = formats.ROW_SCALES if scale is not None and scale.numel() > 1 else formats.GLOBAL_SCALE
+    codes, sf, token = allocate(x, layout)
+    out = Outputs(codes, sf, token)
+    _launch(x, out, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)
+    return codes, sf
+
+
+def quantize_to_values(
+    x: torch.Tensor, recipe: Recipe, *, per_token: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[M, K] to (values [M, 4, K/4] bf16, per-token scales [M] fp32 or None).
+
+    A value is code times block scale, exact; each fourth column together, as the grouped GEMM of the
+    mixture of experts reads them. Without `per_token` the encode scale is 1, already in x, and fp32 x
+    is quantized as `reference.quantize.quantize_block_scales` does.
+    """
+    rows, columns = x.shape
+    token = x.new_empty(rows, dtype=torch.float32) if per_token else None
+    values = x.new_empty((rows, 4, columns // 4), dtype=torch.bfloat16)
+    mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
+    scale = recipe.base_scale_inv if per_token else 1.0
+    linear = int(SfLayout.layout_linear)
+    _launch(x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear)
+    return values, token
+
+
+quantize_per_token, quantize_global_scale = register(
+    "triton", Quantizers(_per_token, _global_scale)
+)
