@@ -207,6 +207,14 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels count_kernel: comparison: bins < E -> bins <= E (2)",
         "kernels count_kernel: operator: (bins < E) & (counts > 0) -> (bins < E) | (counts > 0)",
     ),
+    "Bins before an expert alone are summed, and none behind the last expert is read.": (
+        "kernels _expert_counted: comparison: bins < E -> bins <= E",
+        "kernels _expert_counted: constant: "
+        "tl.where(bins < E, (counts + TILE - 1) // TILE, 0) -> "
+        "tl.where(bins < E, (counts + TILE - 1) // TILE, 1)",
+        "kernels permute_kernel: comparison: local < E -> local <= E",
+        "kernels count_kernel: comparison: local < E -> local <= E",
+    ),
     "Behind the last chunk nothing is stored, and no step follows.": (
         "kernels offset_kernel: constant: 0 -> 1",
     ),
