@@ -23,7 +23,7 @@ from nvfp4_moe.mutants.generated import (
     reference_probes,
     trial,
 )
-from nvfp4_moe.mutants.generated.plant import planted
+from nvfp4_moe.mutants.generated.plant import module_of, planted
 from nvfp4_moe.mutants.generated.rules import generate
 
 _SOURCE = '''
@@ -168,6 +168,12 @@ def test_an_address_of_no_tensor_is_an_error(change):
 def decode_source():
     source = inspect.getsource(moe_kernels.decode_kernel.fn)
     return source[source.index("def ") :]
+
+
+def test_the_module_of_every_mutant_has_what_it_changes(of_reference):
+    for mutant in (*of_reference, *command.every("kernels")):
+        module, names = module_of(mutant.file), mutant.function.strip("()").split(", ")
+        assert all(hasattr(module, name.split(".")[0]) for name in names), mutant.shown
 
 
 def test_a_constant_is_exchanged_where_it_was_imported(of_reference):

@@ -10,17 +10,14 @@ from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
-from ...kernels.moe import launch as moe
-from ...reference import recipe
 from .rules import Generated
 
-_FOLDERS = {"reference": recipe.__package__, "kernels": moe.__package__}
+_PACKAGE = __name__.split(".")[0]
 
 
 def module_of(file: str) -> ModuleType:
     """The module of a file, `reference/numerics/e2m1.py` say."""
-    folder, name = file.removesuffix(".py").split("/", 1)
-    return importlib.import_module(f"{_FOLDERS[folder]}.{name.replace('/', '.')}")
+    return importlib.import_module(f"{_PACKAGE}.{file.removesuffix('.py').replace('/', '.')}")
 
 
 @contextmanager
