@@ -51,7 +51,7 @@ fuzz-bounds-gpu:
 # Damaged checkpoints and replay files: no error but the documented one, none over 5 seconds. About an
 # hour; `make fuzz-checkpoints ARGUMENTS="--seed 7 --runs 1000"` takes a part of it.
 fuzz-checkpoints: $(SETUP)
-	PYTHONPATH=.:tests $(PYTHON) tests/fuzz_checkpoints.py $(ARGUMENTS)
+	PYTHONPATH=.:tests/support $(PYTHON) tests/support/fuzz_checkpoints.py $(ARGUMENTS)
 
 # Small changes made by rule of the reference and of the kernels, and what catches each; what has been
 # tried is in build/mutants.json, and not tried again. Half an hour, and hours. On a GPU, also
@@ -63,7 +63,7 @@ mutants: $(SETUP)
 
 # What a report looks like: of a run with three faults, planted.
 planted-report: $(SETUP)
-	PYTHONPATH=. $(PYTHON) tests/planted_report.py build/planted-report
+	PYTHONPATH=.:tests/support $(PYTHON) tests/support/planted_report.py build/planted-report
 
 # Needs an NVIDIA GPU. The backends beside each other, then our own tables.
 bench:
@@ -81,7 +81,7 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# What users' checkers see of a checkout, an editable install and a wheel is in tests/test_checkers.py.
+# What users' checkers see of a checkout, an editable install and a wheel is in tests/package/test_checkers.py.
 types: $(SETUP)
 	$(PYTHON) -m mypy
 
@@ -97,7 +97,7 @@ check-wheel: wheel
 	$(PYTHON) -m venv --clear build/empty
 	build/empty/bin/python -m pip install --quiet -c constraints.txt torch
 	build/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
-	cd / && PYTHONSAFEPATH=1 $(CURDIR)/build/empty/bin/python $(CURDIR)/tests/installed_wheel.py
+	cd / && PYTHONSAFEPATH=1 $(CURDIR)/build/empty/bin/python $(CURDIR)/tests/support/installed_wheel.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

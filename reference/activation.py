@@ -2,7 +2,7 @@
 
 A new activation is a number of `ActivationType`, a row of `_TABLE` and its formula here, a branch of the
 Triton kernel (`kernels/moe/grouped_gemm.py`) and a rule of its bounds (`bounds/activation.py`). The rest
-of the library reads the table. `tests/test_activation_table.py` names whatever is missing.
+of the library reads the table. `tests/moe/test_activation_table.py` names whatever is missing.
 
 Formulas: flashinfer-python 0.7.2, `fused_moe/core.py:6470-6490`, `trace/templates/moe.py:1615-1665`
 (clamps before scalars), `data/include/flashinfer/trtllm/batched_gemm/KernelRunner.h:36-48` (beta before

@@ -1,7 +1,8 @@
 """The options of every subcommand, and its help.
 
 Nothing here imports torch, so that `--help` and a misspelt option are answered at once. Choices that are
-keys of a table elsewhere stand here, too; `tests/test_command_line.py` compares them with the table.
+keys of a table elsewhere stand here, too; `tests/package/test_command_line.py` compares them with the
+table.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,149 @@
+"""`nvfp4-moe blackwell`, rehearsed: FlashInfer's kernels are stood in for, truthfully or with a lie."""
+
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import standin
+from paths import ROOT
+
+from nvfp4_moe.__main__ import main
+from nvfp4_moe.cli import blackwell
+from nvfp4_moe.kernels.moe import backends as moe_dispatch
+from nvfp4_moe.report import data as report
+
+pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, as FlashInfer's layers do")
+OPTIONS = Namespace(small=True, timeout=300)
+
+
+def test_every_backend_in_every_math():
+    planned = list(blackwell.jobs(None))
+    assert len({job.folder for job in planned}) == len(planned) == 4 * 2 + 4 * 4 + 4
+    assert {job.backend for job in planned if job.part.name == "moe"} == set(moe_dispatch.ORDER) - {
+        "reference"
+    }
+    (one,) = [j for j in planned if j.math == "4over6" and j.backend == "flashinfer:cutlass"]
+    assert one.part.maths[one.math] == {"FLASHINFER_NVFP4_4OVER6": "1"}
+    assert one.arguments(OPTIONS, Path("out"))[:3] == ["diff", "--only", "moe"]
+
+
+def test_an_unknown_backend(capsys):
+    assert main(["blackwell", "--backends", "marlin"]) == 2
+    assert "'marlin'; it must be among flashinfer:bf16" in capsys.readouterr().err
+
+
+def test_the_rehearsal(tmp_path):
+    """The whole command and its processes, of a machine that keeps the contract."""
+    child = subprocess.run(
+        [
+            sys.executable, "tests/support/standin/rehearse.py", "blackwell", "--small", "--report",
+            tmp_path,
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout + child.stderr
+    found = report.read(tmp_path / "report.json")
+    verdicts = found.sections[0]
+    for row, cells in verdicts.rows.items():
+        for backend, cell in cells.items():
+            cannot = backend == "flashinfer:cake" and "exact" in row
+            assert (cell.status == "skipped") == cannot, (row, backend, cell)
+            assert cell.failed == 0
+    layers = verdicts.rows["fused mixture of experts, fast math"]
+    assert layers["flashinfer:trtllm"].compared > 60  # every tactic, twice
+    assert "flashinfer:trtllm     inside" in child.stdout
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_nothing_of_flashinfers_ran(tmp_path, capsys):
+    arguments = ["blackwell", "--small", "--backends", "flashinfer:cutlass", "--report"]
+    assert main([*arguments, str(tmp_path)]) == 3
+    printed = capsys.readouterr().out
+    assert "not run: hidden_states are on the CPU" in printed
+    missing = "backend flashinfer:cutlass: hidden_states are on the CPU"
+    assert f"asked for and not run: {missing}" in printed
+    assert "exit status 3: nothing was compared" in printed
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert missing in page and "Nothing failed" not in page
+    assert report.read(tmp_path / "report.json").missing == [missing]
+
+
+def test_ours_alone_is_not_what_was_asked_for(tmp_path, monkeypatch, capsys):
+    """Where no backend is named FlashInfer is asked for, however much of ours passed."""
+    verdicts = report.Section("verdicts", summary=True)
+    verdicts.put("quantizers", "triton", report.Cell("identical", 148))
+    verdicts.put("quantizers", "flashinfer:cuda", report.Cell("skipped", note="no GPU"))
+    assert blackwell._missing(verdicts, None) == ["every backend of FlashInfer's: no GPU"]
+    assert blackwell._missing(verdicts, "triton") == []
+    assert blackwell._missing(verdicts, "triton,flashinfer:cuda") == [
+        "backend flashinfer:cuda: no GPU"
+    ]
+    verdicts.put("layers", "flashinfer:trtllm", report.Cell("inside", 2))
+    assert blackwell._missing(verdicts, None) == []
+
+
+def test_a_process_that_dies(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(
+        blackwell, "CHILD", (sys.executable, "-c", "import os; print('dying'); os.abort()")
+    )
+    arguments = ["blackwell", "--backends", "flashinfer:cake", "--report", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "flashinfer:cake       FAIL: 1 of 1 crashed" in capfd.readouterr().out
+    found = report.read(tmp_path / "report.json")
+    cell = found.sections[1].rows["the whole process"]["flashinfer:cake"]
+    assert cell.note == "dying" and cell.failures[0].summary == "exit status -6"
+    assert found.failed == 2  # fast and exact
+
+
+def test_a_process_that_does_not_end(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(blackwell, "CHILD", (sys.executable, "-c", "import time; time.sleep(60)"))
+    once = tuple(replace(part, maths={"fast math": {}}) for part in blackwell.PARTS)
+    monkeypatch.setattr(blackwell, "PARTS", once)
+    arguments = ["blackwell", "--backends", "flashinfer:cake", "--timeout", "1"]
+    assert main([*arguments, "--report", str(tmp_path)]) == 1
+    assert "FAIL: 1 of 1 crashed" in capfd.readouterr().out
+    found = report.read(tmp_path / "report.json")
+    assert "still running after 1 s" in found.sections[0].cells[0].note
+
+
+MATH_OF = {
+    "exact math ignored": "exact math",
+    "4over6 of the intermediate ignored": "4over6",
+}
+"""Lies that not every math shows."""
+
+
+def rehearsed(backend, part, math, lie, tmp_path, monkeypatch):
+    """(exit status, report) of one process's work, done in this one."""
+    (job,) = [j for j in blackwell.jobs(backend) if (j.part.name, j.math) == (part, math)]
+    for name, value in job.part.maths[math].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("nvfp4_moe.failures.write.MOST_FILES", 1)
+    with standin.installed(lie):
+        status = main(job.arguments(OPTIONS, tmp_path))
+    return status, report.read(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("name", standin.LIES)
+def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
+    lie = standin.LIES[name]
+    backend = lie.backends[0]
+    part = {"quantizer": "quantizers", "layer": "moe", "sibling": "siblings"}[lie.of]
+    math = "any math" if part == "siblings" else MATH_OF.get(name, "fast math")
+    status, found = rehearsed(backend, part, math, name, tmp_path, monkeypatch)
+    assert status == 1
+    failing = [
+        (column, cell)
+        for row in found.sections[0].rows.values()
+        for column, cell in row.items()
+        if cell.status in report.FAILED
+    ]
+    assert failing and all(backend in column for column, _ in failing)
+    told = [failure.case for _, cell in failing for failure in cell.failures]
+    for tactic in lie.tactics:
+        assert all(tactic in case for case in told)
+    assert (tmp_path / "failure-01.safetensors").exists() == (part != "siblings")
