@@ -11,17 +11,13 @@ from moe_triton_cases import coarse, to
 
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.kernels.moe.launch import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
-from nvfp4_moe.reference.recipe import Recipe
 
 pytestmark = ON_A_GPU
 
-OPTIONS = {
-    "recipe": Recipe(), "local_expert_offset": 0, "finalize_order": "flashinfer",
-    "do_finalize": True,
-}  # fmt: skip
 CONFIGS = [
     GemmConfig(64, 16, 128, 4, 4),
     GemmConfig(128, 16, 256, 3, 4),
@@ -89,30 +85,36 @@ def test_few_decoded_experts_at_a_time(monkeypatch):
         assert_bitwise(*moe_triton_cases.both(case, "cuda", config=CONFIGS[-1]), str(size))
 
 
+def _output(activations, experts, ids, weights, **options):
+    """The layer's output for quantized hidden states, by the launcher itself."""
+    call = KernelCall(activations, experts, experts.num_local, **options)
+    return moe.fused_moe(call, ids, weights)[0]
+
+
 def test_cuda_graph_with_another_routing():
     shape = Shape(17, 256, 128, 8, 2)
     first, second = make(shape, seed=1), make(shape, seed=2)
     a, e, ids, w = (
         to("cuda", t) for t in (first.activations, first.experts, first.ids, first.weights)
     )
-    moe.fused_moe(a, e, ids, w, **OPTIONS)[0]  # compile
+    _output(a, e, ids, w)  # compile
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = moe.fused_moe(a, e, ids, w, **OPTIONS)[0]
+        captured = _output(a, e, ids, w)
     ids.copy_(second.ids)
     w.copy_(second.weights)
     graph.replay()
-    assert_bitwise(captured, moe.fused_moe(a, e, ids, w, **OPTIONS)[0], "replayed")
+    assert_bitwise(captured, _output(a, e, ids, w), "replayed")
 
 
 def test_poisoned_memory_is_overwritten():
     case = make(Shape(17, 256, 128, 8, 2))
     args = [to("cuda", t) for t in (case.activations, case.experts, case.ids, case.weights)]
-    clean = moe.fused_moe(*args, **OPTIONS)[0]
+    clean = _output(*args)
     for _ in range(3):
         torch.full((1 << 22,), torch.nan, device="cuda")  # freed at once
-        assert_bitwise(moe.fused_moe(*args, **OPTIONS)[0], clean, "after NaN lay in the memory")
+        assert_bitwise(_output(*args), clean, "after NaN lay in the memory")
 
 
 @pytest.mark.parametrize("width,intermediate", [(2048, 768), (7168, 256)])
@@ -121,11 +123,13 @@ def test_batch_invariant(width, intermediate):
     shape = Shape(4096, width, intermediate, 16, 4)
     case = make(shape)
     a, e, ids, w = (to("cuda", t) for t in (case.activations, case.experts, case.ids, case.weights))
-    options = OPTIONS | {"finalize_order": "slot", "batch_invariant": True}
 
     def run(rows):
         part = Activations(a.hidden_states[rows], a.block_scales[rows], a.per_token_scale[rows])
-        return moe.fused_moe(part, e, ids[rows].contiguous(), w[rows].contiguous(), **options)[0]
+        return _output(
+            part, e, ids[rows].contiguous(), w[rows].contiguous(), finalize_order="slot",
+            batch_invariant=True,
+        )  # fmt: skip
 
     token = 1234
     alone = run(torch.tensor([token], device="cuda"))[0]
