@@ -10,6 +10,7 @@ import random
 import hypothesis
 import pytest
 import session
+import torch
 
 hypothesis.settings.register_profile("nvfp4", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("nvfp4")
@@ -48,6 +49,16 @@ def no_tuned_configurations(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVFP4_MOE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """New memory holds NaN, and the largest number of an integer type, until somebody writes it."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    assert torch.empty(1, dtype=torch.float32, device="cpu").isnan()
+    yield
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture(scope="session")
