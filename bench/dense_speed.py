@@ -14,7 +14,7 @@ import torch
 from measure import arguments, copy_rate, cublas_rate, microseconds, save, start
 
 from nvfp4_moe.kernels.dense.launch import dense_config, mm_fp4
-from nvfp4_moe.kernels.target import arch
+from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.layouts import padded_shape
 from nvfp4_moe.reference.recipe import SfLayout

@@ -24,7 +24,7 @@ from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes,
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
 from nvfp4_moe.kernels.moe import launch as triton_moe
-from nvfp4_moe.kernels.target import arch, native_mma
+from nvfp4_moe.kernels.triton_target import arch, native_mma
 
 DEVICE = torch.device("cuda")
 TOKENS = (1, 8, 32, 128, 1024, 4096, 16384)

@@ -414,13 +414,13 @@ def triton_refusal_of(t: torch.Tensor, what: str, capability: tuple[int, int] | 
     """Why Triton cannot run on the tensor (`what` it is, "a is") or on the GPU asked about."""
     if not HAS_TRITON:
         return "triton is not installed"
-    from . import target
+    from . import triton_target
 
     if capability is not None:
-        if capability >= target.MIN_CAPABILITY:
+        if capability >= triton_target.MIN_CAPABILITY:
             return None
         return f"sm_{capability[0]}{capability[1]} is before sm_80"
-    if t.device.type == "cpu" and target.INTERPRETING:
+    if t.device.type == "cpu" and triton_target.INTERPRETING:
         return None
     return (
         f"{what} on the {t.device.type}; Triton runs on a GPU, or on the CPU in its interpreter "

@@ -7,7 +7,7 @@ import triton
 from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, SfLayout
 from .jit.decode import decode_kernel
-from .target import arch, launch_options
+from .triton_target import arch, launch_options
 
 
 def decode(

@@ -10,10 +10,10 @@ import torch
 import triton
 
 from ...reference.recipe import BLOCK_SIZE, SfLayout
+from ..allocate import aligned
 from ..decode import decode
 from ..moe.autotune.cache import GemmConfig
-from ..outputs import aligned
-from ..target import arch, launch_options, native_mma, shared_memory
+from ..triton_target import arch, launch_options, native_mma, shared_memory
 from . import kernel as dense_gemm
 from .ops import register
 

@@ -15,8 +15,8 @@ from ...reference import checks
 from ...reference.recipe import BLOCK_SIZE, Build, Recipe, SfLayout
 from ...reference.weights.scalars import LARGEST
 from .. import backends, environment
+from ..allocate import allocate
 from ..backends import Asked, Backend, Operation
-from ..outputs import allocate
 from ..quantize.call import (
     UNSET,
     QuantizeCall,

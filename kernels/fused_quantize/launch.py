@@ -11,10 +11,11 @@ import triton
 from ...reference.layouts import padded_shape
 from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, Recipe, SfLayout
-from ..outputs import aligned, allocate, two_arguments
+from ..allocate import aligned, allocate
+from ..op_schema import two_arguments
 from ..quantize.launch import BLOCKS_IN_REGISTERS, DTYPES, quantize_per_token
 from ..quantize.ops import Triple
-from ..target import INTERPRETING, arch, launch_options
+from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
 from .ops import Producers, register
 

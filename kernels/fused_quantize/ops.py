@@ -11,7 +11,8 @@ import torch
 from ...reference import fused_quantize as reference
 from ...reference.quantize import quantize_per_token
 from ...reference.recipe import Recipe, SfLayout
-from ..outputs import allocate, two_arguments
+from ..allocate import allocate
+from ..op_schema import two_arguments
 from ..quantize.ops import Triple
 
 

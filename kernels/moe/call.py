@@ -24,7 +24,7 @@ from ...reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from .. import environment
 from ..device import capability_of
-from ..flat import reader
+from ..op_schema import reader
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]

@@ -19,7 +19,7 @@ from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from ..decode import decode
 from ..quantize.launch import quantize_global_scale, quantize_per_token, quantize_to_values
-from ..target import arch, launch_options, native_mma, shared_memory
+from ..triton_target import arch, launch_options, native_mma, shared_memory
 from . import grouped_gemm as moe_gemm
 from . import permute as moe_kernels
 from .autotune import cache as config_cache
@@ -42,7 +42,7 @@ def gemm_config(
 ) -> GemmConfig:
     """By the tokens an expert has on average, of `slots` that are held here, and the weights' columns.
 
-    Tiles of decoded weights take 144 of `shared` KiB (`target.shared_memory`).
+    Tiles of decoded weights take 144 of `shared` KiB (`triton_target.shared_memory`).
 
     Both GEMMs of a call have the same `bn`, whatever their columns. The order in which a sum is taken
     depends on `bk` and `decoded` alone, which with `batch_invariant` are always the same. Measured on

@@ -13,7 +13,7 @@ from ...reference.moe import layer as moe
 from ...reference.moe.activations import quantize_activations
 from ...reference.moe.permute import permutation
 from ...reference.weights.experts import Experts
-from ..flat import Flat
+from ..op_schema import Flat
 from .call import KernelCall, Observe
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -13,7 +13,7 @@ import triton.language as tl
 from ...reference.moe.routing import METHODS, Routing, RoutingMethodType
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, to_bf16
 from ..jit.pdl import await_previous
-from ..target import arch, launch_options
+from ..triton_target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
 RENORMALIZE_NAIVE = tl.constexpr(int(RoutingMethodType.RenormalizeNaive))

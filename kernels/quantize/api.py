@@ -14,9 +14,9 @@ from ...reference import checks
 from ...reference.layouts import from_linear, shuffle_rows
 from ...reference.recipe import Build, SfLayout
 from .. import backends
+from ..allocate import allocate
 from ..backends import Asked, Backend, Operation
 from ..flashinfer import quantize as fi
-from ..outputs import allocate
 from .call import UNSET, QuantizeCall, check_values, make_quantize_call
 
 Result = tuple[torch.Tensor, ...]

@@ -15,9 +15,10 @@ import triton
 from ...reference.layouts import padded_shape
 from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
+from ..allocate import aligned, allocate
 from ..jit import formats
-from ..outputs import aligned, allocate, two_arguments
-from ..target import INTERPRETING, arch, launch_options
+from ..op_schema import two_arguments
+from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
 from .ops import Pair, Quantizers, Triple, register
 

@@ -12,7 +12,8 @@ import torch
 
 from ...reference import quantize as reference
 from ...reference.recipe import Recipe, SfLayout
-from ..outputs import allocate, two_arguments
+from ..allocate import allocate
+from ..op_schema import two_arguments
 
 _LINEAR = SfLayout.layout_linear
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -15,7 +15,7 @@ from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, Recipe
 from ...reference.weights.update import Job
 from ..quantize.launch import DTYPES
-from ..target import INTERPRETING, arch, launch_options
+from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
 
 _WORDS = 4096 if not INTERPRETING else 1 << 16

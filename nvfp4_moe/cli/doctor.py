@@ -126,7 +126,7 @@ def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
 
 def _rcp_table() -> str:
     """Compare this GPU's rcp.approx with the reference's table; if it differs, so does fast math."""
-    from ..kernels.probe import measure_rcp_delta
+    from ..kernels.rcp_probe import measure_rcp_delta
 
     measured = measure_rcp_delta("cuda")
     wrong = int((measured != fp32.rcp_delta(measured.device)).sum())

@@ -13,7 +13,7 @@ from installations import pretend
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError, explain_mm_fp4, mm_fp4, nvfp4_quantize
-from nvfp4_moe.kernels import target
+from nvfp4_moe.kernels import triton_target
 from nvfp4_moe.kernels.dense import api as dense_dispatch
 from nvfp4_moe.kernels.dense.call import make_dense_call
 from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
@@ -25,7 +25,7 @@ GOOD = CASE.arguments
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(target, "INTERPRETING", False)
+    monkeypatch.setattr(triton_target, "INTERPRETING", False)
 
 
 @pytest.fixture

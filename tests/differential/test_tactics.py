@@ -10,7 +10,7 @@ import torch
 from moe_cases import Shape
 
 from nvfp4_moe.differential import tactics
-from nvfp4_moe.kernels import target
+from nvfp4_moe.kernels import triton_target
 from nvfp4_moe.kernels.moe import launch as moe
 from nvfp4_moe.kernels.moe.autotune import cache as config_cache
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
@@ -182,8 +182,8 @@ def test_one_way_to_be_the_reference():
 @pytest.fixture
 def an_h100(monkeypatch, tmp_path):
     """For look-ups alone: nothing can be launched."""
-    monkeypatch.setattr(target, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(target, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(triton_target, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_target, "gpu_name", lambda device: "a GPU")
     monkeypatch.setattr(config_cache, "gpu_name", lambda device: "a GPU")
     monkeypatch.setattr(config_cache, "_known", {})
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))

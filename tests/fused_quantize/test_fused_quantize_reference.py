@@ -16,7 +16,7 @@ from nvfp4_moe import (
     rmsnorm_nvfp4_quantize,
     silu_and_mul_nvfp4_quantize,
 )
-from nvfp4_moe.kernels import target
+from nvfp4_moe.kernels import triton_target
 from nvfp4_moe.reference import fused_quantize as producers
 from nvfp4_moe.reference.bounds.interval import Interval, rounded
 from nvfp4_moe.reference.quantize import quantize_per_token
@@ -27,7 +27,7 @@ ULP = 2.0**-23
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(target, "INTERPRETING", False)
+    monkeypatch.setattr(triton_target, "INTERPRETING", False)
 
 
 def test_exp_is_within_an_ulp_and_a_half():

@@ -16,7 +16,7 @@ from moe_cases import GATED, PLAIN
 
 from nvfp4_moe.kernels.jit import approximations as special
 from nvfp4_moe.kernels.moe.grouped_gemm import _activation, _per_expert
-from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import activation as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
 from nvfp4_moe.reference.bounds.activation import activation_bounds

@@ -6,7 +6,7 @@ from offline import compile_kernel, resources
 
 from nvfp4_moe.kernels.moe.grouped_gemm import NONE, expert_gemm_kernel
 from nvfp4_moe.kernels.moe.launch import GemmConfig, gemm_config
-from nvfp4_moe.kernels.target import native_mma, shared_memory
+from nvfp4_moe.kernels.triton_target import native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 
 pytestmark = pytest.mark.compile

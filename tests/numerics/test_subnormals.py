@@ -7,7 +7,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.kernels.triton_target import INTERPRETING
 
 _SOURCE = """
 import threading

@@ -12,7 +12,7 @@ from caller_states import PARTS, STATES
 from marks import ON_A_GPU
 from paths import ROOT, SUPPORT
 
-from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.kernels.triton_target import INTERPRETING
 
 
 @functools.cache

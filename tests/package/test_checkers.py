@@ -30,7 +30,7 @@ FORMS = ("checkout", "editable", "wheel")
 USER = """
 import torch
 import nvfp4_moe
-from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference.recipe import SfLayout
 
 reveal_type(nvfp4_moe.fused_moe)

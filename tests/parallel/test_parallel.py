@@ -17,7 +17,7 @@ from parallel_cases import CASES
 from parallel_worker import LOSSES, TIMEOUT
 from paths import ROOT
 
-from nvfp4_moe.kernels.target import INTERPRETING
+from nvfp4_moe.kernels.triton_target import INTERPRETING
 
 GROUPS = [("gloo", 2), ("gloo", 4), ("nccl", 2), ("nccl", 4)]
 GIVEN_UP = 240  # seconds: a hang

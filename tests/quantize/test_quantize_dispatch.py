@@ -16,7 +16,7 @@ from invalid_quantize_calls import FOUR, FOUR_256, INDEX, INVALID, TOKEN, G, X
 import nvfp4_moe
 from nvfp4_moe import SfLayout, UnsupportedError, explain, nvfp4_quantize
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.kernels import backends, environment, target
+from nvfp4_moe.kernels import backends, environment, triton_target
 from nvfp4_moe.kernels.device import check_capability
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.quantize import api as dispatch
@@ -34,7 +34,7 @@ ROOT = Path(nvfp4_moe.__file__).parent.parent
 def clean(monkeypatch):
     for name in environment.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(target, "INTERPRETING", False)
+    monkeypatch.setattr(triton_target, "INTERPRETING", False)
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend)
 
 
 def test_auto_never_picks_the_interpreter(monkeypatch):
-    monkeypatch.setattr(target, "INTERPRETING", True)
+    monkeypatch.setattr(triton_target, "INTERPRETING", True)
     ran = []
     monkeypatch.setattr(dispatch.QUANTIZE, "run", lambda backend, request: ran.append(backend))
     explanation = explain(X, G, **TOKEN)

@@ -174,7 +174,7 @@ def test_compiles_into_one_graph():
 
 
 def test_rcp_table_is_this_gpus():
-    from nvfp4_moe.kernels.probe import measure_rcp_delta
+    from nvfp4_moe.kernels.rcp_probe import measure_rcp_delta
 
     assert_bitwise(measure_rcp_delta("cuda"), fp32.rcp_delta(torch.device("cpu")), "rcp table")
 

@@ -24,7 +24,7 @@ import triton
 from ....reference.activation import ActivationType
 from ....reference.weights.experts import Experts
 from ... import environment, jit
-from ...target import arch, gpu_name, native_mma
+from ...triton_target import arch, gpu_name, native_mma
 from .. import grouped_gemm as moe_gemm
 from ..call import Mode
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.target import INTERPRETING
+from ...kernels.triton_target import INTERPRETING
 from ...reference import recipe
 from ..planted import KERNELS
 from . import harmless, trial

@@ -1,8 +1,8 @@
-"""A frozen dataclass as the flat arguments of a `torch.library` op, and back.
+"""The arguments of a `torch.library` op that stand for a frozen dataclass, and the way back.
 
-An op takes tensors, numbers and strings. The fields of a dataclass cross in their order; a field that is
-a dataclass itself crosses by its own fields. The two functions are written out once, when the module is
-imported: so they cost what code by hand costs, and a compiler can trace them.
+An op takes tensors, numbers and strings. It gets the fields of a dataclass in their order; for a field
+that is itself a dataclass it gets that one's fields. Both conversions are generated as source text
+when the module is imported. So they are as fast as code written by hand, and a compiler can trace them.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -26,11 +26,18 @@ _SCHEMA = {
 
 
 def reader(*paths: str) -> Callable[[Any], tuple[Any, ...]]:
-    """The function that reads attributes, as `experts.gemm1_bias`, of a value into a tuple."""
+    """Return a function that reads attributes, such as `experts.gemm1_bias`, of a value into a tuple."""
     read: Callable[[Any], tuple[Any, ...]] = eval(
         f"lambda value: ({', '.join(f'value.{path}' for path in paths)},)"
     )
     return read
+
+
+def two_arguments(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
+    """Return a scale as ops take it: a tensor or None, and a number, which is 1 without a scale."""
+    if isinstance(scale, torch.Tensor):
+        return scale, 0.0
+    return None, 1.0 if scale is None else float(scale)
 
 
 class Flat(Generic[T]):
@@ -38,10 +45,10 @@ class Flat(Generic[T]):
 
     Args:
         kind: the dataclass.
-        only: for a dataclass of which some fields cross, their names: the first of its fields, in order.
+        only: for a dataclass of which the op gets some fields, their names: the first ones, in order.
 
     Raises:
-        TypeError: a field's type is none that crosses, or `only` names other fields.
+        TypeError: no op takes a field's type, or `only` names other fields.
     """
 
     def __init__(self, kind: type[T], only: Mapping[type, Sequence[str]] | None = None) -> None:
@@ -54,7 +61,7 @@ class Flat(Generic[T]):
         self.flatten: Callable[[T], tuple[Any, ...]] = reader(*leaves.paths)
         """Returns the op's arguments, in the order of `names`."""
         self.build: Callable[[Sequence[Any]], T] = eval(f"lambda flat: {build}", leaves.scope)
-        """Returns the dataclass, from the op's arguments; what does not cross has its default."""
+        """Returns the dataclass, from the op's arguments; the other fields have their defaults."""
 
 
 @dataclass
@@ -68,7 +75,7 @@ class _Leaves:
     scope: dict[str, Any] = field(default_factory=dict)  # what the text of `visit` names
 
     def visit(self, kind: Any, path: str) -> str:
-        """Add a dataclass's leaves; returns the text that makes it again of the arguments `flat`."""
+        """Add the arguments of a dataclass; return the text that makes it of `flat`."""
         every = [f.name for f in fields(kind)]
         names = list(self.only.get(kind, every))
         if every[: len(names)] != names:
@@ -93,7 +100,7 @@ class _Leaves:
 
 
 def _leaf(of: Any) -> tuple[str, str, Callable[[Any], Any] | None]:
-    """(type in the schema, what is read of the attribute, what makes the attribute of it again)."""
+    """Return the type in the schema, the suffix that reads the attribute, and the function back."""
     if of in _SCHEMA:
         return _SCHEMA[of], "", None
     if of is Recipe:
@@ -107,4 +114,4 @@ def _leaf(of: Any) -> tuple[str, str, Callable[[Any], Any] | None]:
         schema, read, back = _leaf(members[0])
         if not read:
             return f"{schema}?", "", back
-    raise TypeError(f"{of} does not cross torch.library")
+    raise TypeError(f"{of} is no type that an op of torch.library takes")

@@ -1,4 +1,4 @@
-"""Small measurements of the GPU at hand."""
+"""Measure the reciprocal approximation of the GPU in this machine."""
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .jit.arithmetic import rcp, reciprocal
-from .target import arch
+from .triton_target import arch
 
 
 @triton.jit
@@ -19,9 +19,12 @@ def _rcp_delta_kernel(delta_ptr, N: tl.constexpr, ARCH: tl.constexpr):
 
 
 def measure_rcp_delta(device: torch.device | str) -> torch.Tensor:
-    """What `rcp.approx.ftz` adds, in ulp, to 1/x of every significand: int8 [2^23], by the GPU.
+    """Measure by how many ulp `rcp.approx.ftz` differs from the rounded 1/x, for every significand.
 
     `reference/numerics/rcp_delta.xz` is `lzma.compress` of these bytes, measured on an H100.
+
+    Returns:
+        [2^23] int8, on the device.
     """
     device = torch.device(device)
     delta = torch.empty(2**23, dtype=torch.int8, device=device)

@@ -1,4 +1,4 @@
-"""The tensors that kernels are given and return: their alignment, shapes and dtypes."""
+"""Memory of the tensors that kernels read and write: shapes, dtypes and alignment."""
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
@@ -10,7 +10,7 @@ from ..reference.recipe import BLOCK_SIZE, SfLayout
 def allocate(
     x: torch.Tensor, layout: int, zeroed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes [M, K/2] uint8, block scales of the layout uint8, per-token scales [M] fp32) for x."""
+    """Return empty codes [M, K/2] uint8, block scales uint8 of `layout`, and scales [M] fp32, for x."""
     m, columns = x.shape
     new = x.new_zeros if zeroed else x.new_empty
     padded = padded_shape(m, columns // BLOCK_SIZE, SfLayout(layout))
@@ -22,13 +22,6 @@ def allocate(
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a contiguous copy at a multiple of 16 bytes, which the kernels' loads need."""
+    """Return the tensor if it is contiguous at a multiple of 16 bytes, as kernels load it, or a copy."""
     t = t.contiguous()
     return t.clone() if t.data_ptr() % 16 else t
-
-
-def two_arguments(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
-    """A scale as the ops take it: a tensor, or a number (1 for none)."""
-    if isinstance(scale, torch.Tensor):
-        return scale, 0.0
-    return None, 1.0 if scale is None else float(scale)
