@@ -9,9 +9,10 @@ SETUP := .venv/installed
 MODEL := .venv/model
 endif
 PYTEST := $(PYTHON) -m pytest
+MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell mutants fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -55,11 +56,16 @@ fuzz-checkpoints: $(SETUP)
 
 # Small changes made by rule of the reference and of the kernels, and what catches each; what has been
 # tried is in build/mutants.json, and not tried again. Half an hour, and hours. On a GPU, also
-# `nvfp4-moe mutants --generated kernels --device cuda --jobs 16 --seconds 500`.
+# `PYTHONPATH=.:tests/support python3 -m mutants --generated kernels --device cuda --jobs 16 --seconds 500`.
 mutants: $(SETUP)
-	-$(PYTHON) -m nvfp4_moe mutants --generated reference --jobs 2
-	-$(PYTHON) -m nvfp4_moe mutants --generated kernels --jobs 2
-	$(PYTHON) -m nvfp4_moe mutants --generated report
+	-$(MUTANTS) --generated reference --jobs 2
+	-$(MUTANTS) --generated kernels --jobs 2
+	$(MUTANTS) --generated report
+
+# docs/mutants.md, with what build/mutants.json has of the mutants made by rule. An hour.
+mutants-table: $(SETUP)
+	$(MUTANTS) --markdown --conforming 2000 --kernels > docs/mutants.md
+	$(MUTANTS) --generated report >> docs/mutants.md
 
 # What a report looks like: of a run with three faults, planted.
 planted-report: $(SETUP)

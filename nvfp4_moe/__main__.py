@@ -1,5 +1,4 @@
-"""The command line: `nvfp4-moe diff`, `blackwell`, `replay`, `doctor`, `mutants`,
-`fuzz-bounds`, `convert`."""
+"""The command line: `nvfp4-moe diff`, `blackwell`, `replay`, `doctor`, `fuzz-bounds`, `convert`."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -18,7 +17,6 @@ COMMANDS = {
     "blackwell": (".cli.blackwell", "run the whole matrix through every backend, tactic and math"),
     "replay": (".cli.replay", "run a failing case from a file again"),
     "doctor": (".cli.doctor", "say what is here, and which backend would serve"),
-    "mutants": (".mutants.command", "plant the catalogue of mistakes, and see what finds them"),
     "fuzz-bounds": (".cli.fuzz_bounds", "judge random runs that keep the contract"),
     "convert": (".cli.convert", "quantize the experts of a Hugging Face checkpoint"),
 }

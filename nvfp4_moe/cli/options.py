@@ -108,40 +108,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
-def _mutants(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Plant each mistake of the catalogue into a run of the reference, on settings scaled down from "
-        "the benchmark's layers, and print which criterion sees it; then judge runs that keep the "
-        "contract. Exit status: 0 if our criterion sees every mutant, at the stage where it was "
-        "planted, and accepts every conforming run; else 1."
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="inputs of each mutant (3)")
-    parser.add_argument("--conforming", type=int, default=200, help="runs, at least (200)")
-    parser.add_argument(
-        "--kernels", action="store_true", help="the mistakes in the Triton kernels, too: minutes"
-    )
-    parser.add_argument("--markdown", action="store_true", help="as MUTANTS.md has it")
-    parser.add_argument(
-        "--generated", choices=("reference", "kernels", "report"),
-        help="mutants made by rule instead: of the reference, or of the Triton kernels; report: what is "
-        "known of both",
-    )  # fmt: skip
-    parser.add_argument(
-        "--results", metavar="FILE", default="build/mutants.json",
-        help="of generated mutants; those that it has are not tried again (build/mutants.json)",
-    )  # fmt: skip
-    parser.add_argument("--shard", metavar="I/N", default="1/1", help="every Nth, from the Ith on")
-    parser.add_argument("--seconds", type=float, help="end after about as long")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of the kernels (cpu: interpreted)"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="try those once more that survived on any device"
-    )
-    parser.add_argument("--only", metavar="TEXT", help="those whose name has this")
-
-
 def _fuzz_bounds(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw calls of the fused layer, of the layer over ranks and of the dense product over the whole "
@@ -190,7 +156,6 @@ ADD: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "blackwell": _blackwell,
     "replay": _replay,
     "doctor": _doctor,
-    "mutants": _mutants,
     "fuzz-bounds": _fuzz_bounds,
     "convert": _convert,
 }

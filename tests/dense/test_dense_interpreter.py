@@ -5,10 +5,10 @@ import dense_cases
 import pytest
 import torch
 from assertions import assert_bitwise
+from mutants.generated.strict import codes_multiplied
 
 import nvfp4_moe
 from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
-from nvfp4_moe.mutants.generated.strict import codes_multiplied
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
+from mutants.generated.strict import codes_multiplied
 
 from nvfp4_moe.kernels.moe import launch as moe
-from nvfp4_moe.mutants.generated.strict import codes_multiplied
 from nvfp4_moe.reference.activation import ActivationType
 
 pytestmark = pytest.mark.interpreter

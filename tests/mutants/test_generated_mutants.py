@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
-
-from nvfp4_moe.__main__ import main
-from nvfp4_moe.kernels.moe import grouped_gemm as moe_gemm
-from nvfp4_moe.kernels.moe import permute as moe_kernels
-from nvfp4_moe.mutants.generated import (
+from mutants.__main__ import main
+from mutants.generated import (
     answers,
     command,
     harmless,
@@ -23,8 +19,12 @@ from nvfp4_moe.mutants.generated import (
     reference_probes,
     trial,
 )
-from nvfp4_moe.mutants.generated.plant import module_of, planted
-from nvfp4_moe.mutants.generated.rules import generate
+from mutants.generated.plant import module_of, planted
+from mutants.generated.rules import generate
+from triton.runtime.errors import InterpreterError
+
+from nvfp4_moe.kernels.moe import grouped_gemm as moe_gemm
+from nvfp4_moe.kernels.moe import permute as moe_kernels
 
 _SOURCE = '''
 LIMIT = 4.0
@@ -189,7 +189,7 @@ def test_a_constant_is_exchanged_where_it_was_imported(of_reference):
 
 def of_pack(results: Path) -> list[str]:
     """The command line that tries the mutants of `e2m1.pack`."""
-    given = ["mutants", "--generated", "reference", "--results", str(results)]
+    given = ["--generated", "reference", "--results", str(results)]
     return [*given, "--only", "e2m1.py pack"]
 
 

@@ -5,12 +5,11 @@ import ast
 from dataclasses import replace
 
 import pytest
-
-from nvfp4_moe.__main__ import main
-from nvfp4_moe.mutants import command, planted
-from nvfp4_moe.mutants.kernel_calls import CALLS
-from nvfp4_moe.mutants.kernels import KERNEL_MUTANTS
-from nvfp4_moe.mutants.syntax import Edit, spots
+from mutants import command, planted
+from mutants.__main__ import main
+from mutants.kernel_calls import CALLS
+from mutants.kernels import KERNEL_MUTANTS
+from mutants.syntax import Edit, spots
 
 _BY_NAME = {m.name: m for m in KERNEL_MUTANTS if m.call != "qwen"}
 # One of each file that few calls show.
@@ -123,5 +122,5 @@ def test_a_mutant_that_nobody_sees_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(command.try_kernels, "__defaults__", ((unseen,),))
     monkeypatch.setattr(command.kernels_as_they_are, "__defaults__", ((),))
     monkeypatch.setattr(command, "EVERY_SETTING", {"grid": command.EVERY_SETTING["grid"]})
-    assert main(["mutants", "--seeds", "1", "--conforming", "1", "--kernels"]) == 1
+    assert main(["--seeds", "1", "--conforming", "1", "--kernels"]) == 1
     assert "NOT SEEN" in capsys.readouterr().out

@@ -363,7 +363,6 @@ assert main(["doctor"]) == 0
 assert main(["diff", "--kind", "grid"]) == 3
 assert main(["diff", "--backends", "reference,triton"]) == 3
 assert main(["convert", sys.argv[1], sys.argv[2]]) == 0
-print(main(["mutants", "--seeds", "1", "--conforming", "1"]))
 """
 
 

@@ -16,7 +16,7 @@ from nvfp4_moe.checkpoints import convert
 
 FILES = sorted(
     path
-    for folder in ("nvfp4_moe", "reference", "kernels", "bench", "docs")
+    for folder in ("nvfp4_moe", "reference", "kernels", "bench", "docs", "tests/support/mutants")
     for path in (ROOT / folder).rglob("*.py")
 )
 PLACES = {"read_text": 0, "write_text": 1}

@@ -41,12 +41,11 @@ FOLDERS: dict[str, set[str]] = {
     "serving": {"checkpoints"},
     "differential": {"cases", "report"},
     "failures": {"cases", "differential", "report"},
-    "mutants": {"cases", "differential", "failures"},
     "cli": {"cases", "checkpoints", "differential", "failures", "report"},
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
-reference. `cli` runs commands by the functions of the others, and nothing imports `cli` or `mutants`
-but `__main__`."""
+reference. `cli` runs commands by the functions of the others, and nothing imports `cli` but
+`__main__`."""
 FLAT = {"__main__": {"cli", "report"}, "inputs": {"cases"}, "public": {"training"}}
 """The modules that lie flat in `nvfp4_moe/` and import one of its folders."""
 MOST_FLAT = 10

@@ -7,10 +7,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from mutants.quantizers import QUANTIZERS, as_requantize, half_up
+from mutants.stages import in_bf16, other_finalize, sigmoid_of_up
+from mutants.tensors import next_row, of_one
 
-from nvfp4_moe.mutants.quantizers import QUANTIZERS, _half_up, as_requantize
-from nvfp4_moe.mutants.stages import in_bf16, other_finalize, sigmoid_of_up
-from nvfp4_moe.mutants.tensors import next_row, of_one
 from nvfp4_moe.reference import quantize
 from nvfp4_moe.reference.activation import activate
 from nvfp4_moe.reference.layouts import from_linear
@@ -79,7 +79,7 @@ def _stages(**changes: Any) -> Callable[[Given], Given]:
 
 
 def _ties_away(m: Matrix) -> Quantized:
-    with mock.patch.object(e2m1, "encode", _half_up):
+    with mock.patch.object(e2m1, "encode", half_up):
         return quantized(m)
 
 

@@ -1,4 +1,4 @@
-"""`nvfp4-moe mutants`: plant the catalogue of mistakes, and see which criterion finds which."""
+"""`python -m mutants`: plant the catalogue of mistakes, and see which criterion finds which."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -9,9 +9,10 @@ from typing import Any, TextIO
 
 import torch
 
-from ..differential.conforming import CONFORMING, conforms, perform
-from ..differential.stages import Call, Run, judge
-from ..reference.moe.layer import Stages
+from nvfp4_moe.differential.conforming import CONFORMING, conforms, perform
+from nvfp4_moe.differential.stages import Call, Run, judge
+from nvfp4_moe.reference.moe.layer import Stages
+
 from . import planted
 from .catalogue import EVERY_SETTING, MUTANTS, Mutant
 from .generated import command as generated
@@ -150,10 +151,10 @@ alone.
 _KERNELS_HEAD = """
 ## In the Triton kernels
 
-Each mistake is an edit of the source (`nvfp4_moe/mutants/kernels.py`) of a copy of the package, whose
-kernels run in Triton's interpreter on a small call. Ours is the interval, for the quantizer's calls
-every bit of codes, block scales and per-token scales, and where all sums are exact every bit of the
-output. The others look at a fused call's output, and at the values of what the quantizer wrote.
+Each mistake is an edit of the source (`tests/support/mutants/kernels.py`) of a copy of the package,
+whose kernels run in Triton's interpreter on a small call. Ours is the interval, for the quantizer's
+calls every bit of codes, block scales and per-token scales, and where all sums are exact every bit of
+the output. The others look at a fused call's output, and at the values of what the quantizer wrote.
 """
 
 
@@ -164,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes = try_mutants(seeds=options.seeds)
     done, alarms = false_alarms(options.conforming)
     if options.markdown:
-        print(_HEAD.format(command=" ".join(["nvfp4-moe mutants", *sys.argv[2:]])))
+        print(_HEAD.format(command=" ".join(["python -m mutants", *sys.argv[1:]])))
     show(_rows(outcomes), sys.stdout)
     wrong = any(o.first != o.mutant.stage for o in outcomes)
     if options.kernels:

@@ -7,21 +7,22 @@ from unittest import mock
 
 import torch
 
-from ... import host
-from ...cases.moe_case import to_device
-from ...differential.verdict import unequal
-from ...kernels.dense import launch as triton_dense
-from ...kernels.fused_quantize import launch as producer_launch
-from ...kernels.moe.autotune.cache import GemmConfig
-from ...kernels.quantize import launch as quantize
-from ...reference import dense
-from ...reference import fused_quantize as producers
-from ...reference.activation import ActivationType
-from ...reference.bounds.dense import mm_fp4_bounds
-from ...reference.layouts import from_linear
-from ...reference.quantize import Quantized, quantize_per_token
-from ...reference.recipe import Recipe, SfLayout
-from ...reference.weights.prepare import prepare_experts
+from nvfp4_moe import host
+from nvfp4_moe.cases.moe_case import to_device
+from nvfp4_moe.differential.verdict import unequal
+from nvfp4_moe.kernels.dense import launch as triton_dense
+from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.quantize import launch as quantize
+from nvfp4_moe.reference import dense
+from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds
+from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.quantize import Quantized, quantize_per_token
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
+from nvfp4_moe.reference.weights.prepare import prepare_experts
+
 from ..calls import Answered, Call, QuantizerCall
 from .part_calls import exactly
 from .strict import codes_multiplied

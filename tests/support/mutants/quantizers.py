@@ -8,13 +8,14 @@ from unittest import mock
 
 import torch
 
-from ..reference import quantize
-from ..reference.moe import layer as moe
-from ..reference.moe.activations import Activations
-from ..reference.moe.layer import Stages
-from ..reference.numerics import e2m1, e4m3
-from ..reference.quantize import Quantized, quantize_global_scale, quantize_per_token
-from ..reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference import quantize
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.layer import Stages
+from nvfp4_moe.reference.numerics import e2m1, e4m3
+from nvfp4_moe.reference.quantize import Quantized, quantize_global_scale, quantize_per_token
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+
 from .tensors import (
     first_block_dropped,
     flip,
@@ -59,7 +60,7 @@ def _recipe(**changes: Any) -> Quantizer:
     )
 
 
-def _half_up(x: Tensor) -> Tensor:
+def half_up(x: Tensor) -> Tensor:
     """Ties away from zero."""
     a = x.abs()
     code = torch.zeros_like(a, dtype=torch.uint8)
@@ -102,7 +103,7 @@ def _of_fast_error(x: Tensor, recipe: Recipe) -> Quantized:
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "ties of a code round away from zero": _with(e2m1, "encode", _half_up),
+    "ties of a code round away from zero": _with(e2m1, "encode", half_up),
     "codes round towards zero": _with(e2m1, "encode", _towards_zero),
     "block scale rounded up": _with(e4m3, "encode", _up),
     "reciprocals by division": _with(quantize, "rcp_approx_ftz", torch.reciprocal),

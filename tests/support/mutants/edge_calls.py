@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import host
-from ..cases import moe_edges as matrix_edges
-from ..cases.moe_case import MoECase
-from ..differential.verdict import unequal
-from ..kernels.moe import launch as moe
-from ..kernels.moe import routing
-from ..reference.bounds.interval import Interval, rounded
-from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
-from ..reference.recipe import Recipe
+from nvfp4_moe import host
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.differential.verdict import unequal
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe import routing
+from nvfp4_moe.reference.bounds.interval import Interval, rounded
+from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType, route
+from nvfp4_moe.reference.recipe import Recipe
+
 from .calls import Answered, FusedCall
 
 Tensor = torch.Tensor

@@ -1,4 +1,4 @@
-"""Mistakes planted into the source of a copy of this package, whose kernels then run interpreted."""
+"""Plant mistakes into the source of a copy of nvfp4_moe, and run its kernels in the interpreter."""
 
 # SPDX-License-Identifier: Apache-2.0
 import shutil
@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from ..differential import workers
-from ..kernels import backends
+import nvfp4_moe
+from nvfp4_moe.differential import workers
+from nvfp4_moe.kernels import backends
+
 from .calls import Call
 from .kernel_calls import prepared
 from .syntax import Edit, Spot
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(nvfp4_moe.__file__).resolve().parent
+_MUTANTS = Path(__file__).resolve().parent
 KERNELS = Path(backends.__file__).resolve().parent
 _UNUSED = shutil.ignore_patterns("__pycache__", "data")
 
@@ -52,10 +55,13 @@ class KernelMutant:
 
 
 def copy_package(root: Path) -> Path:
-    """Copy the package into a folder, laid out as an installed one is; the folder of its kernels."""
-    package = root / _PACKAGE.name
-    shutil.copytree(_PACKAGE, package, ignore=_UNUSED)  # a checkout's links become folders
-    return package / "kernels"
+    """Copy nvfp4_moe and this package side by side into a folder; the folder of the copied kernels.
+
+    The links of a checkout become folders. A process that starts in `root` imports both copies.
+    """
+    for package in (_PACKAGE, _MUTANTS):
+        shutil.copytree(package, root / package.name, ignore=_UNUSED)
+    return root / _PACKAGE.name / "kernels"
 
 
 def answer(mutant: KernelMutant | None, call: str) -> Any:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import host
-from ..cases import inputs
-from ..cases import moe_edges as matrix_edges
-from ..differential.conforming import Setting
-from ..differential.stages import Call
-from ..reference.activation import ActivationType
-from ..reference.moe.routing import Routing, RoutingMethodType
-from ..reference.numerics import e2m1, e4m3
-from ..reference.recipe import BLOCK_SIZE, NVFP44Over6Config, Recipe
-from ..reference.weights.experts import Experts
-from ..reference.weights.prepare import assemble_experts, prepare_experts
+from nvfp4_moe import host
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.differential.conforming import Setting
+from nvfp4_moe.differential.stages import Call
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e2m1, e4m3
+from nvfp4_moe.reference.recipe import BLOCK_SIZE, NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
 
 _M = RoutingMethodType
 _SIZE = 128

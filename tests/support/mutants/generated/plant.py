@@ -12,12 +12,14 @@ from typing import Any
 
 from .rules import Generated
 
-_PACKAGE = __name__.split(".")[0]
+_CHANGED = "nvfp4_moe"
+_PACKAGES = (_CHANGED, __name__.split(".")[0])
+"""Where a changed function or constant is exchanged: the library, and the probes that import from it."""
 
 
 def module_of(file: str) -> ModuleType:
     """The module of a file, `reference/numerics/e2m1.py` say."""
-    return importlib.import_module(f"{_PACKAGE}.{file.removesuffix('.py').replace('/', '.')}")
+    return importlib.import_module(f"{_CHANGED}.{file.removesuffix('.py').replace('/', '.')}")
 
 
 @contextmanager
@@ -52,9 +54,11 @@ def planted(mutant: Generated) -> Iterator[None]:
 
 
 def _modules() -> list[ModuleType]:
-    """Those of this package."""
-    root = __name__.split(".")[0]
-    return [m for m in list(sys.modules.values()) if getattr(m, "__name__", "").startswith(root)]
+    return [
+        module
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").split(".")[0] in _PACKAGES
+    ]
 
 
 def _that_use(names: set[str]) -> list[Any]:

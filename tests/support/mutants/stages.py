@@ -9,15 +9,15 @@ from unittest import mock
 
 import torch
 
-from ..differential.stages import Call
-from ..reference.moe import layer as moe
-from ..reference.moe import routing
-from ..reference.moe.finalize import finalize
-from ..reference.moe.layer import Stages
-from ..reference.moe.routing import Routing, RoutingMethodType, route
-from ..reference.numerics.accumulate import matmul
-from ..reference.recipe import BLOCK_SIZE
-from ..reference.weights.experts import Experts
+from nvfp4_moe.differential.stages import Call
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe import routing
+from nvfp4_moe.reference.moe.finalize import finalize
+from nvfp4_moe.reference.moe.layer import Stages
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
+from nvfp4_moe.reference.numerics.accumulate import matmul
+from nvfp4_moe.reference.recipe import BLOCK_SIZE
+from nvfp4_moe.reference.weights.experts import Experts
 
 Tensor = torch.Tensor
 Change = Callable[[Tensor], Tensor]

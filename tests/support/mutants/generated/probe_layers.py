@@ -7,20 +7,21 @@ from dataclasses import replace
 
 import torch
 
-from ... import host
-from ...cases import moe as matrix_moe
-from ...cases import moe_edges as matrix_edges
-from ...differential.verdict import Allowed
-from ...reference import activation, dense, layouts
-from ...reference import fused_quantize as producers
-from ...reference.activation import ActivationType
-from ...reference.moe import layer as moe
-from ...reference.moe.activations import Activations
-from ...reference.moe.finalize import finalize, split_k_groups
-from ...reference.moe.permute import local_slots, permutation
-from ...reference.numerics.accumulate import fma, matmul
-from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from ...reference.weights.prepare import prepare_experts
+from nvfp4_moe import host
+from nvfp4_moe.cases import moe as matrix_moe
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.differential.verdict import Allowed
+from nvfp4_moe.reference import activation, dense, layouts
+from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe import layer as moe
+from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.finalize import finalize, split_k_groups
+from nvfp4_moe.reference.moe.permute import local_slots, permutation
+from nvfp4_moe.reference.numerics.accumulate import fma, matmul
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe.reference.weights.prepare import prepare_experts
+
 from .answers import Answers, raised
 from .numbers import around, seeded, specials
 from .trial import Probe

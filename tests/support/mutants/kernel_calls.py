@@ -10,18 +10,19 @@ from dataclasses import replace
 
 import torch
 
-from .. import host
-from ..cases import inputs
-from ..cases import moe as matrix_moe
-from ..cases import quantize as matrix
-from ..cases.moe_case import MoECase
-from ..differential.conforming import SETTINGS, Setting
-from ..failures import slice_call as moe_parts
-from ..kernels.moe.autotune.cache import GemmConfig
-from ..reference.activation import ActivationType
-from ..reference.moe.activations import Activations, quantize_activations
-from ..reference.moe.routing import Routing, RoutingMethodType
-from ..reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe import host
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases import moe as matrix_moe
+from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.differential.conforming import SETTINGS, Setting
+from nvfp4_moe.failures import slice_call as moe_parts
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+
 from .calls import Answered, Call, FusedCall, QuantizerCall
 from .edge_calls import EDGE_CALLS
 

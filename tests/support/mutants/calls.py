@@ -9,16 +9,16 @@ from unittest import mock
 
 import torch
 
-from .. import host
-from ..cases import quantize as matrix
-from ..cases.moe_case import MoECase
-from ..differential import quantizers
-from ..differential.compare import compare, run_reference
-from ..differential.verdict import Allowed
-from ..kernels.moe import launch as moe
-from ..kernels.moe.autotune.cache import GemmConfig
-from ..kernels.moe.backends import FUSED_MOE
-from ..reference.quantize import Quantized, dequantize
+from nvfp4_moe import host
+from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.differential import quantizers
+from nvfp4_moe.differential.compare import compare, run_reference
+from nvfp4_moe.differential.verdict import Allowed
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.reference.quantize import Quantized, dequantize
 
 Tensor = torch.Tensor
 

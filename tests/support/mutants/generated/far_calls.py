@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import host
-from ...kernels.decode import decode
-from ...kernels.dense import launch as dense
-from ...kernels.fused_quantize import launch as producer_launch
-from ...kernels.moe import launch as moe
-from ...kernels.moe import routing
-from ...kernels.moe.autotune.cache import GemmConfig
-from ...kernels.quantize import kernel as k
-from ...kernels.quantize import launch as quantize
-from ...kernels.weights import launch as reload_launch
-from ...reference.layouts import padded_shape
-from ...reference.moe.routing import Routing, RoutingMethodType
-from ...reference.recipe import Recipe, SfLayout
-from ...reference.weights.update import Job
+from nvfp4_moe import host
+from nvfp4_moe.kernels.decode import decode
+from nvfp4_moe.kernels.dense import launch as dense
+from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe import routing
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.quantize import kernel as k
+from nvfp4_moe.kernels.quantize import launch as quantize
+from nvfp4_moe.kernels.weights import launch as reload_launch
+from nvfp4_moe.reference.layouts import padded_shape
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
+from nvfp4_moe.reference.weights.update import Job
+
 from ..calls import Answered
 from .part_calls import exactly
 from .strict import strict

@@ -6,12 +6,13 @@ import itertools
 
 import torch
 
-from ... import host
-from ...cases import inputs
-from ...cases import quantize as matrix
-from ...differential.compare import run_reference
-from ...reference import quantize
-from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+from nvfp4_moe import host
+from nvfp4_moe.cases import inputs
+from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.reference import quantize
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+
 from ..kernel_calls import rows_at_edges
 from .answers import Answers, raised
 from .numbers import seeded

@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from ... import host
+from nvfp4_moe import host
 
 
 def seeded(seed: int) -> torch.Generator:

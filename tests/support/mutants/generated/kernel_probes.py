@@ -8,17 +8,18 @@ from dataclasses import replace
 
 import torch
 
-from ... import host
-from ...cases import moe_edges as matrix_edges
-from ...cases import quantize as matrix
-from ...cases.moe_case import MoECase
-from ...differential.conforming import Setting
-from ...kernels.moe.autotune.cache import GemmConfig
-from ...kernels.quantize.launch import LaunchConfig
-from ...reference.activation import ActivationType
-from ...reference.moe.activations import Activations
-from ...reference.moe.routing import Routing, RoutingMethodType
-from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe import host
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases.moe_case import MoECase
+from nvfp4_moe.differential.conforming import Setting
+from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.quantize.launch import LaunchConfig
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+
 from ..calls import Call, FusedCall, QuantizerCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of, rows_at_edges

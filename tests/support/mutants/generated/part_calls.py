@@ -7,14 +7,15 @@ from unittest import mock
 
 import torch
 
-from ... import host
-from ...differential.verdict import unequal
-from ...kernels.decode import decode
-from ...kernels.moe import launch as moe
-from ...reference.layouts import from_linear
-from ...reference.moe.finalize import FinalizeOrder, finalize
-from ...reference.quantize import dequantize
-from ...reference.recipe import BLOCK_SIZE, SfLayout
+from nvfp4_moe import host
+from nvfp4_moe.differential.verdict import unequal
+from nvfp4_moe.kernels.decode import decode
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.reference.layouts import from_linear
+from nvfp4_moe.reference.moe.finalize import FinalizeOrder, finalize
+from nvfp4_moe.reference.quantize import dequantize
+from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
+
 from ..calls import Answered
 from .answers import digest
 

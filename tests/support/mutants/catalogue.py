@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from ..differential.conforming import SETTINGS, Setting, perform
-from ..differential.stages import Call, Run
-from ..reference.moe.activations import Activations, quantize_activations
-from ..reference.moe.layer import MoEResult, Stages
-from ..reference.recipe import Recipe, SfLayout
+from nvfp4_moe.differential.conforming import SETTINGS, Setting, perform
+from nvfp4_moe.differential.stages import Call, Run
+from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.layer import MoEResult, Stages
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
+
 from .arguments import (
     gate_and_up_exchanged,
     laid_out,

@@ -1,4 +1,4 @@
-"""`nvfp4-moe mutants --generated`: try the mutants made by rule, and go on where the last call ended."""
+"""`--generated`: try the mutants made by rule, and go on where the last call ended."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ...kernels.triton_target import INTERPRETING
-from ...reference import recipe
+from nvfp4_moe.kernels.triton_target import INTERPRETING
+from nvfp4_moe.reference import recipe
+
 from ..planted import KERNELS
 from . import harmless, trial
 from .rules import Generated, generate
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     if interpreted and not INTERPRETING:
         variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
         return subprocess.run(
-            [sys.executable, "-m", "nvfp4_moe", *sys.argv[1:]], env=variables
+            [sys.executable, "-m", "mutants", *sys.argv[1:]], env=variables
         ).returncode
     torch.set_num_threads(1)  # a child of a process with threads would wait for them
     first, count = (int(part) for part in options.shard.split("/"))
@@ -191,8 +192,8 @@ _HEAD = """\
 ## Made by rule
 
 `make mutants` also makes small changes of every function of the reference and of the Triton kernels
-(`nvfp4_moe/mutants/generated/rules.py`): a rounding left out, a constant moved by one or by an ulp, a
-comparison made strict or not, an operator exchanged, an index moved by one. Each is *killed* by an
+(`tests/support/mutants/generated/rules.py`): a rounding left out, a constant moved by one or by an ulp,
+a comparison made strict or not, an operator exchanged, an index moved by one. Each is *killed* by an
 answer that is not the unchanged reference's, to the bit where the contract determines it, else outside
 of its interval; or by an error; it *timed out*; it is *harmless*, for a reason that is written down
 (`harmless.py`); or it is *open*: nothing saw it, and nobody has shown that it keeps the contract.
@@ -201,7 +202,7 @@ Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and
 
 
 def report(path: Path) -> str:
-    """What is known of all generated mutants, as MUTANTS.md has it."""
+    """What is known of all generated mutants, as docs/mutants.md has it."""
     mutants = [*every("reference"), *every("kernels")]
     text, still = summary(mutants, Results(path, "cpu").known)
     listed = "\n".join(f"- `{key}`" for key in still) or "None."

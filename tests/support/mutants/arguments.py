@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import host
-from ..reference.layouts import from_linear, inverse, to_linear
-from ..reference.recipe import BLOCK_SIZE, SfLayout
-from ..reference.weights.experts import Experts
-from ..reference.weights.layout import reordered, row_order
+from nvfp4_moe import host
+from nvfp4_moe.reference.layouts import from_linear, inverse, to_linear
+from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
+from nvfp4_moe.reference.weights.experts import Experts
+from nvfp4_moe.reference.weights.layout import reordered, row_order
 
 Given = dict[str, Any]
 Tensor = torch.Tensor

@@ -12,9 +12,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from ...kernels.dense import launch as dense
-from ...kernels.moe import launch as moe
-from ...reference.quantize import dequantize
+from nvfp4_moe.kernels.dense import launch as dense
+from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.reference.quantize import dequantize
 
 
 class OutOfBoundsError(Exception):

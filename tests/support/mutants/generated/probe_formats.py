@@ -6,12 +6,13 @@ import itertools
 
 import torch
 
-from ... import host
-from ...reference import layouts
-from ...reference import recipe as recipes
-from ...reference.layouts import interleave_gated_rows, inverse, shuffle_rows
-from ...reference.numerics import e2m1, e4m3, fp32
-from ...reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+from nvfp4_moe import host
+from nvfp4_moe.reference import layouts
+from nvfp4_moe.reference import recipe as recipes
+from nvfp4_moe.reference.layouts import interleave_gated_rows, inverse, shuffle_rows
+from nvfp4_moe.reference.numerics import e2m1, e4m3, fp32
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
+
 from .answers import Answers, raised
 from .numbers import around, seeded, specials
 

@@ -9,13 +9,13 @@ from unittest import mock
 
 import torch
 
-from ... import host
-from ...cases import moe_edges as matrix_edges
-from ...reference.activation import ActivationType
-from ...reference.layouts import inverse
-from ...reference.recipe import NVFP44Over6Config, Recipe
-from ...reference.weights import checksum, cute_dsl, cutlass, scalars, update, writers
-from ...reference.weights.layout import (
+from nvfp4_moe import host
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.layouts import inverse
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+from nvfp4_moe.reference.weights import checksum, cute_dsl, cutlass, scalars, update, writers
+from nvfp4_moe.reference.weights.layout import (
     gemm1_values,
     gemm2_values,
     padded_sizes,
@@ -23,7 +23,8 @@ from ...reference.weights.layout import (
     row_order,
     unshuffled_bias,
 )
-from ...reference.weights.prepare import assemble_experts, prepare_experts
+from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
+
 from .answers import Answers, raised
 from .numbers import seeded
 

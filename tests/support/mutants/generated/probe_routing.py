@@ -5,10 +5,11 @@ import itertools
 
 import torch
 
-from ... import host
-from ...cases import moe_edges as matrix_edges
-from ...reference.moe import routing
-from ...reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe import host
+from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.reference.moe import routing
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+
 from ..edge_calls import every_method, saturated, undecided
 from .answers import Answers, raised
 from .numbers import seeded
