@@ -15,7 +15,7 @@ import pytest
 import torch
 from parallel_cases import CASES
 from parallel_worker import LOSSES, TIMEOUT
-from paths import ROOT
+from paths import ROOT, SUPPORT
 
 from nvfp4_moe.kernels.triton_target import INTERPRETING
 
@@ -34,11 +34,11 @@ def start(scenario: str, transport: str, ranks: int, folder: Path) -> list[tuple
     """Run the ranks to their ends; each one's exit status and what it printed."""
     if transport == "nccl" and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs, found {torch.cuda.device_count()}")
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if any(name == "lo" for _, name in socket.if_nameindex()):
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    worker = str(ROOT / "tests" / "parallel_worker.py")
+    worker = str(SUPPORT / "parallel_worker.py")
     logs = [folder / f"{rank}.log" for rank in range(ranks)]
     processes = []
     try:

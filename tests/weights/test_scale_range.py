@@ -70,7 +70,7 @@ def test_beside_every_bias_limit_and_static_scale(kind, amax):
     w = weights(kind, MAGNITUDES)
     static = {} if amax is None else {"input_amax": amax, "intermediate_amax": amax}
     for size in (1e-45, 1.0, 3.4e38):
-        given = {name: size for name in kind.parameters & {"beta", "clamp_limit"}}
+        given = {name: size for name in kind.parameters.keys() & {"beta", "clamp_limit"}}
         e = prepare_experts(*w, kind, **biases(kind, MAGNITUDES, size), **given, **static)
         assert_in_fp32(e, f"{kind.name}, {size}, {amax}")
         for held in (e.gemm1_bias, e.gemm2_bias, e.gemm1_beta if kind == SWIGLU else None):
