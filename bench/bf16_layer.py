@@ -18,7 +18,7 @@ from measure import microseconds
 from triton.runtime.errors import OutOfResources
 
 from nvfp4_moe.kernels.jit.arithmetic import to_bf16
-from nvfp4_moe.kernels.moe.launch import Permutation, permute
+from nvfp4_moe.kernels.moe.permute import Permutation, permute
 from nvfp4_moe.kernels.moe.routing import route
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference.activation import ActivationType, activate

@@ -23,7 +23,8 @@ from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes,
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
-from nvfp4_moe.kernels.moe import launch as triton_moe
+from nvfp4_moe.kernels.moe import launch
+from nvfp4_moe.kernels.moe.configs import gemm_config, local_slots
 from nvfp4_moe.kernels.triton_target import arch, native_mma
 
 DEVICE = torch.device("cuda")
@@ -209,8 +210,8 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     """Peak bytes of a call, beyond its output, against the bound; weights decoded ahead apart."""
     matrices = (experts.gemm1_weights, experts.gemm2_weights)
     configs = [
-        triton_moe.gemm_config(
-            triton_moe.held_slots(tokens * s.top_k, experts, s.routed), s.experts, w.shape[2] * 2,
+        gemm_config(
+            local_slots(tokens * s.top_k, experts, s.routed), s.experts, w.shape[2] * 2,
             native=native_mma(arch(w.device)),
         )
         for w in matrices
@@ -218,7 +219,7 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     decoded = []
     for w, config in zip(matrices, configs, strict=True):
         expert = w[0].numel() * 4  # bf16 of two codes a byte
-        at_once = max(1, min(s.experts, triton_moe._DECODED_BYTES // expert))
+        at_once = max(1, min(s.experts, launch._DECODED_BYTES // expert))
         decoded.append(at_once * expert if config.decoded else 0)
     # All that the call keeps is alive in the second GEMM: there the peak is.
     used = peak_bytes(call) - decoded[1]

@@ -16,8 +16,9 @@ import torch
 from measure import arguments, save, start
 from moe_speed import DEVICE, SHAPES, random_experts
 
-from nvfp4_moe.kernels.moe import launch as triton_moe
+from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.configs import gemm_config
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
@@ -29,11 +30,9 @@ TOKENS = (1, 64, 512)
 
 def configurations(tokens: int, top_k: int, local: int, columns: int) -> list[Any]:
     """Those that the table would choose for some count of tokens, the actual one first."""
-    chosen = triton_moe.gemm_config(tokens * top_k, local, columns)
+    chosen = gemm_config(tokens * top_k, local, columns)
     others = {
-        triton_moe.gemm_config(slots, 8, width)
-        for slots in range(1, 16384, 7)
-        for width in (768, 2048, 7168)
+        gemm_config(slots, 8, width) for slots in range(1, 16384, 7) for width in (768, 2048, 7168)
     }
     return [chosen, *sorted(others - {chosen}, key=str)]
 
@@ -66,7 +65,7 @@ def main() -> None:
             given = (activations, experts, ids.int(), weights.bfloat16())
             want = reference.fused_moe(*given, keep_steps=True)
             outputs = [
-                triton_moe.fused_moe(
+                launch.fused_moe(
                     KernelCall(activations, experts, s.experts), *given[2:], config=config
                 )[0]
                 for config in configurations(tokens, top_k, s.experts, s.rows)

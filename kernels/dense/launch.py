@@ -12,9 +12,9 @@ import triton
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned
 from ..decode import decode
-from ..moe.autotune.cache import GemmConfig
+from ..gemm_config import GemmConfig
 from ..triton_target import arch, launch_options, native_mma, shared_memory
-from . import kernel as dense_gemm
+from .kernel import dense_gemm_kernel
 from .ops import register
 
 _WAVE = 128
@@ -24,7 +24,8 @@ _WAVE = 128
 def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
     """The tiles of [m, k] times [k, n] on a GPU of this ARCH: `bm` of n, `bn` of m.
 
-    The tiles are those that `moe.gemm_config` measured on an H100 for as many tokens of one expert,
+    The tiles are those that `moe.configs.gemm_config` chooses,
+    measured on an H100 for as many tokens of one expert,
     narrower where too few programs would be left. On GPUs that multiply codes nothing was measured.
     The order of a sum depends on `bk` and `decoded`, so on m.
     """
@@ -70,7 +71,7 @@ def _mm_fp4(
     if not native:
         layout = SfLayout.layout_8x4 if use_8x4 else SfLayout.layout_128x4
         x, x_sf = decode(x, a_scales, layout, columns=columns), None
-    dense_gemm.dense_gemm_kernel[(triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),)](
+    dense_gemm_kernel[(triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),)](
         x, x_sf, w, w_sf, alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
         BY_ROW=alpha is not None and alpha.numel() > 1, X_TILE=tile,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,

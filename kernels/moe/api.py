@@ -96,7 +96,7 @@ def trtllm_fp4_block_scale_moe(
     Returns:
         [output [T, valid H], bf16 unless `output` is fp16 or fp32], or without `do_finalize` [rows bf16
         [P, H], routing weights [T, K], the row of each expanded index int32 [T * K], -1 where the
-        expert is not held here].
+        expert is not on this rank].
 
     Raises:
         ValueError, TypeError: an argument that no backend accepts.
@@ -313,7 +313,7 @@ def fused_moe(
         routing: (logits [T, E], a `Routing`), or (ids int32 [T, K], weights bf16 or fp32 [T, K]).
         activation: "per-token", "static" (experts with `input_amax`) or "bf16" (not quantized);
             omitted, static where the experts have static scales, else per token.
-        num_experts: of all ranks; omitted with ids, those held here.
+        num_experts: of all ranks; omitted with ids, the local ones.
         output_dtype: bf16, fp16 or fp32, of which FlashInfer writes the first alone.
         stats: also report what both quantizations did, by expert; not by FlashInfer, nor compiled. The
             output has the bits of the same backend without.
@@ -445,13 +445,13 @@ def _experts(
     checks.tensor("gemm2_weights", gemm2_weights, (torch.uint8,), ("experts", "H", "I/2"))
     checks.integer("num_fused_shared_experts", shared_experts, 0)
     local, hidden, half = gemm2_weights.shape
-    for name, given, held in (
+    for name, given, expected in (
         ("local_num_experts", local_num_experts, local - shared_experts),
         ("intermediate_size", intermediate_size, half * 2),
     ):
         checks.integer(name, given)
-        if given != held:
-            raise ValueError(f"{name} is {given}; it must be {held}, which gemm2_weights hold")
+        if given != expected:
+            raise ValueError(f"{name} is {given}; it must be {expected}, which gemm2_weights hold")
     return Experts(
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
         output1_scale_gate_scalar, output2_scale_scalar,

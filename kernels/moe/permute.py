@@ -1,11 +1,70 @@
-"""The small kernels around the two grouped GEMMs: permutation and finalize."""
+"""Sort the slots of a call by expert: the launch and its kernels."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
-from ..jit.arithmetic import to_bf16
 from ..jit.pdl import await_previous
+from ..triton_target import arch, launch_options
+
+_ONE_LAUNCH_SLOTS = 4096
+"""Up to this many slots one launch sorts them: the program of each expert reads all slots twice."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The slots sorted by expert, and the tiles of the GEMM over them."""
+
+    expanded: torch.Tensor  # [T * K] int32: expanded index of a permuted row
+    permuted: torch.Tensor  # [T * K] int32: permuted row of an expanded index, -1: not on this rank
+    tiles: torch.Tensor  # [2, tiles] int32: expert, first permuted row
+    end: torch.Tensor  # [E] int32
+
+
+def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: int) -> Permutation:
+    """Sort the slots by expert; slots of one expert stay in their order.
+
+    Args:
+        ids: [T, K] int32, global expert ids. Slots of experts that are not local get no row.
+        tile: rows of a tile of the GEMM.
+    """
+    slots = ids.numel()
+    tiles = min(slots, num_local) + slots // tile
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=ids.device)
+
+    p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
+    ids = ids.contiguous()
+    bins = max(16, triton.next_power_of_2(num_local + 1))
+    options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
+    if slots <= _ONE_LAUNCH_SLOTS:
+        chunk = max(16, triton.next_power_of_2(slots))
+        permute_kernel[(num_local,)](
+            ids, p.expanded, p.permuted, p.tiles, p.end,
+            slots, tiles, local_expert_offset, num_local,
+            BINS=bins, CHUNK=chunk, TILE=tile, num_warps=4 if chunk <= 2048 else 8, **options,
+        )  # fmt: skip
+        return p
+    chunk = 128
+    chunks = triton.cdiv(slots, chunk)
+    total, counts = empty(bins).zero_(), empty(num_local, chunks)
+    count_kernel[(chunks,)](
+        ids, total, counts, slots, local_expert_offset, num_local,
+        BINS=bins, CHUNK=chunk, **options,
+    )  # fmt: skip
+    offset_kernel[(num_local,)](
+        total, counts, p.tiles, p.end, chunks, tiles, num_local,
+        BINS=bins, STEP=1024, TILE=tile, **options,
+    )  # fmt: skip
+    place_kernel[(chunks,)](
+        ids, counts, p.expanded, p.permuted, slots, local_expert_offset, num_local,
+        CHUNK=chunk, **options,
+    )  # fmt: skip
+    return p
 
 
 @triton.jit
@@ -35,7 +94,7 @@ def _expert_counted(
 def permute_kernel(
     ids_ptr,  # [N] int32 global expert ids, by expanded index
     expanded_ptr,  # [N] int32: the expanded index of a permuted row
-    permuted_ptr,  # [N] int32: the permuted row of an expanded index, -1 where held elsewhere
+    permuted_ptr,  # [N] int32: the permuted row of an expanded index, -1: not on this rank
     tile_ptr,  # [2, tiles] int32: a tile's expert (-1: none), its first permuted row
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     N,
@@ -144,41 +203,3 @@ def place_kernel(
     row = first + tl.sum(earlier.to(tl.int32), 1)
     tl.store(permuted_ptr + index, tl.where(held, row, -1), index < N)
     tl.store(expanded_ptr + row, index, held)
-
-
-@triton.jit
-def finalize_kernel(
-    rows_ptr,  # [rows, H] bf16, by permuted row
-    permuted_ptr,  # [T * K] int32
-    weights_ptr,  # [T, K] bf16 or fp32
-    out_ptr,  # [T, width] bf16, fp16 or fp32
-    H,
-    width,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,  # strided groups of slots, summed apart (`split_k_groups`)
-    COLUMNS: tl.constexpr,
-    ARCH: tl.constexpr,
-):
-    await_previous(ARCH)
-    token = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for j in tl.static_range(GROUPS):
-        part = tl.zeros((COLUMNS,), tl.float32)
-        for k in range(j, K, GROUPS):
-            row = tl.load(permuted_ptr + token * K + k)
-            weight = tl.load(weights_ptr + token * K + k).to(tl.float32)
-            held = tl.where(inside, row, -1) >= 0
-            value = tl.load(rows_ptr + row.to(tl.int64) * H + column, held, other=0.0)
-            if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
-                added = (value.to(tl.float64) * weight + part).to(tl.float32)
-            else:
-                added = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
-            part = tl.where(held, added, part)  # the weight of a slot of no expert may be NaN
-        total = part if j == 0 else total + part
-    out = out_ptr + token.to(tl.int64) * width + column
-    if out_ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(out, to_bf16(total, ARCH), inside)
-    else:
-        tl.store(out, total, inside)

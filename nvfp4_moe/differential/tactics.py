@@ -22,7 +22,8 @@ from ..kernels.moe.backends import FUSED_MOE
 from ..kernels.moe.call import MoECall
 
 if TYPE_CHECKING:
-    from ..kernels.moe.autotune.cache import Configs, GemmConfig
+    from ..kernels.gemm_config import GemmConfig
+    from ..kernels.moe.configs import Configs
 
 DEFAULT = "default"
 
@@ -126,16 +127,16 @@ def forced(tactic: Tactic) -> Iterator[None]:
 
 
 def _of_triton(request: MoECall) -> list[Configuration]:
-    from ..kernels.moe import launch as moe
-    from ..kernels.moe.autotune import cache as config_cache
+    from ..kernels.moe import configs
+    from ..kernels.moe.autotune import cache
 
     result = [Configuration(DEFAULT)]
     if request.batch_invariant:  # always the table's
         return result
     experts, top_k = request.experts, request.routed()[0].shape[1]
-    held = moe.held_slots(request.tokens * top_k, experts, request.all_experts)
-    key = config_cache.key_of(experts, held, top_k, request.mode)
-    table = moe.table_configs(experts, held)
+    slots = configs.local_slots(request.tokens * top_k, experts, request.all_experts)
+    key = cache.key_of(experts, slots, top_k, request.mode)
+    table = configs.table_configs(experts, slots)
     for which in (0, 1):
         for config in _tiles(key.weights[which][1], native=key.native):
             pair = [replace(other, bn=config.bn) for other in table]
@@ -151,15 +152,15 @@ def _tiles(columns: int, *, native: bool) -> "list[GemmConfig]":
 
     The candidates of `autotune_fused_moe` are compared with the table's when they are measured.
     """
-    from ..kernels.moe import launch as moe
-    from ..kernels.moe.autotune import cache as config_cache
+    from ..kernels.moe import configs
+    from ..kernels.moe.autotune import cache
 
     shipped = dict.fromkeys(
-        moe.gemm_config(each, 1, width, native=native)
+        configs.gemm_config(each, 1, width, native=native)
         for each in (1, 17, 65, 1024)
         for width in (128, 4096)
     )
-    return [c for c in shipped if config_cache.refusal(c, columns, native=native) is None]
+    return [c for c in shipped if cache.refusal(c, columns, native=native) is None]
 
 
 def _words(c: "GemmConfig") -> str:
@@ -169,20 +170,19 @@ def _words(c: "GemmConfig") -> str:
 
 
 def _using(key: Any, pair: "Configs") -> Callable[[], AbstractContextManager[None]]:
-    from ..kernels.moe import launch as moe
-    from ..kernels.moe.autotune import cache as config_cache
+    from ..kernels.moe.autotune import cache
 
     @contextlib.contextmanager
     def force() -> Iterator[None]:
         looked_up = False
-        lookup = config_cache.lookup
+        lookup = cache.lookup
 
         def noting(asked: Any) -> Any:
             nonlocal looked_up
             looked_up |= asked == key
             return lookup(asked)
 
-        with config_cache.using(key, pair), mock.patch.object(moe.config_cache, "lookup", noting):
+        with cache.using(key, pair), mock.patch.object(cache, "lookup", noting):
             yield
         if not looked_up:
             raise RuntimeError(f"configurations {pair} did not run: no call had the key {key}")

@@ -205,9 +205,9 @@ def _finalized(
         by_slot = wide[permuted.long()].unflatten(0, weights.shape)
         held = permuted.view(weights.shape) >= 0
         return finalize(by_slot.float(), weights, width, order, held).to(r.output_dtype)
-    from ..kernels.moe import launch as triton_moe
+    from ..kernels.moe.finalize import finalize as triton_finalize
 
     output = rows.new_empty((r.tokens, rows.shape[1]), dtype=r.output_dtype)
     if r.tokens:
-        triton_moe.finalize(rows, permuted, weights, output, width, order)
+        triton_finalize(rows, permuted, weights, output, width, order)
     return output

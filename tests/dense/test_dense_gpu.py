@@ -11,7 +11,7 @@ from marks import ON_A_GPU
 
 import nvfp4_moe
 from nvfp4_moe.kernels.dense.launch import dense_config
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference import dense as reference
 

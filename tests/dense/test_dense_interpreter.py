@@ -8,7 +8,7 @@ from assertions import assert_bitwise
 from mutants.generated.strict import codes_multiplied
 
 import nvfp4_moe
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 
 pytestmark = [
     pytest.mark.interpreter,

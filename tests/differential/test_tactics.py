@@ -11,8 +11,9 @@ from moe_cases import Shape
 
 from nvfp4_moe.differential import tactics
 from nvfp4_moe.kernels import triton_target
-from nvfp4_moe.kernels.moe import launch as moe
-from nvfp4_moe.kernels.moe.autotune import cache as config_cache
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import configs, launch
+from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import make_moe_call
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -184,8 +185,8 @@ def an_h100(monkeypatch, tmp_path):
     """For look-ups alone: nothing can be launched."""
     monkeypatch.setattr(triton_target, "capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_target, "gpu_name", lambda device: "a GPU")
-    monkeypatch.setattr(config_cache, "gpu_name", lambda device: "a GPU")
-    monkeypatch.setattr(config_cache, "_known", {})
+    monkeypatch.setattr(cache, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(cache, "_known", {})
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
 
 
@@ -194,23 +195,23 @@ def test_tiles_of_triton(an_h100):
     found = tactics.configurations("triton", request)
     assert found[0].name == "default" and len({c.name for c in found}) == len(found) >= 6
     assert any("gemm1 256x128x64" in c.name and "decoded" in c.name for c in found)
-    held = moe.held_slots(10, request.experts, 4)
-    table = moe._configs(request.experts, held, 2, "per-token", False)
-    assert table == moe.table_configs(request.experts, held)
+    slots = configs.local_slots(10, request.experts, 4)
+    table = launch._configs(request.experts, slots, 2, "per-token", False)
+    assert table == configs.table_configs(request.experts, slots)
     for c in found[1:]:
         with c.forced():
-            pair = moe._configs(request.experts, held, 2, "per-token", False)
+            pair = launch._configs(request.experts, slots, 2, "per-token", False)
         which = int(c.name[4]) - 1
         assert pair != table and pair[0].bn == pair[1].bn
         assert c.name == f"gemm{which + 1} {tactics._words(pair[which])}"
         assert pair[1 - which] == replace(table[1 - which], bn=pair[which].bn)
         for config, (_, columns) in zip(pair, ((0, 128), (0, 64)), strict=True):
-            assert config_cache.refusal(config, columns, native=False) is None
-    assert moe._configs(request.experts, held, 2, "per-token", False) == table
+            assert cache.refusal(config, columns, native=False) is None
+    assert launch._configs(request.experts, slots, 2, "per-token", False) == table
 
 
 def test_tiles_that_the_kernel_refuses_are_left_out(an_h100, monkeypatch):
-    monkeypatch.setattr(config_cache, "refusal", lambda c, columns, native: c.decoded or None)
+    monkeypatch.setattr(cache, "refusal", lambda c, columns, native: c.decoded or None)
     found = tactics.configurations("triton", request_of())
     assert len(found) >= 4 and not any("decoded" in c.name for c in found)
 
@@ -219,7 +220,7 @@ def test_tiles_that_were_not_looked_up_are_an_error(an_h100):
     request = request_of()
     c = tactics.configurations("triton", request)[1]
     with pytest.raises(RuntimeError, match="did not run"), c.forced():
-        moe._configs(request.experts, 4000, 2, "per-token", False)
+        launch._configs(request.experts, 4000, 2, "per-token", False)
 
 
 def test_nothing_is_forced_where_bits_may_not_depend_on_it(an_h100):
@@ -231,14 +232,14 @@ def test_nothing_is_forced_where_bits_may_not_depend_on_it(an_h100):
 @pytest.mark.parametrize("mode", ["per-token", "static", "bf16", "shares"])
 def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(config_cache, "_known", {})
-    launched, launch = [], moe._launch_gemm
+    monkeypatch.setattr(cache, "_known", {})
+    launched, launch_gemm = [], launch._launch_gemm
 
     def spy(*args):
-        launched.extend(a for a in args if isinstance(a, config_cache.GemmConfig))
-        launch(*args)
+        launched.extend(a for a in args if isinstance(a, GemmConfig))
+        launch_gemm(*args)
 
-    monkeypatch.setattr(moe, "_launch_gemm", spy)
+    monkeypatch.setattr(launch, "_launch_gemm", spy)
     shape = replace(SHAPE, offset=1, local=2) if mode == "shares" else SHAPE
     case = moe_cases.make(shape, mode="per-token" if mode == "shares" else mode)
     request = make_moe_call(

@@ -15,7 +15,8 @@ from marks import ON_A_GPU
 from moe_cases import GATED, PLAIN
 
 from nvfp4_moe.kernels.jit import approximations as special
-from nvfp4_moe.kernels.moe.grouped_gemm import _activation, _per_expert
+from nvfp4_moe.kernels.moe.activation import activated
+from nvfp4_moe.kernels.moe.grouped_gemm import _per_expert
 from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import activation as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
@@ -61,7 +62,7 @@ def activation_kernel(
         limit = 7.0 / gate_scale
     else:
         limit = _per_expert(limit_ptr, 0)
-    tl.store(y_ptr + i, _activation(up, gate, scale, gate_scale, alpha, beta, limit, ACT))
+    tl.store(y_ptr + i, activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT))
 
 
 def blocks(*tensors):

@@ -11,7 +11,7 @@ import pytest
 from activation_formulas import FORMULAS
 from paths import ROOT
 
-from nvfp4_moe.kernels.moe import grouped_gemm as moe_gemm
+from nvfp4_moe.kernels.moe import activation as device
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
     IMPLEMENTED,
@@ -28,19 +28,17 @@ UNITS = ROOT / "docs" / "units.md"
 
 
 def branches():
-    """The activations that `moe_gemm._activation` compares ACT with."""
-    tree = ast.parse(inspect.getsource(moe_gemm))
+    """The activations that `activated` compares ACT with."""
+    tree = ast.parse(inspect.getsource(device))
     (function,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == "_activation"
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "activated"
     )
     names = [
         node.comparators[0].id
         for node in ast.walk(function)
         if isinstance(node, ast.Compare) and getattr(node.left, "id", "") == "ACT"
     ]
-    return {ActivationType(getattr(moe_gemm, name).value) for name in names}
+    return {ActivationType(getattr(device, name).value) for name in names}
 
 
 def documented():
@@ -69,8 +67,8 @@ def test_every_activation_has(entries):
 
 def test_the_kernel_knows_which_are_gated():
     for kind in ActivationType:
-        assert moe_gemm.is_gated(int(kind)) == kind.gated
-    assert not moe_gemm.is_gated(moe_gemm.NONE.value)
+        assert device.is_gated(int(kind)) == kind.gated
+    assert not device.is_gated(device.NONE.value)
 
 
 def test_the_units_are_documented():

@@ -13,12 +13,12 @@ from triton.runtime.errors import OutOfResources
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError
-from nvfp4_moe.kernels.moe import launch as moe
-from nvfp4_moe.kernels.moe.autotune import cache as config_cache
-from nvfp4_moe.kernels.moe.autotune import search as tuning
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch
+from nvfp4_moe.kernels.moe.autotune import cache, search
 from nvfp4_moe.kernels.moe.autotune.search import Measured, autotune, candidates, difference
 from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.configs import gemm_config, local_slots
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
 
@@ -28,29 +28,29 @@ TALL = GemmConfig(128, 16, 64, 3, 4)
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
+def folder(monkeypatch, tmp_path):
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(config_cache, "_known", {})
+    monkeypatch.setattr(cache, "_known", {})
     return tmp_path
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Three candidates, for the interpreter is slow."""
-    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: [TABLE, WIDE, TALL])
+    monkeypatch.setattr(search, "candidates", lambda *_, **__: [TABLE, WIDE, TALL])
 
 
 @pytest.fixture
 def launched(monkeypatch) -> list[GemmConfig]:
     """The configuration of every GEMM that is launched."""
     found = []
-    launch = moe._launch_gemm
+    launch_gemm = launch._launch_gemm
 
     def spy(*args):
         found.append(next(a for a in args if isinstance(a, GemmConfig)))
-        launch(*args)
+        launch_gemm(*args)
 
-    monkeypatch.setattr(moe, "_launch_gemm", spy)
+    monkeypatch.setattr(launch, "_launch_gemm", spy)
     return found
 
 
@@ -63,7 +63,7 @@ def run(case: Case, **options) -> torch.Tensor:
     call = KernelCall(
         case.activations, case.experts, case.experts.num_local, finalize_order="slot", **options
     )
-    return moe.fused_moe(call, case.ids, case.weights)[0]
+    return launch.fused_moe(call, case.ids, case.weights)[0]
 
 
 def layer(case: Case, mode: str = "per-token", num_experts: int = 4, offset: int = 0) -> KernelCall:
@@ -81,13 +81,13 @@ def test_candidates(native):
     for each, (rows, columns) in itertools.product(
         (1, 17, 65, 1024), ((1536, 2048), (2048, 704), (384, 7168), (128, 128))
     ):
-        table = moe.gemm_config(each, 1, columns, native=native)
+        table = gemm_config(each, 1, columns, native=native)
         found = candidates(table, rows, columns, native=native)
         assert found[0] == table and len(set(found)) == len(found)
         assert 8 <= len(found) <= 32
         assert {c.bn for c in found} <= {16, 32, 64, 128} and len({c.bn for c in found}) >= 2
         for c in found[1:]:
-            assert config_cache.refusal(c, columns, native=native) is None, c
+            assert cache.refusal(c, columns, native=native) is None, c
             assert rows % c.bm == 0 and c.bm * c.bn <= 4096 * c.warps, c
     assert any(c.decoded for c in candidates(TABLE, 512, 512, native=native)) is False
     large = GemmConfig(128, 128, 128, 2, 4)
@@ -121,9 +121,9 @@ def test_the_two_share_bn():
         for gemm, us in enumerate(pair, 1)
         for bm in (128, 64, 256)
     ]
-    assert tuning._fastest(measured) == (replace(TABLE, bn=32), replace(TABLE, bn=32))
-    assert tuning._fastest([Measured(1, TABLE, 1.0), Measured(2, WIDE, 1.0)]) is None
-    assert tuning._fastest([]) is None
+    assert search._fastest(measured) == (replace(TABLE, bn=32), replace(TABLE, bn=32))
+    assert search._fastest([Measured(1, TABLE, 1.0), Measured(2, WIDE, 1.0)]) is None
+    assert search._fastest([]) is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_without_a_gpu():
 class TestInTheInterpreter:
     pytestmark = pytest.mark.interpreter
 
-    def test_chosen_kept_and_used(self, launched, few, cache, monkeypatch):
+    def test_chosen_kept_and_used(self, launched, few, folder, monkeypatch):
         case = make(Shape(5, 128, 128, 4, 2))
         before = run(case)
         invariant = run(case, batch_invariant=True)
@@ -171,7 +171,7 @@ class TestInTheInterpreter:
             for gemm in (1, 2)
             for config, us in ((TABLE, 5), (WIDE, 1), (TALL, 5))
         ]
-        assert [tuned.file] == list(cache.rglob("*.json"))
+        assert [tuned.file] == list(folder.rglob("*.json"))
 
         for _ in range(2):  # in this process, then as if in another
             for options, config in (({}, WIDE), ({"batch_invariant": True}, TABLE)):
@@ -179,7 +179,7 @@ class TestInTheInterpreter:
                 got = run(case, **options)
                 assert launched == [config] * 2
                 assert_bitwise(got, invariant if options else before, str(options))
-            config_cache._known.clear()
+            cache._known.clear()
         changes = (
             ("tokens", 9),
             ("hidden", 256),
@@ -203,14 +203,14 @@ class TestInTheInterpreter:
 
     def test_wrong_rows_are_dropped(self, few, monkeypatch, caplog):
         """One row of a thousand, one configuration, in the first GEMM alone and without a word."""
-        launch = moe._launch_gemm
+        launch_gemm = launch._launch_gemm
 
         def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest):
-            launch(x, w, w_sf, bias, scale, out, p, config, *rest)
+            launch_gemm(x, w, w_sf, bias, scale, out, p, config, *rest)
             if config == WIDE and rest[0]:
                 out[2] *= 1.01
 
-        monkeypatch.setattr(moe, "_launch_gemm", miscompiled)
+        monkeypatch.setattr(launch, "_launch_gemm", miscompiled)
         case = make(Shape(5, 128, 128, 4, 2))
         (tuned,) = autotune(
             layer(case), [5], 2,
@@ -223,28 +223,28 @@ class TestInTheInterpreter:
 
     def test_wrong_on_full_tiles_alone(self, few, monkeypatch):
         """Random tokens do not fill a tile; others of the same bucket may."""
-        launch = moe._launch_gemm
+        launch_gemm = launch._launch_gemm
 
         def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest):
-            launch(x, w, w_sf, bias, scale, out, p, config, *rest)
+            launch_gemm(x, w, w_sf, bias, scale, out, p, config, *rest)
             if config == WIDE and int(p.end[1]) == 64:
                 out[0] = 0
 
-        monkeypatch.setattr(moe, "_launch_gemm", miscompiled)
+        monkeypatch.setattr(launch, "_launch_gemm", miscompiled)
         case = make(Shape(17, 128, 128, 6, 2, 1, 4))
         (tuned,) = autotune(layer(case, "per-token", 6, 1), [17], 2, clock({WIDE: 1}))
         assert [bool(m.dropped) for m in tuned.measured] == [False, True, False] * 2
         assert WIDE not in tuned.chosen
 
     def test_what_does_not_launch_is_dropped(self, few, monkeypatch):
-        launch = moe._launch_gemm
+        launch_gemm = launch._launch_gemm
 
         def refused(*args):
             if WIDE in args:
                 raise OutOfResources(300_000, 232_448, "shared memory")
-            launch(*args)
+            launch_gemm(*args)
 
-        monkeypatch.setattr(moe, "_launch_gemm", refused)
+        monkeypatch.setattr(launch, "_launch_gemm", refused)
         case = make(Shape(5, 128, 128, 4, 2))
         (tuned,) = autotune(layer(case, "bf16"), [5], 2, clock({}))
         assert [m.dropped for m in tuned.measured if m.config == WIDE] == [
@@ -257,8 +257,8 @@ class TestInTheInterpreter:
         (tuned,) = autotune(layer(case, "static"), [5], 2, clock({WIDE: 1, (WIDE, WIDE): 5.0}))
         assert tuned.chosen == tuned.table and tuned.chosen_us == tuned.table_us == 5
         assert not [m for m in tuned.measured if m.dropped]
-        config_cache._known.clear()
-        assert config_cache.lookup(config_cache.key_of(case.experts, 10, 2, "static")) == (
+        cache._known.clear()
+        assert cache.lookup(cache.key_of(case.experts, 10, 2, "static")) == (
             TABLE,
             TABLE,
         )
@@ -275,6 +275,6 @@ class TestInTheInterpreter:
 def test_slots_held_elsewhere_do_not_count():
     """Of 256 experts' slots an eighth is here: 128 tokens an expert, not 1,024."""
     case = make(Shape(1, 128, 64, 32, 1))
-    assert moe.held_slots(32768, case.experts, None) == 32768
-    assert moe.held_slots(32768, case.experts, 256) == 4096
-    assert moe.held_slots(1, case.experts, 256) == 1
+    assert local_slots(32768, case.experts, None) == 32768
+    assert local_slots(32768, case.experts, 256) == 4096
+    assert local_slots(1, case.experts, 256) == 1

@@ -11,8 +11,9 @@ import pytest
 from paths import ROOT
 
 from nvfp4_moe.kernels import environment
-from nvfp4_moe.kernels.moe.autotune import cache as config_cache
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig, Key, lookup, path_of, store, text_of
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe.autotune import cache
+from nvfp4_moe.kernels.moe.autotune.cache import Key, lookup, path_of, store, text_of
 
 KEY = Key(
     "NVIDIA H100", 90, "3.6.0", "0123", 2048, 768, 128, 8, "Swiglu", "per-token", "gemm1_bias", 1024
@@ -25,13 +26,13 @@ OTHERS = (GemmConfig(256, 64, 64, 3, 8, decoded=True), GemmConfig(128, 64, 128, 
 def folder(monkeypatch, tmp_path):
     """An empty cache, of a process that has looked nothing up yet."""
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(config_cache, "_known", {})
+    monkeypatch.setattr(cache, "_known", {})
     return tmp_path / "cache"
 
 
 def forget() -> None:
     """As a process does that ends."""
-    config_cache._known.clear()
+    cache._known.clear()
 
 
 def write(content: bytes | str, key: Key = KEY) -> None:
@@ -45,7 +46,7 @@ def checked(**changes) -> str:
     """An entry with other content and the check sum of that."""
     entry = json.loads(text_of(KEY, CONFIGS)) | changes
     del entry["check"]
-    return json.dumps(entry | {"check": config_cache._check(entry)})
+    return json.dumps(entry | {"check": cache._check(entry)})
 
 
 def assert_a_miss_with_one_line(caplog, reason: str) -> None:
@@ -201,7 +202,7 @@ def test_using_is_for_a_while():
     for before in (None, CONFIGS):
         if before:
             store(KEY, before)
-        with pytest.raises(RuntimeError), config_cache.using(KEY, OTHERS):
+        with pytest.raises(RuntimeError), cache.using(KEY, OTHERS):
             assert lookup(KEY) == OTHERS
             raise RuntimeError
         assert lookup(KEY) == before
@@ -210,6 +211,7 @@ def test_using_is_for_a_while():
 
 
 WRITER = """
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe.autotune.cache import *
 import sys
 key, first, second = eval(sys.stdin.read())

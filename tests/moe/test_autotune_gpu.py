@@ -9,24 +9,23 @@ from moe_cases import Shape, make
 from moe_triton_cases import to
 
 import nvfp4_moe
-from nvfp4_moe.kernels.moe import launch as moe
-from nvfp4_moe.kernels.moe.autotune import cache as config_cache
-from nvfp4_moe.kernels.moe.autotune import search as tuning
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch
+from nvfp4_moe.kernels.moe.autotune import cache, search
 
 pytestmark = ON_A_GPU
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
+def folder(monkeypatch, tmp_path):
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(config_cache, "_known", {})
+    monkeypatch.setattr(cache, "_known", {})
     return tmp_path
 
 
 @pytest.mark.parametrize("mode", ["per-token", "static", "bf16"])
 @pytest.mark.parametrize("tokens", [3, 90, 1500])
-def test_every_candidate_is_right(mode, tokens, cache, monkeypatch):
+def test_every_candidate_is_right(mode, tokens, folder, monkeypatch):
     """All that launch have the table's rows; the choice is the fastest, on disk, and what runs."""
     shape = Shape(tokens, 1024, 512, 8, 4)
     case = make(shape, mode=mode)
@@ -42,17 +41,17 @@ def test_every_candidate_is_right(mode, tokens, cache, monkeypatch):
     ran = [m for m in tuned.measured if m.us is not None]
     assert {m.config for m in ran} >= set(tuned.table) and len(ran) >= len(tuned.measured) / 2
     assert all(m.us > 0 for m in ran) and 0 < tuned.chosen_us <= tuned.table_us
-    assert [tuned.file] == list(cache.rglob("*.json"))
+    assert [tuned.file] == list(folder.rglob("*.json"))
 
-    config_cache._known.clear()  # as in another process
+    cache._known.clear()  # as in another process
     launched = []
-    launch = moe._launch_gemm
+    launch_gemm = launch._launch_gemm
 
     def spy(*args):
         launched.extend(a for a in args if isinstance(a, GemmConfig))
-        launch(*args)
+        launch_gemm(*args)
 
-    monkeypatch.setattr(moe, "_launch_gemm", spy)
+    monkeypatch.setattr(launch, "_launch_gemm", spy)
     after = nvfp4_moe.fused_moe(x, experts, routing, **options)
     assert launched == list(tuned.chosen)
     error = (after.double() - before.double()).norm() / before.double().norm()
@@ -66,29 +65,29 @@ def test_the_entry_is_read_while_a_graph_is_captured():
     case = make(Shape(17, 256, 128, 8, 2))
     experts, x = to("cuda", case.experts), case.x.cuda()
     routing = (case.ids.cuda(), case.weights.cuda())
-    key = config_cache.key_of(experts, 34, 2, "per-token")
-    config_cache.store(key, (GemmConfig(128, 32, 64, 3, 4), GemmConfig(64, 32, 64, 3, 4)))
+    key = cache.key_of(experts, 34, 2, "per-token")
+    cache.store(key, (GemmConfig(128, 32, 64, 3, 4), GemmConfig(64, 32, 64, 3, 4)))
 
     def call():
         return nvfp4_moe.fused_moe(x, experts, routing, backend="triton")
 
     want = call()
     torch.cuda.synchronize()
-    config_cache._known.clear()
+    cache._known.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
-    assert config_cache._known[key][0].bk == 64
+    assert cache._known[key][0].bk == 64
     graph.replay()
     assert_bitwise(captured, want, "replayed")
 
 
 def test_a_kernel_that_writes_nothing_is_dropped(monkeypatch):
     """Right rows of the candidate before may still lie in the memory."""
-    launch = moe._launch_gemm
+    launch_gemm = launch._launch_gemm
     idle = GemmConfig(64, 32, 128, 4, 4)
-    monkeypatch.setattr(tuning, "candidates", lambda table, *_, **__: [table, idle])
-    monkeypatch.setattr(moe, "_launch_gemm", lambda *a: None if idle in a else launch(*a))
+    monkeypatch.setattr(search, "candidates", lambda table, *_, **__: [table, idle])
+    monkeypatch.setattr(launch, "_launch_gemm", lambda *a: None if idle in a else launch_gemm(*a))
     experts = to("cuda", make(Shape(1, 1024, 512, 8, 4)).experts)
     (tuned,) = nvfp4_moe.autotune_fused_moe(experts, 8, 4)
     assert [bool(m.dropped) for m in tuned.measured] == [False, True] * 2

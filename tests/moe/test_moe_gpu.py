@@ -10,9 +10,10 @@ from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
 
 from nvfp4_moe.differential import accumulation as sums
-from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.launch import GemmConfig
+from nvfp4_moe.kernels.moe.configs import gemm_config
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
 
@@ -29,7 +30,7 @@ CONFIGS = [
 
 def test_the_table_is_the_shipped_one():
     found = {
-        moe.gemm_config(slots, 8, columns)
+        gemm_config(slots, 8, columns)
         for slots in range(1, 16384, 7)
         for columns in (768, 2048, 7168)
     }
@@ -81,14 +82,14 @@ def test_few_decoded_experts_at_a_time(monkeypatch):
     """The ring of decoded weights holds one expert, then three, then all."""
     case = coarse(Shape(150, 512, 256, 8, 3), ActivationType.Relu2)
     for size in (1, 3 * 256 * 512 * 2, 1 << 30):
-        monkeypatch.setattr(moe, "_DECODED_BYTES", size)
+        monkeypatch.setattr(launch, "_DECODED_BYTES", size)
         assert_bitwise(*moe_triton_cases.both(case, "cuda", config=CONFIGS[-1]), str(size))
 
 
 def _output(activations, experts, ids, weights, **options):
     """The layer's output for quantized hidden states, by the launcher itself."""
     call = KernelCall(activations, experts, experts.num_local, **options)
-    return moe.fused_moe(call, ids, weights)[0]
+    return launch.fused_moe(call, ids, weights)[0]
 
 
 def test_cuda_graph_with_another_routing():

@@ -10,7 +10,8 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 from mutants.generated.strict import codes_multiplied
 
-from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.reference.activation import ActivationType
 
 pytestmark = pytest.mark.interpreter
@@ -25,20 +26,20 @@ def test_codes_multiplied_as_they_are():
     """The path of GPUs with a block-scaled MMA, with that instruction spelled out."""
     for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
         with codes_multiplied():
-            case("cpu", moe.GemmConfig(128, 16, 128, 1, 4))
+            case("cpu", GemmConfig(128, 16, 128, 1, 4))
 
 
 @pytest.mark.parametrize("ring", [1, 1 << 28])
 def test_weights_decoded_before(ring, monkeypatch):
     """One expert's at a time, and all."""
-    monkeypatch.setattr(moe, "_DECODED_BYTES", ring)
+    monkeypatch.setattr(launch, "_DECODED_BYTES", ring)
     for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
-        case("cpu", moe.GemmConfig(128, 16, 64, 1, 4, decoded=True))
+        case("cpu", GemmConfig(128, 16, 64, 1, 4, decoded=True))
 
 
 def test_tiles_half_as_wide():
     """Experts with fewer rows than half a tile, with more, and with a second, nearly empty one."""
-    config = moe.GemmConfig(128, 32, 64, 1, 4)
+    config = GemmConfig(128, 32, 64, 1, 4)
     for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
         case("cpu", config)
     shape = Shape(34, 128, 128, 3, 2)

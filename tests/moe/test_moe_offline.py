@@ -4,8 +4,10 @@
 import pytest
 from offline import compile_kernel, resources
 
-from nvfp4_moe.kernels.moe.grouped_gemm import NONE, expert_gemm_kernel
-from nvfp4_moe.kernels.moe.launch import GemmConfig, gemm_config
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe.activation import NONE
+from nvfp4_moe.kernels.moe.configs import gemm_config
+from nvfp4_moe.kernels.moe.grouped_gemm import expert_gemm_kernel
 from nvfp4_moe.kernels.triton_target import native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 

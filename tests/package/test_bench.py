@@ -172,7 +172,7 @@ def test_weights_decoded_ahead_are_no_workspace(stopped_clock, monkeypatch):
     c = moe_speed.workspace(s, 8, experts, lambda: None)
     assert c["workspace_bytes"] == 10**6 and c["decoded_bytes"] == 0
     # From 1024 tokens an expert: three experts' [512, 256] at most, then all of [256, 256], bf16.
-    monkeypatch.setattr(moe_speed.triton_moe, "_DECODED_BYTES", 3 * 512 * 256 * 2)
+    monkeypatch.setattr(moe_speed.launch, "_DECODED_BYTES", 3 * 512 * 256 * 2)
     c = moe_speed.workspace(s, 2048, experts, lambda: None)
     assert c["decoded_bytes"] == 3 * 512 * 256 * 2
     assert c["workspace_bytes"] == 10**6 - 4 * 256 * 256 * 2

@@ -7,7 +7,7 @@ import torch
 from assertions import assert_bitwise, assert_inside
 
 from nvfp4_moe.kernels.dense import launch as triton_dense
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds

@@ -8,10 +8,11 @@ import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Case, Shape
 
-from nvfp4_moe.kernels.moe import launch as triton_moe
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe import routing as triton_routing
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.launch import GemmConfig
+from nvfp4_moe.kernels.moe.permute import permute as triton_permute
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
@@ -57,7 +58,7 @@ def output_of(
         local_expert_offset=local_expert_offset, finalize_order=order, output_dtype=dtype,
     )  # fmt: skip
     on_device = (to(device, t) for t in (call, case.ids, case.weights))
-    return triton_moe.fused_moe(*on_device, config=config)[0]
+    return launch.fused_moe(*on_device, config=config)[0]
 
 
 def both(case: Case, device, **options):
@@ -227,7 +228,7 @@ def quantized_on_the_way(device, config=SMALL):
         q = quantize_per_token(x, recipe.base_scale_inv, recipe)
         given = Activations(q.codes, q.block_scales, q.per_token_scale)
         outputs = [
-            triton_moe.fused_moe(
+            launch.fused_moe(
                 *(to(device, t) for t in (call_of(a, case, recipe), case.ids, case.weights)),
                 config=config,
             )[0]
@@ -356,7 +357,7 @@ CASES = [
 def permutation(device, tokens: int, experts: int, top_k: int, offset: int, held: int) -> None:
     g = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, experts, generator=g).topk(top_k).indices.int()
-    p = triton_moe.permute(ids.to(device), held, offset, 16)
+    p = triton_permute(ids.to(device), held, offset, 16)
     permuted, expanded = p.permuted.cpu(), p.expanded.cpu()
     want = permute.permutation(ids, held, offset)
     assert torch.equal(permuted, want)

@@ -198,12 +198,12 @@ def shown(implementation, case, device, **options):
 
 def intermediates_are_the_same(device):
     """Row by row, in the place that the permutation says."""
-    from nvfp4_moe.kernels.moe import launch as triton_moe
+    from nvfp4_moe.kernels.moe import launch
 
     for offset, local in ((0, 6), (2, 3)):
         case = coarse(Shape(9, 128, 128, 6, 3, offset, local), ActivationType.Relu2)
         options = {"local_expert_offset": offset}
-        ids, rows, row_of_slot = shown(triton_moe.fused_moe, case, device, **options)
+        ids, rows, row_of_slot = shown(launch.fused_moe, case, device, **options)
         ids2, want, none = shown(moe_ops.reference, case, "cpu", **options)
         assert none is None and torch.equal(ids, ids2)
         here = row_of_slot >= 0

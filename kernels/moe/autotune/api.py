@@ -43,8 +43,8 @@ def autotune_fused_moe(
         tokens: counts T; of several in a bucket the largest is measured.
         top_k: K, of tokens spread evenly over all experts.
         activation: as for `fused_moe`.
-        num_experts: of all ranks; omitted, those held here.
-        local_expert_offset: the first expert held here.
+        num_experts: of all ranks; omitted, the local ones.
+        local_expert_offset: the first local expert.
 
     Returns:
         One `Tuning` a bucket: candidates, microseconds, choice; `print` shows it.

@@ -1,10 +1,10 @@
-"""Configurations of the grouped GEMMs that were measured on this machine, kept on disk.
+"""Tiles of the grouped GEMMs that were measured on this machine, kept on disk.
 
-One JSON file a `Key`, in `gemm/` under `environment.cache_folder()`: `tuning.py` writes it, `moe.py`
-asks for it. A key holds everything that makes other machine code of the same source, since compilers
-have turned single configurations into wrong results without a word: an entry serves only kernels that
-were compared with the table's when it was made. A process reads a file once; afterwards a look-up is
-one of a dictionary, a miss no less than a hit.
+Each `Key` has one JSON file, in `gemm/` under `environment.cache_folder()`. `search.py` writes it, and
+`kernels/moe/launch.py` looks it up. A key holds everything that changes the machine code of the same
+source, because compilers have turned single configurations into wrong results without an error. So an
+entry serves only kernels that were compared with the table's when it was made. A process reads a file
+once. Later look-ups, hits and misses, read a dictionary.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -24,30 +24,17 @@ import triton
 from ....reference.activation import ActivationType
 from ....reference.weights.experts import Experts
 from ... import environment, jit
+from ...gemm_config import GemmConfig
 from ...triton_target import arch, gpu_name, native_mma
-from .. import grouped_gemm as moe_gemm
+from .. import activation, grouped_gemm
 from ..call import Mode
+from ..configs import Configs
 
 _FORMAT = 1
-"""Of an entry, and of what `moe.py` does with a configuration: another number is a miss."""
+"""Format of an entry, and what `launch.py` does with it; an entry of another number is a miss."""
 _log = logging.getLogger("nvfp4_moe")
 
 
-@dataclass(frozen=True)
-class GemmConfig:
-    """Tiles of `expert_gemm_kernel`."""
-
-    bm: int  # rows of weights, a power of two from 32; where it does not divide them, 128 does
-    bn: int  # tokens
-    bk: int  # columns of weights
-    stages: int
-    warps: int
-    decoded: bool = False  # weights are decoded before, an expert's once
-    registers: int | None = None  # of a thread, at most: more programs share a multiprocessor
-
-
-Configs = tuple[GemmConfig, GemmConfig]
-"""Of the two GEMMs of a call, whose `bn` is the same: it is the permutation's tile."""
 _POWERS = {"bm": (32, 256), "bn": (16, 256), "bk": (64, 512), "warps": (1, 16)}
 _STAGES = range(1, 9)
 _TYPES = {"bm": int, "bn": int, "bk": int, "stages": int, "warps": int, "decoded": bool}
@@ -56,35 +43,35 @@ _REGISTERS = (None, 80, 128, 168)
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement holds for."""
+    """What a measurement depends on."""
 
     gpu: str
     arch: int
     triton: str
     kernels: str  # digest of their source
-    hidden: int  # padded, as `Experts` has them
+    hidden: int  # padded, as in `Experts`
     intermediate: int
-    experts: int  # held here
+    experts: int  # local
     top_k: int
     activation: str
     mode: Mode
-    optional: str  # the tensors of `Experts` that are not None, of those that may be
-    slots: int  # T * K held here on average, rounded up to a power of two
+    optional: str  # names of the optional tensors of `Experts` that are not None
+    slots: int  # local slots on average, rounded up to a power of two
 
     @property
     def weights(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(rows, columns) of each GEMM's."""
+        """Return (rows, columns) of the weights of each GEMM."""
         rows = self.intermediate * (2 if ActivationType[self.activation].gated else 1)
         return (rows, self.hidden), (self.hidden, self.intermediate)
 
     @property
     def native(self) -> bool:
-        """Whether the GPU multiplies codes."""
+        """Return True if the GPU multiplies codes."""
         return self.mode != "bf16" and native_mma(self.arch)
 
 
 def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
-    """The key of a call with `slots` of T * K held here (`moe.held_slots`)."""
+    """Return the key of a call with as many local slots (`configs.local_slots`)."""
     device = experts.gemm1_weights.device
     names = ("gemm1_bias", "gemm2_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
     return Key(
@@ -98,16 +85,17 @@ def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
 
 @functools.cache
 def _digest() -> str:
-    """Hash the kernel's source: what was measured and compared before a change says nothing after."""
+    """Hash the source of the kernel: a measurement or comparison holds for this source only."""
     library = sorted(Path(jit.__file__ or "").parent.glob("*.py"))
-    sources = [path.read_bytes() for path in (Path(moe_gemm.__file__ or ""), *library)]
+    own = [Path(module.__file__ or "") for module in (activation, grouped_gemm)]
+    sources = [path.read_bytes() for path in (*own, *library)]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def refusal(config: GemmConfig, columns: int, *, native: bool) -> str | None:
-    """Why the kernel cannot run a configuration on weights of `columns`; None if it can.
+    """Return why the kernel cannot run a configuration on weights of `columns`; None if it can.
 
-    Whether its tiles fit a multiprocessor is for the GPU to say.
+    A None does not say that the tiles fit a multiprocessor, which only the GPU knows.
     """
     for name, (least, most) in _POWERS.items():
         value = getattr(config, name)
@@ -126,7 +114,7 @@ _known: dict[Key, Configs | None] = {}
 
 
 def lookup(key: Key) -> Configs | None:
-    """The tuned configurations; None where there are none, or none that can be trusted."""
+    """Return the tuned configurations; None if there is no entry, or if the entry is damaged."""
     try:
         return _known[key]
     except KeyError:
@@ -135,9 +123,9 @@ def lookup(key: Key) -> Configs | None:
 
 
 def store(key: Key, configs: Configs) -> Path | None:
-    """Keep configurations: in this process and, where that is possible, on disk (its file).
+    """Keep configurations in this process and, if possible, on disk; return the file, or None.
 
-    The file is replaced as a whole, so that processes may write and read the same one at once.
+    The file is replaced as a whole, so processes may write and read it at the same time.
     """
     _known[key] = configs
     if (path := path_of(key)) is None:
@@ -158,7 +146,7 @@ def store(key: Key, configs: Configs) -> Path | None:
 
 @contextlib.contextmanager
 def using(key: Key, configs: Configs) -> Iterator[None]:
-    """Within, calls of this key run these configurations; nothing is written."""
+    """Run calls of this key with these configurations inside the block; write no file."""
     before = lookup(key)
     _known[key] = configs
     try:
@@ -168,14 +156,14 @@ def using(key: Key, configs: Configs) -> Iterator[None]:
 
 
 def path_of(key: Key) -> Path | None:
-    """The entry's file; None without a cache folder."""
+    """Return the file of the entry; None without a cache folder."""
     folder = environment.cache_folder()
     name = hashlib.sha256(_json(asdict(key)).encode()).hexdigest()[:32]
     return None if folder is None else folder / "gemm" / f"{name}.json"
 
 
 def text_of(key: Key, configs: Configs) -> str:
-    """An entry; `check` is a digest of the rest, in which a changed digit shows."""
+    """Return the text of an entry; `check` is a digest of the rest, which shows a changed digit."""
     content = {"format": _FORMAT, "key": asdict(key)}
     content |= {"gemm1": asdict(configs[0]), "gemm2": asdict(configs[1])}
     return json.dumps({**content, "check": _check(content)}, indent=1)

@@ -17,10 +17,10 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from .. import launch as moe
+from ...gemm_config import GemmConfig
 from ..call import KernelCall
-from . import cache as config_cache
-from .cache import Configs, GemmConfig
+from ..configs import Configs, gemm_config
+from . import cache
 from .workload import Trial, microseconds
 
 Timer = Callable[[functools.partial], float]
@@ -93,7 +93,7 @@ def _tune(timed: Trial, skewed: Trial, timer: Timer) -> Tuning:
         us = timer(functools.partial(timed.call, chosen))
         if us >= table_us:
             chosen, us = timed.table, table_us
-    file = config_cache.store(timed.key, chosen)
+    file = cache.store(timed.key, chosen)
     return Tuning(timed.tokens, timed.table, table_us, chosen, us, tuple(measured), file)
 
 
@@ -122,7 +122,7 @@ def _measure(gemm: int, timed: Trial, skewed: Trial, timer: Timer) -> list[Measu
 
 def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> list[GemmConfig]:
     """The table's choice; with each `bn` near its own, one more field changed; other loads' choices."""
-    others = [moe.gemm_config(each, 1, columns, native=native) for each in (1, 17, 65, 1024)]
+    others = [gemm_config(each, 1, columns, native=native) for each in (1, 17, 65, 1024)]
     found = [table]
     for bn in (table.bn // 2, table.bn, table.bn * 2):
         c = replace(table, bm=math.gcd(table.bm, rows), bn=bn)  # which is what runs
@@ -139,7 +139,7 @@ def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> l
 
 def _fits(c: GemmConfig, rows: int, columns: int, native: bool) -> bool:
     return (
-        config_cache.refusal(c, columns, native=native) is None
+        cache.refusal(c, columns, native=native) is None
         and c.bm >= 64  # what Hopper's warpgroups multiply
         and rows % c.bm == 0
         and c.bn <= 128

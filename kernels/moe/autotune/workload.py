@@ -10,11 +10,13 @@ import torch
 
 from ....reference.moe.activations import Activations
 from ....reference.recipe import Recipe
+from ...gemm_config import GemmConfig
 from ...quantize.launch import quantize_global_scale
-from .. import launch as moe
+from .. import launch
 from ..call import KernelCall
-from . import cache as config_cache
-from .cache import Configs, GemmConfig
+from ..configs import Configs, local_slots, table_configs
+from ..permute import Permutation, permute
+from . import cache
 
 _RECIPE = Recipe()
 _FLUSH_BYTES = 256 << 20  # several times any L2 cache
@@ -40,14 +42,14 @@ class Trial:
         self.experts, self.top_k, self.tokens = experts, top_k, tokens
         self.ids, self.slots = score.topk(top_k).indices.int(), tokens * top_k
         self.offset = offset
-        held = moe.held_slots(self.slots, experts, num_experts)
-        self.key = config_cache.key_of(experts, held, top_k, mode)
-        self.table = moe.table_configs(experts, held)
+        slots = local_slots(self.slots, experts, num_experts)
+        self.key = cache.key_of(experts, slots, top_k, mode)
+        self.table = table_configs(experts, slots)
         local = self.ids - offset
         self.rows = int(((local >= 0) & (local < experts.num_local)).sum())
         size = tokens, experts.padded_hidden_size
         x = torch.randn(size, dtype=torch.float32, device=device, generator=g).bfloat16()
-        self._permutations: dict[int, moe.Permutation] = {}
+        self._permutations: dict[int, Permutation] = {}
         activations = Activations(x)
         if mode == "static":
             activations = Activations(*quantize_global_scale(x, experts.input_scale, _RECIPE))
@@ -59,33 +61,35 @@ class Trial:
     def gemm(self, which: int, config: GemmConfig) -> torch.Tensor:
         """[T * K, columns] of the first or the second GEMM; rows from `self.rows` on are undefined."""
         if config.bn not in self._permutations:
-            self._permutations[config.bn] = moe.permute(
+            self._permutations[config.bn] = permute(
                 self.ids, self.experts.num_local, self.offset, config.bn
             )
         p = self._permutations[config.bn]
         if which == 1:
             static = self._call.mode == "static"
-            return moe.gemm1(self._x1, self.experts, p, self.slots, self.top_k, config, fp32=static)
-        return moe.gemm2(self._x2, self.experts, p, self.slots, config)
+            return launch.gemm1(
+                self._x1, self.experts, p, self.slots, self.top_k, config, fp32=static
+            )
+        return launch.gemm2(self._x2, self.experts, p, self.slots, config)
 
     def call(self, configs: Configs) -> torch.Tensor:
         """The output [T, H] bf16 of the whole call."""
         weights = torch.full_like(self.ids, 1 / self.top_k, dtype=torch.bfloat16)
-        with config_cache.using(self.key, configs):
-            return moe.fused_moe(self._call, self.ids, weights)[0]
+        with cache.using(self.key, configs):
+            return launch.fused_moe(self._call, self.ids, weights)[0]
 
     @functools.cached_property
-    def _x1(self) -> moe.Operand:
+    def _x1(self) -> launch.Operand:
         if self._call.mode == "per-token":
-            return moe.quantized(self._call.activations.hidden_states, _RECIPE)
-        return moe.operand(self._call.activations)
+            return launch.quantized(self._call.activations.hidden_states, _RECIPE)
+        return launch.operand(self._call.activations)
 
     @functools.cached_property
-    def _x2(self) -> moe.Operand:
+    def _x2(self) -> launch.Operand:
         y = self.gemm(1, self.table[0])
         if self._call.mode == "bf16":
-            return moe.operand(Activations(y))
-        return moe.quantized(y, _RECIPE, per_token=self._call.mode == "per-token")
+            return launch.operand(Activations(y))
+        return launch.quantized(y, _RECIPE, per_token=self._call.mode == "per-token")
 
 
 def microseconds(call: Callable[[], object], replays: int = 20) -> float:

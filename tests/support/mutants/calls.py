@@ -15,8 +15,8 @@ from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import compare, run_reference
 from nvfp4_moe.differential.verdict import Allowed
-from nvfp4_moe.kernels.moe import launch as moe
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.reference.quantize import Quantized, dequantize
 
@@ -38,14 +38,14 @@ class FusedCall:
 
     case: MoECase
     config: GemmConfig = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
-    limits: dict[str, int] = field(default_factory=dict)  # of `kernels.moe`, by name
+    limits: dict[str, int] = field(default_factory=dict)  # in `kernels.moe`, by module and name
 
     def answer(self, device: str = "cpu") -> Tensor:
         with ExitStack() as stack:
             for name, value in self.limits.items():
-                stack.enter_context(mock.patch.object(moe, name, value))
+                stack.enter_context(mock.patch(f"{launch.__package__}.{name}", value))
             both = (self.config, self.config)
-            stack.enter_context(mock.patch.object(moe, "_configs", lambda *_: both))
+            stack.enter_context(mock.patch.object(launch, "_configs", lambda *_: both))
             return FUSED_MOE.serve(self.case.to(device).request(), "triton")[0].cpu()
 
     def judge(self) -> Answered:

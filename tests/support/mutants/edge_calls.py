@@ -12,8 +12,8 @@ from nvfp4_moe import host
 from nvfp4_moe.cases import moe_edges as matrix_edges
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.verdict import unequal
-from nvfp4_moe.kernels.moe import launch as moe
 from nvfp4_moe.kernels.moe import routing
+from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.reference.bounds.interval import Interval, rounded
 from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from nvfp4_moe.reference.recipe import Recipe
@@ -92,7 +92,7 @@ class FarRowsCall:
         first = rows.shape[0] - 8
         permuted = host.arange(first, first + 8).int().to(device)
         output = torch.empty(4, self.width, dtype=torch.bfloat16, device=device)
-        moe.finalize(rows, permuted, host.ones(4, 2).to(device), output, self.width, "slot")
+        finalize(rows, permuted, host.ones(4, 2).to(device), output, self.width, "slot")
         return output.cpu()
 
     def _rows(self) -> Tensor:

@@ -17,7 +17,7 @@ from nvfp4_moe.cases import quantize as matrix
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import SETTINGS, Setting
 from nvfp4_moe.failures import slice_call as moe_parts
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -118,10 +118,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "cancelling": lambda: FusedCall(_cancelling()),
     "tiles of 16": lambda: FusedCall(_case("many tokens")),
     "tiles of 32": lambda: FusedCall(_case("many tokens"), _WIDE),
-    "three launches": lambda: FusedCall(_case("many tokens"), _WIDE, {"_ONE_LAUNCH_SLOTS": 0}),
+    "three launches": lambda: FusedCall(_case("many tokens"), _WIDE, {"permute._ONE_LAUNCH_SLOTS": 0}),
     "K of 1 1/2 tiles": lambda: FusedCall(_case("wide"), GemmConfig(128, 16, 256, 1, 4)),
     "decoded": lambda: FusedCall(
-        _case("many tokens"), GemmConfig(128, 16, 64, 1, 4, decoded=True), {"_DECODED_BYTES": 1}
+        _case("many tokens"), GemmConfig(128, 16, 64, 1, 4, decoded=True), {"launch._DECODED_BYTES": 1}
     ),
     "quantizer, fast, 128x4": lambda: _quantizer(Recipe(), SfLayout.layout_128x4),
     "quantizer, exact, 8x4": lambda: _quantizer(Recipe("exact"), SfLayout.layout_8x4),

@@ -17,9 +17,10 @@ from nvfp4_moe import host
 from nvfp4_moe.kernels.decode import decode
 from nvfp4_moe.kernels.dense import launch as dense
 from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
-from nvfp4_moe.kernels.moe import launch as moe
-from nvfp4_moe.kernels.moe import routing
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.moe import launch, routing
+from nvfp4_moe.kernels.moe.finalize import finalize
+from nvfp4_moe.kernels.moe.permute import Permutation
 from nvfp4_moe.kernels.quantize import kernel as k
 from nvfp4_moe.kernels.quantize import launch as quantize
 from nvfp4_moe.kernels.weights import launch as reload_launch
@@ -100,7 +101,7 @@ def _finalize(tokens: int) -> Tensor:
     out = torch.empty(tokens, 64, dtype=torch.bfloat16, device="cpu")
     permuted = _behind(host.arange(4)[:, None].int(), tokens)
     weights = _behind(_values(4, 1), tokens)
-    moe.finalize(_values(9, 64), permuted.view(-1), weights, out, 64, "slot")
+    finalize(_values(9, 64), permuted.view(-1), weights, out, 64, "slot")
     return out[-4:]
 
 
@@ -196,9 +197,9 @@ def _experts_of(far: int) -> Any:
     tile = torch.tensor([[experts - 1], [row]], dtype=torch.int32, device="cpu")
     out = torch.empty(row + 5, 128, dtype=torch.bfloat16, device="cpu")
     expanded = _behind(chosen, row + 5)
-    moe._launch_gemm(
-        moe.Operand(x, None, None), w, sf, bias, scale, out,
-        moe.Permutation(expanded, expanded, tile, end), _TILE, 1, None, SimpleNamespace(),
+    launch._launch_gemm(
+        launch.Operand(x, None, None), w, sf, bias, scale, out,
+        Permutation(expanded, expanded, tile, end), _TILE, 1, None, SimpleNamespace(),
     )  # fmt: skip
     return out[-5:]
 

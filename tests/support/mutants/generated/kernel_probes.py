@@ -13,7 +13,7 @@ from nvfp4_moe.cases import moe_edges as matrix_edges
 from nvfp4_moe.cases import quantize as matrix
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import Setting
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.quantize.launch import LaunchConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
@@ -202,18 +202,21 @@ _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
     "bf16", "grid", "saturated routers", "every routing method",
 )  # fmt: skip
+_EXPERTS = (
+    *_ACTIVATIONS, "gpt-oss", *_STATIC, *_TILES, *_named("one token", "decoded", "native"), "bf16",
+    "far, experts",
+)  # fmt: skip
 OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/mma.py": (
         *_PRODUCTS, "far below", *_TILES, *_named("decoded", "native", "K of"), "cancelling sums",
         "grid", *_named("far, dense", "far, experts"),
     ),
-    "kernels/moe/grouped_gemm.py": (
-        *_ACTIVATIONS, "gpt-oss", *_STATIC, *_TILES, *_named("one token", "decoded", "native"),
-        "bf16", "far, experts",
-    ),
-    "kernels/moe/permute.py": (
-        *_named("permute", "decode", "finalize"), *_TILES, "three launches", "cancelling",
-        "any size, to fp32", "far rows", *_named("far, decode", "far, finalize"),
+    "kernels/moe/activation.py": _EXPERTS,
+    "kernels/moe/grouped_gemm.py": _EXPERTS,
+    "kernels/moe/permute.py": (*_named("permute"), *_TILES, "three launches"),
+    "kernels/moe/finalize.py": (
+        *_named("finalize"), *_TILES, "cancelling", "any size, to fp32", "far rows",
+        *_named("far, finalize"),
     ),
     "kernels/moe/routing.py": (
         "saturated routers", "undecided routers", "every routing method", "far, route",
@@ -224,7 +227,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
     "kernels/jit/arithmetic.py": _LIBRARY,
-    "kernels/jit/decode.py": ("decode", "decode weights", "dense", "qwen", "bf16", "grid"),
+    "kernels/jit/decode.py": (*_named("decode", "far, decode"), "dense", "qwen", "bf16", "grid"),
     "kernels/jit/e2m1.py": _BLOCKS,
     "kernels/jit/e4m3.py": _LIBRARY,
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),

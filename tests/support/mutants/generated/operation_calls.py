@@ -12,7 +12,7 @@ from nvfp4_moe.cases.moe_case import to_device
 from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.dense import launch as triton_dense
 from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
-from nvfp4_moe.kernels.moe.autotune.cache import GemmConfig
+from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.quantize import launch as quantize
 from nvfp4_moe.reference import dense
 from nvfp4_moe.reference import fused_quantize as producers

@@ -10,7 +10,8 @@ import torch
 from nvfp4_moe import host
 from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.decode import decode
-from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe import permute
+from nvfp4_moe.kernels.moe.finalize import finalize as triton_finalize
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.finalize import FinalizeOrder, finalize
 from nvfp4_moe.reference.quantize import dequantize
@@ -48,8 +49,8 @@ class PermuteCall:
 
     def answer(self, device: str = "cpu") -> Any:
         limit = self.slots if self.one_launch else 0
-        with mock.patch.object(moe, "_ONE_LAUNCH_SLOTS", limit):
-            p = moe.permute(self._ids().to(device), self.local, self.offset, self.tile)
+        with mock.patch.object(permute, "_ONE_LAUNCH_SLOTS", limit):
+            p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
         held = int(p.end[-1])
         used = p.tiles[0] >= 0
         found = p.expanded[:held], p.permuted, p.tiles[0], p.tiles[1][used], p.end
@@ -148,7 +149,7 @@ class FinalizeCall:
     def answer(self, device: str = "cpu") -> Tensor:
         rows, permuted, weights = (t.to(device) for t in self._given())
         out = torch.empty(self.tokens, self.width, dtype=self.dtype, device=device)
-        moe.finalize(rows, permuted, weights, out, self.padded, self.order)
+        triton_finalize(rows, permuted, weights, out, self.padded, self.order)
         return out.cpu()
 
     def judge(self) -> Answered:

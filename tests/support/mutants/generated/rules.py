@@ -78,7 +78,8 @@ def generate(file: str, source: str, *, jitted: bool = False) -> list[Generated]
     """All of a module, in order.
 
     Args:
-        jitted: of the functions with `triton.jit` or `triton.constexpr_function` alone.
+        jitted: only of what Triton compiles: functions with `triton.jit` or
+            `triton.constexpr_function`, and constants that are `tl.constexpr`.
     """
     seen: Counter[tuple[str, ...]] = Counter()
     found = []
@@ -100,8 +101,10 @@ def _roots(tree: ast.Module, jitted: bool) -> Iterator[tuple[str, ast.stmt]]:
         elif isinstance(node, ast.FunctionDef):
             if not jitted or any(_is_compiled(d) for d in node.decorator_list):
                 yield node.name, node
-        elif isinstance(node, ast.Assign) and any(
-            isinstance(n, ast.Constant) and _is_number(n.value) for n in ast.walk(node)
+        elif (
+            isinstance(node, ast.Assign)
+            and any(isinstance(n, ast.Constant) and _is_number(n.value) for n in ast.walk(node))
+            and (not jitted or "tl.constexpr" in ast.unparse(node.value))
         ):
             yield ", ".join(ast.unparse(t) for t in node.targets), node
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from nvfp4_moe.kernels.dense import launch as dense
-from nvfp4_moe.kernels.moe import launch as moe
+from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.reference.quantize import dequantize
 
 
@@ -115,7 +115,7 @@ def codes_multiplied() -> Iterator[None]:
     """Kernels in the interpreter take the path of GPUs that multiply codes themselves."""
     with (
         mock.patch.object(tl, "dot_scaled", dot_scaled),
-        mock.patch.object(moe, "native_mma", lambda arch: True),
+        mock.patch.object(launch, "native_mma", lambda arch: True),
         mock.patch.object(dense, "native_mma", lambda arch: True),
     ):
         yield

@@ -1,0 +1,76 @@
+"""Add up the weighted rows of each token: the launch and its kernel."""
+
+# SPDX-License-Identifier: Apache-2.0
+import torch
+import triton
+import triton.language as tl
+
+from ...reference.moe.finalize import FinalizeOrder, split_k_groups
+from ..jit.arithmetic import to_bf16
+from ..jit.pdl import await_previous
+from ..triton_target import arch, launch_options
+
+
+def finalize(
+    rows: torch.Tensor,
+    permuted: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    hidden_size: int,
+    order: FinalizeOrder,
+) -> None:
+    """Write the `finalize` of `reference/moe/finalize.py` into `output`.
+
+    Args:
+        rows: [P, >= width] bf16.
+        permuted: [T * K] int32, the row of each slot; -1: the slot has none.
+        weights: [T, K] bf16 or fp32.
+        output: [T, width], bf16, fp16 or fp32.
+        hidden_size: the padded one, on which FlashInfer's order depends.
+    """
+    (tokens, top_k), width = weights.shape, output.shape[1]
+    groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1
+    columns = min(1024, triton.next_power_of_2(width))
+    finalize_kernel[(tokens, triton.cdiv(width, columns))](
+        rows, permuted, weights.contiguous(), output, rows.shape[1], width,
+        K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
+        **launch_options(output.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def finalize_kernel(
+    rows_ptr,  # [rows, H] bf16, by permuted row
+    permuted_ptr,  # [T * K] int32
+    weights_ptr,  # [T, K] bf16 or fp32
+    out_ptr,  # [T, width] bf16, fp16 or fp32
+    H,
+    width,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,  # strided groups of slots, summed apart (`split_k_groups`)
+    COLUMNS: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    await_previous(ARCH)
+    token = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for j in tl.static_range(GROUPS):
+        part = tl.zeros((COLUMNS,), tl.float32)
+        for k in range(j, K, GROUPS):
+            row = tl.load(permuted_ptr + token * K + k)
+            weight = tl.load(weights_ptr + token * K + k).to(tl.float32)
+            held = tl.where(inside, row, -1) >= 0
+            value = tl.load(rows_ptr + row.to(tl.int64) * H + column, held, other=0.0)
+            if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
+                added = (value.to(tl.float64) * weight + part).to(tl.float32)
+            else:
+                added = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
+            part = tl.where(held, added, part)  # the weight of a slot of no expert may be NaN
+        total = part if j == 0 else total + part
+    out = out_ptr + token.to(tl.int64) * width + column
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(out, to_bf16(total, ARCH), inside)
+    else:
+        tl.store(out, total, inside)
