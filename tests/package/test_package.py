@@ -56,6 +56,17 @@ REFERENCE = (
     "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""
+KERNELS = (
+    "environment", "device", "gemm_config", "op_schema", "jit", "triton_target", "backends", "allocate",
+    "decode", "rcp_probe", "call", "flashinfer", "quantize", "fused_quantize", "weights", "dense", "moe",
+)  # fmt: skip
+"""The files and folders of `kernels/`, in order: each imports none that follows it.
+
+`call` is the `call.py` of every folder: FlashInfer's adapters read these checked calls, and the folders
+import the adapters.
+"""
+LATE_KERNELS = {("moe/call.py", "moe.routing")}  # logits are routed in Triton where it runs
+"""Imports inside functions of `kernels/` that are against this order."""
 EARLIER_PATHS = ("bounds_parallel", "grouped", "routing", "shards")
 """Modules of `reference/` that only re-export, for users' code: nothing of ours imports them."""
 LATE_IMPORTS = {
@@ -255,6 +266,28 @@ def test_kernels_know_nothing_of_the_tools():
         if path.relative_to(ROOT).parts[0] == "kernels":
             inside = {name.split(".")[1] for name in imports(path) if name.startswith("nvfp4_moe.")}
             assert not inside & (set(FOLDERS) | set(FLAT)), path
+
+
+def test_kernels_import_one_way():
+    folder = ROOT / "kernels"
+    found = {path.stem for path in folder.iterdir() if path.name != "__pycache__"}
+    assert found | {"call"} == set(KERNELS)
+
+    def room(parts: list[str]) -> str:
+        return "call" if parts[1:2] == ["call"] else parts[0]
+
+    for path in sorted(folder.rglob("*.py")):
+        importer = room(list(path.relative_to(folder).with_suffix("").parts))
+        for name in imports(path):
+            if name.startswith("nvfp4_moe.kernels."):
+                module = name.removeprefix("nvfp4_moe.kernels.")
+                late = path.relative_to(folder).as_posix(), module
+                before = KERNELS[: KERNELS.index(importer) + 1]
+                assert room(module.split(".")) in before or late in LATE_KERNELS, f"{path}: {name}"
+
+
+def test_few_modules_lie_flat_in_the_kernels():
+    assert len(list((ROOT / "kernels").glob("*.py"))) <= 12
 
 
 def test_few_modules_lie_flat_in_the_package():
