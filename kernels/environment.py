@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..reference.variables import VALUES_VARIABLE
+from ..reference.environment import VALUES_VARIABLE
 
 if TYPE_CHECKING:
     from ..reference.recipe import Build, Math, NVFP44Over6Config, Recipe

@@ -8,7 +8,7 @@ torch. `public.py` says where each is defined.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import starting as _starting
+from . import interrupts as _starting
 
 _starting.leave_on_interrupt()
 

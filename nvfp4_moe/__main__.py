@@ -9,7 +9,7 @@ from functools import partial
 
 from . import __version__, exits
 from .cli import options
-from .cli.guard import guarded
+from .cli.exit_status import guarded
 from .report import invocation
 
 COMMANDS = {

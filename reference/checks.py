@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .variables import VALUES_VARIABLE
+from .environment import VALUES_VARIABLE
 
 _LONGEST = 80  # characters of a value in a message
 HALVES = (torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-from .function import REST, Argument, Function
+from .description import REST, Argument, Function
 
 UNTUNED = -1
 """The tactic that FlashInfer runs where nothing was tuned."""

@@ -18,7 +18,7 @@ from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
 from ...reference.weights.layout import row_order
 from ..device import capability_of
-from .function import KEYWORD, POSITIONAL, Argument, Function
+from .description import KEYWORD, POSITIONAL, Argument, Function
 from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu
 
 NAMES: dict[Format, str] = {

@@ -13,7 +13,7 @@ from ...reference.activation import ActivationType
 from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CuteDslWeights
 from ..moe.call import MoECall
-from .function import KEYWORD, Argument, Function
+from .description import KEYWORD, Argument, Function
 from .layer_rules import (
     COMMON,
     IN_ITS_LAYOUT,

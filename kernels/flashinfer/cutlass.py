@@ -13,7 +13,7 @@ from ...reference.activation import ActivationType
 from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CutlassWeights
 from ..moe.call import MoECall
-from .function import KEYWORD, OMITTED, Argument, Function
+from .description import KEYWORD, OMITTED, Argument, Function
 from .layer_rules import (
     COMMON,
     NO_LORA,

@@ -12,7 +12,7 @@ import torch
 from ...reference.recipe import BLOCK_SIZE
 from ..dense.call import DenseCall
 from . import version
-from .function import Argument, Function
+from .description import Argument, Function
 from .rules import (
     BLACKWELL,
     COMMON,

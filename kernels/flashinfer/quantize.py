@@ -12,7 +12,7 @@ from ...reference.layouts import padded_shape
 from ...reference.recipe import BLOCK_SIZE, Build, SfLayout
 from ..quantize.call import QuantizeCall
 from . import version
-from .function import OMITTED, Argument, Function, OfType
+from .description import OMITTED, Argument, Function, OfType
 from .rules import (
     BLACKWELL,
     COMMON,

@@ -9,7 +9,7 @@ from ...reference.activation import ActivationType
 from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import LayerBuild, SfLayout
 from ..moe.call import MoECall
-from .function import Argument, Function
+from .description import Argument, Function
 from .layer_rules import (
     COMMON,
     NOT_BATCH_INVARIANT,

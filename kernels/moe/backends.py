@@ -17,7 +17,7 @@ from ...reference.moe.layer import fused_moe as reference_fused_moe
 from ...reference.recipe import SfLayout
 from .. import backends
 from ..backends import Backend, Operation
-from ..flashinfer.table import LAYERS
+from ..flashinfer.functions import LAYERS
 from ..quantize.api import nvfp4_quantize
 from . import statistics as moe_statistics
 from .call import MoECall

@@ -3,7 +3,8 @@
 The tensors lie in safetensors shards that `model.safetensors.index.json` names (`weight_map`: tensor
 to file), or, without an index, in every `*.safetensors` file of the folder. A shard is opened when a
 tensor in it is asked for, and read a slice at a time. Nothing in a folder is trusted: which files are
-opened `files.py` says, which JSON is read `strict_json.py`, and which types it must have `documents.py`.
+opened `files.py` says, which JSON is read `strict_json.py`, and which types it must have
+`json_documents.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import strict_json
 from ..host import READING
-from . import documents
+from . import json_documents
 from .errors import CheckpointError
 from .files import SUFFIX, is_shard_name, local, name_of, refusal
 from .mistral import MISTRAL, mistral_config
@@ -41,7 +42,7 @@ class Folder:
     """Reads one checkpoint.
 
     `config`, `hf_quant_config` (None without the file) and `index` (None) are JSON objects with the
-    types of `documents.py`. `shard_of` maps every tensor to its file; `broken` maps the files that
+    types of `json_documents.py`. `shard_of` maps every tensor to its file; `broken` maps the files that
     could not be opened, so far, to the reason.
 
     Raises:
@@ -61,11 +62,11 @@ class Folder:
         if not found:
             raise CheckpointError(self.path, ["there is no such folder"])
         problems: list[str] = []
-        config = self._json(CONFIG, documents.CONFIG, problems)
-        params = None if config else self._json(MISTRAL, documents.PARAMS, problems)
+        config = self._json(CONFIG, json_documents.CONFIG, problems)
+        params = None if config else self._json(MISTRAL, json_documents.PARAMS, problems)
         self.config = config or mistral_config(params or {})
-        self.hf_quant_config = self._json(HF_QUANT_CONFIG, documents.HF_QUANT_CONFIG, problems)
-        self.index = self._json(INDEX, documents.INDEX, problems)
+        self.hf_quant_config = self._json(HF_QUANT_CONFIG, json_documents.HF_QUANT_CONFIG, problems)
+        self.index = self._json(INDEX, json_documents.INDEX, problems)
         if problems:
             raise CheckpointError(self.path, problems)
         self.shard_of: dict[str, str] = (

@@ -18,7 +18,7 @@ from .check import Check
 from .errors import CheckpointError
 from .folder import Folder
 from .formats import BIAS, Format, read_quantization
-from .function import Function, function_of
+from .layer_function import Function, function_of
 from .layers import Layer, Projection, find_layer
 from .locations import Place, read_matrix, read_scalar, read_vector
 from .progress import Progress, silent
@@ -47,7 +47,7 @@ def load_experts(
     Contract: codes and scales are the checkpoint's bits; gate and up keep scales of their own. What
     `convert` writes gives bitwise the `Experts` that `prepare_experts` makes of the same weights.
     Formats: `formats.py`; names: `naming.py`; what the configuration says of the experts' function is
-    followed, or refused by the field's name: `function.py`.
+    followed, or refused by the field's name: `layer_function.py`.
 
     Args:
         folder: of a Hugging Face checkpoint, ModelOpt's NVFP4 or compressed-tensors'.

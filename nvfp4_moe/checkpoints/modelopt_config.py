@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import __version__
 from ..reference.recipe import BLOCK_SIZE, Recipe
-from . import documents
+from . import json_documents
 from .folder import CONFIG, Folder, TensorInfo
 from .mistral import MISTRAL
 from .model_fields import LANGUAGE_MODELS
@@ -78,8 +78,8 @@ def _algorithm(name: str, scale: TensorInfo, weight: TensorInfo) -> str:
 def configurations(folder: Folder, inner: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The files that describe the model, by name, with `inner` for what they said of quantization."""
     found = {}
-    config = folder.json(CONFIG, documents.CONFIG)
-    params = folder.json(MISTRAL, documents.PARAMS)
+    config = folder.json(CONFIG, json_documents.CONFIG)
+    params = folder.json(MISTRAL, json_documents.PARAMS)
     if config is not None or params is None:
         found[CONFIG] = {**_without_quantization(config or {}), "quantization_config": inner}
     if params is not None and (config is None or "quantization" in params):

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .. import strict_json
-from .documents import RECORD as SCHEMA
 from .errors import CheckpointError
 from .files import local, refusal
 from .folder import INDEX
+from .json_documents import RECORD as SCHEMA
 
 RECORD = ".nvfp4-moe-convert.json"
 PART = ".nvfp4-moe-convert.part"

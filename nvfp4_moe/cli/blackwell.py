@@ -20,8 +20,8 @@ import torch
 
 from .. import files
 from ..differential import workers
-from ..differential.parts import PARTS, Part
 from ..differential.quantize import CANNOT
+from ..differential.report_parts import PARTS, Part
 from ..exits import CommandError, Exit
 from ..failures import write as folder
 from ..kernels import environment

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from .. import files
 from ..cases import quantize as matrix
-from ..differential import own
+from ..differential import own_backend
 from ..differential.calls import RunOptions
 from ..differential.format_error import format_errors
-from ..differential.parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
 from ..differential.quantize import InputSelection
+from ..differential.report_parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
 from ..exits import CommandError, Exit
 from ..failures import write as folder
 from ..report import terminal
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> Exit:
     parts = _parts(options)
     with ExitStack() as stack:
         for address in options.backend:
-            stack.enter_context(own.register(address, parts[0].operation))
+            stack.enter_context(own_backend.register(address, parts[0].operation))
         return _compare(options, parts, _names(options))
 
 

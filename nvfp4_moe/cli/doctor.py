@@ -85,9 +85,9 @@ def _flashinfer() -> dict:
     here = version.written(version.HERE.version) or "of an unknown version"
     if version.HERE.described_as not in version.SUPPORTED:
         return {"version": f"{here}, not supported", "differences": []}
-    from ..kernels.flashinfer import table
+    from ..kernels.flashinfer import functions
 
-    found = table.differences()
+    found = functions.differences()
     said = "with other functions than are described:" if found else "with the functions described"
     return {"version": f"{here}, {said}", "differences": found}
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from .. import files
-from ..differential import own
-from ..differential.parts import MOE, QUANTIZERS
+from ..differential import own_backend
+from ..differential.report_parts import MOE, QUANTIZERS
 from ..exits import CommandError, Exit
 from ..failures import replay
 from ..failures.replay_file import Failure, QuantizerFailure, ReplayFileError, load
@@ -42,4 +42,4 @@ def _own_backend(failure: Failure, name: str | None) -> AbstractContextManager[o
     if name is None or ":" not in name or name.startswith("flashinfer:"):
         return nullcontext()
     part = QUANTIZERS if isinstance(failure, QuantizerFailure) else MOE
-    return own.register(name, part.operation)
+    return own_backend.register(name, part.operation)

@@ -19,7 +19,7 @@ from ..kernels.flashinfer.baselines import NAMES, SiblingRequest
 from ..reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
 from ..report import difference_map as heat
 from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
-from . import tactics
+from . import flashinfer_tactics as tactics
 from .calls import ONCE, Output, RunOptions, crash, outputs
 
 TITLE = "BF16, FP8 and MXFP8 layers"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..report.data import Failure
-from .tactics import DEFAULT, Configuration
+from .flashinfer_tactics import DEFAULT, Configuration
 
 Call = Callable[[], torch.Tensor]
 

@@ -20,7 +20,8 @@ from ..kernels.moe.backends import FUSED_MOE
 from ..report import difference_map as heat
 from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from . import accumulation as sums
-from . import tactics, workers
+from . import flashinfer_tactics as tactics
+from . import workers
 from .calls import ONCE, Output, RunOptions, crash, outputs
 from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
 

@@ -13,8 +13,8 @@ from ..differential.explain import bits, explain_element, first_element
 from ..differential.verdict import Allowed, explain_output
 from ..kernels import environment
 from ..kernels.flashinfer import trtllm
+from ..kernels.flashinfer.functions import LAYERS
 from ..kernels.flashinfer.quantize import BUILDS
-from ..kernels.flashinfer.table import LAYERS
 from ..reference.moe.variants import VARIANTS
 from ..reference.quantize import Quantized
 from ..reference.recipe import BLOCK_SIZE, Build, Recipe, SfLayout

@@ -10,7 +10,8 @@ import torch
 
 from ..cases.moe_case import MoECase, to_device
 from ..cases.quantize import Case
-from ..differential import quantizers, tactics, workers
+from ..differential import flashinfer_tactics as tactics
+from ..differential import quantizers, workers
 from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..cases.moe_case import to_device
+from ..differential.flashinfer_tactics import DEFAULT
 from ..differential.moe import WrongOutput
 from ..differential.quantize import GOLDEN, QuantizerDifference
-from ..differential.tactics import DEFAULT
 from ..report import invocation
 from ..report.data import Failure, PartResult, Report
 from ..report.html import render

@@ -15,14 +15,18 @@ from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
     cutlass,
     dense,
-    function,
     quantize,
     rules,
-    table,
     trtllm,
     version,
 )
-from nvfp4_moe.kernels.flashinfer.function import KEYWORD, OMITTED, Argument, Function, OfType
+from nvfp4_moe.kernels.flashinfer import (
+    description as function,
+)
+from nvfp4_moe.kernels.flashinfer import (
+    functions as table,
+)
+from nvfp4_moe.kernels.flashinfer.description import KEYWORD, OMITTED, Argument, Function, OfType
 from nvfp4_moe.kernels.flashinfer.rules import Rule, first_reason
 from nvfp4_moe.kernels.flashinfer.version import CITED, EVERY, SUPPORTED, Versions
 

@@ -30,11 +30,12 @@ import nvfp4_moe
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case, global_scale
 from nvfp4_moe.differential import accumulation as sums
-from nvfp4_moe.differential import quantizers, tactics
+from nvfp4_moe.differential import flashinfer_tactics as tactics
+from nvfp4_moe.differential import quantizers
 from nvfp4_moe.kernels import device as capability
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.flashinfer import version
-from nvfp4_moe.kernels.flashinfer.function import Argument
+from nvfp4_moe.kernels.flashinfer.description import Argument
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.quantize import api as dispatch
 from nvfp4_moe.reference.moe import layer as reference

@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_cases import Shape
 
-from nvfp4_moe.differential import tactics
+from nvfp4_moe.differential import flashinfer_tactics as tactics
 from nvfp4_moe.kernels import triton_target
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import configs, launch

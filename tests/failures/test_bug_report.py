@@ -22,7 +22,7 @@ from nvfp4_moe.kernels.flashinfer import (
     version,
 )
 from nvfp4_moe.kernels.flashinfer import quantize as fi
-from nvfp4_moe.kernels.flashinfer.function import as_theirs
+from nvfp4_moe.kernels.flashinfer.description import as_theirs
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 needs_flashinfer = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_cases import Shape
 
-from nvfp4_moe.kernels.flashinfer import table
+from nvfp4_moe.kernels.flashinfer import functions as table
 from nvfp4_moe.reference.moe import layer
 from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.recipe import Build, LayerBuild

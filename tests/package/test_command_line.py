@@ -18,7 +18,8 @@ from checkpoint_cases import NAMINGS, ordinary, weights, write
 from paths import ROOT
 from safetensors.torch import save_file
 
-from nvfp4_moe import exits, files, starting
+from nvfp4_moe import exits, files
+from nvfp4_moe import interrupts as starting
 from nvfp4_moe.__main__ import COMMANDS, main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases import moe as moe_cases
@@ -26,9 +27,10 @@ from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.checkpoints import resumable_writer as workspace
 from nvfp4_moe.cli import blackwell, doctor, options
 from nvfp4_moe.cli import convert as convert_command
-from nvfp4_moe.cli.guard import guarded
-from nvfp4_moe.differential import parts, workers
+from nvfp4_moe.cli.exit_status import guarded
 from nvfp4_moe.differential import quantize as diff_quantizers
+from nvfp4_moe.differential import report_parts as parts
+from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
 

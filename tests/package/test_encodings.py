@@ -107,7 +107,7 @@ def test_a_conversion_in_the_c_locale(source):
 def test_names_are_printed_in_the_c_locale():
     """A tensor's name comes from a file and is UTF-8; what the terminal lacks is escaped."""
     program = (
-        "from nvfp4_moe.cli.guard import guarded\n"
+        "from nvfp4_moe.cli.exit_status import guarded\n"
         "raise SystemExit(guarded('t', lambda: lambda: print('gr\\xf6\\xdfe') or 0, lambda: ''))\n"
     )
     done = in_the_c_locale("-c", program)

@@ -52,7 +52,7 @@ MOST_FLAT = 10
 DOCUMENTED = ("nvfp4_moe.inputs",)
 """Modules that the documentation imports from, and that lie elsewhere now: by these names, too."""
 REFERENCE = (
-    "variables", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
+    "environment", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
     "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""

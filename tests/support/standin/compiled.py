@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nvfp4_moe.kernels.flashinfer import version
-from nvfp4_moe.kernels.flashinfer.function import Argument
+from nvfp4_moe.kernels.flashinfer.description import Argument
 
 
 @dataclass(frozen=True)

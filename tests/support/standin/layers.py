@@ -46,7 +46,7 @@ CUTLASS_TACTICS = (3, 4)
 class Ran:
     backend: str
     tactic: str
-    """The name that `nvfp4_moe.differential.tactics` gives it; CuTe-DSL's default has one of those."""
+    """The name that `differential.flashinfer_tactics` gives it; CuTe-DSL's default has one of those."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from . import autotuner, baselines, cute_dsl, cutlass, dense, quantize, trtllm
-from .function import Function
+from .description import Function
 
 LAYERS = (trtllm, cute_dsl, cutlass)
 """The adapters to the fused NVFP4 layers, in the order in which "auto" asks them. Each has NAME, BUILD,

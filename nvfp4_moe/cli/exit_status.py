@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from .. import starting
+from .. import interrupts
 from ..exits import CommandError, Exit
 from ..kernels import environment
 
@@ -23,13 +23,13 @@ def guarded(name: str, load: Callable[[], Callable[[], int]], left: Callable[[],
     Args:
         name: what the line begins with.
         load: imports the command and returns it. An interrupt during the import ends the process of the
-            command line at once (`starting.py`).
+            command line at once (`interrupts.py`).
         left: called after an interrupt, for what is left and how to go on.
     """
     _print_any_character()
     try:
         command = load()
-        starting.as_usual()
+        interrupts.as_usual()
         with _terminated_as_interrupted():
             status = command()
             sys.stdout.flush()
