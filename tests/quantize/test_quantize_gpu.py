@@ -24,22 +24,7 @@ def test_every_recipe(kind, dtype):
     triton_cases.every_recipe(kind, dtype, "cuda")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        triton_cases.row_index,
-        triton_cases.out_scale,
-        triton_cases.scale_forms,
-        triton_cases.e4m3_input,
-        triton_cases.fp32_input,
-        triton_cases.odd_shapes,
-        triton_cases.long_rows,
-        triton_cases.strange_values_and_scales,
-        triton_cases.every_way_to_cut_a_row,
-        triton_cases.strided_and_misaligned,
-    ],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("case", triton_cases.CASES, ids=lambda f: f.__name__)
 def test_case(case):
     case("cuda")
 

@@ -166,3 +166,18 @@ def strange_values_and_scales(device):
             told = Quantized(codes, block_scales, token.nan_to_num(7.0))
             wanted = replace(expected, per_token_scale=expected.per_token_scale.nan_to_num(7.0))
             assert_quantized(told, wanted, f"{recipe} {scale}")
+
+
+CASES = (
+    row_index,
+    out_scale,
+    scale_forms,
+    e4m3_input,
+    fp32_input,
+    odd_shapes,
+    long_rows,
+    strange_values_and_scales,
+    every_way_to_cut_a_row,
+    strided_and_misaligned,
+)
+"""The cases that a GPU and the interpreter share."""
