@@ -58,7 +58,7 @@ def serves_all(call: Any) -> str | None:
 
 
 def on_gpu(call: Call) -> bool:
-    """Whether the call is for a GPU: "auto" never picks Triton's interpreter."""
+    """Return True for a call on a GPU: "auto" never picks Triton's interpreter."""
     return call.capability is not None
 
 
@@ -72,15 +72,15 @@ class Backend(Generic[C, R]):
     run: Callable[[C], R]
     """Runs a call that `refusal` let pass. NotImplementedError: it finds only now that it cannot."""
     automatic: Callable[[C], bool] = always
-    """Whether "auto" may take the backend for a call."""
+    """Returns True if "auto" may take the backend for a call."""
     remembers: Callable[[C, RuntimeError], bool] | None = None
-    """Whether this error of `run` means that no kernel was built for the call; `refusal` then refuses
-    such calls from now on, and "auto" goes on to the next backend."""
+    """Returns True if this error of `run` means that no kernel was built for the call. `refusal` then
+    refuses such calls from now on, and "auto" goes on to the next backend."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do; printing it gives a table."""
+    """The backend that a call would run on, and the reasons; printing it gives a table."""
 
     backend: str | None  # that would run; None if the call is invalid or no backend can serve
     reasons: tuple[tuple[str, str | None], ...]  # for every backend, None where it can serve
@@ -220,7 +220,7 @@ class Operation(Generic[C, R]):
         return self.serve(call, backend)
 
     def explain(self, call: C, backend: str) -> Explanation:
-        """Which backend `serve` of the same arguments would run, and why each other would not."""
+        """Say which backend `serve` of the same arguments would run, and why each other would not."""
         reasons = tuple((name, self.refusal(name, call)) for name in self._table)
         name = self.choose(call) if backend == AUTO else backend
         chosen = None if name is None or dict(reasons)[name] is not None else name
@@ -349,10 +349,10 @@ def register_backend(
             functions, as `trtllm_fp4_block_scale_moe`), or "fused_quantize" (the three that end in
             `_nvfp4_quantize`).
         name: not yet a name of the operation; it must not begin with "flashinfer".
-        run: takes the checked call, a frozen dataclass: `kernels.quantize_call.QuantizeCall`,
-            `kernels.dense_call.DenseCall`, `kernels.moe_call.MoECall`,
-            `kernels.producers.FusedQuantizeCall`. It returns what the public function returns, on the
-            tensors' device: (codes, block scales[, per-token scales]), or one tensor. A `MoECall`
+        run: takes the checked call, a frozen dataclass: `kernels.quantize.call.QuantizeCall`,
+            `kernels.dense.call.DenseCall`, `kernels.moe.call.MoECall`,
+            `kernels.fused_quantize.api.FusedQuantizeCall`. It returns what the public function returns,
+            on the tensors' device: (codes, block scales[, per-token scales]), or one tensor. A `MoECall`
             arrives with quantized hidden states; `call.routed()` gives its ids and weights. A result of
             another shape or dtype raises. NotImplementedError becomes UnsupportedError.
         refusal: returns why `run` cannot serve a call, in a few words; None if it can. Omitted, it

@@ -55,7 +55,7 @@ def _in_reference(call: DenseCall) -> torch.Tensor:
 
 
 def _fill(op: Any, call: DenseCall) -> torch.Tensor:
-    """Run a call by an op, which fills the output (`dense_ops.MmFp4`)."""
+    """Run a call by an op, which fills the output (`ops.MmFp4`)."""
     out = call.output()
     op(call.a, call.b_rows, call.a_scales, call.b_scales, call.alpha, out, call.use_8x4)
     return out

@@ -60,7 +60,7 @@ def _in_reference(call: FusedQuantizeCall) -> Triple:
 
 
 def _run(ours: Any, call: FusedQuantizeCall) -> Triple:
-    """Run a call by an implementation's two functions (`producer_ops.Producers`)."""
+    """Run a call by an implementation's two functions (`ops.Producers`)."""
     q = call.quantize
     if call.weight is None:
         return ours.silu_and_mul_quantize(call.x, q.scale, q.recipe, q.layout)

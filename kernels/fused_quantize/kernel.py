@@ -2,7 +2,7 @@
 
 `reference/fused_quantize.py` fixes every operation, so that the bits are its own on every GPU. A program
 owns ROWS rows whole: what it computes stays in registers until the row's maximum is known, rounded to
-the dtype that a kernel of its own would have written. Names are those of `quantize_kernel.py`.
+the dtype that a kernel of its own would have written. Names are those of `quantize/kernel.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0

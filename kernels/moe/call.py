@@ -47,7 +47,7 @@ LOGITS_NAMES = ("routing_logits", "")
 
 @dataclass(frozen=True)
 class KernelCall:
-    """The part of a call that kernels read; it crosses `torch.library` (`moe_ops`).
+    """The part of a call that kernels read; it crosses `torch.library` (`ops`).
 
     The routing is given beside it: ids [T, K] int32, and weights [T, K].
     """

@@ -12,7 +12,7 @@ from .call import MoECall
 
 
 class Observer:
-    """What a backend shows the intermediate of a call to (`moe_call.Observe`)."""
+    """Receives the intermediate of a call from a backend (`call.Observe`)."""
 
     def __init__(self, request: MoECall):
         self._request = request
@@ -53,7 +53,7 @@ class Observer:
 
 
 def _invalid(r: MoECall) -> torch.Tensor:
-    """[2] int64: slots that `moe_call.check_values` refuses where it may read them."""
+    """[2] int64: slots that `call.check_values` refuses where it may read them."""
     if r.ids is None or r.weights is None:  # a router's own
         return torch.zeros(2, dtype=torch.int64, device=r.device)
     out_of_range = (r.ids < -1) | (r.ids >= r.all_experts)

@@ -2,7 +2,7 @@
 
 A program owns BLOCKS blocks of 16 that follow one another in an expert's natural rows, whatever the
 row's length, and puts each where `reference/weights/experts.py` wants it. `reference/weights/update.py`
-has the contract; the arithmetic is `quantize_kernel.py`'s with a global scale.
+has the contract; the arithmetic is `quantize/kernel.py`'s with a global scale.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -1,11 +1,15 @@
 """`nvfp4-moe diff --backend module:function`: a user's own backend is judged as the others are."""
 
 # SPDX-License-Identifier: Apache-2.0
+import importlib
 import json
+import re
 
 import pytest
 import torch
+from paths import ROOT
 
+import nvfp4_moe
 from nvfp4_moe import __main__
 from nvfp4_moe.kernels.backends import OPERATIONS
 
@@ -113,3 +117,13 @@ def test_its_part_must_be_named(capsys):
     assert "--only must name its part" in capsys.readouterr().err
     assert __main__.main(["diff", "--only", "siblings", "--backend", "own_backends:layer"]) == 2
     assert "it has no --backend of your own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["register_backend", "docs/own_backends.md"])
+def test_the_calls_that_are_named_exist(place):
+    page = ROOT / place
+    text = page.read_text("utf-8") if page.is_file() else nvfp4_moe.register_backend.__doc__
+    names = re.findall(r"`(kernels\.[\w.]+)\.(\w+Call)`", text)
+    assert len(set(names)) == 4
+    for module, name in names:
+        assert isinstance(getattr(importlib.import_module(f"nvfp4_moe.{module}"), name), type)
