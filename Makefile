@@ -35,7 +35,7 @@ gpu:
 	$(PYTHON) bench/dense_speed.py
 	$(PYTHON) bench/reload_speed.py
 
-# The whole matrix through every backend, tactic and math of this machine; the README has what to install.
+# The whole matrix through every backend, tactic and math of this machine; docs/blackwell.md has what to install.
 blackwell:
 	$(PYTHON) -m nvfp4_moe blackwell --report build/blackwell
 
