@@ -54,15 +54,17 @@ fuzz-bounds-gpu:
 fuzz-checkpoints: $(SETUP)
 	PYTHONPATH=.:tests/support $(PYTHON) tests/support/fuzz_checkpoints.py $(ARGUMENTS)
 
-# Small changes made by rule of the reference and of the kernels, and what catches each; what has been
-# tried is in build/mutants.json, and not tried again. Half an hour, and hours. On a GPU, also
-# `PYTHONPATH=.:tests/support python3 -m mutants --generated kernels --device cuda --jobs 16 --seconds 500`.
+# Small changes made by rule of the reference and of the kernels, and what catches each. What has been
+# tried is in tests/support/mutants/generated/results.txt, which is committed, and is not tried again
+# until the function changes. All anew: half an hour, and hours. On a GPU, also
+# `PYTHONPATH=.:tests/support python3 -m mutants --generated kernels --device cuda --jobs 16 --seconds 500`,
+# whose file `make mutants MERGE=FILE` takes in.
 mutants: $(SETUP)
-	-$(MUTANTS) --generated reference --jobs 2
+	-$(MUTANTS) --generated reference --jobs 2 $(if $(MERGE),--merge $(MERGE))
 	-$(MUTANTS) --generated kernels --jobs 2
 	$(MUTANTS) --generated report
 
-# docs/mutants.md, with what build/mutants.json has of the mutants made by rule. An hour.
+# docs/mutants.md, with what is known of the mutants made by rule. An hour.
 mutants-table: $(SETUP)
 	$(MUTANTS) --markdown --conforming 2000 --kernels > docs/mutants.md
 	$(MUTANTS) --generated report >> docs/mutants.md

@@ -4,8 +4,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import command
+from .generated.results import KEPT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         "known of both",
     )  # fmt: skip
     parser.add_argument(
-        "--results", metavar="FILE", default="build/mutants.json",
-        help="of generated mutants; those that it has are not tried again (build/mutants.json)",
+        "--results", metavar="FILE", type=Path, default=KEPT,
+        help="of generated mutants, read and written, by any number of processes; those that it has are "
+        "not tried again (results.txt beside the rules)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge", metavar="FILE", type=Path, nargs="+", default=[],
+        help="results of other machines, taken in first",
     )  # fmt: skip
     parser.add_argument("--shard", metavar="I/N", default="1/1", help="every Nth, from the Ith on")
     parser.add_argument("--seconds", type=float, help="end after about as long")

@@ -92,7 +92,7 @@ def _layers() -> Named:
     two = Routing(RoutingMethodType.Renormalize, 2)
     five = Setting("five experts", 40, 128, 128, 7, two, ActivationType.Relu2, offset=1, local=5)
     decoded = GemmConfig(128, 16, 64, 1, 4, decoded=True)
-    at_once = {"_DECODED_BYTES": 2 * 2 * 128 * 128}  # two experts
+    at_once = {"launch._DECODED_BYTES": 2 * 2 * 128 * 128}  # two experts
     yield "decoded, two at a time", lambda: FusedCall(case_of(five), decoded, at_once)
     yield "one token", lambda: FusedCall(case_of(replace(five, tokens=1)))
     yield "K of 1 1/4 tiles, NaN", lambda: FusedCall(_with_nan(), GemmConfig(128, 16, 256, 1, 4))
