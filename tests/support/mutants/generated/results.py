@@ -21,8 +21,8 @@ STATUSES = {"k": "killed", "t": "timed out", "s": "survived"}
 _NOT_TRIED = "."
 _BEST_FIRST = "".join(STATUSES) + _NOT_TRIED
 _HEAD = """\
-# Mutants made by rule, of each function: file, name, digest, and for each device a letter for each mutant:
-# k killed, t timed out, s survived, . not tried. `make mutants` reads and writes this (results.py).
+# Mutants made by rule, of each function: file, name, digest, and for each device a letter for each
+# mutant: k killed, t timed out, s survived, . not tried. `make mutants` reads and writes this.
 """
 
 
