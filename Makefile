@@ -12,7 +12,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -69,9 +69,9 @@ mutants-table: $(SETUP)
 	$(MUTANTS) --markdown --conforming 2000 --kernels > docs/mutants.md
 	$(MUTANTS) --generated report >> docs/mutants.md
 
-# What a report looks like: of a run with three faults, planted.
-planted-report: $(SETUP)
-	PYTHONPATH=.:tests/support $(PYTHON) tests/support/planted_report.py build/planted-report
+# What a report looks like: of a run with three injected faults.
+faulty-report: $(SETUP)
+	PYTHONPATH=.:tests/support $(PYTHON) tests/support/faulty_report.py build/faulty-report
 
 # Needs an NVIDIA GPU. The backends beside each other, then our own tables.
 bench:

@@ -93,7 +93,7 @@ def fused_moe(
         variant: whose bits; "cutlass" has static scales and experts of `with_cutlass` alone.
         round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
             requantization: FlashInfer's own trace reference does.
-        stages: other functions in place of some of these, as a judge of implementations plants them.
+        stages: other functions in place of some of these, as tests of the judge use them.
     """
     recipe, do = recipe or Recipe(), stages or Stages()
     rounds = VARIANTS[variant].rounds_first_gemm

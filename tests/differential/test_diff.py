@@ -46,7 +46,7 @@ def flip_padding(q):
 
 
 @pytest.mark.parametrize(
-    ("plant", "counts", "place", "step"),
+    ("change", "counts", "place", "step"),
     [
         (flip_code, (1, 0, 0), (3, 2), "e2m1 code"),
         (flip_scale, (0, 1, 0), (3, 2), "block scale"),
@@ -54,11 +54,11 @@ def flip_padding(q):
         (flip_padding, (0, 1, 0), (9, 5), "padding"),
     ],
 )
-def test_one_bit(plant, counts, place, step):
+def test_one_bit(change, counts, place, step):
     x = inputs.synthetic("normal", 9, 80)
     right = run_reference(x, CASE)
     assert compare.compare(x, CASE, right, run_reference(x, CASE)) is None
-    found = compare.compare(x, CASE, right, plant(right), first_row=0)
+    found = compare.compare(x, CASE, right, change(right), first_row=0)
     assert (found.codes, found.block_scales, found.per_token_scales) == counts
     assert (found.row, found.block) == place
     assert step in found.step

@@ -176,7 +176,7 @@ def test_routing_from_logits_can_be_given():
 
 
 def wrong_expert(value):
-    """Fails where an expert held here with this output scalar adds something: a planted fault."""
+    """Fails where an expert held here with this output scalar adds something: an injected fault."""
     calls = []
 
     def fails(case):

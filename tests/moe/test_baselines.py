@@ -307,17 +307,17 @@ def _other_expert(request):
             .view(request.weights["gemm2_weights"].dtype)}  # fmt: skip
 
 
-PLANTS = [
+FAULTS = [
     *((format, _rows_as_they_were) for format in FORMATS if format != "fp8 block"),
     *((format, _other_scales) for format in FORMATS if format != "bf16"),
     *((format, _other_expert) for format in FORMATS),
 ]
 
 
-@pytest.mark.parametrize("format,plant", PLANTS)
-def test_a_wrong_preparation_shows(format, plant):
+@pytest.mark.parametrize("format,fault", FAULTS)
+def test_a_wrong_preparation_shows(format, fault):
     request, ours = traced(format, Shape(7, 256, 128, 4, 2))
-    wrong = replace(request, weights=request.weights | plant(request))
+    wrong = replace(request, weights=request.weights | fault(request))
     assert near(trace_output(request), ours) and not near(trace_output(wrong), ours)
 
 

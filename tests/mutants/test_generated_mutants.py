@@ -1,4 +1,4 @@
-"""Mutants made by rule: what is made, that it is planted, caught, and listed where it cannot be."""
+"""Mutants made by rule: what is made, that it is applied, caught, and listed where it cannot be."""
 
 # SPDX-License-Identifier: Apache-2.0
 import inspect
@@ -19,7 +19,7 @@ from mutants.generated import (
     reference_probes,
     trial,
 )
-from mutants.generated.plant import module_of, planted
+from mutants.generated.apply import applied, module_of
 from mutants.generated.results import KEPT, Results
 from mutants.generated.rules import Generated, generate
 from triton.runtime.errors import InterpreterError
@@ -134,7 +134,7 @@ def test_those_behind_a_child_that_ends_are_tried_by_another(of_reference):
 def test_a_mutant_is_taken_out_again(of_reference):
     probe = reference_probes.probe("e2m1")
     for mutant in (_mutant(of_reference, "pack"), _mutant(of_reference, "VALUES")):
-        with planted(mutant):
+        with applied(mutant):
             assert list(probe())
         assert not list(probe())
 
@@ -145,7 +145,7 @@ def test_kernels_that_use_a_mutant_are_compiled_anew_and_no_others(name):
     uses, other = grouped_gemm.expert_gemm_kernel, permute.permute_kernel
     other.device_caches[0] = compiled = object()
     key = uses.cache_key
-    with planted(next(m for m in command.every("kernels") if m.function == name)):
+    with applied(next(m for m in command.every("kernels") if m.function == name)):
         assert uses.cache_key != key
         assert other.device_caches.pop(0) is compiled
     assert uses.cache_key == key
@@ -166,7 +166,7 @@ def test_an_address_of_no_tensor_is_an_error(old, new):
     assert old in text
     decode = next(m for m in command.every("kernels") if m.function == "decode_kernel")
     probe = kernel_probes.probe("decode", "cpu")
-    with planted(replace(decode, build=lambda: text.replace(old, new))):
+    with applied(replace(decode, build=lambda: text.replace(old, new))):
         if old == new:
             assert not list(probe())
             return

@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 
+import faulty_report
 import page_cases
-import planted_report
 import pytest
 
 from nvfp4_moe.report import html as page
@@ -275,8 +275,8 @@ def test_without_scripts_everything_can_be_opened(browser, address):
 
 @pytest.fixture(scope="module")
 def run_with_faults(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    planted_report.write(folder)
+    folder = tmp_path_factory.mktemp("faulty")
+    faulty_report.write(folder)
     return folder
 
 
@@ -287,7 +287,7 @@ def test_the_report_of_a_run_with_three_planted_faults(browser, address, run_wit
         for cell in browser.find_elements(By.CSS_SELECTOR, "td[class]:not(.absent)")
         if cell.find_element(By.TAG_NAME, "b").text in FAILED
     }
-    assert red == set(planted_report.ROWS)
+    assert red == set(faulty_report.ROWS)
     for link in browser.find_elements(By.CSS_SELECTOR, ".failing a"):
         link.click()
         key = link.get_attribute("href").split("#")[1]

@@ -1,4 +1,4 @@
-"""Plant mistakes and see what finds them, in a checkout: `make mutants` has the command line."""
+"""Try mutants and see what finds them, in a checkout: `make mutants` has the command line."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -19,10 +19,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mutants",
         description=(
-            "Plant each mistake of the catalogue into a run of the reference, on settings scaled down "
+            "Put the mistake of each mutant into a run of the reference, on settings scaled down "
             "from the benchmark's layers, and print which criterion sees it; then judge runs that keep "
-            "the contract. Exit status: 0 if our criterion sees every mutant, at the stage where it was "
-            "planted, and accepts every conforming run; else 1."
+            "the contract. Exit status: 0 if our criterion sees every mutant, at the stage where its "
+            "fault is, and accepts every conforming run; else 1."
         ),
     )
     parser.add_argument("--seeds", type=int, default=3, help="inputs of each mutant (3)")

@@ -17,7 +17,7 @@ import torch
 from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import recipe
 
-from ..planted import KERNELS
+from ..edited_copy import KERNELS
 from . import harmless, trial
 from .results import Results
 from .rules import Generated, generate

@@ -1,4 +1,4 @@
-"""Mutants tried in children of this process, each of which plants one and runs its probes.
+"""Mutants tried in children of this process, each of which applies one and runs its probes.
 
 A child starts with everything imported and every right answer known; a crash or a loop without an end
 is its own. It stops at the first answer that is not right. On a GPU, which takes seconds to start, a
@@ -18,7 +18,7 @@ from itertools import islice
 
 import torch
 
-from .plant import planted
+from .apply import applied
 from .rules import Generated
 
 Probe = Callable[[], Iterator[str]]
@@ -172,7 +172,7 @@ def _try(some: Iterable[Given], pipe: int) -> None:
 
 def _first_wrong(mutant: Generated, probes: Sequence[Probe], accepted: Callable[[], object]) -> str:
     try:
-        with planted(mutant) if mutant.file else nullcontext():
+        with applied(mutant) if mutant.file else nullcontext():
             for probe in probes:
                 for wrong in probe():
                     return wrong

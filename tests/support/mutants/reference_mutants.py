@@ -1,4 +1,4 @@
-"""A catalogue of realistic mistakes, each planted into a run of the reference.
+"""Realistic mistakes, each put into a run of the reference.
 
 A mutant replaces a stage (`stages`), the quantizer of the hidden states (`quantize`), the routing
 (`routed`), what the fused call is handed (`inputs`), or its result (`after`).
@@ -104,7 +104,7 @@ def _setting(name: str) -> str:
     return _SETTINGS.get(name, "qwen")
 
 
-def _catalogue() -> Iterator[Mutant]:
+def _mutants() -> Iterator[Mutant]:
     for name, (setting, routed) in ROUTINGS.items():
         yield Mutant(f"routing: {name}", "routing", setting, routed=routed)
     for name, quantizer in QUANTIZERS.items():
@@ -235,4 +235,4 @@ def _catalogue() -> Iterator[Mutant]:
     )
 
 
-MUTANTS = tuple(_catalogue())
+MUTANTS = tuple(_mutants())

@@ -1,4 +1,4 @@
-"""A catalogue of realistic mistakes in the Triton kernels, each an edit of their syntax (`syntax.py`).
+"""Realistic mistakes in the Triton kernels, each an edit of their syntax (`syntax.py`).
 
 Only what the interpreter runs can be shown: integer paths in place of inline assembly, one launch
 configuration of the quantizer. Not here, since no output can show them: both operands' nibbles or
@@ -8,7 +8,7 @@ other is zero), the zero in padded columns of block scales (a block of zeros has
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from .planted import KernelMutant
+from .edited_copy import KernelMutant
 from .syntax import Edit
 
 # Name, old syntax, new syntax, call, then names of functions and tests of `if`s that the place is in.

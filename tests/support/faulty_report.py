@@ -1,4 +1,4 @@
-"""A report of a run with three planted faults: `python tests/support/planted_report.py FOLDER`.
+"""A report of a run with three injected faults: `python tests/support/faulty_report.py FOLDER`.
 
 The Triton kernels' place is taken by the reference with a fault in its global-scale codes, one in its
 128x4 layout, and one in the output of a mixture of experts.
@@ -62,7 +62,7 @@ def layer(case: MoECase) -> torch.Tensor:
 
 
 @contextmanager
-def planted() -> Iterator[None]:
+def faulty_backends() -> Iterator[None]:
     def interpret(jobs):
         return [quantizer(x, case) for x, case in jobs]
 
@@ -81,7 +81,7 @@ def planted() -> Iterator[None]:
 def write(where: Path) -> Report:
     start = time.monotonic()
     few = [c for c in matrix_moe.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
-    with planted(), mock.patch.object(matrix_moe, "cases", lambda: few):
+    with faulty_backends(), mock.patch.object(matrix_moe, "cases", lambda: few):
         backends = ["reference", workers.INTERPRETER]
         compared = diff_quantizers.run(InputSelection(kind="normal", recipes="plain"), backends)
         judged = diff_moe.run([workers.INTERPRETER, "reference"])
@@ -89,11 +89,11 @@ def write(where: Path) -> Report:
             "env",
             "PYTHONPATH=.:tests/support",
             sys.executable,
-            "tests/support/planted_report.py",
+            "tests/support/faulty_report.py",
             str(where),
         ]
         whole = Report(script, sections=[compared.section, judged.section])
-        whole.folder, whole.name = str(ROOT), "make planted-report"
+        whole.folder, whole.name = str(ROOT), "make faulty-report"
         folder.write_failures([compared, judged], where)
         whole.seconds = round(time.monotonic() - start, 1)
         folder.write(whole, where)
@@ -102,4 +102,4 @@ def write(where: Path) -> Report:
 
 if __name__ == "__main__":
     found = write(Path(sys.argv[1]))
-    print(f"{found.failed} comparisons failed, as planted; the report is in {sys.argv[1]}")
+    print(f"{found.failed} comparisons failed, as they must; the report is in {sys.argv[1]}")

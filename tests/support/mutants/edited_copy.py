@@ -1,4 +1,4 @@
-"""Plant mistakes into the source of a copy of nvfp4_moe, and run its kernels in the interpreter."""
+"""Edit the source of a copy of nvfp4_moe, and run its kernels in the interpreter."""
 
 # SPDX-License-Identifier: Apache-2.0
 import shutil
@@ -48,7 +48,7 @@ class KernelMutant:
         except ValueError as error:
             raise ValueError(f"mutant {self.name!r}: {error}") from None
 
-    def plant(self, kernels: Path) -> None:
+    def apply(self, kernels: Path) -> None:
         """Edit the copy in a folder."""
         path = self.place(kernels)[0]
         path.write_text(self.edit.applied(path.read_text("utf-8")), "utf-8")
@@ -74,7 +74,7 @@ def answer(mutant: KernelMutant | None, call: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         kernels = copy_package(Path(folder))
         if mutant is not None:
-            mutant.plant(kernels)
+            mutant.apply(kernels)
         try:
             return workers.call_in_one(
                 _answer, [(prepared(call)[0],)], Path(folder),

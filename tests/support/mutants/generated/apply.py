@@ -1,4 +1,4 @@
-"""A generated mutant put into the modules of this process, and taken out again."""
+"""Put a generated mutant into the modules of this process, and take it out again."""
 
 # SPDX-License-Identifier: Apache-2.0
 import ast
@@ -23,7 +23,7 @@ def module_of(file: str) -> ModuleType:
 
 
 @contextmanager
-def planted(mutant: Generated) -> Iterator[None]:
+def applied(mutant: Generated) -> Iterator[None]:
     """Exchange the function, or the constant, wherever it has been imported."""
     module = module_of(mutant.file)
     name = f"<{mutant.shown}>"
