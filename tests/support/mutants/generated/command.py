@@ -116,7 +116,8 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     waiting = [
         m for m in mutants[first - 1 :: count] if _waits(m, results, options.device, options.again)
     ]
-    waiting.sort(key=lambda m: harmless.reason(m.key) is not None)  # all probes for no news
+    # Those that survived elsewhere have waited longest; the harmless take all probes for no news.
+    waiting.sort(key=lambda m: (harmless.reason(m.key) is not None, not results.of(m)))
     end = time.monotonic() + (options.seconds or float("inf"))
     limit = SECONDS["reference" if options.generated == "reference" else options.device]
     children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device]}

@@ -165,6 +165,9 @@ def of_reload() -> Answers:
         with mock.patch.dict(writers.WRITERS, {"triton": lambda device, found=found: found}):
             chosen = [update._writer("auto", torch.device(name)) for name in ("cuda", "cpu")]
             yield "writer", [writer.__name__ for writer in chosen]
+            for name in ("reference", "triton", "other"):
+                asked = functools.partial(update._writer, name, torch.device("cpu"))
+                yield "writer", raised(lambda asked=asked: asked().__name__)
     for kind in (ActivationType.Swiglu, ActivationType.Relu2, ActivationType.Situ):
         g = seeded(int(kind))
         rows = 80 * (2 if kind.gated else 1)
