@@ -24,8 +24,9 @@ from ..calls import Call, FusedCall, QuantizerCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of, rows_at_edges
 from . import far_calls
-from .operation_calls import ChosenCall, CutCall, NativeCall, ProducerCall, ProductCall, ReloadCall
+from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, PermuteCall
+from .quantizer_calls import ChosenCall, CutCall, GivenScaleCall, ValuesCall
 from .strict import strict
 from .trial import Probe
 
@@ -81,6 +82,39 @@ def _cuts() -> Named:
         yield (
             f"quantizer, chosen rows, {recipe}",
             functools.partial(ChosenCall, x, recipe, SfLayout.layout_128x4),
+        )
+
+
+def _given_scales() -> Named:
+    """A scale for each row, decode scales, e4m3 elements; values in place of codes."""
+    x = rows_at_edges()[20:43]
+    rows = (host.arange(len(x)) % 11 - 4).float()
+    by_row = host.powers(2 * rows) * (448 * 6 / 3 + rows)
+    by_row[5:9] = host.fp32([0.0, 2.0**-127, 2.0**126, torch.inf])
+    # What reads the words of an e4m3 element sees every byte of them.
+    bytes_ = host.arange(256).to(torch.uint8).view(16, 16).repeat(2, 5)
+    bytes_[16:] = bytes_[16:].roll(3, 1) & 0x9F  # blocks of small numbers
+    eight = bytes_[:23].view(torch.float8_e4m3fn)
+    fast, exact = Recipe(), Recipe("exact")
+    for name, recipe in {
+        "fast": fast, "exact": exact, "fast, cute-dsl": Recipe(build="cute-dsl"),
+        "exact, cute-dsl": Recipe("exact", build="cute-dsl"),
+    }.items():  # fmt: skip
+        layout = SfLayout.layout_8x4
+        given = functools.partial(GivenScaleCall, x, recipe, by_row)
+        yield f"quantizer, by row, {name}", functools.partial(given, layout)
+        decode = functools.partial(GivenScaleCall, x, recipe, 1 / by_row, inverse=True)
+        yield f"quantizer, decode scales, {name}", decode
+        yield f"quantizer, e4m3, {name}", functools.partial(GivenScaleCall, eight, recipe, by_row)
+    one = host.fp32([0.25])
+    yield "quantizer, e4m3, one scale", lambda: GivenScaleCall(eight, fast, one)
+    four_over_six = Recipe("exact", NVFP44Over6Config())
+    yield "quantizer, by row, 4over6", lambda: GivenScaleCall(x, four_over_six, by_row)
+    for recipe in (fast, exact):
+        yield f"quantizer, values, {recipe}", functools.partial(ValuesCall, x, recipe, True)
+        yield (
+            f"quantizer, values of fp32, {recipe}",
+            functools.partial(ValuesCall, x.float() * 1.01, recipe, False),
         )
 
 
@@ -174,8 +208,8 @@ def _native() -> Named:
 _MORE: dict[str, Callable[[], Call]] = {
     name: call
     for some in (
-        _parts(), _more_quantizers(), _cuts(), _layers(), _products(), _rest(), _native(),
-        far_calls.calls(),
+        _parts(), _more_quantizers(), _cuts(), _given_scales(), _layers(), _products(), _rest(),
+        _native(), far_calls.calls(),
     )
     for name, call in some
 }  # fmt: skip

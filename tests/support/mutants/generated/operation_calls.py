@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -13,7 +12,6 @@ from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.dense import launch as triton_dense
 from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
 from nvfp4_moe.kernels.gemm_config import GemmConfig
-from nvfp4_moe.kernels.quantize import launch as quantize
 from nvfp4_moe.reference import dense
 from nvfp4_moe.reference import fused_quantize as producers
 from nvfp4_moe.reference.activation import ActivationType
@@ -23,7 +21,7 @@ from nvfp4_moe.reference.quantize import Quantized, quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.weights.prepare import prepare_experts
 
-from ..calls import Answered, Call, QuantizerCall
+from ..calls import Answered, Call
 from .part_calls import exactly
 from .strict import codes_multiplied
 
@@ -168,58 +166,6 @@ class ProductCall:
             return not wrong.any()
 
         return Answered(accepts, torch.Tensor.double, want.double())
-
-
-@dataclass(frozen=True)
-class CutCall(QuantizerCall):
-    """A quantizer whose matrix is cut into programs as only a GPU's launches would."""
-
-    config: quantize.LaunchConfig = quantize.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
-
-    def answer(self, device: str = "cpu") -> Quantized:
-        def config(*_: Any, **__: Any) -> quantize.LaunchConfig:
-            return self.config
-
-        with (
-            mock.patch.object(quantize, "launch_config", config),
-            mock.patch.object(quantize, "global_launch_config", config),
-        ):
-            return super().answer(device)
-
-
-@dataclass(frozen=True)
-class ChosenCall:
-    """Rows that an index names, some of them none, with a base scale and an output scale in tensors."""
-
-    x: Tensor
-    recipe: Recipe
-    layout: SfLayout
-
-    def _given(self, device: str) -> tuple[Tensor, ...]:
-        rows = len(self.x)
-        index = torch.cat([host.arange(rows).flip(0)[3:] - 2, host.arange(3)]).int()
-        index[1], index[2] = rows, rows + 7
-        scales = host.fp32([self.recipe.base_scale_inv]), host.fp32([0.3])
-        return tuple(t.to(device) for t in (self.x, scales[0], index, scales[1]))
-
-    def answer(self, device: str = "cpu") -> Any:
-        x, base, index, shown = self._given(device)
-        found = quantize.quantize_per_token(
-            x, base, self.recipe, self.layout, row_index=index, out_scale=shown
-        )
-        return [
-            t.cpu()[_live(index.cpu(), len(x))] if i == 2 else t.cpu() for i, t in enumerate(found)
-        ]
-
-    def judge(self) -> Answered:
-        x, base, index, shown = self._given("cpu")
-        q = quantize_per_token(x, base, self.recipe, self.layout, row_index=index, out_scale=shown)
-        assert q.per_token_scale is not None
-        return exactly([q.codes, q.block_scales, q.per_token_scale[_live(index, len(x))]])
-
-
-def _live(index: Tensor, rows: int) -> Tensor:
-    return index[(index >= 0) & (index < rows)].long()
 
 
 @dataclass(frozen=True)

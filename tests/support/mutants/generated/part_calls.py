@@ -81,7 +81,7 @@ def _codes(seed: int, *size: int) -> tuple[Tensor, Tensor]:
     return codes, host.integers(g, 0, 128, (*rows, k // BLOCK_SIZE)).to(torch.uint8)
 
 
-def _fours(values: Tensor) -> Tensor:
+def fours(values: Tensor) -> Tensor:
     """[R, K] as bf16 [R, 4, K/4], each fourth column together."""
     return values.unflatten(1, (-1, 4)).transpose(1, 2).contiguous().bfloat16()
 
@@ -98,7 +98,7 @@ class DecodeCall:
         return decode(codes.to(device), scales.to(device), SfLayout.layout_linear).cpu()
 
     def judge(self) -> Answered:
-        return exactly(_fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
+        return exactly(fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DecodeWeightsCall:
 
     def judge(self) -> Answered:
         codes, scales = (t.flatten(0, 1) for t in _codes(2, 2, self.rows, self.columns))
-        return exactly(_fours(dequantize(codes, scales, 2.0**-8)))
+        return exactly(fours(dequantize(codes, scales, 2.0**-8)))
 
 
 @dataclass(frozen=True)
