@@ -1,4 +1,4 @@
-"""`nvfp4-moe blackwell`, rehearsed: FlashInfer's kernels are stood in for, truthfully or with a lie."""
+"""`nvfp4-moe blackwell`, rehearsed: FlashInfer is fake, without or with a fault."""
 
 # SPDX-License-Identifier: Apache-2.0
 import subprocess
@@ -7,8 +7,8 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import fake_flashinfer
 import pytest
-import standin
 from paths import ROOT
 
 from nvfp4_moe.__main__ import main
@@ -40,11 +40,18 @@ def test_the_rehearsal(tmp_path):
     """The whole command and its processes, of a machine that keeps the contract."""
     child = subprocess.run(
         [
-            sys.executable, "tests/support/standin/rehearse.py", "blackwell", "--small", "--report",
+            sys.executable,
+            "tests/support/fake_flashinfer/rehearse.py",
+            "blackwell",
+            "--small",
+            "--report",
             tmp_path,
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert child.returncode == 0, child.stdout + child.stderr
     found = report.read(tmp_path / "report.json")
     verdicts = found.sections[0]
@@ -114,25 +121,25 @@ MATH_OF = {
     "exact math ignored": "exact math",
     "4over6 of the intermediate ignored": "4over6",
 }
-"""Lies that not every math shows."""
+"""Faults that not every math shows."""
 
 
-def rehearsed(backend, part, math, lie, tmp_path, monkeypatch):
+def rehearsed(backend, part, math, fault, tmp_path, monkeypatch):
     """(exit status, report) of one process's work, done in this one."""
     (job,) = [j for j in blackwell.jobs(backend) if (j.part.name, j.math) == (part, math)]
     for name, value in job.part.maths[math].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("nvfp4_moe.failures.write.MOST_FILES", 1)
-    with standin.installed(lie):
+    with fake_flashinfer.installed(fault):
         status = main(job.arguments(OPTIONS, tmp_path))
     return status, report.read(tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("name", standin.LIES)
+@pytest.mark.parametrize("name", fake_flashinfer.FAULTS)
 def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
-    lie = standin.LIES[name]
-    backend = lie.backends[0]
-    part = {"quantizer": "quantizers", "layer": "moe", "sibling": "siblings"}[lie.of]
+    fault = fake_flashinfer.FAULTS[name]
+    backend = fault.backends[0]
+    part = {"quantizer": "quantizers", "layer": "moe", "sibling": "siblings"}[fault.of]
     math = "any math" if part == "siblings" else MATH_OF.get(name, "fast math")
     status, found = rehearsed(backend, part, math, name, tmp_path, monkeypatch)
     assert status == 1
@@ -144,6 +151,6 @@ def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
     ]
     assert failing and all(backend in column for column, _ in failing)
     told = [failure.case for _, cell in failing for failure in cell.failures]
-    for tactic in lie.tactics:
+    for tactic in fault.tactics:
         assert all(tactic in case for case in told)
     assert (tmp_path / "failure-01.safetensors").exists() == (part != "siblings")

@@ -1,17 +1,17 @@
-"""BF16, FP8 and MXFP8 layers in `nvfp4-moe diff`: FlashInfer's Python over kernels stood in for."""
+"""BF16, FP8 and MXFP8 layers in `nvfp4-moe diff`: FlashInfer's Python over fake kernels."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
 from dataclasses import replace
 from unittest import mock
 
+import fake_flashinfer
 import moe_cases
 import pytest
-import standin
 import torch
 from assertions import assert_bitwise
+from fake_flashinfer import layers
 from installations import pretend
-from standin import layers
 
 from nvfp4_moe.cases.baselines import SiblingCase, exact_case
 from nvfp4_moe.differential import baselines as diff_siblings
@@ -35,25 +35,25 @@ needs_flashinfer = pytest.mark.skipif(
     version.HERE.version is None or importlib.util.find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
 )
-QUANTIZER_LIE = "MXFP8's scale rounded down"
-LIES = [
+QUANTIZER_FAULT = "MXFP8's scale rounded down"
+FAULTS = [
     (n, b)
-    for n, lie in standin.LIES.items()
-    if lie.of == "sibling" and n != QUANTIZER_LIE
-    for b in lie.backends
+    for n, fault in fake_flashinfer.FAULTS.items()
+    if fault.of == "sibling" and n != QUANTIZER_FAULT
+    for b in fault.backends
 ]
 
 
-def judged(name, lie=None, sweep=EVERY):
+def judged(name, fault=None, sweep=EVERY):
     """Cells of one layer by case, and the tactics that ran."""
-    with standin.installed(lie) as fake:
+    with fake_flashinfer.installed(fault) as fake:
         result = diff_siblings.run([name], sweep)
     section = result.section
     assert not result.not_run and section.columns == [name]
     assert {ran.backend for ran in fake.ran} <= {name}
     cells = {case: row[name] for case, row in section.rows.items()}
     quantizer = cells.pop("mxfp8, its quantizer", None)
-    wrong = lie == QUANTIZER_LIE
+    wrong = fault == QUANTIZER_FAULT
     assert quantizer is None or quantizer.status == ("different" if wrong else "identical")
     return cells, [ran.tactic for ran in fake.ran]
 
@@ -110,7 +110,7 @@ def test_codes_are_not_those_of_another_format(format):
 
 @needs_flashinfer
 @pytest.mark.parametrize("name", NAMES.values())
-def test_the_truth(name):
+def test_without_a_fault(name):
     cells, ran = judged(name)
     assert [c.status for c in cells.values()] == ["withheld", "identical", "identical"]
     tactics = len(layers.TRTLLM_TACTICS)
@@ -120,13 +120,13 @@ def test_the_truth(name):
 
 
 @needs_flashinfer
-@pytest.mark.parametrize("lie,name", LIES)
-def test_a_lie_shows_where_sums_are_exact(lie, name):
-    cells, _ = judged(name, lie)
+@pytest.mark.parametrize("fault,name", FAULTS)
+def test_a_fault_shows_where_sums_are_exact(fault, name):
+    cells, _ = judged(name, fault)
     real, whole, part = cells.values()
     assert real.status == "withheld"  # said, not judged
-    assert part.status == "different" and (whole.status == "different" or "offset" in lie)
-    only = standin.LIES[lie].tactics
+    assert part.status == "different" and (whole.status == "different" or "offset" in fault)
+    only = fake_flashinfer.FAULTS[fault].tactics
     assert part.failed == (1 if only else part.compared // 2)
     told = [failure.case for failure in part.failures]
     assert all(tactic in case for tactic in only for case in told)
@@ -137,7 +137,7 @@ def test_a_lie_shows_where_sums_are_exact(lie, name):
 
 @needs_flashinfer
 def test_the_quantizer_of_mxfp8():
-    cells, _ = judged(NAMES["mxfp8"], QUANTIZER_LIE)  # which looks at its cell
+    cells, _ = judged(NAMES["mxfp8"], QUANTIZER_FAULT)  # which looks at its cell
     assert [c.status for c in cells.values()] == ["withheld", "identical", "identical"]
 
 
@@ -153,8 +153,8 @@ def test_a_crash_of_one_layer():
     def crashes(given, tactic):
         raise RuntimeError("no kernel image\nfor this device")
 
-    lie = standin.Lie("sibling", (), "", layers.Behaviour(sibling=crashes))
-    with mock.patch.dict(standin.LIES, crashing=lie):
+    fault = fake_flashinfer.Fault("sibling", (), "", layers.Behaviour(sibling=crashes))
+    with mock.patch.dict(fake_flashinfer.FAULTS, crashing=fault):
         cells, _ = judged(NAMES["bf16"], "crashing")
     assert {c.status for c in cells.values()} == {"crashed"}
     failure = next(iter(cells.values())).failures[0]
@@ -174,7 +174,7 @@ def test_from_logits(format):
     chosen = route(logits, routing := Routing(RoutingMethodType.Renormalize, 4))
     case = SiblingCase("", x, experts, chosen.ids, chosen.weights_bf16, 16, 4)
     request = replace(case.request(), routing=routing, logits=logits, topk=None)
-    with standin.installed():
+    with fake_flashinfer.installed():
         assert adapter.refusal(request) is None
         assert_bitwise(adapter.run(request), case.reference(), format)
         assert_bitwise(adapter.run(case.request()), case.reference(), f"{format}, routed")

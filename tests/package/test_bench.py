@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import bf16_layer
 import dense_speed
+import fake_flashinfer
 import moe_speed
 import pytest
 import reload_speed
-import standin
 import test_speed
 import torch
 from bf16_layer import Tiles, Weights, candidates
@@ -58,7 +58,7 @@ def test_siblings(monkeypatch, name):
     monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
     s = Shape("EP", 256, 128, 4, 2, ranks=2)
     x, logits = moe_speed.inputs(s, 9)
-    with standin.installed() as fake:
+    with fake_flashinfer.installed() as fake:
         call = test_speed.sibling_call(s, test_speed.SIBLINGS[name], x, logits)
         assert torch.equal(call(), call())
     assert [ran.backend for ran in fake.ran] == [name] * 3

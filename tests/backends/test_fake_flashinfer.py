@@ -1,7 +1,7 @@
-"""The stand-in of FlashInfer: its truth agrees with the reference to the bit, its lies do not.
+"""The fake FlashInfer: without a fault it agrees with the reference to the bit, with one it does not.
 
 Down to the compiled modules the installed flashinfer-python runs, so that the adapters, the sweep of
-tactics and the stand-in break together with it.
+tactics and the fake FlashInfer break together with it.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -16,15 +16,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fake_flashinfer
 import pytest
-import standin
 import torch
 from assertions import assert_bitwise, assert_inside, assert_quantized
+from fake_flashinfer import CAPABILITY, FAULTS, compiled, layers
+from fake_flashinfer import quantizers as fake_quantizers
+from fake_flashinfer.cases import CASES, EXACT_MATH
+from fake_flashinfer.faults import CUTE_DSL, CUTLASS, TRTLLM
 from installations import pretend
-from standin import CAPABILITY, LIES, compiled, layers
-from standin import quantizers as standin_quantizers
-from standin.cases import CASES, EXACT_MATH
-from standin.lies import CUTE_DSL, CUTLASS, TRTLLM
 
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
@@ -68,12 +68,12 @@ def outputs(case, backend):
 
 
 @pytest.mark.parametrize("name,backend", RUNS)
-def test_the_truth(monkeypatch, name, backend):
+def test_without_a_fault(monkeypatch, name, backend):
     layer = CASES[name]
     for variable, value in layer.environment.items():
         monkeypatch.setenv(variable, value)
     case = layer.make(backend)
-    with standin.installed() as fake:
+    with fake_flashinfer.installed() as fake:
         found = outputs(case, backend)
     want = case.reference()
     assert_bitwise(found["default"], want, "by default")  # which adds as the reference does
@@ -93,7 +93,7 @@ def test_the_truth(monkeypatch, name, backend):
 @pytest.mark.parametrize("backend", [TRTLLM, CUTE_DSL, CUTLASS])
 def test_every_tactic_is_advertised(backend):
     layer = CASES["static" if backend == CUTLASS else "gated"]
-    with standin.installed():
+    with fake_flashinfer.installed():
         found = list(outputs(layer.make(backend), backend))
     first, second = layers.CUTLASS_TACTICS
     assert found[1:] == {
@@ -108,7 +108,7 @@ def test_every_tactic_is_advertised(backend):
 
 
 def test_tactics_add_in_different_ways():
-    with standin.installed():
+    with fake_flashinfer.installed():
         request = CASES["gated"].make(TRTLLM).request()
         found = set()
         for c in tactics.configurations(TRTLLM, request):
@@ -123,7 +123,7 @@ def test_rows_that_are_not_finalized():
     want = reference.fused_moe(
         case.activations, case.experts, case.ids, case.weights, local_expert_offset=4
     ).rows
-    with standin.installed():
+    with fake_flashinfer.installed():
         for c in tactics.configurations(TRTLLM, request):
             with c.forced():
                 rows, weights, permuted = FUSED_MOE.serve(request, TRTLLM)
@@ -166,11 +166,11 @@ def quantizer_jobs(backend, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", QUANTIZER_BACKENDS)
-def test_the_truth_of_quantizers(monkeypatch, backend, mode):
+def test_quantizers_without_a_fault(monkeypatch, backend, mode):
     for variables, x, case in quantizer_jobs(backend, mode):
         for variable, value in variables.items():
             monkeypatch.setenv(variable, value)
-        with standin.installed():
+        with fake_flashinfer.installed():
             assert quantizers.refusal(backend, x, case) is None
             got = quantizers.run(backend, x, case)
         assert_quantized(got, quantizers.run("reference", x, case), f"{case}", case.layout)
@@ -184,7 +184,7 @@ def test_quantizers_read_the_environment(monkeypatch):
     monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6_E4M3_USE_256", "1")
     for backend, math in (("cuda", "exact"), ("cute-dsl", "fast")):
         recipe = Recipe(math, NVFP44Over6Config(256, "MSE"), backend)
-        with standin.installed():
+        with fake_flashinfer.installed():
             got = nvfp4_moe.nvfp4_quantize(x, 1 / 1536, backend=backend, per_token_activation=True)
         want = quantizers.run("reference", x, Case("per-token", recipe, SfLayout.layout_128x4))
         assert_quantized(got, want, backend, SfLayout.layout_128x4)
@@ -198,14 +198,14 @@ def test_shuffled_rows_and_an_index(per_token):
         changes.append({"expanded_idx_to_permuted_idx": torch.arange(127, -1, -1).int()})
     for change in changes:
         given = {"per_token_activation": per_token, "nvfp4_4over6": None} | change
-        with standin.installed():
+        with fake_flashinfer.installed():
             got = nvfp4_moe.nvfp4_quantize(x, scale, backend="cuda", **given)
         want = nvfp4_moe.nvfp4_quantize(x, scale, backend="reference", **given)
         for a, b, what in zip(got, want, ("codes", "block scales", "token"), strict=False):
             assert_bitwise(a, b, what)
 
 
-# Lies
+# Faults
 
 SEEN = {
     "tactic 192 drops the last tile of an expert": ("gated", "static"),
@@ -224,7 +224,7 @@ SEEN = {
     "the bias in the weights": ("logits with bias",),
     "last bit of every second call": ("gated", "static"),
 }
-"""In which cases each lie of a layer must show."""
+"""In which cases each fault of a layer must show."""
 UNSEEN = {
     "4over6 of the intermediate ignored": "gated",
     "gate and up exchanged": "not gated",
@@ -233,13 +233,13 @@ UNSEEN = {
     "the bias in the weights": "logits",
 }
 """And one in which it must not."""
-LAYER_LIES = [name for name, lie in LIES.items() if lie.of == "layer"]
+LAYER_FAULTS = [name for name, fault in FAULTS.items() if fault.of == "layer"]
 
 
-def served(lie, name, backend, every=False):
+def served(fault, name, backend, every=False):
     """Outputs by configuration, None where one raised: by default, twice, and of one tactic or all."""
     found = {}
-    with standin.installed(lie):
+    with fake_flashinfer.installed(fault):
         request = CASES[name].make(backend).request()
         default, *others = tactics.configurations(backend, request)
         found["again"] = FUSED_MOE.serve(request, backend)[0]
@@ -253,7 +253,7 @@ def served(lie, name, backend, every=False):
     return found
 
 
-truth = functools.cache(functools.partial(served, None))
+correct_results = functools.cache(functools.partial(served, None))
 
 
 @pytest.fixture
@@ -270,35 +270,42 @@ def different(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "lie,name,backend",
+    "fault,name,backend",
     [
-        (lie, name, backend)
-        for lie in LAYER_LIES
-        for name in SEEN[lie]
-        for backend in LIES[lie].backends
+        (fault, name, backend)
+        for fault in LAYER_FAULTS
+        for name in SEEN[fault]
+        for backend in FAULTS[fault].backends
         if backend in CASES[name].backends
     ],
 )
-def test_a_lie_of_a_layer_shows(environment_of, lie, name, backend):
+def test_a_fault_of_a_layer_shows(environment_of, fault, name, backend):
     environment_of(name)
-    only = LIES[lie].tactics
-    found, right = served(lie, name, backend, bool(only)), truth(name, backend, bool(only))
-    if lie == "last bit of every second call":
+    only = FAULTS[fault].tactics
+    found, right = (
+        served(fault, name, backend, bool(only)),
+        correct_results(name, backend, bool(only)),
+    )
+    if fault == "last bit of every second call":
         assert not torch.equal(found["default"], found["again"])
         assert (found["default"] != found["again"]).sum() == 1
     else:
         assert different(found, right) == set(only or found)
 
 
-@pytest.mark.parametrize("lie", UNSEEN)
-def test_a_lie_does_not_show_elsewhere(lie):
-    assert not different(served(lie, UNSEEN[lie], TRTLLM), truth(UNSEEN[lie], TRTLLM))
+@pytest.mark.parametrize("fault", UNSEEN)
+def test_a_fault_does_not_show_elsewhere(fault):
+    assert not different(
+        served(fault, UNSEEN[fault], TRTLLM), correct_results(UNSEEN[fault], TRTLLM)
+    )
 
 
 def test_every_lie_of_a_backend_has_a_case():
-    assert set(SEEN) == set(LAYER_LIES) and len(LIES) >= 12
-    for lie, names in SEEN.items():
-        assert set(LIES[lie].backends) <= {b for name in names for b in CASES[name].backends}, lie
+    assert set(SEEN) == set(LAYER_FAULTS) and len(FAULTS) >= 12
+    for fault, names in SEEN.items():
+        assert set(FAULTS[fault].backends) <= {b for name in names for b in CASES[name].backends}, (
+            fault
+        )
 
 
 QUANTIZER_SEEN = {
@@ -311,24 +318,26 @@ QUANTIZER_SEEN = {
 }
 
 
-@pytest.mark.parametrize("lie", [name for name, lie in LIES.items() if lie.of == "quantizer"])
-def test_a_lie_of_a_quantizer_shows_where_it_says(monkeypatch, lie):
-    expected, seen = QUANTIZER_SEEN[lie], set()
-    for backend in LIES[lie].backends:
+@pytest.mark.parametrize(
+    "fault", [name for name, fault in FAULTS.items() if fault.of == "quantizer"]
+)
+def test_a_fault_of_a_quantizer_shows_where_it_says(monkeypatch, fault):
+    expected, seen = QUANTIZER_SEEN[fault], set()
+    for backend in FAULTS[fault].backends:
         for mode in MODES:
             for variables, x, case in quantizer_jobs(backend, mode):
                 for variable in EXACT_MATH:
                     monkeypatch.delenv(variable, raising=False)
                 for variable, value in variables.items():
                     monkeypatch.setenv(variable, value)
-                with standin.installed(lie):
+                with fake_flashinfer.installed(fault):
                     got = quantizers.run(backend, x, case)
                 try:
-                    assert_quantized(got, quantizers.run("reference", x, case), lie, case.layout)
+                    assert_quantized(got, quantizers.run("reference", x, case), fault, case.layout)
                 except AssertionError:
                     seen.add((backend, case))
                     assert expected(case), f"{backend} {case}"
-    assert {b for b, _ in seen} == set(LIES[lie].backends)
+    assert {b for b, _ in seen} == set(FAULTS[fault].backends)
 
 
 # The pretence
@@ -337,7 +346,7 @@ def test_a_lie_of_a_quantizer_shows_where_it_says(monkeypatch, lie):
 def test_cpu_tensors_are_a_blackwells():
     x = torch.ones(2, 64, dtype=torch.bfloat16)
     assert capability.capability_of(x) is None
-    with standin.installed():
+    with fake_flashinfer.installed():
         assert capability.capability_of(x) == CAPABILITY
         assert capability.capability_of(x.to("meta")) is None
         explained = dispatch.explain(x, 1 / 2688, per_token_activation=True)
@@ -356,21 +365,21 @@ def test_a_gpu_is_asked_for_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
     assert capability.of_device(torch.device("cuda:3")) == (9, 3)
     assert capability.of_device(torch.device("cpu")) is None
-    with standin.installed():
+    with fake_flashinfer.installed():
         assert capability.of_device(torch.device("cuda:3")) == (9, 3)
 
 
 def test_automatic_choice_takes_it():
     case = CASES["exact sums"].make(TRTLLM)
-    with standin.installed() as fake:
+    with fake_flashinfer.installed() as fake:
         FUSED_MOE.serve(case.request(), "auto")
     assert fake.ran == [layers.Ran(TRTLLM, "default")]
 
 
 def test_an_unknown_lie():
     with (
-        pytest.raises(ValueError, match="lie is 'white'; it must be one of ties of a code"),
-        standin.installed("white"),
+        pytest.raises(ValueError, match="fault is 'white'; it must be one of ties of a code"),
+        fake_flashinfer.installed("white"),
     ):
         pass
 
@@ -411,7 +420,7 @@ def test_signatures_of_the_compiled_quantizers(function):
 def test_every_compiled_function_has_its_stand_in():
     methods = [
         method.compiled
-        for kind in (layers.Trtllm, layers.Cutlass, layers.CuteDsl, standin_quantizers.Quantizers)
+        for kind in (layers.Trtllm, layers.Cutlass, layers.CuteDsl, fake_quantizers.Quantizers)
         for method in (getattr(kind, name) for name in dir(kind))
         if hasattr(method, "compiled")
     ]
@@ -449,13 +458,13 @@ class TestBinding:
     @pytest.mark.parametrize("value", [True, 1, "x", torch.zeros(1)])
     def test_what_is_not_read_must_be_absent(self, monkeypatch, value):
         pretend(monkeypatch, version=(0, 7, 4))
-        with pytest.raises(NotImplementedError, match="the stand-in of f has no new"):
+        with pytest.raises(NotImplementedError, match="the fake f has no new"):
             self.made()(1, new=value)
 
 
 # In processes of its own
 
-REHEARSE = Path(standin.__file__).parent / "rehearse.py"
+REHEARSE = Path(fake_flashinfer.__file__).parent / "rehearse.py"
 
 
 def python(*arguments):
@@ -473,18 +482,18 @@ def test_a_command_is_rehearsed():
 
 
 def test_the_processes_of_a_command_lie_too():
-    lie = "tactic 64 raises"
+    fault = "tactic 64 raises"
     said = python(
         "-c",
         f"""
 import runpy
-runpy.run_path({str(REHEARSE)!r})["prepare"]({lie!r})
+runpy.run_path({str(REHEARSE)!r})["prepare"]({fault!r})
 from nvfp4_moe.differential import workers
 from nvfp4_moe.kernels.device import capability_of
 import torch
 print(workers.call(capability_of, [(torch.ones(1),)]))
 import os
-print(os.environ["NVFP4_MOE_STANDIN"])
+print(os.environ["NVFP4_MOE_FAKE_FLASHINFER"])
 """,
     )
-    assert said.split("\n")[:2] == ["[(10, 0)]", lie]
+    assert said.split("\n")[:2] == ["[(10, 0)]", fault]

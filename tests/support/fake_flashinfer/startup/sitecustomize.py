@@ -10,7 +10,7 @@ from pathlib import Path
 try:
     rehearse = runpy.run_path(str(Path(__file__).resolve().parent.parent / "rehearse.py"))
     rehearse["prepare"](os.environ[rehearse["VARIABLE"]] or None)
-except BaseException:  # which Python would only print: the process would go on without the stand-in
+except BaseException:  # Python would only print it, and go on without the fake
     traceback.print_exc()
     sys.stderr.flush()
     os._exit(1)

@@ -105,7 +105,7 @@ class Module:
             raise AttributeError(name)
 
         def absent(*_: Any) -> None:
-            raise NotImplementedError(f"the stand-in has no {name}")
+            raise NotImplementedError(f"the fake FlashInfer has no {name}")
 
         return absent
 
@@ -221,7 +221,7 @@ class Cutlass(Module):
         if kind == ActivationType.Situ and not all(  # it takes 4 and 25 without
             beta is not None and (beta == 1).all() for beta in (situ_beta, situ_linear_beta)
         ):
-            raise NotImplementedError("the stand-in has no other SiTU than that of 1 and 1")
+            raise NotImplementedError("the fake FlashInfer has no other SiTU than that of 1 and 1")
         act1, sf1, alpha1, act2, sf2, alpha2 = quant_scales
         w13 = decode.cutlass(fc1_expert_weights, sf1)
         w2 = decode.cutlass(fc2_expert_weights, sf2)
@@ -259,9 +259,9 @@ class CuteDsl:
     ):  # fmt: skip
         constants = (swiglu_alpha, swiglu_beta, swiglu_limit)
         if constants != (1.0, 0.0, torch.finfo(torch.float32).max):
-            raise NotImplementedError("the stand-in has no constants of the activation")
+            raise NotImplementedError("the fake FlashInfer has no constants of the activation")
         if per_token_scale is None or output_dtype != torch.bfloat16:
-            raise NotImplementedError("the stand-in has per-token scales and bf16 alone")
+            raise NotImplementedError("the fake FlashInfer has per-token scales and bf16 alone")
         kind = ActivationType(activation_type)
         w13 = decode.cute_dsl(w1_weight, w1_weight_sf, kind.gated)
         w2 = decode.cute_dsl(w2_weight, w2_weight_sf, False)

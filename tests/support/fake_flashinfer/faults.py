@@ -1,4 +1,4 @@
-"""Mistakes of the stand-in's kernels, each of a kind that upstream kernels have had, or could."""
+"""Mistakes of the fake FlashInfer's kernels, each of a kind that upstream kernels have had, or could."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -36,7 +36,7 @@ SIBLINGS = BF16, FP8_TENSOR, FP8_BLOCK, MXFP8 = tuple(SIBLING_NAMES.values())
 
 
 @dataclass(frozen=True)
-class Lie:
+class Fault:
     of: str
     """A "quantizer", a "layer" or a "sibling": flashinfer:cute-dsl names one of each."""
     backends: tuple[str, ...]
@@ -50,28 +50,30 @@ class Lie:
 
 def _quantizer(
     seen: str, f: Callable[[Matrix], Quantized], backends: tuple[str, ...] = QUANTIZERS_OF
-) -> Lie:
-    return Lie("quantizer", backends, seen, Behaviour(quantize=f))
+) -> Fault:
+    return Fault("quantizer", backends, seen, Behaviour(quantize=f))
 
 
-def _layer(backends: tuple[str, ...], seen: str, f: Callable[[Given], Given], *tactics: str) -> Lie:
+def _layer(
+    backends: tuple[str, ...], seen: str, f: Callable[[Given], Given], *tactics: str
+) -> Fault:
     """f changes the arguments of the reference."""
     apply = Behaviour(
         layer=lambda given, tactic: f(given) if not tactics or tactic in tactics else given
     )
-    return Lie("layer", backends, seen, apply, tactics)
+    return Fault("layer", backends, seen, apply, tactics)
 
 
 def _sibling(
     backends: tuple[str, ...], seen: str, f: Callable[[Given], Given], *tactics: str
-) -> Lie:
+) -> Fault:
     """f changes the arguments of the siblings' reference."""
 
     def sibling(given: Given, tactic: str) -> Given:
         here = SIBLING_NAMES[given["experts"].format] in backends
         return f(given) if here and (not tactics or tactic in tactics) else given
 
-    return Lie("sibling", backends, seen, Behaviour(sibling=sibling), tactics)
+    return Fault("sibling", backends, seen, Behaviour(sibling=sibling), tactics)
 
 
 def _stages(**changes: Any) -> Callable[[Given], Given]:
@@ -256,7 +258,7 @@ def _last_bit(output: Tensor, calls: int) -> Tensor:
     return flipped
 
 
-LIES: dict[str, Lie] = {
+FAULTS: dict[str, Fault] = {
     "ties of a code round away from zero": _quantizer("codes of inputs on the grid", _ties_away),
     "block scale of the next row in 128x4": _quantizer(
         "block scales in layout_128x4, no other layout", _next_rows_scales
@@ -319,15 +321,15 @@ LIES: dict[str, Lie] = {
     "first GEMM of cutlass not rounded": _layer(
         (CUTLASS,), "outputs of activations that are not exact", _first_gemm_in_fp32
     ),
-    "ties to the larger index": Lie(
+    "ties to the larger index": Fault(
         "layer", (TRTLLM,), "outputs from logits with ties", Behaviour(route=_ties_to_the_larger)
     ),
-    "the bias in the weights": Lie(
+    "the bias in the weights": Fault(
         "layer", (TRTLLM,), "outputs from logits with a bias",
         Behaviour(route=_bias_in_the_weights),
     ),
     "siblings' gate and up exchanged": _sibling(SIBLINGS, "outputs", _halves_exchanged),
-    "MXFP8's scale rounded down": Lie(
+    "MXFP8's scale rounded down": Fault(
         "sibling", (MXFP8,), "its quantizer", Behaviour(mxfp8=_scale_rounded_down)
     ),
     "siblings' local offset ignored": _sibling(
@@ -339,7 +341,7 @@ LIES: dict[str, Lie] = {
     "tactic 16 drops the last expert": _sibling(
         SIBLINGS, "the output of this tactic alone", _last_expert_dropped, "[16, 19]"
     ),
-    "last bit of every second call": Lie(
+    "last bit of every second call": Fault(
         "layer", (TRTLLM, CUTE_DSL, CUTLASS), "two runs of one call, and a graph's replay",
         Behaviour(output=_last_bit),
     ),

@@ -1,4 +1,4 @@
-"""What the stand-in's kernels do at the points where a lie can change it; by default, the truth."""
+"""The steps of the fake kernels that a fault can change; by default they are right."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Putting the stand-in in the place of FlashInfer's compiled modules, and taking it out again."""
+"""Put the fake FlashInfer in the place of FlashInfer's compiled modules, and take it out again."""
 
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
@@ -18,29 +18,29 @@ from nvfp4_moe.kernels import device as capability
 from nvfp4_moe.kernels.flashinfer import version
 
 from .behaviour import Behaviour
+from .faults import FAULTS
 from .layers import CuteDsl, Cutlass, Kernels, Ran, Trtllm
-from .lies import LIES
 from .quantizers import Quantizers
 
 CAPABILITY = (10, 0)
 
 
 @dataclass(frozen=True)
-class StandIn:
+class FakeFlashInfer:
     ran: list[Ran]
     """Every layer that has run, with its tactic."""
 
 
 @contextlib.contextmanager
-def installed(lie: str | None = None) -> Iterator[StandIn]:
+def installed(fault: str | None = None) -> Iterator[FakeFlashInfer]:
     """Within, CPU tensors count as a Blackwell GPU's, and FlashInfer's kernels run on them.
 
     Args:
-        lie: one of `LIES`; None for the truth.
+        fault: one of `FAULTS`; None for none.
     """
-    if lie is not None and lie not in LIES:
-        raise ValueError(f"lie is {lie!r}; it must be one of {', '.join(LIES)}")
-    behaviour = Behaviour() if lie is None else LIES[lie].behaviour
+    if fault is not None and fault not in FAULTS:
+        raise ValueError(f"fault is {fault!r}; it must be one of {', '.join(FAULTS)}")
+    behaviour = Behaviour() if fault is None else FAULTS[fault].behaviour
     kernels = Kernels(behaviour)
     with ExitStack() as stack:
 
@@ -52,7 +52,7 @@ def installed(lie: str | None = None) -> Iterator[StandIn]:
         _pretend_a_gpu(replace)
         _replace_quantizers(replace, Quantizers(behaviour))
         _replace_layers(replace, kernels)
-        yield StandIn(kernels.ran)
+        yield FakeFlashInfer(kernels.ran)
 
 
 def _pretend_a_gpu(replace: Any) -> None:

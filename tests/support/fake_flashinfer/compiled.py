@@ -1,7 +1,7 @@
-"""The arguments of FlashInfer's compiled functions, which the stand-in's methods take the place of.
+"""The arguments of FlashInfer's compiled functions, which the fake FlashInfer's methods replace.
 
 FlashInfer's Python calls most of them by position. A description has every argument in the order of the
-source, with a range of versions where an argument came or went; a method of the stand-in names those
+source, with a range of versions where an argument came or went; a method of the fake names those
 that it reads. What it does not read must be absent, unless any value of it is right.
 """
 
@@ -26,7 +26,7 @@ class Compiled:
         source: the file that defines it: below `data/csrc`, or a module of FlashInfer's Python.
         name: its name there.
         arguments: of all versions, in order.
-        unread: the names of the arguments of which the stand-in needs no value: buffers, streams, tiles.
+        unread: the names of the arguments whose values the fake does not need: buffers, streams, tiles.
     """
 
     source: str
@@ -55,7 +55,7 @@ class Compiled:
         return dict(zip(names, args, strict=False)) | kwargs
 
     def __call__(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate the method that stands in for the function, and that names what it reads."""
+        """Decorate the method that replaces the function, and that names what it reads."""
         read = [name for name in inspect.signature(method).parameters if name != "self"]
         unknown = set(read) - {a.name for a in self.arguments}
         assert not unknown and not unknown & self.unread, f"{self.name} has no {unknown}"
@@ -65,7 +65,7 @@ class Compiled:
             given = self.bound(args, kwargs)
             asked = [n for n, v in given.items() if n not in (*read, *self.unread) and _is_set(v)]
             if asked:
-                raise NotImplementedError(f"the stand-in of {self.name} has no {', '.join(asked)}")
+                raise NotImplementedError(f"the fake {self.name} has no {', '.join(asked)}")
             return method(instance, **{name: given[name] for name in read if name in given})
 
         stand_in.compiled = self  # type: ignore[attr-defined]

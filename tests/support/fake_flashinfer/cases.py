@@ -1,4 +1,4 @@
-"""Fused calls for the stand-in's layers, and which of them can serve each."""
+"""Fused calls for the fake FlashInfer's layers, and which of them can serve each."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from nvfp4_moe.reference.moe.activations import quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
-from .lies import CUTE_DSL, CUTLASS, TRTLLM
+from .faults import CUTE_DSL, CUTLASS, TRTLLM
 
 EXACT_MATH = {"FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH": "1"}
 FOUR_OVER_SIX = {"FLASHINFER_NVFP4_4OVER6": "1"}
