@@ -12,7 +12,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -22,6 +22,21 @@ diff: $(SETUP)
 test: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter and not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreter and not slow"
+
+# The adapters, the fake FlashInfer and the traces beside another FlashInfer, which comes first on
+# sys.path. `--flashinfer` fails where it does not.
+OTHER_FLASHINFER := 0.7.4
+OTHER_FOLDER := build/flashinfer-$(OTHER_FLASHINFER)
+test-flashinfer: $(SETUP) $(OTHER_FOLDER)
+	env -u TRITON_INTERPRET PYTHONPATH=$(OTHER_FOLDER) $(PYTEST) -n 2 --flashinfer $(OTHER_FLASHINFER) \
+		-m "not interpreter and not slow" tests/backends tests/dense/test_dense_dispatch.py \
+		tests/differential/test_tactics.py tests/moe/test_moe_dispatch.py tests/moe/test_moe_trace.py \
+		tests/moe/test_moe_cute_dsl.py tests/moe/test_moe_cutlass.py
+
+$(OTHER_FOLDER):
+	rm -rf $@.part
+	$(PYTHON) -m pip install --quiet --no-deps --target $@.part flashinfer-python==$(OTHER_FLASHINFER)
+	mv $@.part $@
 
 test-full: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter"

@@ -6,7 +6,7 @@ shuffled).
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,16 @@ from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
 from ...reference.weights.layout import row_order
 from ..device import capability_of
-from .description import KEYWORD, POSITIONAL, Argument, Function
+from .description import (
+    BATCH_INVARIANT,
+    KEYWORD,
+    POSITIONAL,
+    WORKSPACE,
+    Argument,
+    Function,
+)
 from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu
+from .version import SINCE_NEW, UNTIL_NEW
 
 NAMES: dict[Format, str] = {
     "bf16": "flashinfer:bf16",
@@ -178,7 +186,7 @@ _BF16 = (
             tune_max_num_tokens=8192, activation_type=_SWIGLU, norm_topk_prob=True,
             routing_replay_out=None,
         ),
-        _SWIGLU_CONSTANTS, _optional(output=None),
+        _SWIGLU_CONSTANTS, _optional(output=None), (WORKSPACE,),
     ),
     _function(
         "trtllm_bf16_routed_moe", 5024,
@@ -187,7 +195,7 @@ _BF16 = (
             gemm1_lora_delta=None, tune_max_num_tokens=8192, activation_type=_SWIGLU,
             routing_replay_out=None,
         ),
-        _SWIGLU_CONSTANTS, _optional(output=None),
+        _SWIGLU_CONSTANTS, _optional(output=None), (WORKSPACE,),
     ),
 )  # fmt: skip
 _FP8_TENSOR = (
@@ -197,11 +205,12 @@ _FP8_TENSOR = (
         _optional(
             norm_topk_prob=True, routing_replay_out=None, output=None, gemm1_clamp_limit=None
         ),
+        (WORKSPACE,),
     ),
     _function(
         "trtllm_fp8_per_tensor_scale_routed_moe", 5409,
         _required("topk_ids"), _TENSOR_WEIGHTS, _SIZES, _SCALING, _TENSOR_OPTIONS,
-        _optional(routing_replay_out=None, output=None, gemm1_clamp_limit=None),
+        _optional(routing_replay_out=None, output=None, gemm1_clamp_limit=None), (WORKSPACE,),
     ),
 )  # fmt: skip
 _FP8_BLOCK = (
@@ -213,7 +222,7 @@ _FP8_BLOCK = (
             activation_type=_SWIGLU, norm_topk_prob=True, routing_replay_out=None,
         ),
         _SWIGLU_CONSTANTS, _optional(output=None), _VALID_SIZES,
-        _optional(KEYWORD, gemm1_bias=None, gemm2_bias=None),
+        _optional(KEYWORD, gemm1_bias=None, gemm2_bias=None), (replace(WORKSPACE, kind=KEYWORD),),
     ),
     _function(
         "trtllm_fp8_block_scale_routed_moe", 6082,
@@ -222,7 +231,7 @@ _FP8_BLOCK = (
             gemm1_lora_delta=None, output=None, tune_max_num_tokens=8192, fp8_quantization_type=1,
             activation_type=_SWIGLU,
         ),
-        _SWIGLU_CONSTANTS, _VALID_SIZES,
+        _SWIGLU_CONSTANTS, _VALID_SIZES, (WORKSPACE,),
     ),
 )  # fmt: skip
 FUNCTIONS: dict[Format, tuple[Function, Function]] = {
@@ -240,7 +249,12 @@ MXFP8_QUANTIZE = Function(
     (
         Argument("input", lambda x: x),
         Argument("is_sf_swizzled_layout", lambda _: False, True),
-        *_optional(alignment=32, enable_pdl=None, backend="cuda", sf_swizzle_layout=None),
+        *_optional(alignment=32, enable_pdl=None),
+        # Since NEW "auto" is "cuda", unless the call is to be batch-invariant.
+        Argument("backend", default="cuda", versions=UNTIL_NEW),
+        Argument("backend", default="auto", versions=SINCE_NEW),
+        *_optional(sf_swizzle_layout=None),
+        BATCH_INVARIANT,
     ),
 )
 """It is called with the hidden states [T, H] bf16."""

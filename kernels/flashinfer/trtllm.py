@@ -9,16 +9,18 @@ from ...reference.activation import ActivationType
 from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import LayerBuild, SfLayout
 from ..moe.call import MoECall
-from .description import Argument, Function
+from .description import WORKSPACE, Argument, Function
 from .layer_rules import (
     COMMON,
     NOT_BATCH_INVARIANT,
     bits_of,
+    four_over_six,
     four_over_six_of_environment,
     has_activation,
     writes_bf16,
 )
 from .rules import SM10X, Rule, first_reason, math_of, no_kernels_beside
+from .version import SINCE_NEW
 
 NAME = "flashinfer:trtllm"
 BUILD: LayerBuild = "cuda"
@@ -95,6 +97,8 @@ FROM_LOGITS = Function(
         _SHARED_EXPERTS,
         *_VALID_SIZES,
         _LAYOUT,
+        WORKSPACE,
+        four_over_six(),
     ),
 )
 ROUTED = Function(
@@ -110,6 +114,9 @@ ROUTED = Function(
         *_VALID_SIZES,
         _SHARED_EXPERTS,
         _LAYOUT,
+        WORKSPACE,
+        four_over_six(),
+        Argument("routing_metadata", default=None, versions=SINCE_NEW),
     ),
 )
 
@@ -157,6 +164,11 @@ RULES: tuple[Rule[MoECall], ...] = (
     bits_of(BUILD),
     math_of("cuda", "trtllm_fused_moe_runner.cu:764"),
     four_over_six_of_environment("trtllm_fused_moe_runner.cu:764"),
+    Rule(
+        lambda r: r.is_static and r.recipe.four_over_six is not None,
+        "static scales: its first GEMM quantizes the intermediate, without 4over6",
+        "trtllm_fused_moe_runner.cu:740",
+    ),
     writes_bf16("fused_moe/core.py:3558"),
     NOT_BATCH_INVARIANT,
     Rule(lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),

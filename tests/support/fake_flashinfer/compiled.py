@@ -84,6 +84,10 @@ def _rows(*parts: str | Argument) -> tuple[Argument, ...]:
     return tuple(rows)
 
 
+def _since_new(names: str) -> tuple[Argument, ...]:
+    return tuple(Argument(name, versions=version.SINCE_NEW) for name in names.split())
+
+
 def _compiled(
     source: str, name: str, *parts: str | Argument, unread: Iterable[str] = ()
 ) -> Compiled:
@@ -97,15 +101,20 @@ _METADATA = (
     "norm_topk_prob routing_replay_out da_routing_metadata da_body_workspace is_da_body_preparation"
 )
 _UNREAD = ("enable_pdl", "routing_replay_out", "da_routing_metadata", "da_body_workspace")
+_WORKSPACE = _since_new("workspace_buffer query_workspace_size")
 
 VALID_CONFIGS = _compiled(
     _LAUNCHER, "trtllm_get_valid_moe_configs",
-    _configs := (
+    _sizes := (
         "dtype_act dtype_weights fp8_quantization_type top_k hidden_size hidden_size_output "
-        "intermediate_size num_local_experts act_type use_shuffled_weight weight_layout "
-        "use_per_token_scaling num_tokens has_gemm1_lora_delta"
+        "intermediate_size num_local_experts"
     ),
-    unread=_configs.split(),
+    *_since_new("num_experts"),
+    _options := (
+        "act_type use_shuffled_weight weight_layout use_per_token_scaling num_tokens "
+        "has_gemm1_lora_delta"
+    ),
+    unread=(*_sizes.split(), "num_experts", *_options.split()),
 )  # fmt: skip
 FP4_BLOCK_SCALE = _compiled(
     _LAUNCHER, "trtllm_fp4_block_scale_moe",
@@ -115,7 +124,7 @@ FP4_BLOCK_SCALE = _compiled(
     "output1_scales_gate_scalar output2_scales_scalar per_token_scales num_experts top_k "
     "num_fused_shared_experts n_group topk_group", _LOCAL,
     "routing_method_type do_finalize enable_pdl act_type output config_index", _METADATA,
-    "valid_hidden_size valid_intermediate_size",
+    "valid_hidden_size valid_intermediate_size", *_WORKSPACE, *_since_new("nvfp4_4over6_code"),
     unread=_UNREAD,
 )  # fmt: skip
 BF16 = _compiled(
@@ -124,14 +133,14 @@ BF16 = _compiled(
     "gemm1_weights gemm2_weights gemm1_lora_delta gemm1_alpha gemm1_beta gemm1_clamp_limit output",
     _ROUTING, _LOCAL,
     "routing_method_type use_shuffled_weight weight_layout do_finalize enable_pdl moe_tactic "
-    "activation_type", _METADATA,
+    "activation_type", _METADATA, *_WORKSPACE,
     unread=(*_UNREAD, "do_finalize"),
 )  # fmt: skip
 _TENSOR = (
     "hidden_states gemm1_weights output1_scales_scalar output1_scales_gate_scalar gemm2_weights "
     "output2_scales_scalar output", _ROUTING, _LOCAL,
     "use_routing_scales_on_input routing_method_type do_finalize enable_pdl config_index "
-    "activation_type", _METADATA, "gemm1_clamp_limit",
+    "activation_type", _METADATA, "gemm1_clamp_limit", *_WORKSPACE,
 )  # fmt: skip
 FP8_TENSOR = _compiled(
     _LAUNCHER, "trtllm_fp8_per_tensor_scale_moe", "routing_logits routing_bias", *_TENSOR,
@@ -153,6 +162,7 @@ FP8_BLOCK = _compiled(
     "top_k num_fused_shared_experts n_group topk_group", _LOCAL,
     "routing_method_type use_shuffled_weight weight_layout do_finalize enable_pdl config_index "
     "quantization_type act_type", _METADATA, "valid_hidden_size valid_intermediate_size",
+    *_WORKSPACE,
     unread=(*_UNREAD, "do_finalize", "valid_hidden_size", "valid_intermediate_size"),
 )  # fmt: skip
 CUTLASS = _compiled(
@@ -161,7 +171,7 @@ CUTLASS = _compiled(
     "fc2_expert_weights fc2_expert_biases quant_scales input_sf swiglu_alpha swiglu_beta swiglu_limit "
     "clamped_relu2_limit situ_beta situ_linear_beta swizzled_input_sf tp_size tp_rank ep_size ep_rank "
     "cluster_size cluster_rank enable_alltoall min_latency_mode profile_ids enable_pdl "
-    "base_activation_type workspace_buffer",
+    "base_activation_type workspace_buffer", *_since_new("nvfp4_4over6_code"),
     unread=("ep_size", "cluster_size", "enable_pdl", "workspace_buffer"),
 )  # fmt: skip
 LAYERS = (
@@ -177,17 +187,24 @@ CUTE_DSL_CORE = _compiled(
     "gemm2_mma_inst_shape moe_sort_buffers gemm1_out gemm1_out_scale moe_output per_token_scale "
     "localized_memset_stream localized_weights localized_streams sm_count aux_stream main_event "
     "memset_event output_dtype use_async_memset use_fused_finalize enable_pdl activation_type "
-    "swiglu_alpha swiglu_beta swiglu_limit situ_beta situ_linear_beta nvfp4_4over6",
+    "swiglu_alpha swiglu_beta swiglu_limit situ_beta situ_linear_beta",
+    *_since_new("clamped_relu2_limit"), "nvfp4_4over6",
+    *_since_new(
+        "weight_dtype gemm1_k_steps gemm2_k_steps gemm1_use_clc_scheduler gemm2_use_clc_scheduler "
+        "swap_ab"
+    ),
     unread=(
         "num_experts", "top_k", "gemm1_mma_tiler", "gemm1_mma_inst_shape", "gemm2_mma_tiler",
         "gemm2_mma_inst_shape", "moe_sort_buffers", "gemm1_out", "gemm1_out_scale", "sm_count",
-        "aux_stream", "main_event", "memset_event", "use_async_memset", "enable_pdl", "nvfp4_4over6",
+        "aux_stream", "main_event", "memset_event", "use_async_memset", "enable_pdl", "weight_dtype",
+        "gemm1_k_steps", "gemm2_k_steps", "gemm1_use_clc_scheduler", "gemm2_use_clc_scheduler",
     ),
 )  # fmt: skip
 _CUTE_DSL_QUANTIZER = "flashinfer.quantization.kernels.nvfp4_quantize"
 CUTE_DSL_PER_TOKEN = _compiled(
     _CUTE_DSL_QUANTIZER, "nvfp4_quantize_per_token_cute_dsl",
-    "input global_scale_inv sf_layout enable_pdl out_scale nvfp4_4over6", unread=("enable_pdl",),
+    "input global_scale_inv sf_layout enable_pdl out_scale nvfp4_4over6",
+    *_since_new("valid_rows row_limits rows_per_group sf_rows_per_group"), unread=("enable_pdl",),
 )  # fmt: skip
 CUTE_DSL_GLOBAL = _compiled(
     _CUTE_DSL_QUANTIZER, "nvfp4_quantize_cute_dsl",

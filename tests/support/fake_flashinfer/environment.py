@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
@@ -21,6 +21,15 @@ def recipe(build: Literal["cuda", "cute-dsl"], code: int = OF_ENVIRONMENT) -> Re
         exact |= _on("TRTLLM_DISABLE_FP4_QUANT_FAST_MATH")
     config = _of_environment() if code == OF_ENVIRONMENT else _of_code(code)
     return Recipe("exact" if exact else "fast", config, build)
+
+
+def code_of(nvfp4_4over6: Any) -> int:
+    """Of an argument of FlashInfer's Python: omitted, None or a recipe."""
+    from flashinfer.quantization.nvfp4_quantization_utils import _UNSET, nvfp4_4over6_code
+
+    if nvfp4_4over6 is _UNSET or nvfp4_4over6 == OF_ENVIRONMENT:
+        return OF_ENVIRONMENT
+    return nvfp4_4over6_code(nvfp4_4over6)
 
 
 def _of_environment() -> NVFP44Over6Config | None:

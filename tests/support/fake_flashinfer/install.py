@@ -84,6 +84,9 @@ def _replace_quantizers(replace: Any, ours: Quantizers) -> None:
     replace(version, "HERE", dataclasses.replace(version.HERE, has_cake_programs=True))
     replace(wrappers, "get_fp4_quantization_module", ours.module)
     replace(wrappers, "get_compute_capability", lambda device: CAPABILITY)
+    if version.HERE.described_as in version.SINCE_NEW:  # they ask for the device of a GPU
+        replace(torch.cuda, "current_device", lambda: 0)
+        replace(wrappers, "_check_block_scale_quantization_support", lambda *_: None)
     for name in ("nvfp4_quantize_per_token_cute_dsl", "nvfp4_quantize_cute_dsl"):
         replace(cute_dsl, name, getattr(ours, name))
     replace(cake_backend, "nvfp4_quantize_per_token", ours.cake)

@@ -23,7 +23,7 @@ from nvfp4_moe.reference.weights.layout import row_order
 
 from . import compiled, decode
 from .behaviour import Behaviour
-from .environment import recipe
+from .environment import OF_ENVIRONMENT, code_of, recipe
 from .siblings import SiblingLayers
 
 Tensor = torch.Tensor
@@ -126,6 +126,7 @@ class Trtllm(SiblingLayers, Module):
         num_experts, top_k, n_group, topk_group, intermediate_size, local_expert_offset,
         local_num_experts, routed_scaling_factor, routing_method_type, do_finalize, act_type, output,
         config_index, norm_topk_prob, valid_hidden_size, valid_intermediate_size,
+        nvfp4_4over6_code=OF_ENVIRONMENT,
     ):  # fmt: skip
         kind, tokens = ActivationType(act_type), hidden_states.shape[0]
         w13 = decode.trtllm(gemm1_weights, gemm1_weights_scale, kind.gated)
@@ -158,7 +159,8 @@ class Trtllm(SiblingLayers, Module):
         scales = decode.rows_of_scales(hidden_states_scale, tokens)
         result = self._kernels.run("trtllm", tactic, {
             "activations": Activations(hidden_states, scales, per_token_scales),
-            "experts": experts, "ids": ids, "weights": weights, "recipe": recipe("cuda"),
+            "experts": experts, "ids": ids, "weights": weights,
+            "recipe": recipe("cuda", nvfp4_4over6_code),
             "local_expert_offset": local_expert_offset, "finalize_order": "flashinfer",
             "stages": _stages(way, way + 1),
         })  # fmt: skip
@@ -214,7 +216,7 @@ class Cutlass(Module):
     def run_moe(
         self, output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
         fc2_expert_weights, quant_scales, input_sf, situ_beta, situ_linear_beta, tp_size, ep_rank,
-        profile_ids, base_activation_type,
+        profile_ids, base_activation_type, nvfp4_4over6_code=OF_ENVIRONMENT,
     ):  # fmt: skip
         assert tp_size == 1
         kind = ActivationType(base_activation_type)
@@ -237,7 +239,8 @@ class Cutlass(Module):
         result = self._kernels.run("cutlass", " ".join(names) or "default", {
             "activations": Activations(input, scales), "experts": experts,
             "ids": token_selected_experts, "weights": token_final_scales,
-            "recipe": recipe("cuda"), "local_expert_offset": ep_rank * w13[0].shape[0],
+            "recipe": recipe("cuda", nvfp4_4over6_code),
+            "local_expert_offset": ep_rank * w13[0].shape[0],
             "finalize_order": "slot", "variant": "cutlass", "stages": _stages(first, second),
         })  # fmt: skip
         output.copy_(result.output)
@@ -256,6 +259,7 @@ class CuteDsl:
         local_expert_offset, tile_size, gemm1_mma_tiler_mn, gemm1_cluster_shape_mn,
         gemm2_mma_tiler_mn, gemm2_cluster_shape_mn, moe_output, per_token_scale, output_dtype,
         use_fused_finalize, activation_type, swiglu_alpha, swiglu_beta, swiglu_limit,
+        nvfp4_4over6=OF_ENVIRONMENT,
     ):  # fmt: skip
         constants = (swiglu_alpha, swiglu_beta, swiglu_limit)
         if constants != (1.0, 0.0, torch.finfo(torch.float32).max):
@@ -281,7 +285,8 @@ class CuteDsl:
             ),
             "experts": _experts(w13, w2, kind, (None, None), (up, w1_alpha, w2_alpha)),
             "ids": token_selected_experts, "weights": token_final_scales,
-            "recipe": recipe("cute-dsl"), "local_expert_offset": local_expert_offset,
+            "recipe": recipe("cute-dsl", code_of(nvfp4_4over6)),
+            "local_expert_offset": local_expert_offset,
             "finalize_order": "slot",
             "stages": fused_finalize(stages) if use_fused_finalize else stages,
         })  # fmt: skip

@@ -11,7 +11,7 @@ from nvfp4_moe.reference.recipe import SfLayout
 
 from . import compiled
 from .behaviour import Behaviour, Matrix
-from .environment import OF_ENVIRONMENT, recipe
+from .environment import OF_ENVIRONMENT, code_of, recipe
 
 Tensor = torch.Tensor
 ONE = torch.ones(1)
@@ -63,13 +63,13 @@ class Quantizers:
     def nvfp4_quantize_per_token_cute_dsl(
         self, input, global_scale_inv, sf_layout=0, out_scale=None, nvfp4_4over6=None
     ):  # fmt: skip
-        how = recipe("cute-dsl", _code(nvfp4_4over6))
+        how = recipe("cute-dsl", code_of(nvfp4_4over6))
         scale, layout = float(global_scale_inv), SfLayout(sf_layout)
         return self._per_token(Matrix(input, scale, how, layout, True, out_scale=out_scale))
 
     @compiled.CUTE_DSL_GLOBAL
     def nvfp4_quantize_cute_dsl(self, input, global_scale, sf_layout=0, nvfp4_4over6=None):
-        how = recipe("cute-dsl", _code(nvfp4_4over6))
+        how = recipe("cute-dsl", code_of(nvfp4_4over6))
         q = self._behaviour.quantize(Matrix(input, global_scale, how, SfLayout(sf_layout), False))
         return q.codes, q.block_scales
 
@@ -84,10 +84,3 @@ class Quantizers:
         assert int(sf_swizzle_layout) == SfLayout.layout_linear and alignment == 32
         q = self._behaviour.mxfp8(input)
         return q.codes, q.scale.flatten()
-
-
-def _code(nvfp4_4over6: Any) -> int:
-    """Of an argument of FlashInfer's: omitted, None or a recipe."""
-    from flashinfer.quantization.nvfp4_quantization_utils import _UNSET, nvfp4_4over6_code
-
-    return OF_ENVIRONMENT if nvfp4_4over6 is _UNSET else nvfp4_4over6_code(nvfp4_4over6)
