@@ -44,7 +44,7 @@ test-full: $(SETUP)
 
 # On a machine with an NVIDIA GPU; needs neither a network nor an installation.
 gpu:
-	$(PYTHON) -m pytest -m "gpu or blackwell"
+	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
 	$(PYTHON) bench/dense_speed.py

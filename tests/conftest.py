@@ -37,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
         session.take_part(
             int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         )
+    if session.interpreting():
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 def _flashinfer_version() -> str:
@@ -60,6 +64,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("by backend")
     for line in session.summary(terminalreporter.stats):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def device(request) -> str:
+    """The device of Triton's kernels: CPU tensors in the interpreter, and a GPU."""
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

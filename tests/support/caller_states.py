@@ -1,8 +1,8 @@
 """Results of the library's parts where the caller has set torch up in another way than it starts.
 
-`python caller_states.py cpu|cuda` prints a JSON object: by state, a digest of each part's results. Each
-state has a process of its own, forked before the library is imported: a tensor that a module makes when
-it is imported, or keeps from its first call, is then made in that state too.
+`python caller_states.py cpu|cuda PART...` prints a JSON object: by state, a digest of each part's
+results. Each state has a process of its own, forked before the library is imported: a tensor that a
+module makes when it is imported, or keeps from its first call, is then made in that state too.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -307,29 +307,30 @@ def checkpoints(device: str, backend: str) -> Any:
         return sums, (target / "model.safetensors").read_bytes()
 
 
-def results(device: str, backend: str) -> dict[str, str]:
-    """Of each part a digest, or what it raised, with the line that did."""
+def results(device: str, backend: str, parts: list[str]) -> dict[str, str]:
+    """Return a digest for each part, or what it raised, with the line that did."""
     found = {}
-    for name, f in PARTS.items():
+    for name in parts:
         try:
-            found[name] = digest(f(device, backend))
+            found[name] = digest(PARTS[name](device, backend))
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             found[name] = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
     return found
 
 
-def in_state(name: str, device: str, backend: str) -> dict[str, dict[str, str]]:
-    """Results in the state and, where tensors that are kept could differ, those after it."""
+def in_state(name: str, *arguments: Any) -> dict[str, dict[str, str]]:
+    """Return `results` in the state and, where tensors that are kept could differ, those after it."""
     with STATES[name]():
-        found = {"inside": results(device, backend)}
+        found = {"inside": results(*arguments)}
     if name in ("default device", "inference mode"):
-        found["after"] = results(device, backend)
+        found["after"] = results(*arguments)
     return found
 
 
 def main() -> None:
-    (device,), found = sys.argv[1:], {}
+    device, *parts = sys.argv[1:]
+    found = {}
     kernels = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     backend = "triton" if kernels else "reference"
     torch.set_num_threads(1)
@@ -338,7 +339,7 @@ def main() -> None:
         if os.fork() == 0:
             os.close(reader)
             with os.fdopen(writer, "w") as out:
-                json.dump(in_state(name, device, backend), out)
+                json.dump(in_state(name, device, backend, parts), out)
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as told:

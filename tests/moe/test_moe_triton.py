@@ -1,13 +1,15 @@
-"""The Triton mixture of experts on a GPU, against the reference."""
+"""The Triton mixture of experts against the reference: in the interpreter, and on a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import moe_triton_cases
 import pytest
 import torch
 from assertions import assert_bitwise
-from marks import ON_A_GPU
 from moe_cases import Shape, make
-from moe_triton_cases import coarse, to
+from moe_triton_cases import SMALL, coarse, to
+from mutants.generated.strict import codes_multiplied
 
 from nvfp4_moe.differential import accumulation as sums
 from nvfp4_moe.kernels.gemm_config import GemmConfig
@@ -16,8 +18,6 @@ from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.kernels.moe.configs import gemm_config
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
-
-pytestmark = ON_A_GPU
 
 CONFIGS = [
     GemmConfig(64, 16, 128, 4, 4),
@@ -28,6 +28,26 @@ CONFIGS = [
 """Every configuration that `gemm_config` chooses below Blackwell; the test below says so."""
 
 
+PERMUTATIONS = [
+    *(
+        pytest.param("cpu", *sizes, *local, marks=pytest.mark.interpreter)
+        for sizes in ((1, 4, 4), (37, 6, 3), (300, 20, 8), (700, 20, 8), (33000, 6, 4))
+        for local in ((0, sizes[1]), (2, 3))
+    ),
+    *(
+        pytest.param("cuda", *sizes, marks=pytest.mark.gpu)
+        for sizes in (
+            (512, 8, 8, 0, 8),
+            (4096, 128, 8, 0, 128),
+            (16383, 512, 22, 128, 77),
+            (300, 2048, 32, 0, 2048),
+        )
+    ),
+]
+"""(device, tokens, experts, top_k, offset, local experts): the interpreter takes few slots."""
+
+
+@pytest.mark.gpu
 def test_the_table_is_the_shipped_one():
     found = {
         gemm_config(slots, 8, columns)
@@ -38,10 +58,11 @@ def test_the_table_is_the_shipped_one():
 
 
 @pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
-def test_case(case):
-    case("cuda", CONFIGS[0])
+def test_case(case, device):
+    case(device, SMALL if device == "cpu" else CONFIGS[0])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -65,19 +86,12 @@ def test_real_widths(shape, config):
     moe_triton_cases.close(make(shape, **biases), "cuda", config=config)
 
 
-@pytest.mark.parametrize(
-    "tokens,experts,top_k,offset,held",
-    [
-        (512, 8, 8, 0, 8),
-        (4096, 128, 8, 0, 128),
-        (16383, 512, 22, 128, 77),
-        (300, 2048, 32, 0, 2048),
-    ],
-)
-def test_permutation(tokens, experts, top_k, offset, held):
-    moe_triton_cases.permutation("cuda", tokens, experts, top_k, offset, held)
+@pytest.mark.parametrize("device,tokens,experts,top_k,offset,held", PERMUTATIONS)
+def test_permutation(device, tokens, experts, top_k, offset, held):
+    moe_triton_cases.permutation(device, tokens, experts, top_k, offset, held)
 
 
+@pytest.mark.gpu
 def test_few_decoded_experts_at_a_time(monkeypatch):
     """The ring of decoded weights holds one expert, then three, then all."""
     case = coarse(Shape(150, 512, 256, 8, 3), ActivationType.Relu2)
@@ -92,6 +106,7 @@ def _output(activations, experts, ids, weights, **options):
     return launch.fused_moe(call, ids, weights)[0]
 
 
+@pytest.mark.gpu
 def test_cuda_graph_with_another_routing():
     shape = Shape(17, 256, 128, 8, 2)
     first, second = make(shape, seed=1), make(shape, seed=2)
@@ -109,6 +124,7 @@ def test_cuda_graph_with_another_routing():
     assert_bitwise(captured, _output(a, e, ids, w), "replayed")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_all_that_is_read_is_written(config, unwritten_memory_is_nan):
     """Intermediates and the output: the sums are exact, so that the reference has the same bits."""
@@ -116,6 +132,7 @@ def test_all_that_is_read_is_written(config, unwritten_memory_is_nan):
     assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "among NaN")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("width,intermediate", [(2048, 768), (7168, 256)])
 def test_batch_invariant(width, intermediate):
     """One token alone, and at some place of batches up to 4096, with ever other neighbours."""
@@ -140,5 +157,36 @@ def test_batch_invariant(width, intermediate):
         assert_bitwise(run(others)[place], alone, f"among {tokens}")
 
 
+@pytest.mark.gpu
 def test_the_sums_are_as_the_intervals_assume():
     assert sums.measure("triton", "cuda").as_assumed
+
+
+@pytest.mark.interpreter
+def test_codes_multiplied_as_they_are():
+    """The path of GPUs with a block-scaled MMA, with that instruction spelled out."""
+    for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
+        with codes_multiplied():
+            case("cpu", GemmConfig(128, 16, 128, 1, 4))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("ring", [1, 1 << 28])
+def test_weights_decoded_before(ring, monkeypatch):
+    """One expert's at a time, and all."""
+    monkeypatch.setattr(launch, "_DECODED_BYTES", ring)
+    for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
+        case("cpu", GemmConfig(128, 16, 64, 1, 4, decoded=True))
+
+
+@pytest.mark.interpreter
+def test_tiles_half_as_wide():
+    """Experts with fewer rows than half a tile, with more, and with a second, nearly empty one."""
+    config = GemmConfig(128, 32, 64, 1, 4)
+    for case in (moe_triton_cases.odd_sizes, moe_triton_cases.expert_parallel):
+        case("cpu", config)
+    shape = Shape(34, 128, 128, 3, 2)
+    ids = torch.tensor([[0, 1]] * 17 + [[0, 2]] * 17, dtype=torch.int32)  # rows: 32 + 2, 17, 17
+    case = replace(moe_triton_cases.coarse(shape, ActivationType.Relu2), ids=ids)
+    moe_triton_cases._assert_second_sums_are_exact(case, shape)
+    assert_bitwise(*moe_triton_cases.both(case, "cpu", config=config), "sums that are exact")

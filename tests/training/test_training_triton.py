@@ -1,41 +1,54 @@
-"""Training on a GPU: its batches against a server's single tokens, its gradients against the CPU's."""
+"""Training through the Triton kernels: in the interpreter, and on a GPU.
+
+A trainer's batch has the bits of a server's single tokens; gradients are those of the CPU.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
 import training_cases as cases
 from assertions import assert_bitwise
-from marks import ON_A_GPU
 from moe_cases import Shape
 
 from nvfp4_moe import fake_quantized_moe, fused_moe
 
-pytestmark = ON_A_GPU
 SHAPES = [Shape(64, 208, 80, 7, 3), Shape(64, 2048, 768, 16, 4)]
+SMALL = Shape(4, 208, 80, 3, 2)
+PLACES = [
+    pytest.param("cpu", SMALL, marks=pytest.mark.interpreter, id=f"interpreter-{SMALL}"),
+    *(pytest.param("cuda", shape, marks=pytest.mark.gpu, id=f"gpu-{shape}") for shape in SHAPES),
+]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_batch_is_its_tokens(backend, shape):
-    if backend == "reference" and shape.hidden > 1000:
-        shape = Shape(8, 2048, 768, 16, 4)  # it is slow
-    cases.alone_and_together("cuda", backend, shape)
+@pytest.mark.parametrize("device,shape", PLACES)
+def test_a_batch_is_its_tokens(device, shape):
+    cases.alone_and_together(device, "triton", shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_inside_the_bounds(shape):
-    cases.inside_the_bounds("cuda", "triton", shape)
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [SHAPES[0], Shape(8, 2048, 768, 16, 4)], ids=str)
+def test_a_batch_is_its_tokens_in_the_reference(shape):
+    """The reference is slow, so the wide layer has few tokens."""
+    cases.alone_and_together("cuda", "reference", shape)
 
 
-def test_gradients_are_the_references():
-    for backend in ("triton", "reference", "auto"):
-        cases.gradients_are_the_references("cuda", backend, SHAPES[0])
+@pytest.mark.parametrize("device,shape", PLACES)
+def test_inside_the_bounds(device, shape):
+    cases.inside_the_bounds(device, "triton", shape)
 
 
-def test_nothing_is_loaded_before_the_backward():
-    cases.nothing_is_loaded_before_the_backward("cuda", "triton", Shape(9, 256, 128, 4, 2))
+@pytest.mark.parametrize("device,shape", PLACES[:2])
+def test_gradients_are_the_references(device, shape):
+    for backend in ("triton", "reference", "auto") if device == "cuda" else ("triton",):
+        cases.gradients_are_the_references(device, backend, shape)
 
 
+def test_nothing_is_loaded_before_the_backward(device):
+    shape = SMALL if device == "cpu" else Shape(9, 256, 128, 4, 2)
+    cases.nothing_is_loaded_before_the_backward(device, "triton", shape)
+
+
+@pytest.mark.gpu
 def test_a_large_batch_and_a_reload():
     """4096 tokens, whose tiles are other ones; the server's experts loaded by Triton."""
     shape = Shape(4096, 2048, 768, 16, 4)

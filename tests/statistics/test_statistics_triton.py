@@ -1,11 +1,13 @@
-"""Statistics on a GPU: the reference's, without waiting, and added up by a captured CUDA graph."""
+"""Statistics of the Triton kernels are the reference's: in the interpreter, and on a GPU.
+
+On a GPU nothing waits, and a captured CUDA graph adds them up.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import statistics_cases
 import torch
 from assertions import assert_bitwise
-from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import to
 
@@ -15,14 +17,13 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, all_recipes
 from nvfp4_moe.reference.statistics.measure import quantization_statistics, weight_statistics
 
-pytestmark = ON_A_GPU
-
 
 @pytest.mark.parametrize("case", statistics_cases.ON_TRITON, ids=lambda f: f.__name__)
-def test_case(case):
-    case("cuda")
+def test_case(case, device):
+    case(device)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recipe", all_recipes(), ids=str)
 def test_statistics_are_those_of_the_cpu(recipe):
     for kind in ("normal", "heavy", "edge"):
@@ -50,6 +51,7 @@ def layer():
     return x, call
 
 
+@pytest.mark.gpu
 def test_nothing_waits():
     x, call = layer()
     seen = nvfp4_moe.LayerStatistics()
@@ -64,6 +66,7 @@ def test_nothing_waits():
     assert seen["layer"].hidden_states.count("rows").sum() == 3 * 9 * 3
 
 
+@pytest.mark.gpu
 def test_a_captured_graph_adds_at_every_replay():
     x, call = layer()
     seen = nvfp4_moe.LayerStatistics()
@@ -87,6 +90,7 @@ def test_a_captured_graph_adds_at_every_replay():
     ).all()
 
 
+@pytest.mark.gpu
 def test_values_are_counted_without_waiting_and_read_when_told(monkeypatch):
     case = make(Shape(5, 128, 64, 4, 2))
     ids, weights = case.ids.clone(), case.weights.clone()

@@ -1,12 +1,14 @@
-"""The Triton kernels on a GPU: bitwise against the reference, in every shipped launch configuration."""
+"""The Triton quantizers, bitwise against the reference: in the interpreter, and on a GPU.
+
+On a GPU every shipped launch configuration runs.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
+import golden_cases
 import pytest
 import torch
 import triton_cases
 from assertions import assert_bitwise, assert_quantized
-from golden_cases import OUTPUTS, cases
-from marks import ON_A_GPU
 
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
@@ -15,39 +17,41 @@ from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.numerics import fp32
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
-pytestmark = ON_A_GPU
-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("kind", inputs.KINDS)
-def test_every_recipe(kind, dtype):
-    triton_cases.every_recipe(kind, dtype, "cuda")
+@pytest.mark.parametrize("recipe", all_recipes(), ids=str)
+def test_every_recipe(recipe, dtype, device):
+    triton_cases.one_recipe(recipe, dtype, device)
 
 
 @pytest.mark.parametrize("case", triton_cases.CASES, ids=lambda f: f.__name__)
-def test_case(case):
-    case("cuda")
+def test_case(case, device):
+    case(device)
 
 
 @pytest.mark.parametrize("edge", [False, True], ids=["golden", "golden-edge"])
-def test_every_golden_array(edge):
+@pytest.mark.parametrize("recipe", golden_cases.RECIPES, ids=str)
+def test_golden_arrays(recipe, edge, device):
+    """Every array on a GPU; in the interpreter the whole edge file, and small inputs of one kind."""
+    cases = [case for case in golden_cases.cases(edge) if case.recipe == recipe]
+    if device == "cpu" and not edge:
+        cases = [case for case in cases if golden_cases.small(case)]
     compared = 0
-    for case in cases(edge):
-        x = case.x.cuda()
+    for case in cases:
+        x = case.x.to(device)
         for i, (name, layout) in enumerate(case.layouts):
             if case.global_scale is None:
-                g = case.recipe.base_scale_inv
-                got = triton_quantize.quantize_per_token(x, g, case.recipe, layout)
+                got = triton_quantize.quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
             else:
-                scale = case.global_scale.cuda()
-                got = triton_quantize.quantize_global_scale(x, scale, case.recipe, layout)
+                scale = case.global_scale.to(device)
+                got = triton_quantize.quantize_global_scale(x, scale, recipe, layout)
             assert_bitwise(got[1], case.expected[name], f"{case.name}/{name}")
             compared += 1
             for j, output in ((0, "q"), (2, "scale")):
                 if output in case.expected:
                     assert_bitwise(got[j], case.expected[output], f"{case.name}/{output}")
                     compared += i == 0
-    assert compared == OUTPUTS[edge]
+    assert compared == sum(len(case.expected) for case in cases) > 0
 
 
 COLUMNS = (
@@ -63,6 +67,7 @@ STANDING_FOR_ALL = (
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_every_launch_configuration(columns):
     """A miscompiled configuration shows in ordinary numbers; special ones are in other tests."""
@@ -74,6 +79,7 @@ def test_every_launch_configuration(columns):
         triton_cases.global_scale(x, 2688 / 50.0, Recipe(), SfLayout.layout_128x4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recipe", all_recipes(), ids=str)
 def test_a_thirty_second_of_a_billion(recipe):
     """36 recipes x 2^25 elements are 1.2 * 10^9, in several widths."""
@@ -89,6 +95,7 @@ def _generator(seed):
     return torch.Generator("cuda").manual_seed(seed)
 
 
+@pytest.mark.gpu
 def test_rows_in_extreme_ranges_take_the_slow_division():
     """4over6 divides by a constant in three instructions only where that is exact."""
     x = torch.randn(64, 512, device="cuda", generator=_generator(1))
@@ -98,6 +105,7 @@ def test_rows_in_extreme_ranges_take_the_slow_division():
             triton_cases.per_token(x.bfloat16(), recipe)
 
 
+@pytest.mark.gpu
 def test_beyond_two_to_the_31_elements():
     m, k = 799_040, 2688  # the MoE intermediate that broke 32-bit offsets elsewhere
     if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
@@ -113,6 +121,7 @@ def test_beyond_two_to_the_31_elements():
         assert_bitwise(got[2][rows], want.per_token_scale, f"per-token scales of {rows}")
 
 
+@pytest.mark.gpu
 def test_all_of_the_outputs_is_written(unwritten_memory_is_nan):
     """Padding included."""
     x = inputs.synthetic("normal", 5, 80).cuda()
@@ -122,6 +131,7 @@ def test_all_of_the_outputs_is_written(unwritten_memory_is_nan):
             triton_cases.global_scale(x, 9.0, recipe, layout)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 def test_cuda_graph(layout):
     x = inputs.synthetic("normal", 33, 2048).cuda()
@@ -146,7 +156,8 @@ def test_cuda_graph(layout):
         assert_quantized(got, want, str(recipe))
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.gpu
+def test_compiles_by_inductor():
     x = inputs.synthetic("normal", 7, 512).cuda()
 
     def call(x):
@@ -158,12 +169,14 @@ def test_compiles_into_one_graph():
         assert_bitwise(got, want, "compiled")
 
 
+@pytest.mark.gpu
 def test_rcp_table_is_this_gpus():
     from nvfp4_moe.kernels.rcp_probe import measure_rcp_delta
 
     assert_bitwise(measure_rcp_delta("cuda"), fp32.rcp_delta(torch.device("cpu")), "rcp table")
 
 
+@pytest.mark.gpu
 def test_reference_is_the_same_on_the_gpu():
     for kind in inputs.KINDS:
         x = inputs.synthetic(kind, 40, 80)
@@ -173,3 +186,61 @@ def test_reference_is_the_same_on_the_gpu():
             assert_quantized(
                 (got.codes, got.block_scales, got.per_token_scale), want, f"{kind} {recipe}"
             )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("recipe", [0, 1, 2], ids=["fast", "exact-cute-dsl", "4over6"])
+def test_compiles_into_one_graph(recipe):
+    options, g = (
+        ({}, 1 / 2688),
+        ({"fast_math": False, "build": "cute-dsl"}, 1 / 2688),
+        ({"nvfp4_4over6": NVFP44Over6Config(256, "MSE")}, 1 / 1536),
+    )[recipe]
+    x = inputs.synthetic("normal", 7, 64)
+    for backend in ("triton", "auto"):
+
+        def call(x, backend=backend):
+            return nvfp4_moe.nvfp4_quantize(
+                x, g, backend=backend, per_token_activation=True, **options
+            )
+
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        for got, want in zip(compiled(x), call(x), strict=True):
+            assert_bitwise(got, want, backend)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_opcheck(name):
+    x = inputs.synthetic("normal", 7, 64)
+    index = torch.arange(7, dtype=torch.int32)
+    one = torch.ones(1)
+    ops = torch.ops.nvfp4_moe
+    per_token = getattr(ops, f"{name}_per_token").default
+    for arguments in (
+        (x, None, 1 / 2688, 0, 2, None, None),
+        (x, one / 2688, 0.0, Recipe("exact", NVFP44Over6Config()).code, 0, index, one),
+    ):
+        torch.library.opcheck(per_token, arguments)
+    by_row = torch.linspace(1, 9, 7)
+    global_scale = getattr(ops, f"{name}_global_scale").default
+    for arguments in ((x, None, 3.0, 0, 1, False), (x, by_row, 0.0, 64, 0, True)):
+        torch.library.opcheck(global_scale, arguments)
+
+
+@pytest.mark.interpreter
+def test_auto_never_picks_the_interpreter():
+    x = inputs.synthetic("normal", 4, 32)
+    explanation = nvfp4_moe.explain(x, 1 / 2688, per_token_activation=True)
+    assert explanation.backend == "reference"
+    assert explanation.reason("triton") is None
+
+
+@pytest.mark.interpreter
+def test_a_planted_bit_is_seen():
+    x = inputs.synthetic("normal", 4, 32)
+    codes, _, _ = triton_quantize.quantize_per_token(x, 1 / 2688, Recipe())
+    flipped = codes.clone()
+    flipped[2, 3] ^= 0x10
+    with pytest.raises(AssertionError, match=r"1 of 64 differ, first at \(2, 3\)"):
+        assert_bitwise(flipped, codes, "codes")
