@@ -1,8 +1,7 @@
 """Triton's interpreter without the work that it repeats: the same results in less time.
 
-`install` replaces two of its functions. Without it the interpreter patches the language anew at every call
-of a device function, though the kernel that calls it has patched the language already, and makes a table
-of types each time that it looks up one type.
+`install` replaces two of its functions. Triton's own patch the language anew at every call of a device
+function, though the kernel that calls it has done so, and make a table of types to look up one type.
 """
 
 # SPDX-License-Identifier: Apache-2.0
