@@ -21,13 +21,14 @@ import torch
 from .. import files
 from ..differential import workers
 from ..differential.quantize import CANNOT
-from ..differential.report_parts import PARTS, Part
+from ..differential.results import FAILED, Cell, Failure, Section, worst
 from ..exits import CommandError, Exit
 from ..failures import write as folder
 from ..kernels import environment
 from ..report import data as report
 from ..report import terminal
-from ..report.data import FAILED, Cell, Failure, Report, Section, worst
+from ..report.data import Report
+from ..report.parts import PARTS, Part
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
 """The command line in another process."""

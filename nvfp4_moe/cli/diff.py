@@ -15,11 +15,12 @@ from ..differential import own_backend
 from ..differential.calls import RunOptions
 from ..differential.format_error import format_errors
 from ..differential.quantize import InputSelection
-from ..differential.report_parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
+from ..differential.results import PartResult
 from ..exits import CommandError, Exit
 from ..failures import write as folder
 from ..report import terminal
-from ..report.data import PartResult, Report
+from ..report.data import Report
+from ..report.parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
 
 
 def run(options: argparse.Namespace) -> Exit:

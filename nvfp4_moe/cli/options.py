@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PARTS = ("quantizers", "moe", "siblings")
-"""The names in `differential/parts.py`, PARTS."""
+"""The names in `report/parts.py`, PARTS."""
 RECIPES = ("all", "plain", "4over6", "fast", "exact")
 """The keys of `cases/quantize.py`, RECIPES."""
 KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")

@@ -17,10 +17,10 @@ from ..exits import CommandError
 from ..kernels.flashinfer import baselines as adapter
 from ..kernels.flashinfer.baselines import NAMES, SiblingRequest
 from ..reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
-from ..report import difference_map as heat
-from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
+from . import difference_map
 from . import flashinfer_tactics as tactics
 from .calls import ONCE, Output, RunOptions, crash, outputs
+from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 
 TITLE = "BF16, FP8 and MXFP8 layers"
 _OF_NAME: dict[str, Format] = {name: format for format, name in NAMES.items()}
@@ -103,7 +103,7 @@ def _of_quantizer(experts: SiblingExperts) -> Cell:
     if not codes.any() and not scales.any():
         return Cell("identical", 1, note="all equal")
     summary = f"{int(codes.sum())} codes and {int(scales.sum())} scales are other bits"
-    failure = Failure(title, summary, heat=heat.of_output(codes))
+    failure = Failure(title, summary, heat=difference_map.of_output(codes))
     return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])
 
 
@@ -148,4 +148,4 @@ def _difference(
     t, h = (int(i) for i in wrong.nonzero()[0])
     summary = f"{int(wrong.sum())} of {wrong.numel()} elements are other bits"
     first = f"token {t}, column {h}: {got[t, h].item()!r} instead of {expected[t, h].item()!r}"
-    yield "different", Failure(title, summary, [first], heat.of_output(wrong))
+    yield "different", Failure(title, summary, [first], difference_map.of_output(wrong))

@@ -17,12 +17,11 @@ from ..cases.moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from ..cases.moe_case import MoECase
 from ..exits import CommandError
 from ..kernels.moe.backends import FUSED_MOE
-from ..report import difference_map as heat
-from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from . import accumulation as sums
+from . import difference_map, workers
 from . import flashinfer_tactics as tactics
-from . import workers
 from .calls import ONCE, Output, RunOptions, crash, outputs
+from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
 
 TITLE = "fused mixture of experts"
@@ -168,14 +167,20 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
         if first is not None:
             details = [first.where(), *explain_output(allowed.case, first)]
             status: Status = "outside" if allowed.interval else "different"
-            yield status, Failure(title, str(first), details, heat.of_output(allowed.wrong(got)))
+            yield (
+                status,
+                Failure(title, str(first), details, difference_map.of_output(allowed.wrong(got))),
+            )
     if isinstance(output.again, Exception):
         yield "crashed", crash(f"{title}, again", output.again)
     elif output.again is not None and isinstance(output.got, torch.Tensor):
         other = unequal(output.got, output.again)
         if other.any():
             summary = f"{int(other.sum())} of {other.numel()} elements are other bits"
-            yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))
+            yield (
+                "different",
+                Failure(f"{title}, again", summary, heat=difference_map.of_output(other)),
+            )
 
 
 def _compile_ahead(every: list[MoECase], options: RunOptions) -> None:

@@ -17,12 +17,11 @@ from ..kernels.flashinfer.quantize import BUILDS
 from ..kernels.quantize.api import QUANTIZE
 from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import Recipe, SfLayout
-from ..report import difference_map as heat
-from ..report.data import PAIRED, SHOWN, Cell, FailingCase, Failure, PartResult, Section
-from . import quantizers, workers
+from . import difference_map, quantizers, workers
 from .calls import crash
 from .compare import Difference, compare, run_reference
 from .explain import explain_element, first_element
+from .results import PAIRED, SHOWN, Cell, FailingCase, Failure, PartResult, Section
 
 TITLE = "quantizers"
 GOLDEN = quantizers.GOLDEN
@@ -205,7 +204,7 @@ def _failure(
         f"{item.name}, {case.mode}, {case.recipe}, {case.layout.name}: {pair[0]} and {pair[1]}",
         str(difference),
         details,
-        heat.of_block_scales(wrong, case.layout) if wrong.any() else None,
+        difference_map.of_block_scales(wrong, case.layout) if wrong.any() else None,
     )
 
 

@@ -13,6 +13,7 @@ from paths import ROOT
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cli import blackwell
+from nvfp4_moe.differential.results import FAILED, Cell, Section
 from nvfp4_moe.kernels.moe import backends as moe_dispatch
 from nvfp4_moe.report import data as report
 
@@ -81,15 +82,15 @@ def test_nothing_of_flashinfers_ran(tmp_path, capsys):
 
 def test_ours_alone_is_not_what_was_asked_for(tmp_path, monkeypatch, capsys):
     """Where no backend is named FlashInfer is asked for, however much of ours passed."""
-    verdicts = report.Section("verdicts", summary=True)
-    verdicts.put("quantizers", "triton", report.Cell("identical", 148))
-    verdicts.put("quantizers", "flashinfer:cuda", report.Cell("skipped", note="no GPU"))
+    verdicts = Section("verdicts", summary=True)
+    verdicts.put("quantizers", "triton", Cell("identical", 148))
+    verdicts.put("quantizers", "flashinfer:cuda", Cell("skipped", note="no GPU"))
     assert blackwell._missing(verdicts, None) == ["every backend of FlashInfer's: no GPU"]
     assert blackwell._missing(verdicts, "triton") == []
     assert blackwell._missing(verdicts, "triton,flashinfer:cuda") == [
         "backend flashinfer:cuda: no GPU"
     ]
-    verdicts.put("layers", "flashinfer:trtllm", report.Cell("inside", 2))
+    verdicts.put("layers", "flashinfer:trtllm", Cell("inside", 2))
     assert blackwell._missing(verdicts, None) == []
 
 
@@ -147,7 +148,7 @@ def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
         (column, cell)
         for row in found.sections[0].rows.values()
         for column, cell in row.items()
-        if cell.status in report.FAILED
+        if cell.status in FAILED
     ]
     assert failing and all(backend in column for column, _ in failing)
     told = [failure.case for _, cell in failing for failure in cell.failures]

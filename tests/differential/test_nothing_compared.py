@@ -20,10 +20,11 @@ from nvfp4_moe.differential import (
     workers,
 )
 from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.differential.results import Cell, PartResult, Section
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.report import data as report
 from nvfp4_moe.report import html as page
-from nvfp4_moe.report.data import Cell, PartResult, Report, Section
+from nvfp4_moe.report.data import Report
 
 UNFIT = {
     "K = 24": torch.zeros(4, 24, dtype=torch.bfloat16),

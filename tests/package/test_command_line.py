@@ -29,10 +29,10 @@ from nvfp4_moe.cli import blackwell, doctor, options
 from nvfp4_moe.cli import convert as convert_command
 from nvfp4_moe.cli.exit_status import guarded
 from nvfp4_moe.differential import quantize as diff_quantizers
-from nvfp4_moe.differential import report_parts as parts
 from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
+from nvfp4_moe.report import parts
 
 
 def refused(capsys, arguments, status=Exit.USAGE):

@@ -36,10 +36,10 @@ FOLDERS: dict[str, set[str]] = {
     "cases": set(),
     "checkpoints": set(),
     "parallel": set(),
-    "report": set(),
     "training": set(),
     "serving": {"checkpoints"},
-    "differential": {"cases", "report"},
+    "differential": {"cases"},
+    "report": {"cases", "differential"},
     "failures": {"cases", "differential", "report"},
     "cli": {"cases", "checkpoints", "differential", "failures", "report"},
 }

@@ -8,9 +8,9 @@ from typing import get_args
 import page_cases
 import pytest
 
+from nvfp4_moe.differential.results import FAILED, Cell, Failure, Heat, Section, Status
 from nvfp4_moe.report import html as page
 from nvfp4_moe.report import svg as pictures
-from nvfp4_moe.report.data import FAILED, Cell, Failure, Heat, Section, Status
 
 HOSTILE = "</style><script>alert(1)</script> & \"double\" 'single' <b onclick=x>"
 VOID = ("meta",)

@@ -10,8 +10,8 @@ import faulty_report
 import page_cases
 import pytest
 
+from nvfp4_moe.differential.results import FAILED, Cell, Failure, Section
 from nvfp4_moe.report import html as page
-from nvfp4_moe.report.data import FAILED, Cell, Failure, Section
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed (pip install selenium)"

@@ -17,6 +17,7 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cli import blackwell
 from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.differential.results import Cell, Section
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures import write as folder
 from nvfp4_moe.failures.replay_file import save_quantizer
@@ -25,7 +26,7 @@ from nvfp4_moe.report import data as report
 from nvfp4_moe.report import html as page
 from nvfp4_moe.report import invocation
 from nvfp4_moe.report import terminal as text
-from nvfp4_moe.report.data import Cell, Report, Section
+from nvfp4_moe.report.data import Report
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The parts of a comparison: a part of the report has its entry in `PARTS`, and nowhere else.
+"""The parts of a comparison: each entry of `PARTS` is a section of the report.
 
 `diff` runs the parts. `blackwell` starts a process for each backend and environment of each part.
 """
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from ..cases.moe import SETS
+from ..differential import baselines, moe, quantize
+from ..differential.calls import ONCE, RunOptions
+from ..differential.quantize import InputSelection
+from ..differential.results import PartResult
 from ..kernels import environment
-from ..kernels.moe import backends as moe_dispatch
-from ..kernels.quantize import api as dispatch
-from ..report import terminal
-from ..report.data import PartResult
-from . import baselines, moe, quantize
-from .calls import ONCE, RunOptions
-from .quantize import InputSelection
+from ..kernels.moe.backends import FUSED_MOE, ORDER
+from ..kernels.quantize.api import BACKENDS, QUANTIZE
+from . import terminal
 
 _EXACT = environment.EXACT_VARIABLES["cute-dsl"][0]
 _SWITCH, _MODE, _, _USE_256 = environment.FOUR_OVER_SIX_VARIABLES
@@ -63,7 +63,7 @@ class Part:
 QUANTIZERS = Part(
     "quantizers",
     quantize.TITLE,
-    dispatch.BACKENDS,
+    BACKENDS,
     _MATHS,
     quantize.available,
     lambda settings, sides: quantize.run(settings.inputs, sides or []),
@@ -72,12 +72,12 @@ QUANTIZERS = Part(
         *("--backends", f"reference,{backend},{quantize.GOLDEN}"),
         *(("--kind", "grid") if small else ()),
     ],
-    dispatch.QUANTIZE.name,
+    QUANTIZE.name,
 )
 MOE = Part(
     "moe",
     moe.TITLE,
-    moe_dispatch.ORDER,
+    ORDER,
     _LAYER_MATHS,
     moe.known,
     lambda settings, sides: moe.run(sides, settings.runs, SETS[settings.layers]()),
@@ -85,7 +85,7 @@ MOE = Part(
     lambda backend, small: [
         *("--backends", backend, *_LAYER_ARGUMENTS, "--layers", "few" if small else "large")
     ],
-    moe_dispatch.FUSED_MOE.name,
+    FUSED_MOE.name,
 )
 BASELINES = Part(
     "siblings",

@@ -4,7 +4,7 @@
 import torch
 
 from ..reference.recipe import SfLayout
-from .data import Heat
+from .results import Heat
 
 _STORED = {SfLayout.layout_128x4: (128, 4, 32, 16), SfLayout.layout_8x4: (8, 4, 8, 4)}
 """(rows, columns) of scales in a tile, and the rows and columns that its bytes are drawn in."""
