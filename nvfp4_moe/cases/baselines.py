@@ -22,7 +22,7 @@ from ..reference.moe.baselines import (
 from ..reference.moe.fp8 import BLOCK, MX_BLOCK
 from ..reference.moe.routing import Routing, RoutingMethodType
 from . import inputs
-from . import moe as matrix_moe
+from . import moe as moe_cases
 from .moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from .moe_case import to_device
 
@@ -71,11 +71,11 @@ def cases(format: Format) -> list[SiblingCase]:
 def real_case(format: Format) -> SiblingCase:
     """Real hidden states through normal weights."""
     x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
-    w13, w2 = matrix_moe.layer_weights(SWIGLU, x.shape[1])
-    ids, weights = matrix_moe.choice()
+    w13, w2 = moe_cases.layer_weights(SWIGLU, x.shape[1])
+    ids, weights = moe_cases.choice()
     maxima = {}
     if format == "fp8 per tensor":
-        _, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
+        _, largest = moe_cases.exact_layer(x, w13, w2, ids, weights)
         maxima = {"input_amax": x.abs().max().item(), "intermediate_amax": largest}
     experts = prepare_sibling(format, w13, w2, SWIGLU, **maxima)
     return SiblingCase(f"{format}, Swiglu", quantize_for(x, experts), experts, ids, weights)
@@ -108,7 +108,7 @@ def exact_case(format: Format, offset: int = 0) -> SiblingCase:
     nonzero = host.uniform(g, EXPERTS, HIDDEN, INTERMEDIATE).argsort(2) < 8
     w2 = _signs(g, nonzero.shape) * nonzero
     activations, experts = _assembled(format, x, w13, w2)
-    ids, _ = matrix_moe.choice()
+    ids, _ = moe_cases.choice()
     if offset:
         ids = ids + host.arange(TOKENS).to(ids.dtype).remainder(EXPERTS + 1)[:, None]
     weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)

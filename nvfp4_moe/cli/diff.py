@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from .. import files
-from ..cases import quantize as matrix
+from ..cases import quantize as quantize_cases
 from ..differential import own_backend
 from ..differential.calls import RunOptions
 from ..differential.format_error import format_errors
 from ..differential.quantize import InputSelection
 from ..differential.results import PartResult
 from ..exits import CommandError, Exit
-from ..failures import write as folder
+from ..failures import write
 from ..report import terminal
 from ..report.data import Report
 from ..report.parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
@@ -35,7 +35,7 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
     start = time.monotonic()
     sides = {part.name: part.sides(names) for part in parts}
     if options.input is not None:
-        matrix.check_file(options.input)
+        quantize_cases.check_file(options.input)
     if options.report is not None:
         files.check_folder("--report", options.report)
     if options.json not in (None, "-"):
@@ -69,8 +69,8 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
         missing = [side for section in whole.sections for side in section.missing(named or ())]
         whole.missing += [f"backend {side}: it took part in no comparison" for side in missing]
     if options.report:
-        folder.write_failures(results, Path(options.report))
-        folder.write(whole, Path(options.report))
+        write.write_failures(results, Path(options.report))
+        write.write(whole, Path(options.report))
         print(f"the report is in {options.report}", file=stream)
     if options.json:
         printed = json.dumps(whole.as_dict(), indent=1)

@@ -112,13 +112,13 @@ def _fused_moe(device: torch.device) -> dict:
 
 def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
     """How each backend that could serve adds; a failure is said, not raised."""
-    from ..differential import accumulation as sums
+    from ..differential import accumulation
 
     found = {}
     for backend, reason in reasons.items():
         if reason is None and backend != "reference":
             try:
-                found[backend] = str(sums.measure(backend, "cuda"))
+                found[backend] = str(accumulation.measure(backend, "cuda"))
             except Exception as error:
                 found[backend] = f"not measured: {error}"
     return found

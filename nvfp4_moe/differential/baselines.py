@@ -17,8 +17,7 @@ from ..exits import CommandError
 from ..kernels.flashinfer import baselines as adapter
 from ..kernels.flashinfer.baselines import NAMES, SiblingRequest
 from ..reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
-from . import difference_map
-from . import flashinfer_tactics as tactics
+from . import difference_map, flashinfer_tactics
 from .calls import ONCE, Output, RunOptions, crash, outputs
 from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 
@@ -107,10 +106,10 @@ def _of_quantizer(experts: SiblingExperts) -> Cell:
     return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])
 
 
-def _configurations(request: SiblingRequest) -> list[tactics.Configuration]:
-    advertised = tactics.advertised(lambda: adapter.run(request))
+def _configurations(request: SiblingRequest) -> list[flashinfer_tactics.Configuration]:
+    advertised = flashinfer_tactics.advertised(lambda: adapter.run(request))
     return [
-        tactics.Configuration(t.name, lambda t=t: tactics.forced(t))  # type: ignore[misc]
+        flashinfer_tactics.Configuration(t.name, lambda t=t: flashinfer_tactics.forced(t))  # type: ignore[misc]
         for t in advertised
     ]
 

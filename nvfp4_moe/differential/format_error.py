@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..cases import inputs
-from ..cases import moe as matrix_moe
+from ..cases import moe as moe_cases
 from ..cases.moe import TENSOR
 from ..reference.activation import ActivationType
 from ..reference.moe import layer as moe
@@ -27,9 +27,9 @@ def format_errors() -> dict[str, dict[str, float]]:
     static scales of NVFP4 and of FP8 per tensor are calibrated on these very tokens.
     """
     x = inputs.activations()[TENSOR].bfloat16()
-    w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])
-    ids, weights = matrix_moe.choice(x.shape[0])
-    expected, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
+    w13, w2 = moe_cases.layer_weights(KIND, x.shape[1])
+    ids, weights = moe_cases.choice(x.shape[0])
+    expected, largest = moe_cases.exact_layer(x, w13, w2, ids, weights)
     maxima: dict[str, Any] = {
         "input_amax": x.abs().max().item(), "intermediate_amax": largest
     }  # fmt: skip

@@ -29,15 +29,13 @@ from installations import pretend
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case, global_scale
-from nvfp4_moe.differential import accumulation as sums
-from nvfp4_moe.differential import flashinfer_tactics as tactics
-from nvfp4_moe.differential import quantizers
+from nvfp4_moe.differential import accumulation, flashinfer_tactics, quantizers
 from nvfp4_moe.kernels import device as capability
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.kernels.flashinfer.description import Argument
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
-from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
@@ -61,7 +59,7 @@ def outputs(case, backend):
     request = case.request()
     assert request.capability == CAPABILITY
     found = {}
-    for c in tactics.configurations(backend, request):
+    for c in flashinfer_tactics.configurations(backend, request):
         with c.forced():
             found[c.name] = FUSED_MOE.serve(request, backend)[0]
     return found
@@ -111,9 +109,9 @@ def test_tactics_add_in_different_ways():
     with fake_flashinfer.installed():
         request = CASES["gated"].make(TRTLLM).request()
         found = set()
-        for c in tactics.configurations(TRTLLM, request):
+        for c in flashinfer_tactics.configurations(TRTLLM, request):
             with c.forced():
-                found.add(str(sums.measure(TRTLLM, "cpu")))
+                found.add(str(accumulation.measure(TRTLLM, "cpu")))
     assert len(found) == 3  # to nearest, and in steps of a tensor core with 1 and with 2 more bits
 
 
@@ -124,7 +122,7 @@ def test_rows_that_are_not_finalized():
         case.activations, case.experts, case.ids, case.weights, local_expert_offset=4
     ).rows
     with fake_flashinfer.installed():
-        for c in tactics.configurations(TRTLLM, request):
+        for c in flashinfer_tactics.configurations(TRTLLM, request):
             with c.forced():
                 rows, weights, permuted = FUSED_MOE.serve(request, TRTLLM)
             tile = 8 if c.name == "default" else json.loads(c.name)[0]
@@ -241,7 +239,7 @@ def served(fault, name, backend, every=False):
     found = {}
     with fake_flashinfer.installed(fault):
         request = CASES[name].make(backend).request()
-        default, *others = tactics.configurations(backend, request)
+        default, *others = flashinfer_tactics.configurations(backend, request)
         found["again"] = FUSED_MOE.serve(request, backend)[0]
         for c in (default, *(others if every else others[-1:])):
             try:
@@ -349,7 +347,7 @@ def test_cpu_tensors_are_a_blackwells():
     with fake_flashinfer.installed():
         assert capability.capability_of(x) == CAPABILITY
         assert capability.capability_of(x.to("meta")) is None
-        explained = dispatch.explain(x, 1 / 2688, per_token_activation=True)
+        explained = quantize_api.explain(x, 1 / 2688, per_token_activation=True)
         assert explained.backend == "flashinfer:cuda"
         assert "Triton runs on a GPU" in explained.reason("triton")
         case = CASES["gated"].make(TRTLLM)
@@ -358,7 +356,7 @@ def test_cpu_tensors_are_a_blackwells():
         with pytest.raises(nvfp4_moe.UnsupportedError, match="Triton runs on a GPU"):
             FUSED_MOE.serve(case.request(), "triton")
     assert capability.capability_of(x) is None
-    assert dispatch.explain(x, 1 / 2688, per_token_activation=True).backend == "reference"
+    assert quantize_api.explain(x, 1 / 2688, per_token_activation=True).backend == "reference"
 
 
 def test_a_gpu_is_asked_for_its_own(monkeypatch):

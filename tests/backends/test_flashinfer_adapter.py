@@ -19,7 +19,7 @@ from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.flashinfer import version
-from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
 from nvfp4_moe.kernels.quantize.call import UNSET, make_quantize_call
 from nvfp4_moe.reference import layouts
@@ -126,7 +126,7 @@ def test_our_signature_is_flashinfers():
 
 def test_explain_takes_the_same_arguments():
     quantize = inspect.signature(nvfp4_quantize).parameters
-    asked = dict(inspect.signature(dispatch.explain).parameters)
+    asked = dict(inspect.signature(quantize_api.explain).parameters)
     assert asked.pop("capability").default is None
     assert list(asked.values()) == list(quantize.values())
 

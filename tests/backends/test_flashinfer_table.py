@@ -15,16 +15,12 @@ from nvfp4_moe.kernels.flashinfer import (
     cute_dsl,
     cutlass,
     dense,
+    description,
+    functions,
     quantize,
     rules,
     trtllm,
     version,
-)
-from nvfp4_moe.kernels.flashinfer import (
-    description as function,
-)
-from nvfp4_moe.kernels.flashinfer import (
-    functions as table,
 )
 from nvfp4_moe.kernels.flashinfer.description import KEYWORD, OMITTED, Argument, Function, OfType
 from nvfp4_moe.kernels.flashinfer.rules import Rule, first_reason
@@ -79,14 +75,14 @@ def test_the_extra_begins_where_the_described_versions_begin_and_has_no_end():
 @pytest.mark.parametrize("other", [(0, 7, 3), ()])
 def test_another_version_is_refused_and_what_differs_is_named(monkeypatch, other):
     lines = ["mm_fp4: fold is new", "nvfp4_quantize: a is gone"]
-    monkeypatch.setattr(table, "differences", lambda: lines)
+    monkeypatch.setattr(functions, "differences", lambda: lines)
     rules._what_differs.cache_clear()
     pretend(monkeypatch, version=other)
     reason = first_reason(rules.COMMON, Call())
     name = version.written(other) or "of an unknown version"
     assert reason is not None and reason.startswith(f"flashinfer-python {name} is not described")
     assert "; ".join(lines) in reason
-    monkeypatch.setattr(table, "differences", list)
+    monkeypatch.setattr(functions, "differences", list)
     rules._what_differs.cache_clear()
     assert "nobody compared its bits" in (first_reason(rules.COMMON, Call()) or "")
     rules._what_differs.cache_clear()
@@ -118,7 +114,7 @@ def test_every_table_begins_with_the_common_rules(name):
 
 def sources() -> Iterator[str]:
     yield from {rule.source for each in TABLES.values() for rule in each if rule.source}
-    yield from {f.source for f in table.FUNCTIONS}
+    yield from {f.source for f in functions.FUNCTIONS}
 
 
 @pytest.fixture
@@ -147,7 +143,7 @@ def test_sources_are_lines_of_the_installed_package(cited):
 
 def test_functions_are_defined_where_their_source_says(cited):
     root = Path(cited.__file__).parent
-    for each in table.FUNCTIONS:
+    for each in functions.FUNCTIONS:
         name, line = each.source.rsplit(":", 1)
         around = (root / name).read_text().splitlines()[int(line) - 3 : int(line) + 3]
         defined = rf"\s*def {each.name.rsplit('.', 1)[-1]}\("
@@ -159,9 +155,9 @@ def test_functions_are_defined_where_their_source_says(cited):
 
 def test_the_installed_functions_are_as_described(flashinfer):
     assert version.HERE.version is not None
-    found = table.differences()
+    found = functions.differences()
     assert not found, "flashinfer-python has other functions now:\n" + "\n".join(found)
-    assert len({f.name for f in table.FUNCTIONS}) == len(table.FUNCTIONS) > 15
+    assert len({f.name for f in functions.FUNCTIONS}) == len(functions.FUNCTIONS) > 15
 
 
 SPAN = Versions((0, 7, 4))
@@ -243,7 +239,7 @@ def test_our_layouts_and_4over6_become_flashinfers(flashinfer):
 
     from nvfp4_moe import NVFP44Over6Config, SfLayout
 
-    assert function.as_theirs(SfLayout.layout_8x4) is flashinfer.SfLayout.layout_8x4
-    made = function.as_theirs(NVFP44Over6Config(256, "MSE", True))
+    assert description.as_theirs(SfLayout.layout_8x4) is flashinfer.SfLayout.layout_8x4
+    made = description.as_theirs(NVFP44Over6Config(256, "MSE", True))
     assert type(made) is Theirs and made == Theirs(256, "MSE", True)
-    assert function.as_theirs(None) is None and autotuner.UNTUNED == -1
+    assert description.as_theirs(None) is None and autotuner.UNTUNED == -1

@@ -14,7 +14,7 @@ from paths import ROOT
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cli import blackwell
 from nvfp4_moe.differential.results import FAILED, Cell, Section
-from nvfp4_moe.kernels.moe import backends as moe_dispatch
+from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.report import data as report
 
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, as FlashInfer's layers do")
@@ -24,7 +24,7 @@ OPTIONS = Namespace(small=True, timeout=300)
 def test_every_backend_in_every_math():
     planned = list(blackwell.jobs(None))
     assert len({job.folder for job in planned}) == len(planned) == 4 * 2 + 4 * 4 + 4
-    assert {job.backend for job in planned if job.part.name == "moe"} == set(moe_dispatch.ORDER) - {
+    assert {job.backend for job in planned if job.part.name == "moe"} == set(moe_backends.ORDER) - {
         "reference"
     }
     (one,) = [j for j in planned if j.math == "4over6" and j.backend == "flashinfer:cutlass"]

@@ -13,7 +13,7 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import compare, quantizers
 from nvfp4_moe.differential.compare import run_reference
-from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.reference.layouts import from_linear, to_linear
 from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -167,10 +167,10 @@ def test_doctor(capsys):
     found = json.loads(capsys.readouterr().out)
     for build in ("cuda", "cute-dsl"):
         assert found["builds"][build]["auto"] == [f"flashinfer:{build}", "triton", "reference"]
-        assert set(found["builds"][build]["reasons"]) == set(dispatch.BACKENDS)
+        assert set(found["builds"][build]["reasons"]) == set(quantize_api.BACKENDS)
     layer = found["fused_moe"]
     assert layer["auto"][-1] == "reference" and layer["reasons"]["reference"] is None
     assert __main__.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *dispatch.BACKENDS):
+    for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *quantize_api.BACKENDS):
         assert word in printed

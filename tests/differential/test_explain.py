@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.explain import explain_element, first_element
@@ -91,7 +91,7 @@ def check(lines, case, q, row, block, code):
 def test_the_differences_sum_to_the_errors(recipe, mode):
     """The d of the 16 elements, summed left to right, are the error that the choice was made by."""
     x = inputs.synthetic("heavy", 2, 32)
-    case = Case(mode, recipe, LINEAR, matrix.global_scale(x, recipe))
+    case = Case(mode, recipe, LINEAR, quantize_cases.global_scale(x, recipe))
     every = [explain_element(x, case, 1, 1, i) for i in range(16)]
     for n in (4, 6):
         total = torch.zeros(())

@@ -23,7 +23,7 @@ from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.results import Cell, PartResult, Section
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.report import data as report
-from nvfp4_moe.report import html as page
+from nvfp4_moe.report import html
 from nvfp4_moe.report.data import Report
 
 UNFIT = {
@@ -156,7 +156,7 @@ def test_the_status_of_a_report(cells, missing, status):
     whole = Report(["nvfp4-moe", "diff"], {"versions": {}, "gpus": [], "environment": {}})
     whole.sections, whole.missing = [section], missing
     assert whole.status is status
-    heading = page.render(whole.as_dict()).split("<h1")[1].split(">")[0]
+    heading = html.render(whole.as_dict()).split("<h1")[1].split(">")[0]
     assert heading == {Exit.DONE: "", Exit.NOT_RUN: ' class="open"'}.get(status, ' class="bad"')
 
 

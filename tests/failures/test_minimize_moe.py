@@ -12,7 +12,7 @@ from moe_cases import Shape
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe_case import MoECase
-from nvfp4_moe.failures import minimize_moe as shrink_moe
+from nvfp4_moe.failures import minimize_moe
 from nvfp4_moe.failures.minimize_moe import minimize_call
 from nvfp4_moe.failures.slice_call import (
     PER_EXPERT,
@@ -245,7 +245,7 @@ def test_an_exact_call_stays_exact(exact, monkeypatch):
         asked.append(case)
         return True
 
-    monkeypatch.setattr(shrink_moe, "_single", lambda c: c.experts.padded_hidden_size > 128)
+    monkeypatch.setattr(minimize_moe, "_single", lambda c: c.experts.padded_hidden_size > 128)
     small = minimize_call(replace(call(), exact=exact), fails)
     narrow = [case for case in asked if case.experts.padded_hidden_size == 128]
     assert small.experts.padded_hidden_size == (256 if exact else 128)
@@ -254,11 +254,11 @@ def test_an_exact_call_stays_exact(exact, monkeypatch):
 
 def test_without_a_proof_that_one_output_is_right_tokens_alone_go(monkeypatch):
     case = replace(call(), exact=True)
-    assert shrink_moe._single(case)
+    assert minimize_moe._single(case)
     weights = case.weights.clone()
     weights[2, 1] = torch.nan  # of which the intervals know nothing
-    assert not shrink_moe._single(replace(case, weights=weights))
-    monkeypatch.setattr(shrink_moe, "_single", lambda c: False)
+    assert not minimize_moe._single(replace(case, weights=weights))
+    monkeypatch.setattr(minimize_moe, "_single", lambda c: False)
     small = minimize_call(case, lambda c: True)
     assert small.ids.shape == (1, 3) and small.experts is case.experts
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from moe_cases import GATED, PLAIN
 
-from nvfp4_moe.kernels.jit import approximations as special
+from nvfp4_moe.kernels.jit import approximations
 from nvfp4_moe.kernels.moe.activation import activated
 from nvfp4_moe.kernels.moe.grouped_gemm import _per_expert
 from nvfp4_moe.kernels.triton_target import INTERPRETING
@@ -34,13 +34,13 @@ def function_kernel(x_ptr, y_ptr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)
     if FUNCTION == 0:
-        y = special.sigmoid(x)
+        y = approximations.sigmoid(x)
     elif FUNCTION == 1:
-        y = special.tanh(x)
+        y = approximations.tanh(x)
     elif FUNCTION == 2:
-        y = special.gelu(x)
+        y = approximations.gelu(x)
     else:
-        y = special.gelu_tanh(x)
+        y = approximations.gelu_tanh(x)
     tl.store(y_ptr + i, y)
 
 

@@ -13,7 +13,7 @@ from moe_cases import Shape
 
 import nvfp4_moe
 from nvfp4_moe.kernels.flashinfer import trtllm, version
-from nvfp4_moe.kernels.moe import backends as moe_dispatch
+from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.kernels.moe import ops as moe_ops
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import KernelCall
@@ -450,6 +450,6 @@ def test_logits_and_bias():
 
 
 def test_order_is_one_tuple():
-    assert moe_dispatch.ORDER == (
+    assert moe_backends.ORDER == (
         "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
     )  # fmt: skip

@@ -11,7 +11,7 @@ from moe_cases import Shape, make
 from moe_triton_cases import SMALL, coarse, to
 from mutants.generated.strict import codes_multiplied
 
-from nvfp4_moe.differential import accumulation as sums
+from nvfp4_moe.differential import accumulation
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
@@ -159,7 +159,7 @@ def test_batch_invariant(width, intermediate):
 
 @pytest.mark.gpu
 def test_the_sums_are_as_the_intervals_assume():
-    assert sums.measure("triton", "cuda").as_assumed
+    assert accumulation.measure("triton", "cuda").as_assumed
 
 
 @pytest.mark.interpreter

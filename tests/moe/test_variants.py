@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_cases import Shape
 
-from nvfp4_moe.kernels.flashinfer import functions as table
+from nvfp4_moe.kernels.flashinfer import functions
 from nvfp4_moe.reference.moe import layer
 from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.recipe import Build, LayerBuild
@@ -47,8 +47,8 @@ def test_every_build_of_a_layer_is_a_variant():
 
 
 def test_every_layer_of_flashinfer_has_its_own_variant():
-    assert sorted(each.BUILD for each in table.LAYERS) == sorted(VARIANTS)
-    assert len({each.NAME for each in table.LAYERS}) == len(table.LAYERS)
+    assert sorted(each.BUILD for each in functions.LAYERS) == sorted(VARIANTS)
+    assert len({each.NAME for each in functions.LAYERS}) == len(functions.LAYERS)
 
 
 @pytest.mark.parametrize("variant", COPIED, ids=lambda v: v.name)

@@ -12,7 +12,7 @@ from assertions import assert_bitwise, assert_quantized
 
 import nvfp4_moe
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.kernels.quantize import launch as triton_quantize
+from nvfp4_moe.kernels.quantize import launch as quantize_launch
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.numerics import fp32
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
@@ -41,10 +41,10 @@ def test_golden_arrays(recipe, edge, device):
         x = case.x.to(device)
         for i, (name, layout) in enumerate(case.layouts):
             if case.global_scale is None:
-                got = triton_quantize.quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
+                got = quantize_launch.quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
             else:
                 scale = case.global_scale.to(device)
-                got = triton_quantize.quantize_global_scale(x, scale, recipe, layout)
+                got = quantize_launch.quantize_global_scale(x, scale, recipe, layout)
             assert_bitwise(got[1], case.expected[name], f"{case.name}/{name}")
             compared += 1
             for j, output in ((0, "q"), (2, "scale")):
@@ -113,7 +113,7 @@ def test_beyond_two_to_the_31_elements():
     x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda")
     x[:] = torch.randn(k, device="cuda", generator=_generator(2)).bfloat16()
     x *= torch.exp2((torch.arange(m, device="cuda") % 13)[:, None]).bfloat16()
-    got = triton_quantize.quantize_per_token(x, 1 / 2688, Recipe(), SfLayout.layout_128x4)
+    got = quantize_launch.quantize_per_token(x, 1 / 2688, Recipe(), SfLayout.layout_128x4)
     for rows in (slice(0, 128), slice(798_848, 799_040)):
         want = reference.quantize_per_token(x[rows], 1 / 2688, Recipe(), SfLayout.layout_128x4)
         assert_bitwise(got[0][rows], want.codes, f"codes of {rows}")
@@ -239,7 +239,7 @@ def test_auto_never_picks_the_interpreter():
 @pytest.mark.interpreter
 def test_a_planted_bit_is_seen():
     x = inputs.synthetic("normal", 4, 32)
-    codes, _, _ = triton_quantize.quantize_per_token(x, 1 / 2688, Recipe())
+    codes, _, _ = quantize_launch.quantize_per_token(x, 1 / 2688, Recipe())
     flipped = codes.clone()
     flipped[2, 3] ^= 0x10
     with pytest.raises(AssertionError, match=r"1 of 64 differ, first at \(2, 3\)"):

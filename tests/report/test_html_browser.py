@@ -11,7 +11,7 @@ import page_cases
 import pytest
 
 from nvfp4_moe.differential.results import FAILED, Cell, Failure, Section
-from nvfp4_moe.report import html as page
+from nvfp4_moe.report import html
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed (pip install selenium)"
@@ -65,7 +65,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "report.html"
-    file.write_text(page.render(page_cases.faulty().as_dict()), encoding="utf-8")
+    file.write_text(html.render(page_cases.faulty().as_dict()), encoding="utf-8")
     return file.as_uri()
 
 
@@ -311,7 +311,7 @@ def test_a_detail_uses_the_width_of_the_page(browser, width):
     long = " ".join(["codes 4b547d2aaeaa5c49 block scale 0x7b"] * 6)
     failure = Failure("a case", "3 codes", [long, "x" * 300])
     section.put("normal", "reference = triton", Cell("different", 9, 3, failures=[failure]))
-    body = page.render(page_cases.report(section).as_dict()).split("<body>")[1]
+    body = html.render(page_cases.report(section).as_dict()).split("<body>")[1]
     browser.execute_script("document.body.innerHTML = arguments[0]", body.split("</body>")[0])
     browser.find_element(By.CSS_SELECTOR, "td > button").click()
     details = browser.find_element(By.CSS_SELECTOR, ".more details[open]")

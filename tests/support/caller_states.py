@@ -242,7 +242,7 @@ def dense(device: str, backend: str) -> Any:
 @part
 def judge(device: str, backend: str) -> Any:
     from nvfp4_moe import host
-    from nvfp4_moe.cases import moe as matrix_moe
+    from nvfp4_moe.cases import moe as moe_cases
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
     from nvfp4_moe.reference.moe.activations import quantize_activations
     from nvfp4_moe.reference.moe.baselines import (
@@ -268,7 +268,7 @@ def judge(device: str, backend: str) -> Any:
     scales = serving_scales(
         host.fp32([[0.1, 0.2]] * 3), *shared, activation="static", clamp_limit=7.0
     )
-    exact = next(iter(matrix_moe.exact_cases()))
+    exact = next(iter(moe_cases.exact_cases()))
     statistics = weight_statistics(w13)  # whose energies a GPU adds in any order
     return bounds, siblings, scales, statistics.counts, statistics.histogram, exact
 

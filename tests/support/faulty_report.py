@@ -16,15 +16,15 @@ from unittest import mock
 import torch
 from paths import ROOT
 
-from nvfp4_moe.cases import moe as matrix_moe
+from nvfp4_moe.cases import moe as moe_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import moe as diff_moe
-from nvfp4_moe.differential import quantize as diff_quantizers
+from nvfp4_moe.differential import quantize as diff_quantize
 from nvfp4_moe.differential import quantizers, workers
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.quantize import InputSelection
-from nvfp4_moe.failures import write as folder
+from nvfp4_moe.failures import write as failures_write
 from nvfp4_moe.reference.layouts import from_linear, to_linear
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import Quantized
@@ -72,7 +72,9 @@ def faulty_backends() -> Iterator[None]:
     with (
         mock.patch.object(quantizers, "interpret", interpret),
         mock.patch.object(diff_moe, "_interpret", interpret_layers),
-        mock.patch.object(folder, "run_call", lambda backend, case, configuration: layer(case)),
+        mock.patch.object(
+            failures_write, "run_call", lambda backend, case, configuration: layer(case)
+        ),
         mock.patch.object(torch.cuda, "is_available", lambda: False),
     ):
         yield
@@ -80,10 +82,10 @@ def faulty_backends() -> Iterator[None]:
 
 def write(where: Path) -> Report:
     start = time.monotonic()
-    few = [c for c in matrix_moe.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
-    with faulty_backends(), mock.patch.object(matrix_moe, "cases", lambda: few):
+    few = [c for c in moe_cases.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
+    with faulty_backends(), mock.patch.object(moe_cases, "cases", lambda: few):
         backends = ["reference", workers.INTERPRETER]
-        compared = diff_quantizers.run(InputSelection(kind="normal", recipes="plain"), backends)
+        compared = diff_quantize.run(InputSelection(kind="normal", recipes="plain"), backends)
         judged = diff_moe.run([workers.INTERPRETER, "reference"])
         script = [
             "env",
@@ -94,9 +96,9 @@ def write(where: Path) -> Report:
         ]
         whole = Report(script, sections=[compared.section, judged.section])
         whole.folder, whole.name = str(ROOT), "make faulty-report"
-        folder.write_failures([compared, judged], where)
+        failures_write.write_failures([compared, judged], where)
         whole.seconds = round(time.monotonic() - start, 1)
-        folder.write(whole, where)
+        failures_write.write(whole, where)
     return whole
 
 

@@ -134,9 +134,9 @@ def test_little_memory_and_no_wait():
 
 @pytest.mark.interpreter
 def test_auto_never_takes_the_interpreter(monkeypatch):
-    from nvfp4_moe.kernels.weights import launch as reload_launch
+    from nvfp4_moe.kernels.weights import launch as weights_launch
 
-    monkeypatch.setattr(reload_launch, "write", None)  # raises when called
+    monkeypatch.setattr(weights_launch, "write", None)  # raises when called
     cases.reloaded(ActivationType.Swiglu, "cpu", "auto")
 
 

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from nvfp4_moe.kernels import backends
-from nvfp4_moe.kernels import device as capability
+from nvfp4_moe.kernels import device as gpu_device
 from nvfp4_moe.kernels.flashinfer import version
 
 from .behaviour import Behaviour
@@ -56,14 +56,14 @@ def installed(fault: str | None = None) -> Iterator[FakeFlashInfer]:
 
 
 def _pretend_a_gpu(replace: Any) -> None:
-    of_device, in_cuda, guard = capability.of_device, torch.Tensor.cuda, torch.cuda.device
+    of_device, in_cuda, guard = gpu_device.of_device, torch.Tensor.cuda, torch.cuda.device
 
     def on_cpu(device: Any) -> bool:
         return (
             torch.device(device).type == "cpu" if isinstance(device, str | torch.device) else False
         )
 
-    replace(capability, "of_device", lambda d: CAPABILITY if on_cpu(d) else of_device(d))
+    replace(gpu_device, "of_device", lambda d: CAPABILITY if on_cpu(d) else of_device(d))
     replace(torch.Tensor, "cuda", lambda t, *a, **k: t if on_cpu(t.device) else in_cuda(t, *a, **k))
     replace(torch.cuda, "device", lambda d: contextlib.nullcontext() if on_cpu(d) else guard(d))
     refusal = backends.triton_refusal_of

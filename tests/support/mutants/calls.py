@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import compare, run_reference
@@ -58,7 +58,7 @@ class FusedCall:
 @dataclass(frozen=True)
 class QuantizerCall:
     x: Tensor
-    case: matrix.Case
+    case: quantize_cases.Case
 
     def answer(self, device: str = "cpu") -> Quantized:
         return quantizers.run("triton", self.x.to(device), self.case)

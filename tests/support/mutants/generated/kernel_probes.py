@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import moe_edges as matrix_edges
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import moe_edges
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import Setting
 from nvfp4_moe.kernels.gemm_config import GemmConfig
@@ -37,7 +37,7 @@ def _more_quantizers() -> Named:
     far = rows_at_edges().float()
     far[:, 16:] *= 2.0 ** -(host.arange(64).float() / 3)
     near = rows_at_edges().float() * 2.0**-118
-    half = matrix_edges.half_rows()
+    half = moe_edges.half_rows()
     recipes = {
         "cute-dsl, fast": Recipe(build="cute-dsl"),
         "cute-dsl, exact": Recipe("exact", build="cute-dsl"),
@@ -51,7 +51,7 @@ def _more_quantizers() -> Named:
     }
     for name, recipe in recipes.items():
         for kind, x in (("far", far.bfloat16()), ("tiny", near.bfloat16()), ("fp16", half)):
-            for case in matrix.cases(x, [recipe], False)[-2:]:
+            for case in quantize_cases.cases(x, [recipe], False)[-2:]:
                 yield (
                     f"quantizer, {name}, {case.mode}, {kind}",
                     functools.partial(QuantizerCall, x, case),
@@ -67,13 +67,13 @@ def _cuts() -> Named:
         "a second read": LaunchConfig(2, 4, 4, 1, 1),
     }.items():
         for recipe in (Recipe(), Recipe("exact", NVFP44Over6Config())):
-            case = matrix.Case("per-token", recipe, SfLayout.layout_8x4)
+            case = quantize_cases.Case("per-token", recipe, SfLayout.layout_8x4)
             yield (
                 f"quantizer, {name}, {recipe}",
                 functools.partial(CutCall, x, case, config),
             )
-    case = matrix.Case(
-        "global-scale", Recipe(), SfLayout.layout_128x4, matrix.global_scale(x, Recipe())
+    case = quantize_cases.Case(
+        "global-scale", Recipe(), SfLayout.layout_128x4, quantize_cases.global_scale(x, Recipe())
     )
     split = LaunchConfig(4, 4, 0, 2, 1)
     yield "quantizer, programs a row, global scale", lambda: CutCall(x, case, split)
@@ -119,9 +119,9 @@ def _given_scales() -> Named:
 
 
 def _layers() -> Named:
-    for case in matrix_edges.activations(Recipe()):
+    for case in moe_edges.activations(Recipe()):
         yield case.name, functools.partial(ActivationCall, case)
-    for case in matrix_edges.static(Recipe()):
+    for case in moe_edges.static(Recipe()):
         yield case.name, functools.partial(FusedCall, case)
     two = Routing(RoutingMethodType.Renormalize, 2)
     five = Setting("five experts", 40, 128, 128, 7, two, ActivationType.Relu2, offset=1, local=5)

@@ -9,11 +9,10 @@ import torch
 from nvfp4_moe import host
 from nvfp4_moe.cases.moe_case import to_device
 from nvfp4_moe.differential.verdict import unequal
-from nvfp4_moe.kernels.dense import launch as triton_dense
-from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
+from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.gemm_config import GemmConfig
-from nvfp4_moe.reference import dense
-from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference import dense, fused_quantize
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds
 from nvfp4_moe.reference.layouts import from_linear
@@ -75,17 +74,17 @@ class ProducerCall:
         x[1], x[2, ::5] = 0, -0.0
         x[4] *= 2.0**-120 if self.dtype == torch.bfloat16 else 2.0**-10
         x[5] *= 8
-        if self.kind == producer_launch.k.SILU_AND_MUL.value:
+        if self.kind == fused_quantize_launch.k.SILU_AND_MUL.value:
             return torch.cat((x, x.flip(0)), 1).to(self.dtype), None, None
         residual = None
-        if self.kind == producer_launch.k.ADD_RMSNORM.value:
+        if self.kind == fused_quantize_launch.k.ADD_RMSNORM.value:
             residual = (x.flip(1) / 3).to(self.dtype)
         return x.to(self.dtype), host.normal(g, 80).to(self.dtype), residual
 
     def answer(self, device: str = "cpu") -> Any:
         x, weight, residual = (None if t is None else t.to(device) for t in self._given())
         assert x is not None
-        got = producer_launch._produce(
+        got = fused_quantize_launch._produce(
             x, 80, self.kind, residual, weight, 1e-5, self.recipe.base_scale_inv, self.recipe,
             self.layout, self.fused,
         )  # fmt: skip
@@ -94,11 +93,11 @@ class ProducerCall:
     def judge(self) -> Answered:
         x, weight, residual = self._given()
         if weight is None:
-            values = producers.silu_and_mul(x)
+            values = fused_quantize.silu_and_mul(x)
         elif residual is None:
-            values = producers.rmsnorm(x, weight, 1e-5)
+            values = fused_quantize.rmsnorm(x, weight, 1e-5)
         else:
-            values, residual = producers.add_rmsnorm(x, residual, weight, 1e-5)
+            values, residual = fused_quantize.add_rmsnorm(x, residual, weight, 1e-5)
         q: Quantized = quantize_per_token(
             values, self.recipe.base_scale_inv, self.recipe, self.layout
         )
@@ -151,7 +150,7 @@ class ProductCall:
         (a, b, sa, sb), alpha = self._given()
         a, b, sa, sb, alpha = (t.to(device) for t in (a, b, sa, sb, alpha))
         out = torch.empty(self.m, b.shape[0], dtype=self.out_dtype, device=device)
-        triton_dense._mm_fp4(a, b, sa, sb, alpha, out, self.use_8x4, self.config)
+        dense_launch._mm_fp4(a, b, sa, sb, alpha, out, self.use_8x4, self.config)
         return out.cpu()
 
     def judge(self) -> Answered:

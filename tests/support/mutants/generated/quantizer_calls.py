@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.kernels.quantize import launch as quantize
+from nvfp4_moe.kernels.quantize import launch as quantize_launch
 from nvfp4_moe.reference.quantize import (
     Quantized,
     dequantize,
@@ -28,15 +28,15 @@ Tensor = torch.Tensor
 class CutCall(QuantizerCall):
     """A quantizer whose matrix is cut into programs as only a GPU's launches would."""
 
-    config: quantize.LaunchConfig = quantize.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
+    config: quantize_launch.LaunchConfig = quantize_launch.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
 
     def answer(self, device: str = "cpu") -> Quantized:
-        def config(*_: Any, **__: Any) -> quantize.LaunchConfig:
+        def config(*_: Any, **__: Any) -> quantize_launch.LaunchConfig:
             return self.config
 
         with (
-            mock.patch.object(quantize, "launch_config", config),
-            mock.patch.object(quantize, "global_launch_config", config),
+            mock.patch.object(quantize_launch, "launch_config", config),
+            mock.patch.object(quantize_launch, "global_launch_config", config),
         ):
             return super().answer(device)
 
@@ -58,7 +58,7 @@ class ChosenCall:
 
     def answer(self, device: str = "cpu") -> Any:
         x, base, index, shown = self._given(device)
-        found = quantize.quantize_per_token(
+        found = quantize_launch.quantize_per_token(
             x, base, self.recipe, self.layout, row_index=index, out_scale=shown
         )
         return [
@@ -87,7 +87,7 @@ class GivenScaleCall:
     inverse: bool = False
 
     def answer(self, device: str = "cpu") -> Any:
-        found = quantize.quantize_global_scale(
+        found = quantize_launch.quantize_global_scale(
             self.x.to(device), self.scale.to(device), self.recipe, self.layout, inverse=self.inverse
         )
         return [t.cpu() for t in found]
@@ -108,7 +108,7 @@ class ValuesCall:
     per_token: bool
 
     def answer(self, device: str = "cpu") -> Any:
-        values, token = quantize.quantize_to_values(
+        values, token = quantize_launch.quantize_to_values(
             self.x.to(device), self.recipe, per_token=self.per_token
         )
         return [t.cpu() for t in (values, token) if t is not None]
