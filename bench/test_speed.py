@@ -140,8 +140,10 @@ def test_moe(benchmark, shape_and_experts, tokens, layer):
             tiles = bf16_layer.tune(x, logits, w, s.top_k, CALLS)
             device_time(benchmark, lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
         else:
-            held = moe_speed.held_slots(s, logits).numel()
-            device_time(benchmark, lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, held))
+            slots_here = moe_speed.experts_of_local_slots(s, logits).numel()
+            device_time(
+                benchmark, lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
+            )
         return
     routing = (logits, Routing(RoutingMethodType.Renormalize, s.top_k))
     options = LAYERS[layer] | {"fast_math": True}

@@ -148,7 +148,7 @@ RULES: tuple[Rule[MoECall], ...] = (
             r.num_experts % r.experts.num_local or r.local_expert_offset % r.experts.num_local
         ),
         "{r.num_experts} experts of which {r.experts.num_local} from {r.local_expert_offset} on are "
-        "held here; it wants ranks of equal size",
+        "local; it needs ranks of equal size",
         "cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu:441",
     ),
 )

@@ -61,13 +61,13 @@ def finalize_kernel(
         for k in range(j, K, GROUPS):
             row = tl.load(permuted_ptr + token * K + k)
             weight = tl.load(weights_ptr + token * K + k).to(tl.float32)
-            held = tl.where(inside, row, -1) >= 0
-            value = tl.load(rows_ptr + row.to(tl.int64) * H + column, held, other=0.0)
+            is_local = tl.where(inside, row, -1) >= 0
+            value = tl.load(rows_ptr + row.to(tl.int64) * H + column, is_local, other=0.0)
             if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
                 added = (value.to(tl.float64) * weight + part).to(tl.float32)
             else:
                 added = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
-            part = tl.where(held, added, part)  # the weight of a slot of no expert may be NaN
+            part = tl.where(is_local, added, part)  # the weight of a slot of no expert may be NaN
         total = part if j == 0 else total + part
     out = out_ptr + token.to(tl.int64) * width + column
     if out_ptr.dtype.element_ty == tl.bfloat16:

@@ -90,7 +90,7 @@ def exact_case(format: Format, offset: int = 0) -> SiblingCase:
     between formats, whose scales differ from block to block.
 
     Args:
-        offset: the first expert held here, of EXPERTS more.
+        offset: the first local expert, of EXPERTS more.
     """
     g = torch.Generator().manual_seed(11)
     signs = _signs(g, HIDDEN)

@@ -118,7 +118,7 @@ def explain_output(case: MoECase, outside: Outside) -> list[str]:
     for k, e in enumerate(ids[t].tolist()):
         local = e - case.local_expert_offset
         if not 0 <= local < case.experts.num_local:
-            lines.append(f"slot {k}: expert {e} is held elsewhere")
+            lines.append(f"slot {k}: expert {e} is on another rank")
             continue
         text = (
             f"slot {k}: expert {e}, accumulator2 {bits(result.steps['accumulator2'][t, k, column])}"

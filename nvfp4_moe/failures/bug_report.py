@@ -246,7 +246,7 @@ def _described(name: str, value: Any) -> str:
 
 def _trtllm_snippet(case: MoECase, path: str) -> str:
     """The call written out, its tensors from the file."""
-    held: dict[int, str] = {}
+    saved: dict[int, str] = {}
     for prefix, thing in (
         ("experts.", case.experts),
         ("activations.", case.activations),
@@ -254,7 +254,7 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
     ):
         for name, value in vars(thing).items():
             if isinstance(value, torch.Tensor):
-                held[id(value)] = f'held["{prefix}{name}"]'
+                saved[id(value)] = f'saved["{prefix}{name}"]'
 
     def written(name: str, value: Any) -> str:
         if isinstance(value, tuple):
@@ -263,9 +263,9 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
             return f"SfLayout.{value.name}"
         if not isinstance(value, torch.Tensor):
             return repr(value)
-        if name == "hidden_states_scale":  # a view of what is held
-            return f"{held[id(case.activations.block_scales)]}.view(torch.float8_e4m3fn)"
-        return held[id(value)]
+        if name == "hidden_states_scale":  # a view of what is saved
+            return f"{saved[id(case.activations.block_scales)]}.view(torch.float8_e4m3fn)"
+        return saved[id(value)]
 
     call = case.request()
     function, arguments = trtllm.function(call).name, trtllm.arguments(call)
@@ -276,7 +276,7 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
         f"from flashinfer.fused_moe import {function}",
         "from safetensors.torch import load_file",
         "",
-        f"held = {{k: t.cuda() for k, t in load_file({path!r}).items()}}",
+        f"saved = {{k: t.cuda() for k, t in load_file({path!r}).items()}}",
         f"output = {function}(",
         *(f"    {name}={written(name, value)}," for name, value in arguments.items()),
         ")[0]",

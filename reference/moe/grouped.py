@@ -60,7 +60,7 @@ def fused_moe_grouped(
     live = _live(activations.hidden_states, masked_m)
     if live.shape[0] != experts.num_local:
         raise ValueError(
-            f"hidden_states are of {live.shape[0]} experts; {experts.num_local} are held"
+            f"hidden_states are of {live.shape[0]} experts; {experts.num_local} are local"
         )
     scales, per_token = activations.block_scales, activations.per_token_scale
     rows = Activations(

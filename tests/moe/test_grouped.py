@@ -96,5 +96,5 @@ def test_other_shapes_are_refused():
         quantize_grouped(grouped_states()[0], MASKED)
     case = moe_cases.make(Shape(2, HIDDEN, 64, 3, 1))
     given = quantize_grouped(grouped_states(), MASKED)
-    with pytest.raises(ValueError, match="of 4 experts; 3 are held"):
+    with pytest.raises(ValueError, match="of 4 experts; 3 are local"):
         fused_moe_grouped(given, MASKED, case.experts)

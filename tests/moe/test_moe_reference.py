@@ -156,9 +156,9 @@ def test_ranks_add_up():
     full = moe.fused_moe(case.activations, case.experts, case.ids, case.weights).output
     parts = []
     for offset, count in ((0, 2), (2, 3), (5, 1)):
-        held = slice(offset, offset + count)
+        local = slice(offset, offset + count)
         fields = {
-            name: getattr(case.experts, name)[held]
+            name: getattr(case.experts, name)[local]
             for name in (
                 "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
                 "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",

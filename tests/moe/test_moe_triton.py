@@ -80,15 +80,15 @@ def test_real_widths(shape, config):
     assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "sums that are exact")
     g = torch.Generator().manual_seed(3)
     biases = {
-        "w13_bias": torch.randn(shape.held, 2 * shape.intermediate, generator=g),
-        "w2_bias": torch.randn(shape.held, shape.hidden, generator=g),
+        "w13_bias": torch.randn(shape.num_local, 2 * shape.intermediate, generator=g),
+        "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
     }
     moe_triton_cases.close(make(shape, **biases), "cuda", config=config)
 
 
-@pytest.mark.parametrize("device,tokens,experts,top_k,offset,held", PERMUTATIONS)
-def test_permutation(device, tokens, experts, top_k, offset, held):
-    moe_triton_cases.permutation(device, tokens, experts, top_k, offset, held)
+@pytest.mark.parametrize("device,tokens,experts,top_k,offset,num_local", PERMUTATIONS)
+def test_permutation(device, tokens, experts, top_k, offset, num_local):
+    moe_triton_cases.permutation(device, tokens, experts, top_k, offset, num_local)
 
 
 @pytest.mark.gpu

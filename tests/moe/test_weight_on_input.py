@@ -156,12 +156,12 @@ def test_vllm_with_logits(method, experts, x, logits):
 @pytest.mark.gpu
 def test_on_a_gpu_and_captured(experts, x, logits):
     """Rows are scaled as by hand, and a graph follows other logits."""
-    held = {
+    scalars = {
         f.name: v.cuda()
         for f in fields(experts)
         if isinstance(v := getattr(experts, f.name), torch.Tensor)
     }
-    experts, x, logits = replace(experts, **held), x.cuda(), logits.cuda()
+    experts, x, logits = replace(experts, **scalars), x.cuda(), logits.cuda()
     plain = replace(experts, router_weight_on_input=False)
 
     def by_hand(logits):

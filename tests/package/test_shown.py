@@ -50,10 +50,10 @@ def test_what_they_hold_beside_the_weights():
 def test_copies_count_and_show_no_values(copy):
     static = {"input_amax": 3.0, "intermediate_amax": 2.0} if copy is with_cutlass else {}
     experts = prepare_experts(*weights(), **static)
-    held = copy(experts)
+    copied = copy(experts)
     name = copy.__name__.removeprefix("with_")
-    assert f"with {name})" in repr(held) and len(repr(held).splitlines()) == 2
-    assert repr(held) != repr(experts) and "tensor(" not in repr(getattr(held, name))
+    assert f"with {name})" in repr(copied) and len(repr(copied).splitlines()) == 2
+    assert repr(copied) != repr(experts) and "tensor(" not in repr(getattr(copied, name))
 
 
 def test_other_layers_show_no_values():

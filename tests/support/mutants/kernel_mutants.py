@@ -201,14 +201,14 @@ _SMALL: tuple[Entry, ...] = (
         "tiles of 16",
     ),
     (
-        "slots held elsewhere given row 0",
+        "slots of other ranks given row 0",
         "tl.store(permuted_ptr + index, -1, M_)",
         "tl.store(permuted_ptr + index, 0, M_)",
         "deepseek",
     ),
     (
-        "three launches: slots held elsewhere given a row",
-        "tl.where(held, row, -1)",
+        "three launches: slots of other ranks given a row",
+        "tl.where(is_local, row, -1)",
         "row",
         "three launches",
     ),
@@ -230,8 +230,8 @@ _SMALL: tuple[Entry, ...] = (
         "O_ + row % 128 // 32 + column % 4 * 4",
         "decoded",
     ),
-    ("finalize: row -1 read", "held = tl.where(inside, row, -1) >= 0",
-     "row = tl.maximum(row, 0)\nheld = inside", "deepseek"),
+    ("finalize: row -1 read", "is_local = tl.where(inside, row, -1) >= 0",
+     "row = tl.maximum(row, 0)\nis_local = inside", "deepseek"),
     (
         "finalize: weight of the first slot",
         "tl.load(weights_ptr + token * K + k)",

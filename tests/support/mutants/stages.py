@@ -177,8 +177,8 @@ def one_lost(rows: Tensor, w: Tensor) -> Tensor:
     return finalize(rows, w, rows.shape[2], "flashinfer")
 
 
-def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any, held: Any) -> Tensor:
-    return finalize(rows, weights, hidden, "slot", held)
+def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any, is_local: Any) -> Tensor:
+    return finalize(rows, weights, hidden, "slot", is_local)
 
 
 def weights_in_fp16(rows: Tensor, weights: Tensor, *rest: Any) -> Tensor:

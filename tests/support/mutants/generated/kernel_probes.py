@@ -174,7 +174,7 @@ def _parts() -> Named:
     yield "permute", lambda: PermuteCall(37, 3)
     yield "permute, 15 experts", lambda: PermuteCall(200, 15, tile=32)
     yield "permute, one expert", lambda: PermuteCall(37, 1)
-    yield "permute, none held", lambda: PermuteCall(64, 64, elsewhere=True)
+    yield "permute, none local", lambda: PermuteCall(64, 64, elsewhere=True)
     yield "permute, three launches", lambda: PermuteCall(700, 5, one_launch=False)
     yield (
         "permute, three launches, 15 experts",

@@ -51,9 +51,9 @@ class PermuteCall:
         limit = self.slots if self.one_launch else 0
         with mock.patch.object(permute, "_ONE_LAUNCH_SLOTS", limit):
             p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
-        held = int(p.end[-1])
+        used_rows = int(p.end[-1])
         used = p.tiles[0] >= 0
-        found = p.expanded[:held], p.permuted, p.tiles[0], p.tiles[1][used], p.end
+        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end
         return [t.cpu() for t in found]
 
     def judge(self) -> Answered:
@@ -154,10 +154,10 @@ class FinalizeCall:
 
     def judge(self) -> Answered:
         rows, permuted, weights = self._given()
-        held = (permuted >= 0).view_as(weights)
+        is_local = (permuted >= 0).view_as(weights)
         of_slot = rows[permuted.long().clamp_min(0), : self.width].float()
         total = finalize(
-            of_slot.view(self.tokens, self.top_k, -1), weights, self.padded, self.order, held
+            of_slot.view(self.tokens, self.top_k, -1), weights, self.padded, self.order, is_local
         )
         want = total.to(self.dtype)
         return Answered(

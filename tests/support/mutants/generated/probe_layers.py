@@ -78,7 +78,7 @@ def of_moe() -> Answers:
     far = [(256 * n + m) for n in (1183, 1184) for m in (0, 8)]
     yield "split_k_groups", [split_k_groups(1, 8, hidden) for hidden in far]
     ids = host.integers(g, -1, 7, (6, 3)).int()
-    yield "permutation, all held", permutation(ids, 7)
+    yield "permutation, all local", permutation(ids, 7)
     yield "local_slots", [local_slots(ids, 4), local_slots(ids, 4, 2)]
     yield "permutation", [permutation(ids, 4, offset) for offset in (0, 2)]
     x, w = host.integers(g, -9, 9, (5, 32)).float(), host.integers(g, -9, 9, (7, 32)).float()
