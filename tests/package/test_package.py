@@ -85,6 +85,7 @@ REFERENCE_NAMES = (
     "grouped.quantize_grouped",
     "moe.fused_moe",
     "moe.grouped.fused_moe_grouped",
+    "moe.masked_layout.fused_moe_grouped",
     "moe.quantize_activations",
     "moe.routing.route",
     "moe.shards.fused_moe_shards",

@@ -1,8 +1,8 @@
-"""The layer on input already grouped by expert, as all-to-all dispatchers hand it over.
+"""The layer on the masked layout, in which all-to-all dispatchers hand over rows by expert.
 
-[E, max_m, ...] tensors hold `masked_m[e]` rows for expert e. What lies beyond them is never read: stale
-rows of a replayed graph, NaN among them, must not reach a scale (flashinfer issue 3057). What we return
-there is zero. There is no routing and no weighting: the dispatcher combines.
+A tensor [E, max_m, ...] holds `masked_m[e]` rows for expert e. Rows beyond them are never read: stale
+rows of a replayed graph, NaN among them, must not reach a scale (flashinfer issue 3057). The output is
+zero there. There is no routing and no weighting: the dispatcher combines.
 """
 
 # SPDX-License-Identifier: Apache-2.0
