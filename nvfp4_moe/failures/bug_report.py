@@ -23,7 +23,9 @@ from .replay_file import Failure, MoEFailure, QuantizerFailure
 INLINE = 256
 """Elements of a tensor that are written out; larger ones are loaded from the file."""
 
-_WORDS = {2: ("uint16", 4), 4: ("uint32", 8)}
+_WORDS = {
+    1: ("uint8", 2, torch.int8), 2: ("uint16", 4, torch.int16), 4: ("uint32", 8, torch.int32),
+}  # fmt: skip
 
 
 def bug_report_text(failure: Failure, path: str = "failure.safetensors") -> str:
@@ -121,12 +123,12 @@ def _quantizer_snippet(failure: QuantizerFailure, path: str) -> str:
     lines += ["", *_input(x, path)]
     arguments = {
         "a": "x",
-        "a_global_sf": _scale(case, backend),
+        "a_global_sf": _scale(x, case, backend),
         "sfLayout": f"SfLayout.{case.layout.name}",
         "do_shuffle": "False",
         "sf_vec_size": "16",
         "backend": repr(backend.removeprefix("flashinfer:")),
-        "per_token_activation": str(case.mode != "global-scale"),
+        "per_token_activation": str(case.per_token),
         "nvfp4_4over6": config,
     }
     lines += ["result = nvfp4_quantize(", *(f"    {k}={v}," for k, v in arguments.items()), ")"]
@@ -134,13 +136,14 @@ def _quantizer_snippet(failure: QuantizerFailure, path: str) -> str:
     return "\n".join(lines)
 
 
-def _scale(case: Case, backend: str) -> str:
+def _scale(x: torch.Tensor, case: Case, backend: str) -> str:
     """The scale with its bits; a float where the backend would read a tensor back."""
-    scale = case.recipe.base_scale_inv if case.global_scale is None else case.global_scale
-    if case.mode != "global-scale" and backend == "flashinfer:cuda":
+    scale = case.scale(x)
+    if case.per_token and backend == "flashinfer:cuda":
         return repr(scale)
-    pattern = bits(host.fp32(scale)).split()[0]
-    return f"torch.tensor([{pattern}], dtype=torch.uint32).view(torch.float32).cuda()"
+    of_rows = scale if isinstance(scale, torch.Tensor) else host.fp32([scale])
+    patterns = ", ".join(bits(one).split()[0] for one in of_rows.cpu())
+    return f"torch.tensor([{patterns}], dtype=torch.uint32).view(torch.float32).cuda()"
 
 
 def _input(x: torch.Tensor, path: str) -> list[str]:
@@ -150,8 +153,8 @@ def _input(x: torch.Tensor, path: str) -> list[str]:
             "",
             f'x = load_file({path!r})["x"].cuda()',
         ]
-    word, digits = _WORDS[x.element_size()]
-    rows = x.cpu().contiguous().view(torch.int16 if digits == 4 else torch.int32).tolist()
+    word, digits, signed = _WORDS[x.element_size()]
+    rows = x.cpu().contiguous().view(signed).tolist()
     mask = (1 << 4 * digits) - 1
     lines = ["x = torch.tensor(", "    ["]
     for row in rows:

@@ -64,6 +64,7 @@ def caught(program, module, name, monkeypatch, result=None):
     [
         ("flashinfer:cuda", "per-token", Recipe()),
         ("flashinfer:cuda", "global-scale", Recipe("exact", FOUR)),
+        ("flashinfer:cuda", "row scales", Recipe()),
         ("flashinfer:cute-dsl", "per-token", Recipe("exact", FOUR, "cute-dsl")),
         ("flashinfer:cute-dsl", "global-scale", Recipe(build="cute-dsl")),
         ("flashinfer:cake", "per-token", Recipe(build="cute-dsl")),

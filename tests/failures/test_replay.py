@@ -45,6 +45,8 @@ CASES = [
         torch.bfloat16,
     ),
     (Case("global-scale", FOUR, SfLayout.layout_128x4, float("inf")), torch.float16),
+    (Case("row scales", FOUR, SfLayout.layout_8x4), torch.bfloat16),
+    (Case("row scales", Recipe(), SfLayout.layout_128x4), torch.float8_e4m3fn),
     (Case("fp32 per-token", Recipe(), SfLayout.layout_8x4), torch.float32),
 ]
 

@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 
-from nvfp4_moe import host
 from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential import quantizers
@@ -70,8 +69,7 @@ class QuantizerCall:
         def values(q: Quantized) -> Tensor:
             decode = q.per_token_scale
             if decode is None:
-                assert case.global_scale is not None
-                decode = 1 / host.fp32(case.global_scale)
+                decode = 1 / torch.as_tensor(case.scale(x), dtype=torch.float32, device="cpu")
             return dequantize(q.codes, q.block_scales, decode, case.layout).double()
 
         return Answered(
