@@ -62,7 +62,7 @@ def test_every_recipe_ends_in_the_references_bits(case):
 )
 def test_elements_of_e4m3_end_in_the_references_bits(recipe):
     x = inputs.synthetic("edge", 20, 32, torch.float8_e4m3fn)
-    of_modes = {c.mode: replace(c, layout=LINEAR) for c in matrix.cases(x, [recipe], True)}
+    of_modes = {c.mode: replace(c, layout=LINEAR) for c in quantize_cases.cases(x, [recipe], True)}
     assert set(of_modes) >= {"global-scale"}
     for case in of_modes.values():
         q = run_reference(x, case, keep_steps=True)
