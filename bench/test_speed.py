@@ -19,8 +19,8 @@ from moe_speed import Shape
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
-from nvfp4_moe.kernels.flashinfer import baselines
-from nvfp4_moe.reference.moe import baselines as siblings
+from nvfp4_moe.kernels.flashinfer import baseline_moe
+from nvfp4_moe.reference.moe import baseline_moe as reference
 from nvfp4_moe.reference.moe.routing import route
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -86,36 +86,36 @@ LAYERS = {
 }
 
 
-SIBLINGS = {name: format for format, name in baselines.NAMES.items()}
+BASELINES = {name: format for format, name in baseline_moe.NAMES.items()}
 
 
-def sibling_call(s: Shape, format, x, logits):
+def baseline_call(s: Shape, format, x, logits):
     """A call of FlashInfer's layer of a format, its hidden states quantized in it; or skip."""
     if s.biased:
         pytest.skip("FlashInfer's layers beside NVFP4 are measured without biases")
     w = moe_speed.bf16_weights(s)
     routing = Routing(RoutingMethodType.Renormalize, s.top_k)
-    raw = siblings.SiblingExperts(format, s.activation, w.w13, w.w2)
-    request = baselines.SiblingRequest(
-        siblings.SiblingActivations(x), raw, {}, routing, s.routed, logits=logits
+    raw = reference.BaselineExperts(format, s.activation, w.w13, w.w2)
+    request = baseline_moe.BaselineCall(
+        reference.BaselineActivations(x), raw, {}, routing, s.routed, logits=logits
     )
-    if (reason := baselines.refusal(request)) is not None:
+    if (reason := baseline_moe.refusal(request)) is not None:
         pytest.skip(reason)
     amax = {"input_amax": 8.0, "intermediate_amax": 8.0} if format == "fp8 per tensor" else {}
     try:
-        experts = siblings.prepare_sibling(format, w.w13, w.w2, s.activation, **amax)
+        experts = reference.prepare_baseline(format, w.w13, w.w2, s.activation, **amax)
     except ValueError as error:
         pytest.skip(str(error))
-    weights = baselines.flashinfer_weights(experts)
+    weights = baseline_moe.flashinfer_weights(experts)
     request = replace(request, experts=experts, weights=weights)
 
     def call():
-        a = baselines.quantize(x, experts)
-        return baselines.run(replace(request, activations=a))
+        a = baseline_moe.quantize(x, experts)
+        return baseline_moe.run(replace(request, activations=a))
 
     got, chosen = call(), route(logits[:5], routing)
-    some = siblings.quantize_for(x[:5], experts)
-    want = siblings.sibling_moe(some, experts, chosen.ids, chosen.weights_bf16).output.double()
+    some = reference.quantize_for(x[:5], experts)
+    want = reference.baseline_moe(some, experts, chosen.ids, chosen.weights_bf16).output.double()
     assert (got[:5].double() - want).norm() < 1e-1 * want.norm()
     return call
 
@@ -126,13 +126,13 @@ def shape_and_experts(request):
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 1024])
-@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16", *SIBLINGS])
+@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16", *BASELINES])
 def test_moe(benchmark, shape_and_experts, tokens, layer):
     s, experts = shape_and_experts
     benchmark.group = f"{s.name}, {tokens} tokens"
     x, logits = moe_speed.inputs(s, tokens)
-    if layer in SIBLINGS:
-        device_time(benchmark, sibling_call(s, SIBLINGS[layer], x, logits))
+    if layer in BASELINES:
+        device_time(benchmark, baseline_call(s, BASELINES[layer], x, logits))
         return
     if layer not in LAYERS:
         w = moe_speed.bf16_weights(s)

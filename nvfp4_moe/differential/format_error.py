@@ -11,7 +11,13 @@ from ..cases.moe import TENSOR
 from ..reference.activation import ActivationType
 from ..reference.moe import layer as moe
 from ..reference.moe.activations import Activations, quantize_activations
-from ..reference.moe.baselines import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
+from ..reference.moe.baseline_moe import (
+    FORMATS,
+    Format,
+    baseline_moe,
+    prepare_baseline,
+    quantize_for,
+)
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
@@ -44,10 +50,10 @@ def format_errors() -> dict[str, dict[str, float]]:
     def of_nvfp4(a: Activations, e: Experts) -> float:
         return error(moe.fused_moe(a, e, ids, weights).output)
 
-    def of_sibling(format: Format) -> float:
+    def of_baseline(format: Format) -> float:
         static = maxima if format == "fp8 per tensor" else {}
-        e = prepare_sibling(format, w13, w2, KIND, **static)
-        return error(sibling_moe(quantize_for(x, e), e, ids, weights).output)
+        e = prepare_baseline(format, w13, w2, KIND, **static)
+        return error(baseline_moe(quantize_for(x, e), e, ids, weights).output)
 
     return {
         "NVFP4": {
@@ -58,7 +64,7 @@ def format_errors() -> dict[str, dict[str, float]]:
             ),
         },
         "beside it": {
-            "bf16 (its roundings)" if format == "bf16" else format: of_sibling(format)
+            "bf16 (its roundings)" if format == "bf16" else format: of_baseline(format)
             for format in FORMATS
         },
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from ..cases.moe import SETS
-from ..differential import baselines, moe, quantize
+from ..differential import baseline_moe, moe, quantize
 from ..differential.calls import ONCE, RunOptions
 from ..differential.quantize import InputSelection
 from ..differential.results import PartResult
@@ -88,12 +88,12 @@ MOE = Part(
     FUSED_MOE.name,
 )
 BASELINES = Part(
-    "siblings",
-    baselines.TITLE,
-    tuple(baselines.NAMES.values()),
+    "baselines",
+    baseline_moe.TITLE,
+    tuple(baseline_moe.NAMES.values()),
     _ANY_MATH,
-    baselines.known,
-    lambda settings, sides: baselines.run(sides, settings.runs),
+    baseline_moe.known,
+    lambda settings, sides: baseline_moe.run(sides, settings.runs),
     terminal.print_layers,
     lambda backend, small: ["--backends", backend, *_LAYER_ARGUMENTS],
     optional=True,

@@ -11,7 +11,7 @@ from paths import ROOT
 
 from nvfp4_moe.kernels.flashinfer import (
     autotuner,
-    baselines,
+    baseline_moe,
     cute_dsl,
     cutlass,
     dense,
@@ -32,7 +32,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
     trtllm.NAME: trtllm.RULES,
     cute_dsl.NAME: cute_dsl.RULES,
     cutlass.NAME: cutlass.RULES,
-    "baselines": baselines.RULES,
+    "baselines": baseline_moe.RULES,
 }
 
 

@@ -115,7 +115,7 @@ def test_one_clear_error(address, message, capsys):
 def test_its_part_must_be_named(capsys):
     assert __main__.main(["diff", "--backend", "own_backends:layer"]) == 2
     assert "--only must name its part" in capsys.readouterr().err
-    assert __main__.main(["diff", "--only", "siblings", "--backend", "own_backends:layer"]) == 2
+    assert __main__.main(["diff", "--only", "baselines", "--backend", "own_backends:layer"]) == 2
     assert "it has no --backend of your own" in capsys.readouterr().err
 
 

@@ -140,8 +140,8 @@ def rehearsed(backend, part, math, fault, tmp_path, monkeypatch):
 def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
     fault = fake_flashinfer.FAULTS[name]
     backend = fault.backends[0]
-    part = {"quantizer": "quantizers", "layer": "moe", "sibling": "siblings"}[fault.of]
-    math = "any math" if part == "siblings" else MATH_OF.get(name, "fast math")
+    part = {"quantizer": "quantizers", "layer": "moe", "baseline": "baselines"}[fault.of]
+    math = "any math" if part == "baselines" else MATH_OF.get(name, "fast math")
     status, found = rehearsed(backend, part, math, name, tmp_path, monkeypatch)
     assert status == 1
     failing = [
@@ -154,4 +154,4 @@ def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
     told = [failure.case for _, cell in failing for failure in cell.failures]
     for tactic in fault.tactics:
         assert all(tactic in case for case in told)
-    assert (tmp_path / "failure-01.safetensors").exists() == (part != "siblings")
+    assert (tmp_path / "failure-01.safetensors").exists() == (part != "baselines")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.differential import (
-    baselines as diff_siblings,
+    baseline_moe as diff_baseline,
 )
 from nvfp4_moe.differential import (
     moe as diff_moe,
@@ -97,8 +97,8 @@ def test_a_side_that_had_no_part(quick, capsys, tmp_path):
 @pytest.mark.parametrize("named", [[], ["--backends", "flashinfer:bf16"]])
 def test_layers_that_cannot_run(named, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(diff_siblings, "FORMATS", ("bf16",))
-    status, printed, found, _ = diff(capsys, tmp_path, "--only", "siblings", *named)
+    monkeypatch.setattr(diff_baseline, "FORMATS", ("bf16",))
+    status, printed, found, _ = diff(capsys, tmp_path, "--only", "baselines", *named)
     assert status == Exit.NOT_RUN and found["compared"] == 0
     assert "exit status 3" in printed
 

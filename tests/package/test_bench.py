@@ -52,19 +52,19 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     find_spec("flashinfer") is None or find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
 )
-@pytest.mark.parametrize("name", test_speed.SIBLINGS)
-def test_siblings(monkeypatch, name):
+@pytest.mark.parametrize("name", test_speed.BASELINES)
+def test_baselines(monkeypatch, name):
     """A whole call, and its check, through FlashInfer's Python."""
     monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
     s = Shape("EP", 256, 128, 4, 2, ranks=2)
     x, logits = moe_speed.inputs(s, 9)
     with fake_flashinfer.installed() as fake:
-        call = test_speed.sibling_call(s, test_speed.SIBLINGS[name], x, logits)
+        call = test_speed.baseline_call(s, test_speed.BASELINES[name], x, logits)
         assert torch.equal(call(), call())
     assert [ran.backend for ran in fake.ran] == [name] * 3
     for changed, reason in (({"biased": True}, "without biases"), ({}, "on the CPU")):
         with pytest.raises(pytest.skip.Exception, match=reason):
-            test_speed.sibling_call(replace(s, **changed), test_speed.SIBLINGS[name], x, logits)
+            test_speed.baseline_call(replace(s, **changed), test_speed.BASELINES[name], x, logits)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,6 +1,7 @@
 """What a command says, and its exit status, where it cannot do its work: one line, and no traceback."""
 
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import errno
 import os
 import resource
@@ -349,6 +350,16 @@ def test_the_choices_of_options_are_the_keys_of_their_tables():
     assert tuple(moe_cases.SETS) == options.LAYERS
     assert tuple(convert_command.RECIPES) == options.CONVERSIONS
     assert set(options.ADD) == set(COMMANDS)
+    assert set(options.RENAMED_PARTS.values()) <= set(options.PARTS)
+
+
+def test_a_renamed_part_is_still_known(capsys):
+    parser = argparse.ArgumentParser()
+    options.ADD["diff"](parser)
+    assert parser.parse_args(["--only", "siblings"]).only == "baselines"
+    assert "--only siblings is now --only baselines" in capsys.readouterr().err
+    assert parser.parse_args(["--only", "baselines"]).only == "baselines"
+    assert capsys.readouterr().err == ""
 
 
 WITHOUT_TRITON = """

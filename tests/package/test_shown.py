@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.baselines import prepare_sibling
+from nvfp4_moe.reference.moe.baseline_moe import prepare_baseline
 from nvfp4_moe.reference.weights.cute_dsl import with_cute_dsl
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from nvfp4_moe.reference.weights.prepare import prepare_experts
@@ -57,4 +57,4 @@ def test_copies_count_and_show_no_values(copy):
 
 
 def test_other_layers_show_no_values():
-    assert "w13=bfloat16 [4, 256, 256]" in repr(prepare_sibling("bf16", *weights()))
+    assert "w13=bfloat16 [4, 256, 256]" in repr(prepare_baseline("bf16", *weights()))

@@ -245,11 +245,11 @@ def judge(device: str, backend: str) -> Any:
     from nvfp4_moe.cases import moe as moe_cases
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
     from nvfp4_moe.reference.moe.activations import quantize_activations
-    from nvfp4_moe.reference.moe.baselines import (
+    from nvfp4_moe.reference.moe.baseline_moe import (
         FORMATS,
-        prepare_sibling,
+        baseline_moe,
+        prepare_baseline,
         quantize_for,
-        sibling_moe,
     )
     from nvfp4_moe.reference.recipe import Recipe
     from nvfp4_moe.reference.statistics.measure import weight_statistics
@@ -260,17 +260,17 @@ def judge(device: str, backend: str) -> Any:
     x, (ids, slots) = hidden()[:, :128].to(device), chosen(device)
     e = prepare_experts(w13, w2, alpha=1.3, clamp_limit=1.5)
     bounds = fused_moe_bounds(quantize_activations(x, Recipe()), e, ids, slots)
-    siblings = []
+    baselines = []
     for form in FORMATS:
-        s = prepare_sibling(form, w13, w2, input_amax=3.3, intermediate_amax=7.7)
-        siblings.append(sibling_moe(quantize_for(x, s), s, ids, slots).output)
+        s = prepare_baseline(form, w13, w2, input_amax=3.3, intermediate_amax=7.7)
+        baselines.append(baseline_moe(quantize_for(x, s), s, ids, slots).output)
     shared = [host.fp32([v] * 3) for v in (0.3, 1.5, 2.5)]
     scales = serving_scales(
         host.fp32([[0.1, 0.2]] * 3), *shared, activation="static", clamp_limit=7.0
     )
     exact = next(iter(moe_cases.exact_cases()))
     statistics = weight_statistics(w13)  # whose energies a GPU adds in any order
-    return bounds, siblings, scales, statistics.counts, statistics.histogram, exact
+    return bounds, baselines, scales, statistics.counts, statistics.histogram, exact
 
 
 @part

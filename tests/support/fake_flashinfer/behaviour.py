@@ -51,7 +51,7 @@ class Behaviour:
     mxfp8: Callable[[Tensor], fp8.Scaled] = fp8.quantize_mxfp8
     layer: Callable[[Given, str], Given] = lambda given, tactic: given
     """Changes the arguments of `reference.moe.fused_moe`; knows the name of the tactic."""
-    sibling: Callable[[Given, str], Given] = lambda given, tactic: given
-    """The same of `reference.moe.baselines.sibling_moe`."""
+    baseline: Callable[[Given, str], Given] = lambda given, tactic: given
+    """The same of `reference.moe.baseline_moe.baseline_moe`."""
     output: Callable[[Tensor, int], Tensor] = lambda output, calls: output
     """Changes the finalized output; knows how many calls came before."""

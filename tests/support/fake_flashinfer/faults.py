@@ -25,20 +25,20 @@ from nvfp4_moe.reference.quantize import (
 )
 from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
 
+from .baseline_layers import NAMES as BASELINE_NAMES
 from .behaviour import Behaviour, Given, Matrix, quantized, routed
 from .layers import fused_finalize
-from .siblings import NAMES as SIBLING_NAMES
 
 Tensor = torch.Tensor
 QUANTIZERS_OF = ("flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake")
 TRTLLM, CUTE_DSL, CUTLASS = "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass"
-SIBLINGS = BF16, FP8_TENSOR, FP8_BLOCK, MXFP8 = tuple(SIBLING_NAMES.values())
+BASELINES = BF16, FP8_TENSOR, FP8_BLOCK, MXFP8 = tuple(BASELINE_NAMES.values())
 
 
 @dataclass(frozen=True)
 class Fault:
     of: str
-    """A "quantizer", a "layer" or a "sibling": flashinfer:cute-dsl names one of each."""
+    """A "quantizer", a "layer" or a "baseline": flashinfer:cute-dsl names one of each."""
     backends: tuple[str, ...]
     """That have it."""
     seen: str
@@ -64,16 +64,16 @@ def _layer(
     return Fault("layer", backends, seen, apply, tactics)
 
 
-def _sibling(
+def _baseline(
     backends: tuple[str, ...], seen: str, f: Callable[[Given], Given], *tactics: str
 ) -> Fault:
-    """f changes the arguments of the siblings' reference."""
+    """f changes the arguments of the baselines' reference."""
 
-    def sibling(given: Given, tactic: str) -> Given:
-        here = SIBLING_NAMES[given["experts"].format] in backends
+    def baseline(given: Given, tactic: str) -> Given:
+        here = BASELINE_NAMES[given["experts"].format] in backends
         return f(given) if here and (not tactics or tactic in tactics) else given
 
-    return Fault("sibling", backends, seen, Behaviour(sibling=sibling), tactics)
+    return Fault("baseline", backends, seen, Behaviour(baseline=baseline), tactics)
 
 
 def _stages(**changes: Any) -> Callable[[Given], Given]:
@@ -328,18 +328,18 @@ FAULTS: dict[str, Fault] = {
         "layer", (TRTLLM,), "outputs from logits with a bias",
         Behaviour(route=_bias_in_the_weights),
     ),
-    "siblings' gate and up exchanged": _sibling(SIBLINGS, "outputs", _halves_exchanged),
+    "baselines' gate and up exchanged": _baseline(BASELINES, "outputs", _halves_exchanged),
     "MXFP8's scale rounded down": Fault(
-        "sibling", (MXFP8,), "its quantizer", Behaviour(mxfp8=_scale_rounded_down)
+        "baseline", (MXFP8,), "its quantizer", Behaviour(mxfp8=_scale_rounded_down)
     ),
-    "siblings' local offset ignored": _sibling(
-        SIBLINGS, "outputs of expert parallelism", lambda given: given | {"local_expert_offset": 0}
+    "baselines' local offset ignored": _baseline(
+        BASELINES, "outputs of expert parallelism", lambda given: given | {"local_expert_offset": 0}
     ),
-    "scale of the next block": _sibling((FP8_BLOCK, MXFP8), "outputs", _scale_of_the_next_block),
-    "scale of the next token": _sibling((FP8_BLOCK, MXFP8), "outputs", _scale_of_the_next_token),
-    "scale of the next expert": _sibling((FP8_TENSOR,), "outputs", _scale_of_the_next_expert),
-    "tactic 16 drops the last expert": _sibling(
-        SIBLINGS, "the output of this tactic alone", _last_expert_dropped, "[16, 19]"
+    "scale of the next block": _baseline((FP8_BLOCK, MXFP8), "outputs", _scale_of_the_next_block),
+    "scale of the next token": _baseline((FP8_BLOCK, MXFP8), "outputs", _scale_of_the_next_token),
+    "scale of the next expert": _baseline((FP8_TENSOR,), "outputs", _scale_of_the_next_expert),
+    "tactic 16 drops the last expert": _baseline(
+        BASELINES, "the output of this tactic alone", _last_expert_dropped, "[16, 19]"
     ),
     "last bit of every second call": Fault(
         "layer", (TRTLLM, CUTE_DSL, CUTLASS), "two runs of one call, and a graph's replay",

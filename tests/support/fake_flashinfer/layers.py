@@ -13,7 +13,7 @@ from nvfp4_moe.differential.conforming import CONFORMING
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.activations import Activations
-from nvfp4_moe.reference.moe.baselines import sibling_moe
+from nvfp4_moe.reference.moe.baseline_moe import baseline_moe
 from nvfp4_moe.reference.moe.layer import MoEResult, Stages, fused_moe, read_back
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, unpack_topk
 from nvfp4_moe.reference.quantize import quantize_per_token
@@ -22,9 +22,9 @@ from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import row_order
 
 from . import compiled, decode
+from .baseline_layers import BaselineLayers
 from .behaviour import Behaviour
 from .environment import OF_ENVIRONMENT, code_of, recipe
-from .siblings import SiblingLayers
 
 Tensor = torch.Tensor
 UNTUNED = -1
@@ -59,9 +59,9 @@ class Kernels:
         result = fused_moe(**self.behaviour.layer(given, tactic))
         return self._changed(result)
 
-    def run_sibling(self, layer: str, tactic: str, given: dict[str, Any]) -> MoEResult:
+    def run_baseline(self, layer: str, tactic: str, given: dict[str, Any]) -> MoEResult:
         self.ran.append(Ran(layer, tactic))
-        return self._changed(sibling_moe(**self.behaviour.sibling(given, tactic)))
+        return self._changed(baseline_moe(**self.behaviour.baseline(given, tactic)))
 
     def _changed(self, result: MoEResult) -> MoEResult:
         return replace(result, output=self.behaviour.output(result.output, len(self.ran) - 1))
@@ -110,7 +110,7 @@ class Module:
         return absent
 
 
-class Trtllm(SiblingLayers, Module):
+class Trtllm(BaselineLayers, Module):
     """`gen_trtllm_gen_fused_moe_sm100_module().build_and_load()`, of TensorRT-LLM's cubins."""
 
     @compiled.VALID_CONFIGS

@@ -13,7 +13,7 @@ import torch
 
 from ...reference.activation import IMPLEMENTED, ActivationType
 from ...reference.layouts import from_linear
-from ...reference.moe.baselines import Format, SiblingActivations, SiblingExperts, quantize_for
+from ...reference.moe.baseline_moe import BaselineActivations, BaselineExperts, Format, quantize_for
 from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
 from ...reference.weights.layout import row_order
@@ -44,15 +44,15 @@ _OPTIONS: dict[Format, dict[str, Any]] = {
 }
 _BLOCK_K_BYTES = 128  # of BlockMajorK, prepare.py:1333
 _FUSED = tuple(kind for kind in IMPLEMENTED if "baselines" in kind.row.flashinfer)
-"""Activations; fp8 block has SwiGLU alone, `reference.moe.baselines`."""
+"""Activations; fp8 block has SwiGLU alone, `reference.moe.baseline_moe`."""
 
 
 @dataclass(frozen=True)
-class SiblingRequest:
+class BaselineCall:
     """One call: from router logits [T, E], or with (ids [T, K] int32, weights [T, K] bf16 or fp32)."""
 
-    activations: SiblingActivations
-    experts: SiblingExperts
+    activations: BaselineActivations
+    experts: BaselineExperts
     weights: dict[str, torch.Tensor]  # `flashinfer_weights` of the experts, made once
     routing: Routing
     num_experts: int
@@ -65,7 +65,7 @@ class SiblingRequest:
         return capability_of(self.activations.hidden_states)
 
 
-RULES: tuple[Rule[SiblingRequest], ...] = (
+RULES: tuple[Rule[BaselineCall], ...] = (
     *COMMON,
     on_no_gpu("hidden_states are on the CPU"),
     Rule(
@@ -91,7 +91,7 @@ RULES: tuple[Rule[SiblingRequest], ...] = (
 """What the layers refuse, in the order in which it is asked."""
 
 
-def refusal(r: SiblingRequest) -> str | None:
+def refusal(r: BaselineCall) -> str | None:
     """Why FlashInfer cannot serve the request; None if it can."""
     return first_reason(RULES, r)
 
@@ -278,7 +278,7 @@ FP8_BLOCK_QUANTIZE = Function(
 """It is called with the hidden states [T, H] bf16."""
 
 
-def flashinfer_weights(experts: SiblingExperts) -> dict[str, torch.Tensor]:
+def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
     """The weights and scales in the layouts of FlashInfer's function, by its keywords.
 
     bf16 is shuffled and in BlockMajorK, fp8 per tensor and mxfp8 are shuffled, fp8 block is as it was.
@@ -317,7 +317,7 @@ def _block_major(w: torch.Tensor) -> torch.Tensor:
     return w.unflatten(-1, (-1, block)).transpose(1, 2).contiguous()
 
 
-def quantize(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations:
+def quantize(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
     """[T, H] bf16 hidden states in the experts' format, by what FlashInfer has for it.
 
     That of mxfp8 is a kernel, whose bits are the reference's. fp8 block's is torch, which on a GPU
@@ -325,23 +325,23 @@ def quantize(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations:
     """
     if experts.format == "mxfp8":
         codes, scale = MXFP8_QUANTIZE.run(x)
-        return SiblingActivations(codes, scale.view(torch.uint8).view(x.shape[0], -1))
+        return BaselineActivations(codes, scale.view(torch.uint8).view(x.shape[0], -1))
     if experts.format == "fp8 block":
-        return SiblingActivations(*FP8_BLOCK_QUANTIZE.run(x))
+        return BaselineActivations(*FP8_BLOCK_QUANTIZE.run(x))
     return quantize_for(x, experts)
 
 
-def function(r: SiblingRequest) -> Function:
+def function(r: BaselineCall) -> Function:
     """FlashInfer's function that serves the request."""
     return FUNCTIONS[r.experts.format][r.logits is None]
 
 
-def run(r: SiblingRequest) -> torch.Tensor:
+def run(r: BaselineCall) -> torch.Tensor:
     """[T, H] bf16 of the request, which `refusal` let pass."""
     output = function(r).run(r)
     return output[0] if isinstance(output, list) else output
 
 
-def arguments(r: SiblingRequest) -> dict[str, Any]:
+def arguments(r: BaselineCall) -> dict[str, Any]:
     """The keyword arguments of `function(r)`."""
     return function(r).keywords(r)

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from .. import host
-from ..kernels.flashinfer.baselines import SiblingRequest, flashinfer_weights
+from ..kernels.flashinfer.baseline_moe import BaselineCall, flashinfer_weights
 from ..reference.activation import ActivationType
-from ..reference.moe.baselines import (
+from ..reference.moe.baseline_moe import (
+    BaselineActivations,
+    BaselineExperts,
     Format,
-    SiblingActivations,
-    SiblingExperts,
-    prepare_sibling,
+    baseline_moe,
+    prepare_baseline,
     quantize_for,
-    sibling_moe,
 )
 from ..reference.moe.fp8 import BLOCK, MX_BLOCK
 from ..reference.moe.routing import Routing, RoutingMethodType
@@ -32,12 +32,12 @@ HIDDEN = 256
 
 
 @dataclass(frozen=True)
-class SiblingCase:
+class BaselineCase:
     """One call with ids [T, K] and weights [T, K] given."""
 
     name: str
-    activations: SiblingActivations
-    experts: SiblingExperts
+    activations: BaselineActivations
+    experts: BaselineExperts
     ids: torch.Tensor
     weights: torch.Tensor
     num_experts: int = EXPERTS
@@ -45,8 +45,8 @@ class SiblingCase:
     exact: bool = False
     """Nothing ever rounds before the rows' sum: one right output, to the bit."""
 
-    def request(self) -> SiblingRequest:
-        return SiblingRequest(
+    def request(self) -> BaselineCall:
+        return BaselineCall(
             self.activations, self.experts, flashinfer_weights(self.experts),
             Routing(RoutingMethodType.Renormalize, self.ids.shape[1]), self.num_experts,
             topk=(self.ids, self.weights), local_expert_offset=self.local_expert_offset,
@@ -54,21 +54,21 @@ class SiblingCase:
 
     def reference(self) -> torch.Tensor:
         """The reference's output, [T, H] bf16."""
-        return sibling_moe(
+        return baseline_moe(
             self.activations, self.experts, self.ids, self.weights,
             local_expert_offset=self.local_expert_offset,
         ).output  # fmt: skip
 
-    def to(self, device: torch.device | str) -> "SiblingCase":
+    def to(self, device: torch.device | str) -> "BaselineCase":
         """The same on another device."""
         return to_device(self, device)
 
 
-def cases(format: Format) -> list[SiblingCase]:
+def cases(format: Format) -> list[BaselineCase]:
     return [real_case(format), exact_case(format), exact_case(format, offset=2)]
 
 
-def real_case(format: Format) -> SiblingCase:
+def real_case(format: Format) -> BaselineCase:
     """Real hidden states through normal weights."""
     x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
     w13, w2 = moe_cases.layer_weights(SWIGLU, x.shape[1])
@@ -77,11 +77,11 @@ def real_case(format: Format) -> SiblingCase:
     if format == "fp8 per tensor":
         _, largest = moe_cases.exact_layer(x, w13, w2, ids, weights)
         maxima = {"input_amax": x.abs().max().item(), "intermediate_amax": largest}
-    experts = prepare_sibling(format, w13, w2, SWIGLU, **maxima)
-    return SiblingCase(f"{format}, Swiglu", quantize_for(x, experts), experts, ids, weights)
+    experts = prepare_baseline(format, w13, w2, SWIGLU, **maxima)
+    return BaselineCase(f"{format}, Swiglu", quantize_for(x, experts), experts, ids, weights)
 
 
-def exact_case(format: Format, offset: int = 0) -> SiblingCase:
+def exact_case(format: Format, offset: int = 0) -> BaselineCase:
     """SwiGLU of which every format has the same output, since none of its steps rounds.
 
     A gate is 0 or at least 64, where its sigmoid is 1. Every block that is quantized on the way has a
@@ -113,7 +113,7 @@ def exact_case(format: Format, offset: int = 0) -> SiblingCase:
         ids = ids + host.arange(TOKENS).to(ids.dtype).remainder(EXPERTS + 1)[:, None]
     weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)
     where = f", experts {offset} to {offset + EXPERTS - 1}" if offset else ""
-    return SiblingCase(
+    return BaselineCase(
         f"{format}, sums exact{where}", activations, experts, ids, weights.bfloat16(),
         EXPERTS * (2 if offset else 1), offset, exact=True,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def _signs(g: torch.Generator, size: torch.Size | tuple[int, ...] | int) -> torc
 
 def _assembled(
     format: Format, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
-) -> tuple[SiblingActivations, SiblingExperts]:
+) -> tuple[BaselineActivations, BaselineExperts]:
     """These very values in a format, as codes under scales that are powers of two."""
 
     def codes(values: torch.Tensor) -> torch.Tensor:
@@ -135,16 +135,16 @@ def _assembled(
         return kept
 
     if format == "bf16":
-        return SiblingActivations(x.bfloat16()), SiblingExperts(
+        return BaselineActivations(x.bfloat16()), BaselineExperts(
             format, SWIGLU, w13.bfloat16(), w2.bfloat16()
         )
     if format == "fp8 per tensor":
         power = host.powers(host.arange(EXPERTS).remainder(3))
-        experts = SiblingExperts(
+        experts = BaselineExperts(
             format, SWIGLU, codes(w13 * power[:, None, None]), codes(w2 / power[:, None, None]),
             power, 1 / power, host.fp32(2.0), host.fp32(2.0**-4),
         )  # fmt: skip
-        return SiblingActivations(codes(x * 2)), experts
+        return BaselineActivations(codes(x * 2)), experts
     rows, columns = (BLOCK, BLOCK) if format == "fp8 block" else (1, MX_BLOCK)
 
     def scaled(values: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,8 +157,8 @@ def _assembled(
 
     (c, s), (c13, s13), (c2, s2) = scaled(x, 1), scaled(w13, rows), scaled(w2, rows)
     if format == "fp8 block":
-        experts = SiblingExperts(format, SWIGLU, c13, c2, 2.0**s13, 2.0**s2)
-        return SiblingActivations(c, (2.0**s).T.contiguous()), experts
+        experts = BaselineExperts(format, SWIGLU, c13, c2, 2.0**s13, 2.0**s2)
+        return BaselineActivations(c, (2.0**s).T.contiguous()), experts
     e8m0 = ((power + 127).to(torch.uint8) for power in (s, s13, s2))
     scale, scale13, scale2 = e8m0
-    return SiblingActivations(c, scale), SiblingExperts(format, SWIGLU, c13, c2, scale13, scale2)
+    return BaselineActivations(c, scale), BaselineExperts(format, SWIGLU, c13, c2, scale13, scale2)

@@ -15,12 +15,17 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 
-from nvfp4_moe.kernels.flashinfer import baselines as adapter
-from nvfp4_moe.kernels.flashinfer.baselines import SiblingRequest
+from nvfp4_moe.kernels.flashinfer import baseline_moe as adapter
+from nvfp4_moe.kernels.flashinfer.baseline_moe import BaselineCall
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe import baselines as siblings
+from nvfp4_moe.reference.moe import baseline_moe as reference
 from nvfp4_moe.reference.moe import fp8
-from nvfp4_moe.reference.moe.baselines import FORMATS, prepare_sibling, quantize_for, sibling_moe
+from nvfp4_moe.reference.moe.baseline_moe import (
+    FORMATS,
+    baseline_moe,
+    prepare_baseline,
+    quantize_for,
+)
 from nvfp4_moe.reference.moe.finalize import finalize
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e4m3
@@ -46,7 +51,7 @@ def made(format, kind=SWIGLU, shape=SHAPE, seed=0):
     """(experts, activations, ids, weights)."""
     w13, w2 = moe_cases.weights_of(shape, kind, seed)
     maxima = AMAX if format == "fp8 per tensor" else {}
-    experts = prepare_sibling(format, w13, w2, kind, **maxima)
+    experts = prepare_baseline(format, w13, w2, kind, **maxima)
     x = moe_cases.hidden_states(shape, seed)
     return experts, quantize_for(x, experts), *moe_cases.routing_of(shape, seed)
 
@@ -178,8 +183,8 @@ def test_the_layer_by_loops(format):
     """Token by token and slot by slot, of what the format holds."""
     shape = Shape(7, 256, 128, 4, 2, 1, 2)
     experts, activations, ids, weights = made(format, shape=shape)
-    got = sibling_moe(activations, experts, ids, weights, local_expert_offset=1)
-    x = siblings.hidden_values(activations, format)
+    got = baseline_moe(activations, experts, ids, weights, local_expert_offset=1)
+    x = reference.hidden_values(activations, format)
     want = torch.zeros(7, 256)
     for t in range(7):
         for k in range(2):
@@ -187,7 +192,7 @@ def test_the_layer_by_loops(format):
             if not 0 <= e < 2:
                 assert not got.rows[t, k].any()
                 continue
-            w13, w2 = siblings.expert_values(experts, e)
+            w13, w2 = reference.expert_values(experts, e)
             up, gate = (w13 @ x[t]).float().chunk(2)
             if format == "fp8 per tensor":
                 scale = 1 / (experts.w13_scale[e] * experts.input_scale)
@@ -231,14 +236,14 @@ def test_bad_arguments(change, message):
         "w2": torch.zeros(1, 128, 128).bfloat16(),
     }
     with pytest.raises(ValueError, match=message):
-        prepare_sibling(**given | change)
+        prepare_baseline(**given | change)
 
 
 # What FlashInfer gets
 
 
 def request_of(experts, activations, ids, weights, shape):
-    return SiblingRequest(
+    return BaselineCall(
         activations, experts, adapter.flashinfer_weights(experts),
         Routing(RoutingMethodType.Renormalize, shape.top_k), shape.experts, topk=(ids, weights),
         local_expert_offset=shape.offset,
@@ -277,7 +282,7 @@ def traced(format, shape):
     if format == "fp8 block":
         weights = torch.full_like(weights, 1 / shape.top_k)
     request = request_of(experts, activations, ids, weights, shape)
-    return request, sibling_moe(
+    return request, baseline_moe(
         activations, experts, ids, weights, local_expert_offset=shape.offset,
         round_intermediate=False,
     ).output  # fmt: skip
@@ -328,7 +333,7 @@ def test_weights_are_those_of_flashinfers_preparation(format, kind):
     api = pytest.importorskip("flashinfer.fused_moe.api", reason="needs flashinfer-python")
     w13, w2 = moe_cases.weights_of(SHAPE, kind)
     maxima = AMAX if format == "fp8 per tensor" else {}
-    experts = prepare_sibling(format, w13, w2, kind, **maxima)
+    experts = prepare_baseline(format, w13, w2, kind, **maxima)
     given = {
         "num_local_experts": 4, "hidden_size": 256, "intermediate_size": 128,
         "activation": api.ReLU2() if kind == RELU2 else api.SwiGLU(),
@@ -356,7 +361,7 @@ def test_fp8_block_weights_are_those_of_flashinfers_preparation():
         w13, w2, quant=api.QuantConfig(deepseek, deepseek), num_local_experts=4,
         hidden_size=256, intermediate_size=128,
     )  # fmt: skip
-    for name, tensor in adapter.flashinfer_weights(prepare_sibling("fp8 block", w13, w2)).items():
+    for name, tensor in adapter.flashinfer_weights(prepare_baseline("fp8 block", w13, w2)).items():
         assert_bitwise(tensor, theirs[name], name)
 
 

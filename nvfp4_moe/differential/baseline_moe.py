@@ -1,8 +1,8 @@
-"""The layers beside NVFP4 in `nvfp4-moe diff`: FlashInfer's BF16, FP8 and MXFP8, where it serves them.
+"""The baselines in `nvfp4-moe diff`: FlashInfer's BF16, FP8 and MXFP8 layers, where it serves them.
 
-Where nothing rounds an output must be the reference's, to the bit. Of real hidden states the contract
-leaves sums, last bits and scales inside cubins open (`reference.moe.baselines`): how near an output is
-to the reference's is said, not judged.
+Where nothing rounds, an output must be the reference's, to the bit. With real hidden states the contract
+leaves sums, last bits and scales inside cubins open (`reference.moe.baseline_moe`): the report says how
+near an output is to the reference's, and does not judge it.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ..cases import baselines as matrix_siblings
+from ..cases import baseline_moe as matrix
 from ..cases import inputs
-from ..cases.baselines import SiblingCase
+from ..cases.baseline_moe import BaselineCase
 from ..exits import CommandError
-from ..kernels.flashinfer import baselines as adapter
-from ..kernels.flashinfer.baselines import NAMES, SiblingRequest
-from ..reference.moe.baselines import FORMATS, Format, SiblingExperts, quantize_for
+from ..kernels.flashinfer import baseline_moe as adapter
+from ..kernels.flashinfer.baseline_moe import NAMES, BaselineCall
+from ..reference.moe.baseline_moe import FORMATS, BaselineExperts, Format, quantize_for
 from . import difference_map, flashinfer_tactics
 from .calls import ONCE, Output, RunOptions, crash, outputs
 from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
@@ -48,7 +48,7 @@ def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResul
     for format in FORMATS:
         if names is not None and NAMES[format] not in names:
             continue
-        every = [case.to(device) for case in matrix_siblings.cases(format)]
+        every = [case.to(device) for case in matrix.cases(format)]
         count = len(every)
         reason = adapter.refusal(every[0].request())
         if reason is not None and names is None:
@@ -67,7 +67,7 @@ def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResul
     return result
 
 
-def _judged(case: SiblingCase, name: str, options: RunOptions) -> Cell:
+def _judged(case: BaselineCase, name: str, options: RunOptions) -> Cell:
     request, expected = case.request(), case.reference()
     outputs_by_name = outputs(
         lambda: adapter.run(request), lambda: _configurations(request), options, expected.is_cuda
@@ -87,7 +87,7 @@ def _judged(case: SiblingCase, name: str, options: RunOptions) -> Cell:
     return Cell(worst(statuses), compared, len(wrong), note, [f for _, f in wrong[:SHOWN]])
 
 
-def _of_quantizer(experts: SiblingExperts) -> Cell:
+def _of_quantizer(experts: BaselineExperts) -> Cell:
     """Compare FlashInfer's MXFP8 quantizer with the reference on every kind of synthetic input."""
     every = [inputs.synthetic(kind, 64, 256).bfloat16() for kind in inputs.KINDS]
     x = torch.cat(every).to(experts.w13.device)
@@ -106,7 +106,7 @@ def _of_quantizer(experts: SiblingExperts) -> Cell:
     return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])
 
 
-def _configurations(request: SiblingRequest) -> list[flashinfer_tactics.Configuration]:
+def _configurations(request: BaselineCall) -> list[flashinfer_tactics.Configuration]:
     advertised = flashinfer_tactics.advertised(lambda: adapter.run(request))
     return [
         flashinfer_tactics.Configuration(t.name, lambda t=t: flashinfer_tactics.forced(t))  # type: ignore[misc]
@@ -125,7 +125,7 @@ def _nearness(every: list[torch.Tensor], expected: torch.Tensor) -> str:
 
 
 def _failures(
-    case: SiblingCase, expected: torch.Tensor, output: Output, title: str
+    case: BaselineCase, expected: torch.Tensor, output: Output, title: str
 ) -> Iterator[tuple[Status, Failure]]:
     """The failures of an output, and of the repeated call."""
     if isinstance(output.got, Exception):

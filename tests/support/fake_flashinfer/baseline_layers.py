@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.baselines import SiblingActivations, SiblingExperts
+from nvfp4_moe.reference.moe.baseline_moe import BaselineActivations, BaselineExperts
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 from . import compiled, decode
@@ -24,7 +24,7 @@ NAMES = {
 }
 
 
-class SiblingLayers:
+class BaselineLayers:
     """Methods of the compiled module; it has `_kernels`, and `_routed` for what logits choose."""
 
     _kernels: Any
@@ -49,8 +49,8 @@ class SiblingLayers:
             Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
                     routed_scaling_factor, norm_topk_prob),
         )  # fmt: skip
-        experts = SiblingExperts("bf16", kind, w13, w2)
-        self._serve(moe_tactic, SiblingActivations(hidden_states), experts, ids, weights,
+        experts = BaselineExperts("bf16", kind, w13, w2)
+        self._serve(moe_tactic, BaselineActivations(hidden_states), experts, ids, weights,
                     local_expert_offset, output, (local_num_experts, intermediate_size))  # fmt: skip
         return []
 
@@ -113,13 +113,13 @@ class SiblingLayers:
             tokens, blocks = hidden_states.shape[0], hidden_states.shape[1] // 128
             assert hidden_states_scale.shape == (blocks, tokens)
         (w13, s13), (w2, s2) = given
-        experts = SiblingExperts("mxfp8" if mx else "fp8 block", kind, w13, w2, s13, s2)
+        experts = BaselineExperts("mxfp8" if mx else "fp8 block", kind, w13, w2, s13, s2)
         ids, weights = self._routed(
             routing_input_mode, expert_indices, expert_weights, routing_logits, routing_bias,
             Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
                     routed_scaling_factor, norm_topk_prob),
         )  # fmt: skip
-        self._serve(config_index, SiblingActivations(hidden_states, hidden_states_scale), experts,
+        self._serve(config_index, BaselineActivations(hidden_states, hidden_states_scale), experts,
                     ids, weights, local_expert_offset, output,
                     (local_num_experts, intermediate_size))  # fmt: skip
         return []
@@ -135,17 +135,17 @@ class SiblingLayers:
             w.view(torch.uint8)[:, decode.trtllm_rows(w.shape[1], gated)].view(w.dtype)
             for w, gated in ((gemm1, kind.gated), (gemm2, False))
         )
-        experts = SiblingExperts(
+        experts = BaselineExperts(
             "fp8 per tensor", kind, w13, w2, 1 / gate, 1 / (row * encode[0]), torch.ones(()),
             encode[0],
         )  # fmt: skip
-        self._serve(tactic, SiblingActivations(x), experts, ids, weights, offset, output, sizes)
+        self._serve(tactic, BaselineActivations(x), experts, ids, weights, offset, output, sizes)
 
     def _serve(self, tactic, activations, experts, ids, weights, offset, output, sizes):
         assert (experts.num_local, experts.w2.shape[2]) == sizes
         tile, number = tactic
         name = "default" if tile == UNTUNED else json.dumps([tile, number])
-        result = self._kernels.run_sibling(NAMES[experts.format], name, {
+        result = self._kernels.run_baseline(NAMES[experts.format], name, {
             "activations": activations, "experts": experts, "ids": ids, "weights": weights,
             "local_expert_offset": offset,
         })  # fmt: skip

@@ -13,18 +13,18 @@ from assertions import assert_bitwise
 from fake_flashinfer import layers
 from installations import pretend
 
-from nvfp4_moe.cases.baselines import SiblingCase, exact_case
-from nvfp4_moe.differential import baselines as diff_siblings
+from nvfp4_moe.cases.baseline_moe import BaselineCase, exact_case
+from nvfp4_moe.differential import baseline_moe as diff_baseline
 from nvfp4_moe.differential.calls import RunOptions
 from nvfp4_moe.exits import CommandError
-from nvfp4_moe.kernels.flashinfer import baselines as adapter
+from nvfp4_moe.kernels.flashinfer import baseline_moe as adapter
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import fp8
-from nvfp4_moe.reference.moe.baselines import (
+from nvfp4_moe.reference.moe.baseline_moe import (
     FORMATS,
-    SiblingActivations,
-    prepare_sibling,
+    BaselineActivations,
+    prepare_baseline,
     quantize_for,
 )
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
@@ -39,7 +39,7 @@ QUANTIZER_FAULT = "MXFP8's scale rounded down"
 FAULTS = [
     (n, b)
     for n, fault in fake_flashinfer.FAULTS.items()
-    if fault.of == "sibling" and n != QUANTIZER_FAULT
+    if fault.of == "baseline" and n != QUANTIZER_FAULT
     for b in fault.backends
 ]
 
@@ -47,7 +47,7 @@ FAULTS = [
 def judged(name, fault=None, sweep=EVERY):
     """Cells of one layer by case, and the tactics that ran."""
     with fake_flashinfer.installed(fault) as fake:
-        result = diff_siblings.run([name], sweep)
+        result = diff_baseline.run([name], sweep)
     section = result.section
     assert not result.not_run and section.columns == [name]
     assert {ran.backend for ran in fake.ran} <= {name}
@@ -153,7 +153,7 @@ def test_a_crash_of_one_layer():
     def crashes(given, tactic):
         raise RuntimeError("no kernel image\nfor this device")
 
-    fault = fake_flashinfer.Fault("sibling", (), "", layers.Behaviour(sibling=crashes))
+    fault = fake_flashinfer.Fault("baseline", (), "", layers.Behaviour(baseline=crashes))
     with mock.patch.dict(fake_flashinfer.FAULTS, crashing=fault):
         cells, _ = judged(NAMES["bf16"], "crashing")
     assert {c.status for c in cells.values()} == {"crashed"}
@@ -168,11 +168,11 @@ def test_from_logits(format):
     shape = moe_cases.Shape(9, 256, 128, 16, 4, 4, 8)
     w13, w2 = moe_cases.weights_of(shape, ActivationType.Swiglu)
     amax = {"input_amax": 40.0, "intermediate_amax": 30.0} if "tensor" in format else {}
-    experts = prepare_sibling(format, w13, w2, **amax)
+    experts = prepare_baseline(format, w13, w2, **amax)
     x = quantize_for(moe_cases.hidden_states(shape), experts)
     logits = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
     chosen = route(logits, routing := Routing(RoutingMethodType.Renormalize, 4))
-    case = SiblingCase("", x, experts, chosen.ids, chosen.weights_bf16, 16, 4)
+    case = BaselineCase("", x, experts, chosen.ids, chosen.weights_bf16, 16, 4)
     request = replace(case.request(), routing=routing, logits=logits, topk=None)
     with fake_flashinfer.installed():
         assert adapter.refusal(request) is None
@@ -184,9 +184,9 @@ def test_from_logits(format):
 
 
 def test_without_a_gpu():
-    result = diff_siblings.run()
+    result = diff_baseline.run()
     assert not result.section.rows and sum(result.not_run.values()) == 12
-    result = diff_siblings.run([NAMES["bf16"]])
+    result = diff_baseline.run([NAMES["bf16"]])
     assert not result.not_run and {c.status for c in result.section.cells} == {"skipped"}
 
 
@@ -194,8 +194,8 @@ def test_an_unknown_layer():
     with pytest.raises(
         CommandError, match="--backends has 'fp8'; it must be among flashinfer:bf16, "
     ):
-        diff_siblings.known("flashinfer:mxfp8,fp8")
-    assert diff_siblings.known(None) is None
+        diff_baseline.known("flashinfer:mxfp8,fp8")
+    assert diff_baseline.known(None) is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_an_unknown_layer():
         ("mxfp8", {"num_experts": 6}, "num_experts must be a multiple of 4 above top_k"),
         ("bf16", {"num_experts": 6}, None),
         ("fp8 block", {"routing": Routing(RoutingMethodType.Renormalize, 4)}, "above top_k"),
-        ("bf16", {"activations": SiblingActivations(torch.zeros(0, 256))}, "there are no tokens"),
+        ("bf16", {"activations": BaselineActivations(torch.zeros(0, 256))}, "there are no tokens"),
         ("bf16", {"kind": ActivationType.Situ}, "the activation is not among Swiglu"),
         ("bf16", {"capability": (9, 0)}, "sm_90 has no kernels; sm_100, sm_103 and sm_107 have"),
         ("bf16", {"version": (0, 6, 18)}, "flashinfer-python is older than 0.7"),

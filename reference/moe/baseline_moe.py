@@ -44,7 +44,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
-class SiblingExperts:
+class BaselineExperts:
     """`num_local` experts; rows in their natural order, [up; gate] of gated activations."""
 
     format: Format
@@ -78,7 +78,7 @@ class SiblingExperts:
 
 
 @dataclass(frozen=True)
-class SiblingActivations:
+class BaselineActivations:
     """The hidden states of T tokens as the layer receives them."""
 
     hidden_states: torch.Tensor  # [T, H] bf16, or float8_e4m3fn codes
@@ -87,7 +87,7 @@ class SiblingActivations:
 
 @torch.no_grad()
 @kept
-def prepare_sibling(
+def prepare_baseline(
     format: Format,
     w13: torch.Tensor,
     w2: torch.Tensor,
@@ -95,7 +95,7 @@ def prepare_sibling(
     *,
     input_amax: float | None = None,
     intermediate_amax: float | None = None,
-) -> SiblingExperts:
+) -> BaselineExperts:
     """Ordinary weights, in a format.
 
     Args:
@@ -111,7 +111,7 @@ def prepare_sibling(
     """
     _check(format, w13, w2, activation)
     if format == "bf16":
-        return SiblingExperts(format, activation, w13, w2)
+        return BaselineExperts(format, activation, w13, w2)
     if format == "fp8 per tensor":
         if input_amax is None or intermediate_amax is None:
             missing = "input_amax" if input_amax is None else "intermediate_amax"
@@ -125,32 +125,32 @@ def prepare_sibling(
             fp8.quantize_per_tensor(w, s[:, None, None])
             for w, s in ((w13, encode13), (w2, encode2))
         )
-        return SiblingExperts(format, activation, codes13, codes2, encode13, encode2, a, c)
+        return BaselineExperts(format, activation, codes13, codes2, encode13, encode2, a, c)
     if format == "fp8 block":
         q13, q2 = fp8.quantize_blocks(w13, BLOCK), fp8.quantize_blocks(w2, BLOCK)
     else:
         q13, q2 = fp8.quantize_mxfp8(w13), fp8.quantize_mxfp8(w2)
-    return SiblingExperts(format, activation, q13.codes, q2.codes, q13.scale, q2.scale)
+    return BaselineExperts(format, activation, q13.codes, q2.codes, q13.scale, q2.scale)
 
 
 @kept
-def quantize_for(x: torch.Tensor, experts: SiblingExperts) -> SiblingActivations:
+def quantize_for(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
     """[T, H] bf16 hidden states in the format of the experts."""
     if experts.format == "bf16":
-        return SiblingActivations(x)
+        return BaselineActivations(x)
     if experts.format == "fp8 per tensor":
         assert experts.input_scale is not None
-        return SiblingActivations(fp8.quantize_per_tensor(x, experts.input_scale))
+        return BaselineActivations(fp8.quantize_per_tensor(x, experts.input_scale))
     if experts.format == "fp8 block":
         q = fp8.quantize_blocks(x)
-        return SiblingActivations(q.codes, q.scale.T.contiguous())
-    return SiblingActivations(*fp8.quantize_mxfp8(x))
+        return BaselineActivations(q.codes, q.scale.T.contiguous())
+    return BaselineActivations(*fp8.quantize_mxfp8(x))
 
 
 @kept
-def sibling_moe(
-    activations: SiblingActivations,
-    experts: SiblingExperts,
+def baseline_moe(
+    activations: BaselineActivations,
+    experts: BaselineExperts,
     ids: torch.Tensor,
     weights: torch.Tensor,
     *,
@@ -192,7 +192,7 @@ def sibling_moe(
     return MoEResult(output, rows.bfloat16(), {"accumulator1": acc1, "intermediate": middle})
 
 
-def hidden_values(activations: SiblingActivations, format: Format) -> torch.Tensor:
+def hidden_values(activations: BaselineActivations, format: Format) -> torch.Tensor:
     """[T, H] fp64: codes times scales; of fp8 per tensor the codes, whose scale is the scalars'."""
     codes, scale = activations.hidden_states, activations.scale
     if format == "fp8 block":
@@ -204,7 +204,7 @@ def hidden_values(activations: SiblingActivations, format: Format) -> torch.Tens
     return codes.double()
 
 
-def expert_values(experts: SiblingExperts, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_values(experts: BaselineExperts, e: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(w13 [M1, H], w2 [H, I]) of one expert, fp64, as `hidden_values`."""
 
     def values(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
