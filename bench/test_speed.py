@@ -19,9 +19,10 @@ from moe_speed import Shape
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
+from nvfp4_moe.kernels.baseline_moe.backends import BASELINE_MOE
+from nvfp4_moe.kernels.baseline_moe.call import BaselineCall
 from nvfp4_moe.kernels.flashinfer import baseline_moe
 from nvfp4_moe.reference.moe import baseline_moe as reference
-from nvfp4_moe.reference.moe.routing import route
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CALLS = 10  # in one graph, so that a replay's own cost is a tenth
@@ -89,17 +90,18 @@ LAYERS = {
 BASELINES = {name: format for format, name in baseline_moe.NAMES.items()}
 
 
-def baseline_call(s: Shape, format, x, logits):
+def baseline_call(s: Shape, backend: str, x, logits):
     """A call of FlashInfer's layer of a format, its hidden states quantized in it; or skip."""
     if s.biased:
         pytest.skip("FlashInfer's layers beside NVFP4 are measured without biases")
+    format = BASELINES[backend]
     w = moe_speed.bf16_weights(s)
-    routing = Routing(RoutingMethodType.Renormalize, s.top_k)
     raw = reference.BaselineExperts(format, s.activation, w.w13, w.w2)
-    request = baseline_moe.BaselineCall(
-        reference.BaselineActivations(x), raw, {}, routing, s.routed, logits=logits
-    )
-    if (reason := baseline_moe.refusal(request)) is not None:
+    request = BaselineCall(
+        reference.BaselineActivations(x), raw, {},
+        Routing(RoutingMethodType.Renormalize, s.top_k), s.routed, logits=logits,
+    )  # fmt: skip
+    if (reason := BASELINE_MOE.refusal(backend, request)) is not None:
         pytest.skip(reason)
     amax = {"input_amax": 8.0, "intermediate_amax": 8.0} if format == "fp8 per tensor" else {}
     try:
@@ -110,13 +112,12 @@ def baseline_call(s: Shape, format, x, logits):
     request = replace(request, experts=experts, weights=weights)
 
     def call():
-        a = baseline_moe.quantize(x, experts)
-        return baseline_moe.run(replace(request, activations=a))
+        quantized = replace(request, activations=baseline_moe.quantize(x, experts))
+        return BASELINE_MOE.run(backend, quantized)
 
-    got, chosen = call(), route(logits[:5], routing)
     some = reference.quantize_for(x[:5], experts)
-    want = reference.baseline_moe(some, experts, chosen.ids, chosen.weights_bf16).output.double()
-    assert (got[:5].double() - want).norm() < 1e-1 * want.norm()
+    want = BASELINE_MOE.run("reference", replace(request, activations=some, logits=logits[:5]))
+    assert (call()[:5].double() - want.double()).norm() < 1e-1 * want.double().norm()
     return call
 
 
@@ -132,7 +133,7 @@ def test_moe(benchmark, shape_and_experts, tokens, layer):
     benchmark.group = f"{s.name}, {tokens} tokens"
     x, logits = moe_speed.inputs(s, tokens)
     if layer in BASELINES:
-        device_time(benchmark, baseline_call(s, BASELINES[layer], x, logits))
+        device_time(benchmark, baseline_call(s, layer, x, logits))
         return
     if layer not in LAYERS:
         w = moe_speed.bf16_weights(s)

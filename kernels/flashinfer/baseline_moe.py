@@ -6,7 +6,7 @@ shuffled).
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ import torch
 from ...reference.activation import IMPLEMENTED, ActivationType
 from ...reference.layouts import from_linear
 from ...reference.moe.baseline_moe import BaselineActivations, BaselineExperts, Format, quantize_for
-from ...reference.moe.routing import Routing
 from ...reference.recipe import SfLayout
 from ...reference.weights.layout import row_order
-from ..device import capability_of
+from ..baseline_moe.call import BaselineCall
 from .description import (
     BATCH_INVARIANT,
     KEYWORD,
@@ -45,24 +44,6 @@ _OPTIONS: dict[Format, dict[str, Any]] = {
 _BLOCK_K_BYTES = 128  # of BlockMajorK, prepare.py:1333
 _FUSED = tuple(kind for kind in IMPLEMENTED if "baselines" in kind.row.flashinfer)
 """Activations; fp8 block has SwiGLU alone, `reference.moe.baseline_moe`."""
-
-
-@dataclass(frozen=True)
-class BaselineCall:
-    """One call: from router logits [T, E], or with (ids [T, K] int32, weights [T, K] bf16 or fp32)."""
-
-    activations: BaselineActivations
-    experts: BaselineExperts
-    weights: dict[str, torch.Tensor]  # `flashinfer_weights` of the experts, made once
-    routing: Routing
-    num_experts: int
-    logits: torch.Tensor | None = None
-    topk: tuple[torch.Tensor, torch.Tensor] | None = None
-    local_expert_offset: int = 0
-
-    @property
-    def capability(self) -> tuple[int, int] | None:
-        return capability_of(self.activations.hidden_states)
 
 
 RULES: tuple[Rule[BaselineCall], ...] = (

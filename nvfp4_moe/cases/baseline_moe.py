@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import host
-from ..kernels.flashinfer.baseline_moe import BaselineCall, flashinfer_weights
+from ..kernels.baseline_moe.call import BaselineCall
+from ..kernels.flashinfer.baseline_moe import flashinfer_weights
 from ..reference.activation import ActivationType
 from ..reference.moe.baseline_moe import (
     BaselineActivations,
@@ -45,7 +46,7 @@ class BaselineCase:
     exact: bool = False
     """Nothing ever rounds before the rows' sum: one right output, to the bit."""
 
-    def request(self) -> BaselineCall:
+    def call(self) -> BaselineCall:
         return BaselineCall(
             self.activations, self.experts, flashinfer_weights(self.experts),
             Routing(RoutingMethodType.Renormalize, self.ids.shape[1]), self.num_experts,

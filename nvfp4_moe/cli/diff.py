@@ -20,7 +20,7 @@ from ..exits import CommandError, Exit
 from ..failures import write
 from ..report import terminal
 from ..report.data import Report
-from ..report.parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
+from ..report.parts import MOE, PARTS, QUANTIZERS, Part, Settings
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -94,11 +94,8 @@ def _parts(options: argparse.Namespace) -> tuple[Part, ...]:
     if options.only not in (None, QUANTIZERS.name) and about_quantizers:
         raise CommandError(f"--only is {options.only}; --input and --kind are of the quantizers")
     if options.backend and not (options.only or about_quantizers):
-        raise CommandError(
-            f"--backend is {options.backend[0]}; --only must name its part, quantizers or moe"
-        )
-    if options.only == BASELINES.name and options.backend:
-        raise CommandError(f"--only is {options.only}; it has no --backend of your own")
+        names = " or ".join(part.name for part in PARTS)
+        raise CommandError(f"--backend is {options.backend[0]}; --only must name its part, {names}")
     if options.only:
         return tuple(part for part in PARTS if part.name == options.only)
     return (QUANTIZERS,) if about_quantizers or options.backends else PARTS

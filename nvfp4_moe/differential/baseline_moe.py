@@ -14,31 +14,35 @@ from ..cases import baseline_moe as matrix
 from ..cases import inputs
 from ..cases.baseline_moe import BaselineCase
 from ..exits import CommandError
+from ..kernels.baseline_moe.backends import BASELINE_MOE
+from ..kernels.baseline_moe.call import BaselineCall
 from ..kernels.flashinfer import baseline_moe as adapter
-from ..kernels.flashinfer.baseline_moe import NAMES, BaselineCall
+from ..kernels.flashinfer.baseline_moe import NAMES
 from ..reference.moe.baseline_moe import FORMATS, BaselineExperts, Format, quantize_for
 from . import difference_map, flashinfer_tactics
 from .calls import ONCE, Output, RunOptions, crash, outputs
 from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
 
 TITLE = "BF16, FP8 and MXFP8 layers"
-_OF_NAME: dict[str, Format] = {name: format for format, name in NAMES.items()}
+_FORMAT_OF: dict[str, Format] = {name: format for format, name in NAMES.items()}
+"""The format of each of FlashInfer's backends; the other backends serve all."""
 
 
 def known(names: str | None) -> list[str] | None:
-    """The layers that were named, comma-separated; CommandError for an unknown one."""
+    """The backends that were named, comma-separated; CommandError for an unknown one."""
     if names is None:
         return None
     for name in names.split(","):
-        if name not in _OF_NAME:
-            raise CommandError(f"--backends has {name!r}; it must be among {', '.join(_OF_NAME)}")
+        if name not in BASELINE_MOE.names:
+            allowed = ", ".join(BASELINE_MOE.names)
+            raise CommandError(f"--backends has {name!r}; it must be among {allowed}")
     return list(dict.fromkeys(names.split(",")))
 
 
 def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResult:
-    """Compare the layers that were named, or all that FlashInfer serves here.
+    """Compare the backends that were named, or all of FlashInfer's that serve here.
 
-    A layer that was named has its cells even if it is not run.
+    A backend that was named has its cells even if it is not run.
     """
     result = PartResult(Section(TITLE))
     section = result.section
@@ -46,20 +50,19 @@ def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResul
     idle: dict[str, list[str]] = {}
     count = 0
     for format in FORMATS:
-        if names is not None and NAMES[format] not in names:
-            continue
-        every = [case.to(device) for case in matrix.cases(format)]
-        count = len(every)
-        reason = adapter.refusal(every[0].request())
-        if reason is not None and names is None:
-            idle.setdefault(reason, []).append(NAMES[format])
-            continue
-        for case in every:
-            cell = Cell("skipped", note=reason) if reason else _judged(case, NAMES[format], options)
-            section.put(case.name, NAMES[format], cell)
-        if format == "mxfp8":  # the one with a kernel for it, whose bits are determined
-            cell = Cell("skipped", note=reason) if reason else _of_quantizer(every[0].experts)
-            section.put(f"{format}, its quantizer", NAMES[format], cell)
+        chosen = [n for n in names or NAMES.values() if _FORMAT_OF.get(n, format) == format]
+        every = [case.to(device) for case in matrix.cases(format)] if chosen else []
+        count = max(count, len(every))
+        for name in chosen:
+            reason = BASELINE_MOE.refusal(name, every[0].call())
+            if reason is not None and names is None:
+                idle.setdefault(reason, []).append(name)
+                continue
+            for case in every:
+                section.put(case.name, name, _skipped(reason) or _judged(case, name, options))
+            if name == NAMES["mxfp8"]:  # the one with a kernel for it, whose bits are determined
+                cell = _skipped(reason) or _of_quantizer(every[0].experts)
+                section.put(f"{format}, its quantizer", name, cell)
     for reason, layers in idle.items():
         result.not_run[f"{', '.join(layers)}: {reason}"] = count * len(layers)
     section.notes.append("the reference's bits where sums are exact, elsewhere how near they are")
@@ -67,10 +70,17 @@ def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResul
     return result
 
 
+def _skipped(reason: str | None) -> Cell | None:
+    return None if reason is None else Cell("skipped", note=reason)
+
+
 def _judged(case: BaselineCase, name: str, options: RunOptions) -> Cell:
-    request, expected = case.request(), case.reference()
+    call, expected = case.call(), case.reference()
     outputs_by_name = outputs(
-        lambda: adapter.run(request), lambda: _configurations(request), options, expected.is_cuda
+        lambda: BASELINE_MOE.run(name, call),
+        lambda: _configurations(name, call),
+        options,
+        expected.is_cuda,
     )
     wrong = [
         failure
@@ -106,12 +116,10 @@ def _of_quantizer(experts: BaselineExperts) -> Cell:
     return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])
 
 
-def _configurations(request: BaselineCall) -> list[flashinfer_tactics.Configuration]:
-    advertised = flashinfer_tactics.advertised(lambda: adapter.run(request))
-    return [
-        flashinfer_tactics.Configuration(t.name, lambda t=t: flashinfer_tactics.forced(t))  # type: ignore[misc]
-        for t in advertised
-    ]
+def _configurations(name: str, call: BaselineCall) -> list[flashinfer_tactics.Configuration]:
+    if name not in _FORMAT_OF:
+        return [flashinfer_tactics.Configuration(flashinfer_tactics.DEFAULT)]
+    return flashinfer_tactics.every_tactic(lambda: BASELINE_MOE.run(name, call))
 
 
 def _nearness(every: list[torch.Tensor], expected: torch.Tensor) -> str:

@@ -14,6 +14,7 @@ from ..differential.calls import ONCE, RunOptions
 from ..differential.quantize import InputSelection
 from ..differential.results import PartResult
 from ..kernels import environment
+from ..kernels.baseline_moe.backends import BASELINE_MOE
 from ..kernels.moe.backends import FUSED_MOE, ORDER
 from ..kernels.quantize.api import BACKENDS, QUANTIZE
 from . import terminal
@@ -54,8 +55,8 @@ class Part:
     """Print a result on a terminal, given the sides and the seconds that it took."""
     arguments: Callable[[str, bool], list[str]]
     """The arguments of `diff` for one backend, of all its cases or of a small part of them."""
-    operation: str = ""
-    """The operation that a user's backend is registered for; empty: the part takes none."""
+    operation: str
+    """The operation that a user's backend is registered for."""
     optional: bool = False
     """The report has no section of it where it has no cells."""
 
@@ -90,12 +91,13 @@ MOE = Part(
 BASELINES = Part(
     "baselines",
     baseline_moe.TITLE,
-    tuple(baseline_moe.NAMES.values()),
+    BASELINE_MOE.names,
     _ANY_MATH,
     baseline_moe.known,
     lambda settings, sides: baseline_moe.run(sides, settings.runs),
     terminal.print_layers,
     lambda backend, small: ["--backends", backend, *_LAYER_ARGUMENTS],
+    BASELINE_MOE.name,
     optional=True,
 )
 PARTS = (QUANTIZERS, MOE, BASELINES)

@@ -17,6 +17,8 @@ from nvfp4_moe.cases.baseline_moe import BaselineCase, exact_case
 from nvfp4_moe.differential import baseline_moe as diff_baseline
 from nvfp4_moe.differential.calls import RunOptions
 from nvfp4_moe.exits import CommandError
+from nvfp4_moe.kernels import device
+from nvfp4_moe.kernels.baseline_moe.backends import BASELINE_MOE
 from nvfp4_moe.kernels.flashinfer import baseline_moe as adapter
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
@@ -173,11 +175,15 @@ def test_from_logits(format):
     logits = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
     chosen = route(logits, routing := Routing(RoutingMethodType.Renormalize, 4))
     case = BaselineCase("", x, experts, chosen.ids, chosen.weights_bf16, 16, 4)
-    request = replace(case.request(), routing=routing, logits=logits, topk=None)
+    request = replace(case.call(), routing=routing, logits=logits, topk=None)
     with fake_flashinfer.installed():
-        assert adapter.refusal(request) is None
-        assert_bitwise(adapter.run(request), case.reference(), format)
-        assert_bitwise(adapter.run(case.request()), case.reference(), f"{format}, routed")
+        assert BASELINE_MOE.choose(request) == NAMES[format]
+        assert_bitwise(BASELINE_MOE.run(NAMES[format], request), case.reference(), format)
+        assert_bitwise(
+            BASELINE_MOE.run(NAMES[format], case.call()), case.reference(), f"{format}, routed"
+        )
+    assert BASELINE_MOE.choose(request) == "reference"
+    assert_bitwise(BASELINE_MOE.run("reference", request), case.reference(), "reference")
 
 
 # What is not run
@@ -214,11 +220,16 @@ def test_an_unknown_layer():
 )
 def test_refusals(monkeypatch, format, change, message):
     here = {"capability": (10, 0), "version": (0, 7, 2), "kind": None} | change
-    monkeypatch.setattr(adapter, "capability_of", lambda t: here["capability"])
+    monkeypatch.setattr(device, "of_device", lambda d: here["capability"])
     pretend(monkeypatch, version=here["version"])
-    request = exact_case(format).request()
+    request = exact_case(format).call()
     kind = here["kind"] or request.experts.activation
     of_request = {k: v for k, v in change.items() if hasattr(request, k) and k != "capability"}
     request = replace(request, experts=replace(request.experts, activation=kind), **of_request)
-    reason = adapter.refusal(request)
+    reason = BASELINE_MOE.refusal(NAMES[format], request)
     assert reason is None if message is None else message in reason
+
+
+def test_a_layer_serves_one_format():
+    reason = BASELINE_MOE.refusal(NAMES["bf16"], exact_case("mxfp8").call())
+    assert reason == "it serves bf16, and the experts are in mxfp8"

@@ -15,8 +15,8 @@ import torch
 from assertions import assert_bitwise
 from moe_cases import Shape
 
+from nvfp4_moe.kernels.baseline_moe.call import BaselineCall
 from nvfp4_moe.kernels.flashinfer import baseline_moe as adapter
-from nvfp4_moe.kernels.flashinfer.baseline_moe import BaselineCall
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import baseline_moe as reference
 from nvfp4_moe.reference.moe import fp8

@@ -59,12 +59,12 @@ def test_baselines(monkeypatch, name):
     s = Shape("EP", 256, 128, 4, 2, ranks=2)
     x, logits = moe_speed.inputs(s, 9)
     with fake_flashinfer.installed() as fake:
-        call = test_speed.baseline_call(s, test_speed.BASELINES[name], x, logits)
+        call = test_speed.baseline_call(s, name, x, logits)
         assert torch.equal(call(), call())
     assert [ran.backend for ran in fake.ran] == [name] * 3
     for changed, reason in (({"biased": True}, "without biases"), ({}, "on the CPU")):
         with pytest.raises(pytest.skip.Exception, match=reason):
-            test_speed.baseline_call(replace(s, **changed), test_speed.BASELINES[name], x, logits)
+            test_speed.baseline_call(replace(s, **changed), name, x, logits)
 
 
 @pytest.mark.parametrize("name", SHAPES)
