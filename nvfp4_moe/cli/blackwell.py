@@ -47,7 +47,7 @@ class BackendJob:
     math: str  # a key of `part.maths`
 
     @property
-    def write(self) -> str:
+    def folder(self) -> str:
         return re.sub(r"\W+", "-", f"{self.part.name} {self.backend} {self.math}")
 
     @property

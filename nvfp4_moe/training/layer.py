@@ -89,8 +89,8 @@ def fake_quantized_moe(
             check_values(*shipped, activation, options)
         experts = quantize_experts(*shipped, activation, recipe, options)
     else:
-        options = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit, "recipe": recipe}
-        _check_prepared(experts, activation, w13, w2, w13_bias, w2_bias, options)
+        fixed = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit, "recipe": recipe}
+        _check_prepared(experts, activation, w13, w2, w13_bias, w2_bias, fixed)
     online = _recipe_of_activations(fast_math, build, nvfp4_4over6)
     call = {
         "backend": backend, "batch_invariant": batch_invariant, "output_dtype": output_dtype,
@@ -142,11 +142,11 @@ def _check_prepared(
     w2: torch.Tensor,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    options: dict[str, Any],
+    fixed: dict[str, Any],
 ) -> None:
     """Check that the caller prepared the experts per token, with the same options and sizes."""
     checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
-    for name, value in options.items():
+    for name, value in fixed.items():
         if value is not None:
             checks.wrong_value(name, value, "None with experts, which were prepared with theirs")
     if experts.activation != activation:
