@@ -93,7 +93,7 @@ class ProducerCall:
     def judge(self) -> Answered:
         x, weight, residual = self._given()
         if weight is None:
-            values = fused_quantize.silu_and_mul(x)
+            values = fused_quantize.silu_and_mul(x, self.recipe.build)
         elif residual is None:
             values = fused_quantize.rmsnorm(x, weight, 1e-5)
         else:
