@@ -147,6 +147,18 @@ RULES: dict[str, tuple[Rule[QuantizeCall], ...]] = {
             "a does not start at a multiple of 32 bytes (e4m3: 16), as its loads need",
             "tensorrt_llm/kernels/quantization.cuh:45",
         ),
+        # Its TMA map asks for a fill that CUDA has for floating types, and says that e4m3 is UINT8.
+        Rule(
+            lambda r: (
+                not r.per_token
+                and r.a.dtype == torch.float8_e4m3fn
+                and r.m >= 1024
+                and r.k % 512 == 0
+            ),
+            "a is float8_e4m3fn [{r.m}, {r.k}]; from 1024 rows on, with K a multiple of 512, its "
+            'launcher always raises "Failed to encode TMA tensor map"',
+            "cpp/kernels/quantization.cu:567",
+        ),
         # grid(m): an empty launch is an error
         Rule(
             lambda r: r.m == 0,

@@ -71,6 +71,12 @@ def first_reason(rules: Iterable[Rule[C]], call: C) -> str | None:
     return None
 
 
+def every_text(rules: Iterable[Rule[C]], call: C) -> list[str]:
+    """The reasons of all rules of the installed version that hold for the call."""
+    here = version.HERE.described_as
+    return [rule.text(call) for rule in rules if here in rule.versions and rule.refuses(call)]
+
+
 def sm_of(capability: Capability | None) -> str:
     """ "sm_100" of (10, 0); "" of None."""
     return "" if capability is None else f"sm_{capability[0]}{capability[1]}"

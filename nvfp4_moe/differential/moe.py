@@ -20,7 +20,7 @@ from ..kernels.moe.backends import FUSED_MOE
 from . import accumulation, difference_map, flashinfer_tactics, workers
 from .calls import ONCE, Output, RunOptions, crash, outputs
 from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
-from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
+from .verdict import PLACES, Allowed, explain_output, left_open, may_drop_nan, unequal
 
 TITLE = "fused mixture of experts"
 
@@ -64,7 +64,7 @@ def run(
     if options.every_configuration and "triton" in names and on_gpu:
         _compile_ahead(every, options)
     for i, case in enumerate(on_device):
-        allowed: dict[bool, Allowed] = {}
+        allowed: dict[tuple[bool, bool], Allowed] = {}
         for name in names:
             if name == workers.INTERPRETER:
                 answer = interpreted[i]
@@ -73,10 +73,10 @@ def run(
             if isinstance(answer, str):
                 result.section.put(case.name, name, Cell("skipped", note=answer))
                 continue
-            drops = may_drop_nan(name)
-            if drops not in allowed:
-                allowed[drops] = Allowed(case, backend=name)
-            cell, wrong = _judge(allowed[drops], name, answer, withheld[name])
+            judged_as = may_drop_nan(name), left_open(case, name) is not None
+            if judged_as not in allowed:
+                allowed[judged_as] = Allowed(case, backend=name)
+            cell, wrong = _judge(allowed[judged_as], name, answer, withheld[name])
             result.section.put(case.name, name, cell)
             result.failures += wrong
     result.section.notes.append(

@@ -308,6 +308,30 @@ class TestExplain:
         pretend(monkeypatch, version=None)
         assert "not installed" in explained(case).reason("flashinfer:trtllm")
 
+    def test_llama4_over_ranks_with_few_tokens(self):
+        """FlashInfer's kernel for up to three tokens has global experts in its map of tiles."""
+        for tokens, experts, refused in ((3, 16, True), (4, 16, False), (3, 8, False)):
+            case = moe_cases.make(replace(SHAPE, tokens=tokens))
+            given = torch.zeros(tokens, experts), Routing(RoutingMethodType.Llama4, 1)
+            e = explained(case, routing=given, num_experts=experts)
+            assert (e.backend == "triton") == refused
+            assert ("wrong experts" in (e.reason("flashinfer:trtllm") or "")) == refused
+
+    def test_what_flashinfer_leaves_open_is_noted(self):
+        case = moe_cases.make(SHAPE)
+        (note,) = explained(case).notes
+        assert "one of two equal ids" in note
+        many = moe_cases.make(replace(SHAPE, tokens=17))
+        assert not explained(many).notes and not explained(case, build="cute-dsl").notes
+        logits = torch.zeros(SHAPE.tokens, SHAPE.experts)
+        groups = Routing(RoutingMethodType.DeepSeekV3, 2, 2, 1)
+        (note,) = explained(case, routing=(logits, groups)).notes
+        assert "topk_group" in note
+        (note,) = explained(case, routing=(logits, Routing(RoutingMethodType.TopK, 2))).notes
+        assert "no experts" in note
+        sigmoid = Routing(RoutingMethodType.Sigmoid, 2)
+        assert not explained(case, routing=(logits, sigmoid)).notes
+
     def test_static_scales(self):
         case = moe_cases.make(SHAPE, mode="static")
         assert explained(case, activation="static").backend == "flashinfer:trtllm"
