@@ -89,7 +89,7 @@ NOT_BATCH_INVARIANT: Rule[MoECall] = Rule(
 
 
 def _splits_its_sum(r: MoECall) -> bool:
-    k, h = r.routing.top_k, r.experts.padded_hidden_size
+    k, h = r.routing.top_k, r.experts.hidden_size
     return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
 
 

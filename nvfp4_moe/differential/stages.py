@@ -116,7 +116,7 @@ def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdi
         for name in ("fc2_input_codes", "fc2_input_block_scales", "fc2_input_token_scales")
     )
     differing["rows"] = outside(staged.rows, r.rows)
-    ordered = finalize(r.rows.float(), weights, e.padded_hidden_size, call.finalize_order, is_local)
+    ordered = finalize(r.rows.float(), weights, call.finalize_order, is_local)
     differing["output"] = _unequal(r.output, ordered.to(r.output.dtype))
     whole = bounds(right, chosen.ids, chosen.weights_bf16)
     return Verdict(differing, outside(whole.output, r.output))

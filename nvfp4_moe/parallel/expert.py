@@ -198,16 +198,16 @@ def _finalized(
     weights: torch.Tensor,
 ) -> torch.Tensor:
     """[T, hidden size]: this rank's tokens, as one process finalizes them."""
-    width, order = r.experts.padded_hidden_size, r.finalize_order
+    order = r.finalize_order
     if name == "reference" or FUSED_MOE.refusal("triton", r) is not None:
         # -1, a slot without an expert anywhere, reads the row of zeros, and is skipped.
         wide = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         by_slot = wide[permuted.long()].unflatten(0, weights.shape)
         is_local = permuted.view(weights.shape) >= 0
-        return finalize(by_slot.float(), weights, width, order, is_local).to(r.output_dtype)
+        return finalize(by_slot.float(), weights, order, is_local).to(r.output_dtype)
     from ..kernels.moe.finalize import finalize as triton_finalize
 
     output = rows.new_empty((r.tokens, rows.shape[1]), dtype=r.output_dtype)
     if r.tokens:
-        triton_finalize(rows, permuted, weights, output, width, order)
+        triton_finalize(rows, permuted, weights, output, order)
     return output

@@ -188,7 +188,7 @@ def baseline_moe(
         rows[token, slot] = matmul(middle[token, slot], w2, "fp64") * row_scalar[e]
     if round_intermediate:
         rows = rows.bfloat16().float()
-    output = finalize(rows, weights, hidden, finalize_order).bfloat16()
+    output = finalize(rows, weights, finalize_order).bfloat16()
     return MoEResult(output, rows.bfloat16(), {"accumulator1": acc1, "intermediate": middle})
 
 

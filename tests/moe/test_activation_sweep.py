@@ -230,7 +230,7 @@ def test_nan_in_is_nan_out(kind):
 
 def test_cutlass_clamps_nan_in_swiglu_step():
     raw = torch.tensor([[math.nan, 9.0], [2.0, math.nan], [-math.nan, math.nan], [2.0, 1.0]])
-    got = activate(raw, ActivationType.SwigluStep, nan_is_clamped=True)[:, 0]
+    got = activate(raw, ActivationType.SwigluStep, of_cutlass=True)[:, 0]
     assert got[:3].tolist() == [49.0, 14.0, 49.0]
     assert torch.equal(got[3:], activate(raw[3:], ActivationType.SwigluStep)[:, 0])
 

@@ -212,7 +212,7 @@ def test_the_layer_by_loops(format):
             want[t] += weights[t, k].float() * row[0].bfloat16().float()
     # Far less than the intermediate's quantization costs, but for a last bit of the sigmoid.
     assert (got.output - want).norm() < 2**-8 * want.norm() and want.norm() > 0.1
-    ordered = finalize(got.rows.float(), weights, 256, "flashinfer")  # of bf16 rows
+    ordered = finalize(got.rows.float(), weights, "flashinfer")  # of bf16 rows
     assert_bitwise(got.output, ordered.bfloat16(), "finalized rows")
 
 

@@ -120,7 +120,8 @@ def _larger_error(m: Matrix) -> Quantized:
     right = quantize._four_over_six_blocks
 
     def wrong(*given: Any) -> Quantized:
-        return right(*given[:-1], _Negating(given[-1]))
+        *others, arithmetic, by_halves = given
+        return right(*others, _Negating(arithmetic), by_halves)
 
     with mock.patch.object(quantize, "_four_over_six_blocks", wrong):
         return quantized(m)

@@ -92,7 +92,7 @@ class FarRowsCall:
         first = rows.shape[0] - 8
         permuted = host.arange(first, first + 8).int().to(device)
         output = torch.empty(4, self.width, dtype=torch.bfloat16, device=device)
-        finalize(rows, permuted, host.ones(4, 2).to(device), output, self.width, "slot")
+        finalize(rows, permuted, host.ones(4, 2).to(device), output, "slot")
         return output.cpu()
 
     def _rows(self) -> Tensor:

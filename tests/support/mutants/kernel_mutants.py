@@ -241,12 +241,13 @@ _SMALL: tuple[Entry, ...] = (
     (
         "finalize: product rounded",
         "(value.to(tl.float64) * weight + part).to(tl.float32)",
-        "value.to(tl.float32) * weight + part",
+        "value * weight + part",
         "cancelling",
     ),
-    ("finalize: the last group alone", "part if j == 0 else total + part", "part", "deepseek"),
-    ("finalize: partial sums in bf16", "total = part if j == 0 else total + part",
-     "total = to_bf16(part if j == 0 else total + part, ARCH).to(tl.float32)",
+    ("finalize: the last group alone", "part if j == 0 else add(total, part, True, ARCH)", "part",
+     "deepseek"),
+    ("finalize: partial sums in bf16", "total = part if j == 0 else add(total, part, True, ARCH)",
+     "total = part if j == 0 else to_bf16(total + part, ARCH).to(tl.float32)",
      "deepseek"),
     (
         "finalize: truncated to bf16",
@@ -460,7 +461,7 @@ _LAUNCHES: tuple[Entry, ...] = (
     ),
     (
         "finalize: slots ascending for groups",
-        'groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1',
+        'groups = split_k_groups(tokens, top_k, width) if order == "flashinfer" else 1',
         "groups = 1",
         "cancelling",
     ),

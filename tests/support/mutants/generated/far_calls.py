@@ -101,7 +101,7 @@ def _finalize(tokens: int) -> Tensor:
     out = torch.empty(tokens, 64, dtype=torch.bfloat16, device="cpu")
     permuted = _behind(host.arange(4)[:, None].int(), tokens)
     weights = _behind(_values(4, 1), tokens)
-    finalize(_values(9, 64), permuted.view(-1), weights, out, 64, "slot")
+    finalize(_values(9, 64), permuted.view(-1), weights, out, "slot")
     return out[-4:]
 
 

@@ -149,16 +149,14 @@ class FinalizeCall:
     def answer(self, device: str = "cpu") -> Tensor:
         rows, permuted, weights = (t.to(device) for t in self._given())
         out = torch.empty(self.tokens, self.width, dtype=self.dtype, device=device)
-        triton_finalize(rows, permuted, weights, out, self.padded, self.order)
+        triton_finalize(rows, permuted, weights, out, self.order)
         return out.cpu()
 
     def judge(self) -> Answered:
         rows, permuted, weights = self._given()
         is_local = (permuted >= 0).view_as(weights)
         of_slot = rows[permuted.long().clamp_min(0), : self.width].float()
-        total = finalize(
-            of_slot.view(self.tokens, self.top_k, -1), weights, self.padded, self.order, is_local
-        )
+        total = finalize(of_slot.view(self.tokens, self.top_k, -1), weights, self.order, is_local)
         want = total.to(self.dtype)
         return Answered(
             lambda got: not unequal(got, want).any(), torch.Tensor.double, want.double()

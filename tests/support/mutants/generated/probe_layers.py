@@ -44,7 +44,7 @@ def of_moe() -> Answers:
         rows = (host.normal(g, tokens, top_k, hidden) * size).bfloat16().float()
         weights = host.normal(g, tokens, top_k)
         for order in ("flashinfer", "slot"):
-            yield f"finalize, {top_k}", finalize(rows, weights, hidden, order)
+            yield f"finalize, {top_k}", finalize(rows, weights, order)
     for tokens, top_k, hidden in itertools.product(
         (1, 8, 16, 18, 19, 1183, 1184, 8192, 9000),
         (1, 4, 5, 8, 9, 16, 17, 33, 64, 65),
@@ -74,7 +74,7 @@ def of_moe() -> Answers:
     low = host.fp32([5237765.0, -5237765.0]) * 2.0**-55
     yield "fma, near ties below 1", fma(host.fp32([205.0]), low, host.fp32([0.5, -0.5]))
     yield "fma, special", fma(specials(), specials().flip(0), specials().roll(3))
-    yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), 8, "slot")
+    yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), "slot")
     far = [(256 * n + m) for n in (1183, 1184) for m in (0, 8)]
     yield "split_k_groups", [split_k_groups(1, 8, hidden) for hidden in far]
     ids = host.integers(g, -1, 7, (6, 3)).int()
@@ -172,7 +172,7 @@ def of_activation() -> Probe:
         for kind in ActivationType:
             for name, options in (
                 ("", {}),
-                ("NaN clamped", {"nan_is_clamped": True}),
+                ("of cutlass", {"of_cutlass": True}),
                 (
                     "parameters",
                     {n: v for n, v in moe_edges.PARAMETERS.items() if n in kind.parameters},
