@@ -12,7 +12,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz
 
-.PHONY: diff test test-flashinfer test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -41,6 +41,11 @@ $(OTHER_FOLDER):
 test-full: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m interpreter
+
+# The reference and every array that FlashInfer's own kernels gave. On a machine with an NVIDIA GPU, the
+# Triton kernels: `make golden ARGUMENTS=--triton`. `--arrays FOLDER --seed N` takes other arrays.
+golden: $(SETUP)
+	PYTHONPATH=.:tests/support $(PYTHON) -m oracle $(ARGUMENTS)
 
 # On a machine with an NVIDIA GPU; needs neither a network nor an installation.
 gpu:
