@@ -50,7 +50,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Of an expert's first weights."""
+        """The rows of an expert's first weights."""
         return self.intermediate * (2 if self.activation.gated else 1)
 
     @property
@@ -59,7 +59,7 @@ class Shape:
 
     @property
     def weights_key(self) -> tuple[object, ...]:
-        """What random weights depend on: shapes that are equal in it share them."""
+        """The fields on which random weights depend: shapes with equal keys share their weights."""
         return (self.hidden, self.intermediate, self.experts, self.activation, self.biased)
 
 

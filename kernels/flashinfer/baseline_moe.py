@@ -69,7 +69,7 @@ RULES: tuple[Rule[BaselineCall], ...] = (
         "trtllm_fused_moe_runner.cu:114",
     ),
 )
-"""What the layers refuse, in the order in which it is asked."""
+"""The rules of the layers, in the order in which they are asked."""
 
 
 def refusal(r: BaselineCall) -> str | None:
@@ -109,7 +109,7 @@ _VALUES: dict[str, Any] = {
     "norm_topk_prob": lambda r: r.routing.norm_topk_prob,
     **{name: _option(name) for options in _OPTIONS.values() for name in options},
 }
-"""What an argument receives, in whichever functions it is; the others keep their defaults."""
+"""The value of each argument, by its name in every function; the others keep their defaults."""
 
 
 def _required(names: str) -> tuple[Argument, ...]:

@@ -149,7 +149,7 @@ RULES: tuple[Rule[MoECall], ...] = (
     routing_limit("fused_moe/cute_dsl/moe_utils.py:549"),
     IN_ITS_LAYOUT,
 )
-"""What the layer refuses, in the order in which it is asked."""
+"""The rules of the layer, in the order in which they are asked."""
 
 
 def refusal(r: MoECall) -> str | None:

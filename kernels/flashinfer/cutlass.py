@@ -152,7 +152,7 @@ RULES: tuple[Rule[MoECall], ...] = (
         "cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu:441",
     ),
 )
-"""What the layer refuses, in the order in which it is asked."""
+"""The rules of the layer, in the order in which they are asked."""
 
 
 def refusal(r: MoECall) -> str | None:

@@ -217,7 +217,7 @@ RULES: dict[str, tuple[Rule[DenseCall], ...]] = {
         ),
     ),
 }
-"""What each backend refuses, in the order in which it is asked."""
+"""The rules of each backend, in the order in which they are asked."""
 
 
 def refusal(backend: str, r: DenseCall) -> str | None:

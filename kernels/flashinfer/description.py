@@ -72,7 +72,7 @@ class Function:
         return tuple(a for a in self.arguments if here in a.versions)
 
     def keywords(self, *call: Any) -> dict[str, Any]:
-        """What the function is called with, by name, in our own types."""
+        """Return the arguments of a call by name, in our own types."""
         made = {a.name: a.value(*call) for a in self.of_version() if a.value is not None}
         return {name: value for name, value in made.items() if value is not OMITTED}
 
@@ -89,7 +89,7 @@ class Function:
         return function(**{name: as_theirs(v) for name, v in self.keywords(*call).items()})
 
     def differences(self) -> list[str]:
-        """Where the installed function is not as described here, a line each."""
+        """List the differences between the installed function and this description, one line each."""
         try:
             parameters = inspect.signature(self.get()).parameters
         except (ImportError, AttributeError, OSError, RuntimeError) as error:

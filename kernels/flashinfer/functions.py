@@ -23,5 +23,5 @@ FUNCTIONS: tuple[Function, ...] = (
 
 
 def differences() -> list[str]:
-    """Where the installed functions are not as described, a line each."""
+    """List the differences between the installed functions and the table, one line each."""
     return [line for function in FUNCTIONS for line in function.differences()]

@@ -269,7 +269,7 @@ RULES: dict[str, tuple[Rule[QuantizeCall], ...]] = {
         ),
     ),
 }
-"""What each backend refuses, in the order in which it is asked."""
+"""The rules of each backend, in the order in which they are asked."""
 
 
 def refusal(backend: str, r: QuantizeCall) -> str | None:

@@ -1,4 +1,4 @@
-"""What a backend of FlashInfer refuses, and why: one type of rule, and the rules that adapters share."""
+"""Rules by which a backend of FlashInfer refuses a call: their type, and those that adapters share."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -21,7 +21,7 @@ BLACKWELL = (*SM10X, (11, 0), *SM12X)
 
 
 class Call(Protocol):
-    """What every call says: the capability of its GPU, None on the CPU."""
+    """The field that every call has: the capability of its GPU, None on the CPU."""
 
     @property
     def capability(self) -> Capability | None: ...

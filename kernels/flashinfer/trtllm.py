@@ -129,7 +129,7 @@ _without_kernel: dict[tuple, str] = {}
 
 
 def remember_missing_kernel(r: MoECall, error: RuntimeError) -> bool:
-    """Whether `run` failed for want of a kernel; the shape is then refused from now on."""
+    """Return True if `run` failed for lack of a kernel; the shape is then refused from now on."""
     message = str(error)
     if not any(text in message for text in _NO_KERNEL):
         return False
@@ -201,7 +201,7 @@ RULES: tuple[Rule[MoECall], ...] = (
         "trtllm_batched_gemm_runner.cu:238",
     ),
 )
-"""What the layer refuses, in the order in which it is asked."""
+"""The rules of the layer, in the order in which they are asked."""
 
 MAY_DROP_EQUAL_IDS = 16
 """Up to so many tokens its kernels for a given routing keep one slot of an expert and token."""

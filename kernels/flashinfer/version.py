@@ -28,14 +28,14 @@ CITED = (0, 7, 2)
 NEW = (0, 7, 4)
 """The newest version that is described. It follows 0.7.2 in the registry that we know."""
 UNTIL_NEW, SINCE_NEW = Versions(before=NEW), Versions(NEW)
-"""What NEW took away or changed, and what it brought."""
+"""The ranges of what NEW removed or changed, and of what it added."""
 DESCRIBED = (Versions((0, 7), before=(0, 7, 3)), Versions(NEW, before=(0, 7, 5)))
 """The versions whose arguments and bits are described: those like CITED, and NEW."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What FlashInfer's backends need, as far as it is installed here."""
+    """The installed parts that FlashInfer's backends need."""
 
     version: Version | None  # None: FlashInfer is not installed; (): its version is not known
     has_cake_programs: bool = False
@@ -48,7 +48,7 @@ class Installation:
 
     @property
     def is_described(self) -> bool:
-        """Whether the arguments and bits of this version are known."""
+        """True if the arguments and bits of this version are known."""
         return self.version is not None and any(self.version in span for span in DESCRIBED)
 
 
@@ -73,7 +73,7 @@ def _version() -> Version | None:
 
 
 def _has_cake_programs() -> bool:
-    """Whether cake can be built here: the wheel of 0.7.2.post1 lacks the sources that it lists."""
+    """True if cake can be built here: the wheel of 0.7.2.post1 lacks the sources that it lists."""
     spec = importlib.util.find_spec("flashinfer")
     if spec is None or importlib.util.find_spec("flashinfer_jit_cache") is not None:
         return spec is not None

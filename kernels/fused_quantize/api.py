@@ -28,7 +28,7 @@ from ..quantize.call import (
 from ..quantize.ops import Triple
 
 FusedQuantizeBackend = Literal["auto", "reference", "triton"]
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def add_rmsnorm_nvfp4_quantize(
     fast_math: bool | None = None,
     build: Build = "cuda",
 ) -> Asked[FusedQuantizeCall]:
-    """The same of x + residual, which replaces `residual`, rounded to its dtype.
+    """Normalize and quantize x + residual; the sum, rounded to its dtype, replaces `residual`.
 
     As in FlashInfer's `fused_add_rmsnorm` the norm is of the fp32 sum; x stays as it is.
 

@@ -361,7 +361,7 @@ layer_call = prepared(fused_moe)
 
 
 def _activation(activation: Mode | None, experts: Experts) -> Mode:
-    """How the hidden states are quantized; omitted, as the experts' scales say."""
+    """Return how hidden states are quantized; None means as the experts' scales say."""
     static = experts.input_scale is not None
     if activation is None:
         activation = "static" if static else "per-token"

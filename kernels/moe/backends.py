@@ -27,7 +27,7 @@ from .call import MoECall
 MoEBackend = Literal[
     "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
 ]  # fmt: skip
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 Results = list[torch.Tensor]
 """[output [T, H]], or without `do_finalize` [rows, weights, permuted rows]."""
 _Run = Callable[[MoECall], Results]

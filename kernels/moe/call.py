@@ -28,10 +28,10 @@ from ..op_schema import reader
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
-"""What is still to be done to bf16 hidden states; Triton does the first on its way."""
+"""The quantization that bf16 hidden states still need; Triton does "per-token" within its kernels."""
 
 Mode = Literal["per-token", "static", "bf16"]
-"""How hidden states and intermediate are quantized; "bf16": not at all."""
+"""The quantization of hidden states and intermediate; "bf16" means none."""
 
 Observe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """It is called with the ids [T, K], the intermediate [T * K, padded I] before it is quantized (bf16, or
@@ -76,7 +76,7 @@ class KernelCall:
 
     @property
     def mode(self) -> Mode:
-        """How hidden states and intermediate are quantized."""
+        """The quantization of hidden states and intermediate."""
         return "static" if self.is_static else "bf16" if self.is_w4a16 else "per-token"
 
     @property

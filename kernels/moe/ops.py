@@ -29,7 +29,7 @@ FLAT = Flat(
         )
     },
 )  # fmt: skip
-"""How a call crosses: the one place that knows the op's arguments."""
+"""The flat form in which a call crosses `torch.library`: only this knows the op's arguments."""
 
 
 class Implementation(Protocol):

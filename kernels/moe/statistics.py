@@ -45,7 +45,7 @@ class Observer:
 
     @property
     def statistics(self) -> MoEStatistics:
-        """Of no tokens where no backend had an intermediate to show."""
+        """Return the statistics; they count no tokens if no backend had an intermediate to show."""
         r = self._request
         if self._seen is None:
             return MoEStatistics.empty(r.all_experts, r.device)

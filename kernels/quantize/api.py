@@ -25,7 +25,7 @@ QuantizeBackend = Literal[
     "flashinfer", "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake",
     "cuda", "cute-dsl", "cake",
 ]  # fmt: skip
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 
 
 def _on_flashinfer(name: str) -> Backend[QuantizeCall, Result]:

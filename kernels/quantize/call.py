@@ -57,7 +57,7 @@ class QuantizeCall:
         return isinstance(self.scale, torch.Tensor) and self.scale.numel() > 1
 
     def misaligned(self, alignment: int) -> bool:
-        """Whether `a` starts at no multiple of so many bytes (in its storage, which does)."""
+        """True if `a` starts at no multiple of `alignment` bytes within its storage."""
         return self.a.storage_offset() * self.a.element_size() % alignment != 0
 
 

@@ -34,7 +34,7 @@ BLOCKS_IN_REGISTERS = 1024
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a matrix is cut into programs."""
+    """The division of a matrix into programs."""
 
     rows: int  # rows of a program
     blocks: int  # of each row, quantized at a time
@@ -77,7 +77,7 @@ def launch_config(
 
 
 def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
-    """The same for the global-scale quantizer, whose rows need no maximum."""
+    """Choose the configuration of the global-scale quantizer, whose rows need no maximum."""
     wide = max(4, triton.next_power_of_2(num_blocks))
     blocks = min(wide, BLOCKS_IN_REGISTERS if interpreted else 256)
     rows = max(1, 256 // blocks)
@@ -89,7 +89,7 @@ def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) 
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes: codes and block scales, or values in their place."""
+    """The outputs of the kernel: codes and block scales, or values in their place."""
 
     codes: torch.Tensor | None
     block_scales: torch.Tensor | None

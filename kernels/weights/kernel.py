@@ -65,7 +65,7 @@ def amax_kernel(
 
 @triton.jit
 def _shuffled(row, half_rows, GATED: tl.constexpr):
-    """Where a natural row goes: `reference.weights.experts.row_order`, the other way round."""
+    """Return the place of a natural row: the inverse of `reference.weights.experts.row_order`."""
     if GATED:
         second = row >= half_rows
         row = tl.where(second, (row - half_rows) * 2 + 1, row * 2)

@@ -61,7 +61,7 @@ class BaselineCase:
         ).output  # fmt: skip
 
     def to(self, device: torch.device | str) -> "BaselineCase":
-        """The same on another device."""
+        """Return the case on another device."""
         return to_device(self, device)
 
 

@@ -98,7 +98,7 @@ class MoECase:
         return fused_moe_bounds(self.activations, self.experts, *self.routed, **options).output
 
     def to(self, device: torch.device | str) -> "MoECase":
-        """The same on another device."""
+        """Return the case on another device."""
         return to_device(self, device)
 
 

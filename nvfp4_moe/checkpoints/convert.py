@@ -32,7 +32,7 @@ from .resumable_writer import Workspace
 from .source import Matrix, Source, open_source
 
 _VERSION = 3
-"""Of what a conversion writes: part of the identity that a resumed one must share."""
+"""The version of what a conversion writes; a conversion that is resumed must share it."""
 
 
 @kept

@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def is_shard_name(name: Any) -> bool:
-    """Whether a value is the plain name of a safetensors file, which is not hidden."""
+    """Return True for the plain name of a safetensors file that is not hidden."""
     return (
         isinstance(name, str)
         and name.endswith(SUFFIX)
@@ -33,7 +33,7 @@ def is_shard_name(name: Any) -> bool:
 
 
 def is_below(name: Any) -> bool:
-    """Whether a value is the name of a file in a folder or in one below it."""
+    """Return True for the name of a file in a folder or below it."""
     return (
         isinstance(name, str)
         and not any(c in name for c in "\\\0")

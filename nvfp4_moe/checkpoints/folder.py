@@ -98,7 +98,7 @@ class Folder:
         return found
 
     def file_path(self, name: str) -> Path:
-        """Where a file of the folder is, if it may be opened.
+        """Return the path of a file of the folder, if it may be opened.
 
         Raises:
             OSError: there is none, it cannot be reached, or it may not be opened, with the reason.

@@ -1,4 +1,4 @@
-"""How a checkpoint says that it is NVFP4, and what each format calls its tensors.
+"""The NVFP4 formats of checkpoints: how a configuration declares each, and the names of its tensors.
 
 ModelOpt (`hf_quant_config.json`, or `quantization_config` of `config.json`, `quant_method` modelopt;
 `quant_algo` NVFP4, or MIXED_PRECISION with `quantized_layers` or `config_groups`, in capitals or not;

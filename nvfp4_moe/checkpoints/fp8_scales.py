@@ -29,7 +29,7 @@ _DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 def find_scale(layer: Layer, expert: int, projection: Projection) -> Place | None:
-    """Where the scales of a projection lie; None of one that has none."""
+    """Return the place of a projection's scales; None if it has none."""
     places = (layer.place(expert, projection, kind) for kind in KINDS)
     return next((place for place in places if place is not None), None)
 

@@ -50,7 +50,7 @@ class Group:
         return ", ".join(told) or self.form or "no weights"
 
     def rank(self, names: Sequence[str]) -> int | None:
-        """How closely the targets mean a module of these names: 0 exactly; None: not at all.
+        """Return how closely the targets match a module of these names: 0 exactly; None: not at all.
 
         Without targets the group is everybody's.
         """

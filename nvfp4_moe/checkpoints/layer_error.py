@@ -27,7 +27,7 @@ class LayerError:
         return math.sqrt(error / signal) if signal else 0.0
 
     def snr(self, *projections: str) -> float:
-        """The same in dB; infinite without an error."""
+        """Return the signal-to-noise ratio in dB; infinite without an error."""
         relative = self.relative(*projections)
         return -20.0 * math.log10(relative) if relative else math.inf
 

@@ -1,4 +1,4 @@
-"""How checkpoints call the tensors of experts: data.
+"""The names of experts' tensors in checkpoints, as data.
 
     MODULE.EXPERT.PROJECTION.KIND   Qwen3-MoE, DeepSeek-V3 (mlp.experts), Mixtral, MiniMax
                                     (block_sparse_moe.experts), DeepSeek-V4 (ffn.experts), Nemotron-H

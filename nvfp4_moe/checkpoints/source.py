@@ -98,7 +98,7 @@ class Source:
         return dequantize_fp8(w, scale)
 
     def problem(self, matrix: Matrix) -> str | None:
-        """What is wrong with a matrix's values or scales, or None."""
+        """Say what is wrong with a matrix's values or scales; None if nothing is."""
         if not math.isfinite(self.amax(matrix)):
             return f"{matrix.place}: it has NaN or infinite values"
         if matrix.scale is not None and (least := self._least_scale[matrix.scale]) < 0:

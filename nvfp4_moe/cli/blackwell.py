@@ -62,7 +62,7 @@ class BackendJob:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How the process of a job ended."""
+    """The end of a job's process."""
 
     job: BackendJob
     status: int | None  # the exit status; None: it did not end

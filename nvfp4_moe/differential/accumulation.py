@@ -1,4 +1,4 @@
-"""How a backend adds: its fused layer itself asked for sums that show which bits it keeps.
+"""Probe how a backend accumulates: its fused layer computes sums that show which bits it keeps.
 
 `reference.bounds.interval` assumes that a step of a tensor core keeps one bit more than fp32 has below
 the largest of its terms, and takes at least 8 products. A row of the probe is a large product, small

@@ -68,7 +68,7 @@ def bits(t: torch.Tensor) -> str:
 
 
 def _top(values: torch.Tensor) -> int:
-    """Where the largest magnitude is; NaN counts as none."""
+    """Return the index of the largest magnitude; NaN counts as none."""
     a = (values.float() if values.dtype == torch.float8_e4m3fn else values).abs()
     return int(a.masked_fill(a.isnan(), -1.0).argmax())
 

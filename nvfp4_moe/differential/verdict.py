@@ -115,7 +115,7 @@ class Allowed:
         )  # fmt: skip
 
     def places(self, got: torch.Tensor) -> list[int]:
-        """How many elements lie in each tenth of an interval that holds more than one value."""
+        """Count the elements in each tenth of their interval, where that holds more than one value."""
         if self.interval is None:
             return [0] * PLACES
         low, high = self.interval.low, self.interval.high

@@ -167,7 +167,7 @@ def _intermediate_tile(e: Experts) -> int:
 
 
 def _valid(size: int, tile: int, index: list[int]) -> int:
-    """How many columns of the kept tiles are no padding."""
+    """Count the columns of the kept tiles that are no padding."""
     valid = sum(min(tile, max(0, size - tile * i)) for i in index)
     if not valid:
         raise ValueError(f"tiles {index} are padding alone")

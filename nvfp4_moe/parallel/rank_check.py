@@ -120,7 +120,7 @@ def _exchange(mine: bytes, group: Group) -> list[Fields]:
 
 
 def _device(group: Group) -> torch.device:
-    """Where the group moves headers: on the CPU if it can."""
+    """Return the device on which the group moves headers: the CPU if it can."""
     if "gloo" in str(dist.get_backend_config(group)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -56,7 +56,7 @@ class Report:
 
     @property
     def status(self) -> Exit:
-        """How a command ends that found this."""
+        """The exit status of a command that found this."""
         if any(cell.status in FAILED for cell in self.cells):
             return Exit.DIFFERENCE
         return Exit.NOT_RUN if self.missing or not self.compared else Exit.DONE

@@ -18,7 +18,7 @@ _BAR, _HEIGHT = 26, 96  # of the histogram
 
 
 def histogram(bins: Sequence[int]) -> Markup:
-    """How many outputs lie in each of equal parts of their interval, whose ends are 0 and 1."""
+    """Draw how many outputs lie in each of equal parts of their interval, whose ends are 0 and 1."""
     total, top = sum(bins), max(bins, default=0)
     if not top:
         return element("p", "No output has an interval of more than one value.")

@@ -96,7 +96,7 @@ def tells(cell: dict[str, Any]) -> bool:
 
 
 def counts(cell: dict[str, Any]) -> str:
-    """How many of a cell's comparisons failed, and how many there are."""
+    """Write how many of a cell's comparisons failed, and how many there are."""
     if not cell["failed"]:
         return f"{cell['compared']:,}" if cell["compared"] else ""
     return f"{cell['failed']:,} of {cell['compared']:,}"

@@ -28,7 +28,7 @@ _FLUSHED = 2.0**-118
 
 @dataclass(frozen=True)
 class Accumulation:
-    """How far a sum of exact products may be from the true one, in units of B.
+    """The largest error of a sum of exact products, in units of B.
 
     `per_term` for each nonzero term, `per_step` for each `step` of terms. With `chunk` the sum is a
     tree over contiguous ranges of whole chunks of that many terms, each of which may have any order.

@@ -47,7 +47,7 @@ def activation_bounds(
 
 
 class _Terms(NamedTuple):
-    """What goes into the activation beside the rows, [N, 1] each: the tensors of their experts."""
+    """The inputs of the activation beside the rows, [N, 1] each, from the tensors of their experts."""
 
     scale: torch.Tensor
     gate_scale: torch.Tensor
@@ -171,7 +171,7 @@ def _unimodal(
     x: Interval, f: Callable[[torch.Tensor], torch.Tensor], minimum: torch.Tensor | float,
     bottom: torch.Tensor | float,
 ) -> Interval:  # fmt: skip
-    """Of an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
+    """Apply an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
     low, high = f(x.low), f(x.high)
     within = (x.low < minimum) & (x.high > minimum)
     invalid = (low.isnan() | high.isnan()) & ~x.single

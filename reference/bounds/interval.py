@@ -16,7 +16,7 @@ SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 @dataclass(frozen=True)
 class Interval:
-    """What a number may be: fp64 tensors of one shape; one tensor is both ends of a point.
+    """The values that a number may have: fp64 tensors of one shape. A point has one tensor as both ends.
 
         low <= high    a number from low to high; an end that is infinite is one of its values
         -inf, inf      anything, NaN too: nothing is claimed
@@ -36,7 +36,7 @@ class Interval:
 
     @property
     def is_point(self) -> bool:
-        """Whether the ends are one tensor; where they only have the same values, it is False."""
+        """True if the ends are one tensor; False for two tensors of equal values."""
         return self.low is self.high
 
     @property
@@ -46,7 +46,7 @@ class Interval:
 
     @property
     def unknown(self) -> torch.Tensor:
-        """Of which elements nothing is claimed."""
+        """Mark the elements of which nothing is claimed."""
         return (self.low == -torch.inf) & (self.high == torch.inf)
 
     @property
@@ -69,7 +69,7 @@ class Interval:
         return Interval(low, low if self.is_point else f(self.high))
 
     def rising(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
-        """Of a nondecreasing f of numbers, which lets a NaN through."""
+        """Apply a nondecreasing f, which lets a NaN through."""
         return self.map(f) if self.is_point else unless(self.unknown, self.map(f))
 
     def __neg__(self) -> "Interval":
@@ -135,7 +135,7 @@ def unless(unknown: torch.Tensor, i: Interval) -> Interval:
 
 
 def fp32_range(i: Interval) -> Interval:
-    """Of numbers that fp32 holds: those beyond its largest are infinite."""
+    """Bound the numbers in fp32: those beyond its largest become infinite."""
     return Interval(
         torch.where(i.low > LARGEST, torch.inf, i.low),
         torch.where(i.high < -LARGEST, -torch.inf, i.high),
@@ -148,7 +148,7 @@ def valid(i: Interval) -> Interval:
 
 
 def rounded(dtype: torch.dtype, x: Interval) -> Interval:
-    """Of fp32 numbers in x, rounded to nearest even."""
+    """Bound the fp32 numbers in x after rounding to `dtype`, to nearest even."""
 
     def towards(end: torch.Tensor, direction: float) -> torch.Tensor:
         near = end.float()

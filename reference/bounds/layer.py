@@ -62,7 +62,7 @@ def _put(into: Interval, slots: Slots, what: Interval) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a call does between routing and finalize, of rows [N, ...] for N slots."""
+    """The steps of a call between routing and finalize, on rows [N, ...] of N slots."""
 
     activations: Activations
     experts: Experts

@@ -33,7 +33,7 @@ _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: U}
 def all_reduce_bounds(
     parts: Sequence[Interval], reduce_dtype: torch.dtype, output_dtype: torch.dtype
 ) -> Interval:
-    """What the sum of the ranks' outputs may be.
+    """Bound the sum of the ranks' outputs.
 
     Args:
         parts: each rank's, whose ends are numbers of reduce_dtype.

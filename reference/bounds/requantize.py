@@ -198,7 +198,7 @@ def _error(
     recipe: Recipe,
     ar: Arithmetic,
 ) -> Interval:
-    """What 4over6 compares, [N, K/16].
+    """Bound the errors [N, K/16] that 4over6 compares.
 
     Its roundings, some 20 of 2^-24, lie within 2^-19. What is below 2^-126 is flushed, or rounds to a
     multiple of 2^-149: thrice on the way to a difference, once in each square and each sum. What is

@@ -1,4 +1,4 @@
-"""What a kernel that routes from logits may choose and weigh; `moe.py` has the rest of the argument.
+"""The ids and weights that a kernel may route logits to; `moe.py` has the rest of the argument.
 
 Selection on raw logits (Renormalize, RenormalizeNaive, TopK, TopKSigmoid, Llama4) is exact: bits are
 compared. The other methods select by scores in fp32, of which each kernel has its own last bits. Errors
@@ -52,7 +52,7 @@ class RoutingBounds:
         return (self.before | self.before.mT | same).flatten(-2).all(-1)
 
     def outside(self, ids: torch.Tensor, weights: torch.Tensor) -> int:
-        """How many elements of an implementation's ids and weights [T, K] are none of these.
+        """Count the elements of an implementation's ids and weights [T, K] that are none of these.
 
         An id that the nearest set lacks, that is repeated or that stands behind one it is surely
         before, and a weight outside of its interval.

@@ -1,4 +1,4 @@
-"""What quantization does to rows of numbers, counted by expert, as sums that can be added up.
+"""Statistics of quantized rows, counted by expert, as sums that can be added up.
 
 A row is counted for every expert it is given to. Everything is a tensor on the rows' device and nothing
 waits for it, so that statistics can be taken while serving, or in a CUDA graph. Of two sets of rows, the
@@ -30,7 +30,7 @@ COUNTS = (
 )
 """Columns of `QuantizationStatistics.counts`."""
 BINS = 128
-"""Of the row maxima: four an octave, from 2^-16 up to 2^16; those beyond are in the outermost."""
+"""Bins of the row maxima: four an octave, from 2^-16 to 2^16; the outermost hold those beyond."""
 
 FIRST_BIN = (127 - 16) << 2
 """The upper bits of 2^-16 in fp32, exponent and two bits of significand, which are the first bin."""
@@ -52,7 +52,7 @@ class QuantizationStatistics:
     def empty(
         cls, num_experts: int, device: torch.device | str | None = None
     ) -> "QuantizationStatistics":
-        """Of no rows."""
+        """Return the statistics of no rows."""
 
         def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(num_experts, columns, dtype=dtype, device=device)
@@ -65,7 +65,7 @@ class QuantizationStatistics:
         )
 
     def __add__(self, other: "QuantizationStatistics") -> "QuantizationStatistics":
-        """Of the rows of both.
+        """Return the statistics of the rows of both.
 
         Raises:
             ValueError: the other has another number of experts.
@@ -121,7 +121,7 @@ class QuantizationStatistics:
         return 10 * torch.log10(signal / noise)
 
     def worst_snr(self) -> torch.Tensor:
-        """The same of the worst single row."""
+        """The signal-to-noise ratio of the worst single row, in dB."""
         return -10 * torch.log10(self.extremes[:, 2])
 
     def largest(self) -> torch.Tensor:
@@ -133,7 +133,7 @@ class QuantizationStatistics:
         return self._finite(-self.extremes[:, 1])
 
     def median(self) -> torch.Tensor:
-        """Of the row maxima, the lower of two: the middle of its bin, at most 12.5 % off.
+        """The lower median of the row maxima: the middle of its bin, at most 12.5 % off.
 
         In the outermost bins, too, it is never outside `least` ... `largest`.
         """

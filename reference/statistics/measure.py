@@ -31,7 +31,7 @@ def quantization_statistics(
     num_experts: int = 1,
     encode_scale: torch.Tensor | None = None,
 ) -> QuantizationStatistics:
-    """What quantizing rows does to them: quantizes them with the reference, and counts.
+    """Quantize rows with the reference, and count what that does to them.
 
     Args:
         x: [N, K] bf16 or fp16, K a multiple of 16; fp32 with `encode_scale` only, where it is already
@@ -70,7 +70,7 @@ def quantization_statistics(
 
 @kept
 def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> QuantizationStatistics:
-    """Of the weights [E, M, K] of E experts, quantized as `prepare_experts` does.
+    """Quantize the weights [E, M, K] of E experts as `prepare_experts` does, and count.
 
     Args:
         w: bf16 or fp16, K a multiple of 16; a row is a row of a matrix, [up; gate] share a scale.
@@ -92,7 +92,7 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
 
 @dataclass(frozen=True)
 class _Rows:
-    """What `QuantizationStatistics` sums, of each row."""
+    """The values of each row that `QuantizationStatistics` sums."""
 
     counts: torch.Tensor  # [N, 10] int64
     maximum: torch.Tensor  # [N] fp32, NaN ignored

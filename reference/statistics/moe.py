@@ -26,13 +26,13 @@ class MoEStatistics:
 
     @classmethod
     def empty(cls, num_experts: int, device: torch.device | str | None = None) -> "MoEStatistics":
-        """Of no tokens."""
+        """Return the statistics of no tokens."""
         empty = QuantizationStatistics.empty
         invalid = torch.zeros(len(INVALID), dtype=torch.int64, device=device)
         return cls(empty(num_experts, device), empty(num_experts, device), invalid)
 
     def __add__(self, other: "MoEStatistics") -> "MoEStatistics":
-        """Of the tokens of both; ValueError if their numbers of experts differ."""
+        """Return the statistics of the tokens of both; ValueError if their numbers of experts differ."""
         return self.clone().add_(other)
 
     def add_(self, other: "MoEStatistics") -> "MoEStatistics":

@@ -43,7 +43,7 @@ _REGISTERS = (None, 80, 128, 168)
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement depends on."""
+    """The facts on which a measurement depends."""
 
     gpu: str
     arch: int

@@ -26,8 +26,8 @@ from .workload import Trial, microseconds
 Timer = Callable[[functools.partial], float]
 """Microseconds of a call, whose last argument is the configuration, or the two of a whole call."""
 TOLERANCE = 2**-7
-"""Of a row, relative, where its sums are taken in another order: a sum may then round to the bf16 next
-to it, and one may be most of the row. The same order gives the same bits."""
+"""The largest relative difference of a row whose sums are taken in another order. A sum may then round
+to the next bf16, and one sum may be most of the row. Equal orders give equal bits."""
 _log = logging.getLogger("nvfp4_moe")
 
 
@@ -43,7 +43,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured at one count of tokens, as `print` shows it; the two times: whole calls."""
+    """The measurements at one number of tokens, as `print` shows them; both times are of whole calls."""
 
     tokens: int
     table: Configs
@@ -148,7 +148,7 @@ def _fits(c: GemmConfig, rows: int, columns: int, native: bool) -> bool:
 
 
 def difference(got: torch.Tensor, want: torch.Tensor, same_order: bool) -> str:
-    """How rows differ by more than the order of their sums explains; "" if they do not."""
+    """Say how rows differ by more than the order of their sums explains; "" if they do not."""
     worst = 0.0
     for a, b in zip(got.split(4096), want.split(4096), strict=True):
         if not torch.equal(a, b):
