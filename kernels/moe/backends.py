@@ -146,7 +146,7 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
 
 
 def _notes(call: MoECall) -> list[str]:
-    """Where FlashInfer's layer of the call's bits leaves open what ours determine."""
+    """List the steps that FlashInfer's layer of the call's bits leaves open and ours determine."""
     if call.build != trtllm.BUILD:
         return []
     texts = every_text(trtllm.LEFT_OPEN, call)

@@ -76,7 +76,7 @@ from .routing import routing_bounds
 
 @dataclass(frozen=True)
 class MoEBounds:
-    """The intervals of every stage, [T, K, ...] as in `MoEResult.steps`; zero in slots of other ranks."""
+    """The intervals of every stage, [T, K, ...] as in `MoEResult.steps`; 0 in slots of other ranks."""
 
     output: Interval  # [T, H]
     rows: Interval  # [T, K, H]

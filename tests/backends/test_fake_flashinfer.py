@@ -55,7 +55,7 @@ RUNS = [(name, backend) for name, c in CASES.items() for backend in c.backends]
 
 
 def outputs(case, backend):
-    """Of every configuration, by name."""
+    """Return the outputs of every configuration, by name."""
     request = case.request()
     assert request.capability == CAPABILITY
     found = {}

@@ -1,4 +1,4 @@
-"""What a routing kernel may choose and weigh: approximate kernels are inside, mistakes are outside."""
+"""Bounds of routing: approximate kernels are inside, mistakes are outside."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
@@ -147,7 +147,7 @@ def test_approximate_kernels_are_inside(routing, dtype):
 
 
 def test_near_ties_are_chosen_either_way():
-    """What the test above has: kernels that choose other experts, and order them otherwise."""
+    """The test above has kernels that choose other experts, and that order them otherwise."""
     args = given(Routing(M.Sigmoid, 5), tokens=256)
     want = route(*args).ids
     ids, _ = KERNELS["tanh.approx, of either sign"].route(*args)
@@ -371,7 +371,7 @@ def test_a_token_with_too_many_sets_is_unknown():
 
 
 def test_slots_in_another_order_are_inside():
-    """Where the order is not known; the heavy cancellation makes it show in fp32."""
+    """The order is not known; the heavy cancellation makes it show in fp32."""
     case = layer()
     wanted = Routing(M.Sigmoid, 4)
     logits = torch.full((SHAPE.tokens, EXPERTS), -4.0)
@@ -436,7 +436,7 @@ def test_what_a_case_of_cutlass_allows():
 
 
 def test_an_interval_of_weights():
-    """Of either sign, or both: the ends of the products are at corners."""
+    """Intervals of either sign, or of both: the ends of the products are at corners."""
     case = layer()
     g = torch.Generator().manual_seed(3)
     centre = torch.randn(case.ids.shape, generator=g)

@@ -1,4 +1,4 @@
-"""What the intervals say of numbers that fp32 cannot hold: overflow, underflow, NaN."""
+"""Intervals of numbers that fp32 cannot hold: overflow, underflow, NaN."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
@@ -84,7 +84,7 @@ def test_a_hull_of_numbers_and_nan_claims_nothing():
 
 
 def test_products_in_any_association():
-    """Of three factors whose parts overflow, underflow, both, or neither."""
+    """Three factors have partial products that overflow, underflow, both, or neither."""
     factors = torch.tensor([[1e30, 1e30, 1e-30], [1e-30, 1e-30, 1e30], [1e30, 1e30, 1e-38],
                             [3.0, 5.0, 7.0], [1e30, 1e30, 1e30], [1e30, 1e30, 0.0]])  # fmt: skip
     x, y, z = (f[:, None] for f in factors.T)

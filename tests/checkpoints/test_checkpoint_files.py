@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says is not trusted: types, counts, links, kinds of files, names."""
+"""A checkpoint's folder is not trusted: types, counts, links, kinds of files, names."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json

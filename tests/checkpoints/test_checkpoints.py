@@ -36,7 +36,7 @@ QWEN = NAMINGS["qwen3-moe"]
 
 
 def assembled(parts: dict, naming: Naming, rows: slice = slice(None), **static: float) -> Experts:
-    """What the parts of a layer must become, without any checkpoint."""
+    """Return the experts that the parts of a layer must become, without any checkpoint."""
     first = [parts[p] for p in ("up", "gate") if p in parts]
     decode = torch.stack([p["decode"][rows] for p in first], 1)
     return assemble_experts(

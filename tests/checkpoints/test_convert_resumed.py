@@ -27,7 +27,7 @@ from nvfp4_moe.cli.convert import RECIPES
 
 
 class Killed(BaseException):
-    """What no handler of errors takes for one."""
+    """An exception that no handler of errors catches."""
 
 
 def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:

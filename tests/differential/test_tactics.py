@@ -1,4 +1,4 @@
-"""What is asked of FlashInfer's tuner is what it asks itself, and what is forced is what runs."""
+"""The tuner of FlashInfer is asked as it asks itself, and a tactic that is forced runs."""
 
 # SPDX-License-Identifier: Apache-2.0
 import contextlib

@@ -238,7 +238,7 @@ def test_what_needs_two_slots_and_a_place():
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_exact_call_stays_exact(exact, monkeypatch):
-    """What would have several right outputs is not asked about; here calls of fewer columns would."""
+    """Calls with several right outputs are not tried; here calls of fewer columns would have them."""
     asked = []
 
     def fails(case):

@@ -41,7 +41,7 @@ def test_exp_is_within_an_ulp_and_a_half():
 
 
 def test_silu_of_every_number_is_inside_the_interval():
-    """Of fp64's, given exp within 2 ulp, one sum, one quotient and one product: 6 * 2^-23.
+    """The interval is fp64's +- 6 * 2^-23: exp within 2 ulp, one sum, one quotient and one product.
 
     Below -88.7 the exponential is infinite, and at most 89 * 2^-128 is lost.
     """

@@ -277,7 +277,7 @@ class TestInTheInterpreter:
 
 
 def test_slots_held_elsewhere_do_not_count():
-    """Of 256 experts' slots an eighth is here: 128 tokens an expert, not 1,024."""
+    """An eighth of 256 experts' slots is local: 128 tokens an expert, not 1,024."""
     case = make(Shape(1, 128, 64, 32, 1))
     assert local_slots(32768, case.experts, None) == 32768
     assert local_slots(32768, case.experts, 256) == 4096

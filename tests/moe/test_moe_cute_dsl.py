@@ -1,4 +1,4 @@
-"""What is handed to FlashInfer's CuTe-DSL layer, read as its kernels read it, on the CPU.
+"""The arguments of FlashInfer's CuTe-DSL layer, read on the CPU as its kernels read them.
 
 Its own trace reference does not know the interleaving of up and gate, nor the layout of the scales.
 """

@@ -82,7 +82,7 @@ def test_instructions(arch, instruction, tmp_path):
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_every_tile_fits_a_multiprocessor(arch):
-    """Of shared memory an sm_86 or sm_89 has 99 KiB for a program, which decoded weights exceed."""
+    """An sm_86 or sm_89 has 99 KiB of shared memory for a program, which decoded weights exceed."""
     for slots in (8, 4096, 32768, 1 << 20):
         for columns in (2048, 7168):
             config = gemm_config(slots, 128, columns, shared=shared_memory(arch))

@@ -1,4 +1,4 @@
-"""What goes in and out of routing: packed ids, shared experts, errors, limits, FlashInfer's traces."""
+"""Inputs and outputs of routing: packed ids, shared experts, errors, limits, FlashInfer's traces."""
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses

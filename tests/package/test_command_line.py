@@ -1,4 +1,4 @@
-"""What a command says, and its exit status, where it cannot do its work: one line, and no traceback."""
+"""A command that cannot do its work says why in one line, and exits with a status."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse

@@ -1,4 +1,4 @@
-"""What experts print as: two lines of shapes and facts, none of their values."""
+"""The text of experts: two lines of shapes and facts, none of their values."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace

@@ -18,7 +18,7 @@ E = 6
 
 
 def scales_of(seed: int = 0, columns: int | None = 2) -> dict[str, torch.Tensor]:
-    """Of a checkpoint of 6 local experts of 8: numbers whose products round."""
+    """Return the scales of a checkpoint with 6 local experts of 8: numbers whose products round."""
     g = torch.Generator().manual_seed(seed)
     w13 = (E,) if columns is None else (E, columns)
     return {

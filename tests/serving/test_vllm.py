@@ -26,7 +26,7 @@ SILU = SimpleNamespace(value="silu")
 
 
 class Experts:
-    """What vLLM's two classes have of their base and of the modular kernel."""
+    """The attributes that vLLM's two classes get from their base and from the modular kernel."""
 
     def __init__(self, experts, shape, *, chunk=300000, defer=False, hook=None):
         static = experts.input_scale is not None
@@ -80,7 +80,7 @@ def vllm(monkeypatch):
 
 
 def arguments(case, activation=SILU, output=None):
-    """Of `apply_modular` after the experts."""
+    """Return the arguments of `apply_modular` after the experts."""
     a, e = case.activations, case.experts
     x, scale = (case.x, None) if e.input_scale is None else (a.hidden_states, a.block_scales)
     output = torch.full_like(case.x, torch.nan) if output is None else output

@@ -150,7 +150,7 @@ def test_parts_of_the_rows(elements, monkeypatch):
 
 
 def test_sums_add_up():
-    """Of two calls, ranks or layers: what is said of all their rows at once."""
+    """The sums of two calls, ranks or layers are those of all their rows at once."""
     x = torch.cat([inputs.synthetic("edge", 20, 48), inputs.synthetic("heavy", 20, 48)])
     experts = torch.arange(40).remainder(3)
     experts[:9] = 0  # the first part has experts without rows

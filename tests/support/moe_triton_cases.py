@@ -1,4 +1,4 @@
-"""What is asked of the Triton mixture of experts, in the interpreter and on a GPU alike."""
+"""Cases of the Triton mixture of experts, for the interpreter and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses

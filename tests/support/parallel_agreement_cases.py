@@ -1,4 +1,4 @@
-"""What the ranks tell each other before a call: reasons of any length, and whose experts are where."""
+"""Cases of the messages between ranks before a call: reasons, and ranges of experts."""
 
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
@@ -19,7 +19,7 @@ from nvfp4_moe.parallel import shard_experts as shard
 
 @case
 def long_reasons(r: Rank) -> None:
-    """Of any length and any characters: every rank is told, in shortened words."""
+    """Send reasons of any length and any characters: every rank is told, in shortened words."""
     layer = moe_cases.make(SHAPE)
     for text in ("\u6f22" * 1200, "x" * 10**6, "\udcff\n" * 600, "\U0001f600" * 3000):
 
@@ -39,7 +39,7 @@ def long_reasons(r: Rank) -> None:
 
 @case
 def integers_of_other_libraries(r: Rank) -> None:
-    """What counts as an integer travels as one."""
+    """Every kind of integer is sent as an integer."""
     layer = moe_cases.make(SHAPE)
     first, count = r.local(SHAPE.experts)
     given = {"local": (np.int64(first), count), "num_experts": np.int64(SHAPE.experts)}

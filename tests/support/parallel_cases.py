@@ -1,4 +1,4 @@
-"""What the ranks of a group are asked; `parallel_worker.py` is one, `test_parallel.py` starts them.
+"""Cases for the ranks of a group; `parallel_worker.py` is one rank, `test_parallel.py` starts them.
 
 A case is a function of `Rank` that every rank calls: it raises AssertionError where this one sees
 something wrong.
@@ -68,7 +68,7 @@ class Rank:
         )  # fmt: skip
 
     def one_process(self, case: moe_cases.Case, tokens: slice | None = None, **given):
-        """The same call of the whole layer."""
+        """Call the whole layer in one process."""
         tokens = tokens or slice(None)
         routing = given.pop("routing", (case.ids[tokens], case.weights[tokens]))
         experts = given.pop("experts", case.experts)

@@ -1,4 +1,4 @@
-"""What is asked of a layer that is trained through; on any device, by any backend.
+"""Cases of a layer that is trained through, for any device and any backend.
 
 `plain` is the layer for autograd in fp64, written apart from the library: given dequantized
 weights and tokens, with the requantization as a difference that carries no gradient.
@@ -210,7 +210,7 @@ def alone_and_together(device: str, backend: str, shape: Shape) -> None:
 
 
 def inside_the_bounds(device: str, backend: str, shape: Shape) -> None:
-    """Of every implementation of the contract, FlashInfer's kernels among them."""
+    """Check what every implementation of the contract must keep, FlashInfer's kernels among them."""
     case = make(shape, device=device)
     got = case.call(backend=backend)
     activations = quantize_activations(

@@ -1,4 +1,4 @@
-"""What we prepare stays in fp32, from the smallest weights, biases, limits and maxima to the largest."""
+"""Prepared values stay within fp32 for all weights, biases, limits and maxima."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields

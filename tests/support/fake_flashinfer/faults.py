@@ -42,7 +42,7 @@ class Fault:
     backends: tuple[str, ...]
     """That have it."""
     seen: str
-    """Where it must show."""
+    """The place where it must show."""
     behaviour: Behaviour
     tactics: tuple[str, ...] = ()
     """That alone have it, by name; empty: all of them, the default too."""

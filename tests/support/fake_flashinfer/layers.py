@@ -36,10 +36,10 @@ WAYS = (
     "tensor core, steps of 8, 1 more bit",
     "fp32, ascending",
 )
-"""How the sums of a tactic are taken; all keep the contract."""
+"""The order in which each tactic takes its sums; all keep the contract."""
 TRTLLM_TACTICS = [[8, 3], [16, 19], [64, 5], [128, 19], [192, 7]]
 CUTLASS_TACTICS = (3, 4)
-"""Of the first GEMM, 0 to 2; of the second, 3 to 6, of which the last does not fit the GPU."""
+"""Tactics of the first GEMM are 0 to 2, of the second 3 to 6; the last does not fit the GPU."""
 
 
 @dataclass(frozen=True)

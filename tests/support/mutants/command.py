@@ -48,13 +48,13 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], bool]] = {
     "cosine .99": _cosine,
     "rtol 1e-2": _close,
 }
-"""What accepts an output, fp64, given the right one."""
+"""Functions that accept an output, fp64, given the right one."""
 OURS = ("stage", "interval")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether each criterion saw a mutant on any of the seeds."""
+    """A mutant, and for each criterion if it saw the mutant on any of the seeds."""
 
     mutant: Mutant
     first: str | None  # the stage that was named
@@ -88,7 +88,7 @@ def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Out
 
 @dataclass(frozen=True)
 class KernelOutcome:
-    """Whether each criterion saw a mistake in a Triton kernel."""
+    """A mistake in a Triton kernel, and for each criterion if it saw the mistake."""
 
     mutant: edited_copy.KernelMutant
     seen: dict[str, bool]
@@ -185,7 +185,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def totals(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """How many mutants each criterion saw."""
+    """Count the mutants that each criterion saw."""
     return {name: sum(o.seen[name] for o in outcomes) for name in (*OURS, *CRITERIA)}
 
 

@@ -38,7 +38,7 @@ class KernelMutant:
         return self.place(KERNELS)[0].relative_to(KERNELS).as_posix()
 
     def place(self, kernels: Path) -> tuple[Path, Spot]:
-        """Where the edit goes in a folder of kernels.
+        """Find the place of the edit in a folder of kernels.
 
         Raises:
             ValueError: nowhere, or in more than one place.
@@ -65,7 +65,7 @@ def copy_package(root: Path) -> Path:
 
 
 def answer(mutant: KernelMutant | None, call: str) -> Any:
-    """What the call gives, in the interpreter; None: by the kernels as they are.
+    """Return the result of the call in the interpreter; without a mutant, of the kernels as they are.
 
     Raises:
         ValueError: the mutant's edit does not fit.

@@ -149,7 +149,7 @@ ROUNDINGS: dict[str, Change] = {
     "rounded twice": _two_roundings,
     "rounded to fp16": lambda x: x.half().float(),
 }
-"""Of the intermediate and of the rows."""
+"""Roundings of the intermediate and of the rows."""
 
 
 def other_finalize(f: Callable[[Tensor, Tensor], Tensor]) -> Stages:

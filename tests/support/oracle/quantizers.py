@@ -21,7 +21,7 @@ CUTE_DSL_BIT = 64
 EXPERT_ROWS = (40, 17, 0)
 EXPERT_SCALES = (300.0, 2688.0, 1.0)
 UNTOUCHED = 0xAA
-"""What the memory of codes held before the kernels ran."""
+"""The byte in the memory of codes before the kernels ran."""
 
 
 def compare(

@@ -14,7 +14,7 @@ from .rules import Generated
 
 _CHANGED = "nvfp4_moe"
 _PACKAGES = (_CHANGED, __name__.split(".")[0])
-"""Where a changed function or constant is exchanged: the library, and the probes that import from it."""
+"""The packages in which a function or constant is exchanged: the library and its probes."""
 
 
 def module_of(file: str) -> ModuleType:

@@ -56,7 +56,7 @@ def _behind(last: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FarCall:
-    """What `ask(n)` answers of the last few of n rows."""
+    """A call whose `ask(n)` returns the last few of n rows."""
 
     ask: Callable[[int], Any]
     near: int

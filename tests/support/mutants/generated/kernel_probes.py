@@ -1,4 +1,4 @@
-"""What the Triton kernels are asked, a module at a time; in the interpreter or on a GPU."""
+"""Probes of the Triton kernels, by module, for the interpreter and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

@@ -1,4 +1,4 @@
-"""What the preparation of experts, and their reload, is asked."""
+"""Probes of the preparation of experts, and of their reload."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

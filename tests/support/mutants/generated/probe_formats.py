@@ -1,4 +1,4 @@
-"""What the formats, layouts and recipes are asked."""
+"""Probes of the formats, layouts and recipes."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

@@ -1,4 +1,4 @@
-"""What the layer after the routing, the dense product and the producers are asked."""
+"""Probes of the layer after the routing, of the dense product and of the fused quantizers."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools

@@ -1,4 +1,4 @@
-"""What the quantizers are asked."""
+"""Probes of the quantizers."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

@@ -1,4 +1,4 @@
-"""What the routing is asked."""
+"""Probes of the routing."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools

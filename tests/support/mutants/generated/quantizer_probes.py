@@ -1,4 +1,4 @@
-"""What the quantizer's kernel is asked: every recipe and mode on numbers at the edges of both."""
+"""Probes of the quantizer's kernel: every recipe and mode on numbers at the edges of both."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

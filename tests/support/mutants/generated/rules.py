@@ -144,7 +144,7 @@ def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
 
 
 def _text(root: ast.stmt, parent: ast.AST, field: str, index: int | None, new: ast.AST) -> str:
-    """Of a function, or an assignment, while one node of it is another."""
+    """Return the text of a function or an assignment with one node replaced."""
     old = getattr(parent, field) if index is None else getattr(parent, field)[index]
     _put(parent, field, index, new)
     text = ast.unparse(ast.fix_missing_locations(root))
