@@ -85,6 +85,14 @@ def _cuts() -> Named:
     split = LaunchConfig(4, 4, 0, 2, 1)
     yield "quantizer, programs a row, global scale", lambda: CutCall(x, case, split)
 
+    rows = rows_at_edges()[:8] * host.powers(host.fp32([0, -99, 60, 0, -99, 0, 0, 99]))[:, None]
+    for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
+        case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+        yield (
+            f"quantizer, rows of any size at a time, {recipe}",
+            functools.partial(CutCall, rows.bfloat16(), case, LaunchConfig(4, 8, 0, 1, 1)),
+        )
+
     for recipe in (Recipe(), Recipe("exact")):
         yield (
             f"quantizer, chosen rows, {recipe}",
