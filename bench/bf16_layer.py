@@ -106,12 +106,14 @@ def gemm_kernel(
     N,
     K,
     GATHER: tl.constexpr,  # otherwise x's row is the permuted one
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides K
     ARCH: tl.constexpr,
-):  # fmt: skip
+):
     # GROUP tiles of rows for one tile of weights, then the next tile of weights.
     in_group = GROUP * tl.cdiv(N, BN)
     first_tile = tl.program_id(0) // in_group * GROUP

@@ -23,10 +23,15 @@ def _method(name: str, line: int, *arguments: Argument) -> Function:
 
 _SELF, _CONFIG, _INPUTS = Argument("self"), Argument("tuning_config"), Argument("inputs")
 CHOOSE_ONE = _method(
-    "choose_one", 2165,
-    _SELF, Argument("custom_op"), Argument("runners"), _CONFIG, _INPUTS,
+    "choose_one",
+    2165,
+    _SELF,
+    Argument("custom_op"),
+    Argument("runners"),
+    _CONFIG,
+    _INPUTS,
     Argument("kwargs", kind=REST),
-)  # fmt: skip
+)
 INPUT_SIZES = _method("_get_input_sizes", 2765, _SELF, _INPUTS)
 PROFILES = _method("_generate_optimization_profiles", 3233, _SELF, _CONFIG, _INPUTS)
 NEAREST_PROFILE = _method("_find_nearest_profile", 3331, Argument("shapes"), _CONFIG)

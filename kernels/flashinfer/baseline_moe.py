@@ -86,9 +86,14 @@ def _option(name: str) -> Any:
 
 
 _WEIGHTS = (
-    "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
-    "output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar",
-)  # fmt: skip
+    "gemm1_weights",
+    "gemm1_weights_scale",
+    "gemm2_weights",
+    "gemm2_weights_scale",
+    "output1_scales_scalar",
+    "output1_scales_gate_scalar",
+    "output2_scales_scalar",
+)
 _VALUES: dict[str, Any] = {
     "routing_logits": lambda r: r.logits,
     "topk_ids": lambda r: r.topk,
@@ -134,9 +139,13 @@ _SIZES = _required(
 _SCALING = _required("routed_scaling_factor")
 _BF16_WEIGHTS = _required("hidden_states gemm1_weights gemm2_weights")
 _BF16_OPTIONS = _optional(
-    routed_scaling_factor=None, routing_method_type=0, use_shuffled_weight=True, weight_layout=2,
-    do_finalize=True, enable_pdl=True,
-)  # fmt: skip
+    routed_scaling_factor=None,
+    routing_method_type=0,
+    use_shuffled_weight=True,
+    weight_layout=2,
+    do_finalize=True,
+    enable_pdl=True,
+)
 _SWIGLU_CONSTANTS = _optional(gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None)
 _TENSOR_WEIGHTS = _required(
     "routing_bias hidden_states gemm1_weights output1_scales_scalar output1_scales_gate_scalar "
@@ -145,18 +154,24 @@ _TENSOR_WEIGHTS = _required(
 _TENSOR_OPTIONS = (
     *_required("use_routing_scales_on_input"),
     *_optional(
-        routing_method_type=0, do_finalize=True, enable_pdl=None, tune_max_num_tokens=8192,
+        routing_method_type=0,
+        do_finalize=True,
+        enable_pdl=None,
+        tune_max_num_tokens=8192,
         activation_type=_SWIGLU,
     ),
-)  # fmt: skip
+)
 _BLOCK_WEIGHTS = _required(
     "routing_bias hidden_states hidden_states_scale gemm1_weights gemm1_weights_scale "
     "gemm2_weights gemm2_weights_scale"
 )
 _BLOCK_OPTIONS = _optional(
-    routing_method_type=0, use_shuffled_weight=False, weight_layout=0, do_finalize=True,
+    routing_method_type=0,
+    use_shuffled_weight=False,
+    weight_layout=0,
+    do_finalize=True,
     enable_pdl=None,
-)  # fmt: skip
+)
 _VALID_SIZES = _optional(valid_hidden_size=None, valid_intermediate_size=None)
 
 _BF16 = (
@@ -268,9 +283,11 @@ def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
     if experts.format == "fp8 block":
         assert experts.w13_scale is not None and experts.w2_scale is not None
         return {
-            "gemm1_weights": experts.w13, "gemm1_weights_scale": experts.w13_scale,
-            "gemm2_weights": experts.w2, "gemm2_weights_scale": experts.w2_scale,
-        }  # fmt: skip
+            "gemm1_weights": experts.w13,
+            "gemm1_weights_scale": experts.w13_scale,
+            "gemm2_weights": experts.w2,
+            "gemm2_weights_scale": experts.w2_scale,
+        }
     w1, w2 = _shuffled(experts.w13, gated), _shuffled(experts.w2, False)
     if experts.format == "bf16":
         return {"gemm1_weights": _block_major(w1), "gemm2_weights": _block_major(w2)}

@@ -224,9 +224,14 @@ def _quantizer(
         scale = Recipe(four_over_six=config).base_scale_inv
     assert scale is not None
     call = make_quantize_call(
-        a, scale, sfLayout=sfLayout, per_token_activation=True, nvfp4_4over6=nvfp4_4over6,
-        fast_math=fast_math, build=build,
-    )  # fmt: skip
+        a,
+        scale,
+        sfLayout=sfLayout,
+        per_token_activation=True,
+        nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math,
+        build=build,
+    )
     if not own:
         check_values(call)
     return call

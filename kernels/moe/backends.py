@@ -26,7 +26,7 @@ from .call import MoECall
 
 MoEBackend = Literal[
     "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
-]  # fmt: skip
+]
 """The names that an editor offers for `backend`; `register_backend` adds others."""
 Results = list[torch.Tensor]
 """[output [T, H]], or without `do_finalize` [rows, weights, permuted rows]."""
@@ -41,10 +41,14 @@ def with_codes(call: MoECall) -> MoECall:
     scale = recipe.base_scale_inv if per_token else call.experts.input_scale
     assert scale is not None
     codes = nvfp4_quantize(
-        call.activations.hidden_states, scale, SfLayout.layout_linear,
-        per_token_activation=per_token, nvfp4_4over6=recipe.four_over_six,
-        fast_math=recipe.math == "fast", build=recipe.build,
-    )  # fmt: skip
+        call.activations.hidden_states,
+        scale,
+        SfLayout.layout_linear,
+        per_token_activation=per_token,
+        nvfp4_4over6=recipe.four_over_six,
+        fast_math=recipe.math == "fast",
+        build=recipe.build,
+    )
     return replace(call, activations=Activations(*codes), quantize=None)
 
 
@@ -116,10 +120,15 @@ def _in_its_arithmetic(call: MoECall) -> Results:
     """The reference itself, of a variant whose roundings the op does not have."""
     call = with_codes(call)
     output = reference_fused_moe(
-        call.activations, call.experts, *call.routed(), recipe=call.recipe, variant=call.build,
-        local_expert_offset=call.local_expert_offset, finalize_order=call.finalize_order,
+        call.activations,
+        call.experts,
+        *call.routed(),
+        recipe=call.recipe,
+        variant=call.build,
+        local_expert_offset=call.local_expert_offset,
+        finalize_order=call.finalize_order,
         output_dtype=call.output_dtype,
-    ).output  # fmt: skip
+    ).output
     return call.placed(output)
 
 

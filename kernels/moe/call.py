@@ -368,12 +368,18 @@ def check_values(r: MoECall, names: tuple[str, str] = TOPK_NAMES) -> None:
 
 _DEVICE_NAMES = (
     *(f.name for f in fields(Experts) if f.type in (torch.Tensor, torch.Tensor | None)),
-    "hidden_states_scale", "per_token_scale", "routing_bias", "output",
-)  # fmt: skip
+    "hidden_states_scale",
+    "per_token_scale",
+    "routing_bias",
+    "output",
+)
 _DEVICE_TENSORS = reader(
     *(f"experts.{name}" for name in _DEVICE_NAMES[:-4]),
-    "activations.block_scales", "activations.per_token_scale", "routing_bias", "output",
-)  # fmt: skip
+    "activations.block_scales",
+    "activations.per_token_scale",
+    "routing_bias",
+    "output",
+)
 
 
 def _check_devices(call: MoECall, names: tuple[str, str] | None) -> None:

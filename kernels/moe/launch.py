@@ -190,9 +190,12 @@ def _launch_gemm(
         if config.decoded:
             some = slice(expert, expert + at_once)
             decode(
-                w[some].flatten(0, 1), w_sf[some], SfLayout.layout_128x4, operand=True,
+                w[some].flatten(0, 1),
+                w_sf[some],
+                SfLayout.layout_128x4,
+                operand=True,
                 out=weights.flatten(0, 1),
-            )  # fmt: skip
+            )
         expert_gemm_kernel[(rows // bm, tiles)](
             x.values, x.block_scales, weights, w_sf.view(torch.uint8),
             x.token_scale, bias, scale,

@@ -77,10 +77,16 @@ def reference(
     if call.quantize:
         activations = quantize_activations(activations.hidden_states, call.recipe)
     result = moe.fused_moe(
-        activations, experts, ids, weights, recipe=call.recipe, local_expert_offset=offset,
-        finalize_order=call.finalize_order, output_dtype=call.output_dtype,
+        activations,
+        experts,
+        ids,
+        weights,
+        recipe=call.recipe,
+        local_expert_offset=offset,
+        finalize_order=call.finalize_order,
+        output_dtype=call.output_dtype,
         keep_steps=observe is not None,
-    )  # fmt: skip
+    )
     if observe is not None:
         observe(ids, result.steps["activated"].flatten(0, 1), None)
     output, rows, permuted = empty_results(call, ids)

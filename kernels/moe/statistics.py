@@ -27,9 +27,12 @@ class Observer:
         static = r.is_static
         x = r.activations.hidden_states[:, : e.hidden_size]
         hidden_states = quantization_statistics(
-            x, r.recipe, experts=ids, num_experts=r.all_experts,
+            x,
+            r.recipe,
+            experts=ids,
+            num_experts=r.all_experts,
             encode_scale=e.input_scale if static else None,
-        )  # fmt: skip
+        )
         encode = None
         if static:
             encode = e.intermediate_scale
@@ -37,11 +40,13 @@ class Observer:
         self._seen = (
             hidden_states,
             quantization_statistics(
-                intermediate[:, : e.intermediate_size], r.recipe,
-                experts=_of_rows(ids.flatten(), row_of_slot), num_experts=r.all_experts,
+                intermediate[:, : e.intermediate_size],
+                r.recipe,
+                experts=_of_rows(ids.flatten(), row_of_slot),
+                num_experts=r.all_experts,
                 encode_scale=encode,
             ),
-        )  # fmt: skip
+        )
 
     @property
     def statistics(self) -> MoEStatistics:

@@ -21,10 +21,17 @@ from .call import UNSET, QuantizeCall, check_values, make_quantize_call
 
 Result = tuple[torch.Tensor, ...]
 QuantizeBackend = Literal[
-    "auto", "reference", "triton",
-    "flashinfer", "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake",
-    "cuda", "cute-dsl", "cake",
-]  # fmt: skip
+    "auto",
+    "reference",
+    "triton",
+    "flashinfer",
+    "flashinfer:cuda",
+    "flashinfer:cute-dsl",
+    "flashinfer:cake",
+    "cuda",
+    "cute-dsl",
+    "cake",
+]
 """The names that an editor offers for `backend`; `register_backend` adds others."""
 
 
@@ -64,9 +71,13 @@ def _quantize(ours: Any, call: QuantizeCall) -> Result:
     result: Result
     if call.per_token:
         result = ours.quantize_per_token(
-            call.a, call.scale, call.recipe, layout,
-            row_index=call.row_index, out_scale=call.out_scale,
-        )  # fmt: skip
+            call.a,
+            call.scale,
+            call.recipe,
+            layout,
+            row_index=call.row_index,
+            out_scale=call.out_scale,
+        )
     else:
         result = ours.quantize_global_scale(call.a, call.scale, call.recipe, layout)
     if not call.do_shuffle:

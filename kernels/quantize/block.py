@@ -81,9 +81,17 @@ def _divide_by_constant(p, D: tl.constexpr):
 
 @triton.jit
 def _candidate(
-    a, unrounded, encode, decode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
+    a,
+    unrounded,
+    encode,
+    decode,
+    row_amax,
+    rcp_delta_ptr,
+    RECIPE: tl.constexpr,
+    MODE: tl.constexpr,
+    NEAR_ONE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
     """(scale byte, output scale, packed magnitudes, error) of one of 4over6's two block scales.
 
     Magnitudes a [R, NB, 16] have the differences of signed values, and round alike.
@@ -120,9 +128,16 @@ def _candidate(
 
 @triton.jit
 def _four_over_six(
-    x, amax, encode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
+    x,
+    amax,
+    encode,
+    row_amax,
+    rcp_delta_ptr,
+    RECIPE: tl.constexpr,
+    MODE: tl.constexpr,
+    NEAR_ONE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
     """(scale bytes, packed codes): of the block's maximum at 4 if that error is the smaller."""
     FTZ: tl.constexpr = flushes(RECIPE)
     if is_exact(RECIPE):
@@ -157,9 +172,16 @@ def _four_over_six(
 
 @triton.jit
 def quantize_block(
-    x, amax, encode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
+    x,
+    amax,
+    encode,
+    row_amax,
+    rcp_delta_ptr,
+    RECIPE: tl.constexpr,
+    MODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
     """(scale bytes [R, NB], packed codes [R, NB, 2]) of blocks x [R, NB, 16] with maxima amax."""
     FTZ: tl.constexpr = flushes(RECIPE)
     amax = flush(amax, FTZ, ARCH)

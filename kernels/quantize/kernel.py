@@ -23,9 +23,16 @@ from .block import or_zero, prescale_e4m3, quantize_block, quantize_fp32_block, 
 
 @triton.jit
 def _load_parts(
-    x_ptr, row, block, live, NB,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    row,
+    block,
+    live,
+    NB,
+    PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
     """(words, block maxima) of PARTS times BLOCKS blocks of a row, each a tuple of PARTS."""
     parts = ()
     maxima = ()

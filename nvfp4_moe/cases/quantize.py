@@ -257,6 +257,8 @@ def choose(name: str) -> list[Recipe]:
 
 def _short(dtype: torch.dtype) -> str:
     return {
-        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.float8_e4m3fn: "e4m3",
         torch.float32: "fp32",
-    }[dtype]  # fmt: skip
+    }[dtype]

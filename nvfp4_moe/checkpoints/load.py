@@ -109,10 +109,16 @@ def load_experts(
     biases = reader.biases(experts)
     amax = reader.amax() if static else (None, None)
     made = assemble_experts(
-        *weights, function.activation, w13_bias=biases[0], w2_bias=biases[1],
-        alpha=function.alpha, beta=function.beta, clamp_limit=function.clamp_limit,
-        input_amax=amax[0], intermediate_amax=amax[1],
-    )  # fmt: skip
+        *weights,
+        function.activation,
+        w13_bias=biases[0],
+        w2_bias=biases[1],
+        alpha=function.alpha,
+        beta=function.beta,
+        clamp_limit=function.clamp_limit,
+        input_amax=amax[0],
+        intermediate_amax=amax[1],
+    )
     return replace(
         made,
         router_weight_on_input=function.router_weight_on_input,

@@ -20,10 +20,17 @@ import re
 from typing import NamedTuple
 
 MEANING = {
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "fused",
-    "w1": "gate", "w3": "up", "w2": "down", "w13": "fused",
-    "input_linear": "fused", "output_linear": "down",
-}  # fmt: skip
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "fused",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "w13": "fused",
+    "input_linear": "fused",
+    "output_linear": "down",
+}
 _LONG = "gate_up_proj|gate_proj|up_proj|down_proj"
 _ANY = f"{_LONG}|w13|w1|w2|w3"
 _NUMBER = r"0|[1-9][0-9]{0,5}"  # no longer: names are not trusted

@@ -115,6 +115,12 @@ class PartResult:
 def worst(statuses: Iterable[Status]) -> Status:
     """The verdict of several comparisons: a failure if there is one, skipped if all were skipped."""
     order: tuple[Status, ...] = (
-        "crashed", "outside", "different", "withheld", "inside", "identical", "skipped"
-    )  # fmt: skip
+        "crashed",
+        "outside",
+        "different",
+        "withheld",
+        "inside",
+        "identical",
+        "skipped",
+    )
     return min(statuses, key=order.index)

@@ -110,9 +110,16 @@ class Allowed:
             return t[token, column].to(got.dtype)
 
         return Outside(
-            int(bad.sum()), bad.numel(), what, token, column, of(got), of(interval.low),
-            of(interval.high), of(self.expected),
-        )  # fmt: skip
+            int(bad.sum()),
+            bad.numel(),
+            what,
+            token,
+            column,
+            of(got),
+            of(interval.low),
+            of(interval.high),
+            of(self.expected),
+        )
 
     def places(self, got: torch.Tensor) -> list[int]:
         """Count the elements in each tenth of their interval, where that holds more than one value."""

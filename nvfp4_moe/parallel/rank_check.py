@@ -134,8 +134,10 @@ def _compare(every: list[Fields], may_differ: Collection[str]) -> None:
     if len({str(fields["call"]) for fields in every}) > 1:
         names = {"call": None}  # of other calls nothing else need be alike
     wrong = [
-        text for name in names if (text := _difference(name, [f.get(name) for f in every])) is not None
-    ]  # fmt: skip
+        text
+        for name in names
+        if (text := _difference(name, [f.get(name) for f in every])) is not None
+    ]
     if wrong:
         raise AgreementError(f"the ranks' calls differ: {'; '.join(wrong)}")
 

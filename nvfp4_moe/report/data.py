@@ -77,10 +77,16 @@ def read(path: Path) -> Report:
     """Read a report that `Report.as_dict` wrote; raises OSError or ValueError where it cannot."""
     data = json.loads(path.read_text("utf-8"))
     return Report(
-        shlex.split(data["command"]), data["machine"], data["seconds"],
-        [_section(s) for s in data["sections"]], data["not_run"], data["missing"],
-        data["folder"], data["name"], data["date"],
-    )  # fmt: skip
+        shlex.split(data["command"]),
+        data["machine"],
+        data["seconds"],
+        [_section(s) for s in data["sections"]],
+        data["not_run"],
+        data["missing"],
+        data["folder"],
+        data["name"],
+        data["date"],
+    )
 
 
 def _section(data: dict[str, Any]) -> Section:

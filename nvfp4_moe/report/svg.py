@@ -94,9 +94,7 @@ def _map(title: str, counts: Sequence[Sequence[int]], axes: tuple[str, str]) -> 
     scale = f"{len(counts)} x {len(counts[0])}, darkest {top:,}"
     if steps != (1, 1):
         scale += f"; a square sums {steps[0]} x {steps[1]} tiles"
-    return element(
-        "div", element("p", element("b", title), " ", element("span", scale)), drawing
-    )  # fmt: skip
+    return element("div", element("p", element("b", title), " ", element("span", scale)), drawing)
 
 
 def _squares(sums: list[list[int]], top: int, steps: tuple[int, int]) -> list[Markup]:

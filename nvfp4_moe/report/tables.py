@@ -111,7 +111,7 @@ def _cell(key: str, cell: dict[str, Any] | None) -> Markup:
     if tells(cell):
         content = element(
             "button", content, type="button", aria_expanded="false", aria_controls=key
-        )  # fmt: skip
+        )
     return element("td", content, class_=cell["status"])
 
 

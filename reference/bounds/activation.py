@@ -168,9 +168,11 @@ def _nonzero(x: Interval) -> torch.Tensor:
 
 
 def _unimodal(
-    x: Interval, f: Callable[[torch.Tensor], torch.Tensor], minimum: torch.Tensor | float,
+    x: Interval,
+    f: Callable[[torch.Tensor], torch.Tensor],
+    minimum: torch.Tensor | float,
     bottom: torch.Tensor | float,
-) -> Interval:  # fmt: skip
+) -> Interval:
     """Apply an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
     low, high = f(x.low), f(x.high)
     within = (x.low < minimum) & (x.high > minimum)

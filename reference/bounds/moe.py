@@ -158,8 +158,10 @@ def routed_moe_bounds(
         one = _finalized(
             Interval(rows.low.gather(1, index), rows.high.gather(1, index)),
             _where(is_local.gather(1, place), Interval(low, high)),
-            finalize_order, output_dtype, ordered,
-        )  # fmt: skip
+            finalize_order,
+            output_dtype,
+            ordered,
+        )
         output = one if output is None else hull(output, one)
     assert output is not None
     return unless(chosen.unknown[:, None], output)

@@ -86,10 +86,15 @@ def expert_parallel_bounds(
         local = select_experts(experts, first, count)
         parts.append(
             fused_moe_bounds(
-                activations, local, ids, weights, local_expert_offset=first,
-                output_dtype=reduced_dtype, **options,
+                activations,
+                local,
+                ids,
+                weights,
+                local_expert_offset=first,
+                output_dtype=reduced_dtype,
+                **options,
             ).output
-        )  # fmt: skip
+        )
         first += count
     return all_reduce_bounds(parts, reduced_dtype, output_dtype)
 
@@ -113,11 +118,15 @@ def tensor_parallel_bounds(
     reduced_dtype = reduce_dtype or output_dtype
     parts = [
         fused_moe_bounds(
-            activations, shard_experts(experts, rank, tp_shards), ids, weights,
-            output_dtype=reduced_dtype, **options,
+            activations,
+            shard_experts(experts, rank, tp_shards),
+            ids,
+            weights,
+            output_dtype=reduced_dtype,
+            **options,
         ).output
         for rank in range(tp_shards)
-    ]  # fmt: skip
+    ]
     return all_reduce_bounds(parts, reduced_dtype, output_dtype)
 
 

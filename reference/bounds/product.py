@@ -55,8 +55,10 @@ class Product:
         one = Product.of(factor)
         return Product(
             (self.value * factor).relatively(by),
-            self.peak * one.peak, self.trough * one.trough, self.parts + 1,
-        )  # fmt: skip
+            self.peak * one.peak,
+            self.trough * one.trough,
+            self.parts + 1,
+        )
 
     def plus(self, bias: torch.Tensor) -> "Product":
         """A bias added, an fp32 number; a closed epilogue may scale both first, and add then."""
@@ -65,9 +67,11 @@ class Product:
         total = total.widened(2 * U * (self.value.magnitude + size).nan_to_num(posinf=0.0))
         total = choose(bias == 0, self.value, total)
         return Product(
-            total, torch.maximum(self.peak + size, total.magnitude.clamp(min=1.0)),
-            torch.where(bias == 0, self.trough, 0.0), self.parts + 1,
-        )  # fmt: skip
+            total,
+            torch.maximum(self.peak + size, total.magnitude.clamp(min=1.0)),
+            torch.where(bias == 0, self.trough, 0.0),
+            self.parts + 1,
+        )
 
     def __getitem__(self, index: object) -> "Product":
         peak, trough = (t[index] for t in (self.peak, self.trough))  # type: ignore[index]

@@ -85,9 +85,12 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
     encode = weight_encode_scale(w.abs().flatten(1).amax(1), recipe)
     place = torch.arange(num_experts, dtype=torch.int64, device=w.device)
     return quantization_statistics(
-        w.flatten(0, 1), recipe, experts=place[:, None].expand(-1, rows).reshape(-1),
-        num_experts=num_experts, encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
-    )  # fmt: skip
+        w.flatten(0, 1),
+        recipe,
+        experts=place[:, None].expand(-1, rows).reshape(-1),
+        num_experts=num_experts,
+        encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
+    )
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,11 @@ class Parameters:
             for value in (options.alpha, options.beta, options.clamp_limit)
         )
         input_scale, intermediate_scale = (
-            None if amax is None
+            None
+            if amax is None
             else torch.full((1,), static_encode_scale(amax), dtype=torch.float32, device=device)
             for amax in (options.input_amax, options.intermediate_amax)
-        )  # fmt: skip
+        )
         biases = options.w13_bias, options.w2_bias
         return cls(activation, *biases, alpha, beta, limit, input_scale, intermediate_scale)
 

@@ -150,8 +150,11 @@ def test_layers_are_found_by_number_and_by_name(tmp_path):
     folder = write(tmp_path / "c", [tensors], dict(QWEN.config), hf_quant_config=modelopt_config())
     found = find_layers(Folder(folder))
     assert [(x.index, x.module.split(".")[0]) for x in found] == [
-        (0, "model"), (0, "mtp"), (9, "model"), (10, "model"),
-    ]  # fmt: skip
+        (0, "model"),
+        (0, "mtp"),
+        (9, "model"),
+        (10, "model"),
+    ]
     assert_same_experts(load_experts(folder, draft.of(0)), assembled(parts, QWEN))
     with pytest.raises(CheckpointError, match=r"2 have that number.*mtp\.layers\.0\.mlp\.experts"):
         load_experts(folder, 0)

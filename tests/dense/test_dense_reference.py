@@ -60,9 +60,13 @@ def test_every_element_is_the_formula(alpha, use_8x4, dtype):
 
 @settings(max_examples=25)
 @given(
-    m=st.integers(0, 40), n=st.integers(1, 40), blocks=st.integers(1, 12), seed=st.integers(0, 99),
-    alpha=st.sampled_from(dense_cases.ALPHAS), use_8x4=st.booleans(),
-)  # fmt: skip
+    m=st.integers(0, 40),
+    n=st.integers(1, 40),
+    blocks=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    alpha=st.sampled_from(dense_cases.ALPHAS),
+    use_8x4=st.booleans(),
+)
 def test_exact_sums_have_intervals_of_one_value(m, n, blocks, seed, alpha, use_8x4):
     """No sum rounds: before alpha, and with an alpha that is a power of two."""
     case = dense_cases.coarse(m, n, 16 * blocks, alpha="none", use_8x4=use_8x4, seed=seed)

@@ -45,10 +45,15 @@ def same(actual, expected):
 def call(shape=SHAPE, activation=GATED, mode="per-token", **options):
     made = moe_cases.make(shape, activation, mode, **options)
     return MoECase(
-        "made", made.activations, made.experts,
-        Routing(RoutingMethodType.Renormalize, shape.top_k), shape.experts, ids=made.ids,
-        weights=made.weights, local_expert_offset=shape.offset,
-    )  # fmt: skip
+        "made",
+        made.activations,
+        made.experts,
+        Routing(RoutingMethodType.Renormalize, shape.top_k),
+        shape.experts,
+        ids=made.ids,
+        weights=made.weights,
+        local_expert_offset=shape.offset,
+    )
 
 
 def everything(activation, shape=SHAPE):

@@ -112,9 +112,11 @@ def test_the_doors_are_the_two_steps(dtype, layout):
     residual = producer_cases.matrix(9, 64, dtype, seed=4)
     recipe = Recipe("exact", NVFP44Over6Config(256), "cute-dsl")
     options = {
-        "sfLayout": layout, "nvfp4_4over6": recipe.four_over_six, "fast_math": False,
+        "sfLayout": layout,
+        "nvfp4_4over6": recipe.four_over_six,
+        "fast_math": False,
         "build": "cute-dsl",
-    }  # fmt: skip
+    }
 
     def two(values, r):
         return quantize_per_token(values, r.base_scale_inv, r, layout)

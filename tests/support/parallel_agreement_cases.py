@@ -74,13 +74,17 @@ def arguments_are_checked_as_of_one_process(r: Rank) -> None:
         agree_on_refusing(r, message, lambda given=given: r.ep(layer, "all-reduce", **given))
     agree_on_refusing(r, "check is 1; it must be True or False", lambda: r.tp(layer, check=1))
     agree_on_refusing(
-        r, r"routing\[0\] is a list of 1; it must be a tensor",
+        r,
+        r"routing\[0\] is a list of 1; it must be a tensor",
         lambda: fused_moe_ep(
-            layer.x.to(r.device), to_device(layer.experts, r.device),
-            ([1], Routing(RoutingMethodType.Renormalize, 2)), local_expert_offset=0, group=r.group,
+            layer.x.to(r.device),
+            to_device(layer.experts, r.device),
+            ([1], Routing(RoutingMethodType.Renormalize, 2)),
+            local_expert_offset=0,
+            group=r.group,
             **r.options,
         ),
-    )  # fmt: skip
+    )
     with pytest.raises(TypeError, match="group is 'x'; it must be a process group"):
         r.ep(layer, "all-reduce", group="x")
 
@@ -92,9 +96,15 @@ def experts_of_another_rank(r: Rank) -> None:
     first, count = r.local(SHAPE.experts)
     mine = select(layer.experts, 0, count)
     agree_on_refusing(
-        r, "rank 1: ValueError: local_expert_offset is .*; the local experts are those from 0 on",
+        r,
+        "rank 1: ValueError: local_expert_offset is .*; the local experts are those from 0 on",
         lambda: fused_moe_ep(
-            layer.x.to(r.device), to_device(mine, r.device), r.placed((layer.ids, layer.weights)),
-            local_expert_offset=first, num_experts=SHAPE.experts, group=r.group, **r.options,
+            layer.x.to(r.device),
+            to_device(mine, r.device),
+            r.placed((layer.ids, layer.weights)),
+            local_expert_offset=first,
+            num_experts=SHAPE.experts,
+            group=r.group,
+            **r.options,
         ),
-    )  # fmt: skip
+    )

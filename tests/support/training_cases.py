@@ -78,9 +78,11 @@ def make(
     w13, w2 = moe_cases.weights_of(shape, activation)
     ids, scores = moe_cases.routing_of(shape, dtype=weights)
     leaves = {
-        "x": moe_cases.hidden_states(shape), "w13": w13.to(master), "w2": w2.to(master),
+        "x": moe_cases.hidden_states(shape),
+        "w13": w13.to(master),
+        "w2": w2.to(master),
         "weights": scores,
-    }  # fmt: skip
+    }
     g = torch.Generator().manual_seed(9)
     if master == torch.float32:  # values that bf16 does not hold
         for name, power in (("w13", 2.0**shift), ("w2", 2.0**-shift)):
@@ -217,9 +219,13 @@ def inside_the_bounds(device: str, backend: str, shape: Shape) -> None:
         moe_cases.padded(case.leaves["x"].detach(), case.experts().padded_hidden_size), Recipe()
     )
     interval = fused_moe_bounds(
-        activations, case.experts(), case.ids, case.leaves["weights"].detach(),
-        finalize_order="slot", accumulation=CONTIGUOUS,
-    ).output  # fmt: skip
+        activations,
+        case.experts(),
+        case.ids,
+        case.leaves["weights"].detach(),
+        finalize_order="slot",
+        accumulation=CONTIGUOUS,
+    ).output
     assert_inside(got, interval, backend)
 
 

@@ -127,13 +127,17 @@ def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> l
     for bn in (table.bn // 2, table.bn, table.bn * 2):
         c = replace(table, bm=math.gcd(table.bm, rows), bn=bn)  # which is what runs
         found += [
-            c, *(other for other in others if other.bn == bn),
-            replace(c, bm=c.bm * 2), replace(c, bm=c.bm // 2),
-            replace(c, bk=c.bk * 2), replace(c, bk=c.bk // 2),
-            replace(c, stages=c.stages + 1), replace(c, stages=c.stages - 1),
+            c,
+            *(other for other in others if other.bn == bn),
+            replace(c, bm=c.bm * 2),
+            replace(c, bm=c.bm // 2),
+            replace(c, bk=c.bk * 2),
+            replace(c, bk=c.bk // 2),
+            replace(c, stages=c.stages + 1),
+            replace(c, stages=c.stages - 1),
             replace(c, warps=12 - c.warps),  # 4 or 8
             replace(c, registers=None if c.registers else 128),
-        ]  # fmt: skip
+        ]
     return [c for c in dict.fromkeys(found) if c == table or _fits(c, rows, columns, native)]
 
 

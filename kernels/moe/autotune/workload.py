@@ -54,9 +54,12 @@ class Trial:
         if mode == "static":
             activations = Activations(*quantize_global_scale(x, experts.input_scale, _RECIPE))
         self._call = replace(
-            call, activations=activations, recipe=_RECIPE, finalize_order="slot",
+            call,
+            activations=activations,
+            recipe=_RECIPE,
+            finalize_order="slot",
             quantize="per-token" if mode == "per-token" else None,
-        )  # fmt: skip
+        )
 
     def gemm(self, which: int, config: GemmConfig) -> torch.Tensor:
         """[T * K, columns] of the first or the second GEMM; rows from `self.rows` on are undefined."""

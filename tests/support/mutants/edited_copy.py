@@ -77,9 +77,12 @@ def answer(mutant: KernelMutant | None, call: str) -> Any:
             mutant.apply(kernels)
         try:
             return workers.call_in_one(
-                _answer, [(prepared(call)[0],)], Path(folder),
-                TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
-            )[0]  # fmt: skip
+                _answer,
+                [(prepared(call)[0],)],
+                Path(folder),
+                TRITON_INTERPRET="1",
+                OMP_NUM_THREADS="1",
+            )[0]
         except RuntimeError as error:
             name = "no mutant" if mutant is None else f"mutant {mutant.name!r}"
             raise RuntimeError(f"{name}, {call}: {error}") from None

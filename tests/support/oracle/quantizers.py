@@ -31,8 +31,11 @@ def compare(
         if c["M"] > most_rows:
             continue
         by_operation = {
-            "global": _global, "token": _per_token, "experts": _experts, "interleave": _interleave
-        }  # fmt: skip
+            "global": _global,
+            "token": _per_token,
+            "experts": _experts,
+            "interleave": _interleave,
+        }
         yield from by_operation[c["op"]](golden, ours, c)
     for c in golden.cases("cute-dsl", CUTE_DSL, every):
         yield from _cute_dsl(golden, ours, c)

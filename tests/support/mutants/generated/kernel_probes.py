@@ -119,11 +119,17 @@ def _native() -> Named:
 _MORE: dict[str, Callable[[], Call]] = {
     name: call
     for some in (
-        _parts(), quantizer_probes.named(), routers.named(), _layers(), _products(), _rest(),
-        _native(), far_calls.calls(),
+        _parts(),
+        quantizer_probes.named(),
+        routers.named(),
+        _layers(),
+        _products(),
+        _rest(),
+        _native(),
+        far_calls.calls(),
     )
     for name, call in some
-}  # fmt: skip
+}
 
 
 def _named(*starts: str) -> tuple[str, ...]:
@@ -131,9 +137,13 @@ def _named(*starts: str) -> tuple[str, ...]:
 
 
 _QUANTIZERS = (
-    "quantizer, fast, 128x4", "quantizer, exact, 8x4", "quantizer, 4over6",
-    "quantizer, saturating", "quantizer, fp32", *_named("quantizer"),
-)  # fmt: skip
+    "quantizer, fast, 128x4",
+    "quantizer, exact, 8x4",
+    "quantizer, 4over6",
+    "quantizer, saturating",
+    "quantizer, fp32",
+    *_named("quantizer"),
+)
 _ACTIVATIONS = tuple(n for n in _MORE if n.endswith(("alone", "alone, parameters")))
 _STATIC = tuple(n for n in _MORE if n.endswith("static, small"))
 _TILES = ("qwen", "top 1", "deepseek", "tiles of 16", "tiles of 32", "K of 1 1/2 tiles", "decoded")
@@ -141,16 +151,26 @@ _PRODUCTS = _named("dense", "native, dense")
 _RELOAD = _named("reload", "far, reload")
 _PRODUCERS = _named("silu", "rmsnorm", "add_rmsnorm", "far, silu", "far, add_rmsnorm")
 _BLOCKS = (
-    *_QUANTIZERS, *_PRODUCERS, *_RELOAD, "qwen", "4over6", *_named("far, quantize", "far, padding"),
-)  # fmt: skip
+    *_QUANTIZERS,
+    *_PRODUCERS,
+    *_RELOAD,
+    "qwen",
+    "4over6",
+    *_named("far, quantize", "far, padding"),
+)
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
     "bf16", "grid", "saturated routers", "every routing method",
 )  # fmt: skip
 _EXPERTS = (
-    *_ACTIVATIONS, "gpt-oss", *_STATIC, *_TILES, *_named("one token", "decoded", "native"), "bf16",
+    *_ACTIVATIONS,
+    "gpt-oss",
+    *_STATIC,
+    *_TILES,
+    *_named("one token", "decoded", "native"),
+    "bf16",
     "far, experts",
-)  # fmt: skip
+)
 OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/mma.py": (
         *_PRODUCTS, "far below", *_TILES, *_named("decoded", "native", "K of"), "cancelling sums",

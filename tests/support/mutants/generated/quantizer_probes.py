@@ -112,9 +112,11 @@ def _given_scales() -> Named:
     eight = bytes_[:23].view(torch.float8_e4m3fn)
     fast, exact = Recipe(), Recipe("exact")
     for name, recipe in {
-        "fast": fast, "exact": exact, "fast, cute-dsl": Recipe(build="cute-dsl"),
+        "fast": fast,
+        "exact": exact,
+        "fast, cute-dsl": Recipe(build="cute-dsl"),
         "exact, cute-dsl": Recipe("exact", build="cute-dsl"),
-    }.items():  # fmt: skip
+    }.items():
         layout = SfLayout.layout_8x4
         given = functools.partial(GivenScaleCall, x, recipe, by_row)
         yield f"quantizer, by row, {name}", functools.partial(given, layout)
