@@ -190,6 +190,8 @@ def routers() -> Iterator[tuple[str, Routing, torch.Tensor, torch.Tensor | None]
     wide = host.arange(experts).float() * 4 - 30 + normal / 8  # weights down to 2^-40
     for method in (_M.Renormalize, _M.Default):
         yield "a peaked router", Routing(method, 8), wide, None
+    for method in (_M.Renormalize, _M.Default):  # whose exponentials leave fp32
+        yield "logits far from zero", Routing(method, 2), 300 + 4 * normal, None
     yield "large logits", Routing(_M.TopK, 2), order.float() * 9000, None
     groups = Routing(_M.DeepSeekV3, 4, 4, 2, 2.5)
     yield (
