@@ -34,8 +34,8 @@ def _load_parts(
     ARCH: tl.constexpr,
 ):
     """(words, block maxima) of PARTS times BLOCKS blocks of a row, each a tuple of PARTS."""
-    parts = ()
-    maxima = ()
+    parts = ()  # type: tuple
+    maxima = ()  # type: tuple
     for i in tl.static_range(PARTS):
         column = block + i * BLOCKS
         words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
