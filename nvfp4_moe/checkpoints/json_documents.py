@@ -1,4 +1,4 @@
-"""The types of what is read of a checkpoint's JSON files.
+"""The types of the entries that are read from a checkpoint's JSON files.
 
 Entries that are not here are not checked, and whoever reads one adds it. Null is allowed where a
 producer writes it: transformers for every entry of a configuration that is not set, compressed-tensors

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 LONGEST = 1000
-"""Characters of a pattern, and states of its automaton."""
+"""The most characters of a pattern, and the most states of its automaton."""
 _EXPRESSION = "re:"
 _DEEPEST = 20
 _TOKEN = re.compile(
@@ -28,7 +28,7 @@ _TOKEN = re.compile(
 
 @functools.lru_cache(maxsize=10_000)
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """The function that says whether a pattern means a module.
+    """Return a function that tells if a pattern matches a module.
 
     Raises:
         ValueError: the pattern is no regular expression, or one that is not served.
@@ -79,7 +79,7 @@ class _Node:
 
 
 class _Automaton:
-    """A regular expression, its sets of states made as names ask for them."""
+    """A regular expression; its sets of states are made when names need them."""
 
     def __init__(self, expression: str):
         with warnings.catch_warnings():  # of syntax that may change its meaning one day

@@ -1,4 +1,4 @@
-"""Intervals of numbers, with what their ends mean where fp32 overflows or is NaN."""
+"""Intervals of numbers; their ends also represent overflow of fp32 and NaN."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Interval:
 
     @property
     def nan(self) -> torch.Tensor:
-        """Which elements are NaN for sure."""
+        """Mark the elements that are certainly NaN."""
         return self.low.isnan()
 
     @property
@@ -51,20 +51,20 @@ class Interval:
 
     @property
     def single(self) -> torch.Tensor:
-        """Which elements have one value alone; NaN is one."""
+        """Mark the elements that have exactly one value; NaN is one."""
         return (self.low == self.high) | self.nan
 
     def widened(self, by: torch.Tensor | float) -> "Interval":
-        """By a finite number."""
+        """Multiply by a finite number."""
         return Interval(self.low - by, self.high + by)
 
     def relatively(self, error: torch.Tensor | float) -> "Interval":
-        """Times 1 - error to 1 + error, which is less than 1; infinite ends stay."""
+        """Widen by the relative `error`, less than 1; infinite ends stay."""
         low, high = (end.abs().nan_to_num(posinf=0.0) * error for end in (self.low, self.high))
         return Interval(self.low - low, self.high + high)
 
     def map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
-        """f of both ends, for f that is nondecreasing, or moves elements about."""
+        """Apply f to both ends; f is nondecreasing, or only moves elements."""
         low = f(self.low)
         return Interval(low, low if self.is_point else f(self.high))
 
@@ -105,30 +105,30 @@ class Interval:
 
     @property
     def mignitude(self) -> torch.Tensor:
-        """The smallest magnitude; 0 for NaN."""
+        """Return the smallest magnitude; 0 for NaN."""
         same_sign = (self.low > 0) | (self.high < 0)
         return torch.where(same_sign, torch.minimum(self.low.abs(), self.high.abs()), 0.0)
 
     @kept
     def contains(self, x: torch.Tensor) -> torch.Tensor:
-        """Elementwise: whether x may be the value."""
+        """Mark the elements of which x may be the value."""
         x = x.double()
         return ((x >= self.low) & (x <= self.high)) | self.unknown | (self.nan & x.isnan())
 
 
 def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
-    """a where the condition holds, else b."""
+    """Return a where the condition holds, else b."""
     return Interval(torch.where(condition, a.low, b.low), torch.where(condition, a.high, b.high))
 
 
 def hull(a: Interval, b: Interval) -> Interval:
-    """The smallest interval that holds both."""
+    """Return the smallest interval that holds both."""
     both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
     return unless(a.nan != b.nan, both)
 
 
 def unless(unknown: torch.Tensor, i: Interval) -> Interval:
-    """Nothing is claimed where unknown."""
+    """Claim nothing where `unknown` is true."""
     return Interval(
         torch.where(unknown, -torch.inf, i.low), torch.where(unknown, torch.inf, i.high)
     )
@@ -143,7 +143,7 @@ def fp32_range(i: Interval) -> Interval:
 
 
 def valid(i: Interval) -> Interval:
-    """Nothing is claimed where one end alone is NaN."""
+    """Claim nothing where exactly one end is NaN."""
     return unless(i.low.isnan() != i.high.isnan(), i)
 
 

@@ -1,4 +1,4 @@
-"""Intervals that hold the outputs of a layer over several ranks: `moe.py`, and one sum more.
+"""Intervals of the outputs of a layer over several ranks: `moe.py`, and one more sum.
 
 13. *All-reduce.* Each of n ranks has an output in its interval, a number of the dtype that travels,
    which has p bits (bf16 8, fp16 11, fp32 24). They are added in that dtype or in a wider one, in any
@@ -76,7 +76,7 @@ def expert_parallel_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Interval:
-    """[T, H]: `experts` over ranks that hold `counts` of them each, all-reduced.
+    """Bound the all-reduced output [T, H] of `experts` over ranks that hold `counts` of them each.
 
     Args:
         The rest: as for `fused_moe_bounds`.
@@ -110,7 +110,7 @@ def tensor_parallel_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Interval:
-    """[T, H]: what `shards.fused_moe_shards` and every implementation of it may compute.
+    """Bound the output [T, H] of `shards.fused_moe_shards` and of every implementation of it.
 
     Args:
         The rest: as for `fused_moe_bounds`.
@@ -131,7 +131,7 @@ def tensor_parallel_bounds(
 
 
 def _total(ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fp64 sum, and by how much it may be wrong: zero where every addition was exact."""
+    """Return the fp64 sum and the largest error of it, which is zero where every addition was exact."""
     total = torch.zeros_like(ends[0])
     wrong = torch.zeros_like(total, dtype=torch.bool)
     size = torch.zeros_like(total)

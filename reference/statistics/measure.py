@@ -139,7 +139,7 @@ def _measure(x: torch.Tensor, recipe: Recipe, encode: torch.Tensor | None) -> _R
 def _quantize(
     x: torch.Tensor, recipe: Recipe, encode: torch.Tensor | None
 ) -> tuple[Quantized, torch.Tensor]:
-    """The rows with the steps of their arithmetic, and the decode scale [N] of each."""
+    """Quantize the rows, and return the steps of the arithmetic and the decode scale [N] of each row."""
     if encode is None:
         # A tensor: of a number the quantizer would make one on the host, and wait for its copy.
         g = torch.full((1,), recipe.base_scale_inv, dtype=torch.float32, device=x.device)
@@ -152,7 +152,7 @@ def _quantize(
 
 
 def _kept_scale(q: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
-    """(block scales before e4m3, where 4over6 kept the candidate of 4), [N, K/16] each."""
+    """Return the block scales before e4m3, and mark where 4over6 kept 4's candidate: [N, K/16] each."""
     scale = q.steps["block_scale"]
     if "error_of_4" not in q.steps:
         return scale, torch.zeros_like(scale, dtype=torch.bool)
