@@ -10,9 +10,9 @@ from . import command
 from .generated.results import KEPT
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with these arguments, or those of the process; the exit status."""
-    return command.run(_parser().parse_args(arguments))
+def main(arguments: Sequence[str] | None = None, catalogue: command.Catalogue | None = None) -> int:
+    """Run with these arguments, or those of the process; return the exit status."""
+    return command.run(_parser().parse_args(arguments), catalogue or command.Catalogue())
 
 
 def _parser() -> argparse.ArgumentParser:
