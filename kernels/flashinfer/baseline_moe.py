@@ -73,7 +73,7 @@ RULES: tuple[Rule[BaselineCall], ...] = (
 
 
 def refusal(r: BaselineCall) -> str | None:
-    """Why FlashInfer cannot serve the request; None if it can."""
+    """Return why FlashInfer cannot serve the request; None if it can."""
     return first_reason(RULES, r)
 
 
@@ -236,7 +236,7 @@ FUNCTIONS: dict[Format, tuple[Function, Function]] = {
     "fp8 block": _FP8_BLOCK,
     "mxfp8": _FP8_BLOCK,
 }
-"""The functions of a format: from router logits, and with a routing that is given."""
+"""Return the functions of a format: from router logits, and with a given routing."""
 
 MXFP8_QUANTIZE = Function(
     "flashinfer",
@@ -275,7 +275,7 @@ FP8_BLOCK_QUANTIZE = Function(
 
 
 def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
-    """The weights and scales in the layouts of FlashInfer's function, by its keywords.
+    """Prepare the weights and scales in the layouts of FlashInfer's function, by its keywords.
 
     bf16 is shuffled and in BlockMajorK, fp8 per tensor and mxfp8 are shuffled, fp8 block is as it was.
     """
@@ -304,19 +304,19 @@ def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
 
 
 def _shuffled(t: torch.Tensor, gated: bool) -> torch.Tensor:
-    """[E, rows, ...] in the order of the GEMM's epilogue, of codes and of scales alike."""
+    """Reorder [E, rows, ...], codes or scales, for the GEMM's epilogue."""
     order = row_order(t.shape[1], gated, t.device)
     return t.view(torch.uint8)[:, order].view(t.dtype).contiguous()
 
 
 def _block_major(w: torch.Tensor) -> torch.Tensor:
-    """[E, rows, K] to [E, K / block, rows, block]."""
+    """Convert [E, rows, K] to [E, K / block, rows, block]."""
     block = _BLOCK_K_BYTES // w.element_size()
     return w.unflatten(-1, (-1, block)).transpose(1, 2).contiguous()
 
 
 def quantize(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
-    """[T, H] bf16 hidden states in the experts' format, by what FlashInfer has for it.
+    """Quantize hidden states [T, H] bf16 to the experts' format by FlashInfer's own functions.
 
     That of mxfp8 is a kernel, whose bits are the reference's. fp8 block's is torch, which on a GPU
     multiplies by 1 / 448 where the reference divides: an ulp of some scales.
@@ -330,16 +330,16 @@ def quantize(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
 
 
 def function(r: BaselineCall) -> Function:
-    """FlashInfer's function that serves the request."""
+    """Return FlashInfer's function that serves the request."""
     return FUNCTIONS[r.experts.format][r.logits is None]
 
 
 def run(r: BaselineCall) -> torch.Tensor:
-    """[T, H] bf16 of the request, which `refusal` let pass."""
+    """Run the request, which `refusal` let pass: [T, H] bf16."""
     output = function(r).run(r)
     return output[0] if isinstance(output, list) else output
 
 
 def arguments(r: BaselineCall) -> dict[str, Any]:
-    """The keyword arguments of `function(r)`."""
+    """Return the keyword arguments of `function(r)`."""
     return function(r).keywords(r)

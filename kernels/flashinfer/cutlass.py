@@ -156,12 +156,12 @@ RULES: tuple[Rule[MoECall], ...] = (
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the call; None if it can."""
+    """Return why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
 def function(_: MoECall) -> Function:
-    """The function that serves the call."""
+    """Return the function that serves the call."""
     return CUTLASS_FUSED_MOE
 
 
@@ -174,7 +174,7 @@ def run(r: MoECall) -> list[torch.Tensor]:
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """The keyword arguments of `cutlass_fused_moe`, without the output, which it makes itself then."""
+    """Return the keyword arguments of `cutlass_fused_moe` without `output`, which it then allocates."""
     return CUTLASS_FUSED_MOE.keywords(r, *_routed(r), OMITTED)
 
 

@@ -221,7 +221,7 @@ RULES: dict[str, tuple[Rule[DenseCall], ...]] = {
 
 
 def refusal(backend: str, r: DenseCall) -> str | None:
-    """Why the FlashInfer backend cannot serve the call; None if it can."""
+    """Return why the FlashInfer backend cannot serve the call; None if it can."""
     return first_reason(RULES[backend], r)
 
 
@@ -231,5 +231,5 @@ def mm_fp4(backend: str, r: DenseCall, out: torch.Tensor) -> None:
 
 
 def arguments(backend: str, r: DenseCall, out: torch.Tensor) -> dict[str, Any]:
-    """The keyword arguments of `flashinfer.mm_fp4` for the call."""
+    """Return the keyword arguments of `flashinfer.mm_fp4` for the call."""
     return MM_FP4.keywords(backend, r, out)

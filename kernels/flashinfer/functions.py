@@ -1,4 +1,4 @@
-"""Every function of FlashInfer that we call, and whether the installed one is as described."""
+"""Every function of FlashInfer that we call, and the differences to the installed ones."""
 
 # SPDX-License-Identifier: Apache-2.0
 from . import autotuner, baseline_moe, cute_dsl, cutlass, dense, quantize, trtllm

@@ -230,12 +230,12 @@ showed. The call is served, since a refusal would have to read the values; ours 
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the call; None if it can."""
+    """Return why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
 def function(r: MoECall) -> Function:
-    """The function that serves the call: its routing is given, or follows from logits."""
+    """Return the function that serves the call: for a given routing, or for logits."""
     return ROUTED if r.logits is None else FROM_LOGITS
 
 
@@ -245,5 +245,5 @@ def run(r: MoECall) -> list[torch.Tensor]:
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """The keyword arguments of `function(r)`."""
+    """Return the keyword arguments of `function(r)`."""
     return function(r).keywords(r)

@@ -1,4 +1,4 @@
-"""The version of flashinfer-python that is installed, and the versions that the descriptions are for."""
+"""The installed version of flashinfer-python, and the versions that the descriptions cover."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.metadata
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Version = tuple[int, ...]
-"""(0, 7, 2) for 0.7.2.post1."""
+"""The numbers of a release: (0, 7, 2) for 0.7.2.post1."""
 
 
 @dataclass(frozen=True)
 class Versions:
-    """A range of versions: from `since` on, up to the last one before `before`; None is no end."""
+    """A range of versions from `since` on, without `before`; None means no end."""
 
     since: Version = ()
     before: Version | None = None
@@ -53,7 +53,7 @@ class Installation:
 
 
 def parsed(text: str) -> Version:
-    """(0, 7, 2) of "0.7.2.post1"; () of a text that begins with no release."""
+    """Parse "0.7.2.post1" to (0, 7, 2), and a text that begins with no release to ()."""
     release = re.match(r"\d+(\.\d+){0,2}", text)
     return () if release is None else tuple(int(part) for part in release[0].split("."))
 

@@ -72,7 +72,7 @@ def _run(ours: Any, call: FusedQuantizeCall) -> Triple:
 def _adopt(
     name: str, run: Callable[[FusedQuantizeCall], Any]
 ) -> Callable[[FusedQuantizeCall], Triple]:
-    """The function of a user's backend, whose results are checked."""
+    """Wrap the function of a user's backend, whose results are checked."""
 
     def adopted(call: FusedQuantizeCall) -> Triple:
         result = run(call)

@@ -34,7 +34,7 @@ _Run = Callable[[MoECall], Results]
 
 
 def with_codes(call: MoECall) -> MoECall:
-    """The call with its bf16 hidden states quantized, where they are to be."""
+    """Return the call with bf16 hidden states quantized, if they need it."""
     if call.quantize is None:
         return call
     recipe, per_token = call.recipe, call.quantize == "per-token"
@@ -117,7 +117,7 @@ def _run(name: str, op: Any, function: Any, call: MoECall) -> Results:
 
 
 def _in_its_arithmetic(call: MoECall) -> Results:
-    """The reference itself, of a variant whose roundings the op does not have."""
+    """Run the reference itself, for a variant whose roundings the op does not have."""
     call = with_codes(call)
     output = reference_fused_moe(
         call.activations,
@@ -133,7 +133,7 @@ def _in_its_arithmetic(call: MoECall) -> Results:
 
 
 def _unfit(call: MoECall) -> str | None:
-    """Why no user's backend serves the call."""
+    """Return why no user's backend serves the call."""
     if not call.do_finalize:
         return "a registered backend returns the output alone, and do_finalize is False"
     if call.observe is not None:
@@ -142,7 +142,7 @@ def _unfit(call: MoECall) -> str | None:
 
 
 def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
-    """The function of a user's backend: it gets codes, and its output is checked and placed."""
+    """Wrap the function of a user's backend: it gets codes, and its output is checked and copied."""
 
     def adopted(call: MoECall) -> Results:
         result = run(with_codes(call))

@@ -18,7 +18,7 @@ from .activation import NONE, SWIGLU_STEP, activated, is_gated
 
 @triton.jit
 def _per_expert(ptr, expert):
-    """One fp32 an expert, or None where there is no tensor."""
+    """Load one fp32 for the expert; None if there is no tensor."""
     if ptr is None:
         value = None
     else:
@@ -34,7 +34,7 @@ def _expert_tile(
     BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """The expert's permuted rows from `first`, BN of them, up to `end`; decoded weights at `place`."""
+    """Compute the expert's BN permuted rows from `first`, up to `end`; `place` has decoded weights."""
     GATED: tl.constexpr = is_gated(ACT)
     n = first + tl.arange(0, BN)
     live = n < end

@@ -29,7 +29,7 @@ from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
 
 _DECODED_BYTES = 256 << 20
-"""Most bytes of decoded weights that exist at a time; one expert's weights may be more."""
+"""The most bytes of decoded weights that exist at a time; one expert's weights may be more."""
 
 
 def _configs(
@@ -97,7 +97,7 @@ OP = register("triton", fused_moe)
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows of activations as the grouped GEMM reads them."""
+    """The rows of activations in the form that the grouped GEMM reads."""
 
     values: torch.Tensor  # [N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes
     block_scales: torch.Tensor | None  # native: [N, K/16], linear

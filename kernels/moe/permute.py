@@ -85,7 +85,7 @@ def _expert_counted(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The first permuted row of an expert, given every expert's slots; its tiles and end written."""
+    """Return an expert's first permuted row from every expert's slots; write its tiles and its end."""
     bins = tl.arange(0, BINS)
     in_tiles = tl.where(bins < E, (counts + TILE - 1) // TILE, 0)
     first_row = tl.sum(tl.where(bins < expert, counts, 0))

@@ -58,7 +58,7 @@ class Observer:
 
 
 def _invalid(r: MoECall) -> torch.Tensor:
-    """[2] int64: slots that `call.check_values` refuses where it may read them."""
+    """Count, [2] int64, the slots that `call.check_values` refuses if it may read them."""
     if r.ids is None or r.weights is None:  # a router's own
         return torch.zeros(2, dtype=torch.int64, device=r.device)
     out_of_range = (r.ids < -1) | (r.ids >= r.all_experts)
@@ -66,7 +66,7 @@ def _invalid(r: MoECall) -> torch.Tensor:
 
 
 def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.Tensor:
-    """The expert of each row, -1 for rows of no slot, which nothing has written."""
+    """Return the expert of each row; -1 for rows of no slot, which nothing has written."""
     if row_of_slot is None:
         return of_slot
     nowhere = len(of_slot)
@@ -75,7 +75,7 @@ def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.T
 
 
 def observed(r: MoECall) -> MoECall:
-    """The call, with an observer.
+    """Return the call with an observer.
 
     Raises:
         ValueError: nothing of it is quantized.
@@ -86,7 +86,7 @@ def observed(r: MoECall) -> MoECall:
 
 
 def refusal(backend: str, r: MoECall) -> str | None:
-    """Why a backend cannot show a call's intermediate; None if it can, or need not."""
+    """Return why a backend cannot show a call's intermediate; None if it can, or need not."""
     if r.observe is None:
         return None
     if backend.startswith("flashinfer"):

@@ -1,4 +1,4 @@
-"""One call, `nvfp4_quantize`, over every backend; which one runs, and why not the others.
+"""`nvfp4_quantize` on every backend, and `explain`: which one runs, and why not the others.
 
 `auto` takes the first backend that can serve, for the build that was asked for. The choice never changes
 the bits or the meaning of the result. A backend that was named never falls back.
@@ -88,7 +88,7 @@ def _quantize(ours: Any, call: QuantizeCall) -> Result:
 
 
 def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeCall], Result]:
-    """The function of a user's backend, whose results are checked."""
+    """Wrap the function of a user's backend, whose results are checked."""
 
     def adopted(call: QuantizeCall) -> Result:
         result = run(call)
@@ -100,7 +100,7 @@ def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeC
 
 
 def _notes(call: QuantizeCall) -> Sequence[str]:
-    """The parts of the call that FlashInfer's own outputs have not proven."""
+    """List the parts of the call that FlashInfer's own outputs have not confirmed."""
     if not call.do_shuffle:
         return []
     return ["not proven on FlashInfer, derived from its source: do_shuffle"]
@@ -256,7 +256,7 @@ explain = QUANTIZE.explaining(nvfp4_quantize)
 
 
 def _backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
-    """The full name of a backend, or "auto", and the build that is asked for."""
+    """Return the full name of a backend, or "auto", and the build that is asked for."""
     if build is not None:
         checks.one_of("build", build, get_args(Build))
     name = QUANTIZE.check_name(backend)

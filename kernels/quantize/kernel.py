@@ -33,7 +33,7 @@ def _load_parts(
     DTYPE: tl.constexpr,
     ARCH: tl.constexpr,
 ):
-    """(words, block maxima) of PARTS times BLOCKS blocks of a row, each a tuple of PARTS."""
+    """Load PARTS times BLOCKS blocks of a row: (words, block maxima), each a tuple of PARTS."""
     parts = ()  # type: tuple
     maxima = ()  # type: tuple
     for i in tl.static_range(PARTS):
@@ -46,7 +46,7 @@ def _load_parts(
 
 @triton.jit
 def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.constexpr):
-    """Largest magnitudes [ROWS] of the blocks at (row, column)."""
+    """Return the largest magnitudes [ROWS] of the blocks at (row, column)."""
     words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
     return or_zero(tl.max(block_maxima(words, DTYPE, ARCH), 1))
 
@@ -58,7 +58,7 @@ def _quantize_and_store(
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales, or values, of the blocks that stand at (row, column), where live."""
+    """Store codes and scales, or values, of the blocks at (row, column), where live."""
     x = block_values(words, DTYPE)
     if DTYPE == E4M3:
         x = prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
@@ -77,7 +77,7 @@ def _quantize_and_store(
 
 @triton.jit
 def _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH: tl.constexpr):
-    """Codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
+    """Store codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
     halves = codes[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None, :]
     words = tl.reshape(halves.to(tl.uint16), (codes.shape[0], codes.shape[1], 4))
     scale = e4m3_decode(byte)[:, :, None]

@@ -1,4 +1,4 @@
-"""Measuring configurations of the grouped GEMMs: what `autotune_fused_moe` does.
+"""Measure configurations of the grouped GEMMs, for `autotune_fused_moe`.
 
 Each GEMM runs alone, in its candidates; one whose rows are not those of the table's choice is dropped.
 `bn` is the permutation's tile, and so the two are chosen together: the `bn` whose fastest pair takes
@@ -121,7 +121,7 @@ def _measure(gemm: int, timed: Trial, skewed: Trial, timer: Timer) -> list[Measu
 
 
 def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> list[GemmConfig]:
-    """The table's choice; with each `bn` near its own, one more field changed; other loads' choices."""
+    """Return the table's choice, its neighbours in `bn` and one other field, and other loads' choices."""
     others = [gemm_config(each, 1, columns, native=native) for each in (1, 17, 65, 1024)]
     found = [table]
     for bn in (table.bn // 2, table.bn, table.bn * 2):
@@ -164,7 +164,7 @@ def difference(got: torch.Tensor, want: torch.Tensor, same_order: bool) -> str:
 
 
 def _fastest(measured: list[Measured]) -> Configs | None:
-    """The fastest two of one `bn`."""
+    """Return the fastest two of one `bn`."""
     best: dict[tuple[int, int], tuple[float, GemmConfig]] = {}
     for m in measured:
         place = m.gemm, m.config.bn

@@ -62,7 +62,7 @@ class Trial:
         )
 
     def gemm(self, which: int, config: GemmConfig) -> torch.Tensor:
-        """[T * K, columns] of the first or the second GEMM; rows from `self.rows` on are undefined."""
+        """Run the first or the second GEMM: [T * K, columns]; rows from `self.rows` on are undefined."""
         if config.bn not in self._permutations:
             self._permutations[config.bn] = permute(
                 self.ids, self.experts.num_local, self.offset, config.bn
@@ -76,7 +76,7 @@ class Trial:
         return launch.gemm2(self._x2, self.experts, p, self.slots, config)
 
     def call(self, configs: Configs) -> torch.Tensor:
-        """The output [T, H] bf16 of the whole call."""
+        """Run the whole call: output [T, H] bf16."""
         weights = torch.full_like(self.ids, 1 / self.top_k, dtype=torch.bfloat16)
         with cache.using(self.key, configs):
             return launch.fused_moe(self._call, self.ids, weights)[0]
@@ -96,7 +96,7 @@ class Trial:
 
 
 def microseconds(call: Callable[[], object], replays: int = 20) -> float:
-    """Median time of a call on the GPU, in a CUDA graph, nothing of it in the L2 cache before.
+    """Return the median time of a call on the GPU, in a CUDA graph, with a cold L2 cache.
 
     A model's layers evict one another; weights that stay in the cache would favour other tiles.
     """
