@@ -121,7 +121,7 @@ def _measure(gemm: int, timed: Trial, skewed: Trial, timer: Timer) -> list[Measu
 
 
 def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> list[GemmConfig]:
-    """Return the table's choice, its neighbours in `bn` and one other field, and other loads' choices."""
+    """Return the table's choice, its neighbours in `bn` and one more field, and other loads' choices."""
     others = [gemm_config(each, 1, columns, native=native) for each in (1, 17, 65, 1024)]
     found = [table]
     for bn in (table.bn // 2, table.bn, table.bn * 2):
