@@ -20,11 +20,11 @@ COMMANDS = {
     "fuzz-bounds": (".cli.fuzz_bounds", "judge random runs that keep the contract"),
     "convert": (".cli.convert", "quantize the experts of a Hugging Face checkpoint"),
 }
-"""The module of each, which is imported only to run it, and what `--help` says of it."""
+"""The module of each command, which is imported only to run it, and its line in `--help`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit status, of `exits.Exit`."""
+    """Run a command, and return its exit status from `exits.Exit`."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     name = next((word for word in given if word in COMMANDS), None)
     left: Callable[[], str] = _not_begun

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .exits import CommandError
 
 ROOM = 4 << 20
-"""Bytes that a report, or its JSON, is taken to need."""
+"""The assumed bytes of a report, or of its JSON."""
 
 
 def check_safetensors(argument: str, path: str | Path) -> None:

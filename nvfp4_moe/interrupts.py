@@ -24,7 +24,7 @@ def is_command_line(words: list[str]) -> bool:
 
 
 def leave_on_interrupt() -> None:
-    """Do so until `as_usual`, where this process is the command line."""
+    """End the process at an interrupt until `as_usual`, if it is the command line."""
     in_main = threading.current_thread() is threading.main_thread()
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if in_main and usual and is_command_line(sys.orig_argv):
@@ -32,6 +32,6 @@ def leave_on_interrupt() -> None:
 
 
 def as_usual() -> None:
-    """An interrupt raises KeyboardInterrupt again."""
+    """Let an interrupt raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

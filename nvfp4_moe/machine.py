@@ -15,7 +15,7 @@ PACKAGES = ("nvfp4-moe", "torch", "triton", "flashinfer-python", "nvidia-cutlass
 
 
 def machine() -> dict:
-    """The versions, GPUs, driver and environment variables that a result depends on."""
+    """Return the versions, GPUs, driver and environment variables that a result depends on."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
@@ -34,7 +34,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of a checkout, and whether its files were changed; None where there is none."""
+    """Return the commit of a checkout, and if its files were changed; None without a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -52,7 +52,7 @@ def _commit() -> str | None:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, from its library; None without one."""
+    """Return the version of NVIDIA's driver from its library; None without one."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
         version = ctypes.create_string_buffer(80)

@@ -34,7 +34,7 @@ HIDDEN = 256
 
 @dataclass(frozen=True)
 class BaselineCase:
-    """One call with ids [T, K] and weights [T, K] given."""
+    """One call with given ids [T, K] and weights [T, K]."""
 
     name: str
     activations: BaselineActivations
@@ -44,7 +44,7 @@ class BaselineCase:
     num_experts: int = EXPERTS
     local_expert_offset: int = 0
     exact: bool = False
-    """Nothing ever rounds before the rows' sum: one right output, to the bit."""
+    """True if nothing rounds before the rows' sum, so that one output alone is right, to the bit."""
 
     def call(self) -> BaselineCall:
         return BaselineCall(
@@ -58,7 +58,7 @@ class BaselineCase:
         )
 
     def reference(self) -> torch.Tensor:
-        """The reference's output, [T, H] bf16."""
+        """Return the reference's output, [T, H] bf16."""
         return baseline_moe(
             self.activations,
             self.experts,
@@ -77,7 +77,7 @@ def cases(format: Format) -> list[BaselineCase]:
 
 
 def real_case(format: Format) -> BaselineCase:
-    """Real hidden states through normal weights."""
+    """Make calls of real hidden states and normal weights."""
     x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
     w13, w2 = moe_cases.layer_weights(SWIGLU, x.shape[1])
     ids, weights = moe_cases.choice()
@@ -90,7 +90,7 @@ def real_case(format: Format) -> BaselineCase:
 
 
 def exact_case(format: Format, offset: int = 0) -> BaselineCase:
-    """SwiGLU of which every format has the same output, since none of its steps rounds.
+    """Make SwiGLU calls with the same output in every format, since none of their steps rounds.
 
     A gate is 0 or at least 64, where its sigmoid is 1. Every block that is quantized on the way has a
     largest magnitude of 7 * 2^n, whose scale is a power of two, and the products are 7 * 2^n as well:
@@ -141,7 +141,7 @@ def _signs(g: torch.Generator, size: torch.Size | tuple[int, ...] | int) -> torc
 def _assembled(
     format: Format, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
 ) -> tuple[BaselineActivations, BaselineExperts]:
-    """These very values in a format, as codes under scales that are powers of two."""
+    """Encode these exact values in a format, as codes under scales that are powers of two."""
 
     def codes(values: torch.Tensor) -> torch.Tensor:
         kept = values.to(torch.float8_e4m3fn)
@@ -168,7 +168,7 @@ def _assembled(
     rows, columns = (BLOCK, BLOCK) if format == "fp8 block" else (1, MX_BLOCK)
 
     def scaled(values: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, powers of the scales)."""
+        """Return codes, and the powers of the scales."""
         blocks = (*values.shape[:-2], values.shape[-2] // rows, values.shape[-1] // columns)
         place = sum(torch.meshgrid(*map(torch.arange, blocks), indexing="ij"))
         power = place.remainder(3) - 1  # type: ignore[union-attr]

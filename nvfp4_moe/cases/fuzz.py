@@ -46,7 +46,7 @@ class Draw:
         return host.normal(self.generator, *size)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
-        """From low to high - 1."""
+        """Draw integers from low to high - 1."""
         return host.integers(self.generator, low, high, size)
 
     def chance(self, probability: float) -> bool:
@@ -56,11 +56,11 @@ class Draw:
         return every[int(self.integers(0, len(every), 1))]
 
     def exponent(self) -> int:
-        """Near 0 as a rule."""
+        """Draw an exponent, mostly near 0."""
         return int(self.integers(-4, 5, 1) if self.chance(0.6) else self.integers(-140, 127, 1))
 
     def scalars(self, n: int, exponent: int = 0, wild: float = 0.3) -> Tensor:
-        """[n] fp32 around 2^exponent; some of any size, in one of `wild` draws."""
+        """Draw [n] fp32 around 2^exponent; a share `wild` of the draws has some of any size."""
         x = (1 + self.uniform(n)) * host.powers(self.integers(-2, 3, n))
         x = x if self.chance(0.6) else host.powers(self.integers(-3, 4, n))
         x = x * 2.0**exponent
@@ -75,7 +75,7 @@ class Draw:
         return torch.where(self.uniform(n) < 0.1, -x, x) if self.chance(0.2) else x
 
     def values(self, rows: int, columns: int, exponent: int | None = None) -> Tensor:
-        """[rows, columns] bf16, each row of its own size unless an exponent is given."""
+        """Draw [rows, columns] bf16, each row of its own size unless an exponent is given."""
         x = self.normal(rows, columns)
         form = self.choice(("normal", "heavy", "sparse", "grid", "small blocks"))
         if form == "heavy":
@@ -119,7 +119,7 @@ class Kind:
 
     @staticmethod
     def draw(number: int) -> "Kind":
-        """Activations take turns."""
+        """Choose the activation; they take turns."""
         d = Draw(number ^ 0x5EED)
         activation = IMPLEMENTED[number % len(IMPLEMENTED)]
         mode = d.choice(("per-token", "per-token", "per-token", "static", "bf16"))
@@ -161,7 +161,7 @@ def _routing(d: Draw) -> Routing:
 
 
 def draw(seed: int, kind: Kind, tokens: int) -> MoECase:
-    """The fused call of a seed."""
+    """Make the fused call of a seed."""
     d = Draw(seed)
     size = d.exponent()  # of the hidden states, which the first scalar may bring back
     local = d.choice((1, 2, 3))
@@ -194,7 +194,7 @@ def draw(seed: int, kind: Kind, tokens: int) -> MoECase:
 
 
 def _codes(d: Draw, *shape: int) -> Tensor:
-    """[..., K/2] of codes: any, few that are not zero, or ones and zeros."""
+    """Draw codes [..., K/2]: any, few nonzero ones, or ones and zeros."""
     codes = d.integers(0, 16, *shape)
     form = d.choice(("any", "any", "sparse", "ones"))
     if form == "sparse":
@@ -205,7 +205,7 @@ def _codes(d: Draw, *shape: int) -> Tensor:
 
 
 def _block_scales(d: Draw, *shape: int) -> Tensor:
-    """e4m3 bytes: around 1, of every size, or one alone."""
+    """Draw e4m3 bytes: around 1, of every size, or all equal."""
     low, high = d.choice(
         ((0x28, 0x40), (0x28, 0x40), (0, 0x7F), (0x38, 0x39), (0x70, 0x7F), (0, 9))
     )
@@ -288,7 +288,7 @@ def _logits(d: Draw, kind: Kind, tokens: int, num_experts: int) -> dict[str, Any
 
 @dataclass(frozen=True)
 class DenseCall:
-    """The arguments of `reference.dense.mm_fp4`."""
+    """The arguments of a call of `reference.dense.mm_fp4`."""
 
     a: Tensor
     b: Tensor
@@ -299,7 +299,7 @@ class DenseCall:
 
 
 def draw_dense(seed: int, rows: int) -> DenseCall:
-    """The dense product of a seed: 128 columns, as many terms."""
+    """Make the dense product of a seed: 128 columns, 128 terms."""
     d, k = Draw(seed), 128
 
     def scales(count: int) -> Tensor:

@@ -18,7 +18,7 @@ KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
 def synthetic(
     kind: str, m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> torch.Tensor:
-    """[m, k] CPU tensor of bf16, fp16, fp32 or e4m3, the same for the same arguments.
+    """Make an [m, k] CPU tensor of bf16, fp16, fp32 or e4m3, the same for the same arguments.
 
     Kinds: normal; heavy (log-normal tails, each row at a magnitude of its own); grid (values on e2m1
     codes and the ties between them, at powers of two); sparse (5 % non-zero, every third row zero);
@@ -60,7 +60,7 @@ def synthetic(
 
 
 def _edge(m: int, k: int, dtype: torch.dtype, rng: torch.Generator) -> torch.Tensor:
-    """Rows of ordinary numbers, each with one treatment of its first block or of the whole row."""
+    """Make rows of ordinary numbers, each with one change of its first block or of the whole row."""
     finfo = torch.finfo(dtype)
     tiny = finfo.smallest_normal
     x = host.normal(rng, m, k).to(dtype)
@@ -120,11 +120,11 @@ def _edge(m: int, k: int, dtype: torch.dtype, rng: torch.Generator) -> torch.Ten
 
 
 def activations() -> dict[str, torch.Tensor]:
-    """The shipped real activations, bf16: 256 tokens, by layer (`data/README.md`)."""
+    """Load the shipped real activations, bf16: 256 tokens, by layer (`data/README.md`)."""
     return load((files("nvfp4_moe") / "data" / "minilm_activations.safetensors").read_bytes())
 
 
 def golden(edge: bool = False) -> dict[str, torch.Tensor]:
-    """Outputs of FlashInfer's own CUDA kernels, with their inputs (`data/README.md`)."""
+    """Load outputs of FlashInfer's own CUDA kernels, with their inputs (`data/README.md`)."""
     name = "golden_edge.safetensors.xz" if edge else "golden.safetensors.xz"
     return load(lzma.decompress((files("nvfp4_moe") / "data" / name).read_bytes()))

@@ -28,7 +28,7 @@ _GIVEN = Routing(_M.Renormalize, TOP_K)
 
 
 def cases() -> list[MoECase]:
-    """The cases that every machine compares; they are small enough for the interpreter.
+    """Make the cases that every machine compares; they are small enough for the interpreter.
 
     Real hidden states through each activation; the ways of the contract, one by one, on SwiGLU or
     Relu2; inputs whose sums are exact; inputs that show what ordinary numbers hide. The math and
@@ -45,7 +45,7 @@ def cases() -> list[MoECase]:
 
 
 def few_cases() -> list[MoECase]:
-    """One for each thing that can go wrong on its own."""
+    """Make one case for each thing that can go wrong on its own."""
     names = (
         "Swiglu, per token",
         "Relu2, static",
@@ -61,7 +61,7 @@ def few_cases() -> list[MoECase]:
 
 
 def large_cases() -> list[MoECase]:
-    """Those too that only a GPU has the time for: many tokens, which take other tiles and tactics."""
+    """Make the cases that only a GPU has time for, too: many tokens take other tiles and tactics."""
     return cases() + [
         _normal(f"T = {t}, H = {h}, I = {i}, E = {e}, K = {k}", t, h, i, e, k, kind)
         for t, h, i, e, k, kind in (
@@ -78,7 +78,7 @@ SETS = {"few": few_cases, "small": cases, "large": large_cases}
 
 
 def layer(kind: ActivationType, hidden: int, **options: Any) -> Experts:
-    """EXPERTS experts of normal weights, seeded by the activation."""
+    """Make EXPERTS experts of normal weights, seeded by the activation."""
     return prepare_experts(*layer_weights(kind, hidden), kind, **options)
 
 
@@ -91,7 +91,7 @@ def layer_weights(kind: ActivationType, hidden: int) -> tuple[torch.Tensor, torc
 
 
 def choice(tokens: int = TOKENS, top_k: int = TOP_K) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, bf16 weights) of random logits."""
+    """Route random logits: (ids, bf16 weights)."""
     chosen = route(_logits(tokens, EXPERTS), Routing(_M.Renormalize, top_k))
     return chosen.ids, chosen.weights_bf16
 
@@ -101,7 +101,7 @@ def _logits(tokens: int, experts: int) -> torch.Tensor:
 
 
 def _states(experts: Experts, recipe: Recipe, mode: str = "per-token") -> Activations:
-    """Real hidden states, as the layer takes them."""
+    """Return real hidden states in the form that the layer takes."""
     x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
     x = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - x.shape[1]))
     if mode == "bf16":
@@ -147,7 +147,7 @@ def _activations() -> Iterator[MoECase]:
 
 
 def _ways() -> Iterator[MoECase]:
-    """The contract's options, one at a time."""
+    """Make cases of the contract's options, one at a time."""
     swiglu = ActivationType.Swiglu
     yield _case("bf16", swiglu, "bf16")
     yield _case("static", swiglu, "static")
@@ -183,7 +183,7 @@ def _ways() -> Iterator[MoECase]:
 
 
 def _routed() -> Iterator[MoECase]:
-    """From logits, by each method."""
+    """Make cases that route from logits, by each method."""
     logits = _logits(TOKENS, EXPERTS)
     bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
     for method in METHODS:
@@ -220,7 +220,7 @@ def _of_build(build: LayerBuild, kind: ActivationType) -> MoECase:
 
 
 def exact_cases() -> Iterator[MoECase]:
-    """Codes of -1, 0 and 1 under scales that are powers of two: no sum ever rounds."""
+    """Make codes of -1, 0 and 1 under scales that are powers of two: no sum ever rounds."""
     one = 0x38  # 1.0 in e4m3
     for seed, kind in enumerate(
         (ActivationType.Relu2, ActivationType.Relu, ActivationType.Identity)
@@ -275,7 +275,7 @@ def _normal(
     top_k: int,
     kind: ActivationType,
 ) -> MoECase:
-    """Random codes under scales of ordinary size, which take no time to make."""
+    """Make random codes under scales of ordinary size, which takes no time."""
     g = torch.Generator().manual_seed(tokens)
     rows = intermediate * (2 if kind.gated else 1)
 
@@ -310,7 +310,7 @@ def _normal(
 def exact_layer(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """(output [T, H] in fp64 of a SwiGLU layer, the largest magnitude of its intermediate)."""
+    """Compute a SwiGLU layer in fp64: output [T, H], and the intermediate's largest magnitude."""
     output = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     largest = 0.0
     for t in range(x.shape[0]):

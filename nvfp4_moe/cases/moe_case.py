@@ -1,4 +1,4 @@
-"""One call of the fused mixture of experts, and what is allowed of its output."""
+"""One call of the fused mixture of experts, and the outputs that are allowed."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -20,7 +20,7 @@ from ..reference.weights.experts import Experts
 
 @dataclass(frozen=True)
 class MoECase:
-    """One fused call: from router logits, or with ids [T, K] and weights [T, K] given."""
+    """One fused call: from router logits, or with given ids [T, K] and weights [T, K]."""
 
     name: str
     activations: Activations
@@ -37,11 +37,11 @@ class MoECase:
     finalize_order: FinalizeOrder = "flashinfer"
     output_dtype: torch.dtype = torch.bfloat16
     exact: bool = False
-    """Every sum is exact, so that there is one right output, to the bit."""
+    """True if every sum is exact, so that one output alone is right, to the bit."""
 
     @property
     def routed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, weights)."""
+        """Return (ids, weights)."""
         if self.logits is None:
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
@@ -66,11 +66,11 @@ class MoECase:
         )
 
     def reference(self) -> torch.Tensor:
-        """The reference's output, [T, H] of `output_dtype`."""
+        """Return the reference's output, [T, H] of `output_dtype`."""
         return self.run().output
 
     def run(self, *, keep_steps: bool = False) -> moe.MoEResult:
-        """The reference's run."""
+        """Run the reference."""
         return moe.fused_moe(
             self.activations,
             self.experts,
@@ -86,7 +86,7 @@ class MoECase:
     def allowed(
         self, accumulation: Accumulation = ANY_ORDER, *, drops_nan: bool = False
     ) -> Interval:
-        """The intervals of an output; with logits they cover every permitted choice of experts.
+        """Return the intervals of the output; with logits they cover every permitted choice of experts.
 
         Args:
             drops_nan: as `fused_moe_bounds` has it.
@@ -117,7 +117,7 @@ class MoECase:
 
 
 def to_device(thing: Any, device: torch.device | str) -> Any:
-    """A tensor, or a dataclass of tensors and of such dataclasses, on a device."""
+    """Move a tensor, or a dataclass of tensors and of such dataclasses, to a device."""
     if isinstance(thing, torch.Tensor):
         return thing.to(device)
     if is_dataclass(thing) and not isinstance(thing, type):

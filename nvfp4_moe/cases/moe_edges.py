@@ -24,14 +24,14 @@ from ..reference.weights.prepare import assemble_experts, prepare_experts
 from .moe_case import MoECase
 
 SIZE, TOKENS = 128, 16
-"""H and I, and T, of most cases."""
+"""The H and I, and the T, of most cases."""
 _A, _M = ActivationType, RoutingMethodType
 _ONE = 0x38  # 1.0 in e4m3
 PARAMETERS = {"alpha": 1.3, "beta": 0.8, "clamp_limit": 2.5}
 
 
 def cases(recipe: Recipe) -> Iterator[MoECase]:
-    """All of them; `recipe` is the intermediate's."""
+    """Make all edge cases; `recipe` is the intermediate's."""
     yield from far_below(recipe)
     yield from activations(recipe)
     yield from static(recipe)
@@ -56,7 +56,7 @@ def _experts(
     rows: float = 1.0,
     **options: Any,
 ) -> Experts:
-    """Codes of any kind under block scales about 1; `rows` times as large after the second GEMM."""
+    """Make codes of any kind under block scales about 1; rows are `rows` times as large."""
     m1 = SIZE * (2 if kind.gated else 1)
     return assemble_experts(
         _bytes(0, 256, count, m1, hidden // 2, seed=seed),
@@ -82,7 +82,7 @@ def _given(top_k: int, tokens: int = TOKENS, experts: int = 2) -> dict[str, Any]
 
 
 def far_below(recipe: Recipe) -> Iterator[MoECase]:
-    """Subnormal block scales in all operands, whose blocks alone make half of the sums.
+    """Make subnormal block scales in all operands; their blocks alone make half of the sums.
 
     Of the hidden states every block but the first is 2^15 below it, and every second block of 16 rows of
     the weights has zeros there; so the intermediate has such blocks, and the second weights zeros
@@ -119,7 +119,7 @@ def far_below(recipe: Recipe) -> Iterator[MoECase]:
 
 
 def activation_layer(kind: ActivationType, **options: Any) -> Experts:
-    """Two experts whose second GEMM is the unit matrix: the output is the intermediate."""
+    """Make two experts whose second GEMM is the unit matrix: the output is the intermediate."""
     rows = SIZE * (2 if kind.gated else 1)
     one = torch.eye(SIZE, dtype=torch.uint8, device="cpu") * e2m1.VALUES.index(1.0)
     ones = torch.full((2, SIZE, SIZE // BLOCK_SIZE), _ONE, dtype=torch.uint8, device="cpu")
@@ -136,7 +136,7 @@ def activation_layer(kind: ActivationType, **options: Any) -> Experts:
 
 
 def activations(recipe: Recipe) -> Iterator[MoECase]:
-    """Every activation from 2^-12 to 2^9: sums of one term, a second GEMM that is the unit matrix."""
+    """Make every activation of 2^-12 to 2^9: sums of one term, and a unit matrix as second GEMM."""
     for kind in IMPLEMENTED:
         read = {name: PARAMETERS[name] for name in sorted(kind.parameters)}
         for options in ({}, read) if read else ({},):
@@ -153,7 +153,7 @@ def activations(recipe: Recipe) -> Iterator[MoECase]:
 
 
 def static(recipe: Recipe) -> Iterator[MoECase]:
-    """Every activation under static scales."""
+    """Make every activation under static scales."""
     for kind in IMPLEMENTED:
         rows = SIZE * (2 if kind.gated else 1)
         g = _g(int(kind))
@@ -175,7 +175,7 @@ def static(recipe: Recipe) -> Iterator[MoECase]:
 
 
 def routers() -> Iterator[tuple[str, Routing, torch.Tensor, torch.Tensor | None]]:
-    """(name, routing, logits [T, E], bias [E]) of routers that are nearly or exactly undecided."""
+    """Yield (name, routing, logits [T, E], bias [E]) of routers that are nearly or exactly undecided."""
     tokens, experts = 8, 16
     order = torch.stack(
         [
@@ -212,7 +212,7 @@ def routers() -> Iterator[tuple[str, Routing, torch.Tensor, torch.Tensor | None]
 
 
 def routed(recipe: Recipe) -> Iterator[MoECase]:
-    """From such routers, experts of very different size: the larger the smaller their logits are."""
+    """Make calls of such routers, with experts that are larger the smaller their logits are."""
     layer = _experts(16, _A.Relu2, 30)
     for name, routing, logits, bias in routers():
         size = torch.exp2(-1.5 * logits[0]) if "peaked" in name else _of_order(16)
@@ -235,7 +235,7 @@ def _of_order(count: int) -> torch.Tensor:
 
 
 def sizes(recipe: Recipe) -> Iterator[MoECase]:
-    """Numbers that fp16 lacks, sums that cancel, weights of any size, and an output in fp32."""
+    """Make numbers that fp16 lacks, sums that cancel, weights of any size, and an output in fp32."""
     g = _g(4)
     size = host.powers(host.fp32([20, -30, 17, -17, 60, -60, 0, 3])).repeat(TOKENS // 8)[:, None]
     x = (host.normal(g, TOKENS, SIZE) * size).bfloat16()
@@ -312,7 +312,7 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
 
 
 def half_rows() -> torch.Tensor:
-    """[14, 80] fp16: rows of any size, subnormal ones among them, with -0 and blocks of zeros."""
+    """Make [14, 80] fp16: rows of any size, also subnormal, with -0 and blocks of zeros."""
     x = host.normal(_g(12), 14, 80) * host.powers(host.arange(14) * 2 - 22)[:, None]
     x[3], x[4, :16], x[5, ::7] = 0, 0, -0.0
     return x.half()

@@ -77,7 +77,7 @@ class Input:
 
 
 def global_scale(x: torch.Tensor, recipe: Recipe) -> float:
-    """Encode scale e4m3_max * 6 / amax in fp32, amax over the finite elements; 1 if none is usable."""
+    """Return the encode scale e4m3_max * 6 / amax in fp32, over finite elements; 1 if none is usable."""
     return _encode_scales(x.flatten()[None], recipe).item()
 
 
@@ -96,7 +96,7 @@ def _encode_scales(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def cases(x: torch.Tensor, recipes: list[Recipe], every_layout: bool) -> list[Case]:
-    """Every mode and recipe that tensors of x's type have.
+    """Return every mode and recipe of tensors of x's type.
 
     Plain recipes take all three layouts. Those of 4over6 do with `every_layout`, else one each in
     turn: the layout is no part of the arithmetic. So do scales for each row, which the CUDA build
@@ -125,7 +125,7 @@ def cases(x: torch.Tensor, recipes: list[Recipe], every_layout: bool) -> list[Ca
 def synthetic(
     kinds: Iterable[str], seed: int, rows: int | None, recipes: list[Recipe], every_layout: bool
 ) -> Iterator[Input]:
-    """The seeded kinds in both shapes, bf16, fp16 and e4m3; fp32 too, but for the bit patterns."""
+    """Make the seeded kinds in both shapes: bf16, fp16, e4m3, and fp32 except the bit patterns."""
     for kind in kinds:
         for m, k in SHAPES:
             for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32):
@@ -140,7 +140,7 @@ def synthetic(
 def activations(
     rows: int | None, recipes: list[Recipe], every_layout: bool
 ) -> Iterator[tuple[str, torch.Tensor, list[Input]]]:
-    """(name, whole tensor, what to compare of it) for each tensor that ships with the package."""
+    """Yield (name, whole tensor, its part to compare) for each tensor of the package."""
     for name, x in sorted(inputs.activations().items()):
         yield name, x, _pieces("activations", name, x, rows, recipes, every_layout)
 
@@ -172,12 +172,12 @@ def from_file(
 
 
 def check_file(path: str) -> None:
-    """CommandError, before any work, where `from_file` could not read the file."""
+    """Raise CommandError, before any work, if `from_file` could not read the file."""
     files.check_safetensors("--input", path)
 
 
 def golden(recipes: list[Recipe]) -> Iterator[Input]:
-    """FlashInfer's own outputs, each array of which is compared once."""
+    """Yield FlashInfer's own outputs; each array is compared once."""
     for edge in (False, True):
         arrays = inputs.golden(edge)
         names: dict[str, list[str]] = {}
@@ -227,7 +227,7 @@ def _pieces(
     recipes: list[Recipe],
     every_layout: bool,
 ) -> list[Input]:
-    """The first `rows` rows in runs of about PIECE elements, under one global scale."""
+    """Yield the first `rows` rows in runs of about PIECE elements, under one global scale."""
     x = x[:rows]
     chosen = cases(x, recipes, every_layout)
     step = max(1, PIECE // (128 * x.shape[1])) * 128
@@ -238,7 +238,7 @@ def _pieces(
 
 
 def _unfit(shape: list[int], dtype: str) -> str | None:
-    """Why a tensor of a file cannot be quantized, or None."""
+    """Return why a tensor of a file cannot be quantized; None if it can."""
     if dtype not in ("BF16", "F16", "F32"):
         return f"dtype is {dtype}; it must be BF16, F16 or F32"
     if len(shape) != 2:
@@ -251,7 +251,7 @@ def _unfit(shape: list[int], dtype: str) -> str | None:
 
 
 def choose(name: str) -> list[Recipe]:
-    """The recipes of one of the RECIPES."""
+    """Return the recipes of one of the RECIPES."""
     return [r for r in all_recipes() if RECIPES[name](r)]
 
 

@@ -108,7 +108,7 @@ class Layer:
 
 
 def find_layers(folder: Folder) -> list[Layer]:
-    """Every layer of experts, by the number of the layer, then by name."""
+    """Return every layer of experts, ordered by number, then by name."""
     layers: dict[str, Layer] = {}
     for name in sorted(folder.shard_of):
         parts = parse(name)
@@ -135,7 +135,7 @@ def find_layers(folder: Folder) -> list[Layer]:
 
 
 def find_layer(folder: Folder, layer: int | str) -> Layer:
-    """The layer of experts of a number, or of a module's name.
+    """Return the layer of experts by its number, or by its module's name.
 
     Raises:
         CheckpointError: there is none, several have that number, or its number of experts is impossible.
@@ -153,7 +153,7 @@ def find_layer(folder: Folder, layer: int | str) -> Layer:
 
 
 def count_problem(folder: Folder, layer: Layer) -> str | None:
-    """Why a layer's number of experts cannot be right; None if it can.
+    """Return why a layer's number of experts cannot be right; None if it can.
 
     It comes from the configuration or from names, and is asked for before anything counts up to it.
     """
@@ -169,7 +169,7 @@ def count_problem(folder: Folder, layer: Layer) -> str | None:
 
 
 def _count(folder: Folder, layer: Layer) -> int:
-    """The number of experts: the configuration's, else as many as there are."""
+    """Return the number of experts: the configuration's, else as many as there are."""
     config = model_config(folder)
     for key in EXPERT_COUNTS:
         if isinstance(config.get(key), int):

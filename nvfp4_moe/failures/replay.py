@@ -179,7 +179,7 @@ def _replay_moe(failure: MoEFailure, backend: str | None, runner: Runner) -> Rep
 
 
 def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor], bool]:
-    """A predicate for `minimize_tensor`: two sides differ on a tensor; false where one cannot run."""
+    """Return a predicate for `minimize_tensor`: two sides run on a tensor, and differ."""
 
     def fails(x: torch.Tensor) -> bool:
         try:
@@ -191,7 +191,7 @@ def quantizer_fails(case: Case, left: str, right: str) -> Callable[[torch.Tensor
 
 
 def call_fails(failure: MoEFailure, runner: Runner = run_call) -> Callable[[MoECase], bool]:
-    """A predicate for `minimize_call`: the backend's output of a call is not permitted."""
+    """Return a predicate for `minimize_call`: the backend's output of a call is not permitted."""
 
     def fails(case: MoECase) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""A failing case in one safetensors file: its tensors, and what else it is, as JSON in the metadata.
+"""A failing case in one safetensors file: its tensors, and the rest as JSON in the metadata.
 
 Nothing in a file is executed. Every tensor comes back with the bits it had; what a file says is checked
 against what this version writes, and by the checks of the public call.
@@ -78,7 +78,7 @@ class QuantizerFailure:
 
 @dataclass(frozen=True)
 class MoEFailure:
-    """An output of the fused call that is not what it may be."""
+    """An output of the fused call that is not permitted."""
 
     case: MoECase
     backend: str
@@ -228,7 +228,7 @@ E = TypeVar("E", bound=enum.Enum)
 
 
 class _Contents:
-    """The contents of a file; each piece is taken once, and none may remain."""
+    """The contents of a file; each entry is taken once, and none may remain."""
 
     def __init__(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]):
         self.facts, self.tensors = facts, tensors

@@ -36,7 +36,7 @@ _128X4 = SfLayout.layout_128x4
 
 
 def rebuilt(experts: Experts, **changes: Any) -> Experts:
-    """Changed experts; those that had other layouts too get them anew.
+    """Change the experts; other layouts that they had are made anew.
 
     Raises:
         ValueError: the changed ones cannot have such a layout.
@@ -45,7 +45,7 @@ def rebuilt(experts: Experts, **changes: Any) -> Experts:
 
 
 def with_given_routing(case: MoECase) -> MoECase:
-    """The call with the ids and weights that its logits lead to."""
+    """Return the call with the ids and weights that its logits lead to."""
     ids, weights = case.routed
     routing = Routing(RoutingMethodType.Renormalize, ids.shape[1])
     return replace(
@@ -79,7 +79,7 @@ def keep_tokens(case: MoECase, tokens: Sequence[int]) -> MoECase:
 
 
 def keep_slots(case: MoECase, slots: Sequence[int]) -> MoECase:
-    """Some of the K slots of every token, of a call whose routing is given."""
+    """Keep some of the K slots of every token of a call whose routing is given."""
     assert case.ids is not None and case.weights is not None
     index = list(slots)
     return replace(
@@ -131,7 +131,7 @@ def hidden_tiles(case: MoECase) -> int:
 
 
 def keep_hidden(case: MoECase, tiles: Sequence[int]) -> MoECase:
-    """Some tiles of H: of the hidden states, the first GEMM's columns and the second's rows."""
+    """Keep some tiles of H: of the hidden states, the first GEMM's columns and the second's rows."""
     e, a, index = case.experts, case.activations, list(tiles)
     width = TILE if a.is_bf16 else TILE // 2
     scales = a.block_scales
@@ -157,7 +157,7 @@ def intermediate_tiles(case: MoECase) -> int:
 
 
 def keep_intermediate(case: MoECase, tiles: Sequence[int]) -> MoECase:
-    """Some tiles of I: of the first GEMM's rows, of up and gate alike, and the second's columns."""
+    """Keep some tiles of I: of the first GEMM's rows, up and gate, and the second's columns."""
     e, index = case.experts, list(tiles)
     tile, gated = _intermediate_tile(e), e.activation.gated
     rows = _keep_rows(e.gemm1_weights, e.gemm1_weights_scale, tile, index, gated)
@@ -208,7 +208,7 @@ def _keep_columns(
 
 
 def _kept_rows(rows: int, tile: int, index: list[int], gated: bool) -> torch.Tensor:
-    """Places in the prepared order of the rows that stay, in the order they then have."""
+    """Return the places, in the prepared order, of the rows that stay, in their new order."""
     natural = host.arange(rows).chunk(2 if gated else 1)
     kept = torch.cat([_keep(half, 0, tile, index) for half in natural])
     order = row_order(kept.numel(), gated)

@@ -12,7 +12,7 @@ from .rank_check import Group
 
 
 def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> torch.dtype:
-    """In which dtype outputs travel and are added.
+    """Return the dtype in which outputs are sent and added.
 
     Raises:
         ValueError: it, or the output's, is none that a layer writes.
@@ -25,7 +25,7 @@ def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> t
 
 
 def all_reduced(r: MoECall, backend: str, group: Group, output_dtype: torch.dtype) -> torch.Tensor:
-    """[T, hidden size] of output_dtype: each rank's output, of the request's dtype, and their sum."""
+    """Run the call on every rank, and return the outputs' sum [T, hidden size] in output_dtype."""
     output = FUSED_MOE.serve(r, backend)[0]
     dist.all_reduce(output, group=group)
     return output.to(output_dtype)

@@ -1,4 +1,4 @@
-"""Tokens to the ranks of their experts and rows back, by all-to-all.
+"""Send tokens to the ranks of their experts, and rows back, by all-to-all.
 
 A token goes once to each rank that holds one of its experts, already quantized:
 
@@ -21,13 +21,13 @@ from .rank_check import Group
 
 
 def packed_bytes(hidden_size: int, top_k: int, per_token: bool = True) -> int:
-    """The number of bytes that are sent for a token."""
+    """Return the number of bytes that are sent for a token."""
     return hidden_size // 2 + hidden_size // BLOCK_SIZE + 4 * per_token + 4 * top_k
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """Tokens of every rank that have an expert here, by home rank."""
+    """The tokens of every rank that have a local expert, by home rank."""
 
     activations: Activations  # of the padded hidden size
     ids: torch.Tensor  # [N, K] int32, global
@@ -107,7 +107,7 @@ class Exchange:
         return Arrived(a, ids, token, slot, slots_of.tolist())
 
     def returned(self, rows: torch.Tensor, arrived: Arrived) -> torch.Tensor:
-        """The rows [P, H] bf16 of this rank's slots, which `permuted` names.
+        """Return the rows [P, H] bf16 of this rank's slots, which `permuted` names.
 
         Args:
             rows: [S, H] bf16, of `arrived`'s slots.
@@ -119,5 +119,5 @@ class Exchange:
 
 
 def _words(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Columns of a packed row as numbers of four bytes."""
+    """Return columns of a packed row as numbers of four bytes."""
     return parts.clone(memory_format=torch.contiguous_format).view(dtype)

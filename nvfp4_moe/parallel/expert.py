@@ -172,7 +172,7 @@ def _all_to_all(r: MoECall, backend: str, group: Group, counts: list[int]) -> to
 
 
 def _rows(r: MoECall, name: str, arrived: Arrived) -> torch.Tensor:
-    """[S, padded hidden size] bf16 of the slots of local experts, unweighted."""
+    """Return the unweighted rows [S, padded hidden size] bf16 of the slots of local experts."""
     if not arrived.token.numel():
         return arrived.activations.hidden_states.new_empty(
             (0, r.experts.padded_hidden_size), dtype=torch.bfloat16
@@ -197,7 +197,7 @@ def _finalized(
     permuted: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """[T, hidden size]: this rank's tokens, as one process finalizes them."""
+    """Finalize this rank's tokens, [T, hidden size], as one process does."""
     order = r.finalize_order
     if name == "reference" or FUSED_MOE.refusal("triton", r) is not None:
         # -1, a slot without an expert anywhere, reads the row of zeros, and is skipped.

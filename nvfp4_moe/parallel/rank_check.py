@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class AgreementError(ValueError):
-    """The ranks were called with what does not fit together, or one cannot serve; raised on each."""
+    """The arguments of the ranks do not fit together, or one cannot serve; it is raised on each."""
 
 
 def prepare(
@@ -37,7 +37,7 @@ def prepare(
     check: bool,
     may_differ: Collection[str] = (),
 ) -> tuple[_T, list[Fields] | None]:
-    """This rank's part of a call, once all ranks have said that theirs fit it.
+    """Return this rank's part of a call, after all ranks agreed that theirs fit it.
 
     Args:
         call: what is called, which the ranks must agree on, too.
@@ -69,7 +69,7 @@ def prepare(
 
 
 def described(r: MoECall, backend: str) -> Fields:
-    """The facts of a call that must be equal on every rank."""
+    """Return the facts of a call that must be equal on every rank."""
     e = r.experts
     return {
         "backend": FUSED_MOE.resolve(r, backend),
@@ -96,18 +96,18 @@ def _dtype(t: torch.Tensor | None) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """In how many characters the others are told."""
+    """Shorten the error for the other ranks."""
     text = f"{type(error).__name__}: {error}"
     return text if len(text) <= REASON else text[: REASON - 4] + " ..."
 
 
 def _encoded(header: Mapping[str, object]) -> bytes:
-    """ASCII, whatever characters an error has."""
+    """Encode a header in ASCII, whatever characters it has."""
     return json.dumps(header, default=operator.index).encode("ascii")
 
 
 def _exchange(mine: bytes, group: Group) -> list[Fields]:
-    """The headers of all ranks, by rank."""
+    """Return the headers of all ranks, by rank."""
     device, ranks = _device(group), dist.get_world_size(group)
     size = torch.tensor([len(mine)], dtype=torch.int64, device=device)
     sizes = [torch.empty_like(size) for _ in range(ranks)]

@@ -110,7 +110,7 @@ def fused_moe_tp(
 
 
 def _digest(e: Experts) -> int:
-    """A digest of the scalars; ranks agree in it if weights were quantized before they were cut."""
+    """Digest the scalars; ranks have equal digests if weights were quantized before they were cut."""
     scalars = (e.output1_scale_scalar, e.output1_scale_gate_scalar, e.output2_scale_scalar)
     place = torch.arange(
         1, 3 * e.num_local + 1, dtype=torch.int64, device=e.output2_scale_scalar.device

@@ -16,13 +16,13 @@ from . import invocation
 
 
 def now() -> str:
-    """The date and time, to the minute, in UTC."""
+    """Return the date and time, to the minute, in UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 @dataclass
 class Report:
-    """One run."""
+    """The report of one run."""
 
     command: list[str] = field(default_factory=invocation.command)
     machine: dict[str, Any] = field(default_factory=machine)
@@ -36,7 +36,7 @@ class Report:
 
     @classmethod
     def of_this_run(cls) -> "Report":
-        """A report of the command that this process runs."""
+        """Return a report of the command that this process runs."""
         return cls(folder=invocation.folder(), name=invocation.name())
 
     @property
@@ -45,12 +45,12 @@ class Report:
 
     @property
     def failed(self) -> int:
-        """Comparisons that failed."""
+        """The number of comparisons that failed."""
         return sum(cell.failed for cell in self.cells if cell.status in FAILED)
 
     @property
     def compared(self) -> int:
-        """Comparisons that came to a verdict."""
+        """The number of comparisons that came to a verdict."""
         judged = (s.judged() for s in self.sections if not s.summary)
         return sum(cell.compared for cells in judged for _, cell in cells)
 

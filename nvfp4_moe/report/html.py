@@ -22,11 +22,11 @@ LEGEND: dict[Status, str] = {
     "skipped": "not run here",
 }
 LISTED = 20
-"""Failing cells that the head links to."""
+"""The most failing cells that the head links to."""
 
 
 def render(report: dict[str, Any]) -> str:
-    """The page of a run.
+    """Render the page of a run.
 
     Args:
         report: of `Report.as_dict()`, or read from its JSON.
@@ -70,7 +70,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _cells(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:
-    """(key, section's title, row, column, cell) of each cell; the key is that of its details."""
+    """Yield (key, section's title, row, column, cell) of each cell; its details have the key."""
     for i, section in enumerate(report["sections"]):
         if section["summary"]:
             continue
@@ -130,7 +130,7 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
 
 
 def _failing(report: dict[str, Any]) -> Markup:
-    """Links to the details of what failed."""
+    """Link to the details of failures."""
     items = [
         element(
             "li",

@@ -18,25 +18,25 @@ def remember(arguments: list[str]) -> None:
 
 
 def command() -> list[str]:
-    """Program and arguments; those of the process where no command of ours runs."""
+    """Return program and arguments; those of the process if no command of ours runs."""
     if _given is None:
         return [sys.executable, *sys.argv]
     return [*program(), *_given]
 
 
 def name() -> str:
-    """The command without its options."""
+    """Return the command without its options."""
     words = [word for word in _given or [] if not word.startswith("-")]
     return " ".join([SCRIPT, *words[:1]])
 
 
 def named() -> str:
-    """The command as it is told to others, who have other paths to the program."""
+    """Return the command for other people, who have other paths to the program."""
     return shlex.join([SCRIPT, *(sys.argv[1:] if _given is None else _given)])
 
 
 def program() -> list[str]:
-    """The words that start the command line: the installed script, or this interpreter's module."""
+    """Return the words that start the command line: the script, or this interpreter's module."""
     script = Path(sys.argv[0])
     if script.name != SCRIPT:
         return [sys.executable, "-m", __name__.partition(".")[0]]
@@ -46,11 +46,11 @@ def program() -> list[str]:
 
 
 def folder() -> str:
-    """The working folder, which relative paths of the arguments, and a checkout, are found from."""
+    """Return the working folder, from which relative paths and a checkout are found."""
     return os.getcwd()
 
 
 def pasted(words: list[str], where: str | None) -> str:
-    """A line for a shell in any folder."""
+    """Return a line for a shell in any folder."""
     change = "" if where is None else f"cd {shlex.quote(where)} && "
     return change + shlex.join(words)

@@ -12,12 +12,12 @@ class Markup(str):
 
 
 def join(*content: str) -> Markup:
-    """The contents one after another, text escaped."""
+    """Join contents, and escape text."""
     return Markup("".join(c if isinstance(c, Markup) else escape(c) for c in content))
 
 
 def element(tag: str, /, *content: str, **attributes: str | int | None) -> Markup:
-    """An element; text in it is escaped, and so are the values of its attributes.
+    """Make an element; its text and the values of its attributes are escaped.
 
     Args:
         tag: its name.

@@ -49,16 +49,16 @@ class Part:
     maths: Mapping[str, dict[str, str]]
     """The environments in which `blackwell` runs each backend, by name: variables and values."""
     sides: Callable[[str | None], list[str] | None]
-    """From the value of `--backends` to what is compared; raises CommandError."""
+    """Converts the value of `--backends` to the sides that are compared; raises CommandError."""
     run: Callable[[Settings, list[str] | None], PartResult]
     print: Callable[[PartResult, list[str] | None, float, TextIO], None]
     """Print a result on a terminal, given the sides and the seconds that it took."""
     arguments: Callable[[str, bool], list[str]]
-    """The arguments of `diff` for one backend, of all its cases or of a small part of them."""
+    """Returns the arguments of `diff` for one backend, with all its cases or a small part of them."""
     operation: str
     """The operation that a user's backend is registered for."""
     optional: bool = False
-    """The report has no section of it where it has no cells."""
+    """True if the report has no section of a part without cells."""
 
 
 QUANTIZERS = Part(
@@ -101,4 +101,4 @@ BASELINES = Part(
     optional=True,
 )
 PARTS = (QUANTIZERS, MOE, BASELINES)
-"""In the order of the report."""
+"""All parts, in the order of the report."""

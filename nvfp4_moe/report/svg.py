@@ -1,4 +1,4 @@
-"""The report page's drawings, as inline SVG: where outputs lie, and where differences do."""
+"""The report page's drawings, as inline SVG: positions of outputs, and of differences."""
 
 # SPDX-License-Identifier: Apache-2.0
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from .markup import Markup, element
 
 MOST = 32
-"""Squares that a map has along an axis, as many as a 128x4 tile; of more each sums several."""
+"""The most squares of a map along an axis, as many as in a 128x4 tile; a larger map sums several."""
 
 _SIDE = 224  # pixels of the longer side of a map
 _SHADES = 8
@@ -41,7 +41,7 @@ def histogram(bins: Sequence[int]) -> Markup:
 
 
 def heat(counts: dict[str, Any]) -> Markup:
-    """A `report.Heat`: which tiles differ, and where within a tile."""
+    """Draw a `Heat`: the tiles that differ, and the places within a tile."""
     return element(
         "figure",
         element("figcaption", f"Where differences lie in the {counts['what']}"),
@@ -59,7 +59,7 @@ def heat(counts: dict[str, Any]) -> Markup:
 
 
 def pool(counts: Sequence[Sequence[int]], most: int) -> tuple[list[list[int]], tuple[int, int]]:
-    """Sums over rectangles, at most `most` along each axis, and a rectangle's rows and columns."""
+    """Sum over rectangles, at most `most` along each axis; return their rows and columns, too."""
     down, across = -(-len(counts) // most), -(-len(counts[0]) // most)
     sums = []
     for i in range(0, len(counts), down):
@@ -69,7 +69,7 @@ def pool(counts: Sequence[Sequence[int]], most: int) -> tuple[list[list[int]], t
 
 
 def _map(title: str, counts: Sequence[Sequence[int]], axes: tuple[str, str]) -> Markup:
-    """A square for each count that is not 0, the darker the larger."""
+    """Draw a square for each count that is not 0, the larger the darker."""
     if not any(map(any, counts)):
         return element("p", element("b", title), " ", element("span", "none"))
     sums, steps = pool(counts, MOST)
@@ -98,7 +98,7 @@ def _map(title: str, counts: Sequence[Sequence[int]], axes: tuple[str, str]) -> 
 
 
 def _squares(sums: list[list[int]], top: int, steps: tuple[int, int]) -> list[Markup]:
-    """By shade, which halves the page; a title says the indices along both axes and the count."""
+    """Group squares by shade, which halves the page; a title has both indices and the count."""
     shades: dict[int, list[Markup]] = defaultdict(list)
     for i, row in enumerate(sums):
         for j, count in enumerate(row):
@@ -137,7 +137,7 @@ def _drawing(label: str, size: tuple[int, int], *content: Markup) -> Markup:
 
 
 def _ends(length: int, places: Sequence[tuple[float, float, str]]) -> list[Markup]:
-    """The first and the last index of an axis; once if they are the same."""
+    """Return the first and the last index of an axis; one if they are equal."""
     numbers = sorted({0, length - 1})
     return [_text(x, y, str(n), anchor) for n, (x, y, anchor) in zip(numbers, places, strict=False)]
 
@@ -147,5 +147,5 @@ def _text(x: float, y: float, text: str, anchor: str | None = None) -> Markup:
 
 
 def _upright(center: float, text: str) -> Markup:
-    """The name of the axis that goes down, at the left edge."""
+    """Write the name of the vertical axis at the left edge."""
     return element("text", text, transform=f"translate(10 {center:g}) rotate(-90)")

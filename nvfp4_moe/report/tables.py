@@ -15,7 +15,7 @@ QUIET = 8
 
 
 def section_table(key: str, section: dict[str, Any]) -> Markup:
-    """A `report.Section`; `key` is its number, from 0."""
+    """Render a `Section`; `key` is its number, from 0."""
     rows = list(range(len(section["rows"])))
     quiet = [j for j, cells in enumerate(section["rows"].values()) if _is_quiet(cells)]
     fold = QUIET < len(quiet) < len(rows)
@@ -42,7 +42,7 @@ def _folded(key: str, section: dict[str, Any], rows: list[int]) -> Markup:
 
 
 def _reasons(section: dict[str, Any]) -> list[str]:
-    """Why cells were skipped or withheld, each once."""
+    """Return the reasons why cells were skipped or withheld, each once."""
     reasons = Counter(
         (cell["status"], cell["note"] or "no reason given")
         for cells in section["rows"].values()
@@ -80,7 +80,7 @@ def _table(key: str, section: dict[str, Any], rows: list[int]) -> Markup:
 def _row(
     key: str, row: int, columns: Sequence[str], name: str, cells: dict[str, dict[str, Any]]
 ) -> Markup:
-    """A row, and one below it if any of its cells has details."""
+    """Render a row, and one below it if any of its cells has details."""
     places = [(details_key(key, row, k), c, cells.get(c)) for k, c in enumerate(columns)]
     head = element("th", name, scope="row")
     line = element("tr", head, *(_cell(k, cell) for k, _, cell in places))
@@ -116,7 +116,7 @@ def _cell(key: str, cell: dict[str, Any] | None) -> Markup:
 
 
 def _details(key: str, name: str, cell: dict[str, Any]) -> Markup:
-    """The details of a cell; the key is inside, so that a link to it opens them."""
+    """Render the details of a cell; the key is inside, so that a link to it opens them."""
     listed = len(cell["failures"])
     return element(
         "details",
@@ -158,7 +158,7 @@ def _failure(failure: dict[str, Any]) -> Markup:
 
 
 def copyable(name: str, text: str, label: str) -> Markup:
-    """Text and a button, which shows only where scripts run."""
+    """Render text and a button, which shows only where scripts run."""
     button = element("button", label, type="button", class_="copy")
     return element("div", element(name, text), button, class_="copyable")
 

@@ -44,7 +44,7 @@ def _outcome(compared: int, failed: int, missing: int) -> str:
 
 
 def _facts(f: dict[str, Any]) -> str:
-    """The spread and the SNR of a tensor, and what has none."""
+    """Write the spread and the SNR of a tensor, and its rows that have none."""
     parts = []
     for what, name in (("NaN", "rows_with_nan"), ("an infinity", "rows_with_infinity")):
         if f[name]:
@@ -132,7 +132,7 @@ def print_not_run(reasons: Counter, stream: TextIO) -> None:
 
 
 def _made(whole: Report) -> str:
-    """The date, the versions and the machine of a report, in one line."""
+    """Return the date, the versions and the machine of a report, in one line."""
     machine = whole.machine
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     commit = f", commit {machine['commit']}" if machine["commit"] else ""

@@ -114,7 +114,7 @@ static scales, whatever is asked for.
 def activation_of(
     server: str, backend: str, quantization: str, *, per_token: bool | None = None
 ) -> Activation:
-    """With which activations a backend serves a layer of NVFP4 experts.
+    """Return the activations with which a backend serves a layer of NVFP4 experts.
 
     Args:
         server: "nvfp4-moe", "sglang" or "vllm".

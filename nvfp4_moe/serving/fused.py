@@ -169,7 +169,7 @@ def _weighed(
     routing: Routing | None,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Hidden states times the router's weights, and the routing that is left."""
+    """Return hidden states times the router's weights, and the remaining routing."""
     if x.dtype == torch.uint8:
         raise UnsupportedError(
             "router_weight_on_input needs hidden states in bf16: codes were quantized before the "
@@ -205,7 +205,7 @@ def _codes(
     per_token: bool,
     build: Build,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes, linear block scales, scales of tokens)."""
+    """Return codes, linear block scales and token scales."""
     if x.dtype == torch.uint8:
         if scale is None or (per_token_scale is None) == per_token:
             wanted = "and per_token_scale" if per_token else "and no per_token_scale"

@@ -42,7 +42,7 @@ class ServingScales:
     block_scale_ratios: torch.Tensor | None = None  # [E, 2] fp32 of (up, gate); None: all 1
 
     def tied(self, w13_block_scales: torch.Tensor) -> torch.Tensor:
-        """Block scales [E, 2 I, H/16] e4m3, rows [up; gate], as `block_scale_ratios` wants them."""
+        """Return block scales [E, 2 I, H/16] e4m3, rows [up; gate], for `block_scale_ratios`."""
         if self.block_scale_ratios is None:
             return w13_block_scales
         halves = w13_block_scales.view(torch.float8_e4m3fn).unflatten(1, (2, -1)).float()

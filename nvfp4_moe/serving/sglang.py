@@ -118,7 +118,7 @@ def _activation_type(runner_config: Any) -> ActivationType:
 
 
 def _routing(topk: Any, quant_info: Any, runner_config: Any, routed: bool) -> dict[str, Any]:
-    """The keywords of `fused_experts_fp4` for one of SGLang's forms of a routing."""
+    """Return the keywords of `fused_experts_fp4` for one of SGLang's forms of a routing."""
     form = topk.format.name
     if form == "PACKED":
         return {"topk": topk.packed_topk_ids}

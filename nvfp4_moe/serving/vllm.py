@@ -204,7 +204,7 @@ def _run(
 
 
 def _unfinalized(experts: Any, result: list[torch.Tensor], tokens: int) -> Any:
-    """vLLM's `UnfinalizedMoEOutput`."""
+    """Return vLLM's `UnfinalizedMoEOutput`."""
     from vllm.model_executor.layers.fused_moe.moe_output import convert_flashinfer_moe_output
 
     return convert_flashinfer_moe_output(

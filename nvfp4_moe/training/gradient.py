@@ -1,4 +1,4 @@
-"""The layer that `fake_quantized_moe` is, to autograd: `fused_moe`'s value, a straight-through gradient.
+"""The autograd function of `fake_quantized_moe`: `fused_moe`'s value, a straight-through gradient.
 
 It is the gradient of the layer at the values that were multiplied, the derivative of every rounding
 taken as 1. For token t and slot k, with e = ids[t, k] and g the gradient of output[t]:
@@ -37,7 +37,7 @@ from ..reference.weights.versions import versions
 
 
 class StraightThrough(torch.autograd.Function):
-    """The server's value forwards, `_add_gradients` backwards."""
+    """The server's value in the forward pass, `_add_gradients` in the backward pass."""
 
     @staticmethod
     def forward(
@@ -89,7 +89,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class _Gradients(NamedTuple):
-    """The gradients of the differentiable arguments, in their order; None where none is needed."""
+    """The gradients of the differentiable arguments, in order; None for those that need none."""
 
     x: torch.Tensor | None  # fp32
     w13: torch.Tensor | None
@@ -111,7 +111,7 @@ class _Slots(NamedTuple):
 def _add_gradients(
     into: _Gradients, grad: torch.Tensor, some: _Slots, experts: Experts, e: int, recipe: Recipe
 ) -> None:
-    """One expert's; `grad` is [N, H] fp32, the output's at these tokens."""
+    """Add one expert's gradients; `grad` is [N, H] fp32, the output's at these tokens."""
     hidden, inner = experts.hidden_size, experts.intermediate_size
     scales = _row_scales(experts, e)
     w13 = gemm1_values(experts, e)[:, :hidden] * scales[:, None]
@@ -149,7 +149,7 @@ def _add_gradients(
 
 
 def _row_scales(experts: Experts, e: int) -> torch.Tensor:
-    """[M1] fp32: what makes each row of the first GEMM physical."""
+    """Return the factors [M1] fp32 that make each row of the first GEMM physical."""
     kind, gate = experts.activation, experts.output1_scale_gate_scalar[e]
     up = experts.output1_scale_scalar[e] if kind.linear_up else gate
     rows = experts.gemm1_weights.shape[1]
@@ -176,7 +176,7 @@ def _activated(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
 
 
 def _dequantized(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """[N, K] fp32: what the codes and scales of bf16 rows say."""
+    """Return the values [N, K] fp32 of the codes and scales of bf16 rows."""
     codes, block_scales, per_token_scale = nvfp4_quantize(
         x,
         recipe.base_scale_inv,

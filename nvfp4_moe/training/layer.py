@@ -105,7 +105,7 @@ def fake_quantized_moe(
 
 
 def _recipe_of_activations(fast_math: bool | None, build: Build, nvfp4_4over6: Any) -> Recipe:
-    """As `fused_moe` takes it from the same arguments."""
+    """Return the recipe that `fused_moe` takes from the same arguments."""
     recipe = Recipe("fast", four_over_six_of(nvfp4_4over6), build)  # checks the build
     return replace(recipe, math=math_of(fast_math, build))
 
