@@ -14,6 +14,7 @@ from mutants.__main__ import main
 from mutants.generated import (
     answers,
     command,
+    executed,
     harmless,
     kernel_probes,
     reference_probes,
@@ -307,6 +308,17 @@ def test_the_probe_that_saw_the_last_mutant_of_a_function_comes_first(monkeypatc
     order.learn(trial.Result(made[0], "killed", "something", (1.0,)))
     named = [probes[n] for n in ("sees", "quick", "slow")]
     assert order.probes(made[1], "cpu") == named
+
+
+@pytest.mark.interpreter
+def test_a_probe_is_not_shown_what_it_does_not_execute(tmp_path):
+    path = tmp_path / "lines"
+    assert not list(executed.recording(kernel_probes.probe("decode", "cpu"), path)())
+    lines = executed.read(path)
+    made = [m for m in command.every("kernels") if m.function == "decode_fourth"]
+    shown = {m.change for m in made if executed.executes(lines, m)}
+    assert "w & 7 -> w | 7" in shown and "ARCH == 0 -> ARCH != 0" in shown
+    assert "WHICH == 1 -> WHICH != 1" in {m.change for m in made} - shown  # a branch of a GPU
 
 
 def test_a_mutant_has_its_time_for_each_probe(of_reference):

@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import recipe
 
 from ..edited_copy import KERNELS
-from . import harmless, trial
+from . import executed, harmless, trial
 from .results import Results
 from .rules import Generated, generate
 
@@ -62,17 +63,27 @@ def _named_probes(file: str, device: str) -> dict[str, trial.Probe]:
 
 
 class Order:
-    """Which probe comes first: that which saw the last mutant of the function, then the quickest."""
+    """Which probe comes first: that which saw the last mutant of the function, then the quickest.
 
-    def __init__(self, took: dict[str, float]):
-        self._took = took
+    Args:
+        took: seconds, by probe.
+        lines: what each executes; probes that do not execute what a mutant changes are left out.
+    """
+
+    def __init__(self, took: dict[str, float], lines: dict[str, executed.Lines] | None = None):
+        self._took, self._lines = took, lines or {}
         self._asked: dict[Generated, list[str]] = {}
         self._saw: dict[tuple[str, str], list[str]] = {}  # by function, the last first
 
     def probes(self, mutant: Generated, device: str) -> list[trial.Probe]:
-        probes = probes_of(mutant, device)
+        probes = {
+            name: probe
+            for name, probe in probes_of(mutant, device).items()
+            if name not in self._lines or executed.executes(self._lines[name], mutant)
+        }
         saw = self._saw.get((mutant.file, mutant.function), [])
-        names = [*saw, *(n for n in sorted(probes, key=self._took.__getitem__) if n not in saw)]
+        names = [n for n in saw if n in probes]
+        names += [n for n in sorted(probes, key=self._took.__getitem__) if n not in names]
         self._asked[mutant] = names
         return [probes[name] for name in names]
 
@@ -97,8 +108,7 @@ def run(options: argparse.Namespace) -> int:
         results.write()
         print(report(both["reference"] + both["kernels"], results))
         return 0
-    interpreted = options.generated == "kernels" and options.device == "cpu"
-    if interpreted and not INTERPRETING:
+    if _is_interpreted(options) and not INTERPRETING:
         variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
         return subprocess.run(
             [sys.executable, "-m", "mutants", *sys.argv[1:]], env=variables
@@ -108,6 +118,10 @@ def run(options: argparse.Namespace) -> int:
     text, still = summary(mutants, results)
     print(text)
     return 1 if still else 0
+
+
+def _is_interpreted(options: argparse.Namespace) -> bool:
+    return bool(options.generated == "kernels" and options.device == "cpu")
 
 
 def _try(mutants: Sequence[Generated], results: Results, options: argparse.Namespace) -> None:
@@ -123,7 +137,15 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device]}
     start = written = time.monotonic()
     probes = {name: probe for m in waiting for name, probe in probes_of(m, options.device).items()}
-    order = Order(trial.check(probes.items(), seconds=2 * limit, **children))
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = probes if _is_interpreted(options) else {}
+        paths = {name: Path(folder, str(i)) for i, name in enumerate(recorded)}
+        asked = {
+            name: executed.recording(probe, paths[name]) if paths else probe
+            for name, probe in probes.items()
+        }
+        took = trial.check(asked.items(), seconds=2 * limit, **children)
+        order = Order(took, {name: executed.read(path) for name, path in paths.items()})
     given = (
         (m, order.probes(m, options.device))
         for m in itertools.takewhile(lambda _: time.monotonic() < end, waiting)

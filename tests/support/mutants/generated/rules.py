@@ -59,10 +59,11 @@ class Generated:
     rule: str
     change: str
     number: int  # of those that read alike
-    unchanged: str = dataclasses.field(
-        compare=False
-    )  # the function or assignment, without docstring
     build: Callable[[], str] = dataclasses.field(compare=False)
+    # The function or the assignment without docstring.
+    unchanged: str = dataclasses.field(default="", compare=False)
+    # The first and the last line of the changed statement; of one that holds others, of its head.
+    lines: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def source(self) -> str:
@@ -97,10 +98,10 @@ def generate(file: str, source: str, *, jitted: bool = False) -> list[Generated]
     for name, root in _roots(ast.parse(source), jitted):
         root = _bare(root)
         unchanged = ast.unparse(root)
-        for rule, change, build in _changes(root):
+        for rule, change, lines, build in _changes(root):
             key = (name, rule, change)
             seen[key] += 1
-            found.append(Generated(file, name, rule, change, seen[key], unchanged, build))
+            found.append(Generated(file, name, rule, change, seen[key], build, unchanged, lines))
     return found
 
 
@@ -136,8 +137,26 @@ def _bare(root: ast.stmt) -> ast.stmt:
     return root
 
 
-def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
-    """(rule, how the expression reads before and after, what makes the whole text) of every change."""
+def _lines(root: ast.stmt) -> dict[int, tuple[int, int]]:
+    """By the `id` of a statement in a function, or of an expression in it."""
+    found = {}
+    for statement in ast.walk(root):
+        if not isinstance(statement, ast.stmt) or statement is root:
+            continue
+        parts = [c for c in ast.iter_child_nodes(statement) if not isinstance(c, ast.stmt)]
+        ends = [getattr(part, "end_lineno", 0) for part in parts]
+        lines = statement.lineno, max(statement.lineno, *ends, 0)
+        for node in (statement, *(inner for part in parts for inner in ast.walk(part))):
+            found[id(node)] = lines
+    return found
+
+
+_Change = tuple[str, str, tuple[int, int] | None, Callable[[], str]]
+
+
+def _changes(root: ast.stmt) -> Iterator[_Change]:
+    """(rule, how it reads before and after, lines, what makes the whole text) of every change."""
+    lines = _lines(root)
     for parent, name, index, node in list(_expressions(root)):
         for rule, new in _variants(node, parent, name):
             shown = (
@@ -148,7 +167,8 @@ def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
             after = _short(parent if shown is parent else new)
             _put(parent, name, index, node)
             if before != after:
-                yield rule, f"{before} -> {after}", partial(_text, root, parent, name, index, new)
+                text = partial(_text, root, parent, name, index, new)
+                yield rule, f"{before} -> {after}", lines.get(id(node)), text
 
 
 def _text(root: ast.stmt, parent: ast.AST, field: str, index: int | None, new: ast.AST) -> str:

@@ -128,9 +128,7 @@ def check(
     Raises:
         WrongProbe: it finds fault with the code as it is.
     """
-    unchanged = (
-        (Generated("", "", "", name, 1, "", lambda: ""), [probe]) for name, probe in probes
-    )
+    unchanged = ((Generated("", "", "", name, 1, lambda: ""), [probe]) for name, probe in probes)
     took = {}
     for result in run(unchanged, jobs=jobs, seconds=seconds, at_once=at_once):
         if result.status != "survived":
