@@ -345,17 +345,19 @@ def register_backend(
     """Add a backend of your own to an operation: `backend=name` then runs it, and `explain` knows it.
 
     Args:
-        operation: the public function: "nvfp4_quantize", "mm_fp4", "fused_moe" (also FlashInfer's two
-            functions, as `trtllm_fp4_block_scale_moe`), "fused_quantize" (the three that end in
-            `_nvfp4_quantize`), or "baseline_moe" (the BF16, FP8 and MXFP8 layers of `diff`).
+        operation: the public function: "nvfp4_quantize" (also `nvfp4_quantize_masked`), "mm_fp4",
+            "fused_moe" (also FlashInfer's two functions, as `trtllm_fp4_block_scale_moe`),
+            "fused_moe_masked", "fused_quantize" (the three that end in `_nvfp4_quantize`), or
+            "baseline_moe" (the BF16, FP8 and MXFP8 layers of `diff`).
         name: not yet a name of the operation; it must not begin with "flashinfer".
         run: takes the checked call, a frozen dataclass: `kernels.quantize.call.QuantizeCall`,
             `kernels.dense.call.DenseCall`, `kernels.moe.call.MoECall`,
-            `kernels.fused_quantize.api.FusedQuantizeCall`, `kernels.baseline_moe.call.BaselineCall`.
-            It returns what the public function returns,
-            on the tensors' device: (codes, block scales[, per-token scales]), or one tensor. A `MoECall`
-            arrives with quantized hidden states; `call.routed()` gives its ids and weights. A result of
-            another shape or dtype raises. NotImplementedError becomes UnsupportedError.
+            `kernels.moe.masked.call.MaskedMoECall`, `kernels.fused_quantize.api.FusedQuantizeCall`,
+            `kernels.baseline_moe.call.BaselineCall`. It returns what the public function returns, on the
+            tensors' device: (codes, block scales[, per-token scales]), or one tensor. A call of a fused
+            layer arrives with quantized hidden states; `call.routed()` of a `MoECall` gives its ids and
+            weights. A result of another shape or dtype raises. NotImplementedError becomes
+            UnsupportedError.
         refusal: returns why `run` cannot serve a call, in a few words; None if it can. Omitted, it
             serves every call, also of a `build`, a recipe or a device that it does not know.
         before: "auto" tries this backend before the named one; omitted, "auto" never takes it.

@@ -17,6 +17,7 @@ def decode(
     *,
     columns: int | None = None,
     operand: bool = False,
+    row_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Code times block scale, exact; columns 0, 4, 8 ... of a row together, then 1, 5, 9 ....
@@ -26,6 +27,7 @@ def decode(
         block_scales: of `layout`, a byte each.
         columns: of the result, a multiple of 16 and zero beyond K; K by default.
         operand: values times 2^-8, as `jit.mma.decoded_sums` takes the weights.
+        row_index: [R] int32, a row itself, or -1 for a row that is neither read nor written.
         out: [>= R, 4, columns / 4] bf16, written up to R; new by default.
     """
     rows, half = codes.shape
@@ -37,7 +39,7 @@ def decode(
     tile = 128 if layout == SfLayout.layout_128x4 else 8
     programs = triton.cdiv(rows, tile) * (tile // 8)
     decode_kernel[(programs, triton.cdiv(padded, at_once))](
-        codes.view(torch.uint16), block_scales.view(torch.uint8), out, rows, blocks, padded,
+        codes.view(torch.uint16), block_scales.view(torch.uint8), row_index, out, rows, blocks, padded,
         padded_shape(rows, blocks, layout)[1], OPERAND=operand, LAYOUT=int(layout), BLOCKS=at_once,
         ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
     )  # fmt: skip

@@ -19,8 +19,12 @@ from .kernels.moe.api import fused_moe as fused_moe
 from .kernels.moe.api import trtllm_fp4_block_scale_moe as trtllm_fp4_block_scale_moe
 from .kernels.moe.api import trtllm_fp4_block_scale_routed_moe as trtllm_fp4_block_scale_routed_moe
 from .kernels.moe.autotune.api import autotune_fused_moe as autotune_fused_moe
+from .kernels.moe.masked.api import explain_fused_moe_masked as explain_fused_moe_masked
+from .kernels.moe.masked.api import fused_moe_masked as fused_moe_masked
 from .kernels.quantize.api import explain as explain
 from .kernels.quantize.api import nvfp4_quantize as nvfp4_quantize
+from .kernels.quantize.masked import explain_nvfp4_quantize_masked as explain_nvfp4_quantize_masked
+from .kernels.quantize.masked import nvfp4_quantize_masked as nvfp4_quantize_masked
 from .reference.activation import ActivationType as ActivationType
 from .reference.moe.routing import Routing as Routing
 from .reference.moe.routing import RoutingMethodType as RoutingMethodType

@@ -75,8 +75,7 @@ def quantize_per_token(
         ValueError: fp32 input with exact math, 4over6 or the cute-dsl build.
     """
     if row_index is not None:
-        rows = row_index[: x.shape[0]]
-        rows = rows[(rows >= 0) & (rows < x.shape[0])].long()
+        rows = _named_rows(row_index, x.shape[0])
         part = quantize_per_token(
             x[rows], base_scale_inv, recipe, out_scale=out_scale, keep_steps=keep_steps
         )
@@ -110,6 +109,7 @@ def quantize_global_scale(
     *,
     inverse: bool = False,
     error_by_halves: bool = False,
+    row_index: torch.Tensor | None = None,
     keep_steps: bool = False,
 ) -> Quantized:
     """Quantize with an encode scale from the caller, 448 * 6 / amax usually.
@@ -126,10 +126,25 @@ def quantize_global_scale(
         error_by_halves: 4over6 sums a block's errors in two halves of 8, as FlashInfer's cutlass layer
             does: its threads hold 8 elements (`cutlass_fused_moe_kernels.cuh:81`,
             `quantization_utils.cuh:639-642`).
+        row_index: as for `quantize_per_token`; a scale of each row stays with its row.
 
     Raises:
         ValueError: 4over6 with e4m3 input.
     """
+    if row_index is not None:
+        rows = _named_rows(row_index, x.shape[0])
+        if isinstance(global_scale, torch.Tensor) and global_scale.numel() > 1:
+            global_scale = global_scale.to(x.device).reshape(-1)[rows]
+        part = quantize_global_scale(
+            x[rows],
+            global_scale,
+            recipe,
+            inverse=inverse,
+            error_by_halves=error_by_halves,
+            keep_steps=keep_steps,
+        )
+        return _scatter_rows(part, rows, x.shape[0], layout)
+
     ar = Arithmetic(ftz=recipe.build == "cuda")
     if global_scale is None:
         global_scale = 1.0
@@ -355,6 +370,12 @@ def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithm
     return Quantized(e2m1.pack(codes.flatten(-2)), e4m3.encode(unrounded), scale, steps)
 
 
+def _named_rows(row_index: torch.Tensor, m: int) -> torch.Tensor:
+    """The rows that the first M entries of a row index name."""
+    rows = row_index[:m]
+    return rows[(rows >= 0) & (rows < m)].long()
+
+
 def _scatter_rows(part: Quantized, rows: torch.Tensor, m: int, layout: SfLayout) -> Quantized:
     """The quantized rows at their places among M, zeros elsewhere."""
 
@@ -363,11 +384,11 @@ def _scatter_rows(part: Quantized, rows: torch.Tensor, m: int, layout: SfLayout)
         full[rows] = t
         return full
 
-    assert part.per_token_scale is not None
+    token_scale = part.per_token_scale
     return Quantized(
         place(part.codes),
         from_linear(place(part.block_scales), layout),
-        place(part.per_token_scale),
+        None if token_scale is None else place(token_scale),
         {name: place(step) for name, step in part.steps.items()},
     )
 

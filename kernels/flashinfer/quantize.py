@@ -102,6 +102,12 @@ _COMMON: tuple[Rule[QuantizeCall], ...] = (
         "tensorrt_llm/kernels/quantization.cuh:243",
     ),
     Rule(
+        lambda r: r.masked_m is not None,
+        "masked_m is given; FlashInfer's masked quantizer has no per-token scale and no layout of ours, "
+        "and leaves rows beyond masked_m unspecified",
+        "quantization/fp4_quantization.py:2253",
+    ),
+    Rule(
         lambda r: r.a.dtype == torch.float32,
         "a is float32; FlashInfer takes float16 and bfloat16",
         "cpp/kernels/quantization.cu:386",

@@ -94,6 +94,7 @@ def decode_values(words, scale, WHICH: tl.constexpr, ARCH: tl.constexpr):
 def decode_kernel(
     codes_ptr,  # [R, K/4] uint16, four codes each
     sf_ptr,  # uint8, of the layout
+    row_index_ptr,  # [R] int32, a row itself, or -1: it is not read or written; or None: every row is
     out_ptr,  # [R, 4, P/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
     R,
     NB,  # K / 16
@@ -112,15 +113,18 @@ def decode_kernel(
         row += tl.program_id(0) % 16 * 2 + i % 2 + i // 2 * 32
     else:
         row = tl.program_id(0).to(tl.int64) * 8 + i
-    row = row[:, None]
+    live = row < R
+    if row_index_ptr is not None:
+        live = live & (tl.load(row_index_ptr + row, live) == row)
+    row, live = row[:, None], live[:, None]
     block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
-    inside = (row < R) & (block < NB)
+    inside = live & (block < NB)
     four = tl.arange(0, 4)[None, None, :]
     word = (row * NB + block)[:, :, None] * 4 + four
     words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
     sf = tl.load(sf_ptr + scale_offset(row, block, sf_columns, LAYOUT), inside, other=0)
     scale = operand_scale(sf)[:, :, None]
-    written = ((row < R) & (block < padded))[:, :, None]
+    written = (live & (block < padded))[:, :, None]
     for j in tl.static_range(4):
         value = scaled(decode_fourth(words, j, ARCH), scale, ARCH)
         if not OPERAND:

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -18,7 +18,15 @@ from ..backends import Asked, prepared
 from ..quantize.call import UNSET
 from . import statistics as moe_statistics
 from .backends import FUSED_MOE, MoEBackend
-from .call import Mode, MoECall, check_linear, check_values, make_moe_call, routing_of
+from .call import (
+    Mode,
+    MoECall,
+    activation_mode,
+    check_linear,
+    check_values,
+    make_moe_call,
+    routing_of,
+)
 from .weight_on_input import weigh_rows
 
 
@@ -325,7 +333,7 @@ def fused_moe(
     """
     checks.flag("stats", stats)
     checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
-    activation = _activation(activation, experts)
+    activation = activation_mode(activation, experts)
     checks.tensor("hidden_states", hidden_states, (torch.bfloat16,), ("T", experts.hidden_size))
     given, num_experts = _routing(routing, experts.num_local, num_experts)
     if "topk" in given and routing_bias is not None:
@@ -358,25 +366,6 @@ def fused_moe(
 explain_fused_moe = FUSED_MOE.explaining(fused_moe)
 layer_call = prepared(fused_moe)
 """Return the checked call and the backend's name from the arguments of `fused_moe`."""
-
-
-def _activation(activation: Mode | None, experts: Experts) -> Mode:
-    """Return how hidden states are quantized; None means as the experts' scales say."""
-    static = experts.input_scale is not None
-    if activation is None:
-        activation = "static" if static else "per-token"
-    checks.one_of("activation", activation, get_args(Mode))
-    if activation == "static" and not static:
-        raise ValueError(
-            'activation is "static"; the experts must have been given input_amax for it'
-        )
-    if activation != "static" and static:
-        raise ValueError(
-            f'activation is "{activation}"; the experts\' scalars hold static scales, by which its '
-            "results would be too large or too small: it must be static, or the experts prepared "
-            "without input_amax"
-        )
-    return activation
 
 
 def _padded(x: torch.Tensor, experts: Experts) -> torch.Tensor:

@@ -45,8 +45,30 @@ LOGITS_NAMES = ("routing_logits", "")
 """The name that FlashInfer's function has for the logits."""
 
 
+class LayerMode:
+    """How hidden states and intermediate are quantized, from two fields that every call has."""
+
+    activations: Activations
+    quantize: Quantize | None
+
+    @property
+    def is_w4a16(self) -> bool:
+        return self.activations.is_bf16 and self.quantize is None
+
+    @property
+    def is_static(self) -> bool:
+        if self.activations.is_bf16:
+            return self.quantize == "static"
+        return self.activations.is_static
+
+    @property
+    def mode(self) -> Mode:
+        """The quantization of hidden states and intermediate."""
+        return "static" if self.is_static else "bf16" if self.is_w4a16 else "per-token"
+
+
 @dataclass(frozen=True)
-class KernelCall:
+class KernelCall(LayerMode):
     """The part of a call that kernels read; it crosses `torch.library` (`ops`).
 
     The routing is given beside it: ids [T, K] int32, and weights [T, K].
@@ -63,21 +85,6 @@ class KernelCall:
     batch_invariant: bool = False
     output_dtype: torch.dtype = torch.bfloat16
     quantize: Quantize | None = None
-
-    @property
-    def is_w4a16(self) -> bool:
-        return self.activations.is_bf16 and self.quantize is None
-
-    @property
-    def is_static(self) -> bool:
-        if self.activations.is_bf16:
-            return self.quantize == "static"
-        return self.activations.is_static
-
-    @property
-    def mode(self) -> Mode:
-        """The quantization of hidden states and intermediate."""
-        return "static" if self.is_static else "bf16" if self.is_w4a16 else "per-token"
 
     @property
     def all_experts(self) -> int:
@@ -171,7 +178,7 @@ def make_moe_call(
     checks.one_of("finalize_order", finalize_order, get_args(FinalizeOrder))
     checks.one_of("build", build, get_args(LayerBuild))
     checks.integer("num_experts", num_experts, 1)
-    _check_experts(experts)
+    check_experts(experts)
     tokens = _check_activations(activations, experts)
     if topk is not None:
         top_k = "K" if routing is None else routing.top_k
@@ -254,7 +261,7 @@ def _want(name: str, t: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int |
     checks.tensor(name, t, dtypes, shape, contiguous=True)
 
 
-def _check_experts(e: Experts) -> None:
+def check_experts(e: Experts) -> None:
     check_activation(e.activation)
     w1, w2 = e.gemm1_weights, e.gemm2_weights
     u8, f8, f32 = (torch.uint8,), (torch.float8_e4m3fn,), (torch.float32,)
@@ -298,6 +305,25 @@ def _check_experts(e: Experts) -> None:
                 f"{name} is {value}; of {most} padded it must be a multiple of {BLOCK_SIZE} above "
                 f"{most - 128}"
             )
+
+
+def activation_mode(activation: Mode | None, experts: Experts) -> Mode:
+    """How the hidden states are quantized; omitted, as the experts' scales say."""
+    static = experts.input_scale is not None
+    if activation is None:
+        activation = "static" if static else "per-token"
+    checks.one_of("activation", activation, get_args(Mode))
+    if activation == "static" and not static:
+        raise ValueError(
+            'activation is "static"; the experts must have been given input_amax for it'
+        )
+    if activation != "static" and static:
+        raise ValueError(
+            f'activation is "{activation}"; the experts\' scalars hold static scales, by which its '
+            "results would be too large or too small: it must be static, or the experts prepared "
+            "without input_amax"
+        )
+    return activation
 
 
 def _check_activations(a: Activations, e: Experts) -> int:

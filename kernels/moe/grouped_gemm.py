@@ -39,11 +39,10 @@ def _expert_tile(
     n = first + tl.arange(0, BN)
     live = n < end
     K = K4 * 4
-    if X_DIVISOR == 0:
-        source = n
-    else:
-        source = tl.load(expanded_ptr + n, live, other=0) // X_DIVISOR
-    source = tl.where(live, source, 0).to(tl.int64)
+    source = tl.minimum(n, end - 1)  # a tile's columns without a row read its last row again
+    if X_DIVISOR != 0:
+        source = tl.load(expanded_ptr + source) // X_DIVISOR
+    source = source.to(tl.int64)
 
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     expert_rows = expert.to(tl.int64) * M  # a multiple of 128, as the tiles of scales

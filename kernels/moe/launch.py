@@ -25,6 +25,7 @@ from .call import KernelCall, Mode, Observe
 from .configs import Configs, local_slots, table_configs
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
+from .masked.rows import copy_rows
 from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
 
@@ -104,29 +105,46 @@ class Operand:
     token_scale: torch.Tensor | None  # [N] fp32
 
 
-def operand(a: Activations) -> Operand:
-    """Return codes as they are if the GPU multiplies codes, and decoded if it does not."""
+def operand(a: Activations, row_index: torch.Tensor | None = None) -> Operand:
+    """Return codes as they are if the GPU multiplies codes, and decoded if it does not.
+
+    Args:
+        row_index: [N] int32, a row itself, or -1 for a row that is not read; None: all are.
+    """
     if a.is_bf16:
+        if row_index is not None:
+            return Operand(copy_rows(a.hidden_states, row_index, fourths=True), None, None)
         fours = a.hidden_states.unflatten(1, (-1, 4)).transpose(1, 2).contiguous()
         return Operand(fours, None, None)
     assert a.block_scales is not None
     scales = a.block_scales.view(torch.uint8)
     if native_mma(arch(a.hidden_states.device)):
         return Operand(a.hidden_states, scales, a.per_token_scale)
-    return Operand(decode(a.hidden_states, scales, SfLayout.layout_linear), None, a.per_token_scale)
+    values = decode(a.hidden_states, scales, SfLayout.layout_linear, row_index=row_index)
+    return Operand(values, None, a.per_token_scale)
 
 
-def quantized(x: torch.Tensor, recipe: Recipe, *, per_token: bool = True) -> Operand:
+def quantized(
+    x: torch.Tensor,
+    recipe: Recipe,
+    *,
+    per_token: bool = True,
+    row_index: torch.Tensor | None = None,
+) -> Operand:
     """Quantize rows [N, K], bf16, or fp32 with static scales.
 
     One launch quantizes and decodes if the GPU does not multiply codes.
+
+    Args:
+        row_index: as for `operand`.
     """
     if not native_mma(arch(x.device)):
-        values, token_scale = quantize_to_values(x, recipe, per_token=per_token)
-        return Operand(values, None, token_scale)
+        values, token = quantize_to_values(x, recipe, per_token=per_token, row_index=row_index)
+        return Operand(values, None, token)
     if per_token:
-        return Operand(*quantize_per_token(x, recipe.base_scale_inv, recipe))
-    return Operand(*quantize_global_scale(x, None, recipe), None)
+        base = recipe.base_scale_inv
+        return Operand(*quantize_per_token(x, base, recipe, row_index=row_index))
+    return Operand(*quantize_global_scale(x, None, recipe, row_index=row_index), None)
 
 
 def gemm1(
@@ -155,9 +173,12 @@ def gemm2(
     p: Permutation,
     slots: int,
     config: GemmConfig,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return [slots, padded hidden size] bf16, by permuted row."""
-    out = x.values.new_empty((slots, experts.padded_hidden_size), dtype=torch.bfloat16)
+    if out is None:
+        out = x.values.new_empty((slots, experts.padded_hidden_size), dtype=torch.bfloat16)
     _launch_gemm(
         x, experts.gemm2_weights, experts.gemm2_weights_scale, experts.gemm2_bias,
         experts.output2_scale_scalar, out, p, config, 0, None, experts,

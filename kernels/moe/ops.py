@@ -18,18 +18,17 @@ from .call import KernelCall, Observe
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-FLAT = Flat(
-    KernelCall,
-    {
-        Experts: (
-            "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
-            "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",
-            "hidden_size", "intermediate_size", "activation", "gemm1_bias", "gemm2_bias",
-            "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit",
-        )
-    },
-)  # fmt: skip
-"""The flat form in which a call crosses `torch.library`: only this knows the op's arguments."""
+EXPERTS: dict[type, tuple[str, ...]] = {
+    Experts: (
+        "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
+        "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",
+        "hidden_size", "intermediate_size", "activation", "gemm1_bias", "gemm2_bias",
+        "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit",
+    )
+}  # fmt: skip
+"""What ops get of the experts."""
+FLAT = Flat(KernelCall, EXPERTS)
+"""How a call crosses: the one place that knows the op's arguments."""
 
 
 class Implementation(Protocol):

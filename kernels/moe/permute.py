@@ -74,21 +74,13 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
 
 
 @triton.jit
-def _expert_counted(
-    expert,
-    counts,
-    tile_ptr,
-    end_ptr,
-    tiles,
-    E,
-    BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Return an expert's first permuted row from every expert's slots; write its tiles and its end."""
+def write_tiles(
+    expert, counts, first_row, tile_ptr, end_ptr, tiles, E,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write an expert's tiles and end, given its first row and the slots of every expert."""
     bins = tl.arange(0, BINS)
     in_tiles = tl.where(bins < E, (counts + TILE - 1) // TILE, 0)
-    first_row = tl.sum(tl.where(bins < expert, counts, 0))
     first_tile = tl.sum(tl.where(bins < expert, in_tiles, 0))
     count = tl.sum(tl.where(bins == expert, counts, 0))
     tl.store(end_ptr + expert, first_row + count)
@@ -100,6 +92,16 @@ def _expert_counted(
         i = start + tl.arange(0, CHUNK)
         tl.store(tile_ptr + first_tile + i, tl.where(i < own, expert, -1), i < until)
         tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < until)
+
+
+@triton.jit
+def _expert_counted(
+    expert, counts, tile_ptr, end_ptr, tiles, E,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Return an expert's first permuted row from every expert's slots; write its tiles and its end."""
+    first_row = tl.sum(tl.where(tl.arange(0, BINS) < expert, counts, 0))
+    write_tiles(expert, counts, first_row, tile_ptr, end_ptr, tiles, E, BINS, CHUNK, TILE)
     return first_row
 
 

@@ -79,7 +79,9 @@ def _quantize(ours: Any, call: QuantizeCall) -> Result:
             out_scale=call.out_scale,
         )
     else:
-        result = ours.quantize_global_scale(call.a, call.scale, call.recipe, layout)
+        result = ours.quantize_global_scale(
+            call.a, call.scale, call.recipe, layout, row_index=call.row_index
+        )
     if not call.do_shuffle:
         return result
     order = shuffle_rows(call.m, device=call.a.device)
@@ -101,9 +103,12 @@ def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeC
 
 def _notes(call: QuantizeCall) -> Sequence[str]:
     """List the parts of the call that FlashInfer's own outputs have not confirmed."""
-    if not call.do_shuffle:
-        return []
-    return ["not proven on FlashInfer, derived from its source: do_shuffle"]
+    parts = {"do_shuffle": call.do_shuffle, "masked_m": call.masked_m is not None}
+    return [
+        f"not proven on FlashInfer, derived from its source: {part}"
+        for part, present in parts.items()
+        if present
+    ]
 
 
 QUANTIZE: Operation[QuantizeCall, Result] = Operation(
@@ -233,7 +238,7 @@ def nvfp4_quantize(
         ValueError, TypeError: an argument that no backend accepts.
         UnsupportedError: the backend that was named cannot serve the call.
     """
-    name, build = _backend_and_build(backend, build)
+    name, build = backend_and_build(backend, build)
     call = make_quantize_call(
         a,
         a_global_sf,
@@ -255,7 +260,7 @@ def nvfp4_quantize(
 explain = QUANTIZE.explaining(nvfp4_quantize)
 
 
-def _backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
+def backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
     """Return the full name of a backend, or "auto", and the build that is asked for."""
     if build is not None:
         checks.one_of("build", build, get_args(Build))

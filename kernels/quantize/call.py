@@ -37,6 +37,9 @@ class QuantizeCall:
     recipe: Recipe
     explicit_4over6: bool
     capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
+    masked_m: torch.Tensor | None = (
+        None  # [E]: `a` has E * max_m rows, and `row_index` the live ones
+    )
 
     @property
     def m(self) -> int:

@@ -133,6 +133,8 @@ def quantize_kernel(
     if HAS_ROW_INDEX:
         row = tl.load(row_index_ptr + row, live, other=-1).to(tl.int64)
         live = live & (row >= 0) & (row < M)
+        if tl.max(live.to(tl.int32), 0) == 0:
+            return  # most rows of masked input
     row, live = row[:, None], live[:, None]
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
 

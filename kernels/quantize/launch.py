@@ -204,23 +204,28 @@ def _global_scale(
     layout: SfLayout = SfLayout.layout_linear,
     *,
     inverse: bool = False,
+    row_index: torch.Tensor | None = None,
 ) -> Pair:
     scale, value = two_arguments(global_scale)
     mode = formats.ROW_SCALES if scale is not None and scale.numel() > 1 else formats.GLOBAL_SCALE
-    codes, sf, token = allocate(x, layout)
+    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
     out = Outputs(codes, sf, token)
-    _launch(x, out, mode.value, scale, value, recipe.code, int(layout), inverse=inverse)
+    _launch(
+        x, out, mode.value, scale, value, recipe.code, int(layout), inverse=inverse,
+        row_index=row_index,
+    )  # fmt: skip
     return codes, sf
 
 
 def quantize_to_values(
-    x: torch.Tensor, recipe: Recipe, *, per_token: bool
+    x: torch.Tensor, recipe: Recipe, *, per_token: bool, row_index: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Quantize [M, K] to (values [M, 4, K/4] bf16, per-token scales [M] fp32 or None).
 
     A value is code times block scale, exact; each fourth column together, as the grouped GEMM of the
     mixture of experts reads them. Without `per_token` the encode scale is 1, already in x, and fp32 x
-    is quantized as `reference.quantize.quantize_block_scales` does.
+    is quantized as `reference.quantize.quantize_block_scales` does. Rows that `row_index` does not name
+    are neither read nor written.
     """
     rows, columns = x.shape
     token = x.new_empty(rows, dtype=torch.float32) if per_token else None
@@ -228,7 +233,10 @@ def quantize_to_values(
     mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
     scale = recipe.base_scale_inv if per_token else 1.0
     linear = int(SfLayout.layout_linear)
-    _launch(x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear)
+    _launch(
+        x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear,
+        row_index=row_index,
+    )  # fmt: skip
     return values, token
 
 

@@ -46,6 +46,7 @@ class GlobalScale(Protocol):
         layout: SfLayout = _LINEAR,
         *,
         inverse: bool = False,
+        row_index: torch.Tensor | None = None,
     ) -> Pair: ...
 
 
@@ -86,6 +87,7 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
         recipe_code: int,
         layout: int,
         inverse: bool,
+        row_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return implementation.quantize_global_scale(
             x,
@@ -93,6 +95,7 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
             Recipe.from_code(recipe_code),
             SfLayout(layout),
             inverse=inverse,
+            row_index=row_index,
         )
 
     @per_token_op.register_fake
@@ -100,7 +103,7 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
         return allocate(x, layout)
 
     @global_scale_op.register_fake
-    def _(x, scale, scale_value, recipe_code, layout, inverse):  # type: ignore[no-untyped-def]
+    def _(x, scale, scale_value, recipe_code, layout, inverse, row_index=None):  # type: ignore[no-untyped-def]
         return allocate(x, layout)[:2]
 
     def per_token(
@@ -122,9 +125,10 @@ def register(name: str, implementation: Quantizers) -> Quantizers:
         layout: SfLayout = _LINEAR,
         *,
         inverse: bool = False,
+        row_index: torch.Tensor | None = None,
     ) -> Pair:
         scale, value = two_arguments(global_scale)
-        return global_scale_op(x, scale, value, recipe.code, int(layout), inverse)
+        return global_scale_op(x, scale, value, recipe.code, int(layout), inverse, row_index)
 
     return Quantizers(per_token, global_scale)
 

@@ -1,46 +1,57 @@
-"""The layer on the masked layout, in which all-to-all dispatchers hand over rows by expert.
+"""The layer on masked input: rows sorted by expert, as DeepEP's low-latency dispatch hands them over.
 
-A tensor [E, max_m, ...] holds `masked_m[e]` rows for expert e. Rows beyond them are never read: stale
-rows of a replayed graph, NaN among them, must not reach a scale (flashinfer issue 3057). The output is
-zero there. There is no routing and no weighting: the dispatcher combines.
+[E, max_m, ...] tensors hold `masked_m[e]` rows for expert e. The rows beyond them are never read:
+stale rows of a replayed graph, NaN among them, must not reach a scale (flashinfer issue 3057). The
+result is zero there. There is no routing and no weighting: the dispatcher combines.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from .. import checks
 from ..numerics.accumulate import Accumulate
+from ..quantize import Quantized, quantize_global_scale, quantize_per_token
 from ..recipe import Recipe
 from ..weights.experts import Experts
-from .activations import Activations, quantize_activations
+from .activations import Activations
 from .layer import fused_moe
 
 
-def quantize_grouped(
-    x: torch.Tensor, masked_m: torch.Tensor, recipe: Recipe | None = None
+def quantize_masked(
+    x: torch.Tensor,
+    masked_m: torch.Tensor,
+    recipe: Recipe | None = None,
+    *,
+    global_scale: float | torch.Tensor | None = None,
 ) -> Activations:
-    """Quantize [E, max_m, K] per token.
+    """Quantize [E, max_m, K], per token or with a global scale.
 
     Args:
         x: bf16 or fp16, K a multiple of 16.
         masked_m: [E] int32 or int64, rows of each expert.
+        global_scale: the encode scale, 448 * 6 / amax: a number, or one fp32 element, or one of each
+            expert, [E] fp32. None: per token.
 
     Returns:
         codes [E, max_m, K/2] uint8, block scales [E, max_m, K/16] uint8, linear, and per-token scales
-        [E, max_m] fp32; all zero beyond `masked_m`.
+        [E, max_m] fp32, None with a global scale; all zero beyond `masked_m`.
 
     Raises:
-        ValueError: a `masked_m` of another shape or dtype, or outside 0 ... max_m.
+        ValueError: a `masked_m` of another shape or dtype, or outside 0 ... max_m; a `global_scale` of
+            neither one element nor E.
     """
     recipe = recipe or Recipe()
-    live = _live(x, masked_m)
-    a = quantize_activations(x[live], recipe)
-    assert a.block_scales is not None and a.per_token_scale is not None
-    return Activations(
-        *(_scatter(t, live) for t in (a.hidden_states, a.block_scales, a.per_token_scale))
-    )
+    live = live_rows(x, masked_m)
+    q: Quantized
+    if global_scale is None:
+        q = quantize_per_token(x[live], recipe.base_scale_inv, recipe)
+    else:
+        q = quantize_global_scale(x[live], _by_row(global_scale, live), recipe)
+    token_scale = None if q.per_token_scale is None else _scatter(q.per_token_scale, live)
+    return Activations(_scatter(q.codes, live), _scatter(q.block_scales, live), token_scale)
 
 
-def fused_moe_grouped(
+def fused_moe_masked(
     activations: Activations,
     masked_m: torch.Tensor,
     experts: Experts,
@@ -55,9 +66,9 @@ def fused_moe_grouped(
         recipe, accumulate: as `fused_moe` has them.
 
     Raises:
-        ValueError: as `quantize_grouped`, or another number of experts than `experts` hold.
+        ValueError: as `quantize_masked`, or another number of experts than `experts` hold.
     """
-    live = _live(activations.hidden_states, masked_m)
+    live = live_rows(activations.hidden_states, masked_m)
     if live.shape[0] != experts.num_local:
         raise ValueError(
             f"hidden_states are of {live.shape[0]} experts; {experts.num_local} are local"
@@ -74,8 +85,12 @@ def fused_moe_grouped(
     return _scatter(result.rows[:, 0], live)
 
 
-def _live(x: torch.Tensor, masked_m: torch.Tensor) -> torch.Tensor:
-    """[E, max_m] bool: the rows that are there."""
+def live_rows(x: torch.Tensor, masked_m: torch.Tensor) -> torch.Tensor:
+    """[E, max_m] bool: the rows of `x` that are there.
+
+    Raises:
+        ValueError: as `quantize_masked`.
+    """
     if x.dim() != 3:
         raise ValueError(
             f"hidden_states have shape {tuple(x.shape)}; it must be [E, max_m, columns]"
@@ -91,7 +106,22 @@ def _live(x: torch.Tensor, masked_m: torch.Tensor) -> torch.Tensor:
     return torch.arange(most, dtype=torch.int64, device=x.device) < masked_m.to(x.device)[:, None]
 
 
+def _by_row(scale: float | torch.Tensor, live: torch.Tensor) -> float | torch.Tensor:
+    """The global scale of each live row, or the one of all."""
+    if not isinstance(scale, torch.Tensor) or scale.numel() == 1:
+        return scale
+    if scale.numel() != live.shape[0]:
+        checks.wrong_value(
+            "global_scale", scale, f"one element, or one an expert ({live.shape[0]})"
+        )
+    return scale.to(live.device).reshape(-1, 1).expand(live.shape)[live]
+
+
 def _scatter(rows: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     out = rows.new_zeros((*live.shape, *rows.shape[1:]))
     out[live] = rows
     return out
+
+
+quantize_grouped, fused_moe_grouped = quantize_masked, fused_moe_masked
+"""The names of version 0.1."""

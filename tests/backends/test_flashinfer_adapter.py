@@ -8,6 +8,7 @@ FlashInfer's Python runs up to the kernel, which the reference stands in for.
 import inspect
 import re
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -369,6 +370,10 @@ REFUSED = [
             ("a is on the meta", (), {"capability": None}, None),
             ("sm_90 is before Blackwell", (), {"capability": (9, 0)}, None),
         )
+    ),
+    *(
+        (b, "masked_m is given", lambda b=b: replace(ask(build=fi.BUILDS[b]), masked_m=INDEX), None)
+        for b in fi.BUILDS
     ),
     *((b, "a is float32", lambda: ask(matrix(dtype=torch.float32)), None) for b in fi.BUILDS),
     (CUDA, "sm_101 has no kernels", lambda: ask(capability=(10, 1)), None),

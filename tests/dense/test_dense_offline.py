@@ -112,12 +112,15 @@ def test_edges(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", [80, 90])  # where codes are decoded
 @pytest.mark.parametrize("operand", [False, True])
+@pytest.mark.parametrize("some_rows", [False, True])
 @pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
-def test_decoding(arch, layout, operand, tmp_path):
-    constants = {"OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64, "ARCH": arch}
+def test_decoding(arch, layout, operand, some_rows, tmp_path):
+    constants = {} if some_rows else {"row_index_ptr": None}
+    constants |= {"OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64, "ARCH": arch}
     types = {
         "codes_ptr": "*u16",
         "sf_ptr": "*u8",
+        "row_index_ptr": "*i32",
         "out_ptr": "*bf16",
         "R": "i32",
         "NB": "i32",

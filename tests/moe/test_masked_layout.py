@@ -1,4 +1,4 @@
-"""The masked layout, rows by expert: rows beyond `masked_m` are as if they were not there."""
+"""Masked input: rows beyond `masked_m` are as if they were not there."""
 
 # SPDX-License-Identifier: Apache-2.0
 import moe_cases
@@ -9,7 +9,7 @@ from moe_cases import Shape
 
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.activations import Activations
-from nvfp4_moe.reference.moe.masked_layout import fused_moe_grouped, quantize_grouped
+from nvfp4_moe.reference.moe.masked_layout import fused_moe_masked, quantize_masked
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
@@ -29,7 +29,7 @@ def masked_states(stale: float = float("nan")) -> torch.Tensor:
 )
 def test_quantization(recipe):
     x = masked_states()
-    got = quantize_grouped(x, MASKED, recipe)
+    got = quantize_masked(x, MASKED, recipe)
     for e, rows in enumerate(MASKED.tolist()):
         want = quantize_per_token(x[e, :rows], recipe.base_scale_inv, recipe)
         assert_bitwise(got.hidden_states[e, :rows], want.codes, f"codes of {e}")
@@ -45,7 +45,7 @@ def test_the_layer_is_that_of_the_rows_one_by_one(mode):
     expert = torch.repeat_interleave(torch.arange(4), MASKED)
     place = torch.cat([torch.arange(n) for n in MASKED.tolist()])
 
-    def in_layout(rows, stale):
+    def grouped(rows, stale):
         if rows is None:
             return None
         bits = rows.view(torch.uint8) if rows.element_size() == 1 else rows
@@ -56,11 +56,11 @@ def test_the_layer_is_that_of_the_rows_one_by_one(mode):
     a = case.activations
     stale = torch.nan if mode == "bf16" else 0xFF
     given = Activations(
-        in_layout(a.hidden_states, stale),
-        None if a.block_scales is None else in_layout(a.block_scales, 0x7F),
-        in_layout(a.per_token_scale, torch.nan),
+        grouped(a.hidden_states, stale),
+        None if a.block_scales is None else grouped(a.block_scales, 0x7F),
+        grouped(a.per_token_scale, torch.nan),
     )
-    got = fused_moe_grouped(given, MASKED.int(), case.experts)
+    got = fused_moe_masked(given, MASKED.int(), case.experts)
     ids = expert[:, None].int()
     want = moe.fused_moe(a, case.experts, ids, torch.ones_like(ids).bfloat16()).rows[:, 0]
     assert want.any()
@@ -71,8 +71,8 @@ def test_the_layer_is_that_of_the_rows_one_by_one(mode):
 
 def test_no_rows_at_all():
     case = moe_cases.make(Shape(2, HIDDEN, 64, 4, 1))
-    given = quantize_grouped(masked_states(), torch.zeros(4, dtype=torch.int32))
-    got = fused_moe_grouped(given, torch.zeros(4, dtype=torch.int32), case.experts)
+    given = quantize_masked(masked_states(), torch.zeros(4, dtype=torch.int32))
+    got = fused_moe_masked(given, torch.zeros(4, dtype=torch.int32), case.experts)
     assert got.shape == (4, MOST, HIDDEN) and not got.any()
 
 
@@ -88,13 +88,13 @@ def test_no_rows_at_all():
 )
 def test_errors(masked, message):
     with pytest.raises(ValueError, match=message):
-        quantize_grouped(masked_states(), masked)
+        quantize_masked(masked_states(), masked)
 
 
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="max_m, columns"):
-        quantize_grouped(masked_states()[0], MASKED)
+        quantize_masked(masked_states()[0], MASKED)
     case = moe_cases.make(Shape(2, HIDDEN, 64, 3, 1))
-    given = quantize_grouped(masked_states(), MASKED)
+    given = quantize_masked(masked_states(), MASKED)
     with pytest.raises(ValueError, match="of 4 experts; 3 are local"):
-        fused_moe_grouped(given, MASKED, case.experts)
+        fused_moe_masked(given, MASKED, case.experts)

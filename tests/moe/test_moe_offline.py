@@ -8,6 +8,7 @@ from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe.activation import NONE
 from nvfp4_moe.kernels.moe.configs import gemm_config
 from nvfp4_moe.kernels.moe.grouped_gemm import expert_gemm_kernel
+from nvfp4_moe.kernels.moe.masked.rows import copy_rows_kernel, masked_rows_kernel
 from nvfp4_moe.kernels.triton_target import native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 
@@ -107,3 +108,26 @@ def test_larger_tiles_stay_in_registers(arch, tmp_path):
         kernel = compile_gemm(arch, config, int(ActivationType.Swiglu))
         stack, _ = resources(kernel, tmp_path)
         assert stack <= 64, config
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_masked_input(arch, tmp_path):
+    """The two kernels of its own: no local memory, and wide counts as DeepEP's and as torch's."""
+    sizes = {"max_m": "i32", "tiles": "i32", "E": "i32"}
+    tables = {"row_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32"}
+    constants = {"BINS": 256, "CHUNK": 1024, "TILE": 64, "ARCH": arch}
+    for counts in ("*i32", "*i64"):
+        types = {"masked_ptr": counts, **tables, **sizes}
+        kernel = compile_kernel(masked_rows_kernel, arch, types, constants, list(tables))
+        assert resources(kernel, tmp_path) == (0, 0)
+    types = {
+        "x_ptr": "*bf16",
+        "row_index_ptr": "*i32",
+        "out_ptr": "*bf16",
+        "K4": "i32",
+        "P4": "i32",
+    }
+    for fourths in (False, True):
+        constants = {"FOURTHS": fourths, "BLOCK": 1024, "ARCH": arch}
+        kernel = compile_kernel(copy_rows_kernel, arch, types, constants, list(types))
+        assert resources(kernel, tmp_path) == (0, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from moe_cases import Shape, make
-from moe_triton_cases import SMALL, coarse, to
+from moe_triton_cases import CONFIGS, SMALL, coarse, to
 from mutants.generated.strict import codes_multiplied
 
 from nvfp4_moe.differential import accumulation
@@ -18,15 +18,6 @@ from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.kernels.moe.configs import gemm_config
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
-
-CONFIGS = [
-    GemmConfig(64, 16, 128, 4, 4),
-    GemmConfig(128, 16, 256, 3, 4),
-    GemmConfig(128, 64, 128, 3, 8, registers=128),
-    GemmConfig(256, 128, 64, 4, 8, decoded=True),
-]
-"""Every configuration that `gemm_config` chooses below Blackwell; the test below says so."""
-
 
 PERMUTATIONS = [
     *(
@@ -192,5 +183,5 @@ def test_tiles_half_as_wide():
     shape = Shape(34, 128, 128, 3, 2)
     ids = torch.tensor([[0, 1]] * 17 + [[0, 2]] * 17, dtype=torch.int32)  # rows: 32 + 2, 17, 17
     case = replace(moe_triton_cases.coarse(shape, ActivationType.Relu2), ids=ids)
-    moe_triton_cases._assert_second_sums_are_exact(case, shape)
+    moe_triton_cases.assert_second_sums_are_exact(case, shape)
     assert_bitwise(*moe_triton_cases.both(case, "cpu", config=config), "sums that are exact")

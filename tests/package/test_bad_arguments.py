@@ -161,6 +161,10 @@ WEIGHTS = {
 }
 NO_EXPERTS = OBJECTS | WORDS | NUMBERS | st.none()
 NO_INTEGER = st.sampled_from(["0", 0.0, 2.5, float("nan"), True, None])
+MASKED_X = X.view(4, 8, 64)
+MASKED_STATES = torch.ones(4, 8, 128).bfloat16()
+MASKED_M = torch.tensor([3, 0, 8, 1], dtype=torch.int32)
+NO_MASK = tensor(MASKED_M.bool(), optional=False) | st.sampled_from([MASKED_M - 1, MASKED_M + 1])
 STATIC = nvfp4_moe.prepare_experts(LAYER.w13, LAYER.w2, input_amax=1.0, intermediate_amax=1.0)
 FUNCTIONS = {
     "nvfp4_quantize": Function(
@@ -180,6 +184,18 @@ FUNCTIONS = {
             "expanded_idx_to_permuted_idx": tensor(
                 torch.arange(32, dtype=torch.int32), optional=True
             ),
+        },
+    ),
+    "nvfp4_quantize_masked": Function(
+        nvfp4_moe.nvfp4_quantize_masked,
+        {"a": MASKED_X, "masked_m": MASKED_M, "a_global_sf": 9.0},
+        QUANTIZER
+        | {
+            "a": tensor(MASKED_X, primary=True),
+            "masked_m": NO_MASK,
+            "sfLayout": OBJECTS | WORDS | st.sampled_from([0, 3, -1, True]),  # max_m is 8
+            "per_token_activation": NOT_A_FLAG | st.none(),
+            "build": NO_NAME_OR_NONE,
         },
     ),
     "mm_fp4": Function(
@@ -228,6 +244,19 @@ FUNCTIONS = {
         },
         FUSED,
         also=("num_experts",),  # which bounds the offset
+    ),
+    "fused_moe_masked": Function(
+        nvfp4_moe.fused_moe_masked,
+        {"hidden_states": MASKED_STATES, "masked_m": MASKED_M, "experts": LAYER.experts},
+        {k: FUSED[k] for k in ("experts", "activation", "backend", "fast_math", "nvfp4_4over6")}
+        | {
+            "hidden_states": tensor(MASKED_STATES, primary=True),
+            "masked_m": NO_MASK,
+            "hidden_states_scale": OBJECTS | WORDS | st.just(ONE),
+            "per_token_scale": OBJECTS | WORDS | st.just(ONE),
+            "expected_m": NO_COUNT | st.sampled_from([0, 9]),
+            "batch_invariant": NOT_A_FLAG | st.none(),
+        },
     ),
     "prepare_experts": Function(
         nvfp4_moe.prepare_experts,

@@ -89,6 +89,8 @@ REFERENCE_NAMES = (
     "moe.fused_moe",
     "moe.grouped.fused_moe_grouped",
     "moe.masked_layout.fused_moe_grouped",
+    "moe.masked_layout.fused_moe_masked",
+    "moe.masked_layout.quantize_masked",
     "moe.quantize_activations",
     "moe.routing.route",
     "moe.shards.fused_moe_shards",

@@ -31,10 +31,18 @@ def shipped() -> list[tuple[Recipe, int, LaunchConfig]]:
 
 
 def compile_for(
-    arch, recipe: Recipe, mode: int, config: LaunchConfig, layout, inverse=False, values=False
+    arch,
+    recipe: Recipe,
+    mode: int,
+    config: LaunchConfig,
+    layout,
+    inverse=False,
+    values=False,
+    some_rows=False,
 ):
     """The compiled kernel, with the argument properties that ordinary tensors have."""
-    none = ["row_index_ptr", "scale_ptr", "out_scale_ptr", "rcp_delta_ptr"]
+    none = ["scale_ptr", "out_scale_ptr", "rcp_delta_ptr"]
+    none += [] if some_rows else ["row_index_ptr"]
     none += ["codes_ptr", "sf_ptr"] if values else ["values_ptr"]
     constants = dict.fromkeys(none) | {
         "RECIPE": recipe.code,
@@ -42,7 +50,7 @@ def compile_for(
         "DTYPE": BF16.value,
         "LAYOUT": int(layout),
         "INVERSE": inverse,
-        "HAS_ROW_INDEX": False,
+        "HAS_ROW_INDEX": some_rows,
         "HAS_SCALE_TENSOR": False,
         "HAS_OUT_SCALE": False,
         "ROWS": config.rows,
@@ -54,7 +62,7 @@ def compile_for(
     }
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "sf_ptr": "*u8", "token_ptr": "*fp32"}
     types |= {"values_ptr": "*bf16", "scale_value": "fp32", "M": "i32", "NB": "i32"}
-    types |= {"padded_rows": "i32", "padded_columns": "i32"}
+    types |= {"row_index_ptr": "*i32", "padded_rows": "i32", "padded_columns": "i32"}
     pointers = ("x_ptr", "token_ptr", *(["values_ptr"] if values else ["codes_ptr", "sf_ptr"]))
     aligned = (*pointers, "NB", "padded_columns")
     return compile_kernel(
@@ -102,6 +110,17 @@ def test_no_local_memory_with_values(arch, tmp_path):
         )
         assert resources(kernel, tmp_path) == (0, 0)
         assert "st.global.v2.b32" in kernel.asm["ptx"]  # four values at a time
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_local_memory_with_masked_input(arch, tmp_path):
+    for mode in (PER_TOKEN, GLOBAL_SCALE):
+        for values in (False, True):
+            kernel = compile_for(
+                arch, Recipe(), mode.value, launch_config(4096, 448), SfLayout.layout_linear,
+                values=values, some_rows=True,
+            )  # fmt: skip
+            assert resources(kernel, tmp_path) == (0, 0)
 
 
 @pytest.mark.slow

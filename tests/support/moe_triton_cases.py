@@ -28,6 +28,13 @@ from nvfp4_moe.reference.weights.layout import gemm2_values
 from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
 
 SMALL = GemmConfig(128, 16, 128, 1, 4)
+CONFIGS = [
+    GemmConfig(64, 16, 128, 4, 4),
+    GemmConfig(128, 16, 256, 3, 4),
+    GemmConfig(128, 64, 128, 3, 8, registers=128),
+    GemmConfig(256, 128, 64, 4, 8, decoded=True),
+]
+"""Every configuration that `gemm_config` chooses below Blackwell; `test_moe_triton.py` says so."""
 ONE = 0x38  # 1.0 in e4m3
 RAW = (1, 3, 4, 5, 9)  # the methods that compare logits as they are
 EXACT = [a for a in IMPLEMENTED if a.row.exact]
@@ -131,11 +138,11 @@ def coarse(
     ids, _ = moe_cases.routing_of(shape, seed)
     weights = 2.0 ** -torch.arange(shape.top_k).remainder(3).expand(shape.tokens, -1).float()
     case = Case(activations, experts, ids, weights.bfloat16(), None, None, None)
-    _assert_second_sums_are_exact(case, shape)
+    assert_second_sums_are_exact(case, shape)
     return case
 
 
-def _assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
+def assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
     """Integers of fewer than 24 bits, counted in units of the row's smallest step."""
     steps = reference.fused_moe(
         case.activations,

@@ -215,8 +215,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels count_kernel: operator: (bins < E) & (counts > 0) -> (bins < E) | (counts > 0)",
     ),
     "Bins before an expert alone are summed, and none behind the last expert is read.": (
-        "kernels _expert_counted: comparison: bins < E -> bins <= E",
-        "kernels _expert_counted: constant: tl.where(bins < E, (counts + TILE - 1) // TILE, 0) -> "
+        "kernels write_tiles: comparison: bins < E -> bins <= E",
+        "kernels write_tiles: constant: tl.where(bins < E, (counts + TILE - 1) // TILE, 0) -> "
         "tl.where(bins < E, (counts + TILE - 1) // TILE, 1)",
         "kernels permute_kernel: comparison: local < E -> local <= E",
         "kernels count_kernel: comparison: local < E -> local <= E",

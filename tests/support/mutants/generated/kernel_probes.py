@@ -22,7 +22,14 @@ from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of
 from . import far_calls, quantizer_probes, routers
 from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
-from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, PermuteCall
+from .part_calls import (
+    CopyRowsCall,
+    DecodeCall,
+    DecodeWeightsCall,
+    FinalizeCall,
+    MaskedRowsCall,
+    PermuteCall,
+)
 from .strict import strict
 from .trial import Probe
 
@@ -92,7 +99,13 @@ def _parts() -> Named:
         lambda: PermuteCall(300, 15, offset=1, tile=32, one_launch=False),
     )
     yield "permute, 1025 chunks", lambda: PermuteCall(131200, 2, one_launch=False)
+    yield "masked rows", MaskedRowsCall
+    yield "masked rows, one expert", lambda: MaskedRowsCall(7, 2, (5,))
+    yield "masked rows, 16 experts", lambda: MaskedRowsCall(7, 4, (7, 2) * 8)
+    yield "copied rows", lambda: CopyRowsCall(False)
+    yield "copied rows, fourths", lambda: CopyRowsCall(True)
     yield "decode", DecodeCall
+    yield "decode, indexed", lambda: DecodeCall(indexed=True)
     yield "decode weights", DecodeWeightsCall
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
     yield "finalize, groups", lambda: FinalizeCall(torch.float32, "flashinfer", top_k=9)
@@ -178,7 +191,8 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     ),
     "kernels/moe/activation.py": _EXPERTS,
     "kernels/moe/grouped_gemm.py": _EXPERTS,
-    "kernels/moe/permute.py": (*_named("permute"), *_TILES, "three launches"),
+    "kernels/moe/masked/rows.py": _named("masked rows", "copied rows"),
+    "kernels/moe/permute.py": (*_named("permute", "masked rows"), *_TILES, "three launches"),
     "kernels/moe/finalize.py": (
         *_named("finalize"), *_TILES, "cancelling", "any size, to fp32", "far rows",
         *_named("far, finalize"),

@@ -12,6 +12,7 @@ from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.decode import decode
 from nvfp4_moe.kernels.moe import permute
 from nvfp4_moe.kernels.moe.finalize import finalize as triton_finalize
+from nvfp4_moe.kernels.moe.masked.rows import copy_rows, masked_rows
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.finalize import FinalizeOrder, finalize
 from nvfp4_moe.reference.quantize import dequantize
@@ -73,6 +74,59 @@ class PermuteCall:
         return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
 
 
+@dataclass(frozen=True)
+class MaskedRowsCall:
+    """Counts of no rows, of some, of all, and outside; more rows than a program writes at a time."""
+
+    max_m: int = 1030
+    tile: int = 64
+    masked: tuple[int, ...] = (3, 0, 1030, 64, 65, -2, 2000, 0)
+
+    def answer(self, device: str = "cpu") -> Any:
+        masked = torch.tensor(self.masked, dtype=torch.int32, device=device)
+        p = masked_rows(masked, self.max_m, self.tile)
+        used = p.tiles[0] >= 0
+        return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end)]
+
+    def judge(self) -> Answered:
+        counts = [min(max(m, 0), self.max_m) for m in self.masked]
+        rows, experts, firsts, end = [], [], [], []
+        for e, count in enumerate(counts):
+            first = e * self.max_m
+            rows += [first + i if i < count else -1 for i in range(self.max_m)]
+            own = range(first, first + count, self.tile)
+            experts += [e] * len(own)
+            firsts += own
+            end.append(first + count)
+        tiles = len(counts) * -(-self.max_m // self.tile)
+        experts += [-1] * (tiles - len(experts))
+        want = rows, experts, firsts, end
+        return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
+
+
+@dataclass(frozen=True)
+class CopyRowsCall:
+    """Rows of more fourths than a program has, padded, every second one of them there."""
+
+    fourths: bool
+    rows: int = 5
+    given: int = 4112
+    columns: int = 4224
+
+    def _x(self) -> Tensor:
+        return host.normal(torch.Generator().manual_seed(3), self.rows, self.given).bfloat16()
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        index = torch.arange(self.rows, dtype=torch.int32, device=device)
+        index[1::2] = -1
+        out = copy_rows(self._x().to(device), index, columns=self.columns, fourths=self.fourths)
+        return out[::2].cpu()
+
+    def judge(self) -> Answered:
+        x = torch.nn.functional.pad(self._x(), (0, self.columns - self.given))[::2]
+        return exactly(fours(x) if self.fourths else x)
+
+
 def _codes(seed: int, *size: int) -> tuple[Tensor, Tensor]:
     """Codes [..., K/2] and block scales [..., K/16], any byte but scales below zero."""
     g = torch.Generator().manual_seed(seed)
@@ -92,10 +146,13 @@ class DecodeCall:
 
     rows: int = 3
     columns: int = 4160
+    indexed: bool = False  # by a row index that names every row
 
     def answer(self, device: str = "cpu") -> Tensor:
         codes, scales = _codes(1, self.rows, self.columns)
-        return decode(codes.to(device), scales.to(device), SfLayout.layout_linear).cpu()
+        index = torch.arange(self.rows, dtype=torch.int32, device=device) if self.indexed else None
+        layout = SfLayout.layout_linear
+        return decode(codes.to(device), scales.to(device), layout, row_index=index).cpu()
 
     def judge(self) -> Answered:
         return exactly(fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
