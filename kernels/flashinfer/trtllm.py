@@ -178,6 +178,11 @@ RULES: tuple[Rule[MoECall], ...] = (
         lambda r: _routing_refusal(r) or "",
         "trtllm/fused_moe/RoutingCustomPolicy.cuh:818",
     ),
+    Rule(
+        lambda r: r.logits is not None and r.routing.functions != "exact",
+        "routing has functions={r.routing.functions!r}; it has those of its GPU, which are not known",
+        "trtllm/fused_moe/RoutingKernel.cuh:128",
+    ),
     # Its map of tiles holds global expert ids there, and local ones everywhere else.
     Rule(
         lambda r: (

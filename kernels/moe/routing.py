@@ -135,6 +135,8 @@ def route_kernel(
 
 def refusal(routing: Routing) -> str | None:
     """Return why the kernel does not route so; the reference then does."""
+    if routing.functions != "exact":
+        return f"functions={routing.functions!r} are the reference's"
     return "groups are the reference's" if routing.grouped else None
 
 

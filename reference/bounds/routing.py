@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..moe.routing import Routing, RoutingMethodType, route
+from ..moe.routing import Routing, RoutingMethodType, RoutingResult, route
 from ..numerics.subnormals import kept
 from .interval import Interval, U, rounded, unless
 from .selection import of_sets, selections, surely_before
@@ -80,16 +80,17 @@ def routing_bounds(
     has one of these is NaN. Nothing is claimed of tokens whose scores are selected and have a NaN or, of
     Default, an infinity above; with a bias that is not finite, with fewer than K raw logits above -inf,
     with more sets than `selection.SETS`, or whose sum of scores may be zero.
+
+    With the functions of a GPU all is determined but what `determined` leaves open.
     """
     reference = route(logits, routing, bias)
+    if routing.functions != "exact":
+        return _only(reference, routing)
     x = logits.double()
     if routing.method.raw:
         ids = reference.ids[None]
         unknown = (x > -torch.inf).sum(1) < routing.top_k
-        if routing.method == _M.Llama4:  # between zeros of two signs its kernel has no order
-            zeros = [((x == 0) & (x.signbit() == sign)).any(1) for sign in (False, True)]
-            largest = x.masked_fill(x.isnan(), -torch.inf).amax(1)
-            unknown |= (largest == 0) & zeros[0] & zeros[1]
+        unknown |= _between_zeros(x, routing)
         k = ids.shape[-1]
         before = torch.ones(k, k, dtype=torch.bool, device=x.device).triu(1)
         before = before.expand(*ids.shape, k)
@@ -105,6 +106,39 @@ def routing_bounds(
         weights = _of_chosen_scores(scores.map(lambda end: of_sets(end, ids)), scores, routing)
     weights = rounded(torch.bfloat16, weights)
     return RoutingBounds(ids, weights, before, unknown | weights.unknown.any(-1).any(0))
+
+
+def determined(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """[T]: the tokens whose choice FlashInfer's kernels determine, given what top-k compares [T, E].
+
+    Those with top_k scores above -inf, and with groups, topk_group groups of a sum above -inf: what they
+    have chosen the kernels replace by -inf, and may choose again (`RoutingKernelTopK.cuh:283`, `:313`).
+    """
+    if routing.method == _M.Llama4:
+        return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    above = (scores > -torch.inf) | (scores.isnan() & ~scores.signbit())
+    known = above.sum(1) >= routing.top_k
+    if routing.grouped:
+        held = torch.where(above, scores.nan_to_num(nan=torch.inf), -torch.inf)
+        two = held.unflatten(1, (routing.n_group or 1, -1)).topk(2, dim=-1).values.sum(-1)
+        known &= ((two > -torch.inf) | two.isnan()).sum(1) >= (routing.topk_group or 1)
+    return known
+
+
+def _only(chosen: RoutingResult, routing: Routing) -> RoutingBounds:
+    """One set for each token, with its weights to the bit."""
+    k = chosen.ids.shape[1]
+    before = torch.ones(k, k, dtype=torch.bool, device=chosen.ids.device).triu(1)
+    weights = Interval.point(chosen.weights_bf16)[None]
+    unknown = ~determined(chosen.scores, routing) | _between_zeros(chosen.scores, routing)
+    return RoutingBounds(chosen.ids[None], weights, before.expand(1, len(unknown), k, k), unknown)
+
+
+def _between_zeros(x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """[T]: zeros of two signs are the largest logits, between which Llama4's kernel has no order."""
+    zeros = [((x == 0) & (x.signbit() == sign)).any(1) for sign in (False, True)]
+    largest = x.masked_fill(x.isnan(), -torch.inf).amax(1)
+    return (largest == 0) & zeros[0] & zeros[1] & (routing.method == _M.Llama4)
 
 
 def _exponentials(x: torch.Tensor) -> Interval:

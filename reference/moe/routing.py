@@ -22,14 +22,15 @@ The policies are in FlashInfer 0.7.2's `RoutingCustomPolicy.cuh:54-530`, groups 
 - Raw logits (1, 3, 4, 5, 9) are compared in their own type, so bf16 logits tie where fp32 ones do
   not; the others compare fp32 scores, which tie where sigmoid saturates (l > 17, l < -17).
 - sigmoid(x) = 0.5 * tanh(0.5 * x) + 0.5 (`RoutingKernel.cuh:128`), with a correctly rounded tanh
-  here. FlashInfer builds with -use_fast_math (`jit/core.py:746`), for which nvcc 13.0 emits
-  `tanh.approx.f32`, of relative error up to 2^-11: its scores may be off by 2^-12, whatever their
-  size, and experts nearer to each other than twice that may change places. exp and the divisions
-  of softmax are approximate too.
+  here unless `Routing.functions` names a GPU's. FlashInfer builds with -use_fast_math
+  (`jit/core.py:746`), for which nvcc 13.0 emits `tanh.approx.f32`, of relative error up to 2^-11: its
+  scores may be off by 2^-12, whatever their size, and experts nearer to each other than twice that may
+  change places. exp and the divisions of softmax are approximate too.
 - Subnormal inputs and results of fp32 arithmetic are zero, which that flag makes them: scores of
   Default below 2^-126 tie. Raw logits are compared as they are.
 - Sums are a warp's butterfly (`coalesced_reduce.h:67`), which makes the K-sums here FlashInfer's.
-  Default's sum over all experts has another order in each of its kernels.
+  Default's sum over all experts has another order in each of its kernels; with a GPU's functions it
+  is that of the kernel which FlashInfer takes for the shape, and else the butterfly.
 
 Not determined: fewer than K scores above -inf. The kernels put -inf in the place of what they have
 chosen and may choose it again (`RoutingKernelTopK.cuh:283`, `:313`); here no expert comes twice.
@@ -46,6 +47,7 @@ import torch
 
 from .. import checks
 from ..numerics.fp32 import Arithmetic
+from ..numerics.functions import FUNCTIONS, Exact, FunctionsName, functions, positive_nan
 from ..numerics.subnormals import kept
 
 
@@ -114,6 +116,8 @@ class Routing:
         topk_group: how many groups may be chosen from, with groups only.
         routed_scaling_factor: factor of the weights, DeepSeekV3 and MiniMax2 only; None is 1.
         norm_topk_prob: whether SigmoidRenorm divides by the sum; no other method reads it.
+        functions: "exact", or the GPU whose exp, tanh and reciprocal the routing has to the bit
+            (`numerics/functions.py`). Ids and weights are then FlashInfer's on that GPU.
 
     Raises:
         ValueError: naming the field.
@@ -125,6 +129,7 @@ class Routing:
     topk_group: int | None = None
     routed_scaling_factor: float | None = None
     norm_topk_prob: bool = True
+    functions: FunctionsName = "exact"
 
     def __post_init__(self) -> None:
         try:
@@ -153,6 +158,8 @@ class Routing:
                 allowed = f"None or 1 with {method.name}, which has none"
                 checks.wrong_value("routed_scaling_factor", factor, allowed)
         checks.flag("norm_topk_prob", self.norm_topk_prob)
+        if self.functions not in FUNCTIONS:
+            checks.wrong_value("functions", self.functions, f"one of {', '.join(FUNCTIONS)}")
 
     @property
     def grouped(self) -> bool:
@@ -199,7 +206,7 @@ def route(
             that do not divide E, are of one expert or have fewer than K in those chosen.
     """
     _check(logits, routing, bias)
-    method, k = routing.method, routing.top_k
+    method, k, f = routing.method, routing.top_k, functions(routing.functions)
     values = logits.float()
     if method.raw:
         # Llama4's maximum is a comparison by value, which a NaN loses.
@@ -208,32 +215,33 @@ def route(
         ids = _order(_key(scores))[:, :k]
         chosen = scores.gather(1, ids)
         if method in (RoutingMethodType.Renormalize, RoutingMethodType.RenormalizeNaive):
-            weights = _softmax(chosen)
+            weights = _softmax(chosen, f)
         elif method == RoutingMethodType.TopK:
             weights = chosen
         else:
-            weights = _sigmoid(chosen)
+            weights = f.sigmoid(chosen)
     elif method == RoutingMethodType.Default:
-        scores = _softmax(values)
+        by_blocks = routing.functions != "exact" and _one_block_a_token(*values.shape, k)
+        scores = _softmax_of_all(values, f, routing.functions, by_blocks)
         ids = _order(_key(scores))[:, :k]
         weights = scores.gather(1, ids)
     elif method.biased:
-        unbiased = scores = _sigmoid(values)
+        unbiased = scores = f.sigmoid(values)
         if bias is not None:
             bias = bias.to(torch.bfloat16) if routing.grouped else bias
-            scores = _positive_nan(_CUDA.add(unbiased, _CUDA.flush(bias.float())))
+            scores = positive_nan(_CUDA.add(unbiased, _CUDA.flush(bias.float())))
         key = _key(scores)
         ids = _order(_limit_to_groups(key, scores, routing) if routing.grouped else key)[:, :k]
         chosen = unbiased.gather(1, ids)
-        weights = _CUDA.div(_CUDA.mul(chosen, routing.scale), _warp_sum(chosen) + 1e-20)
+        weights = f.div(_CUDA.mul(chosen, routing.scale), _warp_sum(chosen) + 1e-20)
     else:
-        scores = _sigmoid(values)
+        scores = f.sigmoid(values)
         ids = _order(_key(scores))[:, :k]
         weights = scores.gather(1, ids)
         if method == RoutingMethodType.SigmoidRenorm and routing.norm_topk_prob:
             # fmaxf, so that a NaN sum counts as 1e-20 (`RoutingCustomPolicy.cuh:373`).
             total = _warp_sum(weights)
-            weights = weights / torch.fmax(total, torch.full_like(total, 1e-20))
+            weights = f.div(weights, torch.fmax(total, torch.full_like(total, 1e-20)))
     return RoutingResult(ids.int(), weights, scores)
 
 
@@ -377,7 +385,7 @@ def _limit_to_groups(key: torch.Tensor, scores: torch.Tensor, routing: Routing) 
     shape = (tokens, groups, experts // groups)
     grouped = scores.reshape(shape)
     two = grouped.gather(2, _order(key.reshape(shape))[..., :2])
-    group_scores = _positive_nan(two[..., 0] + two[..., 1])
+    group_scores = positive_nan(_CUDA.add(two[..., 0], two[..., 1]))
     best = _order(_key(group_scores))[:, : routing.topk_group]
     allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best, True)
     outside = ~allowed[..., None].expand(shape).reshape(tokens, experts)
@@ -396,20 +404,53 @@ def _order(key: torch.Tensor) -> torch.Tensor:
     return key.sort(dim=-1, descending=True, stable=True).indices
 
 
-def _positive_nan(values: torch.Tensor) -> torch.Tensor:
-    """NaNs as a GPU computes them; a CPU's have any sign, which `_key` would see."""
-    return values.masked_fill(values.isnan(), math.nan)
+def _softmax(values: torch.Tensor, f: Exact) -> torch.Tensor:
+    exp = f.exp(values - values.amax(dim=-1, keepdim=True))
+    return positive_nan(f.div(exp, _warp_sum(exp)))
 
 
-def _sigmoid(values: torch.Tensor) -> torch.Tensor:
-    tanh = torch.tanh(0.5 * values.double()).float()
-    return _positive_nan(0.5 * tanh + 0.5)
+def _softmax_of_all(
+    values: torch.Tensor, f: Exact, name: FunctionsName, by_blocks: bool
+) -> torch.Tensor:
+    """Default's scores; the order of their sum is FlashInfer's where the functions are a GPU's.
+
+    A warp adds what each lane holds, then its lanes (`RoutingKernel.cuh:217-250`). Threads of a block of
+    256 have one expert each: a warp adds down, then the warps' sums are added in order
+    (`RoutingCustomPolicy.cuh:119-165`).
+    """
+    if name == "exact":
+        return _softmax(values, f)
+    exp = f.exp(_CUDA.sub(values, values.amax(dim=-1, keepdim=True)))
+    width = 128 if values.shape[1] <= 128 and not by_blocks else 256
+    lanes = torch.nn.functional.pad(exp, (0, width - values.shape[1])).unflatten(1, (-1, 32))
+    if by_blocks:
+        for step in (1, 2, 4, 8, 16):
+            behind = torch.nn.functional.pad(lanes[..., step:], (0, step))
+            lanes = _CUDA.add(lanes, behind)
+        total = _in_order(lanes[..., 0])
+    else:
+        total = _warp_sum(_in_order(lanes.mT))[..., 0]
+    return positive_nan(f.div(exp, total[:, None]))
 
 
-def _softmax(values: torch.Tensor) -> torch.Tensor:
-    difference = values - values.amax(dim=-1, keepdim=True)
-    exp = _CUDA.flush(torch.exp(difference.double()).float())
-    return _positive_nan(_CUDA.div(exp, _warp_sum(exp)))
+def _in_order(parts: torch.Tensor) -> torch.Tensor:
+    """[...]: the last dimension, added left to right."""
+    total = parts[..., 0]
+    for part in parts.unbind(-1)[1:]:
+        total = _CUDA.add(total, part)
+    return total
+
+
+def _one_block_a_token(tokens: int, experts: int, top_k: int) -> bool:
+    """Whether FlashInfer's kernel of Default has a block for each token.
+
+    `routing_custom.cuh:1575-1829`, for at most 256 experts.
+    """
+    if tokens <= 16:
+        return False
+    if tokens > 256:
+        return experts >= 256 and tokens <= 1024
+    return top_k >= 8 and tokens * top_k >= 1536 if experts < 160 else tokens > 64
 
 
 def _warp_sum(values: torch.Tensor) -> torch.Tensor:

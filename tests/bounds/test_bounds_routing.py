@@ -36,6 +36,7 @@ from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe import routing
 from nvfp4_moe.reference.moe.finalize import finalize
 from nvfp4_moe.reference.moe.routing import Routing, route
+from nvfp4_moe.reference.numerics.functions import Exact
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 
 EXPERTS = 16
@@ -81,17 +82,17 @@ def in_order(order):
 class Kernel:
     """Other last bits for `route`."""
 
-    sigmoid: Callable = routing._sigmoid
+    sigmoid: Callable = Exact().sigmoid
     exp: Callable = lambda x: x.double().exp().float()
     total: Callable = routing._warp_sum
     divide: Callable = torch.div
 
-    def softmax(self, values):
-        exp = self.exp(values - values.amax(-1, keepdim=True))
-        return self.divide(exp, self.total(exp))
+    @property
+    def div(self):
+        return self.divide
 
     def in_fp32(self, *args):
-        patches = {"_sigmoid": self.sigmoid, "_softmax": self.softmax, "_warp_sum": self.total}
+        patches = {"functions": lambda _: self, "_warp_sum": self.total}
         with mock.patch.multiple(routing, **patches):
             return route(*args)
 

@@ -28,6 +28,11 @@ def test_reference_routes_as_the_kernels(golden):
     assert_equal(routing.compare(golden, REFERENCE, EVERY), 180)
 
 
+def test_reference_routes_to_the_bit(golden):
+    """With the functions of the GPU that the kernels ran on."""
+    assert_equal(routing.compare_exactly(golden, EVERY), 180)
+
+
 def test_reference_finalizes_as_the_kernels(golden):
     assert_equal(finalize.compare(golden, REFERENCE, EVERY), 120)
 

@@ -334,6 +334,11 @@ class TestExplain:
             assert (e.backend == "triton") == refused
             assert ("wrong experts" in (e.reason("flashinfer:trtllm") or "")) == refused
 
+    def test_routing_by_the_functions_of_another_gpu(self):
+        routing = Routing(RoutingMethodType.Default, 2, functions="hopper")
+        e = explained(routing=(torch.zeros(5, 8), routing))
+        assert e.backend == "triton" and "functions='hopper'" in e.reason("flashinfer:trtllm")
+
     def test_what_flashinfer_leaves_open_is_noted(self):
         case = moe_cases.make(SHAPE)
         (note,) = explained(case).notes

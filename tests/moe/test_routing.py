@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import hashlib
 import math
 
 import hypothesis
@@ -38,6 +39,7 @@ from nvfp4_moe.reference.moe.routing import (
     route,
     unpack_topk,
 )
+from nvfp4_moe.reference.numerics import functions
 
 
 @each_dtype
@@ -399,3 +401,28 @@ def test_the_methods_are_those_of_the_contract():
         implemented = method != M.Unspecified
         assert is_raw(int(method)) == (implemented and method.raw)
         assert is_biased(int(method)) == (implemented and method.biased)
+
+
+def test_functions_of_a_gpu():
+    """Hopper's tanh is 1 from 8 on, where the exact one is not yet: a sigmoid of 16.5 ties with 40."""
+    logits = torch.tensor([[16.5, 40.0, -1.0]])
+    exact, hopper = (
+        route(logits, Routing(M.Sigmoid, 2, functions=name)) for name in ("exact", "hopper")
+    )
+    assert exact.ids.tolist() == [[1, 0]] and exact.weights[0, 1] < 1
+    assert hopper.ids.tolist() == [[0, 1]] and (hopper.weights == 1).all()
+    with pytest.raises(ValueError, match="functions is 'hoper'; it must be one of exact, hopper"):
+        Routing(M.Sigmoid, 2, functions="hoper")
+    assert "hopper" in str(Routing(M.Sigmoid, 2, functions="hopper"))  # what ranks compare
+
+
+def test_the_tables_of_a_gpu_are_those_that_were_measured():
+    """Against the platform's exp2 and tanh, which they are added to."""
+    digest = hashlib.sha256()
+    cpu = torch.device("cpu")
+    for table in (
+        functions.ex2_table(cpu),
+        *(functions.tanh_table(e, cpu) for e in range(119, 130)),
+    ):
+        digest.update(table.numpy().tobytes())
+    assert digest.hexdigest() == "7ac6f41e8f2214163209cc8b2239407e1acb463f6b425a550f17c31b0808c3a1"

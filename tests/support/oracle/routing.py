@@ -8,12 +8,13 @@ open.
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from nvfp4_moe.reference.bounds.routing import routing_bounds
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, refusal
+from nvfp4_moe.reference.bounds.routing import determined, routing_bounds
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, refusal, route
 
 from . import inputs
 from .cases import Golden, Outcome, tensor
@@ -78,3 +79,21 @@ def compare(golden: Golden, ours: Implementation, every: int = 1) -> Iterator[Ou
         group = f"routing, {c['method']}, {c['kernel']}"
         first = f", row {int(rows[0])} among {rows.numel()} not equal" if rows.numel() else ""
         yield Outcome(group, c["name"], len(ids), outside, first)
+
+
+def compare_exactly(golden: Golden, every: int = 1) -> Iterator[Outcome]:
+    """With the functions of the GPU that FlashInfer ran on: every bit of every determined row."""
+    for c in golden.cases("routing", GIVEN, every):
+        routing = replace(routing_of(c), functions="hopper")
+        logits, bias = logits_of(c, golden.seed), bias_of(c, golden.seed)
+        result = route(logits, routing, bias)
+        want_ids = torch.from_numpy(golden.arrays[f"{c['name']}/ids"].astype(np.int32))
+        want = tensor(golden.arrays[f"{c['name']}/w"][:, : c["K"]], "bf16")
+        weights = result.weights_bf16
+        same = (result.ids == want_ids) & (
+            (weights.view(torch.int16) == want.view(torch.int16)) | weights.isnan() & want.isnan()
+        )
+        wrong = ~same.all(1) & determined(result.scores, routing)
+        group = f"routing to the bit, {c['method']}"
+        first = f", first at row {int(wrong.nonzero()[0])}" if wrong.any() else ""
+        yield Outcome(group, c["name"], len(want), int(wrong.sum()), first)

@@ -50,6 +50,18 @@ def of_routing() -> Answers:
     for e in (2, 3, 5, 6, 7, 12, 20):
         yield "softmax", routing.route(host.normal(seeded(e), 9, e) * 30, Routing(_M.Default, 2))
         yield "sigmoid", routing.route(host.normal(seeded(e), 64, e) * 9, Routing(_M.Sigmoid, 2))
+    for method, tokens, e in (
+        (_M.Default, 5, 16),
+        (_M.Default, 200, 60),
+        (_M.Default, 90, 200),
+        (_M.Default, 300, 256),
+        (_M.Renormalize, 9, 16),
+        (_M.SigmoidRenorm, 9, 16),
+        (_M.DeepSeekV3, 9, 16),
+    ):
+        how = Routing(method, 8, functions="hopper")
+        yield f"hopper, {method.name}", routing.route(host.normal(seeded(e), tokens, e) * 6, how)
+    yield "hopper, special", routing.route(special, Routing(_M.Sigmoid, 3, functions="hopper"))
     tiny_bias = host.full((16,), 1e-39)
     yield (
         "subnormal bias",

@@ -36,6 +36,7 @@ OF_FILE = {
     "reference/weights/layout.py": ("experts", "reload", "builds", "fused"),
     "reference/weights/prepare.py": ("experts", "reload", "builds", "fused"),
     "reference/numerics/fp32.py": ("fp32", "quantize"),
+    "reference/numerics/functions.py": ("routing",),
     "reference/layouts.py": ("layouts",),
     "reference/moe/activations.py": ("moe", "fused"),
     "reference/moe/finalize.py": ("moe", "fused"),
