@@ -83,7 +83,7 @@ def _cuts() -> Named:
         "global-scale", Recipe(), SfLayout.layout_128x4, quantize_cases.global_scale(x, Recipe())
     )
     split = LaunchConfig(4, 4, 0, 2, 1)
-    yield "quantizer, programs a row, global scale", lambda: CutCall(x, case, split)
+    yield "quantizer, programs a row, global scale", functools.partial(CutCall, x, case, split)
 
     rows = rows_at_edges()[:8] * host.powers(host.fp32([0, -99, 60, 0, -99, 0, 0, 99]))[:, None]
     for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
