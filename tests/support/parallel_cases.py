@@ -332,7 +332,7 @@ def wrong_offsets(r: Rank) -> None:
         agree_on_refusing(
             r,
             "local_expert_offset is 0 on rank 1; the ranks before it hold 4",
-            lambda dispatch=dispatch: r.ep(layer, dispatch, local_experts=(0, 4)),
+            lambda dispatch=dispatch: r.ep(layer, dispatch, local=(0, 4)),
         )
     mine = (4 * r.rank, 4) if r.rank < 2 else (8, 1)
     if r.ranks == 2:
@@ -406,7 +406,7 @@ def unchecked(r: Rank) -> None:
         got = [r.ep(layer, "all-to-all", check=False), r.tp(layer, check=False)]
         reduced = r.ep(layer, "all-reduce", check=False)
         with pytest.raises(ValueError, match="check=False needs as many"):
-            r.ep(layer, "all-reduce", check=False, local_experts=(0, 3))
+            r.ep(layer, "all-reduce", check=False, local=(0, 3))
     assert not headers
     assert_bitwise(got[0], r.one_process(layer), "all-to-all")
     assert_bitwise(got[1], r.tp(layer), "shards")

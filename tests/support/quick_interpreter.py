@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _patched: set[frozenset[int]] = set()
-"""What has been patched since the kernel that runs now began."""
+"""The functions that were patched since the kernel that runs now began."""
 _patch = interpreter._patch_lang
 _looked_up: dict[Any, np.dtype] = {}
 _look_up = interpreter._get_np_dtype

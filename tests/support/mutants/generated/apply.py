@@ -78,7 +78,7 @@ def _that_use(names: set[str]) -> list[Any]:
 
 
 def _exchange_constants(module: ModuleType, made: dict[str, Any]) -> Callable[[], None]:
-    """Where a module has it by its name, and, of objects that are no numbers, in tables of modules."""
+    """Exchange constants in modules that have them by name; those that are no numbers also in tables."""
     places: list[tuple[dict[Any, Any], Any, Any]] = []
     for name, new in made.items():
         old = module.__dict__[name]
