@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again", action="store_true", help="try those once more that survived on any device"
     )
-    parser.add_argument("--only", metavar="TEXT", help="those whose name has this")
+    parser.add_argument(
+        "--only", metavar="TEXT", nargs="+", default=[""], help="those whose name has one of these"
+    )
     return parser
 
 

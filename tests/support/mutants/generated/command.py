@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         return subprocess.run(
             [sys.executable, "-m", "mutants", *sys.argv[1:]], env=variables
         ).returncode
-    mutants = [m for m in both[options.generated] if not options.only or options.only in m.shown]
+    mutants = [m for m in both[options.generated] if any(text in m.shown for text in options.only)]
     _try(mutants, results, options)
     text, still = summary(mutants, results)
     print(text)
