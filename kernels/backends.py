@@ -352,7 +352,7 @@ def register_backend(
         name: not yet a name of the operation; it must not begin with "flashinfer".
         run: takes the checked call, a frozen dataclass: `kernels.quantize.call.QuantizeCall`,
             `kernels.dense.call.DenseCall`, `kernels.moe.call.MoECall`,
-            `kernels.moe.masked.call.MaskedMoECall`, `kernels.fused_quantize.api.FusedQuantizeCall`,
+            `kernels.moe.masked.call.MaskedMoECall`, `kernels.fused_quantize.call.FusedQuantizeCall`,
             `kernels.baseline_moe.call.BaselineCall`. It returns what the public function returns, on the
             tensors' device: (codes, block scales[, per-token scales]), or one tensor. A call of a fused
             layer arrives with quantized hidden states; `call.routed()` of a `MoECall` gives its ids and

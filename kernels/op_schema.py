@@ -1,7 +1,8 @@
 """The arguments of a `torch.library` op that stand for a frozen dataclass, and the way back.
 
 An op takes tensors, numbers and strings. It gets the fields of a dataclass in their order; for a field
-that is itself a dataclass it gets that one's fields. Both conversions are generated as source text
+that is itself a dataclass it gets that one's fields, and for a scale, which is a tensor or a number, one
+argument of each type. Both conversions are generated as source text
 when the module is imported. So they are as fast as code written by hand, and a compiler can trace them.
 """
 
@@ -25,6 +26,9 @@ _SCHEMA = {
 }
 
 
+_SCALE = float | torch.Tensor
+
+
 def reader(*paths: str) -> Callable[[Any], tuple[Any, ...]]:
     """Return a function that reads attributes, such as `experts.gemm1_bias`, of a value into a tuple."""
     read: Callable[[Any], tuple[Any, ...]] = eval(
@@ -38,6 +42,11 @@ def two_arguments(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | No
     if isinstance(scale, torch.Tensor):
         return scale, 0.0
     return None, 1.0 if scale is None else float(scale)
+
+
+def one_scale(tensor: torch.Tensor | None, number: float) -> float | torch.Tensor:
+    """Return the scale that `two_arguments` took apart."""
+    return number if tensor is None else tensor
 
 
 class Flat(Generic[T]):
@@ -58,10 +67,13 @@ class Flat(Generic[T]):
         """The op's names of the arguments."""
         self.schema = ", ".join(map(" ".join, zip(leaves.schemas, leaves.names, strict=True)))
         """The arguments as `torch.library` writes them."""
-        self.flatten: Callable[[T], tuple[Any, ...]] = reader(*leaves.paths)
+        self.flatten: Callable[[T], tuple[Any, ...]] = eval(
+            f"lambda value: ({', '.join(leaves.reads)},)", leaves.scope
+        )
         """Returns the op's arguments, in the order of `names`."""
         self.build: Callable[[Sequence[Any]], T] = eval(f"lambda flat: {build}", leaves.scope)
-        """Returns the dataclass, from the op's arguments; the other fields have their defaults."""
+        """Returns the dataclass, from the op's arguments. A field that they lack has its default, and an
+        argument that follows them is not read."""
 
 
 @dataclass
@@ -71,7 +83,7 @@ class _Leaves:
     only: Mapping[type, Sequence[str]]
     names: list[str] = field(default_factory=list)
     schemas: list[str] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)  # of `value`; text, as `visit` returns it
     scope: dict[str, Any] = field(default_factory=dict)  # what the text of `visit` names
 
     def visit(self, kind: Any, path: str) -> str:
@@ -86,12 +98,17 @@ class _Leaves:
     def _field(self, of: Any, path: str) -> str:
         if is_dataclass(of) and of is not Recipe:
             return self.visit(of, f"{path}.")
+        name, place = path.rpartition(".")[2], len(self.names)
+        if of == _SCALE:
+            self.names += [name, f"{name}_value"]
+            self.schemas += ["Tensor?", "float"]
+            self.reads.append(f"*{self._named(two_arguments)}(value.{path})")
+            return f"{self._named(one_scale)}(flat[{place}], flat[{place + 1}])"
         schema, read, back = _leaf(of)
-        text = f"flat[{len(self.names)}]"
-        self.names.append(path.rpartition(".")[2])
+        self.names.append(name)
         self.schemas.append(schema)
-        self.paths.append(path + read)
-        return text if back is None else f"{self._named(back)}({text})"
+        self.reads.append(f"value.{path}{read}")
+        return f"flat[{place}]" if back is None else f"{self._named(back)}(flat[{place}])"
 
     def _named(self, function: Any) -> str:
         name = function.__qualname__.replace(".", "_")

@@ -43,9 +43,9 @@ def _triton_refusal(call: DenseCall) -> str | None:
 
 
 def _in_triton(call: DenseCall) -> torch.Tensor:
-    from .launch import mm_fp4 as op
+    from .launch import OP
 
-    return _fill(op, call)
+    return _fill(OP, call)
 
 
 def _in_reference(call: DenseCall) -> torch.Tensor:
@@ -54,10 +54,10 @@ def _in_reference(call: DenseCall) -> torch.Tensor:
     return _fill(REFERENCE, call)
 
 
-def _fill(op: Any, call: DenseCall) -> torch.Tensor:
-    """Run a call by an op, which fills the output (`ops.MmFp4`)."""
+def _fill(op: Callable[[DenseCall, torch.Tensor], None], call: DenseCall) -> torch.Tensor:
+    """Run a call by an implementation, which fills the output."""
     out = call.output()
-    op(call.a, call.b_rows, call.a_scales, call.b_scales, call.alpha, out, call.use_8x4)
+    op(call, out)
     return out
 
 

@@ -18,19 +18,18 @@ _OUTPUTS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class DenseCall:
-    """The arguments of `mm_fp4`, normalized; made by `make_dense_call`, which checks them."""
+class KernelCall:
+    """The part of a call that kernels read; it crosses `torch.library` (`ops`).
+
+    All tensors are contiguous but `a`. The output [M, N] is given beside it.
+    """
 
     a: torch.Tensor  # [M, K/2] uint8
-    b_rows: torch.Tensor  # [N, K/2] uint8, contiguous
-    a_scales: torch.Tensor  # [padded M, padded K/16] uint8, contiguous
-    b_scales: torch.Tensor  # [padded N, padded K/16] uint8, contiguous, 128x4
-    alpha: torch.Tensor | None  # [1] or [M] fp32, contiguous
-    out_dtype: torch.dtype
-    out: torch.Tensor | None  # [M, N], contiguous
+    b_rows: torch.Tensor  # [N, K/2] uint8
+    a_scales: torch.Tensor  # [padded M, padded K/16] uint8, 128x4 or 8x4
+    b_scales: torch.Tensor  # [padded N, padded K/16] uint8, 128x4
+    alpha: torch.Tensor | None  # [1] or [M] fp32
     use_8x4: bool
-    enable_pdl: bool
-    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
 
     @property
     def m(self) -> int:
@@ -48,6 +47,16 @@ class DenseCall:
     def by_row(self) -> bool:
         """One alpha a row."""
         return self.alpha is not None and self.alpha.numel() > 1
+
+
+@dataclass(frozen=True)
+class DenseCall(KernelCall):
+    """The arguments of `mm_fp4`, normalized; made by `make_dense_call`, which checks them."""
+
+    out_dtype: torch.dtype
+    out: torch.Tensor | None  # [M, N], contiguous
+    enable_pdl: bool
+    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
 
     def misaligned(self, alignment: int) -> bool:
         """True if a code matrix starts at no multiple of `alignment` bytes within its storage."""
@@ -73,13 +82,8 @@ def make_dense_call(
     use_8x4_sf_layout: bool = False,
     use_nvfp4: bool = True,
     enable_pdl: bool = True,
-    capability: tuple[int, int] | None = None,
 ) -> DenseCall:
-    """Check what no backend accepts.
-
-    Args:
-        capability: of another GPU than the one that `a` is on.
-        The rest: as for `mm_fp4`.
+    """Check what no backend accepts; arguments as of `mm_fp4`.
 
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
@@ -121,11 +125,11 @@ def make_dense_call(
         a_scales,
         b_scales,
         _alpha(a, alpha),
+        use_8x4_sf_layout,
         out_dtype,
         out,
-        use_8x4_sf_layout,
         enable_pdl,
-        capability_of(a) if capability is None else capability,
+        capability_of(a),
     )
 
 

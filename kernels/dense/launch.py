@@ -9,11 +9,13 @@ CUDA graph.
 import torch
 import triton
 
+from ...reference.dense import a_layout
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned
 from ..decode import decode
 from ..gemm_config import GemmConfig
 from ..triton_target import arch, launch_options, native_mma, shared_memory
+from .call import KernelCall
 from .kernel import dense_gemm_kernel
 from .ops import register
 
@@ -48,36 +50,27 @@ def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)
 
 
-def _mm_fp4(
-    a: torch.Tensor,
-    b_rows: torch.Tensor,
-    a_scales: torch.Tensor,
-    b_scales: torch.Tensor,
-    alpha: torch.Tensor | None,
-    out: torch.Tensor,
-    use_8x4: bool,
-    config: GemmConfig | None = None,
-) -> None:
-    m, n, k = a.shape[0], b_rows.shape[0], a.shape[1] * 2
-    native = native_mma(arch(a.device))
-    config = config or dense_config(m, n, k, arch(a.device))
-    tile = 8 if use_8x4 else 128
-    x, w, columns = aligned(a), aligned(b_rows), k
-    x_sf: torch.Tensor | None = aligned(a_scales)
-    w_sf: torch.Tensor | None = aligned(b_scales)
+def mm_fp4(call: KernelCall, out: torch.Tensor, config: GemmConfig | None = None) -> None:
+    """Fill `out` [M, N] in Triton; omitted, `dense_config` gives the tiles."""
+    m, n, k, here = call.m, call.n, call.k, arch(call.a.device)
+    native = native_mma(here)
+    config = config or dense_config(m, n, k, here)
+    x, w, columns = aligned(call.a), aligned(call.b_rows), k
+    x_sf: torch.Tensor | None = aligned(call.a_scales)
+    w_sf: torch.Tensor | None = aligned(call.b_scales)
     if config.decoded:
         columns = triton.cdiv(k, config.bk) * config.bk
-        w, w_sf = decode(w, b_scales, SfLayout.layout_128x4, columns=columns, operand=True), None
+        layout = SfLayout.layout_128x4
+        w, w_sf = decode(w, call.b_scales, layout, columns=columns, operand=True), None
     if not native:
-        layout = SfLayout.layout_8x4 if use_8x4 else SfLayout.layout_128x4
-        x, x_sf = decode(x, a_scales, layout, columns=columns), None
+        x, x_sf = decode(x, call.a_scales, a_layout(call.use_8x4), columns=columns), None
     dense_gemm_kernel[(triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),)](
-        x, x_sf, w, w_sf, alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
-        BY_ROW=alpha is not None and alpha.numel() > 1, X_TILE=tile,
+        x, x_sf, w, w_sf, call.alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
+        BY_ROW=call.by_row, X_TILE=8 if call.use_8x4 else 128,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
-        EVEN=k % config.bk == 0, NATIVE=native, ARCH=arch(a.device), num_warps=config.warps,
-        maxnreg=config.registers, **launch_options(a.device),
+        EVEN=k % config.bk == 0, NATIVE=native, ARCH=here, num_warps=config.warps,
+        maxnreg=config.registers, **launch_options(call.a.device),
     )  # fmt: skip
 
 
-mm_fp4 = register("triton", _mm_fp4)
+OP = register("triton", mm_fp4)

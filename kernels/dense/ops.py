@@ -1,70 +1,49 @@
-"""The `torch.library` op of fixed arity for an implementation of the dense product.
+"""The `torch.library` op for an implementation of the dense product.
 
-The output is an argument that the op fills, since the caller may bring it.
+Its arguments are the fields of `KernelCall`, then the output, which the op fills, since the caller may
+bring it.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ...reference import dense
+from ..op_schema import Flat
+from .call import KernelCall
+
+FLAT = Flat(KernelCall)
+Implementation = Callable[[KernelCall, torch.Tensor], None]
+"""It fills the output [M, N] with alpha times the product."""
 
 
-class MmFp4(Protocol):
-    """Fill `out` [M, N] with alpha times the product; all tensors are contiguous but `a`.
+def register(name: str, implementation: Implementation) -> Implementation:
+    """Return the op `nvfp4_moe::{name}_mm_fp4` of an implementation, as a function."""
+    schema = f"({FLAT.schema}, Tensor(a!) out) -> ()"
 
-    Codes a [M, K/2] and b_rows [N, K/2], and their block scales, are uint8; b's scales are 128x4, a's
-    too unless `use_8x4`. alpha is fp32 [1] or [M].
-    """
-
-    def __call__(
-        self,
-        a: torch.Tensor,
-        b_rows: torch.Tensor,
-        a_scales: torch.Tensor,
-        b_scales: torch.Tensor,
-        alpha: torch.Tensor | None,
-        out: torch.Tensor,
-        use_8x4: bool,
-    ) -> None: ...
-
-
-def register(name: str, implementation: MmFp4) -> MmFp4:
-    """The op `nvfp4_moe::{name}_mm_fp4` of an implementation."""
-
-    @torch.library.custom_op(f"nvfp4_moe::{name}_mm_fp4", mutates_args=("out",))
-    def op(
-        a: torch.Tensor,
-        b_rows: torch.Tensor,
-        a_scales: torch.Tensor,
-        b_scales: torch.Tensor,
-        alpha: torch.Tensor | None,
-        out: torch.Tensor,
-        use_8x4: bool,
-    ) -> None:
+    @torch.library.custom_op(f"nvfp4_moe::{name}_mm_fp4", mutates_args=("out",), schema=schema)
+    def op(*flat: Any) -> None:
+        out = flat[-1]
         if out.numel():
-            implementation(a, b_rows, a_scales, b_scales, alpha, out, use_8x4)
+            implementation(FLAT.build(flat), out)
 
     @op.register_fake
-    def _(a, b_rows, a_scales, b_scales, alpha, out, use_8x4):  # type: ignore[no-untyped-def]
+    def _(*flat: Any) -> None:
         return None
 
-    return op
+    def call_op(call: KernelCall, out: torch.Tensor) -> None:
+        op(*FLAT.flatten(call), out)
+
+    return call_op
 
 
-def _in_reference(
-    a: torch.Tensor,
-    b_rows: torch.Tensor,
-    a_scales: torch.Tensor,
-    b_scales: torch.Tensor,
-    alpha: torch.Tensor | None,
-    out: torch.Tensor,
-    use_8x4: bool,
-) -> None:
+def _in_reference(call: KernelCall, out: torch.Tensor) -> None:
     product = dense.mm_fp4(
-        a, b_rows.T, a_scales, b_scales.T, alpha, out.dtype, use_8x4_sf_layout=use_8x4
-    )
+        call.a, call.b_rows.T, call.a_scales, call.b_scales.T, call.alpha, out.dtype,
+        use_8x4_sf_layout=call.use_8x4,
+    )  # fmt: skip
     out.copy_(product)
 
 

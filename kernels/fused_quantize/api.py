@@ -6,7 +6,6 @@ these with static scales only, so it is no backend.
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,21 +25,10 @@ from ..quantize.call import (
     make_quantize_call,
 )
 from ..quantize.ops import Triple
+from .call import FusedQuantizeCall
 
 FusedQuantizeBackend = Literal["auto", "reference", "triton"]
 """The names that an editor offers for `backend`; `register_backend` adds others."""
-
-
-@dataclass(frozen=True)
-class FusedQuantizeCall:
-    """The checked arguments of one of the three functions here."""
-
-    x: torch.Tensor  # [M, K], or [M, 2K] for SiLU and multiply; contiguous
-    weight: torch.Tensor | None  # [K], contiguous; None: SiLU and multiply
-    residual: torch.Tensor | None  # [M, K]: it is added to x, and the sum written into it
-    eps: float
-    quantize: QuantizeCall  # of the values [M, K]; its `a` has their shape alone
-    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
 
 
 def _triton_refusal(call: FusedQuantizeCall) -> str | None:
@@ -48,25 +36,15 @@ def _triton_refusal(call: FusedQuantizeCall) -> str | None:
 
 
 def _in_triton(call: FusedQuantizeCall) -> Triple:
-    from . import launch as ours
+    from .launch import OP
 
-    return _run(ours, call)
+    return OP(call, call.residual)
 
 
 def _in_reference(call: FusedQuantizeCall) -> Triple:
     from .ops import REFERENCE
 
-    return _run(REFERENCE, call)
-
-
-def _run(ours: Any, call: FusedQuantizeCall) -> Triple:
-    """Run a call by an implementation's two functions (`ops.Producers`)."""
-    q = call.quantize
-    if call.weight is None:
-        return ours.silu_and_mul_quantize(call.x, q.scale, q.recipe, q.layout)
-    return ours.rmsnorm_quantize(
-        call.x, call.residual, call.weight, call.eps, q.scale, q.recipe, q.layout
-    )
+    return REFERENCE(call, call.residual)
 
 
 def _adopt(
@@ -76,7 +54,7 @@ def _adopt(
 
     def adopted(call: FusedQuantizeCall) -> Triple:
         result = run(call)
-        expected = allocate(call.quantize.a.to("meta"), call.quantize.layout)
+        expected = allocate(call.values().to("meta"), call.layout)
         backends.check_results(name, result, expected, call.x)
         codes, block_scales, per_token_scale = result
         return codes, block_scales, per_token_scale
@@ -126,8 +104,7 @@ def silu_and_mul_nvfp4_quantize(
     _check_matrix(x, 2 * BLOCK_SIZE, "2K")
     half = x[:, : x.shape[1] // 2]
     quantizer = _quantizer(half, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
-    call = FusedQuantizeCall(x.contiguous(), None, None, 0.0, quantizer, quantizer.capability)
-    return call, FUSED_QUANTIZE.check_name(backend)
+    return _call(x, None, 0.0, None, quantizer), FUSED_QUANTIZE.check_name(backend)
 
 
 @FUSED_QUANTIZE.served()
@@ -153,13 +130,9 @@ def rmsnorm_nvfp4_quantize(
         eps: added to the mean of squares.
         the others, returns and errors: as `silu_and_mul_nvfp4_quantize` has them.
     """
-    quantizer = _quantizer_of_norm(
-        x, weight, eps, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build
-    )
-    call = FusedQuantizeCall(
-        x.contiguous(), weight.contiguous(), None, float(eps), quantizer, quantizer.capability
-    )
-    return call, FUSED_QUANTIZE.check_name(backend)
+    _check_norm(x, weight, eps)
+    quantizer = _quantizer(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
+    return _call(x, weight, eps, None, quantizer), FUSED_QUANTIZE.check_name(backend)
 
 
 @FUSED_QUANTIZE.served()
@@ -187,25 +160,23 @@ def add_rmsnorm_nvfp4_quantize(
     _check_matrix(x, BLOCK_SIZE, "K")
     _check_like("residual", residual, x, x.shape)
     checks.tensor("residual", residual, contiguous=True)
-    quantizer = _quantizer_of_norm(
-        x, weight, eps, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build
-    )
-    call = FusedQuantizeCall(
-        x.contiguous(), weight.contiguous(), residual, float(eps), quantizer, quantizer.capability
-    )
-    return call, FUSED_QUANTIZE.check_name(backend)
+    _check_norm(x, weight, eps)
+    quantizer = _quantizer(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
+    return _call(x, weight, eps, residual, quantizer), FUSED_QUANTIZE.check_name(backend)
 
 
-def _quantizer_of_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *quantizer: Any
-) -> QuantizeCall:
-    """The quantizer's call, of a norm whose arguments are checked."""
-    _check_matrix(x, BLOCK_SIZE, "K")
-    _check_like("weight", weight, x, x.shape[1:])
-    checks.number("eps", eps)
-    if not 0 <= eps <= LARGEST:
-        checks.wrong_value("eps", eps, "a finite number of fp32, of at least 0")
-    return _quantizer(x, *quantizer)
+def _call(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    quantizer: QuantizeCall,
+) -> FusedQuantizeCall:
+    """The call, of arguments that are checked, and of the quantizer's call."""
+    return FusedQuantizeCall(
+        x.contiguous(), None if weight is None else weight.contiguous(), float(eps),
+        quantizer.scale, quantizer.recipe, quantizer.layout, residual, quantizer.capability,
+    )  # fmt: skip
 
 
 def _quantizer(
@@ -241,6 +212,14 @@ def _check_matrix(x: Any, columns: int, shape: str) -> None:
     checks.tensor("x", x, checks.HALVES, ("M", shape))
     if x.shape[1] % columns or x.shape[1] == 0:
         checks.wrong_value("x", x, f"[M, {shape}], K a positive multiple of {BLOCK_SIZE}")
+
+
+def _check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    _check_matrix(x, BLOCK_SIZE, "K")
+    _check_like("weight", weight, x, x.shape[1:])
+    checks.number("eps", eps)
+    if not 0 <= eps <= LARGEST:
+        checks.wrong_value("eps", eps, "a finite number of fp32, of at least 0")
 
 
 def _check_like(name: str, t: Any, x: torch.Tensor, shape: Sequence[int]) -> None:

@@ -10,14 +10,15 @@ import triton
 
 from ...reference.layouts import padded_shape
 from ...reference.numerics.fp32 import rcp_delta
-from ...reference.recipe import BLOCK_SIZE, Recipe, SfLayout
+from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned, allocate
 from ..op_schema import two_arguments
 from ..quantize.launch import BLOCKS_IN_REGISTERS, DTYPES, quantize_per_token
 from ..quantize.ops import Triple
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
-from .ops import Producers, register
+from .call import KernelCall
+from .ops import register
 
 
 def launch_config(num_blocks: int) -> tuple[int, int, int]:
@@ -28,35 +29,36 @@ def launch_config(num_blocks: int) -> tuple[int, int, int]:
 
 
 def _launch(
-    x: torch.Tensor,
-    columns: int,
-    kind: int,
+    call: KernelCall,
     residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    eps: float,
-    scale: float | torch.Tensor,
-    recipe: Recipe,
-    layout: SfLayout,
     outputs: Triple | None,
     values: torch.Tensor | None = None,
 ) -> None:
-    m, num_blocks = x.shape[0], columns // BLOCK_SIZE
+    """Write the quantized rows into `outputs`, or what would be quantized into `values`."""
+    x, recipe, layout = call.x, call.recipe, call.layout
+    m, num_blocks = x.shape[0], call.columns // BLOCK_SIZE
     if m == 0:
         return
+    kind = k.RMSNORM if residual is None else k.ADD_RMSNORM
+    weight = None
+    if call.weight is None:
+        kind = k.SILU_AND_MUL
+    else:
+        weight = aligned(call.weight).view(torch.int32)
     padded_rows, padded_columns = padded_shape(m, num_blocks, layout)
     rows, blocks, warps = launch_config(num_blocks)
     programs = triton.cdiv(m, rows)
     if padded_rows != m and outputs is not None:
         tile = padded_columns // 4 * (128 if layout == SfLayout.layout_128x4 else 8)
         programs += triton.cdiv(tile, rows * blocks)
-    tensor, number = two_arguments(scale)
+    tensor, number = two_arguments(call.scale)
     if tensor is not None:
         tensor = tensor.to(device=x.device, dtype=torch.float32).reshape(-1)
     codes, sf, token = outputs or (None, None, None)
     k.producer_kernel[(programs,)](
         aligned(x).view(torch.int32),
         residual,
-        None if weight is None else aligned(weight).view(torch.int32),
+        weight,
         tensor,
         rcp_delta(x.device) if INTERPRETING else None,
         None if codes is None else codes.view(torch.int32),
@@ -64,12 +66,12 @@ def _launch(
         token,
         values,
         number,
-        eps,
+        call.eps,
         m,
         num_blocks,
         padded_rows,
         padded_columns,
-        KIND=kind,
+        KIND=kind.value,
         RECIPE=recipe.code,
         DTYPE=DTYPES[x.dtype].value,
         LAYOUT=int(layout),
@@ -81,50 +83,19 @@ def _launch(
     )
 
 
-def _produce(
-    x: torch.Tensor,
-    columns: int,
-    kind: int,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    eps: float,
-    scale: float | torch.Tensor,
-    recipe: Recipe,
-    layout: SfLayout,
-    fused: bool | None = None,
+def fused_quantize(
+    call: KernelCall, residual: torch.Tensor | None, fused: bool | None = None
 ) -> Triple:
-    """In one launch, or with `fused` False, and by default for long rows, in two."""
+    """Run a call in one launch, or with `fused` False, and by default for long rows, in two."""
     if fused is None:
-        fused = columns <= BLOCKS_IN_REGISTERS * BLOCK_SIZE
+        fused = call.columns <= BLOCKS_IN_REGISTERS * BLOCK_SIZE
     if fused:
-        outputs = allocate(x[:, :columns], int(layout))
-        _launch(x, columns, kind, residual, weight, eps, scale, recipe, layout, outputs)
+        outputs = allocate(call.values(), call.layout)
+        _launch(call, residual, outputs)
         return outputs
-    values = x.new_empty((x.shape[0], columns))
-    _launch(x, columns, kind, residual, weight, eps, scale, recipe, layout, None, values)
-    return quantize_per_token(values, scale, recipe, layout)
+    values = call.x.new_empty((call.x.shape[0], call.columns))
+    _launch(call, residual, None, values)
+    return quantize_per_token(values, call.scale, call.recipe, call.layout)
 
 
-def _silu_and_mul(
-    x: torch.Tensor, base_scale_inv: float | torch.Tensor, recipe: Recipe, layout: SfLayout
-) -> Triple:
-    kind, columns = k.SILU_AND_MUL.value, x.shape[1] // 2
-    return _produce(x, columns, kind, None, None, 0.0, base_scale_inv, recipe, layout)
-
-
-def _rmsnorm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    base_scale_inv: float | torch.Tensor,
-    recipe: Recipe,
-    layout: SfLayout,
-) -> Triple:
-    kind = k.RMSNORM if residual is None else k.ADD_RMSNORM
-    return _produce(
-        x, x.shape[1], kind.value, residual, weight, eps, base_scale_inv, recipe, layout
-    )
-
-
-silu_and_mul_quantize, rmsnorm_quantize = register("triton", Producers(_silu_and_mul, _rmsnorm))
+OP = register("triton", fused_quantize)

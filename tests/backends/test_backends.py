@@ -215,17 +215,26 @@ class Outer:
     maybe: torch.Tensor | None
     recipe: Recipe
     word: Literal["a", "b"]
-    scale: float
+    factor: float
+    scale: float | torch.Tensor
 
 
 def test_a_dataclass_is_flattened_and_built_again():
     flat = Flat(Outer, {Inner: ("t", "method")})
-    assert flat.schema == "Tensor t, int method, Tensor? maybe, int recipe, str word, float scale"
-    value = Outer(Inner(X, RoutingMethodType.TopK), None, Recipe("exact"), "b", 0.5)
+    assert flat.schema == (
+        "Tensor t, int method, Tensor? maybe, int recipe, str word, float factor, Tensor? scale, "
+        "float scale_value"
+    )
+    value = Outer(Inner(X, RoutingMethodType.TopK), None, Recipe("exact"), "b", 0.5, 0.25)
     row = flat.flatten(value)
-    assert row == (X, int(RoutingMethodType.TopK), None, Recipe("exact").code, "b", 0.5)
-    assert flat.build(row) == value
+    assert row == (
+        X, int(RoutingMethodType.TopK), None, Recipe("exact").code, "b", 0.5, None, 0.25,
+    )  # fmt: skip
+    assert flat.build(row) == flat.build((*row, "beside it")) == value
     assert type(flat.build(row).inner.method) is RoutingMethodType
+    value = replace(value, scale=X)
+    row = flat.flatten(value)
+    assert row[-2] is X and flat.build(row) == value
 
 
 def test_what_does_not_cross_is_named():

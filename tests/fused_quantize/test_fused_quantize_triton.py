@@ -85,10 +85,9 @@ def test_compiles_into_one_graph(backend):
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_opcheck(name):
     x, weight = producer_cases.matrix(3, 64), producer_cases.matrix(1, 64)[0]
-    ops = torch.ops.nvfp4_moe
-    silu = getattr(ops, f"{name}_silu_and_mul_quantize").default
-    norm = getattr(ops, f"{name}_rmsnorm_quantize").default
-    torch.library.opcheck(silu, (x, None, 1 / 2688, 0, 2))
-    torch.library.opcheck(silu, (x, torch.full((1,), 1 / 2688), 0.0, 0, 0))
+    op = getattr(torch.ops.nvfp4_moe, f"{name}_fused_quantize").default
+    gated = torch.cat((x, x.flip(0)), 1)
+    torch.library.opcheck(op, (gated, None, 0.0, None, 1 / 2688, 0, 2, None))
+    torch.library.opcheck(op, (gated, None, 0.0, torch.full((1,), 1 / 2688), 0.0, 0, 0, None))
     for residual in (None, x.clone()):
-        torch.library.opcheck(norm, (x, residual, weight, 1e-6, None, 1 / 2688, 0, 2))
+        torch.library.opcheck(op, (x, weight, 1e-6, None, 1 / 2688, 0, 2, residual))

@@ -7,6 +7,7 @@ import torch
 from assertions import assert_bitwise, assert_inside
 
 from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.dense.call import KernelCall
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
@@ -129,16 +130,9 @@ def output_of(case: Case, device, config: GemmConfig | None = None) -> torch.Ten
     c = case.to(device)
     shape = (c.a.shape[0], c.b_rows.shape[0])
     out = torch.full(shape, torch.nan, dtype=c.out_dtype, device=device)
-    dense_launch._mm_fp4(
-        c.a,
-        c.b_rows,
-        c.a_scales,
-        c.b_scales,
-        None if c.alpha is None else c.alpha.reshape(-1),
-        out,
-        c.use_8x4,
-        config,
-    )
+    alpha = None if c.alpha is None else c.alpha.reshape(-1)
+    call = KernelCall(c.a, c.b_rows, c.a_scales, c.b_scales, alpha, c.use_8x4)
+    dense_launch.mm_fp4(call, out, config)
     return out
 
 

@@ -5,6 +5,7 @@ import torch
 from assertions import assert_bitwise, assert_quantized
 
 from nvfp4_moe.kernels.fused_quantize import launch
+from nvfp4_moe.kernels.fused_quantize.call import KernelCall
 from nvfp4_moe.reference import fused_quantize as reference
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -27,22 +28,10 @@ def matrix(m, k, dtype=torch.bfloat16, seed=0):
 
 
 def silu(x, recipe, layout, device, fused=None):
-    columns = x.shape[1] // 2
-    want = quantize_per_token(
-        reference.silu_and_mul(x, recipe.build), recipe.base_scale_inv, recipe, layout
-    )
-    got = launch._produce(
-        x.to(device),
-        columns,
-        launch.k.SILU_AND_MUL.value,
-        None,
-        None,
-        0.0,
-        recipe.base_scale_inv,
-        recipe,
-        layout,
-        fused,
-    )
+    product = reference.silu_and_mul(x, recipe.build)
+    want = quantize_per_token(product, recipe.base_scale_inv, recipe, layout)
+    call = KernelCall(x.to(device), None, 0.0, recipe.base_scale_inv, recipe, layout)
+    got = launch.fused_quantize(call, None, fused)
     assert_quantized(got, want, f"silu {tuple(x.shape)} {x.dtype} {recipe} {layout.name} {fused}")
 
 
@@ -55,19 +44,9 @@ def norm(x, recipe, layout, device, fused=None, *, add):
     else:
         values, residual = reference.add_rmsnorm(x, residual, weight, EPS)
     want = quantize_per_token(values, recipe.base_scale_inv, recipe, layout)
-    kind = launch.k.ADD_RMSNORM if add else launch.k.RMSNORM
-    got = launch._produce(
-        x.to(device),
-        x.shape[1],
-        kind.value,
-        given,
-        weight.to(device),
-        EPS,
-        recipe.base_scale_inv,
-        recipe,
-        layout,
-        fused,
-    )
+    scale = recipe.base_scale_inv
+    call = KernelCall(x.to(device), weight.to(device), EPS, scale, recipe, layout)
+    got = launch.fused_quantize(call, given, fused)
     what = f"norm {add} {tuple(x.shape)} {x.dtype} {recipe} {layout.name} {fused}"
     assert_quantized(got, want, what)
     if residual is not None:
@@ -111,10 +90,8 @@ def every_bf16_number(device):
     x = torch.where(x.isfinite(), x, 0).view(128, 512)
     both = torch.cat((x, torch.ones_like(x)), 1).to(device)
     values = torch.empty(128, 512, dtype=torch.bfloat16, device=device)
-    launch._launch(
-        both, 512, launch.k.SILU_AND_MUL.value, None, None, 0.0, 1.0, Recipe(),
-        SfLayout.layout_linear, None, values,
-    )  # fmt: skip
+    call = KernelCall(both, None, 0.0, 1.0, Recipe(), SfLayout.layout_linear)
+    launch._launch(call, None, None, values)
     assert_bitwise(values, reference.silu_and_mul(both.cpu()), "silu")
 
 
@@ -136,10 +113,10 @@ def order_of_the_sum(device):
         g = torch.Generator().manual_seed(k)
         x, weight = torch.randn(m, k, generator=g).half(), torch.randn(k, generator=g).half()
         values = torch.empty(m, k, dtype=torch.float16, device=device)
-        launch._launch(
-            x.to(device), k, launch.k.RMSNORM.value, None, weight.to(device), EPS, 1.0, Recipe(),
-            SfLayout.layout_linear, None, values,
-        )  # fmt: skip
+        call = KernelCall(
+            x.to(device), weight.to(device), EPS, 1.0, Recipe(), SfLayout.layout_linear
+        )
+        launch._launch(call, None, None, values)
         assert_bitwise(values, reference.rmsnorm(x, weight, EPS), f"{m} x {k}")
 
 

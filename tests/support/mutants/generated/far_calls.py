@@ -16,7 +16,9 @@ import torch
 from nvfp4_moe import host
 from nvfp4_moe.kernels.decode import decode
 from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
 from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
+from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch, routing
 from nvfp4_moe.kernels.moe.finalize import finalize
@@ -152,17 +154,15 @@ def _padding(rows: int) -> Tensor:
 
 def _silu(rows: int) -> Any:
     x = _behind(_values(4, 128), rows)
-    kind, linear = fused_quantize_launch.k.SILU_AND_MUL.value, SfLayout.layout_linear
-    found = fused_quantize_launch._produce(x, 64, kind, None, None, 0.0, 1 / 2688, Recipe(), linear)
+    call = FusedKernelCall(x, None, 0.0, 1 / 2688, Recipe(), SfLayout.layout_linear)
+    found = fused_quantize_launch.fused_quantize(call, None)
     return [t[-4:] for t in found]
 
 
 def _added(rows: int, fused: bool | None = None) -> Any:
     x, residual = (_behind(_values(n, 64)[-4:], rows) for n in (4, 5))
-    kind, linear = fused_quantize_launch.k.ADD_RMSNORM.value, SfLayout.layout_linear
-    found = fused_quantize_launch._produce(
-        x, 64, kind, residual, _values(64), 0.0, 1 / 2688, Recipe(), linear, fused
-    )
+    call = FusedKernelCall(x, _values(64), 0.0, 1 / 2688, Recipe(), SfLayout.layout_linear)
+    found = fused_quantize_launch.fused_quantize(call, residual, fused)
     return [t[-4:] for t in (residual, *found)]
 
 
@@ -184,7 +184,7 @@ def _dense(m: int, n: int) -> Any:
     a, b = _behind(_bytes(5, rows[0], 32), m), _behind(_bytes(6, rows[1], 32), n)
     sa, sb = (_behind(_bytes(7, 128, 4), -(-count // 128) * 128) for count in (m, n))
     out = torch.empty(m, n, dtype=torch.bfloat16, device="cpu")
-    dense_launch._mm_fp4(a, b, sa, sb, None, out, False, _TILE)
+    dense_launch.mm_fp4(DenseKernelCall(a, b, sa, sb, None, use_8x4=False), out, _TILE)
     return out[-rows[0] :, -rows[1] :]
 
 

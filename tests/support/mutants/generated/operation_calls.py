@@ -10,7 +10,9 @@ from nvfp4_moe import host
 from nvfp4_moe.cases.moe_case import to_device
 from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
 from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
+from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.reference import dense, fused_quantize
 from nvfp4_moe.reference.activation import ActivationType
@@ -84,18 +86,9 @@ class ProducerCall:
     def answer(self, device: str = "cpu") -> Any:
         x, weight, residual = (None if t is None else t.to(device) for t in self._given())
         assert x is not None
-        got = fused_quantize_launch._produce(
-            x,
-            80,
-            self.kind,
-            residual,
-            weight,
-            1e-5,
-            self.recipe.base_scale_inv,
-            self.recipe,
-            self.layout,
-            self.fused,
-        )
+        scale = self.recipe.base_scale_inv
+        call = FusedKernelCall(x, weight, 1e-5, scale, self.recipe, self.layout)
+        got = fused_quantize_launch.fused_quantize(call, residual, self.fused)
         return [t.cpu() for t in (*got, *([] if residual is None else [residual]))]
 
     def judge(self) -> Answered:
@@ -158,7 +151,8 @@ class ProductCall:
         (a, b, sa, sb), alpha = self._given()
         a, b, sa, sb, alpha = (t.to(device) for t in (a, b, sa, sb, alpha))
         out = torch.empty(self.m, b.shape[0], dtype=self.out_dtype, device=device)
-        dense_launch._mm_fp4(a, b, sa, sb, alpha, out, self.use_8x4, self.config)
+        call = DenseKernelCall(a, b, sa, sb, alpha, self.use_8x4)
+        dense_launch.mm_fp4(call, out, self.config)
         return out.cpu()
 
     def judge(self) -> Answered:
