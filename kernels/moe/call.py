@@ -158,7 +158,6 @@ def make_moe_call(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
-    capability: tuple[int, int] | None = None,
     names: tuple[str, str] | None = None,
     **options: Any,
 ) -> MoECall:
@@ -167,7 +166,6 @@ def make_moe_call(
     Args:
         routing: how `logits`, an option, are routed; None with topk: K is that of the ids.
         topk: ids and weights, or both packed in one tensor.
-        capability: of another GPU than the one that the hidden states are on.
         names: of the routing's two tensors, for messages; omitted, FlashInfer's.
         options: other fields of `MoECall`.
 
@@ -202,7 +200,7 @@ def make_moe_call(
         build=build,
         finalize_order="slot" if batch_invariant else finalize_order,
         output_dtype=output_dtype,
-        capability=capability_of(activations.hidden_states) if capability is None else capability,
+        capability=capability_of(activations.hidden_states),
         **options,
     )
     _check_options(call)

@@ -78,13 +78,10 @@ def make_quantize_call(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
-    capability: tuple[int, int] | None = None,
 ) -> QuantizeCall:
     """Check what no backend accepts, and resolve what the environment decides.
 
-    Args:
-        capability: of another GPU than the one that `a` is on.
-        The rest: as for `nvfp4_quantize`.
+    Arguments are as of `nvfp4_quantize`.
 
     Raises:
         ValueError, TypeError: one argument, what was given and what is allowed.
@@ -121,7 +118,7 @@ def make_quantize_call(
         out_scale,
         recipe,
         explicit,
-        capability_of(a) if capability is None else capability,
+        capability_of(a),
     )
 
 

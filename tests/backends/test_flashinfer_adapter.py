@@ -85,9 +85,8 @@ def ask(a=None, scale=G, *, capability=(10, 0), build="cuda", **named):
         "nvfp4_4over6": UNSET,
         "fast_math": None,
     } | named
-    return make_quantize_call(
-        matrix() if a is None else a, scale, **arguments, build=build, capability=capability
-    )
+    call = make_quantize_call(matrix() if a is None else a, scale, **arguments, build=build)
+    return replace(call, capability=capability)
 
 
 def ask_global(a=None, scale=1.0, **named):
