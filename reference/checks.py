@@ -24,7 +24,7 @@ FLOATS = (*HALVES, torch.float32)
 
 
 def given(value: Any) -> str:
-    """A value, described for a message in one short line."""
+    """Describe a value for a message in one short line."""
     if isinstance(value, torch.Tensor):
         return f"{name_of(value.dtype)} {list(value.shape)}"
     if isinstance(value, list | tuple | dict | set):
@@ -175,7 +175,7 @@ def function(name: str, value: Any, allowed: str = "a function", optional: bool 
 
 
 def pair(name: str, value: Any, allowed: str) -> None:
-    """A tuple or list of two."""
+    """Check a tuple or list of two."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         wrong_type(name, value, allowed)
 

@@ -24,7 +24,7 @@ def a_layout(use_8x4_sf_layout: bool) -> SfLayout:
 
 
 def values(codes: torch.Tensor, block_scales: torch.Tensor, layout: SfLayout) -> torch.Tensor:
-    """[R, K] fp32 values of codes [R, K/2] uint8: code times block scale, exact."""
+    """Decode codes [R, K/2] uint8 to fp32 [R, K]: code times block scale, exact."""
     rows, half = codes.shape
     linear = to_linear(block_scales.contiguous(), rows, half * 2 // BLOCK_SIZE, layout)
     return dequantize(codes, linear.view(torch.uint8), 1.0)
@@ -38,7 +38,7 @@ def operands(
     b_descale: torch.Tensor,
     use_8x4_sf_layout: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a [M, K], b [N, K]) in fp32, of the arguments of `mm_fp4`."""
+    """Decode the arguments of `mm_fp4` to a [M, K] and b [N, K], fp32."""
     left = values(a, a_descale, a_layout(use_8x4_sf_layout))
     return left, values(b.T, b_descale.T, SfLayout.layout_128x4)
 
@@ -55,7 +55,7 @@ def mm_fp4(
     use_8x4_sf_layout: bool = False,
     accumulate: Accumulate = "fp64",
 ) -> torch.Tensor:
-    """[M, N]: a [M, K/2] times b [K/2, N].
+    """Multiply a [M, K/2] by b [K/2, N]: [M, N].
 
     Contract: bitwise what every implementation gives where the sums are exact in fp32, whatever their
     order; elsewhere inside `bounds.dense.mm_fp4_bounds`. A NaN block scale makes its row or column NaN.

@@ -33,7 +33,7 @@ TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 
 
 def exp(t: torch.Tensor) -> torch.Tensor:
-    """e^t of fp32 t for `1 + exp(t)`: e^-87 below -87, infinite from 88.73 on."""
+    """Return e^t of fp32 t for `1 + exp(t)`: e^-87 below -87, infinite from 88.73 on."""
     t = torch.where(t < LOWEST, LOWEST, torch.where(t > HIGHEST, HIGHEST, t))
     shifted = t * LOG2E + ROUND
     n = shifted - ROUND
@@ -53,7 +53,7 @@ def _power_of_two(n: torch.Tensor) -> torch.Tensor:
 
 @kept
 def silu_and_mul(x: torch.Tensor, build: Build = "cuda") -> torch.Tensor:
-    """[M, 2K] bf16 or fp16, gate and up, to [M, K] of the same dtype.
+    """Apply SiLU-and-mul to [M, 2K] bf16 or fp16, gate and up: [M, K] of the same dtype.
 
     Args:
         build: "cuda" takes subnormal numbers for zeros, so that one of them times infinity is NaN
@@ -65,7 +65,7 @@ def silu_and_mul(x: torch.Tensor, build: Build = "cuda") -> torch.Tensor:
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """[M] of fp32 [M, K], in the order of a binary tree over adjacent columns."""
+    """Sum fp32 [M, K] to [M], in the order of a binary tree over adjacent columns."""
     terms = x * x
     width = 1 << (x.shape[1] - 1).bit_length()
     terms = torch.nn.functional.pad(terms, (0, width - x.shape[1]))
@@ -76,7 +76,7 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 
 @kept
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """[M, K] bf16 or fp16, weight [K] of the same dtype, to [M, K]."""
+    """Normalize [M, K] bf16 or fp16 with weight [K] of the same dtype: [M, K]."""
     return _normalized(x.float(), weight, eps).to(x.dtype)
 
 
@@ -84,7 +84,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.T
 def add_rmsnorm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the norm of x + residual, x + residual), each [M, K] rounded once; no argument is changed."""
+    """Return the norm of x + residual, and x + residual, each [M, K] rounded once, as new tensors."""
     total = x.float() + residual.float()
     return _normalized(total, weight, eps).to(x.dtype), total.to(x.dtype)
 

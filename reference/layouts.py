@@ -35,7 +35,7 @@ def padded_shape(rows: int, columns: int, layout: SfLayout) -> tuple[int, int]:
 
 
 def from_linear(scales: torch.Tensor, layout: SfLayout) -> torch.Tensor:
-    """[..., R, C] scales of any dtype to the layout's [..., padded R, padded C], padding zero."""
+    """Put scales [..., R, C] of any dtype into the layout: [..., padded R, padded C], padding 0."""
     *batch, rows, columns = scales.shape
     padded_rows, padded_columns = padded_shape(rows, columns, layout)
     padded = scales.new_zeros((*batch, padded_rows, padded_columns))

@@ -180,7 +180,7 @@ def dequantize(
     scale: torch.Tensor | float,
     layout: SfLayout = _LINEAR,
 ) -> torch.Tensor:
-    """[M, K] fp32 values of codes [M, K/2]: (e2m1 * block scale), exact, times `scale`, one rounding.
+    """Decode codes [M, K/2] to [M, K] fp32: e2m1 * block scale, exact, times `scale`, one rounding.
 
     Args:
         block_scales: uint8 in `layout`.
@@ -194,7 +194,7 @@ def dequantize(
 
 
 def _split(x: torch.Tensor) -> torch.Tensor:
-    """[M, K] to blocks [M, K/16, 16]."""
+    """Split [M, K] into blocks [M, K/16, 16]."""
     return x.unflatten(-1, (-1, BLOCK_SIZE))
 
 
@@ -208,7 +208,7 @@ def max_ignoring_nan(x: torch.Tensor) -> torch.Tensor:
 def row_scales(
     amax: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(encode scale, per-token scale), [M] each, of rows with the given maxima."""
+    """Return encode scale and per-token scale, [M] each, of rows with the given maxima."""
     zero_row_encode = 0.0 if recipe.four_over_six else FLT_MAX
     if recipe.math == "exact":
         encode = ar.min_flt_max(ar.div(ar.div(1.0, g).expand_as(amax), amax))
@@ -316,7 +316,7 @@ def _four_over_six_blocks(
 
 
 def _sum_of_errors(terms: torch.Tensor, by_halves: bool, ar: Arithmetic) -> torch.Tensor:
-    """[M, K/16] of [M, K/16, 16]: the order of the sum decides near ties."""
+    """Sum [M, K/16, 16] to [M, K/16]: the order of the sum decides near ties."""
     if by_halves:
         halves = terms.unflatten(-1, (2, BLOCK_SIZE // 2))
         return ar.add(*_sum_of_errors(halves, False, ar).unbind(-1))

@@ -15,7 +15,7 @@ from . import checks
 Math = Literal["fast", "exact"]
 Build = Literal["cuda", "cute-dsl"]
 LayerBuild = Literal["cuda", "cute-dsl", "cutlass"]
-"""Whose bits a fused layer has: the last is a layer's alone, whose quantizers are the CUDA build's."""
+"""The build whose bits a layer has; "cutlass" is a layer's alone, with the CUDA build's quantizers."""
 
 BLOCK_SIZE = 16
 """Elements that share one block scale."""

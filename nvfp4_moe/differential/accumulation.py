@@ -91,7 +91,7 @@ def measure(backend: str, device: torch.device | str) -> Sums:
 def _row(
     terms: dict[int, int], exponent: int, small: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, block scales) of hidden states.
+    """Return codes and block scales of hidden states.
 
     Args:
         terms: in which columns of a block there are small products, as bits.
@@ -116,7 +116,7 @@ def _ask(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
 
 
 def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
-    """The layer: an expert of ones in the first GEMM, of one 1 in the second."""
+    """Make the layer: an expert of ones in the first GEMM, of one 1 in the second."""
     device, tokens, h, i = codes.device, codes.shape[0], _BLOCKS * BLOCK_SIZE, 128
     one = int(e2m1.encode(host.ones(1)))
     exponents = host.full((_BLOCKS,), 2.0**_SMALL)

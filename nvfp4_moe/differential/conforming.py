@@ -168,7 +168,7 @@ def _permuted(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
 
 
 def _positive_first(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
-    """The worst order: the partial sums are as large as they can be."""
+    """Add in the worst order: the partial sums are as large as they can be."""
     products = _products(x, w).sort(-1, descending=True).values
     return _ascending(products.flatten(0, 1), torch.ones_like(products[0, :1])).view(
         products.shape[:2]
@@ -190,7 +190,7 @@ def _split_k(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
 
 
 def truncating(step: int, extra_bits: int) -> Gemm:
-    """A tensor core: terms of a step cut at the last bit of the largest, their sum cut to fp32."""
+    """Add like a tensor core: cut terms of a step at the largest's last bit, and their sum to fp32."""
 
     def gemm(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
         products = _products(x, w).double()
@@ -208,7 +208,7 @@ def truncating(step: int, extra_bits: int) -> Gemm:
 
 
 def _approximate(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
-    """A relative error of up to 2^-22, of either sign."""
+    """Add a relative error of up to 2^-22, of either sign."""
     y = activate_raw(raw, experts, e)
     g = torch.Generator().manual_seed(y.numel())
     return y * (1 + (host.uniform(g, *y.shape).to(y.device) * 2 - 1) * 2.0**-22)

@@ -12,7 +12,7 @@ _COLUMNS = 16
 
 
 def of_block_scales(different: torch.Tensor, layout: SfLayout) -> Heat:
-    """The map of different block scales: a bool buffer [padded M, padded K/16], as it lies in memory."""
+    """Map different block scales: a bool buffer [padded M, padded K/16], as it is in memory."""
     what = f"block scales, {layout.name}"
     if layout not in _STORED:
         return _of_matrix(different, what, (8, 4))
@@ -24,7 +24,7 @@ def of_block_scales(different: torch.Tensor, layout: SfLayout) -> Heat:
 
 
 def of_output(different: torch.Tensor) -> Heat:
-    """The map of different outputs: bool [T, H], in tiles of one token."""
+    """Map different outputs: bool [T, H], in tiles of one token."""
     return _of_matrix(different, "output, tokens x 16 columns", (1, _COLUMNS))
 
 

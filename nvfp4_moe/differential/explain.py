@@ -1,4 +1,4 @@
-"""The arithmetic of one element spelled out, a line a step: what a quantizer should have done there.
+"""The arithmetic of one element, a line for each step: the steps that a quantizer should have done.
 
 Every operation is done here once more, on its own, by the rules of `reference/quantize.py`; the values
 are fp32 with their bits.
@@ -54,7 +54,7 @@ def explain_element(x: torch.Tensor, case: Case, row: int, block: int, element: 
 
 
 def first_element(x: torch.Tensor, left: Quantized, right: Quantized, row: int, block: int) -> int:
-    """The element of a block to explain: the first whose codes differ, else the largest."""
+    """Return the element of a block to explain: the first whose codes differ, else the largest."""
     place = slice(block * BLOCK_SIZE // 2, (block + 1) * BLOCK_SIZE // 2)
     a, b = (e2m1.unpack(side.codes[row, place].cpu()) for side in (left, right))
     if (a != b).any():
@@ -63,7 +63,7 @@ def first_element(x: torch.Tensor, left: Quantized, right: Quantized, row: int, 
 
 
 def bits(t: torch.Tensor) -> str:
-    """A float's bits in hex, and its value: 0x3f80 (1)."""
+    """Write a float's bits in hex, and its value: 0x3f80 (1)."""
     size = t.element_size()
     pattern = int(t.reshape(1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]))
     return f"0x{pattern & (1 << 8 * size) - 1:0{2 * size}x} ({float(t):.9g})"
@@ -116,7 +116,7 @@ class _Steps:
         return self.maximum("block maximum V", self.block * BLOCK_SIZE, self.values, torch.nan)
 
     def reciprocal(self, what: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """By the math of the recipe: (how, value)."""
+        """Return the formula and its value, by the math of the recipe."""
         if self.fast:
             return f"rcp({what})", rcp_approx_ftz(value)
         return f"(1 / {what})", self.ar.div(1.0, value)
@@ -260,7 +260,7 @@ def _difference(
     n: int,
     config: NVFP44Over6Config,
 ) -> None:
-    """d of this element under one candidate."""
+    """Return the error d of this element under one candidate."""
     scaled = s.say(f"code{n} * sf{n}", "", code * scale)
     if config.err_use_fast_math:
         wanted = s.say("x * enc", "", s.ar.mul(s.x, encode))

@@ -48,7 +48,7 @@ class Configuration:
     )
 
     def forced(self) -> AbstractContextManager[None]:
-        """Within, calls run so.
+        """Run calls in this configuration within the block.
 
         Raises (at the end):
             RuntimeError: no call within asked for what was to be forced.
@@ -69,7 +69,7 @@ def configurations(backend: str, request: MoECall) -> list[Configuration]:
 
 
 def every_tactic(call: Callable[[], object]) -> list[Configuration]:
-    """The configurations of a call of FlashInfer: one for each tactic. The call runs once."""
+    """Return the configurations of a call of FlashInfer: one for each tactic. The call runs once."""
     return [Configuration(t.name, lambda t=t: forced(t)) for t in advertised(call)]  # type: ignore[misc]
 
 
@@ -108,7 +108,7 @@ def advertised(call: Callable[[], object]) -> list[Tactic]:
 
 @contextlib.contextmanager
 def forced(tactic: Tactic) -> Iterator[None]:
-    """Within, FlashInfer's layers run this tactic.
+    """Let FlashInfer's layers run this tactic within the block.
 
     Raises (at the end):
         RuntimeError: nothing asked the tactic's question, so that it did not run.

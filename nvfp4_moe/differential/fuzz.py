@@ -34,7 +34,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """A run, and what it may have given."""
+    """A run, and the results that are allowed."""
 
     way: str
     stage: str
@@ -43,7 +43,7 @@ class JudgedRun:
 
 
 def _flushing() -> Stages:
-    """As code does that was compiled with -use_fast_math."""
+    """Compute as code that was compiled with -use_fast_math."""
 
     def gemm(x: Tensor, w: Tensor, accumulate: Any) -> Tensor:
         return flush(matmul(x, w, accumulate))
@@ -55,7 +55,7 @@ def _flushing() -> Stages:
 
 
 def _scalars_first(case: MoECase) -> Stages | None:
-    """acc * (token scale * scalar), as CuTe-DSL's kernels multiply; where nothing comes between."""
+    """Return acc * (token scale * scalar), as CuTe-DSL's kernels multiply, if nothing comes between."""
     e, scale = case.experts, case.activations.per_token_scale
     between = (e.gemm1_bias, e.gemm1_beta, e.gemm1_clamp_limit)
     if scale is None or any(t is not None for t in between) or e.activation.limited:
@@ -138,7 +138,7 @@ def _fused(case: MoECase, d: Draw, ways: int, triton: bool) -> Iterator[JudgedRu
 def _stages(
     case: MoECase, options: dict[str, Any], name: str, result: moe.MoEResult
 ) -> Iterator[JudgedRun]:
-    """Each stage given what the run itself had before it."""
+    """Check each stage on the inputs that the run itself had."""
     steps = result.steps
     intermediate = steps.get("intermediate", steps["activated"]).float()
     given = fused_moe_bounds(

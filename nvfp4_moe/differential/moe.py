@@ -102,7 +102,7 @@ def _that_serve(every: list[MoECase], on_gpu: bool, result: PartResult) -> list[
 
 
 def _sums(backend: str, device: torch.device) -> str:
-    """Why a backend cannot be judged: how it adds, where the intervals assume otherwise; else empty."""
+    """Return how a backend adds if the intervals assume otherwise, so that it is not judged; else ""."""
     if backend in ("reference", workers.INTERPRETER):
         return ""
     try:

@@ -127,7 +127,7 @@ def _that_serve() -> list[str]:
 
 
 def _refusal(backend: str) -> str | None:
-    """Why a backend serves no matrix here; None if it does."""
+    """Return why a backend serves no matrix here; None if it does."""
     if backend == workers.INTERPRETER:
         return workers.interpreter_refusal()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -43,7 +43,7 @@ def run(backend: str, x: torch.Tensor, case: Case) -> Quantized:
 
 
 def refusal(backend: str, x: torch.Tensor, case: Case) -> str | None:
-    """Why a backend does not run the case; None if it does."""
+    """Return why a backend does not run the case; None if it does."""
     return QUANTIZE.refusal(backend, request(x, case))
 
 

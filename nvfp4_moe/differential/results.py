@@ -81,7 +81,7 @@ class Section:
         return [cell for row in self.rows.values() for cell in row.values()]
 
     def judged(self) -> Iterator[tuple[str, Cell]]:
-        """(column, cell) where something came to a verdict; the oracle with itself is no comparison."""
+        """Yield (column, cell) with a verdict; the oracle with itself is no comparison."""
         for row in self.rows.values():
             for column, cell in row.items():
                 if column != ORACLE and cell.status not in UNJUDGED:
@@ -113,7 +113,7 @@ class PartResult:
 
 
 def worst(statuses: Iterable[Status]) -> Status:
-    """The verdict of several comparisons: a failure if there is one, skipped if all were skipped."""
+    """Return the verdict of several comparisons: a failure if there is one, skipped if all were."""
     order: tuple[Status, ...] = (
         "crashed",
         "outside",

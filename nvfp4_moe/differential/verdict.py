@@ -17,7 +17,7 @@ PLACES = 10
 
 
 def unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A mask of the elements whose bits differ, for two tensors of one shape and dtype."""
+    """Mark the elements whose bits differ, for two tensors of one shape and dtype."""
     return (
         (a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8))
         .unflatten(-1, (-1, a.element_size()))
@@ -90,7 +90,7 @@ class Allowed:
         return self.interval.single.double().mean().item()
 
     def wrong(self, got: torch.Tensor) -> torch.Tensor:
-        """A mask of the elements that are not permitted."""
+        """Mark the elements that are not permitted."""
         if self.interval is None:
             return unequal(got, self.expected)
         return ~self.interval.contains(got)
@@ -132,7 +132,7 @@ class Allowed:
 
 
 def explain_output(case: MoECase, outside: Outside) -> list[str]:
-    """The reference's values on the way to an element of the output: a line for each slot."""
+    """List the reference's values on the way to an element of the output: a line for each slot."""
     ids, weights = case.routed
     result = case.run(keep_steps=True)
     t, column, lines = outside.token, outside.column, []

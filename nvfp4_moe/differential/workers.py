@@ -151,12 +151,12 @@ def call_in_one(
 
 
 def interpreter_refusal() -> str | None:
-    """Why no Triton kernel can be interpreted here; None if they can."""
+    """Return why no Triton kernel can be interpreted here; None if they can."""
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def call_interpreted(function: Callable[..., R], jobs: Sequence[tuple[Any, ...]]) -> list[R]:
-    """`call` with Triton's interpreter on: the answers of the Triton kernels without a GPU.
+    """Run `call` with Triton's interpreter on: the results of the Triton kernels without a GPU.
 
     Triton reads TRITON_INTERPRET when it is imported, so the kernels need processes of their own.
     """

@@ -28,13 +28,13 @@ class Activations:
 
 
 def quantize_activations(x: torch.Tensor, recipe: Recipe) -> Activations:
-    """[T, H] bf16 or fp16, per token."""
+    """Quantize [T, H] bf16 or fp16 per token."""
     q = quantize_per_token(x, recipe.base_scale_inv, recipe)
     return Activations(q.codes, q.block_scales, q.per_token_scale)
 
 
 def hidden_values(activations: Activations) -> torch.Tensor:
-    """[T, H] fp32: codes times block scales, exact; or the bf16 values."""
+    """Return [T, H] fp32: codes times block scales, exact; or the bf16 values."""
     if activations.is_bf16:
         return activations.hidden_states.float()
     assert activations.block_scales is not None

@@ -135,7 +135,7 @@ def prepare_baseline(
 
 @kept
 def quantize_for(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
-    """[T, H] bf16 hidden states in the format of the experts."""
+    """Quantize [T, H] bf16 hidden states to the format of the experts."""
     if experts.format == "bf16":
         return BaselineActivations(x)
     if experts.format == "fp8 per tensor":
@@ -193,7 +193,7 @@ def baseline_moe(
 
 
 def hidden_values(activations: BaselineActivations, format: Format) -> torch.Tensor:
-    """[T, H] fp64: codes times scales; of fp8 per tensor the codes, whose scale is the scalars'."""
+    """Return [T, H] fp64: codes times scales; with fp8 per tensor the codes alone."""
     codes, scale = activations.hidden_states, activations.scale
     if format == "fp8 block":
         assert scale is not None
@@ -205,7 +205,7 @@ def hidden_values(activations: BaselineActivations, format: Format) -> torch.Ten
 
 
 def expert_values(experts: BaselineExperts, e: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w13 [M1, H], w2 [H, I]) of one expert, fp64, as `hidden_values`."""
+    """Return w13 [M1, H] and w2 [H, I] of one expert, fp64, as `hidden_values` does."""
 
     def values(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         if scale is None or experts.format == "fp8 per tensor":

@@ -24,7 +24,7 @@ def finalize(
     order: FinalizeOrder,
     is_local: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
+    """Sum rows [T, K, H] fp32 times weights [T, K] to [T, H], by fused multiply-adds in a fixed order.
 
     Subnormal rows, weights and sums are zeros of their sign. H, on which FlashInfer's order depends, is
     the width of the output, without what pads the rows (`trtllm_fused_moe_runner.cu:562`).

@@ -47,7 +47,7 @@ def encode_scale(amax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_per_tensor(x: torch.Tensor, encode: torch.Tensor) -> torch.Tensor:
-    """e4m3 codes of x times an encode scale that broadcasts to it."""
+    """Return e4m3 codes of x times an encode scale that broadcasts to it."""
     return e4m3.encode(x.float() * encode).view(_E4M3)
 
 
@@ -102,7 +102,7 @@ def quantize_mxfp8(x: torch.Tensor) -> Scaled:
 
 
 def mx_scale(byte: torch.Tensor) -> torch.Tensor:
-    """fp64 of e8m0 bytes; 255 is NaN."""
+    """Decode e8m0 bytes to fp64; 255 is NaN."""
     power = torch.exp2(byte.double() - 127)
     return power.masked_fill(byte == 255, torch.nan)
 

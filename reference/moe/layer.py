@@ -179,7 +179,7 @@ def requantize(
     recipe: Recipe,
     steps: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(code times block scale [T, K, I], per-row scale [T, K] or None where it is static).
+    """Return code times block scale [T, K, I], and the per-row scale [T, K], None if it is static.
 
     Args:
         intermediate: [T, K, I] bf16; fp32 with static scales, the encode scale in the values.

@@ -59,7 +59,7 @@ def fused_moe_masked(
     recipe: Recipe | None = None,
     accumulate: Accumulate = "fp64",
 ) -> torch.Tensor:
-    """[E, max_m, hidden size] bf16: each row through its expert, zero beyond `masked_m`.
+    """Run each row through its expert: [E, max_m, hidden size] bf16, zero beyond `masked_m`.
 
     Args:
         activations: as `fused_moe` takes them, with [E, max_m] in place of [T]; E experts are local.

@@ -1,4 +1,4 @@
-"""Which slots belong to local experts, and the order of their rows by expert.
+"""The slots of local experts, and the order of their rows by expert.
 
 A slot is a pair of a token and one of its K experts.
 """
@@ -8,7 +8,7 @@ import torch
 
 
 def local_slots(ids: torch.Tensor, num_local: int, local_expert_offset: int = 0) -> torch.Tensor:
-    """[T, K] bool: whether the expert of a slot, a global id, is on this rank."""
+    """Mark, [T, K] bool, the slots whose expert, a global id, is on this rank."""
     local = ids.long() - local_expert_offset
     return (local >= 0) & (local < num_local)
 

@@ -182,7 +182,7 @@ class RoutingResult(NamedTuple):
 
     @property
     def weights_bf16(self) -> torch.Tensor:
-        """[T, K]: what the kernels hand on, whatever the logits' type."""
+        """Return the weights [T, K] bf16 that the kernels pass on, for logits of any type."""
         return self.weights.to(torch.bfloat16)
 
 
@@ -275,7 +275,7 @@ def append_shared_experts(
 
 
 def refusal(routing: Routing, num_experts: int, has_bias: bool = True) -> str | None:
-    """Why FlashInfer's FP4 MoE cannot route so from logits, or None.
+    """Return why FlashInfer's FP4 MoE cannot route so from logits; None if it can.
 
     These are FlashInfer's limits; the reference itself has none but K <= E and whole groups. Its
     FP8 MoE and `trtllm_gen_routing` are stricter with DeepSeekV3: n_group not 0, K <= 8 up to 384
@@ -299,7 +299,7 @@ def refusal(routing: Routing, num_experts: int, has_bias: bool = True) -> str | 
 
 
 def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(id << 16) | bits of the bf16 weight: FlashInfer's packed `topk_ids` (`RoutingKernel.h:33`).
+    """Return (id << 16) | the bf16 weight's bits: FlashInfer's packed `topk_ids` (`RoutingKernel.h:33`).
 
     Contract: ids fit int16 (-1, no expert, included); fp32 weights are rounded to bf16.
 
@@ -324,7 +324,7 @@ def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_topk(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_topk`: int32 ids and bf16 weights."""
+    """Return int32 ids and bf16 weights: the inverse of `pack_topk`."""
     if packed.dtype != torch.int32:
         raise ValueError(f"packed is {packed.dtype}; it must be int32")
     bits = packed << 16 >> 16  # sign-extended, so that it is in int16's range
@@ -454,7 +454,7 @@ def _one_block_a_token(tokens: int, experts: int, top_k: int) -> bool:
 
 
 def _warp_sum(values: torch.Tensor) -> torch.Tensor:
-    """[..., 1]: the butterfly, lane i with lane i + width / 2, zeros behind the last lane."""
+    """Sum to [..., 1] by a butterfly, lane i with lane i + width / 2, zeros behind the last lane."""
     width = 1 << (values.shape[-1] - 1).bit_length()
     lanes = torch.nn.functional.pad(values, (0, width - values.shape[-1]))
     while width > 1:

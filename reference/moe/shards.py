@@ -1,4 +1,4 @@
-"""A layer over several ranks: each rank's experts, and what the sum of tensor-parallel shards is.
+"""A layer over several ranks: each rank's experts, and the sum of tensor-parallel shards.
 
 A shard has some of the intermediate's columns: rows of the first GEMM, columns of the second. Weights
 are quantized before they are cut, so that every shard has the expert's scalars, and cut between blocks
@@ -48,7 +48,7 @@ _OF_THE_LAYER = ("input_scale", "intermediate_scale")
 
 
 def shard_columns(intermediate_size: int, rank: int, shards: int) -> slice:
-    """The intermediate's columns that shard `rank` of `shards` holds: whole blocks, spread evenly.
+    """Return the intermediate's columns of shard `rank` of `shards`: whole blocks, spread evenly.
 
     Raises:
         ValueError: there is no such shard, or a shard would have no block.
@@ -66,13 +66,13 @@ def shard_columns(intermediate_size: int, rank: int, shards: int) -> slice:
 
 
 def shard_size(intermediate_size: int, shards: int, gated: bool) -> int:
-    """The intermediate size of every shard, zeros included: a multiple of 16, of 128 without a gate."""
+    """Return every shard's intermediate size with padding: a multiple of 16, of 128 without a gate."""
     largest = -(-intermediate_size // (BLOCK_SIZE * shards)) * BLOCK_SIZE
     return largest if gated else -(-largest // 128) * 128
 
 
 def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
-    """Shard `rank` of prepared experts, prepared: the same codes, block scales and scalars.
+    """Return shard `rank` of prepared experts, prepared: the same codes, block scales and scalars.
 
     Layouts of other backends (`with_cute_dsl`, `with_cutlass`) are the shard's to make again.
 
@@ -94,12 +94,12 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
     order2 = inverse(row_order(padded, False, e.gemm1_weights.device))[: e.hidden_size]
 
     def rows1(t: torch.Tensor) -> torch.Tensor:
-        """[E, halves * size, C] of natural rows [E, M1, C]."""
+        """Cut natural rows [E, M1, C] to [E, halves * size, C]."""
         halves = [half[:, columns] for half in t.chunk(2 if gated else 1, 1)]
         return torch.cat([_extended(half, 1, size) for half in halves], 1)
 
     def columns2(t: torch.Tensor, per: int) -> torch.Tensor:
-        """[E, H, size / per] of natural rows [E, H, I / per]."""
+        """Cut natural rows [E, H, I / per] to [E, H, size / per]."""
         part = t[:, order2, columns.start // per : columns.stop // per]
         return _extended(part, 2, size // per)
 
@@ -138,7 +138,7 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
 
 
 def select_experts(experts: Experts, first: int, count: int) -> Experts:
-    """`count` experts from `first` on: what a rank holds whose `local_expert_offset` is `first`.
+    """Return `count` experts from `first` on: those of a rank whose `local_expert_offset` is `first`.
 
     They are copies: the whole layer need not stay in memory, and a reload writes the part alone. Layouts
     of other backends are the rank's to make again.

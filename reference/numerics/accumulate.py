@@ -14,7 +14,7 @@ Accumulate = Literal["fp64", "fp32"]
 
 
 def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Tensor:
-    """x [N, K] times w [M, K] transposed, fp32 [N, M], every product exact."""
+    """Multiply x [N, K] by w [M, K] transposed: fp32 [N, M], every product exact."""
     if accumulate == "fp64":
         return (x.double() @ w.double().T).float()
     total = x.new_zeros(x.shape[0], w.shape[0])
@@ -24,7 +24,7 @@ def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Te
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c with one rounding to fp32: bf16 b leaves the product exact in fp64.
+    """Return a * b + c with one rounding to fp32: bf16 b leaves the product exact in fp64.
 
     The fp64 sum may round before the fp32 rounding does; it is made odd where it was not exact, so
     that the second rounding is the only one that shows.

@@ -16,7 +16,7 @@ MAX = 6.0
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:
-    """fp32 values of any shape to e2m1 codes 0..15, uint8 of the same shape."""
+    """Encode fp32 values of any shape to e2m1 codes 0..15, uint8 of the same shape."""
     a = x.abs()
     # One comparison for each midpoint: `>` where the tie rounds down to an even code, `>=` where up.
     code = (a > 0.25).to(torch.uint8)
@@ -31,7 +31,7 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 
 def decode(code: torch.Tensor) -> torch.Tensor:
-    """e2m1 codes 0..15 (uint8) to their fp32 values, code 8 to -0."""
+    """Decode e2m1 codes 0..15 (uint8) to their fp32 values, code 8 to -0."""
     return _values(code.device)[code.int()]
 
 
@@ -46,5 +46,5 @@ def pack(code: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Bytes [..., K/2] to codes [..., K]: the inverse of `pack`."""
+    """Unpack bytes [..., K/2] to codes [..., K]: the inverse of `pack`."""
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)

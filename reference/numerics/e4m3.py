@@ -13,7 +13,7 @@ NAN = 0x7F
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:
-    """fp32 values of any shape to e4m3 bytes, uint8 of the same shape."""
+    """Encode fp32 values of any shape to e4m3 bytes, uint8 of the same shape."""
     # torch's own cast gives NaN beyond 464 before 2.12 and saturates since; clamped input is the
     # same for both.
     byte = x.clamp(-MAX, MAX).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -21,5 +21,5 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 
 def decode(byte: torch.Tensor) -> torch.Tensor:
-    """e4m3 bytes (uint8) to their fp32 values; 0x7f and 0xff to NaN."""
+    """Decode e4m3 bytes (uint8) to their fp32 values; 0x7f and 0xff to NaN."""
     return byte.view(torch.float8_e4m3fn).float()

@@ -23,7 +23,7 @@ def flush(x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def rcp_delta(device: torch.device) -> torch.Tensor:
-    """[2^23] int8: what rcp.approx adds, in ulp, to the correctly rounded reciprocal.
+    """Return the ulps, [2^23] int8, that rcp.approx adds to the correctly rounded reciprocal.
 
     Measured on an H100 over every significand; `nvfp4-moe doctor` compares it with the GPU at hand.
     """
@@ -75,5 +75,5 @@ class Arithmetic:
         return self.flush(a / b)
 
     def min_flt_max(self, x: torch.Tensor) -> torch.Tensor:
-        """fminf(x, FLT_MAX): a NaN loses."""
+        """Return fminf(x, FLT_MAX): a NaN becomes FLT_MAX."""
         return torch.fmin(x, torch.full_like(x, FLT_MAX))

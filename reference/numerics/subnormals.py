@@ -48,7 +48,7 @@ def _pool_flushes(threads: int) -> bool:
 
 
 def kept(f: Callable[P, R]) -> Callable[P, R]:
-    """f, for which subnormal numbers are kept on the CPU; see the module."""
+    """Wrap f so that the CPU keeps subnormal numbers; see the module."""
 
     @functools.wraps(f)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:

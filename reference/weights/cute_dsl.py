@@ -20,7 +20,7 @@ _GROUP = 64  # rows of up, and of gate, at a time
 
 
 def with_cute_dsl(experts: Experts) -> Experts:
-    """The experts, holding their weights in CuTe-DSL's layout too: as much memory again.
+    """Return the experts with their weights in CuTe-DSL's layout, too: as much memory again.
 
     `Experts.load_` keeps the copy up to date. It waits for the GPU.
 

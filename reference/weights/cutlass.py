@@ -18,7 +18,7 @@ from .scalars import product
 
 
 def with_cutlass(experts: Experts) -> Experts:
-    """The experts, holding their weights in cutlass' layout too: as much memory again.
+    """Return the experts with their weights in CUTLASS's layout, too: as much memory again.
 
     `Experts.load_` keeps the copy up to date. It waits for the GPU.
 
@@ -76,7 +76,7 @@ def refresh_cutlass(experts: Experts, some: slice) -> None:
 
 
 def _natural(experts: Experts, some: slice) -> tuple[torch.Tensor, ...]:
-    """(codes, block scales) of both GEMMs of some experts, rows in their natural order."""
+    """Return codes and block scales of both GEMMs of some experts, rows in natural order."""
     device, gated = experts.gemm1_weights.device, experts.activation.gated
     order1 = inverse(row_order(experts.gemm1_weights.shape[1], gated, device))
     order2 = inverse(row_order(experts.padded_hidden_size, False, device))

@@ -180,7 +180,7 @@ class Experts:
         )
 
     def checksum(self) -> str:
-        """64 hexadecimal digits over every bit of the layer, the same on every device.
+        """Return 64 hexadecimal digits over every bit of the layer, the same on every device.
 
         Of the weights, scales, scalars and sizes; not of copies for other kernels (`with_cute_dsl`).
         `checksum.py` has the formula. It waits for the GPU.

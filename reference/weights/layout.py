@@ -18,7 +18,7 @@ _128X4 = SfLayout.layout_128x4
 
 
 def padded_sizes(hidden_size: int, intermediate_size: int, gated: bool) -> tuple[int, int]:
-    """H and I of the prepared tensors: whole tiles of 128 rows in both GEMMs."""
+    """Return H and I of the prepared tensors: whole tiles of 128 rows in both GEMMs."""
     tile = 64 if gated else 128
     return -(-hidden_size // 128) * 128, -(-intermediate_size // tile) * tile
 
@@ -26,7 +26,7 @@ def padded_sizes(hidden_size: int, intermediate_size: int, gated: bool) -> tuple
 def lay_out(
     codes: torch.Tensor, scales: torch.Tensor, gated: bool, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, block scales) of natural rows, as the prepared tensors hold them.
+    """Return codes and block scales of natural rows, as the prepared tensors hold them.
 
     Args:
         codes: [E, rows, K/2] uint8, of `gated` [up; gate]; scales: [E, rows, K/16], linear.
@@ -39,19 +39,19 @@ def lay_out(
 
 
 def lay_out_rows(t: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
-    """[E, natural rows, C]: each half padded to `rows`, interleaved and shuffled."""
+    """Pad each half of [E, natural rows, C] to `rows`, interleave and shuffle."""
     halves = t.chunk(2, 1) if gated else (t,)
     full = torch.cat([_pad_rows(half, rows) for half in halves], 1)
     return full[:, row_order(full.shape[1], gated, t.device)].contiguous()
 
 
 def lay_out_bias(bias: torch.Tensor, divisor: torch.Tensor, gated: bool, rows: int) -> torch.Tensor:
-    """[E, padded rows] fp32 of a bias [E, rows] in physical units: divided by the scalar after it."""
+    """Prepare a physical bias [E, rows]: [E, padded rows] fp32, divided by the scalar after it."""
     return lay_out_rows(in_raw_units(bias, divisor)[..., None], gated, rows)[..., 0]
 
 
 def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
-    """[M1, H] fp32 of one expert: code times block scale (exact), rows [up; gate]."""
+    """Decode one expert's w13: [M1, H] fp32, code times block scale (exact), rows [up; gate]."""
     codes, scales = experts.gemm1_weights[expert], experts.gemm1_weights_scale[expert]
     return _values(codes, scales)[
         inverse(row_order(codes.shape[0], experts.activation.gated, codes.device))
@@ -59,20 +59,20 @@ def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
 
 
 def gemm2_values(experts: Experts, expert: int) -> torch.Tensor:
-    """[H, I] fp32 of one expert: code times block scale (exact)."""
+    """Decode one expert's w2: [H, I] fp32, code times block scale (exact)."""
     codes, scales = experts.gemm2_weights[expert], experts.gemm2_weights_scale[expert]
     return _values(codes, scales)[inverse(row_order(codes.shape[0], False, codes.device))]
 
 
 def unshuffled_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
-    """[..., rows] of a prepared bias, back in the order [up; gate]."""
+    """Return a prepared bias [..., rows] in the order [up; gate]."""
     return bias[..., inverse(row_order(bias.shape[-1], gated, bias.device))]
 
 
 def reordered(
     codes: torch.Tensor, scales: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, block scales in 128x4) of the same rows in another order; [E, rows, ...] both."""
+    """Reorder rows: codes and block scales in 128x4, [E, rows, ...] both."""
     rows, half = codes.shape[1:]
     linear = to_linear(_bytes(scales), rows, half * 2 // BLOCK_SIZE, _128X4)
     return codes[:, order].contiguous(), _swizzle(linear[:, order])

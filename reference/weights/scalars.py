@@ -1,4 +1,4 @@
-"""Scales and parameters of a layer: in which units, and in which range they are prepared.
+"""The units and ranges in which scales and parameters of a layer are prepared.
 
 FlashInfer's kernels add biases and SwiGLU's beta to the accumulator, and clamp it, before a scalar
 multiplies it: the weights' decode scale / the encode scale of what they are multiplied with.
@@ -29,7 +29,7 @@ LARGEST = torch.finfo(torch.float32).max
 def per_expert(
     value: torch.Tensor | float | None, experts: int, device: torch.device
 ) -> torch.Tensor | None:
-    """[E] fp32 of one value or one an expert; a copy, which a reload may write."""
+    """Return [E] fp32 from one value, or one an expert; a copy, which a reload may write."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor):
@@ -40,7 +40,7 @@ def per_expert(
 
 
 def in_raw_units(value: torch.Tensor, scalar: torch.Tensor) -> torch.Tensor:
-    """A physical bias, beta or limit in units of the accumulator that `scalar` will multiply.
+    """Convert a physical bias, beta or limit to units of the accumulator that `scalar` multiplies.
 
     Finite values stay finite: what leaves fp32 becomes its largest number, which clamps nothing.
     """
@@ -50,7 +50,7 @@ def in_raw_units(value: torch.Tensor, scalar: torch.Tensor) -> torch.Tensor:
 
 
 def largest_added(*added: torch.Tensor | None) -> torch.Tensor | None:
-    """[E] fp32: the largest magnitude of each expert's biases and beta, at least 1; None of none.
+    """Return each expert's largest bias or beta, [E] fp32, at least 1; None without any.
 
     Args:
         added: [E, ...] each, in physical units; what is not finite counts as 1.
@@ -101,12 +101,12 @@ def static_encode_scale(amax: float) -> float:
 
 
 def quotient(decode: torch.Tensor, encode: torch.Tensor | None) -> torch.Tensor:
-    """decode / encode, at most fp32's largest number."""
+    """Return decode / encode, at most fp32's largest number."""
     return decode if encode is None else _finite(decode / encode)
 
 
 def product(scalar: torch.Tensor, encode: torch.Tensor | None) -> torch.Tensor:
-    """scalar * encode, at most fp32's largest number."""
+    """Return scalar * encode, at most fp32's largest number."""
     return scalar if encode is None else _finite(scalar * encode)
 
 
@@ -117,7 +117,7 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
 def raised(
     scales: torch.Tensor, decode: torch.Tensor, most: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(block scales, decode scales) of quantized weights, the latter at least 1 / most.
+    """Return block scales and decode scales of quantized weights, the latter at least 1 / most.
 
     Where a decode scale rises, block scales fall as much: the values stay what they are but for the
     rounding of the block scales. It waits for the GPU.
@@ -147,7 +147,7 @@ def raised(
 def must_share(
     kind: ActivationType, up: torch.Tensor, gate: torch.Tensor, limit: torch.Tensor | None
 ) -> torch.Tensor:
-    """[E] bool: where scales of their own for up and gate are more than the contract can express.
+    """Mark, [E] bool, experts whose separate scales of up and gate the contract cannot express.
 
     It has one limit for both halves of the accumulator, so that two scales would make one physical
     limit two, unless it is 0 or infinite; and SiTU multiplies both halves by one scalar.

@@ -12,7 +12,7 @@ def dtype_and_shape(t: torch.Tensor) -> str:
 
 
 def one_line(owner: Any) -> str:
-    """A dataclass with its tensors' dtypes and shapes, for its `__repr__`."""
+    """Write a dataclass with its tensors' dtypes and shapes, for its `__repr__`."""
     parts = []
     for f in fields(owner):
         value = getattr(owner, f.name)

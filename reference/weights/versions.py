@@ -9,7 +9,7 @@ import torch
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """A tensor itself; the tensors of a dataclass and of the dataclasses in it; none of other values."""
+    """Yield a tensor itself, or the tensors of a dataclass and of the dataclasses in it."""
     if isinstance(value, torch.Tensor):
         yield value
     elif is_dataclass(value):
