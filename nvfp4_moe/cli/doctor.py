@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"NVIDIA driver: {examined['driver'] or 'none'}")
     if examined["rcp_table"] is not None:
         print(f"rcp.approx table: {examined['rcp_table']}")
+        print(f"functions of the routing: {examined['routing_functions']}")
     print(f"FlashInfer: {examined['flashinfer']['version']}")
     for line in examined["flashinfer"]["differences"]:
         print(f"  {line}")
@@ -71,6 +72,7 @@ def examine() -> dict:
     return {
         **machine(),
         "rcp_table": _rcp_table() if on_gpu else None,
+        "routing_functions": _routing_functions() if on_gpu else None,
         "flashinfer": _flashinfer(),
         "builds": builds,
         "fused_moe": (layer := _fused_moe(x.device)),
@@ -126,10 +128,19 @@ def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
 
 def _rcp_table() -> str:
     """Compare this GPU's rcp.approx with the reference's table; if it differs, so does fast math."""
-    from ..kernels.rcp_probe import measure_rcp_delta
+    from ..kernels.instruction_probe import measure_rcp_delta
 
     measured = measure_rcp_delta("cuda")
     wrong = int((measured != fp32.rcp_delta(measured.device)).sum())
     if wrong == 0:
         return "the known one"
     return f"NOT the known one: {wrong} of {measured.numel()} significands differ; use exact math"
+
+
+def _routing_functions() -> str:
+    """Name the table of ex2.approx and tanh.approx that is this GPU's."""
+    from ..kernels.instruction_probe import functions_that_differ
+
+    if wrong := functions_that_differ("cuda"):
+        return f"not known: those of an H200 differ at {wrong} arguments"
+    return 'functions="hopper", to the bit'

@@ -426,3 +426,23 @@ def test_the_tables_of_a_gpu_are_those_that_were_measured():
     ):
         digest.update(table.numpy().tobytes())
     assert digest.hexdigest() == "7ac6f41e8f2214163209cc8b2239407e1acb463f6b425a550f17c31b0808c3a1"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no NVIDIA GPU of compute capability 9.0 here, whose functions the table has",
+)
+def test_the_functions_are_hoppers():
+    from nvfp4_moe.kernels.instruction_probe import apply_instruction, functions_that_differ
+
+    assert functions_that_differ("cuda") == 0
+    x = torch.arange(-(2**31), 2**31, 4099, dtype=torch.int64, device="cuda")
+    x = x[: len(x) // 1024 * 1024].to(torch.int32).view(torch.float32)
+    for name, ours in (
+        ("ex2.approx.ftz.f32", functions.ex2_approx_ftz),
+        ("tanh.approx.f32", functions.tanh_approx),
+    ):
+        got, want = apply_instruction(name, x), ours(x)
+        same = (got.view(torch.int32) == want.view(torch.int32)) | (got.isnan() & want.isnan())
+        assert same.all(), f"{name} at {x[~same][0].item()}"

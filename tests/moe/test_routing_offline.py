@@ -4,6 +4,7 @@
 import pytest
 from offline import compile_kernel, resources
 
+from nvfp4_moe.kernels.instruction_probe import instruction_kernel
 from nvfp4_moe.kernels.moe.routing import route_kernel
 from nvfp4_moe.reference.moe.routing import RoutingMethodType
 
@@ -32,3 +33,11 @@ def test_compiles_without_a_stack(arch, method, tmp_path):
     kernel = compile_kernel(route_kernel, arch, types, constants, ["logits_ptr"], num_warps=1)
     stack, spills = resources(kernel, tmp_path)
     assert stack <= 64 and not spills
+
+
+@pytest.mark.parametrize("name", ["ex2.approx.ftz.f32", "tanh.approx.f32"])
+def test_the_probe_of_an_instruction_compiles(name):
+    constants = {"SIZE": 1024, "NAME": name}
+    types = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
+    kernel = compile_kernel(instruction_kernel, 90, types, constants, ["x_ptr"])
+    assert name in kernel.asm["ptx"]

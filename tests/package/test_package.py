@@ -59,8 +59,8 @@ REFERENCE = (
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (
     "environment", "device", "gemm_config", "op_schema", "jit", "triton_target", "backends", "allocate",
-    "decode", "rcp_probe", "call", "flashinfer", "quantize", "fused_quantize", "weights", "dense",
-    "baseline_moe", "moe",
+    "decode", "instruction_probe", "call", "flashinfer", "quantize", "fused_quantize", "weights",
+    "dense", "baseline_moe", "moe",
 )  # fmt: skip
 """The files and folders of `kernels/`, in order: each imports none that follows it.
 

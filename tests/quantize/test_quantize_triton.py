@@ -176,7 +176,7 @@ def test_compiles_by_inductor():
 
 @pytest.mark.gpu
 def test_rcp_table_is_this_gpus():
-    from nvfp4_moe.kernels.rcp_probe import measure_rcp_delta
+    from nvfp4_moe.kernels.instruction_probe import measure_rcp_delta
 
     assert_bitwise(measure_rcp_delta("cuda"), fp32.rcp_delta(torch.device("cpu")), "rcp table")
 
