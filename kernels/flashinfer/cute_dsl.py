@@ -5,7 +5,6 @@ with atomics is not used.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CuteDslWeights
 from ..moe.call import MoECall
 from .description import KEYWORD, Argument, Function
+from .layer import Layer, routed
 from .layer_rules import (
     COMMON,
     IN_ITS_LAYOUT,
@@ -28,7 +28,7 @@ from .layer_rules import (
     slot_order,
     writes_bf16,
 )
-from .rules import SM100, Rule, first_reason, math_of, no_kernels_beside
+from .rules import SM100, Rule, math_of, no_kernels_beside
 from .version import SINCE_NEW
 
 NAME = "flashinfer:cute-dsl"
@@ -152,26 +152,9 @@ RULES: tuple[Rule[MoECall], ...] = (
 """The rules of the layer, in the order in which they are asked."""
 
 
-def refusal(r: MoECall) -> str | None:
-    """Return why FlashInfer cannot serve the call; None if it can."""
-    return first_reason(RULES, r)
-
-
-def function(_: MoECall) -> Function:
-    """Return the function that serves the call."""
-    return CUTE_DSL_FUSED_MOE
-
-
-def run(r: MoECall) -> list[torch.Tensor]:
-    """Run the call, which `refusal` let pass, on FlashInfer."""
-    output = CUTE_DSL_FUSED_MOE.run(r, *_routed(r))
+def _run(r: MoECall) -> list[torch.Tensor]:
+    output = CUTE_DSL_FUSED_MOE.run(r, *routed(r))
     return r.placed(output[:, : r.experts.hidden_size])
 
 
-def arguments(r: MoECall) -> dict[str, Any]:
-    """Return the keyword arguments of `cute_dsl_fused_moe`."""
-    return CUTE_DSL_FUSED_MOE.keywords(r, *_routed(r))
-
-
-def _routed(r: MoECall) -> tuple[torch.Tensor, torch.Tensor]:
-    return r.routed("triton" if r.device.type == "cuda" else "reference")
+LAYER = Layer(NAME, BUILD, RULES, lambda _: CUTE_DSL_FUSED_MOE, _run, routed)

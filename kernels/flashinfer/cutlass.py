@@ -14,6 +14,7 @@ from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CutlassWeights
 from ..moe.call import MoECall
 from .description import KEYWORD, OMITTED, Argument, Function, OfType
+from .layer import Layer, routed
 from .layer_rules import (
     COMMON,
     NO_LORA,
@@ -25,7 +26,7 @@ from .layer_rules import (
     slot_order,
     writes_bf16,
 )
-from .rules import BLACKWELL, Rule, first_reason, math_of, no_kernels_beside
+from .rules import BLACKWELL, Rule, math_of, no_kernels_beside
 from .version import SINCE_NEW, UNTIL_NEW
 
 NAME = "flashinfer:cutlass"
@@ -155,28 +156,16 @@ RULES: tuple[Rule[MoECall], ...] = (
 """The rules of the layer, in the order in which they are asked."""
 
 
-def refusal(r: MoECall) -> str | None:
-    """Return why FlashInfer cannot serve the call; None if it can."""
-    return first_reason(RULES, r)
-
-
-def function(_: MoECall) -> Function:
-    """Return the function that serves the call."""
-    return CUTLASS_FUSED_MOE
-
-
-def run(r: MoECall) -> list[torch.Tensor]:
-    """Run the call, which `refusal` let pass, on FlashInfer."""
+def _run(r: MoECall) -> list[torch.Tensor]:
     # It returns a list that begins with the output, and not the tensor that its annotation says.
     output = _new_output(r)
-    CUTLASS_FUSED_MOE.run(r, *_routed(r), output)
+    CUTLASS_FUSED_MOE.run(r, *routed(r), output)
     return r.placed(output[:, : r.experts.hidden_size])
 
 
-def arguments(r: MoECall) -> dict[str, Any]:
-    """Return the keyword arguments of `cutlass_fused_moe` without `output`, which it then allocates."""
-    return CUTLASS_FUSED_MOE.keywords(r, *_routed(r), OMITTED)
+def _without_output(r: MoECall) -> tuple[Any, ...]:
+    """Return the routing alone; the function makes the output itself then."""
+    return (*routed(r), OMITTED)
 
 
-def _routed(r: MoECall) -> tuple[torch.Tensor, torch.Tensor]:
-    return r.routed("triton" if r.device.type == "cuda" else "reference")
+LAYER = Layer(NAME, BUILD, RULES, lambda _: CUTLASS_FUSED_MOE, _run, _without_output)

@@ -3,10 +3,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from . import autotuner, baseline_moe, cute_dsl, cutlass, dense, quantize, trtllm
 from .description import Function
+from .layer import Layer
 
-LAYERS = (trtllm, cute_dsl, cutlass)
-"""The adapters to the fused NVFP4 layers, in the order in which "auto" asks them. Each has NAME, BUILD,
-`refusal`, `run`, `function` and `arguments` of a `MoECall`."""
+LAYERS: dict[str, Layer] = {
+    layer.name: layer for layer in (trtllm.LAYER, cute_dsl.LAYER, cutlass.LAYER)
+}
+"""The fused NVFP4 layers by name, in the order in which "auto" asks them."""
 
 FUNCTIONS: tuple[Function, ...] = (
     quantize.NVFP4_QUANTIZE,

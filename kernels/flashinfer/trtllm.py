@@ -1,7 +1,6 @@
 """The adapter to FlashInfer's fused NVFP4 layer of TensorRT-LLM: its two functions and their limits."""
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import LayerBuild, SfLayout
 from ..moe.call import MoECall
 from .description import WORKSPACE, Argument, Function
+from .layer import Layer
 from .layer_rules import (
     COMMON,
     NOT_BATCH_INVARIANT,
@@ -20,7 +20,7 @@ from .layer_rules import (
     has_activation,
     writes_bf16,
 )
-from .rules import SM10X, Rule, first_reason, math_of, no_kernels_beside
+from .rules import SM10X, Rule, math_of, no_kernels_beside
 from .version import SINCE_NEW
 
 NAME = "flashinfer:trtllm"
@@ -128,7 +128,7 @@ _NO_KERNEL = ("No kernel found", "No valid config found", "No compatible configs
 _without_kernel: dict[tuple, str] = {}
 
 
-def remember_missing_kernel(r: MoECall, error: RuntimeError) -> bool:
+def _remember_missing_kernel(r: MoECall, error: RuntimeError) -> bool:
     """Return True if `run` failed for lack of a kernel; the shape is then refused from now on."""
     message = str(error)
     if not any(text in message for text in _NO_KERNEL):
@@ -234,21 +234,13 @@ LEFT_OPEN: tuple[Rule[MoECall], ...] = (
 showed. The call is served, since a refusal would have to read the values; ours are determined."""
 
 
-def refusal(r: MoECall) -> str | None:
-    """Return why FlashInfer cannot serve the call; None if it can."""
-    return first_reason(RULES, r)
-
-
-def function(r: MoECall) -> Function:
+def _function(r: MoECall) -> Function:
     """Return the function that serves the call: for a given routing, or for logits."""
     return ROUTED if r.logits is None else FROM_LOGITS
 
 
-def run(r: MoECall) -> list[torch.Tensor]:
-    """Run the call, which `refusal` let pass, on FlashInfer."""
-    return list(function(r).run(r))
+def _run(r: MoECall) -> list[torch.Tensor]:
+    return list(_function(r).run(r))
 
 
-def arguments(r: MoECall) -> dict[str, Any]:
-    """Return the keyword arguments of `function(r)`."""
-    return function(r).keywords(r)
+LAYER = Layer(NAME, BUILD, RULES, _function, _run, remembers=_remember_missing_kernel)

@@ -7,7 +7,6 @@ backend that can serve, before any work starts; a backend that was named never f
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from .. import backends
 from ..backends import Backend, Operation
 from ..flashinfer import trtllm
 from ..flashinfer.functions import LAYERS
+from ..flashinfer.layer import Layer
 from ..flashinfer.rules import every_text
 from ..quantize.api import nvfp4_quantize
 from . import statistics as moe_statistics
@@ -52,16 +52,16 @@ def with_codes(call: MoECall) -> MoECall:
     return replace(call, activations=Activations(*codes), quantize=None)
 
 
-def _on_flashinfer(adapter: ModuleType) -> Backend[MoECall, Results]:
+def on_flashinfer(layer: Layer) -> Backend[MoECall, Results]:
+    """Return the row of one of FlashInfer's layers."""
+
     def refusal(call: MoECall) -> str | None:
-        return moe_statistics.refusal(adapter.NAME, call) or adapter.refusal(call)
+        return moe_statistics.refusal(layer.name, call) or layer.refusal(call)
 
     def run(call: MoECall) -> Results:
-        results: Results = adapter.run(with_codes(call))
-        return results
+        return layer.run(with_codes(call))
 
-    remembers = getattr(adapter, "remember_missing_kernel", None)
-    return Backend(adapter.NAME, refusal, run, remembers=remembers)
+    return Backend(layer.name, refusal, run, remembers=layer.remembers)
 
 
 def _triton_refusal(call: MoECall) -> str | None:
@@ -165,7 +165,7 @@ def _notes(call: MoECall) -> list[str]:
 FUSED_MOE: Operation[MoECall, Results] = Operation(
     "fused_moe",
     [
-        *map(_on_flashinfer, LAYERS),
+        *map(on_flashinfer, LAYERS.values()),
         Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
         Backend("reference", _reference_refusal, _in_reference),
     ],

@@ -14,6 +14,7 @@ from ..differential.verdict import Allowed, explain_output
 from ..kernels import environment
 from ..kernels.flashinfer import trtllm
 from ..kernels.flashinfer.functions import LAYERS
+from ..kernels.flashinfer.layer import Layer
 from ..kernels.flashinfer.quantize import BUILDS
 from ..reference.moe.variants import VARIANTS
 from ..reference.quantize import Quantized
@@ -198,18 +199,17 @@ def _replay_snippet(path: str, backend: str, configuration: str | None = None) -
 
 def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
     case, backend = failure.case, failure.backend
-    adapters = {m.NAME: m for m in LAYERS}
     call = [f"{case.name}: {_shape(case)}."]
     if failure.configuration is not None:
         call.append(f"Configuration: `{failure.configuration}`.")
     if backend == trtllm.NAME:
         call.append(_code(_trtllm_snippet(case, path), "python"))
-    elif backend in adapters:
-        call.append(_code(_adapter_snippet(adapters[backend], case, path), "python"))
+    elif backend in LAYERS:
+        call.append(_code(_layer_snippet(LAYERS[backend], case, path), "python"))
     else:
         call.append(_code(_replay_snippet(path, backend, failure.configuration), "python"))
-    if backend in adapters:
-        given = adapters[backend].arguments(case.request())
+    if backend in LAYERS:
+        given = LAYERS[backend].arguments(case.request())
         call += ["Its arguments:", _code("\n".join(_described(k, v) for k, v in given.items()))]
     if failure.output is None:
         return f"{backend} raises: {case.name}", call, _raised(backend, failure.origin.note)
@@ -279,7 +279,7 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
         return saved[id(value)]
 
     call = case.request()
-    function, arguments = trtllm.function(call).name, trtllm.arguments(call)
+    function, arguments = trtllm.LAYER.function(call).name, trtllm.LAYER.arguments(call)
     lines = [
         *_environment(case.recipe, "cuda", four_over_six=True),
         "import torch",
@@ -296,20 +296,19 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
     return "\n".join(lines)
 
 
-def _adapter_snippet(adapter: Any, case: MoECase, path: str) -> str:
+def _layer_snippet(layer: Layer, case: MoECase, path: str) -> str:
     """The layer's own layouts are made from those in the file, which nvfp4-moe does."""
-    function = adapter.function(case.request()).name
-    module = adapter.__name__.rsplit(".", 1)[1]
+    function = layer.function(case.request()).name
     build = VARIANTS[case.build].quantizers
     return "\n".join(
         [
             *_environment(case.recipe, build, four_over_six=True),
             f"from flashinfer.fused_moe import {function}",
-            f"from nvfp4_moe.kernels.flashinfer.{module} import arguments",
+            "from nvfp4_moe.kernels.flashinfer.functions import LAYERS",
             "from nvfp4_moe.cases.moe_case import to_device",
             "from nvfp4_moe.failures.replay_file import load",
             "",
             f"case = to_device(load({path!r}).case, 'cuda')",
-            f"print({function}(**arguments(case.request())))",
+            f"print({function}(**LAYERS[{layer.name!r}].arguments(case.request())))",
         ]
     )

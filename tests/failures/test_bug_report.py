@@ -158,7 +158,7 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
     name = f"trtllm_fp4_block_scale{'' if routed else '_routed'}_moe"
     program = snippet(text)
     got = caught(program, fused_moe, name, monkeypatch)
-    want = trtllm.arguments(failure.case.request())
+    want = trtllm.LAYER.arguments(failure.case.request())
     assert_same(got, want | {"hidden_states_scale_layout": Theirs.layout_linear})
     assert "os.environ['FLASHINFER_NVFP4_4OVER6_E4M3_USE_256'] = '1'" in program
     assert "output2_scale_scalar: float32 [4] = 0x" in text
@@ -190,5 +190,5 @@ def test_the_other_layers(layer, tmp_path, monkeypatch):
     save_moe(path, failure)
     name = "cute_dsl_fused_moe" if cute else "cutlass_fused_moe"
     got = caught(snippet(bug_report_text(failure, str(path))), fused_moe, name, monkeypatch)
-    for key, value in layer.arguments(case.request()).items():
+    for key, value in layer.LAYER.arguments(case.request()).items():
         assert_same(got[key], value)

@@ -50,7 +50,7 @@ def arguments_of(case, shape, experts=None):
         finalize_order="slot",
         build="cute-dsl",
     )
-    return cute_dsl.arguments(request)
+    return cute_dsl.LAYER.arguments(request)
 
 
 def weights(codes, sf, expert):

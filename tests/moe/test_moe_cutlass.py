@@ -52,7 +52,7 @@ def request_of(case, shape, **changes):
 
 
 def arguments_of(case, shape):
-    return cutlass.arguments(request_of(case, shape))
+    return cutlass.LAYER.arguments(request_of(case, shape))
 
 
 def values(codes, scales):
@@ -229,17 +229,17 @@ class TestExplain:
         shape = replace(SHAPE, top_k=8)
         case = moe_cases.make(shape, mode="static")
         asked = request_of(case, shape, finalize_order="flashinfer")
-        assert "slot" in cutlass.refusal(replace(asked, capability=(12, 0)))
+        assert "slot" in cutlass.LAYER.refusal(replace(asked, capability=(12, 0)))
 
     def test_parts_of_the_other_door(self):
         request = request_of(moe_cases.make(SHAPE, mode="static"), SHAPE)
         request = replace(request, capability=(12, 0))
-        assert cutlass.refusal(request) is None
+        assert cutlass.LAYER.refusal(request) is None
         for changes, reason in (
             ({"lora_delta": torch.ones(1)}, "gemm1_lora_delta"),
             ({"shared_experts": 1}, "shared experts"),
         ):
-            assert reason in cutlass.refusal(replace(request, **changes))
+            assert reason in cutlass.LAYER.refusal(replace(request, **changes))
 
 
 def test_what_no_backend_accepts():

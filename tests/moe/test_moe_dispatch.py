@@ -374,18 +374,23 @@ class TestExplain:
         assert explained(backend="flashinfer:trtllm", capability=(9, 0)).backend is None
 
 
+def serve_trtllm_by(monkeypatch, run):
+    """Let a function run TRT-LLM's layer, which refuses nothing but shapes without a kernel."""
+    layer = replace(trtllm.LAYER, rules=trtllm.RULES[-1:], run=run)
+    monkeypatch.setitem(FUSED_MOE._table, layer.name, moe_backends.on_flashinfer(layer))
+
+
 def test_a_missing_kernel_falls_back_once(monkeypatch, caplog):
     """It shows at run time only: the next call of the shape does not try again, and says why."""
     case = moe_cases.make(SHAPE)
     monkeypatch.setattr(trtllm, "_without_kernel", {})
-    monkeypatch.setattr(trtllm, "RULES", trtllm.RULES[-1:])
     calls = []
 
     def run(request):
         calls.append(request)
         raise RuntimeError("No kernel found for the given options: e2m1\nmore")
 
-    monkeypatch.setattr(trtllm, "run", run)
+    serve_trtllm_by(monkeypatch, run)
     want = reference.fused_moe(case.activations, case.experts, case.ids, case.weights).output
     for _ in range(2):
         assert_bitwise(routed(case, (case.ids, case.weights))[0], want, "the reference's")
@@ -400,7 +405,7 @@ def test_a_missing_kernel_falls_back_once(monkeypatch, caplog):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(trtllm, "_without_kernel", {})
-    monkeypatch.setattr(trtllm, "run", other)
+    serve_trtllm_by(monkeypatch, other)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         routed(case, (case.ids, case.weights))
 

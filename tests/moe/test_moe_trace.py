@@ -55,7 +55,7 @@ def arguments_of(case, shape, experts=None, activations=None):
         local_expert_offset=shape.offset,
         topk=(case.ids, case.weights),
     )
-    return trtllm.arguments(request)
+    return trtllm.LAYER.arguments(request)
 
 
 def ours(case, shape):
