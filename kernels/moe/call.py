@@ -46,7 +46,7 @@ LOGITS_NAMES = ("routing_logits", "")
 
 
 class LayerMode:
-    """How hidden states and intermediate are quantized, from two fields that every call has."""
+    """The quantization of hidden states and intermediate, from two fields that every call has."""
 
     activations: Activations
     quantize: Quantize | None
@@ -306,7 +306,7 @@ def check_experts(e: Experts) -> None:
 
 
 def activation_mode(activation: Mode | None, experts: Experts) -> Mode:
-    """How the hidden states are quantized; omitted, as the experts' scales say."""
+    """Return how hidden states are quantized; None means as the experts' scales say."""
     static = experts.input_scale is not None
     if activation is None:
         activation = "static" if static else "per-token"

@@ -26,9 +26,9 @@ EXPERTS: dict[type, tuple[str, ...]] = {
         "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit",
     )
 }  # fmt: skip
-"""What ops get of the experts."""
+"""The fields of the experts that ops get."""
 FLAT = Flat(KernelCall, EXPERTS)
-"""How a call crosses: the one place that knows the op's arguments."""
+"""The flat form in which a call crosses `torch.library`: only this knows the op's arguments."""
 
 
 class Implementation(Protocol):

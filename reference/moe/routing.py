@@ -442,7 +442,7 @@ def _in_order(parts: torch.Tensor) -> torch.Tensor:
 
 
 def _one_block_a_token(values: torch.Tensor, top_k: int) -> bool:
-    """Whether FlashInfer's kernel of Default has a block for each token.
+    """Return True if FlashInfer's kernel of Default has a block for each token.
 
     `routing_custom.cuh:1575-1829`, for at most 256 experts.
     """

@@ -1,4 +1,4 @@
-"""What is asked of the Triton kernels on masked input, in the interpreter and on a GPU alike."""
+"""Cases of the Triton kernels on masked input, for the interpreter and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace

@@ -19,7 +19,7 @@ Lines = frozenset[tuple[str, int]]
 
 @functools.cache
 def _file(code: CodeType) -> str | None:
-    """Of a kernel or a device function."""
+    """Return the file of a kernel or a device function."""
     path = Path(code.co_filename).resolve()
     return path.relative_to(KERNELS.parent).as_posix() if KERNELS in path.parents else None
 
@@ -56,7 +56,7 @@ def read(path: Path) -> Lines:
 
 
 def executes(lines: Lines, mutant: Generated) -> bool:
-    """Whether what a mutant changes is among the lines; a constant may be used by any."""
+    """Return True if a mutant's change is among the lines; a constant may be used by any."""
     if mutant.lines is None:
         return True
     first, last = mutant.lines
