@@ -164,7 +164,14 @@ NO_INTEGER = st.sampled_from(["0", 0.0, 2.5, float("nan"), True, None])
 MASKED_X = X.view(4, 8, 64)
 MASKED_STATES = torch.ones(4, 8, 128).bfloat16()
 MASKED_M = torch.tensor([3, 0, 8, 1], dtype=torch.int32)
-NO_MASK = tensor(MASKED_M.bool(), optional=False) | st.sampled_from([MASKED_M - 1, MASKED_M + 1])
+NO_MASK = (
+    OBJECTS
+    | WORDS
+    | NUMBERS
+    | st.none()
+    | st.sampled_from([MASKED_M.bool(), MASKED_M.float(), MASKED_M[:3], MASKED_M[None]])
+    | st.sampled_from([MASKED_M - 1, MASKED_M + 1, MASKED_M.to("meta")])
+)
 STATIC = nvfp4_moe.prepare_experts(LAYER.w13, LAYER.w2, input_amax=1.0, intermediate_amax=1.0)
 FUNCTIONS = {
     "nvfp4_quantize": Function(

@@ -159,7 +159,6 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "The store has the same mask: what is loaded outside of it is not used.": (
         "kernels finalize_kernel: constant: 0.0 -> 1.0",
-        "kernels _expert_tile: constant: 0 -> 1",
         "kernels _expert_tile: constant: 0.0 -> 1.0",
     ),
     "Behind K codes and scales of both operands are masked, so that 0 remains a factor.": (
