@@ -298,6 +298,19 @@ def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
     assert "SURVIVED reference/numerics/e2m1.py pack: " in capsys.readouterr().out
 
 
+def test_a_probe_that_finds_fault_with_unchanged_code_fails_the_command(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    good = reference_probes.probe("e2m1")
+    probes = {"good": good, "wrong": lambda: iter(["a fault"])}
+    monkeypatch.setattr(command, "probes_of", lambda mutant, device: probes)
+    assert main(of_pack(tmp_path / "results.txt")) == 1
+    said = capsys.readouterr().out
+    assert "WRONG PROBE wrong, on unchanged code: killed a fault" in said
+    assert "SURVIVED" not in said and set(_letters(tmp_path / "results.txt")) == {"k"}
+
+
 def test_the_probe_that_saw_the_last_mutant_of_a_function_comes_first(monkeypatch):
     made = _made(_FIRST)
     probes = {name: lambda: iter(()) for name in ("slow", "quick", "sees")}
