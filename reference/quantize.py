@@ -15,7 +15,8 @@ Two details are load-bearing: every operation rounds on its own, in this order, 
 what they do to subnormals and zeros (`numerics/fp32.py`, and the conditions below). A NaN loses in every
 maximum: a block of NaN alone has V = NaN, a row of NaN alone A = 0. Sources, in flashinfer-python
 0.7.2.post1: `quantization.cuh:761-906` (CUDA, per token), `quantization_utils.cuh:431-690` (blocks),
-`quantization/kernels/nvfp4_quantize.py:952` and `quantization_cute_dsl_utils.py:1755-1895` (CuTe-DSL).
+`quantization/kernels/nvfp4_quantize.py:952` and `quantization_cute_dsl_utils.py:1755-1895` (CuTe-DSL);
+`docs/flashinfer_versions.md` has what 0.7.4 does otherwise.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -241,9 +242,7 @@ def quantize_blocks(
     unrounded = block_scale(amax, encode, recipe, ar)
     scale_bytes = e4m3.encode(unrounded)
     factor = output_scale(scale_bytes, encode, recipe, ar)
-    # The CuTe-DSL kernel's fast path tests the rounded scale, all others the maximum.
-    rounded = recipe.math == "fast" and recipe.build == "cute-dsl"
-    zero = e4m3.decode(scale_bytes) == 0 if rounded else amax == 0
+    zero = e4m3.decode(scale_bytes) == 0 if recipe.tests_rounded_scale else amax == 0
     factor = torch.where(zero, 0.0, factor)
     codes = e2m1.encode(ar.mul(values, factor[..., None]))
     steps = {"block_amax": amax, "block_scale": unrounded, "output_scale": factor}
@@ -349,7 +348,7 @@ def _e4m3_blocks(
 
 def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithmetic) -> Quantized:
     """fp32 input: codes from the block's own maximum, the block scale from both afterwards."""
-    if recipe != Recipe():
+    if not recipe.is_fast_alone:
         raise ValueError(
             f"x is fp32; its recipe must be fast, without 4over6, build cuda: {recipe}"
         )

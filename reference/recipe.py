@@ -1,4 +1,4 @@
-"""The choices of NVFP4 arithmetic as values: math, 4over6, build, and their integer code.
+"""The choices of NVFP4 arithmetic as values: math, 4over6, build, version, and their integer code.
 
 Names, fields and values of `SfLayout`, `NVFP44Over6ErrMode` and `NVFP44Over6Config` are those of
 flashinfer-python 0.7.2 (`tllm_enums.py`, `quantization/nvfp4_quantization_utils.py`), so that its
@@ -6,7 +6,7 @@ own objects can stand in their place.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,12 @@ Math = Literal["fast", "exact"]
 Build = Literal["cuda", "cute-dsl"]
 LayerBuild = Literal["cuda", "cute-dsl", "cutlass"]
 """The build whose bits a layer has; "cutlass" is a layer's alone, with the CUDA build's quantizers."""
+
+FlashInferVersion = Literal["0.7.2", "0.7.4"]
+"""The versions of FlashInfer whose bits are described; docs/flashinfer_versions.md has what differs."""
+FLASHINFER: FlashInferVersion = "0.7.2"
+"""The default, whatever is installed: SGLang 0.5.23 and vLLM 0.33 run 0.7.2, all golden arrays are of
+it, and the bits of a call change by an argument or with a release of ours alone."""
 
 BLOCK_SIZE = 16
 """Elements that share one block scale."""
@@ -27,6 +33,7 @@ SQUARED_ERROR = 1 << 2
 FAST_ERROR = 1 << 4
 EXACT = 1 << 5
 NO_FTZ = 1 << 6  # the "cute-dsl" build, whose kernels keep subnormal numbers
+SINCE_0_7_4 = 1 << 7
 
 
 class SfLayout(IntEnum):
@@ -89,18 +96,21 @@ class Recipe:
         math: "fast" (FlashInfer's default) or "exact" (IEEE divisions).
         four_over_six: a config, or None for off.
         build: whose edge cases: FlashInfer's "cuda" kernels or its "cute-dsl" ones.
+        flashinfer: of which version of FlashInfer.
 
     Raises:
-        ValueError: another math or build.
+        ValueError: another math, build or version.
     """
 
     math: Math = "fast"
     four_over_six: NVFP44Over6Config | None = None
     build: Build = "cuda"
+    flashinfer: FlashInferVersion = FLASHINFER
 
     def __post_init__(self) -> None:
         checks.one_of("math", self.math, get_args(Math))
         checks.one_of("build", self.build, get_args(Build))
+        check_flashinfer(self.flashinfer)
         if self.four_over_six is not None:
             kind, allowed = NVFP44Over6Config, "an NVFP44Over6Config or None"
             checks.instance("four_over_six", self.four_over_six, kind, allowed)
@@ -115,6 +125,26 @@ class Recipe:
         return 1.0 / (6.0 * self.e4m3_max)
 
     @property
+    def is_fast_alone(self) -> bool:
+        """Fast math without 4over6, build "cuda": the arithmetic that fp32 input has, in any version."""
+        return replace(self, flashinfer=FLASHINFER) == Recipe()
+
+    @property
+    def tests_rounded_scale(self) -> bool:
+        """Whether a block has codes of zero where its scale rounds to zero in e4m3.
+
+        Else it has them where its maximum is zero, and the scale's reciprocal is infinite: codes of 6.
+        """
+        fast = self.math == "fast" and self.four_over_six is None
+        return fast and (self.build == "cute-dsl" or self.flashinfer != "0.7.2")
+
+    @property
+    def earliest(self) -> "Recipe":
+        """The same bits by their first version: a later one's recipe, unless that brought other bits."""
+        first = replace(self, flashinfer=FLASHINFER)
+        return first if first.tests_rounded_scale == self.tests_rounded_scale else self
+
+    @property
     def code(self) -> int:
         """The recipe as an integer, the sum of the bits above."""
         f = self.four_over_six
@@ -125,6 +155,7 @@ class Recipe:
             | (FAST_ERROR if f is not None and f.err_use_fast_math else 0)
             | (EXACT if self.math == "exact" else 0)
             | (NO_FTZ if self.build == "cute-dsl" else 0)
+            | (SINCE_0_7_4 if self.flashinfer == "0.7.4" else 0)
         )
 
     @classmethod
@@ -138,7 +169,8 @@ class Recipe:
                 bool(code & FAST_ERROR),
             )
         build: Build = "cute-dsl" if code & NO_FTZ else "cuda"
-        recipe = cls("exact" if code & EXACT else "fast", f, build)
+        flashinfer: FlashInferVersion = "0.7.4" if code & SINCE_0_7_4 else "0.7.2"
+        recipe = cls("exact" if code & EXACT else "fast", f, build, flashinfer)
         if recipe.code != code:
             raise ValueError(f"code {code} is not the code of a recipe")
         return recipe
@@ -149,7 +181,13 @@ class Recipe:
         if f is not None:
             error = NVFP44Over6ErrMode(int(f.err_mode)).name.lower()
             parts.append(f"4over6-{f.e4m3_max}-{error}{'-fasterr' if f.err_use_fast_math else ''}")
-        return "-".join([*parts, self.build])
+        version = [] if self.flashinfer == FLASHINFER else [f"flashinfer-{self.flashinfer}"]
+        return "-".join([*parts, self.build, *version])
+
+
+def check_flashinfer(version: Any) -> None:
+    """Raise ValueError unless it is a version whose bits are described."""
+    checks.one_of("flashinfer", version, get_args(FlashInferVersion))
 
 
 def check_recipe(recipe: Any) -> None:
@@ -158,8 +196,8 @@ def check_recipe(recipe: Any) -> None:
         checks.instance("recipe", recipe, Recipe, "a Recipe or None")
 
 
-def all_recipes() -> list[Recipe]:
-    """Every recipe there is: 2 maths x (no 4over6 + 8 of it) x 2 builds."""
+def all_recipes(flashinfer: FlashInferVersion = FLASHINFER) -> list[Recipe]:
+    """Every recipe of a version: 2 maths x (no 4over6 + 8 of it) x 2 builds."""
     fours: list[NVFP44Over6Config | None] = [None]
     fours += [
         NVFP44Over6Config(e, m, fast)
@@ -167,4 +205,6 @@ def all_recipes() -> list[Recipe]:
         for m in NVFP44Over6ErrMode
         for fast in (False, True)
     ]
-    return [Recipe(m, f, b) for b in get_args(Build) for m in get_args(Math) for f in fours]
+    return [
+        Recipe(m, f, b, flashinfer) for b in get_args(Build) for m in get_args(Math) for f in fours
+    ]

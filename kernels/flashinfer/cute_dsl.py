@@ -5,6 +5,7 @@ with atomics is not used.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CuteDslWeights
 from ..moe.call import MoECall
 from .description import KEYWORD, Argument, Function
+from .differences import FIRST_SLOT, of_other_version
 from .layer import Layer, routed
 from .layer_rules import (
     COMMON,
@@ -29,7 +31,7 @@ from .layer_rules import (
     writes_bf16,
 )
 from .rules import SM100, Rule, math_of, no_kernels_beside
-from .version import SINCE_NEW
+from .version import SINCE_NEW, UNTIL_NEW
 
 NAME = "flashinfer:cute-dsl"
 BUILD: LayerBuild = "cute-dsl"
@@ -145,7 +147,13 @@ RULES: tuple[Rule[MoECall], ...] = (
     math_of("cute-dsl", "quantization/kernels/nvfp4_quantize.py:3250"),
     four_over_six_of_environment("quantization/kernels/nvfp4_quantize.py:3250"),
     NOT_BATCH_INVARIANT,
-    slot_order("fused_moe/cute_dsl/blackwell/moe_finalize.py:100"),
+    of_other_version(
+        FIRST_SLOT,
+        lambda _: True,
+        lambda r: "0.7.4" if r.finalize_order == "slot-multiply" else "0.7.2",
+        {"0.7.2": 'finalize_order="slot"', "0.7.4": 'finalize_order="slot-multiply"'},
+    ),
+    replace(slot_order("fused_moe/cute_dsl/blackwell/moe_finalize.py:100"), versions=UNTIL_NEW),
     routing_limit("fused_moe/cute_dsl/moe_utils.py:549"),
     IN_ITS_LAYOUT,
 )

@@ -88,14 +88,15 @@ NOT_BATCH_INVARIANT: Rule[MoECall] = Rule(
 )
 
 
-def _splits_its_sum(r: MoECall) -> bool:
+def _has_another_order(r: MoECall) -> bool:
     k, h = r.routing.top_k, r.experts.hidden_size
-    return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
+    splits = r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
+    return splits or r.finalize_order == "slot-multiply"
 
 
 def slot_order(source: str) -> Rule[MoECall]:
     """The layers other than TRT-LLM's add the rows of a token slot by slot."""
-    return Rule(_splits_its_sum, 'its order is finalize_order="slot"', source)
+    return Rule(_has_another_order, 'its order is finalize_order="slot"', source)
 
 
 def routing_limit(source: str) -> Rule[MoECall]:

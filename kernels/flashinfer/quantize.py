@@ -4,15 +4,16 @@ The function is called in the form that a CUDA graph can capture.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ...reference.layouts import padded_shape
-from ...reference.recipe import BLOCK_SIZE, Build, SfLayout
+from ...reference.recipe import BLOCK_SIZE, Build, FlashInferVersion, SfLayout
 from ..quantize.call import QuantizeCall
 from . import version
 from .description import BATCH_INVARIANT, OMITTED, Argument, Function, OfType
+from .differences import ROUNDED_SCALE, of_other_version
 from .rules import (
     BLACKWELL,
     COMMON,
@@ -129,6 +130,12 @@ RULES: dict[str, tuple[Rule[QuantizeCall], ...]] = {
         *_COMMON,
         no_kernels_beside(BLACKWELL, "quantization/fp4_quantization.py:274"),
         _bits_of("cuda"),
+        of_other_version(
+            ROUNDED_SCALE,
+            lambda r: r.recipe.is_fast_alone and r.a.dtype in _HALF,
+            lambda r: r.recipe.flashinfer,
+            {v: f'flashinfer="{v}"' for v in get_args(FlashInferVersion)},
+        ),
         math_of("cuda", "cpp/common/envUtils.cpp:365"),
         Rule(
             lambda r: r.out_scale is not None,

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...reference.recipe import FlashInferVersion
+
 Version = tuple[int, ...]
 """The numbers of a release: (0, 7, 2) for 0.7.2.post1."""
 
@@ -45,6 +47,11 @@ class Installation:
     def described_as(self) -> Version:
         """The version by which arguments and rules are chosen."""
         return self.version or CITED
+
+    @property
+    def contract(self) -> FlashInferVersion:
+        """The version of the contract whose bits it has."""
+        return "0.7.4" if self.described_as in SINCE_NEW else "0.7.2"
 
     @property
     def is_described(self) -> bool:

@@ -11,7 +11,14 @@ from typing import Any, Literal
 import torch
 
 from ...reference import checks
-from ...reference.recipe import BLOCK_SIZE, Build, Recipe, SfLayout
+from ...reference.recipe import (
+    BLOCK_SIZE,
+    FLASHINFER,
+    Build,
+    FlashInferVersion,
+    Recipe,
+    SfLayout,
+)
 from ...reference.weights.scalars import LARGEST
 from .. import backends, environment
 from ..allocate import allocate
@@ -82,6 +89,7 @@ def silu_and_mul_nvfp4_quantize(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
+    flashinfer: FlashInferVersion = FLASHINFER,
 ) -> Asked[FusedQuantizeCall]:
     """SiLU of the first half of every row times the second, quantized per token.
 
@@ -91,7 +99,7 @@ def silu_and_mul_nvfp4_quantize(
     Args:
         x: [M, 2K] bf16 or fp16, K a multiple of 16.
         a_global_sf: as `nvfp4_quantize` has it per token; None for the recipe's own, 1/2688 or 1/1536.
-        sfLayout, nvfp4_4over6, fast_math, build: as `nvfp4_quantize` has them.
+        sfLayout, nvfp4_4over6, fast_math, build, flashinfer: as `nvfp4_quantize` has them.
         backend: "auto", "triton", "reference", or one of `register_backend("fused_quantize", ...)`.
 
     Returns:
@@ -103,7 +111,7 @@ def silu_and_mul_nvfp4_quantize(
     """
     _check_matrix(x, 2 * BLOCK_SIZE, "2K")
     half = x[:, : x.shape[1] // 2]
-    quantizer = _quantizer(half, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
+    quantizer = _quantizer(half, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build, flashinfer)
     return _call(x, None, 0.0, None, quantizer), FUSED_QUANTIZE.check_name(backend)
 
 
@@ -119,6 +127,7 @@ def rmsnorm_nvfp4_quantize(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
+    flashinfer: FlashInferVersion = FLASHINFER,
 ) -> Asked[FusedQuantizeCall]:
     """The RMSNorm of every row, quantized per token.
 
@@ -131,7 +140,7 @@ def rmsnorm_nvfp4_quantize(
         the others, returns and errors: as `silu_and_mul_nvfp4_quantize` has them.
     """
     _check_norm(x, weight, eps)
-    quantizer = _quantizer(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
+    quantizer = _quantizer(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build, flashinfer)
     return _call(x, weight, eps, None, quantizer), FUSED_QUANTIZE.check_name(backend)
 
 
@@ -148,6 +157,7 @@ def add_rmsnorm_nvfp4_quantize(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
+    flashinfer: FlashInferVersion = FLASHINFER,
 ) -> Asked[FusedQuantizeCall]:
     """Normalize and quantize x + residual; the sum, rounded to its dtype, replaces `residual`.
 
@@ -161,7 +171,7 @@ def add_rmsnorm_nvfp4_quantize(
     _check_like("residual", residual, x, x.shape)
     checks.tensor("residual", residual, contiguous=True)
     _check_norm(x, weight, eps)
-    quantizer = _quantizer(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build)
+    quantizer = _quantizer(x, a_global_sf, sfLayout, nvfp4_4over6, fast_math, build, flashinfer)
     return _call(x, weight, eps, residual, quantizer), FUSED_QUANTIZE.check_name(backend)
 
 
@@ -186,6 +196,7 @@ def _quantizer(
     nvfp4_4over6: Any,
     fast_math: bool | None,
     build: Build,
+    flashinfer: FlashInferVersion,
 ) -> QuantizeCall:
     """The quantizer's call, of values of the shape of `a`; without a scale, by the recipe's own."""
     own = scale is None
@@ -202,6 +213,7 @@ def _quantizer(
         nvfp4_4over6=nvfp4_4over6,
         fast_math=fast_math,
         build=build,
+        flashinfer=flashinfer,
     )
     if not own:
         check_values(call)

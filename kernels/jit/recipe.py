@@ -19,6 +19,12 @@ def is_exact(code):
 
 
 @triton.constexpr_function
+def tests_rounded_scale(code):
+    """True if fast math tests a block's scale for zero after e4m3, not the block's maximum."""
+    return bool(code & (recipe.NO_FTZ | recipe.SINCE_0_7_4))
+
+
+@triton.constexpr_function
 def is_four_over_six(code):
     """True if a block's maximum may stand at 4 as well as at 6."""
     return bool(code & recipe.FOUR_OVER_SIX)

@@ -48,6 +48,7 @@ def with_codes(call: MoECall) -> MoECall:
         nvfp4_4over6=recipe.four_over_six,
         fast_math=recipe.math == "fast",
         build=recipe.build,
+        flashinfer=recipe.flashinfer,
     )
     return replace(call, activations=Activations(*codes), quantize=None)
 

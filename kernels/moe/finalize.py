@@ -31,8 +31,8 @@ def finalize(
     columns = min(1024, triton.next_power_of_2(width))
     finalize_kernel[(tokens, triton.cdiv(width, columns))](
         rows, permuted, weights.contiguous(), output, rows.shape[1], width,
-        K=top_k, GROUPS=groups, COLUMNS=columns, ARCH=arch(output.device), num_warps=4,
-        **launch_options(output.device),
+        K=top_k, GROUPS=groups, MULTIPLIES_FIRST=order == "slot-multiply", COLUMNS=columns,
+        ARCH=arch(output.device), num_warps=4, **launch_options(output.device),
     )  # fmt: skip
 
 
@@ -46,9 +46,12 @@ def finalize_kernel(
     width,
     K: tl.constexpr,
     GROUPS: tl.constexpr,  # strided groups of slots, summed apart (`split_k_groups`)
+    MULTIPLIES_FIRST: tl.constexpr,  # slot 0 is a product, not added to +0
     COLUMNS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
+    # That order flushes no subnormals.
+    FTZ: tl.constexpr = not MULTIPLIES_FIRST
     await_previous(ARCH)
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -58,17 +61,21 @@ def finalize_kernel(
         part = tl.zeros((COLUMNS,), tl.float32)
         for k in range(j, K, GROUPS):
             row = tl.load(permuted_ptr + token * K + k)
-            weight = flush(tl.load(weights_ptr + token * K + k).to(tl.float32), True, ARCH)
+            weight = flush(tl.load(weights_ptr + token * K + k).to(tl.float32), FTZ, ARCH)
             is_local = tl.where(inside, row, -1) >= 0
             stored = tl.load(rows_ptr + row.to(tl.int64) * H + column, is_local, other=0.0)
-            value = flush(stored.to(tl.float32), True, ARCH)
+            value = flush(stored.to(tl.float32), FTZ, ARCH)
+            onto = part
+            if MULTIPLIES_FIRST and k == 0:
+                # -0 by its bits: `tl.full` takes -0.0 for 0.
+                onto = tl.full((COLUMNS,), -(2**31), tl.int32).to(tl.float32, bitcast=True)
             if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
-                added = (value.to(tl.float64) * weight + part).to(tl.float32)
+                added = (value.to(tl.float64) * weight + onto).to(tl.float32)
             else:
-                added = tl.fma(value, tl.zeros_like(part) + weight, part)
+                added = tl.fma(value, tl.zeros_like(part) + weight, onto)
             # The weight of a slot of no expert may be NaN.
-            part = tl.where(is_local, flush(added, True, ARCH), part)
-        total = part if j == 0 else add(total, part, True, ARCH)
+            part = tl.where(is_local, flush(added, FTZ, ARCH), part)
+        total = part if j == 0 else add(total, part, FTZ, ARCH)
     out = out_ptr + token.to(tl.int64) * width + column
     if out_ptr.dtype.element_ty == tl.bfloat16:
         tl.store(out, to_bf16(total, ARCH), inside)

@@ -12,7 +12,7 @@ import torch
 
 from ...reference import checks
 from ...reference.layouts import from_linear, shuffle_rows
-from ...reference.recipe import Build, SfLayout
+from ...reference.recipe import FLASHINFER, Build, FlashInferVersion, SfLayout
 from .. import backends
 from ..allocate import allocate
 from ..backends import Asked, Backend, Operation
@@ -150,6 +150,7 @@ def nvfp4_quantize(
     *,
     fast_math: bool | None = ...,
     build: Build | None = ...,
+    flashinfer: FlashInferVersion = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def nvfp4_quantize(
@@ -167,6 +168,7 @@ def nvfp4_quantize(
     nvfp4_4over6: Any = ...,
     fast_math: bool | None = ...,
     build: Build | None = ...,
+    flashinfer: FlashInferVersion = ...,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 @overload
 def nvfp4_quantize(
@@ -184,6 +186,7 @@ def nvfp4_quantize(
     *,
     fast_math: bool | None = ...,
     build: Build | None = ...,
+    flashinfer: FlashInferVersion = ...,
 ) -> Result: ...
 @QUANTIZE.served()
 def nvfp4_quantize(
@@ -201,6 +204,7 @@ def nvfp4_quantize(
     *,
     fast_math: bool | None = None,
     build: Build | None = None,
+    flashinfer: FlashInferVersion = FLASHINFER,
 ) -> Asked[QuantizeCall]:
     """Quantize [M, K] to NVFP4: FlashInfer's `nvfp4_quantize`, on every backend.
 
@@ -229,6 +233,8 @@ def nvfp4_quantize(
         fast_math: False for IEEE divisions; None as FlashInfer's backend would read the environment.
             Under `torch.compile` that is read once, while tracing.
         build: whose bits at the edges, "cuda" (default) or "cute-dsl" (default of that backend).
+        flashinfer: of which version, whatever is installed; FlashInfer of another version serves the
+            calls whose bits both have (docs/flashinfer_versions.md).
 
     Returns:
         (codes uint8 [M, K/2], block scales uint8 [padded M, padded K/16]) and, per token, the fp32
@@ -252,6 +258,7 @@ def nvfp4_quantize(
         nvfp4_4over6=nvfp4_4over6,
         fast_math=fast_math,
         build=build,
+        flashinfer=flashinfer,
     )
     check_values(call)
     return call, name

@@ -18,6 +18,7 @@ from ..jit.recipe import (
     is_four_over_six,
     largest_value,
     squares_error,
+    tests_rounded_scale,
 )
 
 
@@ -212,8 +213,7 @@ def quantize_block(
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
         byte = e4m3_encode(unrounded, ARCH)
         output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
-        # The CuTe-DSL kernel tests the rounded scale.
-        zero = amax == 0 if FTZ else byte == 0
+        zero = byte == 0 if tests_rounded_scale(RECIPE) else amax == 0
         output_scale = tl.where(zero, 0.0, output_scale)
     return byte, e2m1_encode(x, output_scale, FTZ, ARCH)
 

@@ -2,13 +2,22 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 
 from ...reference import checks
-from ...reference.recipe import BLOCK_SIZE, Build, Math, NVFP44Over6Config, Recipe, SfLayout
+from ...reference.recipe import (
+    BLOCK_SIZE,
+    FLASHINFER,
+    Build,
+    FlashInferVersion,
+    Math,
+    NVFP44Over6Config,
+    Recipe,
+    SfLayout,
+)
 from .. import environment
 from ..device import capability_of
 
@@ -78,6 +87,7 @@ def make_quantize_call(
     nvfp4_4over6: Any = UNSET,
     fast_math: bool | None = None,
     build: Build = "cuda",
+    flashinfer: FlashInferVersion = FLASHINFER,
 ) -> QuantizeCall:
     """Check what no backend accepts, and resolve what the environment decides.
 
@@ -98,10 +108,11 @@ def make_quantize_call(
     explicit = not is_unset(nvfp4_4over6)
     config = four_over_six_of(nvfp4_4over6) if explicit else environment.four_over_six()
     math = math_of(fast_math, build)
-    recipe = Recipe(math, config, build)
+    recipe = Recipe(math, config, build, flashinfer)
     _check_dtype(a, recipe, per_token_activation, explicit, fast_math is None)
     if a.dtype == torch.float8_e4m3fn and config is not None:
-        recipe = Recipe(math, None, build)  # from the environment: FlashInfer ignores it here, too
+        # From the environment: FlashInfer ignores it here, too.
+        recipe = replace(recipe, four_over_six=None)
     _check_scale(a, a_global_sf, recipe, per_token_activation, explicit)
     _check_row_index(a, expanded_idx_to_permuted_idx, per_token_activation)
     _check_out_scale(a, out_scale, per_token_activation)
@@ -184,7 +195,7 @@ def _check_dtype(
         raise ValueError(
             f"a is {checks.given(a)}; {mode} it must be {checks.any_of(map(checks.name_of, allowed))}"
         )
-    if a.dtype == torch.float32 and recipe != Recipe():
+    if a.dtype == torch.float32 and not recipe.is_fast_alone:
         sources = environment.sources(recipe, math=math_from_environment, config=not explicit)
         raise ValueError(
             f"a is {checks.given(a)}, whose only recipe is fast math without 4over6, build cuda; "

@@ -15,7 +15,7 @@ from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale
-from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
+from ..reference.recipe import BLOCK_SIZE, FLASHINFER, FlashInferVersion, LayerBuild, Recipe
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_experts, prepare_experts
 from . import inputs, moe_edges
@@ -27,24 +27,25 @@ _M = RoutingMethodType
 _GIVEN = Routing(_M.Renormalize, TOP_K)
 
 
-def cases() -> list[MoECase]:
+def cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
     """Make the cases that every machine compares; they are small enough for the interpreter.
 
     Real hidden states through each activation; the ways of the contract, one by one, on SwiGLU or
     Relu2; inputs whose sums are exact; inputs that show what ordinary numbers hide. The math and
-    4over6 are those that the environment asks of FlashInfer, so that its backends serve.
+    4over6 are those that the environment asks of FlashInfer, so that its backends serve; the layers'
+    own orders are those of a version.
     """
     return [
         *_activations(),
         *_ways(),
         *_routed(),
-        *_of_other_builds(),
+        *_of_other_builds(flashinfer),
         *exact_cases(),
         *moe_edges.cases(_recipe()),
     ]
 
 
-def few_cases() -> list[MoECase]:
+def few_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
     """Make one case for each thing that can go wrong on its own."""
     names = (
         "Swiglu, per token",
@@ -56,13 +57,13 @@ def few_cases() -> list[MoECase]:
         "Geglu, build cutlass",
         "Relu2, sums exact",
     )
-    every = {case.name: case for case in cases()}
+    every = {case.name: case for case in cases(flashinfer)}
     return [every[name] for name in names]
 
 
-def large_cases() -> list[MoECase]:
+def large_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
     """Make the cases that only a GPU has time for, too: many tokens take other tiles and tactics."""
-    return cases() + [
+    return cases(flashinfer) + [
         _normal(f"T = {t}, H = {h}, I = {i}, E = {e}, K = {k}", t, h, i, e, k, kind)
         for t, h, i, e, k, kind in (
             (1, 2048, 768, 128, 8, ActivationType.Swiglu),
@@ -198,14 +199,14 @@ def _routed() -> Iterator[MoECase]:
     yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
 
 
-def _of_other_builds() -> Iterator[MoECase]:
+def _of_other_builds(flashinfer: FlashInferVersion) -> Iterator[MoECase]:
     for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in kind.row.flashinfer):
-        yield _of_build("cute-dsl", kind)
+        yield _of_build("cute-dsl", kind, flashinfer)
     for kind in (ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Relu2):
-        yield _of_build("cutlass", kind)
+        yield _of_build("cutlass", kind, flashinfer)
 
 
-def _of_build(build: LayerBuild, kind: ActivationType) -> MoECase:
+def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVersion) -> MoECase:
     variant = VARIANTS[build]
     mode = "static" if variant.static_only else "per-token"
     case = _case(
@@ -214,7 +215,7 @@ def _of_build(build: LayerBuild, kind: ActivationType) -> MoECase:
         mode,
         build=build,
         recipe=_recipe(build),
-        finalize_order=variant.finalize_order,
+        finalize_order=variant.order(flashinfer),
     )
     return replace(case, experts=variant.prepared(case.experts))
 

@@ -25,6 +25,7 @@ from ..differential.results import FAILED, Cell, Failure, Section, worst
 from ..exits import CommandError, Exit
 from ..failures import write
 from ..kernels import environment
+from ..kernels.flashinfer import version
 from ..report import data as report
 from ..report import terminal
 from ..report.data import Report
@@ -57,7 +58,8 @@ class BackendJob:
 
     def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
         chosen = self.part.arguments(self.backend, options.small)
-        return ["diff", "--only", self.part.name, *chosen, "--report", str(out)]
+        here = ("--flashinfer", version.HERE.contract)
+        return ["diff", "--only", self.part.name, *chosen, *here, "--report", str(out)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def run(options: argparse.Namespace) -> Exit:
     results = _run_all(planned, options, out)
     verdicts = _verdicts(results)
     whole = Report.of_this_run()
+    whole.flashinfer = version.HERE.contract
     whole.sections = [verdicts, *_tables(results)]
     whole.seconds = round(time.monotonic() - start, 1)
     whole.missing = _missing(verdicts, options.backends)

@@ -46,11 +46,20 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
         raise CommandError(f"--seed is {options.seed}; it must be at least 0 and below 2^63")
     stream = sys.stderr if options.json == "-" else sys.stdout
     settings = Settings(
-        InputSelection(options.input, options.kind, options.recipes, options.seed, options.rows),
+        InputSelection(
+            options.input,
+            options.kind,
+            options.recipes,
+            options.seed,
+            options.rows,
+            options.flashinfer,
+        ),
         options.layers,
+        options.flashinfer,
         RunOptions(options.every_configuration, options.replay),
     )
     whole, not_run = Report.of_this_run(), Counter[str]()
+    whole.flashinfer = options.flashinfer
     results: list[PartResult] = []
     for part in parts:
         result = part.run(settings, sides[part.name])

@@ -22,6 +22,8 @@ KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
 """The kinds of `cases/inputs.py`."""
 LAYERS = ("few", "small", "large")
 """The keys of `cases/moe.py`, SETS."""
+FLASHINFER_VERSIONS = ("0.7.2", "0.7.4")
+"""Those of `reference/recipe.py`; the first is its default."""
 CONVERSIONS = (
     "exact",
     *(
@@ -63,6 +65,10 @@ def _diff(parser: argparse.ArgumentParser) -> None:
         "the part that --only names",
     )
     parser.add_argument("--recipes", choices=RECIPES, default="all")
+    parser.add_argument(
+        "--flashinfer", choices=FLASHINFER_VERSIONS, default=FLASHINFER_VERSIONS[0],
+        help="of which version the bits are to be, whatever is installed (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, help="only this kind of synthetic input")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic inputs")
     parser.add_argument("--rows", type=int, help="at most this many rows of each tensor")

@@ -16,6 +16,7 @@ import torch
 from .. import host
 from ..cases.moe_case import MoECase
 from ..kernels import environment
+from ..kernels.flashinfer import version
 from ..kernels.moe.backends import FUSED_MOE
 from ..reference.activation import ActivationType
 from ..reference.moe.activations import Activations
@@ -152,5 +153,5 @@ def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
             environment.math(variant.quantizers), environment.four_over_six(), variant.quantizers
         ),
         build=build,
-        finalize_order=variant.finalize_order,
+        finalize_order=variant.order(version.HERE.contract),
     )

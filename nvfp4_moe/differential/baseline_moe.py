@@ -17,6 +17,7 @@ from ..exits import CommandError
 from ..kernels.baseline_moe.backends import BASELINE_MOE
 from ..kernels.baseline_moe.call import BaselineCall
 from ..kernels.flashinfer import baseline_moe as adapter
+from ..kernels.flashinfer import version
 from ..kernels.flashinfer.baseline_moe import NAMES
 from ..reference.moe.baseline_moe import FORMATS, BaselineExperts, Format, quantize_for
 from . import difference_map, flashinfer_tactics
@@ -98,19 +99,20 @@ def _judged(case: BaselineCase, name: str, options: RunOptions) -> Cell:
 
 
 def _of_quantizer(experts: BaselineExperts) -> Cell:
-    """Compare FlashInfer's MXFP8 quantizer with the reference on every kind of synthetic input."""
+    """Compare FlashInfer's MXFP8 quantizer with the reference of its version on synthetic inputs."""
+    here = version.HERE.contract
     every = [inputs.synthetic(kind, 64, 256).bfloat16() for kind in inputs.KINDS]
     x = torch.cat(every).to(experts.w13.device)
     title = f"mxfp8, its quantizer: {NAMES['mxfp8']}"
     try:
-        got, expected = adapter.quantize(x, experts), quantize_for(x, experts)
+        got, expected = adapter.quantize(x, experts), quantize_for(x, experts, here)
     except Exception as error:
         return Cell("crashed", 1, 1, "no output", [crash(title, error)])
     assert got.scale is not None and expected.scale is not None
     codes = got.hidden_states.view(torch.uint8) != expected.hidden_states.view(torch.uint8)
     scales = got.scale != expected.scale
     if not codes.any() and not scales.any():
-        return Cell("identical", 1, note="all equal")
+        return Cell("identical", 1, note=f"all equal, of {here}")
     summary = f"{int(codes.sum())} codes and {int(scales.sum())} scales are other bits"
     failure = Failure(title, summary, heat=difference_map.of_output(codes))
     return Cell("different", 1, 1, f"{(~codes).double().mean():.2%} equal", [failure])

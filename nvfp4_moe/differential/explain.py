@@ -190,7 +190,7 @@ def _plain(s: _Steps, encode: torch.Tensor) -> None:
         sixth = s.say("enc * (1/6)", "", s.ar.mul(encode, _SIXTH))
         unrounded = s.say("block scale, unrounded", "V * that", s.ar.mul(v, sixth))
     scale = s.scale_byte("block scale sf", "that", unrounded)
-    by_scale = s.fast and s.case.recipe.build == "cute-dsl"
+    by_scale = s.case.recipe.tests_rounded_scale
     if (scale if by_scale else v) == 0:
         why = f"0, since {'sf' if by_scale else 'V'} is 0"
         factor = s.say("output scale", why, host.zeros(1))

@@ -13,10 +13,11 @@ from ..cases.quantize import Case, Input
 from ..exits import CommandError, Exit
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
+from ..kernels.flashinfer import version
 from ..kernels.flashinfer.quantize import BUILDS
 from ..kernels.quantize.api import QUANTIZE
 from ..reference.quantize import Quantized, dequantize
-from ..reference.recipe import Recipe, SfLayout
+from ..reference.recipe import FLASHINFER, FlashInferVersion, Recipe, SfLayout
 from . import difference_map, quantizers, workers
 from .calls import crash
 from .compare import Difference, compare, run_reference
@@ -43,6 +44,7 @@ class InputSelection:
     recipes: str = "all"
     seed: int = 0
     rows: int | None = None
+    flashinfer: FlashInferVersion = FLASHINFER
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,14 @@ def _that_serve() -> list[str]:
 
 
 def _refusal(backend: str) -> str | None:
-    """Return why a backend serves no matrix here; None if it does."""
+    """Return why a backend serves no matrix of the installed FlashInfer's bits; None if it does."""
     if backend == workers.INTERPRETER:
         return workers.interpreter_refusal()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(16, 64, dtype=torch.bfloat16, device=device)
     build = BUILDS.get(backend, "cuda")
-    return quantizers.refusal(
-        backend, x, Case("per-token", Recipe(environment.math(build), build=build), _128X4)
-    )
+    recipe = Recipe(environment.math(build), None, build, version.HERE.contract)
+    return quantizers.refusal(backend, x, Case("per-token", recipe, _128X4))
 
 
 def _add(
@@ -210,7 +211,7 @@ def _failure(
 
 def _inputs(selection: InputSelection, result: PartResult) -> Iterator[Input]:
     """Every selected input."""
-    recipes = quantize_cases.choose(selection.recipes)
+    recipes = quantize_cases.choose(selection.recipes, selection.flashinfer)
     skipped: dict[str, str] = {}
     tensors: Iterable[tuple[str, torch.Tensor, list[Input]]] = ()
     if selection.file:

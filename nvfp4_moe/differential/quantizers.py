@@ -28,6 +28,7 @@ def request(x: torch.Tensor, case: Case) -> QuantizeCall:
         nvfp4_4over6=case.recipe.four_over_six,
         fast_math=case.recipe.math == "fast",
         build=case.recipe.build,
+        flashinfer=case.recipe.flashinfer,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..differential.results import FAILED, Cell, Failure, Heat, Section
 from ..exits import Exit
 from ..machine import machine
+from ..reference.recipe import FLASHINFER, FlashInferVersion
 from . import invocation
 
 
@@ -33,6 +34,8 @@ class Report:
     folder: str | None = None  # that the command ran in, where it must run again
     name: str = ""  # the command without its options; empty: its first two words
     date: str = field(default_factory=now)
+    flashinfer: FlashInferVersion = FLASHINFER
+    """Whose bits were asked for; a report from before this field is of 0.7.2."""
 
     @classmethod
     def of_this_run(cls) -> "Report":
@@ -86,6 +89,7 @@ def read(path: Path) -> Report:
         data["folder"],
         data["name"],
         data["date"],
+        data.get("flashinfer", "0.7.2"),
     )
 
 

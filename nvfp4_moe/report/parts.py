@@ -17,6 +17,7 @@ from ..kernels import environment
 from ..kernels.baseline_moe.backends import BASELINE_MOE
 from ..kernels.moe.backends import FUSED_MOE, ORDER
 from ..kernels.quantize.api import BACKENDS, QUANTIZE
+from ..reference.recipe import FLASHINFER, FlashInferVersion
 from . import terminal
 
 _EXACT = environment.EXACT_VARIABLES["cute-dsl"][0]
@@ -36,6 +37,7 @@ class Settings:
 
     inputs: InputSelection  # of the quantizers
     layers: str = "small"  # a key of `cases.moe.SETS`
+    flashinfer: FlashInferVersion = FLASHINFER  # whose bits the layers are to have
     runs: RunOptions = ONCE  # of the layers
 
 
@@ -81,7 +83,9 @@ MOE = Part(
     ORDER,
     _LAYER_MATHS,
     moe.known,
-    lambda settings, sides: moe.run(sides, settings.runs, SETS[settings.layers]()),
+    lambda settings, sides: moe.run(
+        sides, settings.runs, SETS[settings.layers](settings.flashinfer)
+    ),
     terminal.print_layers,
     lambda backend, small: [
         *("--backends", backend, *_LAYER_ARGUMENTS, "--layers", "few" if small else "large")

@@ -60,11 +60,10 @@ from dataclasses import dataclass
 import torch
 
 from ..moe.activations import Activations
-from ..moe.finalize import FinalizeOrder, add_up
+from ..moe.finalize import FinalizeOrder, add_up, flushes
 from ..moe.permute import local_slots
 from ..moe.routing import Routing
 from ..moe.variants import VARIANTS
-from ..numerics.fp32 import flush
 from ..numerics.subnormals import kept
 from ..recipe import LayerBuild, Recipe
 from ..weights.experts import Experts
@@ -201,7 +200,8 @@ def _finalized(
     Args:
         ordered: [T], whether the slots are known to have this order; None: all are.
     """
-    products = rows.map(flush) * weights.map(flush)[..., None]
+    flushed = flushes(order)
+    products = rows.map(flushed) * weights.map(flushed)[..., None]
     # The products are exact in fp64: fused with a factor of 1 they are rounded as with their own.
     ones = torch.ones_like(weights.low)
     low, high = (

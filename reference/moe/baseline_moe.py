@@ -33,6 +33,7 @@ import torch
 from ..activation import ActivationType, activate, check_activation
 from ..numerics.accumulate import matmul
 from ..numerics.subnormals import kept
+from ..recipe import FLASHINFER, FlashInferVersion
 from ..weights.summary import one_line
 from . import fp8
 from .finalize import FinalizeOrder, finalize
@@ -134,8 +135,10 @@ def prepare_baseline(
 
 
 @kept
-def quantize_for(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
-    """Quantize [T, H] bf16 hidden states to the format of the experts."""
+def quantize_for(
+    x: torch.Tensor, experts: BaselineExperts, flashinfer: FlashInferVersion = FLASHINFER
+) -> BaselineActivations:
+    """Quantize [T, H] bf16 hidden states to the experts' format, as a version does."""
     if experts.format == "bf16":
         return BaselineActivations(x)
     if experts.format == "fp8 per tensor":
@@ -144,7 +147,7 @@ def quantize_for(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivatio
     if experts.format == "fp8 block":
         q = fp8.quantize_blocks(x)
         return BaselineActivations(q.codes, q.scale.T.contiguous())
-    return BaselineActivations(*fp8.quantize_mxfp8(x))
+    return BaselineActivations(*fp8.quantize_mxfp8(x, flashinfer))
 
 
 @kept

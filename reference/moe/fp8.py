@@ -16,7 +16,9 @@ MXFP8 is `cvt_warp_fp16_to_mxfp8` (`quantization_utils.cuh:853`), bit for bit: e
 subnormals are flushed (-use_fast_math), so a block under 448 * 2^-126 has byte 0 and codes of zero; a
 NaN loses in the maximum and has the code of 448, since min and max before the conversion drop it; a
 block of NaN alone has byte 255. FlashInfer's trace template (`trace/templates/quantize.py:140`) rounds
-the scale down instead, and saturates what lies above: that is not what the kernel does.
+the scale down instead, and saturates what lies above: that is not what the kernel does. Since 0.7.4 the
+kernel flushes nothing (`quantization_utils.cuh:265`, `:900`); a block has codes of zero where its byte
+is 0, that is up to 448 * 2^-127.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -26,6 +28,8 @@ import torch
 
 from ..numerics import e4m3
 from ..numerics.fp32 import flush, rcp_approx_ftz
+from ..numerics.subnormals import kept
+from ..recipe import FLASHINFER, FlashInferVersion, check_flashinfer
 from ..weights.scalars import MOST_OF_WEIGHTS
 
 BLOCK = 128
@@ -79,8 +83,12 @@ def block_values(q: Scaled, rows: int = 1) -> torch.Tensor:
     return q.codes.double() * scale
 
 
-def quantize_mxfp8(x: torch.Tensor) -> Scaled:
+@kept
+def quantize_mxfp8(x: torch.Tensor, flashinfer: FlashInferVersion = FLASHINFER) -> Scaled:
     """Quantize [..., C] of any float dtype by blocks of 32.
+
+    Args:
+        flashinfer: whose bits; 0.7.4 flushes no subnormals.
 
     Returns:
         (codes [..., C], e8m0 bytes [..., C / 32] uint8).
@@ -89,14 +97,16 @@ def quantize_mxfp8(x: torch.Tensor) -> Scaled:
         ValueError: C is no multiple of 32.
     """
     _check(x, 1, MX_BLOCK)
-    blocks = flush(x.float()).unflatten(-1, (-1, MX_BLOCK))
+    check_flashinfer(flashinfer)
+    flushed = flush if flashinfer == "0.7.2" else torch.Tensor.float
+    blocks = flushed(x.float()).unflatten(-1, (-1, MX_BLOCK))
     amax = blocks.abs().masked_fill(blocks.isnan(), -1.0).amax(-1)
     amax = amax.masked_fill(amax < 0, torch.nan)
-    byte = _e8m0(flush(amax * rcp_approx_ftz(torch.full_like(amax, e4m3.MAX))))
+    byte = _e8m0(flushed(amax * rcp_approx_ftz(torch.full_like(amax, e4m3.MAX))))
     # Byte 0 is 2^-127, a subnormal, which compares as zero there and has no reciprocal.
     decode = rcp_approx_ftz(mx_scale(byte).float())
     encode = torch.where(byte == 0, 0.0, decode)[..., None]
-    scaled = flush(blocks * encode)
+    scaled = flushed(blocks * encode)
     codes = e4m3.encode(scaled.masked_fill(scaled.isnan(), e4m3.MAX)).view(_E4M3)
     return Scaled(codes.reshape(x.shape), byte)
 
@@ -113,9 +123,10 @@ def mx_values(q: Scaled) -> torch.Tensor:
 
 
 def _e8m0(x: torch.Tensor) -> torch.Tensor:
-    """Positive fp32 without subnormals, `cvt.rp.satfinite.ue8m0x2.f32`; NaN to 255."""
+    """Positive fp32, `cvt.rp.satfinite.ue8m0x2.f32`; NaN to 255. Byte 0 is 2^-127 and all below it."""
     bits = x.contiguous().view(torch.int32)
-    exponent = (bits >> 23) + (bits & 0x007FFFFF != 0)
+    above = (bits & 0x007FFFFF != 0) & (bits > 0x00400000)
+    exponent = (bits >> 23) + above
     return torch.where(x.isnan(), 255, exponent.clamp(max=254)).to(torch.uint8)
 
 

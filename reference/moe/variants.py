@@ -8,7 +8,7 @@ the weights. `layer.py` and `../bounds/` compute all of them, and every backend 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
 
-from ..recipe import Build, LayerBuild
+from ..recipe import Build, FlashInferVersion, LayerBuild
 from ..weights.copies import CUTE_DSL, CUTLASS, Layout
 from ..weights.experts import Experts
 from .finalize import FinalizeOrder
@@ -21,7 +21,8 @@ class Variant:
     Args:
         name: the `build` of a call.
         quantizers: the build whose quantizers make the intermediate's codes.
-        finalize_order: the order in which the layer itself adds the rows of a token.
+        finalize_order: the order in which the layer itself adds the rows of a token, in 0.7.2.
+        later_order: since 0.7.4; None: the same.
         layout: the weights that the layer reads; None: those of `prepare_experts`.
         static_only: the layer has static scales alone. On every backend its calls then have static
             scales, are finalized, and have experts in its layout.
@@ -35,6 +36,15 @@ class Variant:
     layout: Layout | None = None
     static_only: bool = False
     rounds_first_gemm: bool = False
+    later_order: FinalizeOrder | None = None
+
+    def order(self, flashinfer: FlashInferVersion) -> FinalizeOrder:
+        """The order in which the layer of a version adds the rows of a token."""
+        return (
+            self.finalize_order
+            if flashinfer == "0.7.2"
+            else self.later_order or self.finalize_order
+        )
 
     def prepared(self, experts: Experts) -> Experts:
         """The experts in the layout of the variant, too.
@@ -49,7 +59,7 @@ VARIANTS: dict[LayerBuild, Variant] = {
     v.name: v
     for v in (
         Variant("cuda", "cuda", "flashinfer"),
-        Variant("cute-dsl", "cute-dsl", "slot", CUTE_DSL),
+        Variant("cute-dsl", "cute-dsl", "slot", CUTE_DSL, later_order="slot-multiply"),
         Variant("cutlass", "cuda", "slot", CUTLASS, static_only=True, rounds_first_gemm=True),
     )
 }

@@ -7,8 +7,8 @@ zeros. For each of two seeds s:
 
 with the finalizer of splitmix64 as mix (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", 2014). The sum has no order, so that every device gives the same digests at the speed of its
-memory. SHA-256 then runs over names, dtypes, shapes, digests and the sizes. It finds accidents,
-not forgeries.
+memory. SHA-256 then runs over names, dtypes, shapes, digests and the sizes, after the version of
+FlashInfer that is asked for where that is not the default. It finds accidents, not forgeries.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -18,6 +18,7 @@ from dataclasses import fields
 
 import torch
 
+from ..recipe import FLASHINFER, FlashInferVersion, check_flashinfer
 from .copies import LAYOUTS
 from .experts import Experts
 
@@ -27,9 +28,12 @@ _LEFT_OUT = (*(layout.field for layout in LAYOUTS), "shard", "first_expert")
 """Copies of the weights for other kernels, which follow from the rest, and where these are from."""
 
 
-def checksum(experts: Experts) -> str:
+def checksum(experts: Experts, flashinfer: FlashInferVersion = FLASHINFER) -> str:
     """`Experts.checksum`."""
+    check_flashinfer(flashinfer)
     total = hashlib.sha256()
+    if flashinfer != FLASHINFER:
+        total.update(f"flashinfer: {flashinfer}\n".encode())
     for name, value in _state(experts):
         if isinstance(value, torch.Tensor):
             shape = "x".join(map(str, value.shape))

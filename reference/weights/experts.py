@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..activation import ActivationType
-from ..recipe import Recipe
+from ..recipe import FLASHINFER, FlashInferVersion, Recipe
 from .arguments import Options
 from .summary import dtype_and_shape, one_line
 from .versions import tensors_of
@@ -179,12 +179,18 @@ class Experts:
             self, w13, w2, first=first, amax=amax, recipe=recipe, options=options, backend=backend
         )
 
-    def checksum(self) -> str:
+    def checksum(self, flashinfer: FlashInferVersion = FLASHINFER) -> str:
         """Return 64 hexadecimal digits over every bit of the layer, the same on every device.
 
         Of the weights, scales, scalars and sizes; not of copies for other kernels (`with_cute_dsl`).
         `checksum.py` has the formula. It waits for the GPU.
+
+        Args:
+            flashinfer: whose bits the holder's calls ask for, so that others disagree with it.
+
+        Raises:
+            ValueError: another version.
         """
         from .checksum import checksum
 
-        return checksum(self)
+        return checksum(self, flashinfer)

@@ -9,7 +9,6 @@ import functools
 import importlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from nvfp4_moe.kernels.flashinfer.description import Argument
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe.reference.recipe import FLASHINFER, NVFP44Over6Config, Recipe, SfLayout
 
 flashinfer = pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
@@ -157,7 +156,8 @@ MODES = {
 def quantizer_jobs(backend, mode):
     """(variables, x, case) that the backend serves in this mode."""
     variables, recipe = MODES[mode]
-    recipe = replace(recipe, build="cuda" if backend == "flashinfer:cuda" else "cute-dsl")
+    build = "cuda" if backend == "flashinfer:cuda" else "cute-dsl"
+    recipe = replace(recipe, build=build, flashinfer=version.HERE.contract)
     for kind in ("heavy", "grid", "edge"):
         x = inputs.synthetic(kind, 33, 80)
         for layout in SfLayout:
@@ -204,6 +204,7 @@ def test_shuffled_rows_and_an_index(per_token):
         changes.append({"expanded_idx_to_permuted_idx": torch.arange(127, -1, -1).int()})
     for change in changes:
         given = {"per_token_activation": per_token, "nvfp4_4over6": None} | change
+        given["flashinfer"] = version.HERE.contract
         with fake_flashinfer.installed():
             got = nvfp4_moe.nvfp4_quantize(x, scale, backend="cuda", **given)
         want = nvfp4_moe.nvfp4_quantize(x, scale, backend="reference", **given)
@@ -355,7 +356,8 @@ def test_cpu_tensors_are_a_blackwells():
     with fake_flashinfer.installed():
         assert capability.capability_of(x) == CAPABILITY
         assert capability.capability_of(x.to("meta")) is None
-        explained = quantize_api.explain(x, 1 / 2688, per_token_activation=True)
+        here = version.HERE.contract
+        explained = quantize_api.explain(x, 1 / 2688, per_token_activation=True, flashinfer=here)
         assert explained.backend == "flashinfer:cuda"
         assert "Triton runs on a GPU" in explained.reason("triton")
         case = CASES["gated"].make(TRTLLM)
@@ -443,6 +445,10 @@ class TestBinding:
         frozenset({"buffer"}),
     )
 
+    @pytest.fixture(autouse=True)
+    def older(self, monkeypatch):
+        pretend(monkeypatch)
+
     def made(self):
         class Layer:
             @self.function
@@ -475,16 +481,18 @@ REHEARSE = Path(fake_flashinfer.__file__).parent / "rehearse.py"
 
 
 def python(*arguments):
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_a_command_is_rehearsed():
     found = json.loads(python(REHEARSE, "doctor", "--json"))
-    assert found["builds"]["cuda"]["would_run"] == "flashinfer:cuda"
+    cuda = found["builds"]["cuda"]  # whose default bits are those of 0.7.2
+    assert (cuda["would_run"] == "flashinfer:cuda") == (version.HERE.contract == FLASHINFER)
+    if version.HERE.contract != FLASHINFER:
+        assert "whose scale rounds to zero" in cuda["reasons"]["flashinfer:cuda"]
     assert found["fused_moe"]["would_run"] == TRTLLM
 
 

@@ -121,7 +121,7 @@ def test_our_signature_is_flashinfers():
     ours = DEFAULTS | {"backend": "auto", "nvfp4_4over6": UNSET}
     assert {n: p.default for n, p in positional.items() if n in ours} == ours
     keyword = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert keyword == ["fast_math", "build"]
+    assert keyword == ["fast_math", "build", "flashinfer"]
 
 
 def test_explain_takes_the_same_arguments():
@@ -376,6 +376,12 @@ REFUSED = [
     ),
     *((b, "a is float32", lambda: ask(matrix(dtype=torch.float32)), None) for b in fi.BUILDS),
     (CUDA, "sm_101 has no kernels", lambda: ask(capability=(10, 1)), None),
+    (
+        CUDA,
+        'FlashInfer 0.7.2 has other bits than 0.7.4, .* scale rounds to zero .* flashinfer="0.7.2" asks',
+        lambda: ask(flashinfer="0.7.4"),
+        None,
+    ),
     (CUDA, 'build="cuda", not of cute-dsl', lambda: ask(build="cute-dsl"), None),
     (CUDA, f"says fast, not exact: set {NEW}=1", lambda: ask(fast_math=False), None),
     (CUDA, f"says exact, not fast: unset {NEW} and {OLD}", lambda: ask(fast_math=True), "exact"),

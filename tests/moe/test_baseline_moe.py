@@ -114,6 +114,27 @@ def test_mxfp8_of_infinity():
     assert q.scale.item() == 254 and q.codes.float()[0, :3].tolist() == [448.0, 448.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("values", "old", "new"),
+    [
+        # V / 448 = 0.67 * 2^-126 is subnormal: 0 in 0.7.2. Above 2^-127 its byte is 1, V's code 288.
+        ([300 * 2.0**-126, -(2.0**-126), 2.0**-127], (0, [0, 0x80, 0]), (1, [0x79, 0xB8, 0x30])),
+        # 0.45 * 2^-126: byte 0 in both.
+        ([200 * 2.0**-126, -(2.0**-126), 2.0**-127], (0, [0, 0x80, 0]), (0, [0, 0x80, 0])),
+        # Elements below 2^-126 in a block above it, times 2^120.
+        ([400 * 2.0**-120, 2.0**-128, -(2.0**-133)], (7, [0x7C, 0, 0x80]), (7, [0x7C, 2, 0x80])),
+    ],
+)
+def test_mxfp8_of_subnormals(values, old, new):
+    x = torch.tensor([values + [0.0] * 29], dtype=torch.float32).bfloat16()
+    for flashinfer, (byte, codes) in (("0.7.2", old), ("0.7.4", new)):
+        q = fp8.quantize_mxfp8(x, flashinfer)
+        assert q.scale.tolist() == [[byte]], flashinfer
+        assert q.codes.view(torch.uint8)[0].tolist() == codes + [0] * 29, flashinfer
+    with pytest.raises(ValueError, match=r"flashinfer is '0.7.3'; it must be one of"):
+        fp8.quantize_mxfp8(x, "0.7.3")
+
+
 def test_mxfp8_does_not_saturate():
     """Which FlashInfer's trace template, whose scale rounds down, does."""
     name = "flashinfer.trace.templates.quantize"

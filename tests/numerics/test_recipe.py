@@ -2,10 +2,15 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from nvfp4_moe.reference.recipe import (
+    FLASHINFER,
+    SINCE_0_7_4,
+    FlashInferVersion,
     NVFP44Over6Config,
     NVFP44Over6ErrMode,
     Recipe,
@@ -38,11 +43,23 @@ def test_names_tell_recipes_apart():
     assert str(Recipe()) == "fast-cuda"
     four = NVFP44Over6Config(256, "mse", True)
     assert str(Recipe("exact", four, "cute-dsl")) == "exact-4over6-256-mse-fasterr-cute-dsl"
+    assert str(Recipe(flashinfer="0.7.4")) == "fast-cuda-flashinfer-0.7.4"
+
+
+def test_the_version_is_a_choice_whose_default_is_fixed():
+    """The bits of a call that names none change with a release of ours alone."""
+    assert Recipe().flashinfer == FLASHINFER == "0.7.2"
+    assert Recipe().code & SINCE_0_7_4 == 0  # of files that are older than the field, too
+    later = all_recipes("0.7.4")
+    assert {replace(r, flashinfer="0.7.2") for r in later} == set(all_recipes())
+    other_bits = [r for r in later if r.tests_rounded_scale and r.build != "cute-dsl"]
+    assert other_bits == [Recipe(flashinfer="0.7.4")]
 
 
 def test_code_has_one_bit_for_each_choice():
     assert Recipe().code == 0
     assert Recipe("exact").code == 0b100000
+    assert Recipe(flashinfer="0.7.4").code == 0b10000000
     assert Recipe(build="cute-dsl").code == 0b1000000
     assert Recipe(four_over_six=NVFP44Over6Config()).code == 0b1
     assert Recipe(four_over_six=NVFP44Over6Config(256)).code == 0b11
@@ -51,8 +68,8 @@ def test_code_has_one_bit_for_each_choice():
 
 
 def test_from_code_is_the_inverse_and_refuses_every_other_integer():
-    codes = {r.code: r for r in all_recipes()}
-    assert len(codes) == 36
+    codes = {r.code: r for v in get_args(FlashInferVersion) for r in all_recipes(v)}
+    assert len(codes) == 72
     for code in range(-300, 300):
         if code in codes:
             assert Recipe.from_code(code) == codes[code]
@@ -86,8 +103,9 @@ def test_error_mode_is_taken_as_member_name_or_value():
         (lambda: NVFP44Over6Config(err_mode=2), "err_mode is 2; it must be MAE or MSE"),
         (lambda: Recipe("slow"), "math is 'slow'; it must be one of .*fast.*exact"),
         (lambda: Recipe(build="cake"), "build is 'cake'; it must be one of .*cuda.*cute-dsl"),
+        (lambda: Recipe(flashinfer="0.7.3"), "flashinfer is '0.7.3'; it must be one of .*0.7.2"),
     ],
-    ids=["e4m3_max", "err_mode-name", "err_mode-value", "math", "build"],
+    ids=["e4m3_max", "err_mode-name", "err_mode-value", "math", "build", "flashinfer"],
 )
 def test_refusals_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import replay_cases
@@ -32,6 +33,7 @@ from nvfp4_moe.differential import quantize as diff_quantize
 from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
+from nvfp4_moe.reference.recipe import FLASHINFER, FlashInferVersion
 from nvfp4_moe.report import parts
 
 
@@ -354,6 +356,8 @@ def test_the_choices_of_options_are_the_keys_of_their_tables():
     assert tuple(quantize_cases.RECIPES) == options.RECIPES
     assert options.KINDS == inputs.KINDS
     assert tuple(moe_cases.SETS) == options.LAYERS
+    assert get_args(FlashInferVersion) == options.FLASHINFER_VERSIONS
+    assert options.FLASHINFER_VERSIONS[0] == FLASHINFER
     assert tuple(convert_command.RECIPES) == options.CONVERSIONS
     assert set(options.ADD) == set(COMMANDS)
     assert set(options.RENAMED_PARTS.values()) <= set(options.PARTS)

@@ -19,7 +19,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("recipe", all_recipes(), ids=str)
+@pytest.mark.parametrize("recipe", triton_cases.EVERY, ids=str)
 def test_every_recipe(recipe, dtype, device):
     triton_cases.one_recipe(recipe, dtype, device)
 
@@ -60,7 +60,7 @@ COLUMNS = (
 )
 """One for each number of blocks that configurations tell apart, and some between."""
 STANDING_FOR_ALL = (
-    *(r for r in all_recipes() if r.four_over_six is None),
+    *triton_cases.PLAIN,
     Recipe("fast", NVFP44Over6Config()),
     Recipe("exact", NVFP44Over6Config(256, "MSE")),
     Recipe("exact", NVFP44Over6Config(), "cute-dsl"),
@@ -80,7 +80,7 @@ def test_every_launch_configuration(columns):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", all_recipes(), ids=str)
+@pytest.mark.parametrize("recipe", triton_cases.EVERY, ids=str)
 def test_a_thirty_second_of_a_billion(recipe):
     """36 recipes x 2^25 elements are 1.2 * 10^9, in several widths."""
     for columns in (512, 2048, 4096, 7168):

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from typing import get_args
 
 import moe_cases
 import torch
@@ -12,6 +13,7 @@ from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe import routing as triton_routing
 from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.kernels.moe.permute import permute as triton_permute
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
@@ -20,6 +22,8 @@ from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe import permute
 from nvfp4_moe.reference.moe import routing as reference_routing
 from nvfp4_moe.reference.moe.activations import Activations, hidden_values
+from nvfp4_moe.reference.moe.finalize import FinalizeOrder
+from nvfp4_moe.reference.moe.finalize import finalize as reference_finalize
 from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_per_token
@@ -293,8 +297,31 @@ def slots_of_no_expert(device, config=SMALL):
 
 def finalize_orders(device, config=SMALL):
     case = moe_cases.make(Shape(3, 128, 128, 8, 8), weights_dtype=torch.float32)
-    for order in ("flashinfer", "slot"):
+    for order in get_args(FinalizeOrder):
         close(case, device, order, order=order, config=config)
+
+
+def finalized(device, config=None):
+    """To the bit: zeros of either sign, subnormal sums, slots of no expert."""
+    g = torch.Generator().manual_seed(7)
+    tokens, top_k, width = 6, 5, 64
+    rows = torch.randn(tokens * top_k, width, generator=g)
+    rows = rows.clamp(min=0.1) * torch.exp2(
+        torch.randint(-120, -110, rows.shape, generator=g).float()
+    )
+    rows *= torch.rand(rows.shape, generator=g).sub(0.5).sign()
+    rows[torch.rand(rows.shape, generator=g) < 0.4] = -0.0
+    weights = torch.rand(tokens, top_k, generator=g) * 2.0**-12
+    permuted = torch.arange(tokens * top_k, dtype=torch.int32)
+    permuted[torch.rand(tokens * top_k, generator=g) < 0.3] = -1
+    permuted[:top_k] = -1
+    rows = rows.bfloat16()
+    held = (permuted >= 0).view(tokens, top_k)
+    for order in get_args(FinalizeOrder):
+        want = reference_finalize(rows.view(tokens, top_k, width), weights, order, held)
+        got = torch.empty(tokens, width, dtype=torch.float32, device=device)
+        finalize(*(t.to(device) for t in (rows, permuted, weights)), got, order)
+        assert_bitwise(got.cpu(), want, order)
 
 
 def output_dtypes(device, config=SMALL):
@@ -381,6 +408,7 @@ CASES = [
     skewed_routing,
     slots_of_no_expert,
     finalize_orders,
+    finalized,
     output_dtypes,
 ]
 

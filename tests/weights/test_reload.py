@@ -143,6 +143,13 @@ def test_bad_arguments_leave_the_experts_alone(change, error, message):
     assert experts.checksum() == before
 
 
+def test_the_checksum_names_the_version_where_it_is_not_the_default():
+    experts = layer()
+    assert experts.checksum() == experts.checksum("0.7.2") != experts.checksum("0.7.4")
+    with pytest.raises(ValueError, match=r"flashinfer is '0.7.3'; it must be one of"):
+        experts.checksum("0.7.3")
+
+
 def test_bad_options_leave_the_experts_alone():
     experts = layer(**GIVEN)
     before = experts.checksum()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference import quantize
 from nvfp4_moe.reference.moe import fp8
 from nvfp4_moe.reference.moe.routing import Routing, route
@@ -44,11 +45,15 @@ def routed(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tenso
     return result.ids, result.weights_bf16
 
 
+def mxfp8(x: Tensor) -> fp8.Scaled:
+    return fp8.quantize_mxfp8(x, version.HERE.contract)
+
+
 @dataclass(frozen=True)
 class Behaviour:
     quantize: Callable[[Matrix], Quantized] = quantized
     route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]] = routed
-    mxfp8: Callable[[Tensor], fp8.Scaled] = fp8.quantize_mxfp8
+    mxfp8: Callable[[Tensor], fp8.Scaled] = mxfp8
     layer: Callable[[Given, str], Given] = lambda given, tactic: given
     """Changes the arguments of `reference.moe.fused_moe`; knows the name of the tactic."""
     baseline: Callable[[Given, str], Given] = lambda given, tactic: given

@@ -11,9 +11,11 @@ from moe_triton_cases import coarse
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe import MoECase
+from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 from .faults import CUTE_DSL, CUTLASS, TRTLLM
@@ -61,7 +63,7 @@ def case_of(backend, shape, activations, experts, **changes):
         "local_expert_offset": shape.offset,
         "build": build,
         "recipe": Recipe(build="cute-dsl" if build == "cute-dsl" else "cuda"),
-        "finalize_order": "flashinfer" if build == "cuda" else "slot",
+        "finalize_order": VARIANTS[build].order(version.HERE.contract),
     }
     if "logits" in changes:
         given |= {"ids": None, "weights": None}

@@ -4,6 +4,7 @@
 import os
 from typing import Any, Literal
 
+from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 OF_ENVIRONMENT = -1
@@ -20,7 +21,7 @@ def recipe(build: Literal["cuda", "cute-dsl"], code: int = OF_ENVIRONMENT) -> Re
     if build == "cuda":
         exact |= _on("TRTLLM_DISABLE_FP4_QUANT_FAST_MATH")
     config = _of_environment() if code == OF_ENVIRONMENT else _of_code(code)
-    return Recipe("exact" if exact else "fast", config, build)
+    return Recipe("exact" if exact else "fast", config, build, version.HERE.contract)
 
 
 def code_of(nvfp4_4over6: Any) -> int:

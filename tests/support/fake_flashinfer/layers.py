@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from nvfp4_moe.differential.conforming import CONFORMING
+from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.baseline_moe import baseline_moe
 from nvfp4_moe.reference.moe.layer import MoEResult, Stages, fused_moe, read_back
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, unpack_topk
+from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.weights.experts import Experts
@@ -331,7 +333,7 @@ class CuteDsl:
                 "weights": token_final_scales,
                 "recipe": recipe("cute-dsl", code_of(nvfp4_4over6)),
                 "local_expert_offset": local_expert_offset,
-                "finalize_order": "slot",
+                "finalize_order": VARIANTS["cute-dsl"].order(version.HERE.contract),
                 "stages": fused_finalize(stages) if use_fused_finalize else stages,
             },
         )
