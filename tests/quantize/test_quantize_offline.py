@@ -39,6 +39,7 @@ def compile_for(
     inverse=False,
     values=False,
     some_rows=False,
+    **options,
 ):
     """The compiled kernel, with the argument properties that ordinary tensors have."""
     none = ["scale_ptr", "out_scale_ptr", "rcp_delta_ptr"]
@@ -66,7 +67,7 @@ def compile_for(
     pointers = ("x_ptr", "token_ptr", *(["values_ptr"] if values else ["codes_ptr", "sf_ptr"]))
     aligned = (*pointers, "NB", "padded_columns")
     return compile_kernel(
-        k.quantize_kernel, arch, types, constants, aligned, num_warps=config.warps
+        k.quantize_kernel, arch, types, constants, aligned, num_warps=config.warps, **options
     )
 
 
@@ -93,6 +94,14 @@ def test_no_reciprocal_is_optimized_away(build, tmp_path):
         wanted = kernel.asm["ptx"].count("rcp.approx.ftz.f32")
         assert wanted == 2 + (inverse or mode is PER_TOKEN)
         assert disassemble(kernel, tmp_path).count("MUFU.RCP") == wanted
+
+
+def test_too_few_registers_are_seen(tmp_path):
+    """The other tests of local memory would see a spill."""
+    config = launch_config(4096, 256, four_over_six=False)
+    kernel = compile_for(80, Recipe(), 0, config, SfLayout.layout_128x4, maxnreg=24)
+    stack, accesses = resources(kernel, tmp_path)
+    assert stack > 0 and accesses > 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

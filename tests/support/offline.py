@@ -35,8 +35,14 @@ def disassemble(kernel, tmp_path: Path) -> str:
 
 
 def resources(kernel, tmp_path: Path) -> tuple[int, int]:
-    """(bytes of stack, loads and stores of local memory)."""
+    """Return the bytes of stack, and how many instructions load and store local memory.
+
+    A kernel without local memory has none, and is not disassembled, which takes as long as compilation.
+    """
     usage = tool(kernel, tmp_path, "cuobjdump", "-res-usage")
-    stack = re.search(r"STACK:(\d+)", usage)
-    assert stack, usage
-    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", disassemble(kernel, tmp_path)))
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    stack, local = map(int, found.groups())
+    if stack == local == 0:
+        return 0, 0
+    return stack, len(re.findall(r"\b(?:LDL|STL)\b", disassemble(kernel, tmp_path)))
