@@ -21,7 +21,7 @@ def test_no_false_alarm():
     tally = fuzz_bounds.part(0, 1, 300, 1e9, SETTINGS)
     assert not tally.alarms, "\n".join(tally.alarms)
     ways = {*fuzz_runs.CONFORMING, "flushing", "scalars first", "fp64, routed", "2 shards"}
-    assert tally.seeds == 300 and ways <= set(tally.runs)
+    assert sum(tally.runs.values()) >= 300 and ways <= set(tally.runs)
     assert tally.unknown < 0.06 * tally.values, "much is left open"
     assert tally.single > 0.5 * tally.values and tally.nan and tally.infinite
 

@@ -86,8 +86,8 @@ _GEMM: tuple[Entry, ...] = (
     ),
     (
         "hidden states of the permuted row",
-        "tl.where(live, source, 0)",
-        "tl.where(live, n, 0)",
+        "source.to(tl.int64)",
+        "tl.minimum(n, end - 1).to(tl.int64)",
         "top 1",
     ),
     (
@@ -190,8 +190,8 @@ _SMALL: tuple[Entry, ...] = (
     ("tiles of 16 rows for any tile", "first_row + i * TILE", "first_row + i * 16", "tiles of 32"),
     (
         "counts of one expert less before an expert",
-        "tl.sum(tl.where(bins < expert, counts, 0))",
-        "tl.sum(tl.where(bins < expert - 1, counts, 0))",
+        "tl.sum(tl.where(tl.arange(0, BINS) < expert, counts, 0))",
+        "tl.sum(tl.where(tl.arange(0, BINS) < expert - 1, counts, 0))",
         "tiles of 16",
     ),
     (
