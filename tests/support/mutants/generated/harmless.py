@@ -21,6 +21,44 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference _situ: constant: 1.0 if s.beta is None else s.beta -> 1.0000001192092896 if s.beta "
         "is None else s.beta",
         "kernels _expert_tile: constant: 7.0 / gate_scale -> 7.000000476837158 / gate_scale",
+        "kernels sigmoid: constant: tl.where(x < 0, e, 1.0) -> tl.where(x < 0, e, 1.0000001192092896)",
+        "kernels sigmoid: constant: 1.0 + e -> 1.0000001192092896 + e",
+        "kernels tanh: constant: tl.fma(z, 0.016437575221061707, -0.05267181247472763) -> tl.fma(z, "
+        "0.016437577083706856, -0.05267181247472763)",
+        "kernels tanh: constant: -0.05267181247472763 -> -0.05267181620001793",
+        "kernels tanh: constant: tl.fma(z, p, 0.13320724666118622) -> tl.fma(z, p, 0.1332072615623474)",
+        "kernels tanh: constant: -0.3333294689655304 -> -0.3333294987678528",
+        "kernels tanh: constant: tl.fma(z, p, 1.0) -> tl.fma(z, p, 1.0000001192092896)",
+        "kernels tanh: constant: 1.0 - 2.0 / (1.0 + tl.exp(2.0 * a)) -> 1.0000001192092896 - 2.0 / "
+        "(1.0 + tl.exp(2.0 * a))",
+        "kernels tanh: constant: 2.0 / (1.0 + tl.exp(2.0 * a)) -> 2.000000238418579 / (1.0 + "
+        "tl.exp(2.0 * a))",
+        "kernels tanh: constant: 1.0 + tl.exp(2.0 * a) -> 1.0000001192092896 + tl.exp(2.0 * a)",
+        "kernels tanh: constant: 2.0 * a -> 2.000000238418579 * a",
+        "kernels gelu: constant: 1.0 / tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> "
+        "1.0000001192092896 / tl.fma(tl.abs(x), 0.2121320366859436, 1.0)",
+        "kernels gelu: constant: tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> tl.fma(tl.abs(x), "
+        "0.2121320515871048, 1.0)",
+        "kernels gelu: constant: tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> tl.fma(tl.abs(x), "
+        "0.2121320366859436, 1.0000001192092896)",
+        "kernels gelu: constant: -0.064114511013031 -> -0.0641145184636116",
+        "kernels gelu: constant: tl.fma(t, -0.064114511013031, 0.23972533643245697) -> tl.fma(t, "
+        "-0.064114511013031, 0.23972535133361816)",
+        "kernels gelu: constant: -0.2499992698431015 -> -0.2499992847442627",
+        "kernels gelu: constant: tl.fma(t, p, 0.2670243978500366) -> tl.fma(t, p, 0.267024427652359)",
+        "kernels gelu: constant: -0.04272272437810898 -> -0.04272272810339928",
+        "kernels gelu: constant: tl.fma(t, p, 0.10554798692464828) -> tl.fma(t, p, "
+        "0.10554799437522888)",
+        "kernels gelu: constant: tl.fma(t, p, 0.07464940845966339) -> tl.fma(t, p, "
+        "0.07464941591024399)",
+        "kernels gelu: constant: tl.fma(t, p, 0.0852915421128273) -> tl.fma(t, p, 0.0852915495634079)",
+        "kernels gelu: constant: tl.fma(t, p, 0.08459782600402832) -> tl.fma(t, p, "
+        "0.08459783345460892)",
+        "kernels gelu: constant: -0.5 -> -0.5000000596046448",
+        "kernels gelu: constant: 1.0 - q -> 1.0000001192092896 - q",
+        "kernels gelu_tanh: constant: 1.5957691216057308 * (x + 0.044715 * x * x * x) -> "
+        "1.5957692861557007 * (x + 0.044715 * x * x * x)",
+        "kernels gelu_tanh: constant: 0.044715 * x -> 0.04471500217914581 * x",
     ),
     "The next operation has an operand of the wider type, to which torch promotes exactly.": (
         "reference fused_moe: rounding: steps['intermediate'].float() -> steps['intermediate']",
@@ -117,6 +155,11 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference sigmoid: comparison: x < -88 -> x <= -88",
         "reference silu: comparison: x < -88 -> x <= -88",
         "reference gelu_tanh: comparison: x < -1 -> x <= -1",
+        "kernels sigmoid: comparison: x < 0 -> x <= 0",
+        "kernels tanh: comparison: a < 0.55 -> a <= 0.55",
+        "kernels tanh: constant: a < 0.55 -> a < 0.5500000715255737",
+        "kernels tanh: comparison: x < 0 -> x <= 0",
+        "kernels gelu: comparison: x < 0 -> x <= 0",
     ),
     "What is clamped otherwise is not chosen; below -100 the sigmoid is 0.": (
         "reference sigmoid: operator: -88 -> 88 (2)",
