@@ -157,7 +157,7 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
 
 def _notes(call: MoECall) -> list[str]:
     """Say where FlashInfer's layer, which could serve the call, leaves open what ours determine."""
-    if trtllm.refusal(call) is not None:
+    if trtllm.LAYER.refusal(call) is not None:
         return []
     texts = every_text(trtllm.LEFT_OPEN, call)
     return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
