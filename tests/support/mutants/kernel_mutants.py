@@ -238,19 +238,19 @@ _SMALL: tuple[Entry, ...] = (
     ),
     (
         "finalize: product rounded",
-        "(value.to(tl.float64) * weight + part).to(tl.float32)",
-        "value * weight + part",
+        "(value.to(tl.float64) * weight + onto).to(tl.float32)",
+        "value * weight + onto",
         "cancelling",
     ),
     (
         "finalize: the last group alone",
-        "part if j == 0 else add(total, part, True, ARCH)",
+        "part if j == 0 else add(total, part, FTZ, ARCH)",
         "part",
         "deepseek",
     ),
     (
         "finalize: partial sums in bf16",
-        "total = part if j == 0 else add(total, part, True, ARCH)",
+        "total = part if j == 0 else add(total, part, FTZ, ARCH)",
         "total = part if j == 0 else to_bf16(total + part, ARCH).to(tl.float32)",
         "deepseek",
     ),
