@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 import itertools
+from dataclasses import replace
+from typing import get_args
 
 import torch
 
@@ -83,6 +85,9 @@ def of_recipe() -> Answers:
     yield "block size", recipes.BLOCK_SIZE
     for recipe in all_recipes():
         yield "recipe", (recipe.code, recipe.base_scale_inv, recipe.e4m3_max, str(recipe))
+        for version in get_args(recipes.FlashInferVersion):
+            of = replace(recipe, flashinfer=version)
+            yield "version", (of.code, of.tests_rounded_scale, str(of.earliest))
     for code in range(136):
         yield "from_code", raised(lambda c=code: repr(Recipe.from_code(c)))
     for bad in (
