@@ -51,6 +51,11 @@ def test_order_of_the_sum_of_errors(golden):
 
 
 @pytest.mark.interpreter
+def test_triton_routes_as_the_kernels(golden):
+    assert_equal(routing.compare(golden, triton("cpu"), 15, most_tokens=16), 15)
+
+
+@pytest.mark.interpreter
 def test_triton_finalizes_as_the_kernels(golden):
     assert_equal(finalize.compare(golden, triton("cpu"), 5, most_slots=54), 40)
 
