@@ -12,7 +12,7 @@ from nvfp4_moe import host
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import recipe as recipes
 from nvfp4_moe.reference.layouts import interleave_gated_rows, inverse, shuffle_rows
-from nvfp4_moe.reference.numerics import e2m1, e4m3, fp32
+from nvfp4_moe.reference.numerics import e2m1, e4m3, fp32, functions
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
 from .answers import Answers, raised
@@ -101,3 +101,19 @@ def of_recipe() -> Answers:
     for given in (None, Recipe(), "fast"):
         yield "check_recipe", raised(lambda r=given: recipes.check_recipe(r))
     yield "of", NVFP44Over6Config.of(NVFP44Over6Config(256, "mse", True))
+
+
+def of_functions() -> Answers:
+    some = torch.cat([host.normal(seeded(21), 4096) * 40, host.arange(-1600, 1600).float() / 8])
+    x = torch.cat([around(some), some.bfloat16().float(), host.fp32([128.0, -126.0, -127.0])])
+    for name in functions.FUNCTIONS:
+        of = functions.functions(name)
+        yield f"exp, {name}", of.exp(x)
+        yield f"sigmoid, {name}", of.sigmoid(x)
+        yield f"div, {name}", of.div(x, x.flip(0))
+        yield f"checksum, {name}", functions.checksum(name)
+    yield "ex2", functions.ex2_approx_ftz(x)
+    yield "tanh", functions.tanh_approx(torch.cat([x, x / 64, x / 2048]))
+    for exponent in functions.LEADING_BITS:
+        yield "leading numbers", functions.leading_numbers(exponent)
+    yield "tanh table", functions.tanh_table(119, torch.device("cpu"))

@@ -43,7 +43,7 @@ def of_moe() -> Answers:
         size = host.powers(host.integers(g, -20, 20, (tokens, top_k, 1)))
         rows = (host.normal(g, tokens, top_k, hidden) * size).bfloat16().float()
         weights = host.normal(g, tokens, top_k)
-        for order in ("flashinfer", "slot"):
+        for order in ("flashinfer", "slot", "slot-multiply"):
             yield f"finalize, {top_k}", finalize(rows, weights, order)
     for tokens, top_k, hidden in itertools.product(
         (1, 8, 16, 18, 19, 1183, 1184, 8192, 9000),
