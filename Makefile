@@ -28,7 +28,7 @@ test: $(SETUP)
 OTHER_FLASHINFER := 0.7.4
 OTHER_FOLDER := build/flashinfer-$(OTHER_FLASHINFER)
 test-flashinfer: $(SETUP) $(OTHER_FOLDER)
-	env -u TRITON_INTERPRET PYTHONPATH=$(OTHER_FOLDER) $(PYTEST) -n 2 --flashinfer $(OTHER_FLASHINFER) \
+	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $(OTHER_FOLDER)) $(PYTEST) -n 2 --flashinfer $(OTHER_FLASHINFER) \
 		-m "not interpreter and not slow" tests/backends tests/dense/test_dense_dispatch.py \
 		tests/differential/test_tactics.py tests/moe/test_moe_dispatch.py tests/moe/test_moe_trace.py \
 		tests/moe/test_moe_cute_dsl.py tests/moe/test_moe_cutlass.py
