@@ -85,6 +85,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "The reciprocal of infinity is subnormal by its exponent, hence flushed to 0 before.": (
         "reference rcp_approx_ftz: constant: magnitude == 2139095040 -> magnitude == 2139095041",
+        "kernels rcp: constant: magnitude == 2139095040 -> magnitude == 2139095041",
     ),
     "1 shifted by nothing is 1.": ("reference FOUR_OVER_SIX: operator: 1 << 0 -> 1 >> 0",),
     "As int32 both are the sign bit.": (
@@ -298,6 +299,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "The next operation has an operand of the wider type, to which Triton promotes exactly.": (
         "kernels finalize_kernel: rounding: tl.load(weights_ptr + token * K + k).to(tl.float32) -> "
         "tl.load(weights_ptr + token * K + k)",
+        "kernels rcp: rounding: tl.load(rcp_delta_ptr + significand).to(tl.int32) -> "
+        "tl.load(rcp_delta_ptr + significand)",
     ),
     "Triton adds up truth values as int32.": (
         "kernels permute_kernel: rounding: (local == expert).to(tl.int32) -> local == expert",
@@ -369,6 +372,22 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "Both ways give the same maxima; a GPU of compute capability 8.6 takes the other.": (
         "kernels block_maxima: comparison: ARCH < 86 -> ARCH <= 86",
         "kernels block_maxima: constant: ARCH < 86 -> ARCH < 87",
+    ),
+    "The store converts to the type of its elements.": (
+        "kernels store_codes: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> tl.where(mask, byte, "
+        "0)",
+    ),
+    "The word behind the last is of the first row of the tile, which is no padding.": (
+        "kernels zero_padding_rows: comparison: word < TILE * (padded_columns // 4) -> word <= TILE * "
+        "(padded_columns // 4)",
+    ),
+    "Of two equal magnitudes either is taken, and magnitudes have no -0.": (
+        "kernels larger: comparison: a > b -> a >= b",
+        "kernels smaller: comparison: a < b -> a <= b",
+    ),
+    "The shift by 16 drops the bit.": (
+        "kernels to_bf16: constant: tl.where(x == x, rounded, 2143289344) -> tl.where(x == x, "
+        "rounded, 2143289345)",
     ),
 }
 """Keys of `rules.Generated`, by reason."""
