@@ -76,6 +76,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference _e4m3_blocks: rounding: values.float() -> values (2)",
         "reference route: rounding: bias.float() -> bias",
         "reference in_raw_units: rounding: value.float() -> value",
+        "reference ex2_approx_ftz: rounding: significand.double() -> significand",
     ),
     "It is an fp32 element, by the contract of the argument.": (
         "reference quantize_per_token: rounding: out_scale.float() -> out_scale",
@@ -388,6 +389,30 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "The shift by 16 drops the bit.": (
         "kernels to_bf16: constant: tl.where(x == x, rounded, 2143289344) -> tl.where(x == x, "
         "rounded, 2143289345)",
+    ),
+    "The product flushes its operands.": (
+        "reference Hopper.exp: rounding: flush(x) -> x",
+        "reference Hopper.sigmoid: rounding: flush(x) -> x",
+    ),
+    "It is 0 or at least 2^-25.": (
+        "reference Hopper.sigmoid: rounding: flush((0.5 * tanh.double() + 0.5).float()) -> (0.5 * "
+        "tanh.double() + 0.5).float()",
+    ),
+    "A product with a power of two is exact in fp32 too, so that there is one rounding.": (
+        "reference Hopper.sigmoid: rounding: tanh.double() -> tanh",
+        "reference ex2_approx_ftz: rounding: x.abs().double() -> x.abs()",
+    ),
+    "Of subnormal numbers and of 0 the steps are 0, with either sign.": (
+        "reference ex2_approx_ftz: rounding: flush(x) -> x",
+        "reference ex2_approx_ftz: comparison: x < 0 -> x <= 0",
+    ),
+    "Beyond the limit the result is 0 or infinity.": (
+        "reference ex2_approx_ftz: constant: 1000.0 -> 1000.0000610351562",
+    ),
+    "The conversion to fp32 gives infinity too.": (
+        "reference ex2_approx_ftz: comparison: y >= 2.0 ** 128 -> y > 2.0 ** 128",
+        "reference ex2_approx_ftz: constant: 2.0 ** 128 -> 2.000000238418579 ** 128",
+        "reference ex2_approx_ftz: constant: 2.0 ** 128 -> 2.0 ** 129",
     ),
 }
 """Keys of `rules.Generated`, by reason."""
