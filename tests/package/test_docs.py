@@ -26,6 +26,11 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 
 
+def _masked() -> dict:
+    """The weights of masked input's page: codes arrive with a padded width, here the width itself."""
+    return {"w13": torch.randn(4, 256, 128).bfloat16(), "w2": torch.randn(4, 128, 128).bfloat16()}
+
+
 def _id(page: Path) -> str:
     return page.name
 
@@ -82,6 +87,8 @@ def introduced(tmp_path, monkeypatch):
                 "ids": chosen.ids,
                 "scale": torch.tensor(1.0),
             },
+            "received": torch.randn(4, 8, 128).bfloat16(),
+            "masked_m": torch.tensor([8, 0, 3, 5], dtype=torch.int32),
             **{"first": 0, "count": len(w13), "rank": 0, "ranks": 1},
         }
     finally:
@@ -98,6 +105,8 @@ def test_blocks_are_found():
 @pytest.mark.parametrize("page", RUN, ids=_id)
 def test_python_blocks_run(page, introduced, capsys):
     """In order, in one namespace; what a README block prints is what the page shows."""
+    if page.name == "masked_input.md":
+        introduced |= _masked()
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         exec(compile(block, page.name, "exec"), introduced)
     if page.name == "README.md":
