@@ -24,7 +24,7 @@ from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes,
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
 from nvfp4_moe.kernels.moe import launch
-from nvfp4_moe.kernels.moe.configs import gemm_config, local_slots
+from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots
 from nvfp4_moe.kernels.triton_target import arch, native_mma
 
 DEVICE = torch.device("cuda")

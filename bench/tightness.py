@@ -20,11 +20,11 @@ from moe_speed import DEVICE, SHAPES, random_experts
 
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.configs import gemm_config
+from nvfp4_moe.kernels.moe.tile_table import gemm_config
 from nvfp4_moe.reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.moe.activations import quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import quantize_activations
 from nvfp4_moe.reference.recipe import Recipe
 
 TOKENS = (1, 64, 512)

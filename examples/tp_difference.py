@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nvfp4_moe.cases.inputs import activations
-from nvfp4_moe.reference.moe.activations import hidden_values, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import hidden_values, quantize_activations
 from nvfp4_moe.reference.moe.shards import shard_columns
 from nvfp4_moe.reference.recipe import Recipe
 

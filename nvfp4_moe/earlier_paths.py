@@ -12,8 +12,8 @@ from types import ModuleType
 EARLIER_PATHS = {
     "nvfp4_moe.inputs": "nvfp4_moe.cases.inputs",
     "nvfp4_moe.reference.bounds_parallel": "nvfp4_moe.reference.bounds.parallel",
-    "nvfp4_moe.reference.grouped": "nvfp4_moe.reference.moe.masked_layout",
-    "nvfp4_moe.reference.moe.grouped": "nvfp4_moe.reference.moe.masked_layout",
+    "nvfp4_moe.reference.grouped": "nvfp4_moe.reference.moe.masked",
+    "nvfp4_moe.reference.moe.grouped": "nvfp4_moe.reference.moe.masked",
     "nvfp4_moe.reference.routing": "nvfp4_moe.reference.moe.routing",
     "nvfp4_moe.reference.shards": "nvfp4_moe.reference.moe.shards",
 }

@@ -13,7 +13,7 @@ from ...reference.dense import a_layout
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned
 from ..decode import decode
-from ..gemm_config import GemmConfig
+from ..tiles import GemmConfig
 from ..triton_target import arch, launch_options, native_mma, shared_memory
 from .call import KernelCall
 from .kernel import dense_gemm_kernel
@@ -26,7 +26,7 @@ _WAVE = 128
 def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
     """The tiles of [m, k] times [k, n] on a GPU of this ARCH: `bm` of n, `bn` of m.
 
-    The tiles are those that `moe.configs.gemm_config` chooses,
+    The tiles are those that `moe.tile_table.gemm_config` chooses,
     measured on an H100 for as many tokens of one expert,
     narrower where too few programs would be left. On GPUs that multiply codes nothing was measured.
     The order of a sum depends on `bk` and `decoded`, so on m.

@@ -8,8 +8,8 @@ import torch
 
 from ...reference import checks
 from ...reference.activation import activation_of
-from ...reference.moe.activations import Activations
 from ...reference.moe.finalize import FinalizeOrder
+from ...reference.moe.hidden_states import Activations
 from ...reference.moe.routing import Routing
 from ...reference.recipe import LayerBuild
 from ...reference.statistics.moe import MoEStatistics

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...reference.moe.activations import Activations
+from ...reference.moe.hidden_states import Activations
 from ...reference.moe.layer import fused_moe as reference_fused_moe
 from ...reference.recipe import SfLayout
 from .. import backends
@@ -175,4 +175,4 @@ FUSED_MOE: Operation[MoECall, Results] = Operation(
     unfit=_unfit,
 )
 ORDER = FUSED_MOE.names
-"""Our own backends, in the order in which "auto" tries them."""
+"""The backends of this package, in the order in which "auto" tries them."""

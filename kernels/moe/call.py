@@ -9,8 +9,8 @@ import torch
 
 from ...reference import checks
 from ...reference.activation import check_activation
-from ...reference.moe.activations import Activations
 from ...reference.moe.finalize import FinalizeOrder
+from ...reference.moe.hidden_states import Activations
 from ...reference.moe.layer import OUTPUT_DTYPES
 from ...reference.moe.routing import (
     Routing,

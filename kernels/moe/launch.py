@@ -12,22 +12,22 @@ from dataclasses import dataclass
 import torch
 
 from ...reference.activation import ActivationType
-from ...reference.moe.activations import Activations
+from ...reference.moe.hidden_states import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from ..decode import decode
-from ..gemm_config import GemmConfig
 from ..quantize.launch import quantize_global_scale, quantize_per_token, quantize_to_values
+from ..tiles import GemmConfig
 from ..triton_target import arch, launch_options, native_mma
 from .activation import NONE
 from .autotune import cache
 from .call import KernelCall, Mode, Observe
-from .configs import Configs, local_slots, table_configs
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
 from .masked.rows import copy_rows
 from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
+from .tile_table import Configs, local_slots, table_configs
 
 _DECODED_BYTES = 256 << 20
 """The most bytes of decoded weights that exist at a time; one expert's weights may be more."""
@@ -144,7 +144,7 @@ def quantized(
     if per_token:
         base = recipe.base_scale_inv
         return Operand(*quantize_per_token(x, base, recipe, row_index=row_index))
-    return Operand(*quantize_global_scale(x, None, recipe, row_index=row_index), None)
+    return Operand(*quantize_global_scale(x, 1.0, recipe, row_index=row_index), None)
 
 
 def gemm1(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ...reference.moe import layer as moe
-from ...reference.moe.activations import quantize_activations
+from ...reference.moe.hidden_states import quantize_activations
 from ...reference.moe.permute import permutation
 from ...reference.weights.experts import Experts
 from ..op_schema import Flat

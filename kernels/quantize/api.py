@@ -54,23 +54,25 @@ def _triton_refusal(call: QuantizeCall) -> str | None:
 
 
 def _in_triton(call: QuantizeCall) -> Result:
-    from . import launch as ours
+    from .launch import quantize_global_scale, quantize_per_token
 
-    return _quantize(ours, call)
+    return _quantize(quantize_per_token, quantize_global_scale, call)
 
 
 def _in_reference(call: QuantizeCall) -> Result:
-    from .ops import REFERENCE
+    from .ops import reference_global_scale, reference_per_token
 
-    return _quantize(REFERENCE, call)
+    return _quantize(reference_per_token, reference_global_scale, call)
 
 
-def _quantize(ours: Any, call: QuantizeCall) -> Result:
-    """Run a call by an implementation's two functions (`ops.Quantizers`)."""
+def _quantize(
+    per_token: Callable[..., Result], global_scale: Callable[..., Result], call: QuantizeCall
+) -> Result:
+    """Run a call by an implementation's two functions, made of `ops.PerToken` and `ops.GlobalScale`."""
     layout = SfLayout.layout_linear if call.do_shuffle else call.layout
     result: Result
     if call.per_token:
-        result = ours.quantize_per_token(
+        result = per_token(
             call.a,
             call.scale,
             call.recipe,
@@ -79,9 +81,7 @@ def _quantize(ours: Any, call: QuantizeCall) -> Result:
             out_scale=call.out_scale,
         )
     else:
-        result = ours.quantize_global_scale(
-            call.a, call.scale, call.recipe, layout, row_index=call.row_index
-        )
+        result = global_scale(call.a, call.scale, call.recipe, layout, row_index=call.row_index)
     if not call.do_shuffle:
         return result
     order = shuffle_rows(call.m, device=call.a.device)

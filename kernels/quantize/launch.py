@@ -20,7 +20,7 @@ from ..jit import formats
 from ..op_schema import two_arguments
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
-from .ops import Pair, Quantizers, Triple, register
+from .ops import GlobalScale, Pair, PerToken, Triple, register
 
 DTYPES = {
     torch.bfloat16: formats.BF16,
@@ -172,47 +172,23 @@ def _launch(
     )
 
 
-def _per_token(
-    x: torch.Tensor,
-    base_scale_inv: float | torch.Tensor,
-    recipe: Recipe,
-    layout: SfLayout = SfLayout.layout_linear,
-    *,
-    row_index: torch.Tensor | None = None,
-    out_scale: torch.Tensor | None = None,
-) -> Triple:
-    scale, value = two_arguments(base_scale_inv)
-    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
+def _per_token(call: PerToken) -> Triple:
+    scale, value = two_arguments(call.base_scale_inv)
+    codes, sf, token = allocate(call.x, call.layout, zeroed=call.row_index is not None)
     _launch(
-        x,
-        Outputs(codes, sf, token),
-        formats.PER_TOKEN.value,
-        scale,
-        value,
-        recipe.code,
-        int(layout),
-        row_index=row_index,
-        out_scale=out_scale,
-    )
+        call.x, Outputs(codes, sf, token), formats.PER_TOKEN.value, scale, value, call.recipe.code,
+        int(call.layout), row_index=call.row_index, out_scale=call.out_scale,
+    )  # fmt: skip
     return codes, sf, token
 
 
-def _global_scale(
-    x: torch.Tensor,
-    global_scale: float | torch.Tensor | None,
-    recipe: Recipe,
-    layout: SfLayout = SfLayout.layout_linear,
-    *,
-    inverse: bool = False,
-    row_index: torch.Tensor | None = None,
-) -> Pair:
-    scale, value = two_arguments(global_scale)
+def _global_scale(call: GlobalScale) -> Pair:
+    scale, value = two_arguments(call.global_scale)
     mode = formats.ROW_SCALES if scale is not None and scale.numel() > 1 else formats.GLOBAL_SCALE
-    codes, sf, token = allocate(x, layout, zeroed=row_index is not None)
-    out = Outputs(codes, sf, token)
+    codes, sf, token = allocate(call.x, call.layout, zeroed=call.row_index is not None)
     _launch(
-        x, out, mode.value, scale, value, recipe.code, int(layout), inverse=inverse,
-        row_index=row_index,
+        call.x, Outputs(codes, sf, token), mode.value, scale, value, call.recipe.code,
+        int(call.layout), inverse=call.inverse, row_index=call.row_index,
     )  # fmt: skip
     return codes, sf
 
@@ -240,6 +216,5 @@ def quantize_to_values(
     return values, token
 
 
-quantize_per_token, quantize_global_scale = register(
-    "triton", Quantizers(_per_token, _global_scale)
-)
+quantize_per_token = register("triton_per_token", PerToken, _per_token, 3)
+quantize_global_scale = register("triton_global_scale", GlobalScale, _global_scale, 2)

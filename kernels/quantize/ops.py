@@ -1,147 +1,98 @@
-"""`torch.library` ops of fixed arity for a pair of quantizers, and the plain functions over them.
+"""The `torch.library` ops of a pair of quantizers.
 
 The Triton kernels are ops so that a compiler can call them. The reference is an op so that a compiler
-cannot fuse or reorder its arithmetic. A recipe crosses as its integer code, a scale as a tensor or as a
-number.
+cannot fuse or reorder its arithmetic. The arguments of an op are the fields of `PerToken` or of
+`GlobalScale`, which are those of the functions in `reference.quantize`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ...reference import quantize as reference
 from ...reference.recipe import Recipe, SfLayout
 from ..allocate import allocate
-from ..op_schema import two_arguments
+from ..op_schema import Flat
 
-_LINEAR = SfLayout.layout_linear
+P = ParamSpec("P")
+Call = TypeVar("Call", "PerToken", "GlobalScale")
+Result = TypeVar("Result")
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class PerToken(Protocol):
-    """Returns (codes, block scales, per-token scales); arguments as `reference.quantize` has them."""
+@dataclass(frozen=True)
+class PerToken:
+    """Arguments of `reference.quantize_per_token`."""
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        base_scale_inv: float | torch.Tensor,
-        recipe: Recipe,
-        layout: SfLayout = _LINEAR,
-        *,
-        row_index: torch.Tensor | None = None,
-        out_scale: torch.Tensor | None = None,
-    ) -> Triple: ...
+    x: torch.Tensor
+    base_scale_inv: float | torch.Tensor
+    recipe: Recipe
+    layout: SfLayout = SfLayout.layout_linear
+    row_index: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
 
 
-class GlobalScale(Protocol):
-    """Returns (codes, block scales); arguments as `reference.quantize` has them."""
+@dataclass(frozen=True)
+class GlobalScale:
+    """Arguments of `reference.quantize_global_scale`."""
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        global_scale: float | torch.Tensor | None,
-        recipe: Recipe,
-        layout: SfLayout = _LINEAR,
-        *,
-        inverse: bool = False,
-        row_index: torch.Tensor | None = None,
-    ) -> Pair: ...
+    x: torch.Tensor
+    global_scale: float | torch.Tensor
+    recipe: Recipe
+    layout: SfLayout = SfLayout.layout_linear
+    inverse: bool = False
+    row_index: torch.Tensor | None = None
 
 
-class Quantizers(NamedTuple):
-    """The two functions of an implementation."""
+def register(
+    name: str, kind: Callable[P, Call], run: Callable[[Call], Result], results: int
+) -> Callable[P, Result]:
+    """Register the op `nvfp4_moe::{name}`; return it as a function with the parameters of `kind`.
 
-    quantize_per_token: PerToken
-    quantize_global_scale: GlobalScale
+    Args:
+        run: returns the first `results` of codes, block scales and per-token scales.
+    """
+    flat: Flat[Call] = Flat(kind)  # type: ignore[arg-type]
+    schema = f"({flat.schema}) -> ({', '.join(['Tensor'] * results)})"
 
+    @torch.library.custom_op(f"nvfp4_moe::{name}", mutates_args=(), schema=schema)
+    def op(*arguments: Any) -> Any:
+        return run(flat.build(arguments))
 
-def register(name: str, implementation: Quantizers) -> Quantizers:
-    """Register the ops `nvfp4_moe::{name}_per_token` and `_global_scale`; return them as functions."""
+    @op.register_fake
+    def _(*arguments: Any) -> Any:
+        call = flat.build(arguments)
+        return allocate(call.x, call.layout)[:results]
 
-    @torch.library.custom_op(f"nvfp4_moe::{name}_per_token", mutates_args=())
-    def per_token_op(
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        scale_value: float,
-        recipe_code: int,
-        layout: int,
-        row_index: torch.Tensor | None,
-        out_scale: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return implementation.quantize_per_token(
-            x,
-            scale_value if scale is None else scale,
-            Recipe.from_code(recipe_code),
-            SfLayout(layout),
-            row_index=row_index,
-            out_scale=out_scale,
-        )
+    def function(*args: P.args, **kwargs: P.kwargs) -> Result:
+        result: Result = op(*flat.flatten(kind(*args, **kwargs)))
+        return result
 
-    @torch.library.custom_op(f"nvfp4_moe::{name}_global_scale", mutates_args=())
-    def global_scale_op(
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        scale_value: float,
-        recipe_code: int,
-        layout: int,
-        inverse: bool,
-        row_index: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return implementation.quantize_global_scale(
-            x,
-            scale_value if scale is None else scale,
-            Recipe.from_code(recipe_code),
-            SfLayout(layout),
-            inverse=inverse,
-            row_index=row_index,
-        )
-
-    @per_token_op.register_fake
-    def _(x, scale, scale_value, recipe_code, layout, row_index, out_scale):  # type: ignore[no-untyped-def]
-        return allocate(x, layout)
-
-    @global_scale_op.register_fake
-    def _(x, scale, scale_value, recipe_code, layout, inverse, row_index=None):  # type: ignore[no-untyped-def]
-        return allocate(x, layout)[:2]
-
-    def per_token(
-        x: torch.Tensor,
-        base_scale_inv: float | torch.Tensor,
-        recipe: Recipe,
-        layout: SfLayout = _LINEAR,
-        *,
-        row_index: torch.Tensor | None = None,
-        out_scale: torch.Tensor | None = None,
-    ) -> Triple:
-        scale, value = two_arguments(base_scale_inv)
-        return per_token_op(x, scale, value, recipe.code, int(layout), row_index, out_scale)
-
-    def global_scale(
-        x: torch.Tensor,
-        global_scale: float | torch.Tensor | None,
-        recipe: Recipe,
-        layout: SfLayout = _LINEAR,
-        *,
-        inverse: bool = False,
-        row_index: torch.Tensor | None = None,
-    ) -> Pair:
-        scale, value = two_arguments(global_scale)
-        return global_scale_op(x, scale, value, recipe.code, int(layout), inverse, row_index)
-
-    return Quantizers(per_token, global_scale)
+    return function
 
 
-def _reference_per_token(x: torch.Tensor, *arguments: Any, **options: Any) -> Triple:
-    result = reference.quantize_per_token(x, *arguments, **options)
+def _per_token_in_reference(call: PerToken) -> Triple:
+    result = reference.quantize_per_token(
+        call.x, call.base_scale_inv, call.recipe, call.layout, row_index=call.row_index,
+        out_scale=call.out_scale,
+    )  # fmt: skip
     assert result.per_token_scale is not None
     return result.codes, result.block_scales, result.per_token_scale
 
 
-def _reference_global_scale(x: torch.Tensor, *arguments: Any, **options: Any) -> Pair:
-    result = reference.quantize_global_scale(x, *arguments, **options)
+def _global_scale_in_reference(call: GlobalScale) -> Pair:
+    result = reference.quantize_global_scale(
+        call.x, call.global_scale, call.recipe, call.layout, inverse=call.inverse,
+        row_index=call.row_index,
+    )  # fmt: skip
     return result.codes, result.block_scales
 
 
-REFERENCE = register("reference", Quantizers(_reference_per_token, _reference_global_scale))
+reference_per_token = register("reference_per_token", PerToken, _per_token_in_reference, 3)
+reference_global_scale = register(
+    "reference_global_scale", GlobalScale, _global_scale_in_reference, 2
+)

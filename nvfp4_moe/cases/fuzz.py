@@ -14,8 +14,8 @@ import torch
 
 from .. import host
 from ..reference.activation import IMPLEMENTED, ActivationType
-from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.finalize import FinalizeOrder
+from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType
 from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1, e4m3

@@ -10,7 +10,7 @@ import torch
 from .. import host
 from ..kernels import environment
 from ..reference.activation import IMPLEMENTED, ActivationType, activate
-from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1

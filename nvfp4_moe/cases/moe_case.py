@@ -11,8 +11,8 @@ from ..reference.bounds.accumulation import ANY_ORDER, Accumulation
 from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
 from ..reference.moe import layer as moe
-from ..reference.moe.activations import Activations
 from ..reference.moe.finalize import FinalizeOrder
+from ..reference.moe.hidden_states import Activations
 from ..reference.moe.routing import Routing, route
 from ..reference.recipe import LayerBuild, Recipe
 from ..reference.weights.experts import Experts

@@ -14,7 +14,7 @@ import torch
 
 from .. import host
 from ..reference.activation import IMPLEMENTED, ActivationType
-from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale

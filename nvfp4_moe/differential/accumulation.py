@@ -19,7 +19,7 @@ from ..kernels import environment
 from ..kernels.flashinfer import version
 from ..kernels.moe.backends import FUSED_MOE
 from ..reference.activation import ActivationType
-from ..reference.moe.activations import Activations
+from ..reference.moe.hidden_states import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.moe.variants import VARIANTS
 from ..reference.numerics import e2m1, e4m3

@@ -12,7 +12,7 @@ import torch
 
 from .. import host
 from ..reference.activation import ActivationType
-from ..reference.moe.activations import Activations, quantize_activations
+from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.layer import Stages, activate_raw, fused_moe
 from ..reference.moe.routing import Routing, RoutingMethodType, route
 from ..reference.numerics.accumulate import matmul

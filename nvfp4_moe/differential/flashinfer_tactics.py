@@ -22,8 +22,8 @@ from ..kernels.moe.backends import FUSED_MOE
 from ..kernels.moe.call import MoECall
 
 if TYPE_CHECKING:
-    from ..kernels.gemm_config import GemmConfig
-    from ..kernels.moe.configs import Configs
+    from ..kernels.moe.tile_table import Configs
+    from ..kernels.tiles import GemmConfig
 
 DEFAULT = "default"
 
@@ -131,16 +131,16 @@ def forced(tactic: Tactic) -> Iterator[None]:
 
 
 def _of_triton(request: MoECall) -> list[Configuration]:
-    from ..kernels.moe import configs
+    from ..kernels.moe import tile_table
     from ..kernels.moe.autotune import cache
 
     result = [Configuration(DEFAULT)]
     if request.batch_invariant:  # always the table's
         return result
     experts, top_k = request.experts, request.routed()[0].shape[1]
-    slots = configs.local_slots(request.tokens * top_k, experts, request.all_experts)
+    slots = tile_table.local_slots(request.tokens * top_k, experts, request.all_experts)
     key = cache.key_of(experts, slots, top_k, request.mode)
-    table = configs.table_configs(experts, slots)
+    table = tile_table.table_configs(experts, slots)
     for which in (0, 1):
         for config in _tiles(key.weights[which][1], native=key.native):
             pair = [replace(other, bn=config.bn) for other in table]
@@ -156,11 +156,11 @@ def _tiles(columns: int, *, native: bool) -> "list[GemmConfig]":
 
     The candidates of `autotune_fused_moe` are compared with the table's when they are measured.
     """
-    from ..kernels.moe import configs
+    from ..kernels.moe import tile_table
     from ..kernels.moe.autotune import cache
 
     shipped = dict.fromkeys(
-        configs.gemm_config(each, 1, width, native=native)
+        tile_table.gemm_config(each, 1, width, native=native)
         for each in (1, 17, 65, 1024)
         for width in (128, 4096)
     )

@@ -10,7 +10,6 @@ from ..cases import moe as moe_cases
 from ..cases.moe import TENSOR
 from ..reference.activation import ActivationType
 from ..reference.moe import layer as moe
-from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.baseline_moe import (
     FORMATS,
     Format,
@@ -18,6 +17,7 @@ from ..reference.moe.baseline_moe import (
     prepare_baseline,
     quantize_for,
 )
+from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts

@@ -52,7 +52,7 @@ def run(
     options: RunOptions = ONCE,
     every: list[MoECase] | None = None,
 ) -> PartResult:
-    """Judge the backends (all that work here) on every case (those of `matrix_moe.cases`)."""
+    """Judge the backends (all that work here) on every case (those of `cases.moe.cases`)."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     result = PartResult(Section(TITLE))

@@ -13,8 +13,8 @@ import torch
 from ..reference.bounds.accumulation import ANY_ORDER, Accumulation
 from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds
-from ..reference.moe.activations import Activations, quantize_activations
 from ..reference.moe.finalize import FinalizeOrder, finalize
+from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.layer import MoEResult, requantize
 from ..reference.moe.permute import local_slots
 from ..reference.moe.routing import Routing, route

@@ -26,7 +26,7 @@ from ..machine import machine
 from ..reference.activation import ActivationType
 from ..reference.bounds.accumulation import ANY_ORDER, CONTIGUOUS, FP32, Accumulation
 from ..reference.layouts import from_linear, padded_shape, to_linear
-from ..reference.moe.activations import Activations
+from ..reference.moe.hidden_states import Activations
 from ..reference.moe.layer import OUTPUT_DTYPES
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.quantize import Quantized

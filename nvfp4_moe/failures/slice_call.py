@@ -15,7 +15,7 @@ import torch
 from .. import host
 from ..cases.moe_case import MoECase
 from ..reference.layouts import from_linear, inverse, to_linear
-from ..reference.moe.activations import Activations
+from ..reference.moe.hidden_states import Activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.recipe import BLOCK_SIZE, SfLayout
 from ..reference.weights.copies import in_layouts_of, without_layouts

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..reference.moe.activations import Activations
+from ..reference.moe.hidden_states import Activations
 from ..reference.recipe import BLOCK_SIZE
 from .rank_check import Group
 

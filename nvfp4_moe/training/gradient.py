@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels.moe.api import fused_moe
 from ..kernels.quantize.api import nvfp4_quantize
 from ..reference.activation import activate
-from ..reference.moe.activations import Activations, hidden_values
+from ..reference.moe.hidden_states import Activations, hidden_values
 from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.experts import Experts
 from ..reference.weights.layout import gemm1_values, gemm2_values, unshuffled_bias

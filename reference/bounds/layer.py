@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..moe.activations import Activations, hidden_values
+from ..moe.hidden_states import Activations, hidden_values
 from ..moe.variants import Variant
 from ..recipe import Recipe
 from ..weights.experts import Experts

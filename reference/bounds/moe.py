@@ -59,8 +59,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..moe.activations import Activations
 from ..moe.finalize import FinalizeOrder, add_up, flushes
+from ..moe.hidden_states import Activations
 from ..moe.permute import local_slots
 from ..moe.routing import Routing
 from ..moe.variants import VARIANTS

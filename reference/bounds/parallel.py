@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..moe.activations import Activations
+from ..moe.hidden_states import Activations
 from ..moe.shards import select_experts, shard_experts
 from ..numerics.subnormals import kept
 from ..weights.experts import Experts

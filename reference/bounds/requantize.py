@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from ..moe.activations import Activations, hidden_values
+from ..moe.hidden_states import Activations, hidden_values
 from ..numerics import e2m1, e4m3
 from ..numerics.fp32 import Arithmetic, rcp_approx_ftz
 from ..quantize import block_scale, max_ignoring_nan, output_scale, quantize_blocks, row_scales

@@ -40,8 +40,8 @@ from ..quantize import Quantized, quantize_block_scales, quantize_global_scale, 
 from ..recipe import LayerBuild, Recipe
 from ..weights.experts import Experts
 from ..weights.layout import gemm1_values, gemm2_values, unshuffled_bias
-from .activations import Activations, hidden_values
 from .finalize import FinalizeOrder, finalize
+from .hidden_states import Activations, hidden_values
 from .permute import local_slots
 from .variants import VARIANTS
 

@@ -28,8 +28,8 @@ from ..recipe import BLOCK_SIZE, Recipe, SfLayout
 from ..weights.copies import without_layouts
 from ..weights.experts import Experts
 from ..weights.layout import lay_out, lay_out_rows, padded_sizes, row_order, unshuffled_bias
-from .activations import Activations
 from .finalize import FinalizeOrder
+from .hidden_states import Activations
 from .layer import MoEResult, fused_moe
 
 _ALIKE = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import checks
-from ..moe.activations import Activations, hidden_values
+from ..moe.hidden_states import Activations, hidden_values
 from ..numerics import e4m3
 from ..numerics.subnormals import kept
 from ..quantize import Quantized, quantize_block_scales, quantize_global_scale, quantize_per_token

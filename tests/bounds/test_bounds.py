@@ -19,7 +19,7 @@ from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.product import Product
 from nvfp4_moe.reference.bounds.requantize import requantize_blocks, requantize_rows
 from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe.activations import Activations, hidden_values
+from nvfp4_moe.reference.moe.hidden_states import Activations, hidden_values
 from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.quantize import quantize_block_scales, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe

@@ -20,7 +20,7 @@ from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.bounds.parallel import all_reduce_bounds
 from nvfp4_moe.reference.bounds.product import Product
 from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import Activations, quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics.accumulate import matmul
 from nvfp4_moe.reference.numerics.fp32 import flush

@@ -6,8 +6,8 @@ from offline import compile_kernel, resources
 
 from nvfp4_moe.kernels.dense.kernel import dense_gemm_kernel
 from nvfp4_moe.kernels.dense.launch import dense_config
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.jit.decode import decode_kernel
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.triton_target import native_mma, shared_memory
 from nvfp4_moe.reference.recipe import SfLayout
 

@@ -15,7 +15,7 @@ from mutants.generated.strict import codes_multiplied
 
 import nvfp4_moe
 from nvfp4_moe.kernels.dense.launch import dense_config
-from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference import dense as reference
 

@@ -11,11 +11,11 @@ from moe_cases import Shape
 
 from nvfp4_moe.differential import flashinfer_tactics
 from nvfp4_moe.kernels import triton_target
-from nvfp4_moe.kernels.gemm_config import GemmConfig
-from nvfp4_moe.kernels.moe import configs, launch
+from nvfp4_moe.kernels.moe import launch, tile_table
 from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import make_moe_call
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 SHAPE = Shape(5, 128, 64, 4, 2)
@@ -202,9 +202,9 @@ def test_tiles_of_triton(an_h100):
     found = flashinfer_tactics.configurations("triton", request)
     assert found[0].name == "default" and len({c.name for c in found}) == len(found) >= 6
     assert any("gemm1 256x128x64" in c.name and "decoded" in c.name for c in found)
-    slots = configs.local_slots(10, request.experts, 4)
+    slots = tile_table.local_slots(10, request.experts, 4)
     table = launch._configs(request.experts, slots, 2, "per-token", False)
-    assert table == configs.table_configs(request.experts, slots)
+    assert table == tile_table.table_configs(request.experts, slots)
     for c in found[1:]:
         with c.forced():
             pair = launch._configs(request.experts, slots, 2, "per-token", False)

@@ -17,14 +17,14 @@ from triton.runtime.errors import OutOfResources
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.autotune import cache, search
 from nvfp4_moe.kernels.moe.autotune.search import Measured, autotune, candidates, difference
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.configs import gemm_config, local_slots
+from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.hidden_states import Activations
 
 TABLE = GemmConfig(64, 16, 128, 4, 4)  # of both GEMMs, for few tokens
 WIDE = GemmConfig(128, 32, 128, 3, 4)

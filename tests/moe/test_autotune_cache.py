@@ -11,9 +11,9 @@ import pytest
 from paths import ROOT
 
 from nvfp4_moe.kernels import environment
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.autotune.cache import Key, lookup, path_of, store, text_of
+from nvfp4_moe.kernels.tiles import GemmConfig
 
 KEY = Key(
     "NVIDIA H100", 90, "3.6.0", "0123", 2048, 768, 128, 8, "Swiglu", "per-token", "gemm1_bias", 1024
@@ -211,7 +211,7 @@ def test_using_is_for_a_while():
 
 
 WRITER = """
-from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.moe.autotune.cache import *
 import sys
 key, first, second = eval(sys.stdin.read())

@@ -10,9 +10,9 @@ from moe_cases import Shape
 
 import nvfp4_moe
 from nvfp4_moe import fused_moe_masked, nvfp4_quantize_masked
-from nvfp4_moe.reference.moe.activations import Activations
-from nvfp4_moe.reference.moe.masked_layout import fused_moe_masked as reference
-from nvfp4_moe.reference.moe.masked_layout import quantize_masked
+from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.moe.masked import fused_moe_masked as reference
+from nvfp4_moe.reference.moe.masked import quantize_masked
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 MASKED = torch.tensor(masked_cases.MASKED[0])

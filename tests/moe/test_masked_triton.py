@@ -17,8 +17,8 @@ from paths import ROOT, SUPPORT
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe.masked import launch
+from nvfp4_moe.kernels.tiles import GemmConfig
 
 WITH_MPROTECT = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mprotect")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at inf and NaN

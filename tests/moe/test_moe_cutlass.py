@@ -22,7 +22,7 @@ from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import make_moe_call
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import quantize_global_scale

@@ -4,11 +4,11 @@
 import pytest
 from offline import compile_kernel, resources
 
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe.activation import NONE
-from nvfp4_moe.kernels.moe.configs import gemm_config
 from nvfp4_moe.kernels.moe.grouped_gemm import expert_gemm_kernel
 from nvfp4_moe.kernels.moe.masked.rows import copy_rows_kernel, masked_rows_kernel
+from nvfp4_moe.kernels.moe.tile_table import gemm_config
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.triton_target import native_mma, shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 

@@ -12,12 +12,12 @@ from moe_triton_cases import CONFIGS, SMALL, coarse, to
 from mutants.generated.strict import codes_multiplied
 
 from nvfp4_moe.differential import accumulation
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.configs import gemm_config
+from nvfp4_moe.kernels.moe.tile_table import gemm_config
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.hidden_states import Activations
 
 PERMUTATIONS = [
     *(

@@ -58,7 +58,7 @@ REFERENCE = (
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (
-    "environment", "device", "gemm_config", "op_schema", "jit", "triton_target", "backends", "allocate",
+    "environment", "device", "tiles", "op_schema", "jit", "triton_target", "backends", "allocate",
     "decode", "instruction_probe", "call", "flashinfer", "quantize", "fused_quantize", "weights",
     "dense", "baseline_moe", "moe",
 )  # fmt: skip
@@ -88,9 +88,9 @@ REFERENCE_NAMES = (
     "grouped.quantize_grouped",
     "moe.fused_moe",
     "moe.grouped.fused_moe_grouped",
-    "moe.masked_layout.fused_moe_grouped",
-    "moe.masked_layout.fused_moe_masked",
-    "moe.masked_layout.quantize_masked",
+    "moe.masked.fused_moe_grouped",
+    "moe.masked.fused_moe_masked",
+    "moe.masked.quantize_masked",
     "moe.quantize_activations",
     "moe.routing.route",
     "moe.shards.fused_moe_shards",

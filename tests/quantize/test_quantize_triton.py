@@ -229,7 +229,7 @@ def test_opcheck(name):
         torch.library.opcheck(per_token, arguments)
     by_row = torch.linspace(1, 9, 7)
     global_scale = getattr(ops, f"{name}_global_scale").default
-    for arguments in ((x, None, 3.0, 0, 1, False), (x, by_row, 0.0, 64, 0, True)):
+    for arguments in ((x, None, 3.0, 0, 1, False, None), (x, by_row, 0.0, 64, 0, True, None)):
         torch.library.opcheck(global_scale, arguments)
 
 

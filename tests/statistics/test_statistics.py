@@ -20,7 +20,7 @@ from nvfp4_moe import LayerStatistics, MoEStatistics
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import Activations, quantize_activations
 from nvfp4_moe.reference.quantize import dequantize
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, all_recipes
 from nvfp4_moe.reference.statistics import measure

@@ -133,7 +133,7 @@ def subnormal_numbers(device: str, backend: str) -> Any:
     """Numbers around fp32's smallest, and enough of them for several threads."""
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
     from nvfp4_moe.reference.moe import layer as moe
-    from nvfp4_moe.reference.moe.activations import quantize_activations
+    from nvfp4_moe.reference.moe.hidden_states import quantize_activations
     from nvfp4_moe.reference.quantize import dequantize, quantize_block_scales, quantize_per_token
     from nvfp4_moe.reference.recipe import Recipe
     from nvfp4_moe.reference.weights.prepare import prepare_experts
@@ -244,13 +244,13 @@ def judge(device: str, backend: str) -> Any:
     from nvfp4_moe import host
     from nvfp4_moe.cases import moe as moe_cases
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
-    from nvfp4_moe.reference.moe.activations import quantize_activations
     from nvfp4_moe.reference.moe.baseline_moe import (
         FORMATS,
         baseline_moe,
         prepare_baseline,
         quantize_for,
     )
+    from nvfp4_moe.reference.moe.hidden_states import quantize_activations
     from nvfp4_moe.reference.recipe import Recipe
     from nvfp4_moe.reference.statistics.measure import weight_statistics
     from nvfp4_moe.reference.weights.prepare import prepare_experts

@@ -8,7 +8,7 @@ from assertions import assert_bitwise, assert_inside
 
 from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall
-from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds

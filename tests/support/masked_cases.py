@@ -17,8 +17,8 @@ from nvfp4_moe.kernels.moe.masked import launch
 from nvfp4_moe.kernels.moe.masked.call import MaskedKernelCall
 from nvfp4_moe.kernels.moe.masked.rows import masked_rows
 from nvfp4_moe.reference.layouts import from_linear
-from nvfp4_moe.reference.moe.activations import Activations
-from nvfp4_moe.reference.moe.masked_layout import fused_moe_masked, quantize_masked
+from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.moe.masked import fused_moe_masked, quantize_masked
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 MASKED = ((3, 0, 5, 1), (0, 0, 0, 0), (5, 5, 5, 5), (0, 2, 0, 0))

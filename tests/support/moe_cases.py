@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
-from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import Activations, quantize_activations
 from nvfp4_moe.reference.moe.permute import local_slots
 from nvfp4_moe.reference.quantize import quantize_global_scale
 from nvfp4_moe.reference.recipe import Recipe

@@ -9,21 +9,21 @@ import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Case, Shape
 
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe import routing as triton_routing
 from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.kernels.moe.permute import permute as triton_permute
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe import permute
 from nvfp4_moe.reference.moe import routing as reference_routing
-from nvfp4_moe.reference.moe.activations import Activations, hidden_values
 from nvfp4_moe.reference.moe.finalize import FinalizeOrder
 from nvfp4_moe.reference.moe.finalize import finalize as reference_finalize
+from nvfp4_moe.reference.moe.hidden_states import Activations, hidden_values
 from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import quantize_per_token

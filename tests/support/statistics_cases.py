@@ -17,7 +17,7 @@ import nvfp4_moe
 from nvfp4_moe.kernels.moe import ops as moe_ops
 from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.activations import hidden_values
+from nvfp4_moe.reference.moe.hidden_states import hidden_values
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.statistics.counts import BINS, COUNTS, QuantizationStatistics
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from nvfp4_moe import ActivationType, fake_quantized_moe, fused_moe
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
 from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
-from nvfp4_moe.reference.moe.activations import hidden_values, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import hidden_values, quantize_activations
 from nvfp4_moe.reference.recipe import Recipe
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values

@@ -18,7 +18,7 @@ from nvfp4_moe import (
     prepare_experts,
 )
 from nvfp4_moe.reference.moe import layer as reference
-from nvfp4_moe.reference.moe.activations import quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import quantize_activations
 from nvfp4_moe.reference.moe.routing import route
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 

@@ -24,11 +24,11 @@ import triton
 from ....reference.activation import ActivationType
 from ....reference.weights.experts import Experts
 from ... import environment, jit
-from ...gemm_config import GemmConfig
+from ...tiles import GemmConfig
 from ...triton_target import arch, gpu_name, native_mma
 from .. import activation, grouped_gemm
 from ..call import Mode
-from ..configs import Configs
+from ..tile_table import Configs
 
 _FORMAT = 1
 """Format of an entry, and what `launch.py` does with it; an entry of another number is a miss."""

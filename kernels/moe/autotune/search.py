@@ -17,9 +17,9 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from ...gemm_config import GemmConfig
+from ...tiles import GemmConfig
 from ..call import KernelCall
-from ..configs import Configs, gemm_config
+from ..tile_table import Configs, gemm_config
 from . import cache
 from .workload import Trial, microseconds
 

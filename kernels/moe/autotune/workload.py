@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import torch
 
-from ....reference.moe.activations import Activations
+from ....reference.moe.hidden_states import Activations
 from ....reference.recipe import Recipe
-from ...gemm_config import GemmConfig
 from ...quantize.launch import quantize_global_scale
+from ...tiles import GemmConfig
 from .. import launch
 from ..call import KernelCall
-from ..configs import Configs, local_slots, table_configs
 from ..permute import Permutation, permute
+from ..tile_table import Configs, local_slots, table_configs
 from . import cache
 
 _RECIPE = Recipe()
@@ -52,7 +52,8 @@ class Trial:
         self._permutations: dict[int, Permutation] = {}
         activations = Activations(x)
         if mode == "static":
-            activations = Activations(*quantize_global_scale(x, experts.input_scale, _RECIPE))
+            scale = 1.0 if experts.input_scale is None else experts.input_scale
+            activations = Activations(*quantize_global_scale(x, scale, _RECIPE))
         self._call = replace(
             call,
             activations=activations,

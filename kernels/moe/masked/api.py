@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ....reference import checks
-from ....reference.moe.activations import Activations
+from ....reference.moe.hidden_states import Activations
 from ....reference.recipe import BLOCK_SIZE, Recipe
 from ....reference.weights.experts import Experts
 from ... import backends

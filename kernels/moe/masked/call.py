@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ....reference.moe.activations import Activations
-from ....reference.moe.masked_layout import fused_moe_masked, live_rows, quantize_masked
+from ....reference.moe.hidden_states import Activations
+from ....reference.moe.masked import fused_moe_masked, live_rows, quantize_masked
 from ....reference.recipe import Recipe
 from ....reference.weights.experts import Experts
 from ...op_schema import Flat

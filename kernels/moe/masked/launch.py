@@ -8,10 +8,10 @@ CUDA graph can be replayed with another `masked_m`.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from ....reference.moe.activations import Activations
-from ...gemm_config import GemmConfig
-from ..configs import table_configs
+from ....reference.moe.hidden_states import Activations
+from ...tiles import GemmConfig
 from ..launch import gemm1, gemm2, operand, quantized
+from ..tile_table import table_configs
 from .call import MaskedKernelCall, register
 from .rows import copy_rows, masked_rows
 

@@ -13,7 +13,7 @@ import nvfp4_moe
 from nvfp4_moe.cases.moe import MoECase
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.activations import quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe

@@ -7,8 +7,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from mutants.quantizers import QUANTIZERS, as_requantize, half_up
-from mutants.stages import in_bf16, other_finalize, sigmoid_of_up
+from mutants.quantizer_mutants import QUANTIZERS, as_requantize, half_up
+from mutants.stage_mutants import in_bf16, other_finalize, sigmoid_of_up
 from mutants.tensors import next_row, of_one
 
 from nvfp4_moe.reference import quantize

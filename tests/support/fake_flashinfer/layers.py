@@ -13,8 +13,8 @@ from nvfp4_moe.differential.conforming import CONFORMING
 from nvfp4_moe.kernels.flashinfer import version
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import from_linear
-from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.baseline_moe import baseline_moe
+from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.layer import MoEResult, Stages, fused_moe, read_back
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, unpack_topk
 from nvfp4_moe.reference.moe.variants import VARIANTS

@@ -14,9 +14,9 @@ from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import compare, run_reference
 from nvfp4_moe.differential.verdict import Allowed
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.quantize import Quantized, dequantize
 
 Tensor = torch.Tensor

@@ -1,4 +1,4 @@
-"""Small calls of the Triton kernels that between them show every mistake of `kernels.py`.
+"""Small calls of the Triton kernels that between them show every mistake of `kernel_mutants.py`.
 
 `answer` runs where the interpreter is on, in a copy of the package; the rest judges, in this one.
 """
@@ -17,9 +17,9 @@ from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import SETTINGS, Setting
 from nvfp4_moe.failures import slice_call
-from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import Activations, quantize_activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 

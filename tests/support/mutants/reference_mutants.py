@@ -13,7 +13,7 @@ import torch
 
 from nvfp4_moe.differential.conforming import SETTINGS, Setting, perform
 from nvfp4_moe.differential.stages import Call, Run
-from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
+from nvfp4_moe.reference.moe.hidden_states import Activations, quantize_activations
 from nvfp4_moe.reference.moe.layer import MoEResult, Stages
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
@@ -26,9 +26,9 @@ from .arguments import (
     other_tensor,
     padding_filled,
 )
-from .edges import EDGES
-from .quantizers import QUANTIZERS, as_activations, as_requantize, read_otherwise
-from .stages import (
+from .edge_mutants import EDGES
+from .quantizer_mutants import QUANTIZERS, as_activations, as_requantize, read_otherwise
+from .stage_mutants import (
     GEMMS,
     ROUNDINGS,
     ROUTINGS,

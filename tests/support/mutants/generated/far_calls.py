@@ -19,12 +19,12 @@ from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
 from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
-from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch, routing
 from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.kernels.moe.permute import Permutation
 from nvfp4_moe.kernels.quantize import kernel as k
 from nvfp4_moe.kernels.quantize import launch as quantize_launch
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.weights import launch as weights_launch
 from nvfp4_moe.reference.layouts import padded_shape
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType

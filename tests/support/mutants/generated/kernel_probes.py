@@ -11,9 +11,9 @@ import torch
 from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import Setting
-from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 

@@ -13,7 +13,7 @@ from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
 from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
-from nvfp4_moe.kernels.gemm_config import GemmConfig
+from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference import dense, fused_quantize
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds

@@ -14,8 +14,8 @@ from nvfp4_moe.differential.verdict import Allowed
 from nvfp4_moe.reference import activation, dense, fused_quantize, layouts
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.finalize import finalize, split_k_groups
+from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.permute import local_slots, permutation
 from nvfp4_moe.reference.numerics.accumulate import fma, matmul
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout

@@ -39,7 +39,7 @@ OF_FILE = {
     "reference/numerics/fp32.py": ("fp32", "quantize"),
     "reference/numerics/functions.py": ("functions", "routing"),
     "reference/layouts.py": ("layouts",),
-    "reference/moe/activations.py": ("moe", "fused"),
+    "reference/moe/hidden_states.py": ("moe", "fused"),
     "reference/moe/finalize.py": ("moe", "fused"),
     "reference/moe/layer.py": ("moe", "fused"),
     "reference/moe/permute.py": ("moe",),

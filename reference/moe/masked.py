@@ -13,7 +13,7 @@ from ..numerics.accumulate import Accumulate
 from ..quantize import Quantized, quantize_global_scale, quantize_per_token
 from ..recipe import Recipe
 from ..weights.experts import Experts
-from .activations import Activations
+from .hidden_states import Activations
 from .layer import fused_moe
 
 

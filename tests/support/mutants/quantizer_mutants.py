@@ -10,7 +10,7 @@ import torch
 
 from nvfp4_moe.reference import quantize
 from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe.activations import Activations
+from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.layer import Stages
 from nvfp4_moe.reference.numerics import e2m1, e4m3
 from nvfp4_moe.reference.quantize import Quantized, quantize_global_scale, quantize_per_token

@@ -8,8 +8,8 @@ from assertions import assert_bitwise
 from moe_cases import Shape
 
 from nvfp4_moe.reference.moe import layer as moe
-from nvfp4_moe.reference.moe.activations import Activations
-from nvfp4_moe.reference.moe.masked_layout import fused_moe_masked, quantize_masked
+from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.moe.masked import fused_moe_masked, quantize_masked
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from ...reference.weights.experts import Experts
-from ..gemm_config import GemmConfig
+from ..tiles import GemmConfig
 from ..triton_target import arch, native_mma, shared_memory
 
 Configs = tuple[GemmConfig, GemmConfig]

@@ -1,4 +1,4 @@
-"""Settings whose inputs show mistakes that ordinary numbers hide; `matrix_edges` has those of `diff`."""
+"""Settings whose inputs show mistakes that ordinary numbers hide; `moe_edges` has those of `diff`."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def _four_over_six(seed: int) -> Call:
 
 
 def _routed(name: str, method: RoutingMethodType) -> Callable[[int], Call]:
-    """One of `matrix_edges.routers`."""
+    """One of `moe_edges.routers`."""
     found = [r for r in moe_edges.routers() if r[0] == name and r[1].method == method]
     ((_, routing, logits, bias),) = found
 
