@@ -18,6 +18,7 @@ from nvfp4_moe import (
     RoutingMethodType,
     nvfp4_quantize,
     prepare_experts,
+    register_backend,
 )
 from nvfp4_moe.reference.moe.routing import route
 
@@ -54,6 +55,13 @@ def test_the_readme_names_every_page():
 def introduced(tmp_path, monkeypatch):
     """The tensors, the folder and the process group that the pages use without making them."""
     monkeypatch.chdir(tmp_path)
+    registered = []
+
+    def register(*args, **kwargs):
+        registered.append(register_backend(*args, **kwargs))
+        return registered[-1]
+
+    monkeypatch.setattr("nvfp4_moe.register_backend", register)
     weights = checkpoint_cases.weights()
     quantized = checkpoint_cases.quantized(weights)
     for projection in quantized.values():
@@ -93,6 +101,8 @@ def introduced(tmp_path, monkeypatch):
         }
     finally:
         distributed.destroy_process_group()
+        for backend in registered:
+            backend.remove()
 
 
 RUN = [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))]
