@@ -18,6 +18,8 @@ def decode(
     columns: int | None = None,
     operand: bool = False,
     out: torch.Tensor | None = None,
+    fragments: bool = False,
+    place: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Code times block scale, exact; columns 0, 4, 8 ... of a row together, then 1, 5, 9 ....
 
@@ -27,18 +29,24 @@ def decode(
         columns: of the result, a multiple of 16 and zero beyond K; K by default.
         operand: values times 2^-8, as `jit.mma.decoded_sums` takes the weights.
         out: [>= R, 4, columns / 4] bf16, written up to R; new by default.
+        fragments: in the order of `jit/fragments.py`, [R * S, columns]; 128 divides the columns.
+        place: with `fragments` int32, S for each row, where its values go; -1: nowhere.
     """
     rows, half = codes.shape
     blocks, columns = half * 2 // BLOCK_SIZE, columns or half * 2
-    if out is None:
+    if fragments:
+        wanted = rows if place is None else place.numel()
+        out = torch.empty((wanted, columns), dtype=torch.bfloat16, device=codes.device)
+    elif out is None:
         out = torch.empty((rows, 4, columns // 4), dtype=torch.bfloat16, device=codes.device)
     padded = columns // BLOCK_SIZE
     at_once = min(64, triton.next_power_of_2(padded))
     tile = 128 if layout == SfLayout.layout_128x4 else 8
     programs = triton.cdiv(rows, tile) * (tile // 8)
     decode_kernel[(programs, triton.cdiv(padded, at_once))](
-        codes.view(torch.uint16), block_scales.view(torch.uint8), out, rows, blocks, padded,
+        codes.view(torch.uint16), block_scales.view(torch.uint8), out, place, rows, blocks, padded,
         padded_shape(rows, blocks, layout)[1], OPERAND=operand, LAYOUT=int(layout), BLOCKS=at_once,
+        FRAGMENTS=fragments, SLOTS=0 if place is None else place.numel() // rows,
         ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
     )  # fmt: skip
     return out

@@ -3,9 +3,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from ...reference.weights.experts import Experts
 from ..gemm_config import GemmConfig
+from ..hopper.config import RingConfig, refusal, ring_config
 from ..triton_target import arch, native_mma, shared_memory
 
-Configs = tuple[GemmConfig, GemmConfig]
+Config = GemmConfig | RingConfig
+Configs = tuple[Config, Config]
 """The tiles of the first and the second GEMM. They share `bn`, which is the permutation's tile."""
 
 
@@ -50,8 +52,11 @@ def local_slots(slots: int, experts: Experts, num_experts: int | None) -> int:
 
 
 def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:
-    """Return `gemm_config` of both GEMMs."""
+    """Return `ring_config` of both GEMMs where that kernel serves, else `gemm_config`."""
     here = arch(experts.gemm1_weights.device)
+    if refusal(here) is None:
+        ring = ring_config(slots, experts.num_local)
+        return ring, ring
     first, second = (
         gemm_config(
             slots, experts.num_local, w.shape[2] * 2, batch_invariant=batch_invariant,

@@ -16,13 +16,19 @@ from ...reference.moe.activations import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from ..decode import decode
-from ..gemm_config import GemmConfig
-from ..quantize.launch import quantize_global_scale, quantize_per_token, quantize_to_values
+from ..hopper.config import RingConfig
+from ..hopper.rows import in_fragments
+from ..quantize.launch import (
+    quantize_global_scale,
+    quantize_per_token,
+    quantize_to_fragments,
+    quantize_to_values,
+)
 from ..triton_target import arch, launch_options, native_mma
 from .activation import NONE
 from .autotune import cache
 from .call import KernelCall, Mode, Observe
-from .configs import Configs, local_slots, table_configs
+from .configs import Config, Configs, local_slots, table_configs
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
 from .ops import Triple, empty_results, register
@@ -51,7 +57,7 @@ def fused_moe(
     ids: torch.Tensor,
     weights: torch.Tensor,
     *,
-    config: GemmConfig | None = None,
+    config: Config | None = None,
     observe: Observe | None = None,
 ) -> Triple:
     """Launch the kernels of the layer, as an `Implementation` of `ops.py`.
@@ -74,14 +80,19 @@ def fused_moe(
     p = permute(ids, experts.num_local, call.local_expert_offset, configs[0].bn)
 
     activations = call.activations
-    x1 = quantized(activations.hidden_states, recipe) if call.quantize else operand(activations)
+    ring = isinstance(configs[0], RingConfig)
+    place = p.permuted if ring else None
+    if call.quantize:
+        x1 = quantized(activations.hidden_states, recipe, ring=ring, place=place)
+    else:
+        x1 = operand(activations, ring=ring, place=place)
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
     if observe is not None:
         observe(ids, intermediate, p.permuted)
     if plain:
-        x2 = operand(Activations(intermediate))
+        x2 = operand(Activations(intermediate), ring=ring)
     else:
-        x2 = quantized(intermediate, recipe, per_token=not static)
+        x2 = quantized(intermediate, recipe, per_token=not static, ring=ring)
     rows = gemm2(x2, experts, p, slots, configs[1])
     output = results[0]
     if not call.do_finalize:
@@ -99,13 +110,28 @@ OP = register("triton", fused_moe)
 class Operand:
     """Rows of activations as the grouped GEMM reads them."""
 
-    values: torch.Tensor  # [N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes
+    values: torch.Tensor
+    """[N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes; for a ring [rows, K] bf16,
+    in the order of `jit/fragments.py`, by permuted row."""
     block_scales: torch.Tensor | None  # native: [N, K/16], linear
     token_scale: torch.Tensor | None  # [N] fp32
 
 
-def operand(a: Activations) -> Operand:
-    """Return codes as they are if the GPU multiplies codes, and decoded if it does not."""
+def operand(a: Activations, *, ring: bool = False, place: torch.Tensor | None = None) -> Operand:
+    """Return codes as they are if the GPU multiplies codes, and decoded if it does not.
+
+    Args:
+        ring: for the GEMM of `hopper/`.
+        place: with `ring`, the permuted row of each slot.
+    """
+    if ring:
+        if a.is_bf16:
+            return Operand(in_fragments(a.hidden_states, place), None, None)
+        assert a.block_scales is not None
+        values = decode(
+            a.hidden_states, a.block_scales, SfLayout.layout_linear, fragments=True, place=place
+        )
+        return Operand(values, None, a.per_token_scale)
     if a.is_bf16:
         fours = a.hidden_states.unflatten(1, (-1, 4)).transpose(1, 2).contiguous()
         return Operand(fours, None, None)
@@ -116,11 +142,22 @@ def operand(a: Activations) -> Operand:
     return Operand(decode(a.hidden_states, scales, SfLayout.layout_linear), None, a.per_token_scale)
 
 
-def quantized(x: torch.Tensor, recipe: Recipe, *, per_token: bool = True) -> Operand:
+def quantized(
+    x: torch.Tensor,
+    recipe: Recipe,
+    *,
+    per_token: bool = True,
+    ring: bool = False,
+    place: torch.Tensor | None = None,
+) -> Operand:
     """Quantize rows [N, K], bf16, or fp32 with static scales.
 
-    One launch quantizes and decodes if the GPU does not multiply codes.
+    One launch quantizes and decodes if the GPU does not multiply codes. `ring` and `place` are those of
+    `operand`.
     """
+    if ring:
+        values, token_scale = quantize_to_fragments(x, recipe, per_token=per_token, place=place)
+        return Operand(values, None, token_scale)
     if not native_mma(arch(x.device)):
         values, token_scale = quantize_to_values(x, recipe, per_token=per_token)
         return Operand(values, None, token_scale)
@@ -135,7 +172,7 @@ def gemm1(
     p: Permutation,
     slots: int,
     top_k: int,
-    config: GemmConfig,
+    config: Config,
     *,
     fp32: bool,
 ) -> torch.Tensor:
@@ -154,7 +191,7 @@ def gemm2(
     experts: Experts,
     p: Permutation,
     slots: int,
-    config: GemmConfig,
+    config: Config,
 ) -> torch.Tensor:
     """Return [slots, padded hidden size] bf16, by permuted row."""
     out = x.values.new_empty((slots, experts.padded_hidden_size), dtype=torch.bfloat16)
@@ -173,12 +210,20 @@ def _launch_gemm(
     scale: torch.Tensor,
     out: torch.Tensor,
     p: Permutation,
-    config: GemmConfig,
+    config: Config,
     x_divisor: int,
     activation: ActivationType | None,
     experts: Experts,
 ) -> None:
     first = activation is not None
+    if isinstance(config, RingConfig):
+        from ..hopper.launch import expert_gemm  # Gluon, which other GPUs do not need
+
+        expert_gemm(
+            x.values, x.token_scale, w, w_sf, bias, scale, out, p, config, x_divisor,
+            experts if first else None,
+        )  # fmt: skip
+        return
     local, rows, columns = w.shape[0], w.shape[1], w.shape[2] * 2
     bm = math.gcd(config.bm, rows)
     tiles = p.tiles.shape[1]

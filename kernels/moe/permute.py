@@ -20,7 +20,8 @@ class Permutation:
 
     expanded: torch.Tensor  # [T * K] int32: expanded index of a permuted row
     permuted: torch.Tensor  # [T * K] int32: permuted row of an expanded index, -1: not on this rank
-    tiles: torch.Tensor  # [2, tiles] int32: expert, first permuted row
+    tiles: torch.Tensor  # [2, tiles] int32: expert (-1: none), first permuted row; in memory, the
+    # number of tiles that are used comes after them
     end: torch.Tensor  # [E] int32
 
 
@@ -37,7 +38,8 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
+    table = empty(2 * tiles + 1)[: 2 * tiles].view(2, tiles)
+    p = Permutation(empty(slots), empty(slots), table, empty(num_local))
     ids = ids.contiguous()
     bins = max(16, triton.next_power_of_2(num_local + 1))
     options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
@@ -83,6 +85,7 @@ def _expert_counted(
     # The last expert also marks the tiles that nobody uses.
     own = (count + TILE - 1) // TILE
     until = tl.where(expert == E - 1, tiles - first_tile, own)
+    tl.store(tile_ptr + 2 * tiles, first_tile + own, expert == E - 1)
     for start in range(0, until, CHUNK):
         i = start + tl.arange(0, CHUNK)
         tl.store(tile_ptr + first_tile + i, tl.where(i < own, expert, -1), i < until)

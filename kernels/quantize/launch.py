@@ -95,6 +95,8 @@ class Outputs(NamedTuple):
     block_scales: torch.Tensor | None
     token_scale: torch.Tensor | None
     values: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    fragments: bool = False
 
 
 def _launch(
@@ -147,6 +149,7 @@ def _launch(
         None if outputs.codes is None else outputs.codes.view(torch.int32),
         outputs.block_scales,
         outputs.values,
+        outputs.place,
         outputs.token_scale,
         scale_value,
         m,
@@ -166,6 +169,8 @@ def _launch(
         PARTS=config.parts,
         READ=config.read,
         SPLITS=config.splits,
+        FRAGMENTS=outputs.fragments,
+        SLOTS=0 if outputs.place is None else outputs.place.numel() // m,
         ARCH=arch(x.device),
         num_warps=config.warps,
         **launch_options(x.device),
@@ -229,6 +234,34 @@ def quantize_to_values(
     scale = recipe.base_scale_inv if per_token else 1.0
     linear = int(SfLayout.layout_linear)
     _launch(x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear)
+    return values, token
+
+
+def quantize_to_fragments(
+    x: torch.Tensor,
+    recipe: Recipe,
+    *,
+    per_token: bool,
+    place: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`quantize_to_values` in the order of `jit/fragments.py`, at the rows where they are wanted.
+
+    Args:
+        x: [M, K]; 128 divides K.
+        place: int32, S for each row, where its values go; -1: nowhere. None: to their own row.
+
+    Returns:
+        (values [M * S, K] bf16, per-token scales [M] fp32 or None). Rows that no place names are not
+        written.
+    """
+    rows, columns = x.shape
+    token = x.new_empty(rows, dtype=torch.float32) if per_token else None
+    wanted = rows if place is None else place.numel()
+    values = x.new_empty((wanted, columns), dtype=torch.bfloat16)
+    mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
+    scale = recipe.base_scale_inv if per_token else 1.0
+    out = Outputs(None, None, token, values, place, fragments=True)
+    _launch(x, out, mode.value, None, scale, recipe.code, int(SfLayout.layout_linear))
     return values, token
 
 

@@ -95,7 +95,10 @@ def test_edges(arch, tmp_path):
 @pytest.mark.parametrize("operand", [False, True])
 @pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 def test_decoding(arch, layout, operand, tmp_path):
-    constants = {"OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64, "ARCH": arch}
+    constants = {
+        "place_ptr": None, "OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64,
+        "FRAGMENTS": False, "SLOTS": 0, "ARCH": arch,
+    }  # fmt: skip
     types = {
         "codes_ptr": "*u16", "sf_ptr": "*u8", "out_ptr": "*bf16", "R": "i32", "NB": "i32",
         "padded": "i32", "sf_columns": "i32",

@@ -36,6 +36,7 @@ def compile_for(
     """The compiled kernel, with the argument properties that ordinary tensors have."""
     none = ["row_index_ptr", "scale_ptr", "out_scale_ptr", "rcp_delta_ptr"]
     none += ["codes_ptr", "sf_ptr"] if values else ["values_ptr"]
+    none += ["place_ptr"]
     constants = dict.fromkeys(none) | {
         "RECIPE": recipe.code,
         "MODE": mode,
@@ -50,6 +51,8 @@ def compile_for(
         "PARTS": config.parts,
         "READ": config.read,
         "SPLITS": config.splits,
+        "FRAGMENTS": False,
+        "SLOTS": 0,
         "ARCH": arch,
     }
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "sf_ptr": "*u8", "token_ptr": "*fp32"}
