@@ -53,6 +53,13 @@ def scale_memory():
 
 
 @gluon.jit
+def place_of(column):
+    """Where a column is multiplied, in the order above."""
+    within = (column >> 2 & 1) | (column >> 5 & 3) << 1 | (column & 3) << 3 | (column >> 3 & 3) << 5
+    return column // 128 * 128 + within
+
+
+@gluon.jit
 def _scale_pairs(scales):
     """uint16 of two e4m3 scales to two words, each a scale times 2^118 in bf16, twice."""
     return gl.inline_asm_elementwise(

@@ -13,7 +13,7 @@ each 128. So the bits of a token's result are the same in every tile and every b
 from ..jit.arithmetic import to_bf16
 from ..jit.pdl import await_previous
 from ..moe.activation import finished, is_gated
-from .fragments import ROWS, WARPS, WORDS, fragment, load_codes
+from .fragments import ROWS, WARPS, WORDS, fragment, load_codes, place_of
 from .gluon import (
     fence_async_shared,
     gl,
@@ -158,7 +158,7 @@ def _sums(
 def _store(
     acc, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr,
     out_ptr, expanded_ptr, expert, strip, first, end, M,
-    X_DIVISOR: gl.constexpr, ACT: gl.constexpr, ARCH: gl.constexpr,
+    X_DIVISOR: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of `moe/grouped_gemm.py`, of rows first to end."""
     N: gl.constexpr = acc.shape[1]
@@ -167,12 +167,13 @@ def _store(
         low, high = gl.split(halves)
         _store(
             low, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-            limit_ptr, out_ptr, expanded_ptr, expert, strip, first, end, M, X_DIVISOR, ACT, ARCH,
+            limit_ptr, out_ptr, expanded_ptr, expert, strip, first, end, M, X_DIVISOR, ACT,
+            FRAGMENTS, ARCH,
         )  # fmt: skip
         _store(
             high, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
             limit_ptr, out_ptr, expanded_ptr, expert, strip, first + N // 2, end, M, X_DIVISOR,
-            ACT, ARCH,
+            ACT, FRAGMENTS, ARCH,
         )  # fmt: skip
     else:
         L: gl.constexpr = acc.type.layout
@@ -206,6 +207,8 @@ def _store(
         OUT: gl.constexpr = y.type.layout
         row = first + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
         column = strip * R + gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
+        if FRAGMENTS:
+            column = place_of(column)
         out = out_ptr + gl.expand_dims(row.to(gl.int64) * width, 0) + gl.expand_dims(column, 1)
         live = gl.expand_dims(row < end, 0) & gl.expand_dims(column >= 0, 1)
         gl.store(out, y, live)
@@ -215,8 +218,8 @@ def _store(
 def _consume(
     x_bufs, w_bufs, sf_bufs, full, empty, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr,
     alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr, end_ptr, tiles, strips, M,
-    steps, X_DIVISOR: gl.constexpr, ACT: gl.constexpr, WIDTHS: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    steps, X_DIVISOR: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
+    WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
@@ -235,7 +238,7 @@ def _consume(
                 _store(
                     acc, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
                     limit_ptr, out_ptr, expanded_ptr, expert, t % strips, first, first + rows, M,
-                    X_DIVISOR, ACT, ARCH,
+                    X_DIVISOR, ACT, FRAGMENTS, ARCH,
                 )  # fmt: skip
         expert = ahead
         first = ahead_first
@@ -262,6 +265,7 @@ def expert_gemm_kernel(
     K,
     X_DIVISOR: gl.constexpr,  # token_scale's row is expanded index / X_DIVISOR; 0: the permuted row
     ACT: gl.constexpr,
+    FRAGMENTS: gl.constexpr,  # the result's columns in the order of `fragments.py`
     WIDTHS: gl.constexpr,  # tokens of a tile, from the widest, for which `tile_ptr` was made
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,  # of 128 columns, in a stage
@@ -287,7 +291,8 @@ def expert_gemm_kernel(
                 (
                     x_bufs, w_bufs, sf_bufs, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
                     gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, X_DIVISOR, ACT, WIDTHS, STAGES, GROUPS, ARCH,
+                    end_ptr, tiles, strips, M, steps, X_DIVISOR, ACT, FRAGMENTS, WIDTHS, STAGES,
+                    GROUPS, ARCH,
                 ),
             ),
             (

@@ -58,6 +58,8 @@ def expert_gemm(
     config: RingConfig,
     x_divisor: int,
     experts: Experts | None,
+    *,
+    fragments: bool = False,
 ) -> None:
     """Multiply rows, already in their permuted order, by their experts' weights.
 
@@ -65,6 +67,7 @@ def expert_gemm(
         values: [rows, K] bf16 in the order of `jit/fragments.py`.
         token_scale: fp32, of row expanded index / `x_divisor`, or of the permuted row if that is 0.
         experts: of the first GEMM, whose activation is applied; None: of the second.
+        fragments: write the columns of `out` in that order too.
     """
     local, m, k = w.shape[0], w.shape[1], w.shape[2] * 2
     tiles, strips = p.tiles.shape[1], m // _ROWS
@@ -84,6 +87,6 @@ def expert_gemm(
         experts.gemm1_clamp_limit if experts else None,
         out, p.expanded, p.tiles, p.end, tiles, strips, m, k,
         X_DIVISOR=x_divisor, ACT=int(experts.activation) if experts else NONE.value,
-        WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups, ARCH=arch(w.device),
-        num_warps=8, maxnreg=config.registers, **launch_options(w.device),
+        FRAGMENTS=fragments, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
+        ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
     )  # fmt: skip

@@ -86,10 +86,14 @@ def fused_moe(
         x1 = quantized(activations.hidden_states, recipe, ring=ring, place=place)
     else:
         x1 = operand(activations, ring=ring, place=place)
-    intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
+    # An operand as it is written, where nobody else reads it.
+    direct = ring and plain and observe is None
+    intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
     if observe is not None:
         observe(ids, intermediate, p.permuted)
-    if plain:
+    if direct:
+        x2 = Operand(intermediate, None, None)
+    elif plain:
         x2 = operand(Activations(intermediate), ring=ring)
     else:
         x2 = quantized(intermediate, recipe, per_token=not static, ring=ring)
@@ -175,13 +179,19 @@ def gemm1(
     config: Config,
     *,
     fp32: bool,
+    fragments: bool = False,
 ) -> torch.Tensor:
-    """Return [slots, padded intermediate size], activated: bf16, or fp32 for static scales."""
+    """Return [slots, padded intermediate size], activated: bf16, or fp32 for static scales.
+
+    Args:
+        fragments: columns in the order in which the GEMM of `hopper/` reads them.
+    """
     dtype = torch.float32 if fp32 else torch.bfloat16
     out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=dtype)
     _launch_gemm(
         x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
         experts.output1_scale_scalar, out, p, config, top_k, experts.activation, experts,
+        fragments=fragments,
     )  # fmt: skip
     return out
 
@@ -214,6 +224,8 @@ def _launch_gemm(
     x_divisor: int,
     activation: ActivationType | None,
     experts: Experts,
+    *,
+    fragments: bool = False,
 ) -> None:
     first = activation is not None
     if isinstance(config, RingConfig):
@@ -221,7 +233,7 @@ def _launch_gemm(
 
         expert_gemm(
             x.values, x.token_scale, w, w_sf, bias, scale, out, p, config, x_divisor,
-            experts if first else None,
+            experts if first else None, fragments=fragments,
         )  # fmt: skip
         return
     local, rows, columns = w.shape[0], w.shape[1], w.shape[2] * 2

@@ -74,22 +74,38 @@ def _expert_counted(
     expert, counts, tile_ptr, end_ptr, tiles, E,
     BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The first permuted row of an expert, given every expert's slots; its tiles and end written."""
+    """The first permuted row of an expert, given every expert's slots; its tiles and end written.
+
+    Whole tiles come first, then each expert's last one, from the fullest to the emptiest: programs that
+    take tile after tile then end together.
+    """
     bins = tl.arange(0, BINS)
-    in_tiles = tl.where(bins < E, (counts + TILE - 1) // TILE, 0)
+    counts = tl.where(bins < E, counts, 0)
     first_row = tl.sum(tl.where(bins < expert, counts, 0))
-    first_tile = tl.sum(tl.where(bins < expert, in_tiles, 0))
     count = tl.sum(tl.where(bins == expert, counts, 0))
     tl.store(end_ptr + expert, first_row + count)
 
-    # The last expert also marks the tiles that nobody uses.
-    own = (count + TILE - 1) // TILE
-    until = tl.where(expert == E - 1, tiles - first_tile, own)
-    tl.store(tile_ptr + 2 * tiles, first_tile + own, expert == E - 1)
-    for start in range(0, until, CHUNK):
+    whole = counts // TILE
+    own = count // TILE
+    first_tile = tl.sum(tl.where(bins < expert, whole, 0))
+    for start in range(0, own, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        tl.store(tile_ptr + first_tile + i, tl.where(i < own, expert, -1), i < until)
-        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < until)
+        tl.store(tile_ptr + first_tile + i, expert, i < own)
+        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < own)
+    last = counts % TILE
+    rest = count % TILE
+    before = (last > rest) | ((last == rest) & (bins < expert))
+    place = tl.sum(whole) + tl.sum(before.to(tl.int32))
+    tl.store(tile_ptr + place, expert, rest > 0)
+    tl.store(tile_ptr + tiles + place, first_row + own * TILE, rest > 0)
+
+    # The last expert also marks the tiles that nobody uses, and counts those in use.
+    used = tl.sum(whole) + tl.sum((last > 0).to(tl.int32))
+    if expert == E - 1:
+        tl.store(tile_ptr + 2 * tiles, used)
+        for start in range(used, tiles, CHUNK):
+            i = start + tl.arange(0, CHUNK)
+            tl.store(tile_ptr + i, -1, i < tiles)
     return first_row
 
 
