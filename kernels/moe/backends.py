@@ -5,7 +5,7 @@ backend that can serve, before any work starts; a backend that was named never f
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, Literal
@@ -121,6 +121,21 @@ def _in_its_arithmetic(call: MoECall) -> Results:
     return call.placed(output)
 
 
+def _notes(call: MoECall) -> Sequence[str]:
+    """Which of its grouped GEMMs Triton takes on a Hopper GPU."""
+    if call.capability != (9, 0) or not backends.HAS_TRITON:
+        return ()
+    from ..hopper import config
+
+    reason = config.refusal(90)
+    if reason is None:
+        return (
+            "triton multiplies by its grouped GEMM for sm_90, whose bits are always those of "
+            "batch_invariant=True",
+        )
+    return (f"triton multiplies by its grouped GEMM for every GPU, not that for sm_90: {reason}",)
+
+
 def _unfit(call: MoECall) -> str | None:
     """Why no user's backend serves the call."""
     if not call.do_finalize:
@@ -150,6 +165,7 @@ FUSED_MOE: Operation[MoECall, Results] = Operation(
         Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
         Backend("reference", _reference_refusal, _in_reference),
     ],
+    notes=_notes,
     adopt=_adopt,
     unfit=_unfit,
 )

@@ -51,10 +51,19 @@ def local_slots(slots: int, experts: Experts, num_experts: int | None) -> int:
     return -(-slots * experts.num_local // (num_experts or experts.num_local))
 
 
+def ring_serves(experts: Experts) -> bool:
+    """Return True if the GEMM of `hopper/` multiplies these weights; its bits are batch-invariant."""
+    weights = (
+        experts.gemm1_weights, experts.gemm1_weights_scale,
+        experts.gemm2_weights, experts.gemm2_weights_scale,
+    )  # fmt: skip
+    return refusal(arch(experts.gemm1_weights.device), weights) is None
+
+
 def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:
     """Return `ring_config` of both GEMMs where that kernel serves, else `gemm_config`."""
     here = arch(experts.gemm1_weights.device)
-    if refusal(here) is None:
+    if ring_serves(experts):
         ring = ring_config(slots, experts.num_local)
         return ring, ring
     first, second = (

@@ -28,7 +28,7 @@ from ..triton_target import arch, launch_options, native_mma
 from .activation import NONE
 from .autotune import cache
 from .call import KernelCall, Mode, Observe
-from .configs import Config, Configs, local_slots, table_configs
+from .configs import Config, Configs, local_slots, ring_serves, table_configs
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
 from .ops import Triple, empty_results, register
@@ -43,9 +43,10 @@ def _configs(
 ) -> Configs:
     """Return the tuned tiles if there are any, and the table's if there are none.
 
-    With `batch_invariant` it returns the table's, since bits must not depend on what was measured.
+    With `batch_invariant` it returns the table's, since bits must not depend on what was measured; the
+    tiles of `hopper/` are not tuned.
     """
-    if not batch_invariant:
+    if not batch_invariant and not ring_serves(experts):
         tuned = cache.lookup(cache.key_of(experts, slots, top_k, mode))
         if tuned is not None:
             return tuned
