@@ -7,6 +7,7 @@ import triton
 from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, SfLayout
 from .jit.decode import decode_kernel
+from .jit.fragments import padded_to_fragments
 from .triton_target import arch, launch_options
 
 
@@ -29,18 +30,18 @@ def decode(
         columns: of the result, a multiple of 16 and zero beyond K; K by default.
         operand: values times 2^-8, as `jit.mma.decoded_sums` takes the weights.
         out: [>= R, 4, columns / 4] bf16, written up to R; new by default.
-        fragments: in the order of `jit/fragments.py`, [R * S, columns]; 128 divides the columns.
+        fragments: in the order of `jit/fragments.py`, [R * S, columns rounded up to 128].
         place: with `fragments` int32, S for each row, where its values go; -1: nowhere.
     """
     rows, half = codes.shape
     blocks, columns = half * 2 // BLOCK_SIZE, columns or half * 2
     if fragments:
-        wanted = rows if place is None else place.numel()
-        out = torch.empty((wanted, columns), dtype=torch.bfloat16, device=codes.device)
+        size = (rows if place is None else place.numel(), padded_to_fragments(columns))
+        out = torch.empty(size, dtype=torch.bfloat16, device=codes.device)
     elif out is None:
         out = torch.empty((rows, 4, columns // 4), dtype=torch.bfloat16, device=codes.device)
     padded = columns // BLOCK_SIZE
-    at_once = min(64, triton.next_power_of_2(padded))
+    at_once = min(64, triton.next_power_of_2(max(padded, 8) if fragments else padded))
     tile = 128 if layout == SfLayout.layout_128x4 else 8
     programs = triton.cdiv(rows, tile) * (tile // 8)
     decode_kernel[(programs, triton.cdiv(padded, at_once))](

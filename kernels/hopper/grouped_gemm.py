@@ -247,7 +247,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["tiles", "strips"])
 def expert_gemm_kernel(
-    x_desc,  # [rows, K] bf16 by permuted row, columns in the order of `fragments.py`; box [<= N, 64]
+    x_desc,  # [rows, >= K] bf16 by permuted row, columns in the order of `fragments.py`; box [<= N, 64]
     w_desc,  # [E * M, K / 8] int32, words of 8 codes; box [ROWS, WORDS]
     sf_desc,  # [E * M / 128, K / 64, 128] int32, 128x4; box [1, 2, 128], which gives 0 beyond K
     token_scale_ptr,  # [N] fp32, or None

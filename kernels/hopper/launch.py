@@ -64,7 +64,7 @@ def expert_gemm(
     """Multiply rows, already in their permuted order, by their experts' weights.
 
     Args:
-        values: [rows, K] bf16 in the order of `jit/fragments.py`.
+        values: [rows, K rounded up to 128] bf16 in the order of `jit/fragments.py`, zeros beyond K.
         token_scale: fp32, of row expanded index / `x_divisor`, or of the permuted row if that is 0.
         experts: of the first GEMM, whose activation is applied; None: of the second.
         fragments: write the columns of `out` in that order too.

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..jit.fragments import store_fragments
+from ..jit.fragments import padded_to_fragments, store_fragments
 from ..jit.pdl import await_previous
 from ..triton_target import arch, launch_options
 
@@ -14,16 +14,16 @@ def in_fragments(x: torch.Tensor, place: torch.Tensor | None = None) -> torch.Te
     """Return rows [M, K] of bf16 in the order of `jit/fragments.py`, at the rows where they are wanted.
 
     Args:
-        x: 128 divides K.
+        x: [M, K].
         place: int32, S for each row, where it goes; -1: nowhere. None: to its own row.
 
     Returns:
-        [M * S, K]; rows that no place names are not written.
+        [M * S, K rounded up to 128], zeros beyond K; rows that no place names are not written.
     """
     rows, columns = x.shape
     wanted = rows if place is None else place.numel()
-    out = x.new_empty((wanted, columns))
-    at_once = min(1024, triton.next_power_of_2(columns))
+    out = x.new_empty((wanted, padded_to_fragments(columns)))
+    at_once = min(1024, max(128, triton.next_power_of_2(columns)))
     rows_kernel[(rows, triton.cdiv(columns, at_once))](
         x, out, place, columns,
         COLUMNS=at_once, SLOTS=0 if place is None else place.numel() // rows, ARCH=arch(x.device),
@@ -35,7 +35,7 @@ def in_fragments(x: torch.Tensor, place: torch.Tensor | None = None) -> torch.Te
 @triton.jit
 def rows_kernel(
     x_ptr,  # [M, K] bf16
-    out_ptr,  # [rows, K] bf16
+    out_ptr,  # [rows, K rounded up to 128] bf16
     place_ptr,  # [M, SLOTS] int32, with SLOTS
     K,
     COLUMNS: tl.constexpr,  # 128 divides it

@@ -79,7 +79,7 @@ def decode_values(words, scale, WHICH: tl.constexpr, ARCH: tl.constexpr):
 def decode_kernel(
     codes_ptr,  # [R, K/4] uint16, four codes each
     sf_ptr,  # uint8, of the layout
-    out_ptr,  # [R, 4, P/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...; FRAGMENTS: [rows, P]
+    out_ptr,  # bf16 [R, 4, P/4]: columns 0, 4, 8 ..., columns 1, 5, 9 ...; or of FRAGMENTS
     place_ptr,  # [R, SLOTS] int32, with SLOTS: the rows of `out_ptr` that a row goes to, -1: none
     R,
     NB,  # K / 16
@@ -88,7 +88,7 @@ def decode_kernel(
     OPERAND: tl.constexpr,  # values times 2^-8, as `mma.decoded_sums` takes the weights
     LAYOUT: tl.constexpr,
     BLOCKS: tl.constexpr,
-    FRAGMENTS: tl.constexpr,  # in the order of `fragments.py`; 8 divides P / 16 and BLOCKS
+    FRAGMENTS: tl.constexpr,  # [rows, P rounded up to 128], as `fragments.py`; 8 divides BLOCKS
     SLOTS: tl.constexpr,
     ARCH: tl.constexpr,
 ):

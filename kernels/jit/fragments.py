@@ -9,6 +9,11 @@ import triton
 import triton.language as tl
 
 
+def padded_to_fragments(columns: int) -> int:
+    """Columns rounded up to the 128 that change places among themselves."""
+    return -(-columns // 128) * 128
+
+
 @triton.jit
 def fragment_order(x):
     """[R, C] in natural order to the order above; 128 divides C."""
@@ -27,16 +32,18 @@ def join_fourths(v0, v1, v2, v3):
 
 @triton.jit
 def store_fragments(x, out_ptr, place_ptr, row, live, first, K, SLOTS: tl.constexpr):
-    """Write columns from `first` of rows [R, 1], natural, to out [rows, K].
+    """Write columns from `first` of rows [R, 1], natural, to out [rows, P], zeros beyond K.
 
-    Row r goes to the rows `place_ptr`[r, SLOTS] that are not negative; without SLOTS to row r.
+    P is K rounded up to 128. Row r goes to the rows `place_ptr`[r, SLOTS] that are not negative; without
+    SLOTS to row r.
     """
     column = first + tl.arange(0, x.shape[1])[None, :]
-    inside = live & (column < K)
-    x = fragment_order(x)
+    x = fragment_order(tl.where(column < K, x, 0.0).to(x.dtype))
+    P = (K + 127) // 128 * 128
+    inside = live & (column < P)
     if SLOTS == 0:
-        tl.store(out_ptr + row * K + column, x, inside)
+        tl.store(out_ptr + row * P + column, x, inside)
     else:
         for slot in tl.static_range(SLOTS):
             place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
-            tl.store(out_ptr + place * K + column, x, inside & (place >= 0))
+            tl.store(out_ptr + place * P + column, x, inside & (place >= 0))

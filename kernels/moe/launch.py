@@ -28,7 +28,7 @@ from ..triton_target import arch, launch_options, native_mma
 from .activation import NONE
 from .autotune import cache
 from .call import KernelCall, Mode, Observe
-from .configs import Config, Configs, local_slots, ring_serves, table_configs
+from .configs import Config, Configs, local_slots, table_configs
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
 from .ops import Triple, empty_results, register
@@ -43,14 +43,14 @@ def _configs(
 ) -> Configs:
     """Return the tuned tiles if there are any, and the table's if there are none.
 
-    With `batch_invariant` it returns the table's, since bits must not depend on what was measured; the
-    tiles of `hopper/` are not tuned.
+    With `batch_invariant` it returns the table's, since bits must not depend on what was measured.
     """
-    if not batch_invariant and not ring_serves(experts):
+    table = table_configs(experts, slots, batch_invariant=batch_invariant)
+    if not batch_invariant:
         tuned = cache.lookup(cache.key_of(experts, slots, top_k, mode))
-        if tuned is not None:
+        if tuned is not None and type(tuned[0]) is type(table[0]):
             return tuned
-    return table_configs(experts, slots, batch_invariant=batch_invariant)
+    return table
 
 
 def fused_moe(
@@ -87,8 +87,8 @@ def fused_moe(
         x1 = quantized(activations.hidden_states, recipe, ring=ring, place=place)
     else:
         x1 = operand(activations, ring=ring, place=place)
-    # An operand as it is written, where nobody else reads it.
-    direct = ring and plain and observe is None
+    # An operand as it is written, where it needs no padding and nobody else reads it.
+    direct = ring and plain and observe is None and experts.padded_intermediate_size % 128 == 0
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
     if observe is not None:
         observe(ids, intermediate, p.permuted)

@@ -110,7 +110,7 @@ def quantize_kernel(
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
     codes_ptr,  # [M, 2 NB] int32; None with values
     sf_ptr,  # [padded_rows, padded_columns] uint8; None with values
-    values_ptr,  # bf16, or None: [M, 4, 4 NB]; with FRAGMENTS [rows, 16 NB]
+    values_ptr,  # bf16, or None: [M, 4, 4 NB]; with FRAGMENTS [rows, 16 NB rounded up to 128]
     place_ptr,  # [M, SLOTS] int32, with SLOTS: the rows of values that a row goes to, -1: none
     token_ptr,  # [M] fp32, with MODE PER_TOKEN
     scale_value,  # fp32, without HAS_SCALE_TENSOR
@@ -131,7 +131,7 @@ def quantize_kernel(
     PARTS: tl.constexpr,  # times BLOCKS, kept from the one read
     READ: tl.constexpr,  # read at a time for the row's maximum (all, if SPLITS); 0: one read in all
     SPLITS: tl.constexpr,  # programs that share the columns of a row
-    FRAGMENTS: tl.constexpr,  # values in the order of `jit/fragments.py`; 8 divides NB and BLOCKS
+    FRAGMENTS: tl.constexpr,  # values in the order of `jit/fragments.py`; 8 divides BLOCKS
     SLOTS: tl.constexpr,
     ARCH: tl.constexpr,
 ):

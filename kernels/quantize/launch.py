@@ -17,6 +17,7 @@ from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
 from ..allocate import aligned, allocate
 from ..jit import formats
+from ..jit.fragments import padded_to_fragments
 from ..op_schema import two_arguments
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
@@ -126,15 +127,16 @@ def _launch(
     if row_index is not None:
         row_index = row_index.contiguous()
     if config is None:
+        cut = max(num_blocks, 8) if outputs.fragments else num_blocks
         if mode == formats.PER_TOKEN.value:
             config = launch_config(
                 m,
-                num_blocks,
+                cut,
                 four_over_six=bool(recipe_code & FOUR_OVER_SIX),
                 interpreted=INTERPRETING,
             )
         else:
-            config = global_launch_config(m, num_blocks, interpreted=INTERPRETING)
+            config = global_launch_config(m, cut, interpreted=INTERPRETING)
     programs = triton.cdiv(m, config.rows)
     if padded_rows != m and row_index is None:
         # Padding rows are in the last row tile only: programs of their own fill it, words of four.
@@ -247,17 +249,17 @@ def quantize_to_fragments(
     """`quantize_to_values` in the order of `jit/fragments.py`, at the rows where they are wanted.
 
     Args:
-        x: [M, K]; 128 divides K.
+        x: [M, K].
         place: int32, S for each row, where its values go; -1: nowhere. None: to their own row.
 
     Returns:
-        (values [M * S, K] bf16, per-token scales [M] fp32 or None). Rows that no place names are not
-        written.
+        (values [M * S, K rounded up to 128] bf16, per-token scales [M] fp32 or None). Columns beyond K
+        are zero. Rows that no place names are not written.
     """
     rows, columns = x.shape
     token = x.new_empty(rows, dtype=torch.float32) if per_token else None
     wanted = rows if place is None else place.numel()
-    values = x.new_empty((wanted, columns), dtype=torch.bfloat16)
+    values = x.new_empty((wanted, padded_to_fragments(columns)), dtype=torch.bfloat16)
     mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
     scale = recipe.base_scale_inv if per_token else 1.0
     out = Outputs(None, None, token, values, place, fragments=True)
