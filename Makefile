@@ -12,7 +12,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz
 
-.PHONY: diff test test-full gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints planted-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -23,19 +23,39 @@ test: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter and not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreter and not slow"
 
+# The adapters, the fake FlashInfer and the traces beside another FlashInfer, which comes first on
+# sys.path. `--flashinfer` fails where it does not.
+OTHER_FLASHINFER := 0.7.4
+OTHER_FOLDER := build/flashinfer-$(OTHER_FLASHINFER)
+test-flashinfer: $(SETUP) $(OTHER_FOLDER)
+	env -u TRITON_INTERPRET PYTHONPATH=$(OTHER_FOLDER) $(PYTEST) -n 2 --flashinfer $(OTHER_FLASHINFER) \
+		-m "not interpreter and not slow" tests/backends tests/dense/test_dense_dispatch.py \
+		tests/differential/test_tactics.py tests/moe/test_moe_dispatch.py tests/moe/test_moe_trace.py \
+		tests/moe/test_moe_cute_dsl.py tests/moe/test_moe_cutlass.py
+
+$(OTHER_FOLDER):
+	rm -rf $@.part
+	$(PYTHON) -m pip install --quiet --no-deps --target $@.part flashinfer-python==$(OTHER_FLASHINFER)
+	mv $@.part $@
+
 test-full: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m interpreter
 
+# The reference and every array that FlashInfer's own kernels gave. On a machine with an NVIDIA GPU, the
+# Triton kernels: `make golden ARGUMENTS=--triton`. `--arrays FOLDER --seed N` takes other arrays.
+golden: $(SETUP)
+	PYTHONPATH=.:tests/support $(PYTHON) -m oracle $(ARGUMENTS)
+
 # On a machine with an NVIDIA GPU; needs neither a network nor an installation.
 gpu:
-	$(PYTHON) -m pytest -m "gpu or blackwell"
+	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
 	$(PYTHON) bench/dense_speed.py
 	$(PYTHON) bench/reload_speed.py
 
-# The whole matrix through every backend, tactic and math of this machine; the README has what to install.
+# The whole matrix through every backend, tactic and math of this machine; docs/blackwell.md has what to install.
 blackwell:
 	$(PYTHON) -m nvfp4_moe blackwell --report build/blackwell
 
@@ -54,22 +74,24 @@ fuzz-bounds-gpu:
 fuzz-checkpoints: $(SETUP)
 	PYTHONPATH=.:tests/support $(PYTHON) tests/support/fuzz_checkpoints.py $(ARGUMENTS)
 
-# Small changes made by rule of the reference and of the kernels, and what catches each; what has been
-# tried is in build/mutants.json, and not tried again. Half an hour, and hours. On a GPU, also
-# `PYTHONPATH=.:tests/support python3 -m mutants --generated kernels --device cuda --jobs 16 --seconds 500`.
+# Small changes made by rule of the reference and of the kernels, and what catches each. What has been
+# tried is in tests/support/mutants/generated/results.txt, which is committed, and is not tried again
+# until the function changes. All anew: half an hour, and hours. On a GPU, also
+# `PYTHONPATH=.:tests/support python3 -m mutants --generated kernels --device cuda --jobs 16 --seconds 500`,
+# whose file `make mutants MERGE=FILE` takes in.
 mutants: $(SETUP)
-	-$(MUTANTS) --generated reference --jobs 2
+	-$(MUTANTS) --generated reference --jobs 2 $(if $(MERGE),--merge $(MERGE))
 	-$(MUTANTS) --generated kernels --jobs 2
 	$(MUTANTS) --generated report
 
-# docs/mutants.md, with what build/mutants.json has of the mutants made by rule. An hour.
+# docs/mutants.md, with what is known of the mutants made by rule. An hour.
 mutants-table: $(SETUP)
 	$(MUTANTS) --markdown --conforming 2000 --kernels > docs/mutants.md
 	$(MUTANTS) --generated report >> docs/mutants.md
 
-# What a report looks like: of a run with three faults, planted.
-planted-report: $(SETUP)
-	PYTHONPATH=.:tests/support $(PYTHON) tests/support/planted_report.py build/planted-report
+# What a report looks like: of a run with three injected faults.
+faulty-report: $(SETUP)
+	PYTHONPATH=.:tests/support $(PYTHON) tests/support/faulty_report.py build/faulty-report
 
 # Needs an NVIDIA GPU. The backends beside each other, then our own tables.
 bench:

@@ -27,7 +27,7 @@ from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the experts held here, the first E of those that logits speak of."""
+    """Of the local experts, the first E of those that logits speak of."""
 
     w13: torch.Tensor  # [E, 2 I, H] bf16, rows [up; gate], or [E, I, H]
     w2: torch.Tensor  # [E, H, I] bf16
@@ -190,7 +190,7 @@ def activation_kernel(
 @triton.jit
 def sum_kernel(
     rows_ptr,  # [slots, H] bf16, by permuted row
-    permuted_ptr,  # [T * K] int32, -1: held elsewhere
+    permuted_ptr,  # [T * K] int32, -1: of another rank
     out_ptr,  # [T, H] bf16
     H,
     K: tl.constexpr,

@@ -36,7 +36,7 @@ class Shape:
     name: str
     hidden: int
     intermediate: int
-    experts: int  # held here, the first of `routed`
+    experts: int  # local, the first of `routed`
     top_k: int
     activation: ActivationType = ActivationType.Swiglu
     tuned_once: tuple[int, ...] = ()  # us of a tuned bf16 Triton MoE on an H100, for TOKENS
@@ -58,7 +58,7 @@ class Shape:
         return {"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0} if self.biased else {}
 
     @property
-    def held(self) -> tuple[object, ...]:
+    def weights_key(self) -> tuple[object, ...]:
         """What random weights depend on: shapes that are equal in it share them."""
         return (self.hidden, self.intermediate, self.experts, self.activation, self.biased)
 
@@ -71,7 +71,7 @@ SHAPES = (
     Shape("GPT-OSS", 2880, 2880, 128, 4, biased=True),
 )
 COLUMNS = (
-    ("T", 6), ("held slots", 11), ("ours", 9), ("of floor", 9), ("TFLOP/s", 8), ("invariant", 10),
+    ("T", 6), ("local slots", 11), ("ours", 9), ("of floor", 9), ("TFLOP/s", 8), ("invariant", 10),
     ("W4A16", 9), ("workspace", 10), ("decoded MiB", 12), ("grouped_mm", 11), ("speedup", 8),
     ("bf16 Triton", 12), ("speedup", 8), ("once", 7), ("speedup", 8),
 )  # fmt: skip
@@ -120,7 +120,7 @@ def bf16_weights(s: Shape) -> Weights:
 
 
 def inputs(s: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x [T, H] bf16, logits [T, routed experts] fp32); the first token has a slot held here."""
+    """(x [T, H] bf16, logits [T, routed experts] fp32); the first token has a local slot."""
     g = torch.Generator(DEVICE).manual_seed(tokens)
     x = torch.randn(tokens, s.hidden, device=DEVICE, generator=g).bfloat16()
     logits = torch.randn(tokens, s.routed, device=DEVICE, generator=g)
@@ -129,23 +129,23 @@ def inputs(s: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, logits
 
 
-def held_slots(s: Shape, logits: torch.Tensor) -> torch.Tensor:
-    """Experts of the slots that are held here, one int64 a slot."""
+def experts_of_local_slots(s: Shape, logits: torch.Tensor) -> torch.Tensor:
+    """The expert of each local slot, int64."""
     ids = logits.topk(s.top_k, dim=1).indices
     return ids[ids < s.experts]
 
 
 def grouped_mm_layer(
-    x: torch.Tensor, logits: torch.Tensor, w: Weights, top_k: int, held: int
+    x: torch.Tensor, logits: torch.Tensor, w: Weights, top_k: int, slots_here: int
 ) -> torch.Tensor:
     """The bf16 layer of torch's own grouped product, routing included.
 
-    `held` is the number of slots held here, which a real layer would not know without waiting.
+    `slots_here` is the number of local slots, which a real layer would not know without waiting.
     """
     experts = w.w13.shape[0]
     best, ids = logits.topk(top_k, dim=1)
     weights = best.softmax(1)
-    order = ids.flatten().argsort()[:held]
+    order = ids.flatten().argsort()[:slots_here]
     counts = torch.zeros(logits.shape[1], dtype=torch.int32, device=x.device)
     counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
     ends = counts[:experts].cumsum(0).int()
@@ -164,7 +164,7 @@ def grouped_mm_layer(
     y = torch._grouped_mm(y, w.w2.transpose(1, 2), offs=ends)
     if w.w2_bias is not None:
         y = y + w.w2_bias[ids.flatten()[order]]
-    if held < ids.numel():
+    if slots_here < ids.numel():
         out = torch.zeros(x.shape, device=x.device)
         return out.index_add_(0, order // top_k, y * weights.flatten()[order, None]).bfloat16()
     back = torch.empty_like(y)
@@ -234,8 +234,8 @@ def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) ->
     routing = Routing(RoutingMethodType.Renormalize, s.top_k)
     x, logits = inputs(s, tokens)
     calls = 10 if tokens < 1024 else 2
-    slots = held_slots(s, logits)
-    held = slots.numel()
+    slots = experts_of_local_slots(s, logits)
+    slots_here = slots.numel()
 
     def ours(**options) -> torch.Tensor:
         return nvfp4_moe.fused_moe(
@@ -246,19 +246,19 @@ def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) ->
         return microseconds(call, calls, 5)
 
     matrices = 3 if s.activation.gated else 2
-    cell = {"shape": s.name, "tokens": tokens, "held_slots": held, "us": us(ours)}
+    cell = {"shape": s.name, "tokens": tokens, "local_slots": slots_here, "us": us(ours)}
     cell["floor_us"] = (
         slots.unique().numel() * matrices * s.hidden * s.intermediate * 9 / 16 / copy / 1e3
     )
     cell["invariant_us"] = us(lambda: ours(batch_invariant=True))
     cell["w4a16_us"] = us(lambda: ours(activation="bf16"))
-    cell["grouped_mm_us"] = us(lambda: grouped_mm_layer(x, logits, w, s.top_k, held))
+    cell["grouped_mm_us"] = us(lambda: grouped_mm_layer(x, logits, w, s.top_k, slots_here))
     tiles = bf16_layer.tune(x, logits, w, s.top_k, calls)
     check_bf16(s, bf16_layer.layer(x, logits, w, s.top_k, tiles), x, logits, w)
     cell["bf16_triton_us"] = us(lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
     cell["bf16_triton_tiles"] = [astuple(t) for t in tiles]
     cell["tuned_once_us"] = dict(zip(TOKENS, s.tuned_once, strict=False)).get(tokens) or None
-    cell["tflops"] = 2 * matrices * held * s.hidden * s.intermediate / cell["us"] / 1e6
+    cell["tflops"] = 2 * matrices * slots_here * s.hidden * s.intermediate / cell["us"] / 1e6
     return cell | workspace(s, tokens, experts, ours)
 
 
@@ -270,7 +270,7 @@ def line(c: dict) -> str:
     """A cell under `heading`."""
     once = c["tuned_once_us"]
     values = (
-        c["tokens"], c["held_slots"], f"{c['us']:.0f}", f"{c['floor_us'] / c['us']:.2f}",
+        c["tokens"], c["local_slots"], f"{c['us']:.0f}", f"{c['floor_us'] / c['us']:.2f}",
         f"{c['tflops']:.0f}", f"{c['invariant_us']:.0f}", f"{c['w4a16_us']:.0f}",
         f"{c['workspace']:.2f}", f"{c['decoded_bytes'] / 2**20:.0f}",
         f"{c['grouped_mm_us']:.0f}", f"{c['grouped_mm_us'] / c['us']:.2f}",
@@ -296,13 +296,13 @@ def main() -> None:
     copy = copy_rate()
     print(f"device copy {copy:.0f} GB/s, cuBLAS bf16 {cublas_rate():.0f} TFLOP/s")
     cells: list[dict] = []
-    held, experts, w = None, None, None
+    key, experts, w = None, None, None
     for s in SHAPES:
         if options.shape not in (None, s.name):
             continue
-        if s.held != held:
+        if s.weights_key != key:
             del experts, w
-            held, experts, w = s.held, random_experts(s), bf16_weights(s)
+            key, experts, w = s.weights_key, random_experts(s), bf16_weights(s)
         check(s, experts, Routing(RoutingMethodType.Renormalize, s.top_k))
         counts = [options.tokens] if options.tokens else TOKENS
         if options.tune:

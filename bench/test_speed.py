@@ -19,9 +19,10 @@ from moe_speed import Shape
 
 import nvfp4_moe
 from nvfp4_moe import NVFP44Over6Config, Routing, RoutingMethodType
-from nvfp4_moe.kernels.flashinfer import baselines
-from nvfp4_moe.reference.moe import baselines as siblings
-from nvfp4_moe.reference.moe.routing import route
+from nvfp4_moe.kernels.baseline_moe.backends import BASELINE_MOE
+from nvfp4_moe.kernels.baseline_moe.call import BaselineCall
+from nvfp4_moe.kernels.flashinfer import baseline_moe
+from nvfp4_moe.reference.moe import baseline_moe as reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CALLS = 10  # in one graph, so that a replay's own cost is a tenth
@@ -86,37 +87,37 @@ LAYERS = {
 }
 
 
-SIBLINGS = {name: format for format, name in baselines.NAMES.items()}
+BASELINES = {name: format for format, name in baseline_moe.NAMES.items()}
 
 
-def sibling_call(s: Shape, format, x, logits):
+def baseline_call(s: Shape, backend: str, x, logits):
     """A call of FlashInfer's layer of a format, its hidden states quantized in it; or skip."""
     if s.biased:
         pytest.skip("FlashInfer's layers beside NVFP4 are measured without biases")
+    format = BASELINES[backend]
     w = moe_speed.bf16_weights(s)
-    routing = Routing(RoutingMethodType.Renormalize, s.top_k)
-    raw = siblings.SiblingExperts(format, s.activation, w.w13, w.w2)
-    request = baselines.SiblingRequest(
-        siblings.SiblingActivations(x), raw, {}, routing, s.routed, logits=logits
-    )
-    if (reason := baselines.refusal(request)) is not None:
+    raw = reference.BaselineExperts(format, s.activation, w.w13, w.w2)
+    request = BaselineCall(
+        reference.BaselineActivations(x), raw, {},
+        Routing(RoutingMethodType.Renormalize, s.top_k), s.routed, logits=logits,
+    )  # fmt: skip
+    if (reason := BASELINE_MOE.refusal(backend, request)) is not None:
         pytest.skip(reason)
     amax = {"input_amax": 8.0, "intermediate_amax": 8.0} if format == "fp8 per tensor" else {}
     try:
-        experts = siblings.prepare_sibling(format, w.w13, w.w2, s.activation, **amax)
+        experts = reference.prepare_baseline(format, w.w13, w.w2, s.activation, **amax)
     except ValueError as error:
         pytest.skip(str(error))
-    weights = baselines.flashinfer_weights(experts)
+    weights = baseline_moe.flashinfer_weights(experts)
     request = replace(request, experts=experts, weights=weights)
 
     def call():
-        a = baselines.quantize(x, experts)
-        return baselines.run(replace(request, activations=a))
+        quantized = replace(request, activations=baseline_moe.quantize(x, experts))
+        return BASELINE_MOE.run(backend, quantized)
 
-    got, chosen = call(), route(logits[:5], routing)
-    some = siblings.quantize_for(x[:5], experts)
-    want = siblings.sibling_moe(some, experts, chosen.ids, chosen.weights_bf16).output.double()
-    assert (got[:5].double() - want).norm() < 1e-1 * want.norm()
+    some = reference.quantize_for(x[:5], experts)
+    want = BASELINE_MOE.run("reference", replace(request, activations=some, logits=logits[:5]))
+    assert (call()[:5].double() - want.double()).norm() < 1e-1 * want.double().norm()
     return call
 
 
@@ -126,13 +127,13 @@ def shape_and_experts(request):
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 1024])
-@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16", *SIBLINGS])
+@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16", *BASELINES])
 def test_moe(benchmark, shape_and_experts, tokens, layer):
     s, experts = shape_and_experts
     benchmark.group = f"{s.name}, {tokens} tokens"
     x, logits = moe_speed.inputs(s, tokens)
-    if layer in SIBLINGS:
-        device_time(benchmark, sibling_call(s, SIBLINGS[layer], x, logits))
+    if layer in BASELINES:
+        device_time(benchmark, baseline_call(s, layer, x, logits))
         return
     if layer not in LAYERS:
         w = moe_speed.bf16_weights(s)
@@ -140,8 +141,10 @@ def test_moe(benchmark, shape_and_experts, tokens, layer):
             tiles = bf16_layer.tune(x, logits, w, s.top_k, CALLS)
             device_time(benchmark, lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
         else:
-            held = moe_speed.held_slots(s, logits).numel()
-            device_time(benchmark, lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, held))
+            slots_here = moe_speed.experts_of_local_slots(s, logits).numel()
+            device_time(
+                benchmark, lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
+            )
         return
     routing = (logits, Routing(RoutingMethodType.Renormalize, s.top_k))
     options = LAYERS[layer] | {"fast_math": True}

@@ -346,12 +346,13 @@ def register_backend(
 
     Args:
         operation: the public function: "nvfp4_quantize", "mm_fp4", "fused_moe" (also FlashInfer's two
-            functions, as `trtllm_fp4_block_scale_moe`), or "fused_quantize" (the three that end in
-            `_nvfp4_quantize`).
+            functions, as `trtllm_fp4_block_scale_moe`), "fused_quantize" (the three that end in
+            `_nvfp4_quantize`), or "baseline_moe" (the BF16, FP8 and MXFP8 layers of `diff`).
         name: not yet a name of the operation; it must not begin with "flashinfer".
         run: takes the checked call, a frozen dataclass: `kernels.quantize.call.QuantizeCall`,
             `kernels.dense.call.DenseCall`, `kernels.moe.call.MoECall`,
-            `kernels.fused_quantize.api.FusedQuantizeCall`. It returns what the public function returns,
+            `kernels.fused_quantize.api.FusedQuantizeCall`, `kernels.baseline_moe.call.BaselineCall`.
+            It returns what the public function returns,
             on the tensors' device: (codes, block scales[, per-token scales]), or one tensor. A `MoECall`
             arrives with quantized hidden states; `call.routed()` gives its ids and weights. A result of
             another shape or dtype raises. NotImplementedError becomes UnsupportedError.

@@ -12,7 +12,10 @@ from . import interrupts as _starting
 
 _starting.leave_on_interrupt()
 
+from . import earlier_paths as _earlier_paths
 from .reference.weights.writers import WRITERS as _WRITERS
+
+_earlier_paths.install()
 
 if TYPE_CHECKING:
     from .public import *

@@ -107,7 +107,7 @@ class Scalars(NamedTuple):
     alpha: Value | None
     beta: Value | None
     clamp_limit: Value | None
-    nan_is_clamped: bool
+    of_cutlass: bool
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def activate(
     alpha: Value | None = None,
     beta: Value | None = None,
     clamp_limit: Value | None = None,
-    nan_is_clamped: bool = False,
+    of_cutlass: bool = False,
 ) -> torch.Tensor:
     """The activation of rows of the first GEMM, before the expert's scalars: [N, M1] to [N, I] fp32.
 
@@ -176,8 +176,11 @@ def activate(
         gate_scale: `output1_scale_gate_scalar`.
         alpha, beta, clamp_limit: not read by an activation that has no such parameter.
         clamp_limit: in units of `raw`, and Swiglu's beta too; `docs/units.md` has the unit of each.
-        nan_is_clamped: SwigluStep's clamps give the limit for NaN, as FlashInfer's cutlass layer does
-            (`cutlass_fused_moe_kernels.cuh:2268-2283`).
+        of_cutlass: what FlashInfer's cutlass layer does otherwise. SwigluStep's clamps give the limit
+            for NaN (`cutlass_fused_moe_kernels.cuh:2268-2283`). GELU with tanh is +0 where that is -1,
+            by fma(z, tanh, z) (`cutlass/epilogue/thread/activation.h:643`); that of an H200 is -1 from
+            -8 on. SiTU's tanh, 2 sigmoid(2 z) - 1 (`cutlass_fused_moe_kernels.cuh:2294`), is +0 where
+            that sigmoid is 1/2.
 
     Raises:
         ValueError: an activation that is not implemented.
@@ -185,7 +188,7 @@ def activate(
     row = kind.row
     if not row.gated:
         return row.formula(raw * gate_scale) * scale
-    s = Scalars(scale, gate_scale, alpha, beta, clamp_limit, nan_is_clamped)
+    s = Scalars(scale, gate_scale, alpha, beta, clamp_limit, of_cutlass)
     return row.formula(*raw.chunk(2, -1), s)
 
 
@@ -200,7 +203,7 @@ def _swiglu_step(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor
     given = STEP_LIMIT / s.gate_scale if s.clamp_limit is None else s.clamp_limit
     limit = _tensor(given, x1)
     gate, most = silu(x1 * s.gate_scale), limit * s.gate_scale
-    if s.nan_is_clamped:
+    if s.of_cutlass:
         return torch.fmin(gate, most) * (torch.fmax(torch.fmin(x0, limit), -limit) * s.scale)
     return gate.clamp(max=most) * (x0.clamp(-limit, limit) * s.scale)
 
@@ -210,15 +213,24 @@ def _geglu(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
 
 
 def _geglu_tanh(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
-    return gelu_tanh(x1 * s.gate_scale) * (x0 * s.scale)
+    gate = x1 * s.gate_scale
+    part = gelu_tanh(gate)
+    if s.of_cutlass:
+        part = torch.where((_inner(gate) <= -8) & ~gate.isinf(), 0.0, part)
+    return part * (x0 * s.scale)
 
 
 def _situ(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> torch.Tensor:
     x0, x1 = _clamped(x0, x1, s)
     gate = x1 * s.gate_scale
     alpha, beta = 1.0 if s.alpha is None else s.alpha, 1.0 if s.beta is None else s.beta
-    up = beta * torch.tanh(x0 * s.gate_scale / beta)
-    return up * (alpha * torch.tanh(gate / alpha) * sigmoid(gate)) * s.scale
+    tanh = _tanh_by_sigmoid if s.of_cutlass else torch.tanh
+    up = beta * tanh(x0 * s.gate_scale / beta)
+    return up * (alpha * tanh(gate / alpha) * sigmoid(gate)) * s.scale
+
+
+def _tanh_by_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(sigmoid(2 * x) == 0.5, 0.0, torch.tanh(x))
 
 
 def _clamped(x0: torch.Tensor, x1: torch.Tensor, s: Scalars) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,8 +275,14 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """0.5 x (1 + tanh(u / 2)); below -1, where that cancels, x sigmoid(u)."""
     y = x.clamp(-100, -1)  # lower, the sigmoid is 0 already
-    u = 2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
-    return torch.where(x < -1, x * sigmoid(u), F.gelu(x.clamp(min=-1), approximate="tanh"))
+    return torch.where(
+        x < -1, x * sigmoid(2 * _inner(y)), F.gelu(x.clamp(min=-1), approximate="tanh")
+    )
+
+
+def _inner(x: torch.Tensor) -> torch.Tensor:
+    """The argument of GELU's tanh."""
+    return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
 def _layers(*names: FlashInferLayer) -> frozenset[FlashInferLayer]:

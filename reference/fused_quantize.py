@@ -20,7 +20,9 @@ fused: so any implementation of these lines has their bits.
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from .numerics.fp32 import Arithmetic
 from .numerics.subnormals import kept
+from .recipe import Build
 
 LOG2E = 1.4426950408889634
 LN2_HIGH = 0.693359375  # nine bits: its product with n is exact
@@ -50,10 +52,16 @@ def _power_of_two(n: torch.Tensor) -> torch.Tensor:
 
 
 @kept
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """[M, 2K] bf16 or fp16, gate and up, to [M, K] of the same dtype."""
-    gate, up = x.float().chunk(2, dim=-1)
-    return (gate / (1.0 + exp(-gate)) * up).to(x.dtype)
+def silu_and_mul(x: torch.Tensor, build: Build = "cuda") -> torch.Tensor:
+    """[M, 2K] bf16 or fp16, gate and up, to [M, K] of the same dtype.
+
+    Args:
+        build: "cuda" takes subnormal numbers for zeros, so that one of them times infinity is NaN
+            (`quantization_utils.cuh:1146-1160`, built with -use_fast_math); "cute-dsl" keeps them.
+    """
+    ar = Arithmetic(ftz=build == "cuda")
+    gate, up = ar.flush(x.float()).chunk(2, dim=-1)
+    return ar.mul(ar.div(gate, 1.0 + exp(-gate)), up).to(x.dtype)
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:

@@ -109,20 +109,23 @@ def quantize_global_scale(
     layout: SfLayout = _LINEAR,
     *,
     inverse: bool = False,
+    error_by_halves: bool = False,
     keep_steps: bool = False,
 ) -> Quantized:
     """Quantize with an encode scale from the caller, 448 * 6 / amax usually.
 
-    Contract: bitwise FlashInfer's `fp4_quantize` of the recipe's build. Not proven on FlashInfer,
-    derived from its source: one scale a row (`quantization.cuh:282`), `inverse`
-    (`quantization.cuh:268`), 4over6 here, and e4m3 input (`quantization_utils.cuh:766`,
-    `quantization_cute_dsl_utils.py:2356`).
+    Contract: bitwise FlashInfer's `fp4_quantize` of the recipe's build: also with one scale a row
+    (`quantization.cuh:282`), `inverse` (`quantization.cuh:268`), 4over6, and e4m3 input
+    (`quantization_utils.cuh:766`, `quantization_cute_dsl_utils.py:2356`).
 
     Args:
         x: [M, K] fp16, bf16 or float8_e4m3fn, K a multiple of 16. The CUDA build's kernel for e4m3
             knows no exact math, nor do we with it.
         global_scale: one fp32 element or M of them; None counts as 1. Not checked for 0, inf or NaN.
         inverse: `global_scale` is the decode scale.
+        error_by_halves: 4over6 sums a block's errors in two halves of 8, as FlashInfer's cutlass layer
+            does: its threads hold 8 elements (`cutlass_fused_moe_kernels.cuh:81`,
+            `quantization_utils.cuh:639-642`).
 
     Raises:
         ValueError: 4over6 with e4m3 input.
@@ -138,7 +141,7 @@ def quantize_global_scale(
         result = _e4m3_blocks(x, encode, recipe, ar)
     else:
         amax = max_ignoring_nan(_split(x)).float()
-        result = quantize_blocks(x.float(), amax, encode, None, recipe, ar)
+        result = quantize_blocks(x.float(), amax, encode, None, recipe, ar, error_by_halves)
     result = replace(result, steps={"encode_scale": encode, **result.steps})
     return _finish(result, layout, keep_steps)
 
@@ -211,13 +214,14 @@ def quantize_blocks(
     row_amax: torch.Tensor | None,
     recipe: Recipe,
     ar: Arithmetic,
+    error_by_halves: bool = False,
 ) -> Quantized:
     """Quantize blocks of values [M, K] with maxima [M, K/16] and encode scales [M]."""
     values, amax = ar.flush(_split(values)), ar.flush(amax)
     encode = encode[:, None]
     if recipe.four_over_six is not None:
         return _four_over_six_blocks(
-            values, amax, encode, row_amax, recipe, recipe.four_over_six, ar
+            values, amax, encode, row_amax, recipe, recipe.four_over_six, ar, error_by_halves
         )
     unrounded = block_scale(amax, encode, recipe, ar)
     scale_bytes = e4m3.encode(unrounded)
@@ -260,6 +264,7 @@ def _four_over_six_blocks(
     recipe: Recipe,
     config: NVFP44Over6Config,
     ar: Arithmetic,
+    error_by_halves: bool,
 ) -> Quantized:
     """Both candidates of every block; the one with the maximum at 4 only if its error is smaller."""
     unrounded6 = block_scale(amax, encode, recipe, ar)
@@ -282,10 +287,7 @@ def _four_over_six_blocks(
             difference = ar.sub(dequantized, values)
         mse = config.err_mode == NVFP44Over6ErrMode.MSE
         term = ar.mul(difference, difference) if mse else difference.abs()
-        error = term[..., 0]
-        for i in range(1, BLOCK_SIZE):  # the order of the sum decides near ties
-            error = ar.add(error, term[..., i])
-        return scale_bytes, codes, error
+        return scale_bytes, codes, _sum_of_errors(term, error_by_halves, ar)
 
     bytes4, codes4, error4 = candidate(unrounded4)
     bytes6, codes6, error6 = candidate(unrounded6)
@@ -296,6 +298,17 @@ def _four_over_six_blocks(
     steps = {"block_amax": amax, "block_scale": unrounded6, "error_of_4": error4}
     steps |= {"error_of_6": error6}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
+
+
+def _sum_of_errors(terms: torch.Tensor, by_halves: bool, ar: Arithmetic) -> torch.Tensor:
+    """[M, K/16] of [M, K/16, 16]: the order of the sum decides near ties."""
+    if by_halves:
+        halves = terms.unflatten(-1, (2, BLOCK_SIZE // 2))
+        return ar.add(*_sum_of_errors(halves, False, ar).unbind(-1))
+    total = terms[..., 0]
+    for i in range(1, terms.shape[-1]):
+        total = ar.add(total, terms[..., i])
+    return total
 
 
 def _e4m3_blocks(

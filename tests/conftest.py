@@ -4,6 +4,7 @@ At the end a table says what was tested on each backend, and what was skipped fo
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import importlib.metadata
 import os
 import random
 
@@ -16,15 +17,37 @@ hypothesis.settings.register_profile("nvfp4", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("nvfp4")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--flashinfer",
+        metavar="VERSION",
+        help="fail at once unless this version of flashinfer-python is the first on sys.path",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads the option
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = random.SystemRandom().randrange(2**32)
+    wanted = config.getoption("--flashinfer")
+    if wanted is not None and wanted != (here := _flashinfer_version()):
+        raise pytest.UsageError(f"--flashinfer asks for {wanted}; {here} is installed")
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         session.take_part(
             int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         )
+    if session.interpreting():
+        import quick_interpreter
+
+        quick_interpreter.install()
+
+
+def _flashinfer_version() -> str:
+    try:
+        return importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +64,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("by backend")
     for line in session.summary(terminalreporter.stats):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def device(request) -> str:
+    """The device of Triton's kernels: CPU tensors in the interpreter, and a GPU."""
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ from .layer_rules import (
     NO_SHARED_EXPERTS,
     NOT_BATCH_INVARIANT,
     bits_of,
+    four_over_six,
     four_over_six_of_environment,
     has_activation,
     routing_limit,
@@ -28,6 +29,7 @@ from .layer_rules import (
     writes_bf16,
 )
 from .rules import SM100, Rule, first_reason, math_of, no_kernels_beside
+from .version import SINCE_NEW
 
 NAME = "flashinfer:cute-dsl"
 BUILD: LayerBuild = "cute-dsl"
@@ -93,6 +95,9 @@ CUTE_DSL_FUSED_MOE = Function(
         Argument("localized_memset_stream", default=None, kind=KEYWORD),
         Argument("localized_allow_nonlocalized", default=False, kind=KEYWORD),
         Argument("autotune_use_cuda_graph", default=False, kind=KEYWORD),
+        four_over_six(KEYWORD),
+        Argument("clamped_relu2_limit", default=None, versions=SINCE_NEW, kind=KEYWORD),
+        Argument("swap_ab", default=False, versions=SINCE_NEW, kind=KEYWORD),
     ),
 )
 """It is called with a call, and the ids [T, K] and weights [T, K] of its routing: it takes no logits."""

@@ -13,7 +13,7 @@ from ...reference.activation import ActivationType
 from ...reference.recipe import LayerBuild
 from ...reference.weights.experts import CutlassWeights
 from ..moe.call import MoECall
-from .description import KEYWORD, OMITTED, Argument, Function
+from .description import KEYWORD, OMITTED, Argument, Function, OfType
 from .layer_rules import (
     COMMON,
     NO_LORA,
@@ -26,6 +26,7 @@ from .layer_rules import (
     writes_bf16,
 )
 from .rules import BLACKWELL, Rule, first_reason, math_of, no_kernels_beside
+from .version import SINCE_NEW, UNTIL_NEW
 
 NAME = "flashinfer:cutlass"
 BUILD: LayerBuild = "cutlass"
@@ -108,13 +109,22 @@ CUTLASS_FUSED_MOE = Function(
             int(ActivationType.Swiglu),
         ),
         Argument("swizzled_input_sf", lambda *_: False, True),
-        Argument("use_fused_finalize", lambda *_: False, True),
+        Argument("use_fused_finalize", lambda *_: False, True, UNTIL_NEW),
+        Argument("use_fused_finalize", lambda *_: False, None, SINCE_NEW),
         Argument("profile_ids", default=None),
         Argument("workspace_buffer", default=None),
         Argument("clamped_relu2_limit", default=None, kind=KEYWORD),
         Argument("situ_beta", lambda r, *_: _situ_ones(r), None, kind=KEYWORD),
         Argument("situ_linear_beta", lambda r, *_: _situ_ones(r), None, kind=KEYWORD),
         Argument("backend", default="cutlass", kind=KEYWORD),
+        # Its quantizer has 4over6 with static scales, too.
+        Argument(
+            "nvfp4_4over6",
+            lambda r, *_: r.recipe.four_over_six,
+            OfType("_UnsetType"),
+            SINCE_NEW,
+            KEYWORD,
+        ),
     ),
 )
 """It is called with a call, the ids [T, K] and weights [T, K] of its routing, and an output [T, H]."""
@@ -138,7 +148,7 @@ RULES: tuple[Rule[MoECall], ...] = (
             r.num_experts % r.experts.num_local or r.local_expert_offset % r.experts.num_local
         ),
         "{r.num_experts} experts of which {r.experts.num_local} from {r.local_expert_offset} on are "
-        "held here; it wants ranks of equal size",
+        "local; it needs ranks of equal size",
         "cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu:441",
     ),
 )

@@ -12,7 +12,7 @@ import torch
 from ...reference.recipe import BLOCK_SIZE
 from ..dense.call import DenseCall
 from . import version
-from .description import Argument, Function
+from .description import BATCH_INVARIANT, Argument, Function
 from .rules import (
     BLACKWELL,
     COMMON,
@@ -51,6 +51,7 @@ MM_FP4 = Function(
         Argument("backend", lambda backend, *_: backend.removeprefix("flashinfer:"), "auto"),
         Argument("use_nvfp4", lambda *_: True, True),
         Argument("enable_pdl", lambda _, r, __: r.enable_pdl, True),
+        BATCH_INVARIANT,
     ),
 )
 """It is called with the name of a backend, a call and the output [M, N]."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...reference.recipe import NVFP44Over6Config, SfLayout
 from . import version
-from .version import EVERY, Version, Versions
+from .version import EVERY, SINCE_NEW, Version, Versions
 
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -43,6 +43,11 @@ class Argument:
     default: Any = REQUIRED
     versions: Versions = EVERY
     kind: Any = POSITIONAL
+
+
+BATCH_INVARIANT = Argument("batch_invariant", default=False, versions=SINCE_NEW, kind=KEYWORD)
+WORKSPACE = Argument("workspace_buffer", default=None, versions=SINCE_NEW)
+"""Arguments that several functions have and that no call of ours gives."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Every function of FlashInfer that we call, and whether the installed one is as described."""
 
 # SPDX-License-Identifier: Apache-2.0
-from . import autotuner, baselines, cute_dsl, cutlass, dense, quantize, trtllm
+from . import autotuner, baseline_moe, cute_dsl, cutlass, dense, quantize, trtllm
 from .description import Function
 
 LAYERS = (trtllm, cute_dsl, cutlass)
@@ -15,9 +15,9 @@ FUNCTIONS: tuple[Function, ...] = (
     trtllm.ROUTED,
     cute_dsl.CUTE_DSL_FUSED_MOE,
     cutlass.CUTLASS_FUSED_MOE,
-    *dict.fromkeys(f for pair in baselines.FUNCTIONS.values() for f in pair),
-    baselines.MXFP8_QUANTIZE,
-    baselines.FP8_BLOCK_QUANTIZE,
+    *dict.fromkeys(f for pair in baseline_moe.FUNCTIONS.values() for f in pair),
+    baseline_moe.MXFP8_QUANTIZE,
+    baseline_moe.FP8_BLOCK_QUANTIZE,
     *autotuner.METHODS,
 )
 

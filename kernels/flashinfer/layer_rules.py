@@ -1,6 +1,8 @@
 """The rules that FlashInfer's fused NVFP4 layers share."""
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
 
 from ...reference.activation import FlashInferLayer
@@ -9,7 +11,9 @@ from ...reference.recipe import LayerBuild
 from .. import environment
 from ..moe.call import MoECall
 from . import rules
+from .description import OMITTED, POSITIONAL, Argument, OfType
 from .rules import Rule, on_no_gpu
+from .version import SINCE_NEW, UNTIL_NEW
 
 COMMON: tuple[Rule[MoECall], ...] = (
     *rules.COMMON,
@@ -44,8 +48,17 @@ def _how_to_have_it(r: MoECall) -> str:
 IN_ITS_LAYOUT: Rule[MoECall] = Rule(_not_in_its_layout, _how_to_have_it)
 
 
+def _four_over_six(r: MoECall, *_: Any) -> Any:
+    return OMITTED if r.is_static else r.recipe.four_over_six
+
+
+def four_over_six(kind: Any = POSITIONAL) -> Argument:
+    """4over6 of the intermediate. A layer takes one with per-token scales alone."""
+    return Argument("nvfp4_4over6", _four_over_six, OfType("_UnsetType"), SINCE_NEW, kind)
+
+
 def four_over_six_of_environment(source: str) -> Rule[MoECall]:
-    """The quantizer of the intermediate reads 4over6 from the environment."""
+    """The quantizer of the intermediate reads 4over6 from the environment, as it is no argument."""
 
     def reason(r: MoECall) -> str:
         return (
@@ -53,7 +66,9 @@ def four_over_six_of_environment(source: str) -> Rule[MoECall]:
             f"{environment.four_over_six()}"
         )
 
-    return Rule(lambda r: r.recipe.four_over_six != environment.four_over_six(), reason, source)
+    return Rule(
+        lambda r: r.recipe.four_over_six != environment.four_over_six(), reason, source, UNTIL_NEW
+    )
 
 
 def has_activation(layer: FlashInferLayer, source: str) -> Rule[MoECall]:
@@ -74,7 +89,7 @@ NOT_BATCH_INVARIANT: Rule[MoECall] = Rule(
 
 
 def _splits_its_sum(r: MoECall) -> bool:
-    k, h = r.routing.top_k, r.experts.padded_hidden_size
+    k, h = r.routing.top_k, r.experts.hidden_size
     return r.finalize_order == "flashinfer" and split_k_groups(r.tokens, k, h) > 1
 
 

@@ -12,7 +12,7 @@ from ...reference.layouts import padded_shape
 from ...reference.recipe import BLOCK_SIZE, Build, SfLayout
 from ..quantize.call import QuantizeCall
 from . import version
-from .description import OMITTED, Argument, Function, OfType
+from .description import BATCH_INVARIANT, OMITTED, Argument, Function, OfType
 from .rules import (
     BLACKWELL,
     COMMON,
@@ -23,6 +23,7 @@ from .rules import (
     no_kernels_beside,
     on_no_gpu,
 )
+from .version import SINCE_NEW, UNTIL_NEW
 
 BUILDS: dict[str, Build] = {
     "flashinfer:cuda": "cuda",
@@ -49,6 +50,10 @@ def _four_over_six(backend: str, r: QuantizeCall) -> Any:
     return OMITTED
 
 
+_BACKEND = tuple(
+    Argument("backend", lambda backend, _: backend.removeprefix("flashinfer:"), default, versions)
+    for default, versions in (("cuda", UNTIL_NEW), ("auto", SINCE_NEW))
+)
 NVFP4_QUANTIZE = Function(
     "flashinfer",
     "nvfp4_quantize",
@@ -60,7 +65,7 @@ NVFP4_QUANTIZE = Function(
         Argument("do_shuffle", lambda _, r: r.do_shuffle, False),
         Argument("sf_vec_size", lambda *_: BLOCK_SIZE, 16),
         Argument("enable_pdl", lambda _, r: r.enable_pdl, None),
-        Argument("backend", lambda backend, _: backend.removeprefix("flashinfer:"), "cuda"),
+        *_BACKEND,
         Argument("per_token_activation", lambda _, r: r.per_token, False),
         Argument(
             "expanded_idx_to_permuted_idx",
@@ -69,6 +74,7 @@ NVFP4_QUANTIZE = Function(
         ),
         Argument("out_scale", lambda _, r: r.out_scale, None),
         Argument("nvfp4_4over6", _four_over_six, OfType("_UnsetType")),
+        BATCH_INVARIANT,
     ),
 )
 """It is called with the name of a backend and a call."""
@@ -140,6 +146,18 @@ RULES: dict[str, tuple[Rule[QuantizeCall], ...]] = {
             lambda r: r.misaligned(32 if r.a.dtype in _HALF else 16),
             "a does not start at a multiple of 32 bytes (e4m3: 16), as its loads need",
             "tensorrt_llm/kernels/quantization.cuh:45",
+        ),
+        # Its TMA map asks for a fill that CUDA has for floating types, and says that e4m3 is UINT8.
+        Rule(
+            lambda r: (
+                not r.per_token
+                and r.a.dtype == torch.float8_e4m3fn
+                and r.m >= 1024
+                and r.k % 512 == 0
+            ),
+            "a is float8_e4m3fn [{r.m}, {r.k}]; from 1024 rows on, with K a multiple of 512, its "
+            'launcher always raises "Failed to encode TMA tensor map"',
+            "cpp/kernels/quantization.cu:567",
         ),
         # grid(m): an empty launch is an error
         Rule(

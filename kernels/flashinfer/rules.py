@@ -1,6 +1,7 @@
 """What a backend of FlashInfer refuses, and why: one type of rule, and the rules that adapters share."""
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -10,7 +11,7 @@ import torch
 from ...reference.recipe import Build, Recipe
 from .. import environment
 from . import version
-from .version import EVERY, SUPPORTED, Versions, written
+from .version import DESCRIBED, EVERY, NEW, Versions, written
 
 Capability = tuple[int, int]
 SM100: tuple[Capability, ...] = ((10, 0), (10, 3))
@@ -70,21 +71,35 @@ def first_reason(rules: Iterable[Rule[C]], call: C) -> str | None:
     return None
 
 
+def every_text(rules: Iterable[Rule[C]], call: C) -> list[str]:
+    """The reasons of all rules of the installed version that hold for the call."""
+    here = version.HERE.described_as
+    return [rule.text(call) for rule in rules if here in rule.versions and rule.refuses(call)]
+
+
 def sm_of(capability: Capability | None) -> str:
     """ "sm_100" of (10, 0); "" of None."""
     return "" if capability is None else f"sm_{capability[0]}{capability[1]}"
 
 
 def _other_version(_: Call) -> str:
-    here, before = version.HERE.described_as, SUPPORTED.before
-    if here < SUPPORTED.since:
-        return (
-            f"flashinfer-python is older than {written(SUPPORTED.since)}, whose functions we call"
-        )
-    assert before is not None
-    return (
-        f"flashinfer-python {written(here)} is not supported; versions before {written(before)} are"
-    )
+    here, oldest = version.HERE.version, DESCRIBED[0]
+    assert here is not None and oldest.before is not None
+    if here and here < oldest.since:
+        return f"flashinfer-python is older than {written(oldest.since)}, whose functions we call"
+    name = written(here) or "of an unknown version"
+    known = f"those before {written(oldest.before)} and {written(NEW)} are"
+    return f"flashinfer-python {name} is not described; {known}. {_what_differs(here)}"
+
+
+@functools.cache
+def _what_differs(_: version.Version) -> str:
+    from .functions import differences  # which imports the adapters, and they this
+
+    found = differences()
+    if not found:
+        return "Its functions have the arguments that we know, but nobody compared its bits"
+    return f"Its functions differ: {'; '.join(found)}"
 
 
 COMMON: tuple[Rule[Call], ...] = (
@@ -92,13 +107,13 @@ COMMON: tuple[Rule[Call], ...] = (
         lambda _: version.HERE.version is None,
         "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')",
     ),
-    Rule(lambda _: version.HERE.described_as not in SUPPORTED, _other_version),
     # Its custom ops are not registered, and its first call builds a module.
     Rule(
         lambda _: torch.compiler.is_compiling(),
         "torch.compile cannot trace FlashInfer's Python",
         "utils.py:438",
     ),
+    Rule(lambda _: not version.HERE.is_described, _other_version),
 )
 """The limits of every function."""
 

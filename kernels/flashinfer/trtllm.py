@@ -6,19 +6,22 @@ from typing import Any
 import torch
 
 from ...reference.activation import ActivationType
+from ...reference.moe.routing import RoutingMethodType
 from ...reference.moe.routing import refusal as routing_refusal
 from ...reference.recipe import LayerBuild, SfLayout
 from ..moe.call import MoECall
-from .description import Argument, Function
+from .description import WORKSPACE, Argument, Function
 from .layer_rules import (
     COMMON,
     NOT_BATCH_INVARIANT,
     bits_of,
+    four_over_six,
     four_over_six_of_environment,
     has_activation,
     writes_bf16,
 )
 from .rules import SM10X, Rule, first_reason, math_of, no_kernels_beside
+from .version import SINCE_NEW
 
 NAME = "flashinfer:trtllm"
 BUILD: LayerBuild = "cuda"
@@ -95,6 +98,8 @@ FROM_LOGITS = Function(
         _SHARED_EXPERTS,
         *_VALID_SIZES,
         _LAYOUT,
+        WORKSPACE,
+        four_over_six(),
     ),
 )
 ROUTED = Function(
@@ -110,6 +115,9 @@ ROUTED = Function(
         *_VALID_SIZES,
         _SHARED_EXPERTS,
         _LAYOUT,
+        WORKSPACE,
+        four_over_six(),
+        Argument("routing_metadata", default=None, versions=SINCE_NEW),
     ),
 )
 
@@ -157,6 +165,11 @@ RULES: tuple[Rule[MoECall], ...] = (
     bits_of(BUILD),
     math_of("cuda", "trtllm_fused_moe_runner.cu:764"),
     four_over_six_of_environment("trtllm_fused_moe_runner.cu:764"),
+    Rule(
+        lambda r: r.is_static and r.recipe.four_over_six is not None,
+        "static scales: its first GEMM quantizes the intermediate, without 4over6",
+        "trtllm_fused_moe_runner.cu:740",
+    ),
     writes_bf16("fused_moe/core.py:3558"),
     NOT_BATCH_INVARIANT,
     Rule(lambda r: r.finalize_order != "flashinfer", 'its order is finalize_order="flashinfer"'),
@@ -164,6 +177,18 @@ RULES: tuple[Rule[MoECall], ...] = (
         lambda r: r.logits is not None and _routing_refusal(r),
         lambda r: _routing_refusal(r) or "",
         "trtllm/fused_moe/RoutingCustomPolicy.cuh:818",
+    ),
+    # Its map of tiles holds global expert ids there, and local ones everywhere else.
+    Rule(
+        lambda r: (
+            r.logits is not None
+            and r.routing.method == RoutingMethodType.Llama4
+            and r.tokens < 4
+            and r.experts.num_local != r.num_experts
+        ),
+        "Llama4 for fewer than 4 tokens of which some experts are on other ranks reads the weights of "
+        "wrong experts",
+        "trtllm_backend/trtllm_fused_moe_routing_llama4.cu:234",
     ),
     Rule(
         lambda r: r.logits is None and (r.num_experts > 2048 or r.routing.top_k > 32),
@@ -177,6 +202,31 @@ RULES: tuple[Rule[MoECall], ...] = (
     ),
 )
 """What the layer refuses, in the order in which it is asked."""
+
+MAY_DROP_EQUAL_IDS = 16
+"""Up to so many tokens its kernels for a given routing keep one slot of an expert and token."""
+LEFT_OPEN: tuple[Rule[MoECall], ...] = (
+    Rule(
+        lambda r: r.logits is not None and r.routing.grouped,
+        "where fewer than topk_group groups have a score above -inf it chooses experts several times; "
+        "ours never does",
+        "trtllm_backend/trtllm_fused_moe_routing_deepseek.cu:235",
+    ),
+    Rule(
+        lambda r: r.logits is not None and r.routing.method.raw,
+        "of a row with fewer than top_k logits above -inf, and NaN with its sign set among them, it may "
+        "give ids that are no experts; ours gives experts",
+        "trtllm/fused_moe/RoutingCustomPolicy.cuh:653",
+    ),
+    Rule(
+        lambda r: r.logits is None and 0 < r.tokens <= MAY_DROP_EQUAL_IDS,
+        f"up to {MAY_DROP_EQUAL_IDS} tokens it drops one of two equal ids of a token, by a race; ours "
+        "adds both",
+        "trtllm_backend/trtllm_fused_moe_routing_custom.cuh:167",
+    ),
+)
+"""Values for which its routing kernels give what depends on a race, or no experts, as runs on an H200
+showed. The call is served, since a refusal would have to read the values; ours are determined."""
 
 
 def refusal(r: MoECall) -> str | None:

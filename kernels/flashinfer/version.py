@@ -23,10 +23,14 @@ class Versions:
 
 
 EVERY = Versions()
-SUPPORTED = Versions((0, 7), before=(0, 7, 3))
-"""The versions whose arguments and bits are described; the extra in `pyproject.toml` ends there, too."""
 CITED = (0, 7, 2)
-"""The version that the sources cite, 0.7.2.post1. A version that is not known counts as this one."""
+"""The version that the sources cite, 0.7.2.post1, unless they name another."""
+NEW = (0, 7, 4)
+"""The newest version that is described. It follows 0.7.2 in the registry that we know."""
+UNTIL_NEW, SINCE_NEW = Versions(before=NEW), Versions(NEW)
+"""What NEW took away or changed, and what it brought."""
+DESCRIBED = (Versions((0, 7), before=(0, 7, 3)), Versions(NEW, before=(0, 7, 5)))
+"""The versions whose arguments and bits are described: those like CITED, and NEW."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Installation:
     def described_as(self) -> Version:
         """The version by which arguments and rules are chosen."""
         return self.version or CITED
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the arguments and bits of this version are known."""
+        return self.version is not None and any(self.version in span for span in DESCRIBED)
 
 
 def parsed(text: str) -> Version:

@@ -108,7 +108,7 @@ def silu_and_mul_nvfp4_quantize(
     """SiLU of the first half of every row times the second, quantized per token.
 
     Contract: bitwise `nvfp4_quantize(silu_and_mul(x), ..., per_token_activation=True)` with the product
-    rounded to x's dtype between the two, by `reference.fused_quantize.silu_and_mul`.
+    rounded to x's dtype between the two, by `reference.fused_quantize.silu_and_mul` of the build.
 
     Args:
         x: [M, 2K] bf16 or fp16, K a multiple of 16.

@@ -9,7 +9,7 @@ the dtype that a kernel of its own would have written. Names are those of `quant
 import triton
 import triton.language as tl
 
-from ..jit.arithmetic import div, flush, log2, reciprocal, to_bf16
+from ..jit.arithmetic import div, flush, log2, mul, reciprocal, to_bf16
 from ..jit.formats import BF16, LAYOUT_LINEAR, PER_TOKEN
 from ..jit.load import block_values, load_blocks
 from ..jit.pdl import await_previous
@@ -141,7 +141,8 @@ def producer_kernel(
     if KIND == SILU_AND_MUL:
         gate = block_values(load_blocks(x_ptr, row, block, mask, 2 * NB, DTYPE), DTYPE)
         up = block_values(load_blocks(x_ptr, row, block + NB, mask, 2 * NB, DTYPE), DTYPE)
-        y = div(gate, 1.0 + _exp(-gate), False, ARCH) * up
+        FTZ: tl.constexpr = flushes(RECIPE)
+        y = mul(div(gate, 1.0 + _exp(-gate), FTZ, ARCH), up, FTZ, ARCH)
     else:
         x = block_values(load_blocks(x_ptr, row, block, mask, NB, DTYPE), DTYPE)
         if KIND == ADD_RMSNORM:

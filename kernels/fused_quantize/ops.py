@@ -128,7 +128,7 @@ def _quantized(
 def _silu_and_mul(
     x: torch.Tensor, base_scale_inv: float | torch.Tensor, recipe: Recipe, layout: SfLayout
 ) -> Triple:
-    return _quantized(reference.silu_and_mul(x), base_scale_inv, recipe, layout)
+    return _quantized(reference.silu_and_mul(x, recipe.build), base_scale_inv, recipe, layout)
 
 
 def _rmsnorm(

@@ -17,7 +17,9 @@ from ...reference.moe.layer import fused_moe as reference_fused_moe
 from ...reference.recipe import SfLayout
 from .. import backends
 from ..backends import Backend, Operation
+from ..flashinfer import trtllm
 from ..flashinfer.functions import LAYERS
+from ..flashinfer.rules import every_text
 from ..quantize.api import nvfp4_quantize
 from . import statistics as moe_statistics
 from .call import MoECall
@@ -156,6 +158,14 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
         return call.placed(result)
 
     return adopted
+
+
+def _notes(call: MoECall) -> list[str]:
+    """Where FlashInfer's layer of the call's bits leaves open what ours determine."""
+    if call.build != trtllm.BUILD:
+        return []
+    texts = every_text(trtllm.LEFT_OPEN, call)
+    return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
 
 
 FUSED_MOE: Operation[MoECall, Results] = Operation(

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...reference.moe.finalize import FinalizeOrder, split_k_groups
-from ..jit.arithmetic import to_bf16
+from ..jit.arithmetic import add, flush, to_bf16
 from ..jit.pdl import await_previous
 from ..triton_target import arch, launch_options
 
@@ -16,7 +16,6 @@ def finalize(
     permuted: torch.Tensor,
     weights: torch.Tensor,
     output: torch.Tensor,
-    hidden_size: int,
     order: FinalizeOrder,
 ) -> None:
     """Write the `finalize` of `reference/moe/finalize.py` into `output`.
@@ -25,11 +24,10 @@ def finalize(
         rows: [P, >= width] bf16.
         permuted: [T * K] int32, the row of each slot; -1: the slot has none.
         weights: [T, K] bf16 or fp32.
-        output: [T, width], bf16, fp16 or fp32.
-        hidden_size: the padded one, on which FlashInfer's order depends.
+        output: [T, width], bf16, fp16 or fp32. FlashInfer's order depends on its width.
     """
     (tokens, top_k), width = weights.shape, output.shape[1]
-    groups = split_k_groups(tokens, top_k, hidden_size) if order == "flashinfer" else 1
+    groups = split_k_groups(tokens, top_k, width) if order == "flashinfer" else 1
     columns = min(1024, triton.next_power_of_2(width))
     finalize_kernel[(tokens, triton.cdiv(width, columns))](
         rows, permuted, weights.contiguous(), output, rows.shape[1], width,
@@ -60,15 +58,17 @@ def finalize_kernel(
         part = tl.zeros((COLUMNS,), tl.float32)
         for k in range(j, K, GROUPS):
             row = tl.load(permuted_ptr + token * K + k)
-            weight = tl.load(weights_ptr + token * K + k).to(tl.float32)
-            held = tl.where(inside, row, -1) >= 0
-            value = tl.load(rows_ptr + row.to(tl.int64) * H + column, held, other=0.0)
+            weight = flush(tl.load(weights_ptr + token * K + k).to(tl.float32), True, ARCH)
+            is_local = tl.where(inside, row, -1) >= 0
+            stored = tl.load(rows_ptr + row.to(tl.int64) * H + column, is_local, other=0.0)
+            value = flush(stored.to(tl.float32), True, ARCH)
             if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
                 added = (value.to(tl.float64) * weight + part).to(tl.float32)
             else:
-                added = tl.fma(value.to(tl.float32), tl.zeros_like(part) + weight, part)
-            part = tl.where(held, added, part)  # the weight of a slot of no expert may be NaN
-        total = part if j == 0 else total + part
+                added = tl.fma(value, tl.zeros_like(part) + weight, part)
+            # The weight of a slot of no expert may be NaN.
+            part = tl.where(is_local, flush(added, True, ARCH), part)
+        total = part if j == 0 else add(total, part, True, ARCH)
     out = out_ptr + token.to(tl.int64) * width + column
     if out_ptr.dtype.element_ty == tl.bfloat16:
         tl.store(out, to_bf16(total, ARCH), inside)

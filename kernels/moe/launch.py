@@ -103,7 +103,7 @@ def fused_moe(
     if not call.do_finalize:
         return output, rows, p.permuted
 
-    finalize(rows, p.permuted, weights, output, experts.padded_hidden_size, call.finalize_order)
+    finalize(rows, p.permuted, weights, output, call.finalize_order)
     return results
 
 

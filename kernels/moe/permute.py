@@ -216,9 +216,9 @@ def place_kernel(
     i = tl.arange(0, CHUNK)
     index = chunk * CHUNK + i
     local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
-    held = (local >= 0) & (local < E)
+    is_local = (local >= 0) & (local < E)
     earlier = (local[None, :] == local[:, None]) & (i[None, :] < i[:, None])
-    first = tl.load(row_ptr + local * tl.num_programs(0) + chunk, held, other=0)
+    first = tl.load(row_ptr + local * tl.num_programs(0) + chunk, is_local, other=0)
     row = first + tl.sum(earlier.to(tl.int32), 1)
-    tl.store(permuted_ptr + index, tl.where(held, row, -1), index < N)
-    tl.store(expanded_ptr + row, index, held)
+    tl.store(permuted_ptr + index, tl.where(is_local, row, -1), index < N)
+    tl.store(expanded_ptr + row, index, is_local)

@@ -156,11 +156,11 @@ def draw(seed: int, kind: Kind, tokens: int) -> MoECase:
     """The fused call of a seed."""
     d = Draw(seed)
     size = d.exponent()  # of the hidden states, which the first scalar may bring back
-    held = d.choice((1, 2, 3))
-    offset, num_experts = d.choice(((0, held), (0, held + 1), (2, held + 4)))
+    local = d.choice((1, 2, 3))
+    offset, num_experts = d.choice(((0, local), (0, local + 1), (2, local + 4)))
     if kind.routed:
-        held, offset, num_experts = 4, d.choice((0, 2, 4)), 8
-    experts = _experts(d, kind, held, -size if d.chance(0.5) else d.exponent())
+        local, offset, num_experts = 4, d.choice((0, 2, 4)), 8
+    experts = _experts(d, kind, local, -size if d.chance(0.5) else d.exponent())
     x = d.values(tokens, experts.hidden_size, size if d.chance(0.5) else None)
     a = _activations(d, kind, experts, x)
     case = MoECase(

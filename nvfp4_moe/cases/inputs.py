@@ -18,14 +18,20 @@ KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
 def synthetic(
     kind: str, m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> torch.Tensor:
-    """[m, k] CPU tensor of bf16 or fp16, the same for the same arguments.
+    """[m, k] CPU tensor of bf16, fp16, fp32 or e4m3, the same for the same arguments.
 
     Kinds: normal; heavy (log-normal tails, each row at a magnitude of its own); grid (values on e2m1
     codes and the ties between them, at powers of two); sparse (5 % non-zero, every third row zero);
     bits (random finite bit patterns, subnormals and -0 included); edge (what the contract treats
-    apart: zero and -0 blocks, tiny rows, scales that round to 0, infinities, NaN).
+    apart: zero and -0 blocks, tiny rows, scales that round to 0, infinities, NaN). Of e4m3: any byte;
+    else what is in fp16, with 448 for more.
     """
     rng = torch.Generator().manual_seed(seed)
+
+    if dtype == torch.float8_e4m3fn:
+        if kind == "bits":
+            return host.integers(rng, 0, 256, (m, k)).to(torch.uint8).view(dtype)
+        return synthetic(kind, m, k, torch.float16, seed).clamp(-448, 448).to(dtype)
 
     def normal(*shape: int) -> torch.Tensor:
         return host.normal(rng, *shape)

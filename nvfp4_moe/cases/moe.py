@@ -18,8 +18,7 @@ from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import BLOCK_SIZE, LayerBuild, Recipe
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_experts, prepare_experts
-from . import inputs
-from . import moe_edges as matrix_edges
+from . import inputs, moe_edges
 from .moe_case import MoECase
 
 TENSOR = "layer0.ffn_in"
@@ -37,7 +36,7 @@ def cases() -> list[MoECase]:
     """
     return [
         *_activations(), *_ways(), *_routed(), *_of_other_builds(), *exact_cases(),
-        *matrix_edges.cases(_recipe()),
+        *moe_edges.cases(_recipe()),
     ]  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
     options: dict[str, Any] = PARAMETERS | biases
     experts = _experts(2, _A.Swiglu, 70, **options)
     ordinary = host.normal(g, TOKENS, SIZE).bfloat16()
-    given = _given(3, experts=4)  # of which 1 and 2 are held here
+    given = _given(3, experts=4)  # of which 1 and 2 are local
     yield MoECase("Swiglu, biases and parameters, experts 1 and 2 of 4",
                   quantize_activations(ordinary, replace(recipe, build="cuda")), experts, recipe=recipe,
                   local_expert_offset=1, **given)  # fmt: skip

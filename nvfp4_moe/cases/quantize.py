@@ -13,7 +13,7 @@ from ..reference.quantize import Quantized
 from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout, all_recipes
 from . import inputs
 
-Mode = Literal["per-token", "global-scale", "fp32 per-token"]
+Mode = Literal["per-token", "global-scale", "row scales", "fp32 per-token"]
 Group = Literal["golden", "synthetic", "activations", "file"]
 
 RECIPES = {
@@ -41,6 +41,20 @@ class Case:
     layout: SfLayout
     global_scale: float | None = None
 
+    @property
+    def per_token(self) -> bool:
+        """True if the quantizer finds the scales of the rows, and returns them."""
+        return self.mode in ("per-token", "fp32 per-token")
+
+    def scale(self, x: torch.Tensor) -> float | torch.Tensor:
+        """What a quantizer of x takes: a base or an encode scale; fp32 [M], a scale for each row."""
+        if self.per_token:
+            return self.recipe.base_scale_inv
+        if self.mode == "row scales":
+            return row_scales(x, self.recipe)
+        assert self.global_scale is not None
+        return self.global_scale
+
 
 @dataclass(frozen=True)
 class Input:
@@ -64,39 +78,57 @@ class Input:
 
 def global_scale(x: torch.Tensor, recipe: Recipe) -> float:
     """Encode scale e4m3_max * 6 / amax in fp32, amax over the finite elements; 1 if none is usable."""
+    return _encode_scales(x.flatten()[None], recipe).item()
+
+
+def row_scales(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """The same for each row: fp32 [M] on the device of x [M, K]."""
+    return _encode_scales(x, recipe).to(x.device)
+
+
+def _encode_scales(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.float()
     magnitude = x.abs()
-    amax = magnitude.where(magnitude.isfinite(), 0).max().float()
+    amax = magnitude.where(magnitude.isfinite(), 0).amax(1).float()
     scale = host.fp32(recipe.e4m3_max * 6.0) / amax.cpu()
-    return scale.item() if scale.isfinite() else 1.0
+    return scale.where(scale.isfinite(), 1.0)
 
 
 def cases(x: torch.Tensor, recipes: list[Recipe], every_layout: bool) -> list[Case]:
     """Every mode and recipe that tensors of x's type have.
 
     Plain recipes take all three layouts. Those of 4over6 do with `every_layout`, else one each in
-    turn: the layout is no part of the arithmetic.
+    turn: the layout is no part of the arithmetic. So do scales for each row, which the CUDA build
+    alone takes.
     """
     result = []
     for i, recipe in enumerate(recipes):
         plain = recipe.four_over_six is None
-        layouts = list(SfLayout) if plain or every_layout else [SfLayout(i % len(SfLayout))]
+        in_turn = list(SfLayout) if every_layout else [SfLayout(i % len(SfLayout))]
+        layouts = list(SfLayout) if plain else in_turn
         if x.dtype == torch.float32:
             if recipe == Recipe():
                 result += [Case("fp32 per-token", recipe, layout) for layout in layouts]
             continue
+        if x.dtype != torch.float8_e4m3fn:
+            result += [Case("per-token", recipe, layout) for layout in layouts]
+        elif not plain:
+            continue
         scale = global_scale(x, recipe)
-        result += [Case("per-token", recipe, layout) for layout in layouts]
         result += [Case("global-scale", recipe, layout, scale) for layout in layouts]
+        if recipe.build == "cuda":
+            result += [Case("row scales", recipe, layout) for layout in in_turn]
     return result
 
 
 def synthetic(
     kinds: Iterable[str], seed: int, rows: int | None, recipes: list[Recipe], every_layout: bool
 ) -> Iterator[Input]:
-    """The seeded kinds in both shapes, bf16 and fp16; fp32 too, but for the 16-bit patterns."""
+    """The seeded kinds in both shapes, bf16, fp16 and e4m3; fp32 too, but for the bit patterns."""
     for kind in kinds:
         for m, k in SHAPES:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32):
                 if dtype == torch.float32 and kind == "bits":
                     continue
                 x = inputs.synthetic(kind, m, k, dtype, seed)[:rows]
@@ -224,4 +256,7 @@ def choose(name: str) -> list[Recipe]:
 
 
 def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return {
+        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3",
+        torch.float32: "fp32",
+    }[dtype]  # fmt: skip

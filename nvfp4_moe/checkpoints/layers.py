@@ -159,12 +159,12 @@ def count_problem(folder: Folder, layer: Layer) -> str | None:
     """
     infos = (folder.info(name) for (expert, _, _), name in layer.names.items() if expert is None)
     stacked = (i.shape[0] for i in infos if i is not None and i.shape and all(i.shape))
-    held = min(max([len(layer.names), *stacked]), MOST_EXPERTS)
-    if 1 <= layer.num_experts <= held:
+    most = min(max([len(layer.names), *stacked]), MOST_EXPERTS)
+    if 1 <= layer.num_experts <= most:
         return None
     return (
         f"{layer.module}: by config.json or its names it has {layer.num_experts} experts; by its "
-        f"tensors it can have 1 to {held}"
+        f"tensors it can have 1 to {most}"
     )
 
 

@@ -21,13 +21,14 @@ import torch
 from .. import files
 from ..differential import workers
 from ..differential.quantize import CANNOT
-from ..differential.report_parts import PARTS, Part
+from ..differential.results import FAILED, Cell, Failure, Section, worst
 from ..exits import CommandError, Exit
-from ..failures import write as folder
+from ..failures import write
 from ..kernels import environment
 from ..report import data as report
 from ..report import terminal
-from ..report.data import FAILED, Cell, Failure, Report, Section, worst
+from ..report.data import Report
+from ..report.parts import PARTS, Part
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
 """The command line in another process."""
@@ -103,14 +104,14 @@ def run(options: argparse.Namespace) -> Exit:
     out.mkdir(parents=True, exist_ok=True)
     print(workers.run([*CHILD, "doctor"], options.timeout)[1], end="")
     for job in jobs(None):  # of every earlier run, whatever it was asked for
-        folder.remove_stale(out / job.folder)
+        write.remove_stale(out / job.folder)
     results = _run_all(planned, options, out)
     verdicts = _verdicts(results)
     whole = Report.of_this_run()
     whole.sections = [verdicts, *_tables(results)]
     whole.seconds = round(time.monotonic() - start, 1)
     whole.missing = _missing(verdicts, options.backends)
-    folder.write(whole, out)
+    write.write(whole, out)
     _print(verdicts, out)
     terminal.print_end(whole, sys.stdout)
     return whole.status

@@ -10,16 +10,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from .. import files
-from ..cases import quantize as matrix
+from ..cases import quantize as quantize_cases
 from ..differential import own_backend
 from ..differential.calls import RunOptions
 from ..differential.format_error import format_errors
 from ..differential.quantize import InputSelection
-from ..differential.report_parts import BASELINES, MOE, PARTS, QUANTIZERS, Part, Settings
+from ..differential.results import PartResult
 from ..exits import CommandError, Exit
-from ..failures import write as folder
+from ..failures import write
 from ..report import terminal
-from ..report.data import PartResult, Report
+from ..report.data import Report
+from ..report.parts import MOE, PARTS, QUANTIZERS, Part, Settings
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -34,7 +35,7 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
     start = time.monotonic()
     sides = {part.name: part.sides(names) for part in parts}
     if options.input is not None:
-        matrix.check_file(options.input)
+        quantize_cases.check_file(options.input)
     if options.report is not None:
         files.check_folder("--report", options.report)
     if options.json not in (None, "-"):
@@ -68,8 +69,8 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
         missing = [side for section in whole.sections for side in section.missing(named or ())]
         whole.missing += [f"backend {side}: it took part in no comparison" for side in missing]
     if options.report:
-        folder.write_failures(results, Path(options.report))
-        folder.write(whole, Path(options.report))
+        write.write_failures(results, Path(options.report))
+        write.write(whole, Path(options.report))
         print(f"the report is in {options.report}", file=stream)
     if options.json:
         printed = json.dumps(whole.as_dict(), indent=1)
@@ -93,11 +94,8 @@ def _parts(options: argparse.Namespace) -> tuple[Part, ...]:
     if options.only not in (None, QUANTIZERS.name) and about_quantizers:
         raise CommandError(f"--only is {options.only}; --input and --kind are of the quantizers")
     if options.backend and not (options.only or about_quantizers):
-        raise CommandError(
-            f"--backend is {options.backend[0]}; --only must name its part, quantizers or moe"
-        )
-    if options.only == BASELINES.name and options.backend:
-        raise CommandError(f"--only is {options.only}; it has no --backend of your own")
+        names = " or ".join(part.name for part in PARTS)
+        raise CommandError(f"--backend is {options.backend[0]}; --only must name its part, {names}")
     if options.only:
         return tuple(part for part in PARTS if part.name == options.only)
     return (QUANTIZERS,) if about_quantizers or options.backends else PARTS

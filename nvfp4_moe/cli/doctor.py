@@ -83,12 +83,12 @@ def _flashinfer() -> dict:
     if version.HERE.version is None:
         return {"version": "not installed", "differences": []}
     here = version.written(version.HERE.version) or "of an unknown version"
-    if version.HERE.described_as not in version.SUPPORTED:
-        return {"version": f"{here}, not supported", "differences": []}
     from ..kernels.flashinfer import functions
 
     found = functions.differences()
     said = "with other functions than are described:" if found else "with the functions described"
+    if not version.HERE.is_described:
+        said = f"not described, {said}"
     return {"version": f"{here}, {said}", "differences": found}
 
 
@@ -112,13 +112,13 @@ def _fused_moe(device: torch.device) -> dict:
 
 def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
     """How each backend that could serve adds; a failure is said, not raised."""
-    from ..differential import accumulation as sums
+    from ..differential import accumulation
 
     found = {}
     for backend, reason in reasons.items():
         if reason is None and backend != "reference":
             try:
-                found[backend] = str(sums.measure(backend, "cuda"))
+                found[backend] = str(accumulation.measure(backend, "cuda"))
             except Exception as error:
                 found[backend] = f"not measured: {error}"
     return found

@@ -8,11 +8,14 @@ table.
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-PARTS = ("quantizers", "moe", "siblings")
-"""The names in `differential/parts.py`, PARTS."""
+PARTS = ("quantizers", "moe", "baselines")
+"""The names in `report/parts.py`, PARTS."""
+RENAMED_PARTS = {"siblings": "baselines"}
+"""Names that parts had in release 0.1, and the names that they have now."""
 RECIPES = ("all", "plain", "4over6", "fast", "exact")
 """The keys of `cases/quantize.py`, RECIPES."""
 KINDS = ("normal", "heavy", "grid", "sparse", "bits", "edge")
@@ -28,6 +31,15 @@ CONVERSIONS = (
     ),
 )
 """The keys of `cli/convert.py`, RECIPES."""
+
+
+def _part(name: str) -> str:
+    """The part of this name, or of a name that it had; the second warns."""
+    if name not in RENAMED_PARTS:
+        return name
+    now = RENAMED_PARTS[name]
+    print(f"warning: --only {name} is now --only {now}, and will be removed", file=sys.stderr)
+    return now
 
 
 def _diff(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +63,7 @@ def _diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=KINDS, help="only this kind of synthetic input")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic inputs")
     parser.add_argument("--rows", type=int, help="at most this many rows of each tensor")
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--only", type=_part, choices=PARTS, help="one part")
     parser.add_argument(
         "--every-configuration", action="store_true",
         help="the mixture of experts in every tactic that a backend advertises",

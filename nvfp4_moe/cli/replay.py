@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .. import files
 from ..differential import own_backend
-from ..differential.report_parts import MOE, QUANTIZERS
 from ..exits import CommandError, Exit
 from ..failures import replay
 from ..failures.replay_file import Failure, QuantizerFailure, ReplayFileError, load
+from ..report.parts import MOE, QUANTIZERS
 
 
 def run(options: argparse.Namespace) -> Exit:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..report.data import Failure
 from .flashinfer_tactics import DEFAULT, Configuration
+from .results import Failure
 
 Call = Callable[[], torch.Tensor]
 

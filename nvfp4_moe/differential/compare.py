@@ -117,13 +117,8 @@ def _step(
 
 def run_reference(x: torch.Tensor, case: Case, keep_steps: bool = False) -> Quantized:
     """The reference's output for a case."""
-    if case.mode == "global-scale":
-        return quantize.quantize_global_scale(
-            x, case.global_scale, case.recipe, case.layout, keep_steps=keep_steps
-        )
-    return quantize.quantize_per_token(
-        x, case.recipe.base_scale_inv, case.recipe, case.layout, keep_steps=keep_steps
-    )
+    f = quantize.quantize_per_token if case.per_token else quantize.quantize_global_scale
+    return f(x, case.scale(x), case.recipe, case.layout, keep_steps=keep_steps)
 
 
 def _scale_byte(side: Quantized, case: Case, x: torch.Tensor, row: int, block: int) -> int:

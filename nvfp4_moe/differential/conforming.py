@@ -54,19 +54,19 @@ class Setting:
                 x = x * (3 / host.normal(g, 3, *size).square().sum(0)).sqrt()
             return x
 
-        gated, held = self.activation.gated, self.local or self.experts
+        gated, local = self.activation.gated, self.local or self.experts
         rows = self.intermediate * (2 if gated else 1)
-        size = host.powers(host.arange(held).remainder(3).sub(1))[:, None, None]
-        w13 = random(held, rows, self.hidden) * size
-        w2 = random(held, self.hidden, self.intermediate) * size
+        size = host.powers(host.arange(local).remainder(3).sub(1))[:, None, None]
+        w13 = random(local, rows, self.hidden) * size
+        w2 = random(local, self.hidden, self.intermediate) * size
         if not self.grid:
             w13, w2 = w13 / self.hidden**0.5, w2 / self.intermediate**0.5
         options: dict[str, Any] = {}
         if self.parameters:
             options = {
                 "alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5,
-                "w13_bias": host.normal(g, held, rows) * 0.5,
-                "w2_bias": host.normal(g, held, self.hidden) * 0.5,
+                "w13_bias": host.normal(g, local, rows) * 0.5,
+                "w2_bias": host.normal(g, local, self.hidden) * 0.5,
             }  # fmt: skip
         experts = prepare_experts(w13.bfloat16(), w2.bfloat16(), self.activation, **options)
         place = host.arange(self.tokens)[:, None]

@@ -24,7 +24,7 @@ def explain_element(x: torch.Tensor, case: Case, row: int, block: int, element: 
     """The reference's steps from the input to the code of x[row, 16 * block + element].
 
     Args:
-        x: [M, K] fp16, bf16 or fp32, as `run_reference` takes it.
+        x: [M, K] fp16, bf16, fp32 or e4m3, as `run_reference` takes it.
 
     Raises:
         ValueError: there is no such element.
@@ -40,7 +40,11 @@ def explain_element(x: torch.Tensor, case: Case, row: int, block: int, element: 
         _fp32_per_token(steps)
     else:
         encode = _encode_scale(steps)
-        if case.recipe.four_over_six is None:
+        if x.dtype == torch.float8_e4m3fn:
+            _prescale(steps, encode)
+        if x.dtype == torch.float8_e4m3fn and case.recipe.build == "cuda":
+            _e4m3(steps, encode)
+        elif case.recipe.four_over_six is None:
             _plain(steps, encode)
         else:
             _four_over_six(steps, encode, case.recipe.four_over_six)
@@ -65,7 +69,7 @@ def bits(t: torch.Tensor) -> str:
 
 def _top(values: torch.Tensor) -> int:
     """Where the largest magnitude is; NaN counts as none."""
-    a = values.abs()
+    a = (values.float() if values.dtype == torch.float8_e4m3fn else values).abs()
     return int(a.masked_fill(a.isnan(), -1.0).argmax())
 
 
@@ -133,9 +137,9 @@ class _Steps:
 
 def _encode_scale(s: _Steps) -> torch.Tensor:
     """enc, and the per-token scale where there is one."""
-    if s.case.mode == "global-scale":
-        assert s.case.global_scale is not None
-        return s.say("encode scale enc", "given", s.ar.flush(host.fp32([s.case.global_scale])))
+    if not s.case.per_token:
+        given = torch.as_tensor(s.case.scale(s.line[None]), dtype=torch.float32, device="cpu")
+        return s.say("encode scale enc", "given", s.ar.flush(given.reshape(1)))
     recipe = s.case.recipe
     g = s.say("g", f"1 / (6 * {recipe.e4m3_max})", host.fp32([recipe.base_scale_inv]))
     a = s.maximum("row maximum A", 0, s.line, 0.0)
@@ -190,6 +194,30 @@ def _plain(s: _Steps, encode: torch.Tensor) -> None:
         factor = s.say("output scale", why, host.zeros(1))
     else:
         factor = _output_scale(s, scale, "", encode)
+    s.code("code", factor, "output scale")
+
+
+def _prescale(s: _Steps, encode: torch.Tensor) -> None:
+    """The elements of e4m3 are brought into fp16 by 6 over the encode scale."""
+    if s.case.recipe.math == "exact" and s.case.recipe.build == "cute-dsl":
+        how, decode = "(1 / enc)", s.ar.div(1.0, encode)
+    else:
+        how, decode = "rcp(enc)", rcp_approx_ftz(encode)
+    factor = s.say("prescale", f"{how} * 6", s.ar.mul(decode, e2m1.MAX))
+    s.values = s.ar.mul(s.values.float(), factor).half()
+    s.x = s.values[s.element : s.element + 1].float()
+    s.say("x", "fp16(x * prescale)", s.x)
+
+
+def _e4m3(s: _Steps, encode: torch.Tensor) -> None:
+    """The rule that the CUDA build has for e4m3 alone, in fast math whatever the recipe's."""
+    unrounded = _fast_unrounded(s, s.block_maximum(), encode, "block scale, unrounded")
+    scale = s.scale_byte("block scale sf", "that", unrounded)
+    if unrounded == 0:
+        factor = s.say("output scale", "0, since the unrounded scale is 0", host.zeros(1))
+    else:
+        inverse = s.say("rcp(sf)", "", rcp_approx_ftz(scale))
+        factor = s.say("output scale", "that * enc", s.ar.mul(inverse, encode))
     s.code("code", factor, "output scale")
 
 

@@ -62,11 +62,15 @@ def configurations(backend: str, request: MoECall) -> list[Configuration]:
     FlashInfer's layers are asked by running the call once in their default configuration.
     """
     if backend.startswith("flashinfer:"):
-        every_tactic = advertised(lambda: FUSED_MOE.serve(request, backend))
-        return [Configuration(t.name, lambda t=t: forced(t)) for t in every_tactic]  # type: ignore[misc]
+        return every_tactic(lambda: FUSED_MOE.serve(request, backend))
     if backend == "triton":
         return _of_triton(request)
     return [Configuration(DEFAULT)]
+
+
+def every_tactic(call: Callable[[], object]) -> list[Configuration]:
+    """The configurations of a call of FlashInfer: one for each tactic. The call runs once."""
+    return [Configuration(t.name, lambda t=t: forced(t)) for t in advertised(call)]  # type: ignore[misc]
 
 
 def advertised(call: Callable[[], object]) -> list[Tactic]:

@@ -6,12 +6,18 @@ from typing import Any
 import torch
 
 from ..cases import inputs
-from ..cases import moe as matrix_moe
+from ..cases import moe as moe_cases
 from ..cases.moe import TENSOR
 from ..reference.activation import ActivationType
 from ..reference.moe import layer as moe
 from ..reference.moe.activations import Activations, quantize_activations
-from ..reference.moe.baselines import FORMATS, Format, prepare_sibling, quantize_for, sibling_moe
+from ..reference.moe.baseline_moe import (
+    FORMATS,
+    Format,
+    baseline_moe,
+    prepare_baseline,
+    quantize_for,
+)
 from ..reference.quantize import quantize_global_scale
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
@@ -27,9 +33,9 @@ def format_errors() -> dict[str, dict[str, float]]:
     static scales of NVFP4 and of FP8 per tensor are calibrated on these very tokens.
     """
     x = inputs.activations()[TENSOR].bfloat16()
-    w13, w2 = matrix_moe.layer_weights(KIND, x.shape[1])
-    ids, weights = matrix_moe.choice(x.shape[0])
-    expected, largest = matrix_moe.exact_layer(x, w13, w2, ids, weights)
+    w13, w2 = moe_cases.layer_weights(KIND, x.shape[1])
+    ids, weights = moe_cases.choice(x.shape[0])
+    expected, largest = moe_cases.exact_layer(x, w13, w2, ids, weights)
     maxima: dict[str, Any] = {
         "input_amax": x.abs().max().item(), "intermediate_amax": largest
     }  # fmt: skip
@@ -44,10 +50,10 @@ def format_errors() -> dict[str, dict[str, float]]:
     def of_nvfp4(a: Activations, e: Experts) -> float:
         return error(moe.fused_moe(a, e, ids, weights).output)
 
-    def of_sibling(format: Format) -> float:
+    def of_baseline(format: Format) -> float:
         static = maxima if format == "fp8 per tensor" else {}
-        e = prepare_sibling(format, w13, w2, KIND, **static)
-        return error(sibling_moe(quantize_for(x, e), e, ids, weights).output)
+        e = prepare_baseline(format, w13, w2, KIND, **static)
+        return error(baseline_moe(quantize_for(x, e), e, ids, weights).output)
 
     return {
         "NVFP4": {
@@ -58,7 +64,7 @@ def format_errors() -> dict[str, dict[str, float]]:
             ),
         },
         "beside it": {
-            "bf16 (its roundings)" if format == "bf16" else format: of_sibling(format)
+            "bf16 (its roundings)" if format == "bf16" else format: of_baseline(format)
             for format in FORMATS
         },
     }

@@ -12,18 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..cases import moe as matrix_moe
+from ..cases import moe as moe_cases
 from ..cases.moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from ..cases.moe_case import MoECase
 from ..exits import CommandError
 from ..kernels.moe.backends import FUSED_MOE
-from ..report import difference_map as heat
-from ..report.data import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
-from . import accumulation as sums
-from . import flashinfer_tactics as tactics
-from . import workers
+from . import accumulation, difference_map, flashinfer_tactics, workers
 from .calls import ONCE, Output, RunOptions, crash, outputs
-from .verdict import PLACES, Allowed, explain_output, may_drop_nan, unequal
+from .results import SHOWN, Cell, FailingCase, Failure, PartResult, Section, Status, worst
+from .verdict import PLACES, Allowed, explain_output, left_open, may_drop_nan, unequal
 
 TITLE = "fused mixture of experts"
 
@@ -59,7 +56,7 @@ def run(
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     result = PartResult(Section(TITLE))
-    every = matrix_moe.cases() if every is None else every
+    every = moe_cases.cases() if every is None else every
     on_device = [case.to(device) for case in every]
     names = list(backends or _that_serve(on_device, on_gpu, result))
     withheld = {name: _sums(name, device) for name in names}
@@ -67,7 +64,7 @@ def run(
     if options.every_configuration and "triton" in names and on_gpu:
         _compile_ahead(every, options)
     for i, case in enumerate(on_device):
-        allowed: dict[bool, Allowed] = {}
+        allowed: dict[tuple[bool, bool], Allowed] = {}
         for name in names:
             if name == workers.INTERPRETER:
                 answer = interpreted[i]
@@ -76,10 +73,10 @@ def run(
             if isinstance(answer, str):
                 result.section.put(case.name, name, Cell("skipped", note=answer))
                 continue
-            drops = may_drop_nan(name)
-            if drops not in allowed:
-                allowed[drops] = Allowed(case, backend=name)
-            cell, wrong = _judge(allowed[drops], name, answer, withheld[name])
+            judged_as = may_drop_nan(name), left_open(case, name) is not None
+            if judged_as not in allowed:
+                allowed[judged_as] = Allowed(case, backend=name)
+            cell, wrong = _judge(allowed[judged_as], name, answer, withheld[name])
             result.section.put(case.name, name, cell)
             result.failures += wrong
     result.section.notes.append(
@@ -109,7 +106,7 @@ def _sums(backend: str, device: torch.device) -> str:
     if backend in ("reference", workers.INTERPRETER):
         return ""
     try:
-        measured = sums.measure(backend, device)
+        measured = accumulation.measure(backend, device)
     except Exception as error:  # it is judged where sums are exact alone
         return f"its sums could not be measured: {error}"
     return "" if measured.as_assumed else str(measured)
@@ -122,7 +119,7 @@ def _outputs(case: MoECase, backend: str, options: RunOptions) -> dict[str, Outp
         options = replace(options, replay=False)
     return outputs(
         lambda: FUSED_MOE.serve(request, backend)[0],
-        lambda: tactics.configurations(backend, request),
+        lambda: flashinfer_tactics.configurations(backend, request),
         options, case.activations.hidden_states.is_cuda,
     )  # fmt: skip
 
@@ -168,14 +165,18 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
         if first is not None:
             details = [first.where(), *explain_output(allowed.case, first)]
             status: Status = "outside" if allowed.interval else "different"
-            yield status, Failure(title, str(first), details, heat.of_output(allowed.wrong(got)))
+            heat = difference_map.of_output(allowed.wrong(got))
+            yield status, Failure(title, str(first), details, heat)
     if isinstance(output.again, Exception):
         yield "crashed", crash(f"{title}, again", output.again)
     elif output.again is not None and isinstance(output.got, torch.Tensor):
         other = unequal(output.got, output.again)
         if other.any():
             summary = f"{int(other.sum())} of {other.numel()} elements are other bits"
-            yield "different", Failure(f"{title}, again", summary, heat=heat.of_output(other))
+            yield (
+                "different",
+                Failure(f"{title}, again", summary, heat=difference_map.of_output(other)),
+            )
 
 
 def _compile_ahead(every: list[MoECase], options: RunOptions) -> None:
@@ -192,7 +193,7 @@ def _compile(case: MoECase, options: RunOptions) -> None:
 def _serve_in_triton(case: MoECase) -> dict[str, Output] | str:
     request = case.request()
     reason = FUSED_MOE.refusal("triton", request)
-    return reason or {tactics.DEFAULT: Output(FUSED_MOE.serve(request, "triton")[0])}
+    return reason or {flashinfer_tactics.DEFAULT: Output(FUSED_MOE.serve(request, "triton")[0])}
 
 
 def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..cases import inputs
-from ..cases import quantize as matrix
+from ..cases import quantize as quantize_cases
 from ..cases.quantize import Case, Input
 from ..exits import CommandError, Exit
 from ..kernels import environment
@@ -17,12 +17,11 @@ from ..kernels.flashinfer.quantize import BUILDS
 from ..kernels.quantize.api import QUANTIZE
 from ..reference.quantize import Quantized, dequantize
 from ..reference.recipe import Recipe, SfLayout
-from ..report import difference_map as heat
-from ..report.data import PAIRED, SHOWN, Cell, FailingCase, Failure, PartResult, Section
-from . import quantizers, workers
+from . import difference_map, quantizers, workers
 from .calls import crash
 from .compare import Difference, compare, run_reference
 from .explain import explain_element, first_element
+from .results import PAIRED, SHOWN, Cell, FailingCase, Failure, PartResult, Section
 
 TITLE = "quantizers"
 GOLDEN = quantizers.GOLDEN
@@ -205,28 +204,28 @@ def _failure(
         f"{item.name}, {case.mode}, {case.recipe}, {case.layout.name}: {pair[0]} and {pair[1]}",
         str(difference),
         details,
-        heat.of_block_scales(wrong, case.layout) if wrong.any() else None,
+        difference_map.of_block_scales(wrong, case.layout) if wrong.any() else None,
     )
 
 
 def _inputs(selection: InputSelection, result: PartResult) -> Iterator[Input]:
     """Every selected input."""
-    recipes = matrix.choose(selection.recipes)
+    recipes = quantize_cases.choose(selection.recipes)
     skipped: dict[str, str] = {}
     tensors: Iterable[tuple[str, torch.Tensor, list[Input]]] = ()
     if selection.file:
-        tensors = matrix.from_file(selection.file, selection.rows, recipes, False, skipped)
+        tensors = quantize_cases.from_file(selection.file, selection.rows, recipes, False, skipped)
     elif not selection.kind:
-        tensors = matrix.activations(selection.rows, recipes, False)
+        tensors = quantize_cases.activations(selection.rows, recipes, False)
     for name, x, pieces in tensors:
         if x.dtype != torch.float32:
             result.facts.append({"tensor": name, **_what_per_token_is_for(x)})
         yield from pieces
     if not selection.file:
         kinds = [selection.kind] if selection.kind else inputs.KINDS
-        yield from matrix.synthetic(kinds, selection.seed, selection.rows, recipes, False)
+        yield from quantize_cases.synthetic(kinds, selection.seed, selection.rows, recipes, False)
         if selection.rows is None and not selection.kind:
-            yield from matrix.golden(recipes)
+            yield from quantize_cases.golden(recipes)
     result.missing = [f"tensor {name}: {reason}" for name, reason in skipped.items()]
 
 
@@ -251,7 +250,7 @@ def _what_per_token_is_for(x: torch.Tensor) -> dict:
     recipe = Recipe("exact")
     q = run_reference(x, Case("per-token", recipe, _LINEAR))
     assert q.per_token_scale is not None
-    scale = matrix.global_scale(x, recipe)
+    scale = quantize_cases.global_scale(x, recipe)
     g = run_reference(x, Case("global-scale", recipe, _LINEAR, scale))
 
     def snr(values: torch.Tensor) -> float:

@@ -20,14 +20,11 @@ GOLDEN = "golden"
 
 def request(x: torch.Tensor, case: Case) -> QuantizeCall:
     """The case as the public call's request."""
-    per_token = case.mode != "global-scale"
-    scale = case.recipe.base_scale_inv if per_token else case.global_scale
-    assert scale is not None
     return make_quantize_call(
         x,
-        scale,
+        case.scale(x),
         sfLayout=case.layout,
-        per_token_activation=per_token,
+        per_token_activation=case.per_token,
         nvfp4_4over6=case.recipe.four_over_six,
         fast_math=case.recipe.math == "fast",
         build=case.recipe.build,

@@ -110,13 +110,13 @@ def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdi
     differing["intermediate"] = outside(staged.intermediate, steps["intermediate"])
     again: dict[str, torch.Tensor] = {}
     requantize(steps["intermediate"].bfloat16(), None, call.recipe, again)
-    held = local_slots(ids, e.num_local, call.local_expert_offset)
+    is_local = local_slots(ids, e.num_local, call.local_expert_offset)
     differing["requantization"] = sum(
-        _unequal(steps[name][held], again[name][held])
+        _unequal(steps[name][is_local], again[name][is_local])
         for name in ("fc2_input_codes", "fc2_input_block_scales", "fc2_input_token_scales")
     )
     differing["rows"] = outside(staged.rows, r.rows)
-    ordered = finalize(r.rows.float(), weights, e.padded_hidden_size, call.finalize_order, held)
+    ordered = finalize(r.rows.float(), weights, call.finalize_order, is_local)
     differing["output"] = _unequal(r.output, ordered.to(r.output.dtype))
     whole = bounds(right, chosen.ids, chosen.weights_bf16)
     return Verdict(differing, outside(whole.output, r.output))

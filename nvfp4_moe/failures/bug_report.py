@@ -23,7 +23,9 @@ from .replay_file import Failure, MoEFailure, QuantizerFailure
 INLINE = 256
 """Elements of a tensor that are written out; larger ones are loaded from the file."""
 
-_WORDS = {2: ("uint16", 4), 4: ("uint32", 8)}
+_WORDS = {
+    1: ("uint8", 2, torch.int8), 2: ("uint16", 4, torch.int16), 4: ("uint32", 8, torch.int32),
+}  # fmt: skip
 
 
 def bug_report_text(failure: Failure, path: str = "failure.safetensors") -> str:
@@ -121,12 +123,12 @@ def _quantizer_snippet(failure: QuantizerFailure, path: str) -> str:
     lines += ["", *_input(x, path)]
     arguments = {
         "a": "x",
-        "a_global_sf": _scale(case, backend),
+        "a_global_sf": _scale(x, case, backend),
         "sfLayout": f"SfLayout.{case.layout.name}",
         "do_shuffle": "False",
         "sf_vec_size": "16",
         "backend": repr(backend.removeprefix("flashinfer:")),
-        "per_token_activation": str(case.mode != "global-scale"),
+        "per_token_activation": str(case.per_token),
         "nvfp4_4over6": config,
     }
     lines += ["result = nvfp4_quantize(", *(f"    {k}={v}," for k, v in arguments.items()), ")"]
@@ -134,13 +136,14 @@ def _quantizer_snippet(failure: QuantizerFailure, path: str) -> str:
     return "\n".join(lines)
 
 
-def _scale(case: Case, backend: str) -> str:
+def _scale(x: torch.Tensor, case: Case, backend: str) -> str:
     """The scale with its bits; a float where the backend would read a tensor back."""
-    scale = case.recipe.base_scale_inv if case.global_scale is None else case.global_scale
-    if case.mode != "global-scale" and backend == "flashinfer:cuda":
+    scale = case.scale(x)
+    if case.per_token and backend == "flashinfer:cuda":
         return repr(scale)
-    pattern = bits(host.fp32(scale)).split()[0]
-    return f"torch.tensor([{pattern}], dtype=torch.uint32).view(torch.float32).cuda()"
+    of_rows = scale if isinstance(scale, torch.Tensor) else host.fp32([scale])
+    patterns = ", ".join(bits(one).split()[0] for one in of_rows.cpu())
+    return f"torch.tensor([{patterns}], dtype=torch.uint32).view(torch.float32).cuda()"
 
 
 def _input(x: torch.Tensor, path: str) -> list[str]:
@@ -150,8 +153,8 @@ def _input(x: torch.Tensor, path: str) -> list[str]:
             "",
             f'x = load_file({path!r})["x"].cuda()',
         ]
-    word, digits = _WORDS[x.element_size()]
-    rows = x.cpu().contiguous().view(torch.int16 if digits == 4 else torch.int32).tolist()
+    word, digits, signed = _WORDS[x.element_size()]
+    rows = x.cpu().contiguous().view(signed).tolist()
     mask = (1 << 4 * digits) - 1
     lines = ["x = torch.tensor(", "    ["]
     for row in rows:
@@ -246,7 +249,7 @@ def _described(name: str, value: Any) -> str:
 
 def _trtllm_snippet(case: MoECase, path: str) -> str:
     """The call written out, its tensors from the file."""
-    held: dict[int, str] = {}
+    saved: dict[int, str] = {}
     for prefix, thing in (
         ("experts.", case.experts),
         ("activations.", case.activations),
@@ -254,7 +257,7 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
     ):
         for name, value in vars(thing).items():
             if isinstance(value, torch.Tensor):
-                held[id(value)] = f'held["{prefix}{name}"]'
+                saved[id(value)] = f'saved["{prefix}{name}"]'
 
     def written(name: str, value: Any) -> str:
         if isinstance(value, tuple):
@@ -263,9 +266,9 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
             return f"SfLayout.{value.name}"
         if not isinstance(value, torch.Tensor):
             return repr(value)
-        if name == "hidden_states_scale":  # a view of what is held
-            return f"{held[id(case.activations.block_scales)]}.view(torch.float8_e4m3fn)"
-        return held[id(value)]
+        if name == "hidden_states_scale":  # a view of what is saved
+            return f"{saved[id(case.activations.block_scales)]}.view(torch.float8_e4m3fn)"
+        return saved[id(value)]
 
     call = case.request()
     function, arguments = trtllm.function(call).name, trtllm.arguments(call)
@@ -276,7 +279,7 @@ def _trtllm_snippet(case: MoECase, path: str) -> str:
         f"from flashinfer.fused_moe import {function}",
         "from safetensors.torch import load_file",
         "",
-        f"held = {{k: t.cuda() for k, t in load_file({path!r}).items()}}",
+        f"saved = {{k: t.cuda() for k, t in load_file({path!r}).items()}}",
         f"output = {function}(",
         *(f"    {name}={written(name, value)}," for name, value in arguments.items()),
         ")[0]",

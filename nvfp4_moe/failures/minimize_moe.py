@@ -111,7 +111,7 @@ def _smaller(case: MoECase, search: Search) -> MoECase:
 
 
 def _fewest_experts(case: MoECase, search: Search) -> MoECase:
-    """Without the experts that no id names, and then without those held elsewhere."""
+    """Drop the experts that no id names, and then those of other ranks."""
     assert case.ids is not None
     local = set((case.ids - case.local_expert_offset).unique().tolist())
     used = [e for e in range(case.experts.num_local) if e in local]

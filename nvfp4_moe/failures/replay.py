@@ -10,8 +10,7 @@ import torch
 
 from ..cases.moe_case import MoECase, to_device
 from ..cases.quantize import Case
-from ..differential import flashinfer_tactics as tactics
-from ..differential import quantizers, workers
+from ..differential import flashinfer_tactics, quantizers, workers
 from ..differential.compare import compare
 from ..differential.explain import explain_element, first_element
 from ..differential.verdict import Allowed
@@ -71,7 +70,7 @@ def _forced(
 ) -> AbstractContextManager[None]:
     if configuration is None:
         return nullcontext()
-    available = {c.name: c for c in tactics.configurations(backend, request)}
+    available = {c.name: c for c in flashinfer_tactics.configurations(backend, request)}
     if configuration not in available:
         raise CannotRunError(
             f"{backend} has no configuration {configuration!r} here; it has {', '.join(available)}"

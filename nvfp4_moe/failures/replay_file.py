@@ -291,7 +291,7 @@ def _quantizer(contents: _Contents) -> QuantizerFailure:
             contents.tensor(f"{i}.codes", torch.uint8, (rows, columns // 2)),
             contents.tensor(f"{i}.block_scales", torch.uint8, scales),
             contents.tensor(f"{i}.per_token_scale", torch.float32, (rows,))
-            if scale is None
+            if case.per_token
             else None,
         )
 

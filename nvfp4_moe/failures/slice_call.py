@@ -82,10 +82,10 @@ def keep_slots(case: MoECase, slots: Sequence[int]) -> MoECase:
 
 
 def keep_experts(case: MoECase, local: Sequence[int], offset: int | None = None) -> MoECase:
-    """Some of the experts held here, of a call whose routing is given; ids are numbered anew.
+    """Keep some of the local experts of a call whose routing is given; ids are numbered anew.
 
     Args:
-        local: experts, from 0 on; no id may name another of those held here.
+        local: experts, from 0 on; no id may name another of the local experts.
         offset: the new `local_expert_offset`; None: as many as there are lower ids in use.
     """
     assert case.ids is not None

@@ -12,8 +12,9 @@ from ..cases.moe_case import to_device
 from ..differential.flashinfer_tactics import DEFAULT
 from ..differential.moe import WrongOutput
 from ..differential.quantize import GOLDEN, QuantizerDifference
+from ..differential.results import Failure, PartResult
 from ..report import invocation
-from ..report.data import Failure, PartResult, Report
+from ..report.data import Report
 from ..report.html import render
 from .bug_report import bug_report_text
 from .minimize import minimize_tensor

@@ -31,7 +31,7 @@ class Arrived:
 
     activations: Activations  # of the padded hidden size
     ids: torch.Tensor  # [N, K] int32, global
-    token: torch.Tensor  # [S], slot [S]: the slots whose experts are held here
+    token: torch.Tensor  # [S], slot [S]: the slots of local experts
     slot: torch.Tensor
     slots_of: list[int]  # how many of them each home rank has
 
@@ -58,11 +58,11 @@ class Exchange:
         """
         starts = torch.tensor([0, *counts], dtype=torch.int64, device=ids.device).cumsum(0)
         ranks = torch.arange(len(counts), dtype=torch.int64, device=ids.device)[:, None, None]
-        held = torch.searchsorted(starts, ids.long(), right=True)[None] - 1 == ranks  # [R, T, K]
-        token = held.any(2).nonzero()[:, 1]
-        place = held.flatten().cumsum(0) - 1
-        permuted = torch.where(held, place.view(held.shape), -1).amax(0).flatten()
-        sent, returning = torch.stack([held.any(2).sum(1), held.sum((1, 2))]).tolist()
+        on_rank = torch.searchsorted(starts, ids.long(), right=True)[None] - 1 == ranks  # [R, T, K]
+        token = on_rank.any(2).nonzero()[:, 1]
+        place = on_rank.flatten().cumsum(0) - 1
+        permuted = torch.where(on_rank, place.view(on_rank.shape), -1).amax(0).flatten()
+        sent, returning = torch.stack([on_rank.any(2).sum(1), on_rank.sum((1, 2))]).tolist()
         return Exchange(
             group, ids, starts, dist.get_rank(group), token, sent, permuted.int(), returning
         )

@@ -53,9 +53,9 @@ def fused_moe_ep(
 
     Args:
         hidden_states: [T, hidden size] bf16; all-to-all: T may differ between ranks, and be 0.
-        experts: those held here, `select_experts(experts, offset, count)`: ranges in rank order that
+        experts: the local ones, `select_experts(experts, offset, count)`: ranges in rank order that
             leave none out.
-        num_experts: of all ranks; omitted, the logits' columns, or as many as held here for each rank.
+        num_experts: of all ranks; omitted, the logits' columns, or as many for each rank as are local.
         dispatch: "all-to-all", whose tokens travel quantized (not activation="bf16"), or "all-reduce".
         group: whose ranks hold the experts; None: the default one.
         finalize_order: of this rank's tokens; "flashinfer" depends on their number.
@@ -86,7 +86,7 @@ def fused_moe_ep(
         travels = travelling(reduce_dtype, output_dtype)
         if experts.first_expert not in (None, local_expert_offset):
             raise ValueError(
-                f"local_expert_offset is {local_expert_offset}; the experts held here are those from "
+                f"local_expert_offset is {local_expert_offset}; the local experts are those from "
                 f"{experts.first_expert} on"
             )
         r, name = moe_api.layer_call(
@@ -131,10 +131,10 @@ def _check_quantized(r: MoECall) -> None:
 
 
 def _check_even(r: MoECall, rank: int, ranks: int) -> None:
-    held = r.experts.num_local
-    if (r.num_experts, r.local_expert_offset) != (held * ranks, held * rank):
+    local = r.experts.num_local
+    if (r.num_experts, r.local_expert_offset) != (local * ranks, local * rank):
         raise ValueError(
-            f"local_expert_offset is {r.local_expert_offset}, of {held} local experts on rank {rank} "
+            f"local_expert_offset is {r.local_expert_offset}, of {local} local experts on rank {rank} "
             f"and {r.num_experts} on {ranks}; check=False needs as many on every rank, in rank order"
         )
 
@@ -172,7 +172,7 @@ def _all_to_all(r: MoECall, backend: str, group: Group, counts: list[int]) -> to
 
 
 def _rows(r: MoECall, name: str, arrived: Arrived) -> torch.Tensor:
-    """[S, padded hidden size] bf16 of the slots that are held here, unweighted."""
+    """[S, padded hidden size] bf16 of the slots of local experts, unweighted."""
     if not arrived.token.numel():
         return arrived.activations.hidden_states.new_empty(
             (0, r.experts.padded_hidden_size), dtype=torch.bfloat16
@@ -198,16 +198,16 @@ def _finalized(
     weights: torch.Tensor,
 ) -> torch.Tensor:
     """[T, hidden size]: this rank's tokens, as one process finalizes them."""
-    width, order = r.experts.padded_hidden_size, r.finalize_order
+    order = r.finalize_order
     if name == "reference" or FUSED_MOE.refusal("triton", r) is not None:
         # -1, a slot without an expert anywhere, reads the row of zeros, and is skipped.
         wide = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         by_slot = wide[permuted.long()].unflatten(0, weights.shape)
-        held = permuted.view(weights.shape) >= 0
-        return finalize(by_slot.float(), weights, width, order, held).to(r.output_dtype)
+        is_local = permuted.view(weights.shape) >= 0
+        return finalize(by_slot.float(), weights, order, is_local).to(r.output_dtype)
     from ..kernels.moe.finalize import finalize as triton_finalize
 
     output = rows.new_empty((r.tokens, rows.shape[1]), dtype=r.output_dtype)
     if r.tokens:
-        triton_finalize(rows, permuted, weights, output, width, order)
+        triton_finalize(rows, permuted, weights, output, order)
     return output

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
+from ..differential.results import FAILED, Status
 from ..exits import Exit
-from .data import FAILED, Status
 from .markup import Markup, element, join
 from .tables import copyable, count_of, counts, details_key, section_table, tells
 

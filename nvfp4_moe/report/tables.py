@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .data import UNJUDGED
+from ..differential.results import UNJUDGED
 from .markup import Markup, element, join
 from .svg import heat, histogram
 

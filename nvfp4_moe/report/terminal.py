@@ -6,8 +6,9 @@ from typing import Any, TextIO
 
 import torch
 
+from ..differential.results import FAILED, Cell, PartResult, Section
 from ..exits import Exit
-from .data import FAILED, Cell, PartResult, Report, Section
+from .data import Report
 
 _SHOWN = 10
 

@@ -89,8 +89,8 @@ def fake_quantized_moe(
             check_values(*shipped, activation, options)
         experts = quantize_experts(*shipped, activation, recipe, options)
     else:
-        held = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit, "recipe": recipe}
-        _check_held(experts, activation, w13, w2, w13_bias, w2_bias, held)
+        fixed = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit, "recipe": recipe}
+        _check_prepared(experts, activation, w13, w2, w13_bias, w2_bias, fixed)
     online = _recipe_of_activations(fast_math, build, nvfp4_4over6)
     call = {
         "backend": backend, "batch_invariant": batch_invariant, "output_dtype": output_dtype,
@@ -135,18 +135,18 @@ def _check_weights(
             checks.tensor(name, bias, checks.FLOATS, w.shape[:2], like=("w13", w13))
 
 
-def _check_held(
+def _check_prepared(
     experts: Experts,
     activation: ActivationType,
     w13: torch.Tensor,
     w2: torch.Tensor,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    options: dict[str, Any],
+    fixed: dict[str, Any],
 ) -> None:
-    """Experts that the caller prepared: per token, of the same options and sizes."""
+    """Check that the caller prepared the experts per token, with the same options and sizes."""
     checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
-    for name, value in options.items():
+    for name, value in fixed.items():
         if value is not None:
             checks.wrong_value(name, value, "None with experts, which were prepared with theirs")
     if experts.activation != activation:
@@ -159,8 +159,8 @@ def _check_held(
     rows = i * (2 if activation.gated else 1)
     checks.tensor("w13", w13, checks.FLOATS, (n, rows, h))
     checks.tensor("w2", w2, checks.FLOATS, (n, h, i))
-    held = {"w13_bias": experts.gemm1_bias, "w2_bias": experts.gemm2_bias}
+    biases = {"w13_bias": experts.gemm1_bias, "w2_bias": experts.gemm2_bias}
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
-        if (bias is None) != (held[name] is None):
-            words = "None" if held[name] is None else "a bias"
+        if (bias is None) != (biases[name] is None):
+            words = "None" if biases[name] is None else "a bias"
             checks.wrong_value(name, bias, f"{words}, as the experts were prepared with")

@@ -20,7 +20,12 @@ _SATURATED = 80.0
 
 
 def activation_bounds(
-    raw: Product | Interval, experts: Experts, expert: torch.Tensor, *, drops_nan: bool = False
+    raw: Product | Interval,
+    experts: Experts,
+    expert: torch.Tensor,
+    *,
+    drops_nan: bool = False,
+    of_cutlass: bool = False,
 ) -> Interval:
     """The activation of `reference.activation.activate`, bias first, of rows [N, M1] of experts [N].
 
@@ -29,13 +34,15 @@ def activation_bounds(
     intrinsic functions), of which a sigmoid keeps the share of the exponential in 1 + exp, at most
     0.28 / |x| above zero; with an approximate reciprocal and the roundings of the products. GELU: 2^-20,
     and 2^-22 of the argument, for the cancellation in 1 + erf. With tanh: 2^-10, for `tanh.approx` (PTX
-    ISA: 2^-11). What flushing costs, and an exponential that fp32 cannot hold, is absolute.
+    ISA: 2^-11). What flushing costs, and an exponential that fp32 cannot hold, is absolute; with
+    `of_cutlass` so is what SiTU's tanh loses as 2 sigmoid(2 z) - 1, 2^-22 of its factor.
 
     SiLU and GELU of -inf are NaN, -inf times 0. A NaN goes through every clamp and maximum of ours. With
     `drops_nan` nothing is claimed of it: FlashInfer's cutlass layer gives SwigluStep's limit
     (`activation.activate`), and what its closed epilogues give is not known.
     """
-    value = _activated(Product.of(raw) if isinstance(raw, Interval) else raw, experts, expert)
+    product = Product.of(raw) if isinstance(raw, Interval) else raw
+    value = _activated(product, experts, expert, of_cutlass)
     return unless(value.nan, value) if drops_nan else value
 
 
@@ -47,13 +54,14 @@ class _Terms(NamedTuple):
     alpha: torch.Tensor | None
     beta: torch.Tensor | None
     limit: torch.Tensor | None
+    lost: float  # of a factor of 1, by the tanh of SiTU
 
     def value(self, parameter: torch.Tensor | None) -> torch.Tensor:
         """[N, 1] fp64 of alpha or beta, 1 where there is none."""
         return (torch.ones_like(self.gate_scale) if parameter is None else parameter).double()
 
 
-def _activated(raw: Product, experts: Experts, expert: torch.Tensor) -> Interval:
+def _activated(raw: Product, experts: Experts, expert: torch.Tensor, of_cutlass: bool) -> Interval:
     kind = experts.activation
     if experts.gemm1_bias is not None:
         raw = raw.plus(unshuffled_bias(experts.gemm1_bias, kind.gated)[expert])
@@ -66,7 +74,8 @@ def _activated(raw: Product, experts: Experts, expert: torch.Tensor) -> Interval
     if not kind.gated:
         return RULES[kind](raw.times(gate_scale)).times(scale).result()
     given = (experts.gemm1_alpha, experts.gemm1_beta, experts.gemm1_clamp_limit)
-    terms = _Terms(scale, gate_scale, *(None if t is None else of_rows(t) for t in given))
+    alpha, beta, limit = (None if t is None else of_rows(t) for t in given)
+    terms = _Terms(scale, gate_scale, alpha, beta, limit, 2.0**-22 if of_cutlass else 0.0)
     half = raw.peak.shape[-1] // 2
     return RULES[kind](raw[..., :half], raw[..., half:], terms).result()
 
@@ -92,8 +101,9 @@ def _swiglu_step(up: Product, gate: Product, t: _Terms) -> Product:
 def _situ(up: Product, gate: Product, t: _Terms) -> Product:
     up, gate = _both_clamped(up, gate, t.limit)
     argument = gate.times(t.gate_scale).result()
-    curved = _situ_up(up.times(t.gate_scale).result(), t.value(t.beta))
-    return Product.of(curved).times(_situ_gate(argument, t.value(t.alpha)), _FEW).times(t.scale)
+    curved = _situ_up(up.times(t.gate_scale).result(), t.value(t.beta), t.lost)
+    gated = _situ_gate(argument, t.value(t.alpha), t.lost)
+    return Product.of(curved).times(gated, _FEW).times(t.scale)
 
 
 def _geglu(up: Product, gate: Product, t: _Terms) -> Product:
@@ -212,14 +222,15 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.tanh(inner))
 
 
-def _situ_up(x: Interval, beta: torch.Tensor) -> Interval:
+def _situ_up(x: Interval, beta: torch.Tensor, lost: float) -> Interval:
     """beta tanh(x / beta); an argument of tanh that is flushed costs 2^-126 beta."""
     value = x.rising(lambda t: beta * torch.tanh(t / beta)).relatively(2.0**-10)
-    value = value.widened(2 * SMALLEST * beta.abs().clamp(1.0, LARGEST) * _nonzero(x))
+    size = beta.abs().clamp(1.0, LARGEST)
+    value = value.widened((2 * SMALLEST + lost) * size * _nonzero(x))
     return unless((beta == 0) & ~x.single, value)
 
 
-def _situ_gate(x: Interval, alpha: torch.Tensor) -> Interval:
+def _situ_gate(x: Interval, alpha: torch.Tensor, lost: float) -> Interval:
     """alpha tanh(x / alpha) sigmoid(x), whose slope is at most 1 + |x| / 4.
 
     Above zero it rises; below, it lies between x sigmoid(x) and zero.
@@ -234,7 +245,8 @@ def _situ_gate(x: Interval, alpha: torch.Tensor) -> Interval:
     low = torch.maximum(near.low, torch.where(x.low >= 0, f(x.low), _silu(finite).low))
     high = torch.minimum(near.high, f(x.high).clamp(min=0.0))
     value = choose(x.single, Interval.point(f(x.low)), Interval(low, high)).relatively(2.0**-9)
-    value = value.widened(4 * SMALLEST * alpha.abs().clamp(1.0, LARGEST) * _nonzero(x))
+    size = alpha.abs().clamp(1.0, LARGEST)
+    value = value.widened((4 * SMALLEST + lost) * size * _nonzero(x))
     return unless(x.unknown | ((alpha == 0) & ~x.single), value)
 
 

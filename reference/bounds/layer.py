@@ -125,7 +125,9 @@ class Layer:
         drops = (
             self.drops_nan or self.variant.rounds_first_gemm
         )  # whose clamps give the limit for NaN
-        middle = activation_bounds(raw, experts, slots.expert, drops_nan=drops)
+        middle = activation_bounds(
+            raw, experts, slots.expert, drops_nan=drops, of_cutlass=self.variant.rounds_first_gemm
+        )
         if self.activations.is_static and not self.variant.rounds_first_gemm:
             return middle
         return rounded(torch.bfloat16, middle)

@@ -30,19 +30,21 @@ scalar. The argument:
 7. *Finalize.* A chain of fused multiply-adds: each is monotone in the exact product weight * row and in
    what was summed before. Over an interval of the weight and one of the row, the product, linear in
    each of them, is least and greatest at corners, whichever sum it is added to: the chains of the least
-   and of the greatest products are the ends. A given weight is a point.
+   and of the greatest products are the ends. A given weight is a point. Subnormal numbers are
+   flushed, which is monotone.
 8. *Routing from logits.* `routing.py` has the interval of each weight, `selection.py` the sets
    of experts that scores known but for their last bits may select: 7 for each set, then the hull. Where
    the order of a set's slots is open too, 7 may have any: it rounds at most K times, by 2^-24 of the sum
-   of magnitudes.
+   of magnitudes, and flushes less than 2^-126 as often.
 
 Numbers that fp32 cannot hold. `Interval` says what its ends mean: a number, a number or an infinity, NaN
 for sure, or nothing claimed.
 
 9. *Overflow*: `accumulation.py` and `product.py` have where a sum or a product may be infinite, must be,
    or may be NaN. A rounding to bf16 or to the output's dtype is monotone, infinities included.
-10. *Underflow*: implementations may flush or not; each number below 2^-126 costs as much at most, times
-   what multiplies it after. The quantizers are determined: they flush, or not, as their build does.
+10. *Underflow*: before the finalize implementations may flush or not; each number below 2^-126 costs as
+   much at most, times what multiplies it after. The quantizers are determined: they flush, or not, as
+   their build does.
 11. *NaN* goes through sums, products, activations and roundings. A quantizer's maxima drop it, and its
    code is that of 6; a block of NaN alone, or one with infinity under fast math, has the scale NaN.
 12. *Finalize*: both chains of 7 meet an invalid operation only where every chain does. Where one of them
@@ -58,15 +60,16 @@ from dataclasses import dataclass
 import torch
 
 from ..moe.activations import Activations
-from ..moe.finalize import FinalizeOrder, finalize
+from ..moe.finalize import FinalizeOrder, add_up
 from ..moe.permute import local_slots
 from ..moe.routing import Routing
 from ..moe.variants import VARIANTS
+from ..numerics.fp32 import flush
 from ..numerics.subnormals import kept
 from ..recipe import LayerBuild, Recipe
 from ..weights.experts import Experts
 from .accumulation import ANY_ORDER, Accumulation
-from .interval import LARGEST, Interval, U, choose, hull, rounded, unless, valid
+from .interval import LARGEST, SMALLEST, Interval, U, choose, hull, rounded, unless, valid
 from .layer import Layer
 from .routing import routing_bounds
 
@@ -114,9 +117,7 @@ def fused_moe_bounds(
     acc, mid, rows = layer.through(local, accumulator1, intermediate)
     weights = weights if isinstance(weights, Interval) else Interval.point(weights)
     is_local = local_slots(ids, experts.num_local, local_expert_offset)
-    output = _finalized(
-        rows, _where(is_local, weights), experts.padded_hidden_size, finalize_order, output_dtype
-    )
+    output = _finalized(rows, _where(is_local, weights), finalize_order, output_dtype)
     return MoEBounds(output, rows, acc, mid)
 
 
@@ -157,7 +158,7 @@ def routed_moe_bounds(
         one = _finalized(
             Interval(rows.low.gather(1, index), rows.high.gather(1, index)),
             _where(is_local.gather(1, place), Interval(low, high)),
-            experts.padded_hidden_size, finalize_order, output_dtype, ordered,
+            finalize_order, output_dtype, ordered,
         )  # fmt: skip
         output = one if output is None else hull(output, one)
     assert output is not None
@@ -189,7 +190,6 @@ def _where(is_local: torch.Tensor, weights: Interval) -> Interval:
 def _finalized(
     rows: Interval,
     weights: Interval,
-    hidden_size: int,
     order: FinalizeOrder,
     output_dtype: torch.dtype,
     ordered: torch.Tensor | None = None,
@@ -199,18 +199,18 @@ def _finalized(
     Args:
         ordered: [T], whether the slots are known to have this order; None: all are.
     """
-    products = rows * weights[..., None]
+    products = rows.map(flush) * weights.map(flush)[..., None]
     # The products are exact in fp64: fused with a factor of 1 they are rounded as with their own.
     ones = torch.ones_like(weights.low)
     low, high = (
-        finalize(end, ones, hidden_size, order).to(output_dtype).double()
-        for end in (products.low, products.high)
+        add_up(end, ones, order).to(output_dtype).double() for end in (products.low, products.high)
     )
     # Both chains meet an invalid sum only where every one does.
     output = valid(Interval(low, high))
     if ordered is not None and not ordered.all():
         size = products.magnitude.sum(1)
-        total = products.map(lambda end: end.sum(1)).widened(size * (rows.low.shape[1] * U * 1.001))
+        lost = size * (rows.low.shape[1] * U * 1.001) + rows.low.shape[1] * SMALLEST
+        total = products.map(lambda end: end.sum(1)).widened(lost)
         beyond = ~(size < LARGEST / 2)
         output = choose(ordered[:, None], output, unless(beyond, rounded(output_dtype, total)))
     return output

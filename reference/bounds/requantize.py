@@ -69,7 +69,12 @@ def requantize_blocks(
     numbers = rounded(torch.float32, middle)
     fast, exact = (
         _blocks(
-            numbers, scale.expand(rows), None, Recipe(math, recipe.four_over_six, recipe.build), ar
+            numbers,
+            scale.expand(rows),
+            None,
+            Recipe(math, recipe.four_over_six, recipe.build),
+            ar,
+            error_by_halves=encode is not None,
         )
         for math in ("fast", "exact")
     )
@@ -110,6 +115,8 @@ def _blocks(
     row_amax: torch.Tensor | None,
     recipe: Recipe,
     ar: Arithmetic,
+    *,
+    error_by_halves: bool = False,
 ) -> Interval:
     """Code times block scale, [N, K], of rows whose encode scale [N] is known."""
     parts = x.map(lambda t: t.unflatten(-1, (-1, BLOCK_SIZE)))
@@ -134,7 +141,9 @@ def _blocks(
         value = choose(surely4, four.value, choose(surely6, six.value, both))
     value = unless(open_, value)
     points = parts.low.float().masked_fill(~known, 0.0)
-    q = quantize_blocks(points.flatten(-2), max_ignoring_nan(points), encode, row_amax, recipe, ar)
+    q = quantize_blocks(
+        points.flatten(-2), max_ignoring_nan(points), encode, row_amax, recipe, ar, error_by_halves
+    )
     exact = Interval.point(hidden_values(Activations(q.codes, q.block_scales)).view_as(parts.low))
     return choose(known, exact, value).map(lambda t: t.flatten(-2))
 

@@ -1,8 +1,8 @@
 """The mixture of experts, from router logits to the output.
 
 `layer.py` is the fused call, of the hidden states of `activations.py`. `routing.py`, `permute.py` and
-`finalize.py` are its first and last steps. `grouped.py` takes rows already sorted by expert, and
-`shards.py` splits a layer over ranks. `baselines.py` and `fp8.py` are the BF16, FP8 and MXFP8 layers
+`finalize.py` are its first and last steps. `masked_layout.py` takes rows by expert, and
+`shards.py` splits a layer over ranks. `baseline_moe.py` and `fp8.py` are the BF16, FP8 and MXFP8 layers
 that NVFP4 is compared with.
 """
 

@@ -1,6 +1,8 @@
 """The weighted sum over the experts of a token, in FlashInfer's order of additions.
 
-Source: flashinfer-python 0.7.2, `trtllm_fused_moe_dev_kernel.cu:678-1165`.
+Sources, in flashinfer-python 0.7.2.post1: `trtllm_fused_moe_dev_kernel.cu:678-1165`, which is built with
+-use_fast_math, and `fused_moe/cute_dsl/blackwell/moe_finalize.py:32`, which writes `fma.rn.ftz` out. The
+tests compare with outputs of these kernels, and of CUTLASS', on an H200.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -9,6 +11,7 @@ from typing import Literal
 import torch
 
 from ..numerics.accumulate import fma
+from ..numerics.fp32 import flush
 from ..numerics.subnormals import kept
 
 FinalizeOrder = Literal["flashinfer", "slot"]
@@ -18,28 +21,38 @@ FinalizeOrder = Literal["flashinfer", "slot"]
 def finalize(
     rows: torch.Tensor,
     weights: torch.Tensor,
-    hidden_size: int,
     order: FinalizeOrder,
     is_local: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, H] fp32: rows [T, K, H] fp32 times weights [T, K], fused multiply-adds in a fixed order.
 
+    Subnormal rows, weights and sums are zeros of their sign. H, on which FlashInfer's order depends, is
+    the width of the output, without what pads the rows (`trtllm_fused_moe_runner.cu:562`).
+
     Args:
-        hidden_size: the padded one, which FlashInfer's order depends on.
         is_local: [T, K] bool, the slots that are added; None: all. Weights of the others are not read,
             so that a NaN or an infinity there does not show (`trtllm_fused_moe_dev_kernel.cu:701`,
             `:925`, `:947`, `:1036-1046`: permuted index -1 is skipped).
     """
-    tokens, top_k, _ = rows.shape
+    return add_up(flush(rows), flush(weights.float()), order, is_local)
+
+
+def add_up(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    order: FinalizeOrder,
+    is_local: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sums of `finalize`, of rows and weights without subnormal numbers."""
+    tokens, top_k, hidden_size = rows.shape
     groups = 1 if order == "slot" else split_k_groups(tokens, top_k, hidden_size)
-    w = weights.float()
     total: torch.Tensor | None = None
     for j in range(groups):
         part = torch.zeros_like(rows[:, 0]) if top_k else rows.new_zeros(tokens, rows.shape[-1])
         for k in range(j, top_k, groups):
-            added = fma(w[:, k, None], rows[:, k], part)
+            added = flush(fma(weights[:, k, None], rows[:, k], part))
             part = added if is_local is None else torch.where(is_local[:, k, None], added, part)
-        total = part if total is None else total + part
+        total = part if total is None else flush(total + part)
     assert total is not None
     return total
 

@@ -14,8 +14,8 @@ For each token t and slot k, with e = ids[t, k] an expert on this rank:
 Without `per_token_scale` the first GEMM's result, already times the static encode scale of the
 intermediate, is quantized by blocks from fp32. FlashInfer's cutlass layer, which has static scales
 alone, rounds twice on the way: accumulator1 * scalar to bf16, and the activation of that; the result is
-quantized with the encode scale. bf16 hidden states are multiplied as they are and their
-intermediate is not quantized (W4A16).
+quantized with the encode scale, and 4over6 sums its errors by halves of a block. bf16 hidden states are
+multiplied as they are and their intermediate is not quantized (W4A16).
 
 Products of codes and scales have at most 12 significant bits and are exact. With `accumulate="fp64"`
 a sum of K of them errs by less than K * 2^-53 of the sum of magnitudes before its one rounding to
@@ -93,7 +93,7 @@ def fused_moe(
         variant: whose bits; "cutlass" has static scales and experts of `with_cutlass` alone.
         round_to_bf16: False leaves out the bf16 roundings of intermediate and rows and the
             requantization: FlashInfer's own trace reference does.
-        stages: other functions in place of some of these, as a judge of implementations plants them.
+        stages: other functions in place of some of these, as tests of the judge use them.
     """
     recipe, do = recipe or Recipe(), stages or Stages()
     rounds = VARIANTS[variant].rounds_first_gemm
@@ -117,7 +117,7 @@ def fused_moe(
             raw = raw * activations.per_token_scale[token, None]
         if rounds:
             raw = (raw * experts.output1_scale_gate_scalar[e]).bfloat16().float()
-            activated[token, slot] = activate(raw, experts.activation, nan_is_clamped=True)
+            activated[token, slot] = activate(raw, experts.activation, of_cutlass=True)
         else:
             activated[token, slot] = do.activate(raw, experts, e)
 
@@ -148,7 +148,7 @@ def fused_moe(
     if round_to_bf16:
         rows = do.round_rows(rows)
     is_local = local_slots(ids, experts.num_local, local_expert_offset)
-    output = do.finalize(rows.float(), weights, h, finalize_order, is_local).to(output_dtype)
+    output = do.finalize(rows.float(), weights, finalize_order, is_local).to(output_dtype)
     if keep_steps:
         steps |= {"accumulator1": acc1, "activated": activated, "accumulator2": acc2}
     return MoEResult(output, rows, steps if keep_steps else {})
@@ -189,7 +189,7 @@ def requantize(
     if intermediate.dtype == torch.float32:
         q = quantize_block_scales(flat, recipe)
     elif encode is not None:
-        q = quantize_global_scale(flat, encode, recipe)
+        q = quantize_global_scale(flat, encode, recipe, error_by_halves=True)
     else:
         q = quantize_per_token(flat, recipe.base_scale_inv, recipe)
     return read_back(q, intermediate.shape[:2], steps)

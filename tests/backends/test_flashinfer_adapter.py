@@ -18,7 +18,8 @@ from nvfp4_moe import NVFP44Over6Config, SfLayout, nvfp4_quantize
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.kernels.flashinfer import quantize as fi
-from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.flashinfer import version
+from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
 from nvfp4_moe.kernels.quantize.call import UNSET, make_quantize_call
 from nvfp4_moe.reference import layouts
@@ -96,15 +97,18 @@ def ask_global(a=None, scale=1.0, **named):
 
 
 def test_flashinfers_signature(flashinfer):
-    parameters = inspect.signature(flashinfer.nvfp4_quantize).parameters
+    every = inspect.signature(flashinfer.nvfp4_quantize).parameters
+    parameters = {n: p for n, p in every.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    is_new = version.HERE.described_as in version.SINCE_NEW
     assert tuple(parameters) == NAMES, (
         f"flashinfer.nvfp4_quantize has other parameters: gone {sorted(set(NAMES) - set(parameters))}, "
         f"new {sorted(set(parameters) - set(NAMES))}, or another order"
     )
+    assert [n for n in every if n not in parameters] == (["batch_invariant"] if is_new else [])
+    defaults = DEFAULTS | ({"backend": "auto"} if is_new else {})
     for name, p in parameters.items():
-        assert p.kind is p.POSITIONAL_OR_KEYWORD, f"{name} is {p.kind.description} now"
-        if name in DEFAULTS:
-            assert p.default == DEFAULTS[name], f"the default of {name} is {p.default!r} now"
+        if name in defaults:
+            assert p.default == defaults[name], f"the default of {name} is {p.default!r} now"
     assert parameters["a"].default is parameters["a_global_sf"].default is inspect.Parameter.empty
     sentinel = type(parameters["nvfp4_4over6"].default).__name__
     assert sentinel == "_UnsetType", f"the default of nvfp4_4over6 is a {sentinel} now"
@@ -122,7 +126,7 @@ def test_our_signature_is_flashinfers():
 
 def test_explain_takes_the_same_arguments():
     quantize = inspect.signature(nvfp4_quantize).parameters
-    asked = dict(inspect.signature(dispatch.explain).parameters)
+    asked = dict(inspect.signature(quantize_api.explain).parameters)
     assert asked.pop("capability").default is None
     assert list(asked.values()) == list(quantize.values())
 
@@ -295,6 +299,9 @@ def hollow(flashinfer, monkeypatch):
     monkeypatch.setattr(theirs, "get_fp4_quantization_module", lambda arch: module)
     monkeypatch.setattr(theirs, "get_compute_capability", lambda device: (10, 0))
     monkeypatch.setattr(theirs, "device_support_pdl", lambda device: True)
+    if version.HERE.described_as in version.SINCE_NEW:  # it asks for the capability at hand
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(theirs, "_check_block_scale_quantization_support", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
 
 
@@ -356,7 +363,8 @@ REFUSED = [
         for reason, args, named, patch in (
             (r"not installed \(pip install 'nvfp4-moe\[flashinfer\]'\)", (), {}, "absent"),
             ("older than 0.7", (), {}, "older"),
-            ("0.7.4 is not supported; versions before 0.7.3 are", (), {}, "newer"),
+            ("0.7.9 is not described; those before 0.7.3 and 0.7.4 are. Its fun", (), {}, "newer"),
+            ("of an unknown version is not described", (), {}, "unknown"),
             ("torch.compile cannot trace", (), {}, "compiling"),
             ("a is on the meta", (), {"capability": None}, None),
             ("sm_90 is before Blackwell", (), {"capability": (9, 0)}, None),
@@ -373,6 +381,8 @@ REFUSED = [
     (CUDA, "rows have stride 1", lambda: ask_global(matrix(64, 1).t()), None),
     (CUDA, "multiple of 32 bytes", lambda: ask(misaligned(8)), None),
     (CUDA, "multiple of 32", lambda: ask_global(misaligned(8, torch.float8_e4m3fn)), None),
+    (CUDA, "TMA", lambda: ask_global(matrix(1024, 512, torch.float8_e4m3fn)), None),
+    (CUDA, "TMA", lambda: ask_global(matrix(1030, 1536, torch.float8_e4m3fn)), None),
     (CUDA, "no rows", lambda: ask(matrix(0)), None),
     (CUDA, "no rows", lambda: ask_global(matrix(0)), None),
     (CUDA, r"2\^32 block scales", lambda: ask(matrix(2**20 + 1, 65536)), None),
@@ -429,7 +439,8 @@ REFUSED = [
 PATCHES = {
     "absent": lambda m: pretend(m, version=None),
     "older": lambda m: pretend(m, version=(0, 6, 18)),
-    "newer": lambda m: pretend(m, version=(0, 7, 4)),
+    "newer": lambda m: pretend(m, version=(0, 7, 9)),
+    "unknown": lambda m: pretend(m, version=()),
     "no cake": lambda m: pretend(m, has_cake_programs=False),
     "compiling": lambda m: m.setattr(torch.compiler, "is_compiling", lambda: True),
     "exact": lambda m: [m.setenv(name, "1") for name in (NEW, OLD)],
@@ -479,6 +490,10 @@ SERVED = [
     (CUDA, lambda: ask_global(scale=ONE)),
     (CUDA, lambda: ask_global(matrix(dtype=torch.float8_e4m3fn))),
     (CUDA, lambda: ask_global(misaligned(16, torch.float8_e4m3fn))),
+    (CUDA, lambda: ask_global(matrix(1023, 512, torch.float8_e4m3fn))),
+    (CUDA, lambda: ask_global(matrix(1024, 528, torch.float8_e4m3fn))),
+    (CUDA, lambda: ask_global(matrix(1024, 512))),
+    (CUTE_DSL, lambda: ask_global(matrix(1024, 512, torch.float8_e4m3fn), build="cute-dsl")),
     (CUTE_DSL, lambda: ask(build="cute-dsl", capability=(12, 0))),
     (CUTE_DSL, lambda: ask(build="cute-dsl", out_scale=ONE, do_shuffle=True)),
     (CUTE_DSL, lambda: ask(scale=ONE, build="cute-dsl", nvfp4_4over6=FOUR_448)),

@@ -11,24 +11,20 @@ from paths import ROOT
 
 from nvfp4_moe.kernels.flashinfer import (
     autotuner,
-    baselines,
+    baseline_moe,
     cute_dsl,
     cutlass,
     dense,
+    description,
+    functions,
     quantize,
     rules,
     trtllm,
     version,
 )
-from nvfp4_moe.kernels.flashinfer import (
-    description as function,
-)
-from nvfp4_moe.kernels.flashinfer import (
-    functions as table,
-)
 from nvfp4_moe.kernels.flashinfer.description import KEYWORD, OMITTED, Argument, Function, OfType
 from nvfp4_moe.kernels.flashinfer.rules import Rule, first_reason
-from nvfp4_moe.kernels.flashinfer.version import CITED, EVERY, SUPPORTED, Versions
+from nvfp4_moe.kernels.flashinfer.version import CITED, DESCRIBED, EVERY, NEW, Versions
 
 TABLES: dict[str, tuple[Rule, ...]] = {
     **{f"quantizer {name}": each for name, each in quantize.RULES.items()},
@@ -36,7 +32,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
     trtllm.NAME: trtllm.RULES,
     cute_dsl.NAME: cute_dsl.RULES,
     cutlass.NAME: cutlass.RULES,
-    "baselines": baselines.RULES,
+    "baselines": baseline_moe.RULES,
 }
 
 
@@ -57,19 +53,39 @@ def test_a_range_has_its_beginning_and_not_its_end():
     assert [
         v in span for v in ((0, 6, 18), (0, 7), (0, 7, 0), (0, 7, 2), (0, 7, 3), (1, 0, 0))
     ] == [False, True, True, True, False, False]
-    assert () in EVERY and (9, 9) in Versions((0, 7)) and CITED in SUPPORTED
+    assert () in EVERY and (9, 9) in Versions((0, 7))
 
 
-def test_the_extra_ends_where_the_described_versions_end():
+@pytest.mark.parametrize(
+    ("installed", "described"),
+    [(None, False), ((), False), ((0, 6, 18), False), ((0, 7), True), (CITED, True),
+     ((0, 7, 3), False), (NEW, True), ((0, 7, 5), False)],
+)  # fmt: skip
+def test_the_described_versions(monkeypatch, installed, described):
+    pretend(monkeypatch, version=installed)
+    assert version.HERE.is_described == described
+    assert (first_reason(rules.COMMON, Call()) is None) == described
+
+
+def test_the_extra_begins_where_the_described_versions_begin_and_has_no_end():
     text = (ROOT / "pyproject.toml").read_text()
-    assert SUPPORTED.before is not None
-    since, before = version.written(SUPPORTED.since), version.written(SUPPORTED.before)
-    assert f'"flashinfer-python>={since},<{before}"' in text
+    assert f'"flashinfer-python>={version.written(DESCRIBED[0].since)}"' in text
 
 
-def test_an_unknown_version_counts_as_the_cited_one(monkeypatch):
-    pretend(monkeypatch, version=())
-    assert version.HERE.described_as == CITED and first_reason(rules.COMMON, Call()) is None
+@pytest.mark.parametrize("other", [(0, 7, 3), ()])
+def test_another_version_is_refused_and_what_differs_is_named(monkeypatch, other):
+    lines = ["mm_fp4: fold is new", "nvfp4_quantize: a is gone"]
+    monkeypatch.setattr(functions, "differences", lambda: lines)
+    rules._what_differs.cache_clear()
+    pretend(monkeypatch, version=other)
+    reason = first_reason(rules.COMMON, Call())
+    name = version.written(other) or "of an unknown version"
+    assert reason is not None and reason.startswith(f"flashinfer-python {name} is not described")
+    assert "; ".join(lines) in reason
+    monkeypatch.setattr(functions, "differences", list)
+    rules._what_differs.cache_clear()
+    assert "nobody compared its bits" in (first_reason(rules.COMMON, Call()) or "")
+    rules._what_differs.cache_clear()
 
 
 # Rules
@@ -98,12 +114,21 @@ def test_every_table_begins_with_the_common_rules(name):
 
 def sources() -> Iterator[str]:
     yield from {rule.source for each in TABLES.values() for rule in each if rule.source}
-    yield from {f.source for f in table.FUNCTIONS}
+    yield from {f.source for f in functions.FUNCTIONS}
 
 
-def test_sources_are_lines_of_the_installed_package(flashinfer):
+@pytest.fixture
+def cited(flashinfer):
+    """FlashInfer of the version that the sources cite."""
+    here = version.written(version.HERE.version or ())
+    if version.HERE.version != CITED:
+        pytest.skip(f"sources cite flashinfer-python {version.written(CITED)}; {here} is installed")
+    return flashinfer
+
+
+def test_sources_are_lines_of_the_installed_package(cited):
     """A source names one file at least, by the end of its path, and a line that the file has."""
-    root = Path(flashinfer.__file__).parent
+    root = Path(cited.__file__).parent
     lengths: dict[str, int] = {}
     wrong = []
     for source in sources():
@@ -116,9 +141,9 @@ def test_sources_are_lines_of_the_installed_package(flashinfer):
     assert not wrong and len(lengths) > 15
 
 
-def test_functions_are_defined_where_their_source_says(flashinfer):
-    root = Path(flashinfer.__file__).parent
-    for each in table.FUNCTIONS:
+def test_functions_are_defined_where_their_source_says(cited):
+    root = Path(cited.__file__).parent
+    for each in functions.FUNCTIONS:
         name, line = each.source.rsplit(":", 1)
         around = (root / name).read_text().splitlines()[int(line) - 3 : int(line) + 3]
         defined = rf"\s*def {each.name.rsplit('.', 1)[-1]}\("
@@ -130,9 +155,9 @@ def test_functions_are_defined_where_their_source_says(flashinfer):
 
 def test_the_installed_functions_are_as_described(flashinfer):
     assert version.HERE.version is not None
-    found = table.differences()
+    found = functions.differences()
     assert not found, "flashinfer-python has other functions now:\n" + "\n".join(found)
-    assert len({f.name for f in table.FUNCTIONS}) == len(table.FUNCTIONS) > 15
+    assert len({f.name for f in functions.FUNCTIONS}) == len(functions.FUNCTIONS) > 15
 
 
 SPAN = Versions((0, 7, 4))
@@ -177,7 +202,7 @@ C, MODE = Argument("c", default=None, kind=KEYWORD), Argument("mode", default="x
         ((A, Argument("b"), C, MODE), ["b has the default 2, not none"]),
         ((A, B, Argument("c", default=None), MODE), ["c is keyword-only"]),
         ((A, B, MODE, C), ["the order is a, b, c, mode"]),
-        ((A, B, C, MODE, Argument("later", versions=SPAN)), []),
+        ((A, B, C, MODE, Argument("later", versions=Versions((9,)))), []),
     ],
 )
 def test_differences_have_names(here, arguments, lines):
@@ -214,7 +239,7 @@ def test_our_layouts_and_4over6_become_flashinfers(flashinfer):
 
     from nvfp4_moe import NVFP44Over6Config, SfLayout
 
-    assert function.as_theirs(SfLayout.layout_8x4) is flashinfer.SfLayout.layout_8x4
-    made = function.as_theirs(NVFP44Over6Config(256, "MSE", True))
+    assert description.as_theirs(SfLayout.layout_8x4) is flashinfer.SfLayout.layout_8x4
+    made = description.as_theirs(NVFP44Over6Config(256, "MSE", True))
     assert type(made) is Theirs and made == Theirs(256, "MSE", True)
-    assert function.as_theirs(None) is None and autotuner.UNTUNED == -1
+    assert description.as_theirs(None) is None and autotuner.UNTUNED == -1

@@ -208,6 +208,27 @@ def test_a_reduction_of_what_is_not_finite():
     assert found.low[2] < 3.1e38 and found.high[2] == INF
 
 
+def test_flashinfer_alone_may_drop_one_of_two_equal_ids():
+    made = moe_cases.make(Shape(4, 128, 128, 4, 2))
+    ids = made.ids.clone()
+    ids[1, 1] = ids[1, 0]
+    case = MoECase(
+        "", made.activations, made.experts, Routing(RoutingMethodType.Renormalize, ids.shape[1]),
+        4, ids=ids, weights=made.weights,
+    )  # fmt: skip
+    dropped = ids.clone()
+    dropped[1, 1] = -1
+    got = moe.fused_moe(case.activations, case.experts, dropped, made.weights).output
+    assert (got[1] != case.reference()[1]).any()
+    for backend, seen in (
+        ("triton", True),
+        ("flashinfer:cute-dsl", True),
+        ("flashinfer:trtllm", False),
+    ):
+        assert (Allowed(case, backend=backend).first(got) is not None) == seen, backend
+    assert Allowed(case, backend="flashinfer:trtllm").wrong(got + 1)[0].any()
+
+
 @pytest.mark.parametrize("kind", [ActivationType.Swiglu, ActivationType.Relu], ids=lambda k: k.name)
 def test_flashinfer_alone_may_drop_a_nan_in_its_epilogue(kind):
     """A number where the contract says NaN: seen of ours, not of FlashInfer's closed kernels."""

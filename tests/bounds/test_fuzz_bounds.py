@@ -25,6 +25,18 @@ def test_no_false_alarm():
     assert tally.single > 0.5 * tally.values and tally.nan and tally.infinite
 
 
+@pytest.mark.gpu
+def test_no_false_alarm_on_a_gpu():
+    """Triton's kernels and the reference. The kinds are few, so that they are soon compiled.
+
+    `make fuzz-bounds-gpu` has many.
+    """
+    settings = {"tokens": 64, "ways": 2, "kinds": 5, "device": "cuda", "triton": True}
+    tally = fuzz_bounds.part(0, 1, 200, 1e9, settings)
+    assert not tally.alarms, "\n".join(tally.alarms)
+    assert tally.runs["triton"] > 40
+
+
 def test_the_kinds_are_all_drawn():
     kinds = [Kind.draw(seed) for seed in range(1000)]
     for name, values in (("activation", 10), ("mode", 3), ("build", 3), ("recipe", 36),

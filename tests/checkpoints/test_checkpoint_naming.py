@@ -184,15 +184,15 @@ def test_biases_of_each_expert(dtype, parts, tmp_path):
     assert_same_experts(load_experts(saved(tmp_path, tensors), 5), with_biases(b))
 
 
-@pytest.mark.parametrize("lies", ["usual", "transposed", "flat"])
-def test_gpt_oss_alternates_rows_of_gate_and_up(lies, parts, tmp_path):
+@pytest.mark.parametrize("arrangement", ["usual", "transposed", "flat"])
+def test_gpt_oss_alternates_rows_of_gate_and_up(arrangement, parts, tmp_path):
     b = biases()
     tensors = stacked(fused(parts, interleaved=True), P + ".{p}_{kind}")
-    if lies == "transposed":
+    if arrangement == "transposed":
         tensors = {n: t.transpose(1, 2) if t.dim() == 3 else t for n, t in tensors.items()}
     tensors[f"{P}.gate_up_proj_bias"] = torch.stack((b["gate"], b["up"]), 2).flatten(1)
     tensors[f"{P}.down_proj_bias"] = b["down"]
-    if lies == "flat":
+    if arrangement == "flat":
         tensors = {n: t.flatten(0, 1) if t.dim() > 1 else t for n, t in tensors.items()}
     config = {"model_type": "gpt_oss", "swiglu_limit": 7.0}
     got = load_experts(saved(tmp_path, tensors, config), 5)

@@ -30,9 +30,7 @@ from nvfp4_moe.checkpoints import (
     CheckpointError,
     convert,
     load_experts,
-)
-from nvfp4_moe.checkpoints import (
-    resumable_writer as workspace,
+    resumable_writer,
 )
 from nvfp4_moe.cli.convert import RECIPES
 
@@ -428,9 +426,9 @@ def test_the_command(tmp_path, capsys):
 def test_one_shard_is_held_at_a_time(tmp_path, monkeypatch):
     source(tmp_path / "src", split=by_layer)
     held = []
-    real = workspace.Workspace.write_shard
+    real = resumable_writer.Workspace.write_shard
     monkeypatch.setattr(
-        workspace.Workspace,
+        resumable_writer.Workspace,
         "write_shard",
         lambda self, shard, tensors, *rest: (
             held.append(set(tensors)),

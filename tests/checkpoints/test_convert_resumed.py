@@ -21,9 +21,7 @@ from nvfp4_moe.checkpoints import (
     CheckpointError,
     convert,
     load_experts,
-)
-from nvfp4_moe.checkpoints import (
-    resumable_writer as workspace,
+    resumable_writer,
 )
 from nvfp4_moe.cli.convert import RECIPES
 
@@ -34,7 +32,7 @@ class Killed(BaseException):
 
 def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:
     """Die at the `at`-th call of a function of the workspace, or (half) in the middle of it."""
-    original, calls = getattr(workspace, name), iter(range(10**6))
+    original, calls = getattr(resumable_writer, name), iter(range(10**6))
 
     def dying(*arguments):
         if next(calls) == at:
@@ -45,7 +43,7 @@ def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(workspace, name, dying)
+    monkeypatch.setattr(resumable_writer, name, dying)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +70,10 @@ def test_an_interrupted_conversion_resumes(how, shard, three_shards, tmp_path, m
     with pytest.raises(CheckpointError):
         load_experts(dst, 0)
     written = []
-    real = workspace.save_file
-    monkeypatch.setattr(workspace, "save_file", lambda *a: (written.append(a[1].name), real(*a)))
+    real = resumable_writer.save_file
+    monkeypatch.setattr(
+        resumable_writer, "save_file", lambda *a: (written.append(a[1].name), real(*a))
+    )
     convert(given, dst)
     assert bytes_of(dst) == whole
     assert len(written) == 3 - shard
@@ -170,11 +170,13 @@ def test_what_an_unfinished_conversion_left_is_tidied(three_shards, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch, "_remove", 0)
         convert(tmp_path / "src", dst)
-    assert (dst / "model.safetensors.index.json").exists() and (dst / workspace.RECORD).exists()
-    for path in (dst / workspace.PART, dst / "more" / workspace.PART):
+    assert (dst / "model.safetensors.index.json").exists() and (
+        dst / resumable_writer.RECORD
+    ).exists()
+    for path in (dst / resumable_writer.PART, dst / "more" / resumable_writer.PART):
         path.write_text("half")
     (tmp_path / "src" / "more" / "old.txt").unlink()
-    monkeypatch.setattr(workspace, "save_file", lambda *a: pytest.fail("a shard again"))
+    monkeypatch.setattr(resumable_writer, "save_file", lambda *a: pytest.fail("a shard again"))
     convert(tmp_path / "src", dst)
     assert bytes_of(dst) == whole
 
@@ -194,7 +196,7 @@ def test_a_damaged_record_is_refused(content, three_shards, tmp_path):
     given, _ = three_shards
     (tmp_path / "precious.txt").write_text("dear")
     (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / workspace.RECORD).write_text(content)
+    (tmp_path / "dst" / resumable_writer.RECORD).write_text(content)
     before = bytes_of(tmp_path)
     with pytest.raises(CheckpointError, match=r"nvfp4-moe-convert\.json is damaged: "):
         convert(given, tmp_path / "dst")
@@ -212,7 +214,7 @@ def test_a_full_disk_is_one_error_and_the_conversion_is_resumed(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace, name, full)
+        patch.setattr(resumable_writer, name, full)
         with pytest.raises(CheckpointError) as e:
             convert(given, dst)
     (problem,) = e.value.problems

@@ -215,13 +215,13 @@ def test_fp8_of_each_expert(name, tmp_path):
     assert layers["quant_algo"] == "MIXED_PRECISION"
 
 
-@pytest.mark.parametrize("lies", ["usual", "transposed", "interleaved"])
+@pytest.mark.parametrize("arrangement", ["usual", "transposed", "interleaved"])
 @pytest.mark.parametrize("kind", ["tensor", "row", "block", "other block", "shared block"])
-def test_fp8_stacks(kind, lies, tmp_path):
+def test_fp8_stacks(kind, arrangement, tmp_path):
     """Blocks of an interleaved stack, and of halves that are no whole blocks, hold both gate and up."""
     sizes = (256, 96) if kind == "shared block" else SIZES
     w, block = weights(sizes=sizes), {"block": 128, "shared block": 64, "other block": 32}.get(kind)
-    pairs = stack(w, interleaved=lies == "interleaved")
+    pairs = stack(w, interleaved=arrangement == "interleaved")
     tensors, values = {}, {}
     for name, m in ((n, t.float()) for n, t in pairs.items()):
         rows, columns = m.shape[1:]
@@ -230,15 +230,17 @@ def test_fp8_stacks(kind, lies, tmp_path):
         wide = scales.repeat_interleave(n, 1)[:, :rows].repeat_interleave(k, 2)[:, :, :columns]
         codes = (m / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
         values[name] = (codes.float() * wide).bfloat16()
-        if kind == "tensor" and lies == "usual":
+        if kind == "tensor" and arrangement == "usual":
             scales = scales.flatten()
-        if lies == "transposed":
+        if arrangement == "transposed":
             codes, scales = codes.transpose(1, 2), scales.transpose(1, 2)
         tensors |= {name: codes, f"{name}_weight_scale": scales}
     fused, down = values.values()
-    gate, up = (fused[:, ::2], fused[:, 1::2]) if lies == "interleaved" else fused.chunk(2, 1)
+    gate, up = (
+        (fused[:, ::2], fused[:, 1::2]) if arrangement == "interleaved" else fused.chunk(2, 1)
+    )
     quantization = {"quant_method": "fp8", "weight_block_size": [block or 128] * 2}
-    model = {"model_type": "gpt_oss"} if lies == "interleaved" else {}
+    model = {"model_type": "gpt_oss"} if arrangement == "interleaved" else {}
     folder = converted(tmp_path, tensors, {**model, "quantization_config": quantization})
     got = load_experts(folder, 0, alpha=1.0, beta=0.0, clamp_limit=math.inf)
     assert_same_experts(got, prepare_experts(torch.cat((up, gate), 1), down))

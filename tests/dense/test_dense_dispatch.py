@@ -14,7 +14,7 @@ from installations import pretend
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError, explain_mm_fp4, mm_fp4, nvfp4_quantize
 from nvfp4_moe.kernels import triton_target
-from nvfp4_moe.kernels.dense import api as dense_dispatch
+from nvfp4_moe.kernels.dense import api as dense_api
 from nvfp4_moe.kernels.dense.call import make_dense_call
 from nvfp4_moe.kernels.flashinfer import dense as flashinfer_dense
 from nvfp4_moe.reference import dense
@@ -103,7 +103,7 @@ INVALID = {
 def test_invalid_is_one_error_on_every_backend(name):
     change, error, message = INVALID[name]
     texts = set()
-    for backend in ("auto", *dense_dispatch.BACKENDS, "cutlass", "cake"):
+    for backend in ("auto", *dense_api.BACKENDS, "cutlass", "cake"):
         with pytest.raises(error, match=message) as raised:
             mm_fp4(**GOOD | change, backend=backend)
         assert not isinstance(raised.value, UnsupportedError)
@@ -111,7 +111,7 @@ def test_invalid_is_one_error_on_every_backend(name):
     assert len(texts) == 1
     explanation = explain_mm_fp4(**GOOD | change)
     assert explanation.backend is None
-    assert explanation.reasons == tuple((b, texts.copy().pop()) for b in dense_dispatch.BACKENDS)
+    assert explanation.reasons == tuple((b, texts.copy().pop()) for b in dense_api.BACKENDS)
 
 
 def test_unknown_backend():
@@ -281,7 +281,7 @@ def test_every_backend_but_trtllm_can_serve_something(flashinfer_here):
         for arguments in (meta(m=8, alpha="scalar"), meta(alpha="rows")):
             reasons = explain_mm_fp4(**arguments, capability=capability).reasons
             served |= {name for name, reason in reasons if reason is None}
-    assert served == set(dense_dispatch.BACKENDS) - {"flashinfer:trtllm"}
+    assert served == set(dense_api.BACKENDS) - {"flashinfer:trtllm"}
 
 
 def test_an_older_flashinfer_has_no_alpha_for_each_row(flashinfer_here, monkeypatch):
@@ -294,7 +294,7 @@ def test_an_older_flashinfer_has_no_alpha_for_each_row(flashinfer_here, monkeypa
 
 @pytest.mark.parametrize("backend", ["triton", *FI])
 def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend):
-    monkeypatch.setattr(dense_dispatch.MM_FP4, "run", lambda *args: pytest.fail("something ran"))
+    monkeypatch.setattr(dense_api.MM_FP4, "run", lambda *args: pytest.fail("something ran"))
     with pytest.raises(UnsupportedError, match=f"backend {backend} cannot .*: a is on the cpu"):
         mm_fp4(**GOOD, backend=backend)
     assert explain_mm_fp4(**GOOD, backend=backend).backend is None
@@ -305,7 +305,7 @@ def test_a_named_backend_never_falls_back(flashinfer_here, monkeypatch, backend)
 
 def test_the_signature_is_flashinfers(flashinfer):
     ours, theirs = (
-        {n: p.default for n, p in inspect.signature(f).parameters.items()}
+        {n: p.default for n, p in inspect.signature(f).parameters.items() if n != "batch_invariant"}
         for f in (mm_fp4, flashinfer.mm_fp4)
     )
     assert ours == theirs and list(ours) == list(theirs)
@@ -327,7 +327,8 @@ def test_flashinfer_takes_what_the_adapter_builds(flashinfer, backend):
     r = request_of("rows" if per_row else "none")
     out = r.output()
     arguments = flashinfer_dense.arguments(backend, r, out)
-    assert set(arguments) == set(inspect.signature(flashinfer.mm_fp4).parameters)
+    parameters = set(inspect.signature(flashinfer.mm_fp4).parameters)
+    assert set(arguments) == parameters - {"batch_invariant"}
     assert gemm_base._check_mm_fp4_problem_size(**arguments)
     assert arguments["backend"] == backend.removeprefix("flashinfer:")
     assert arguments["b"].shape == (128, 64) and arguments["b"].stride() == (1, 128)

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from nvfp4_moe.differential import accumulation as sums
+from nvfp4_moe.differential import accumulation
 from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.differential.conforming import CONFORMING, truncating
 from nvfp4_moe.reference.moe import layer as moe
@@ -20,7 +20,7 @@ def adding(monkeypatch):
 
     def measured(stages):
         monkeypatch.setattr(moe, "fused_moe", lambda *a, **k: FUSED(*a, **k, stages=stages))
-        return sums.measure("reference", "cpu")
+        return accumulation.measure("reference", "cpu")
 
     return measured
 
@@ -28,7 +28,7 @@ def adding(monkeypatch):
 @pytest.mark.parametrize("step,bits", [(8, 1), (16, 1), (16, 2), (32, 2)])
 def test_tensor_cores(adding, step, bits):
     found = adding(Stages(gemm1=truncating(step, bits)))
-    assert found == sums.Sums(bits, True, False) and found.as_assumed
+    assert found == accumulation.Sums(bits, True, False) and found.as_assumed
 
 
 @pytest.mark.parametrize("step,bits", [(16, 0), (16, -10), (4, 1), (4, 2)])
@@ -65,6 +65,6 @@ def test_sums_in_16_bits(adding):
 
 def test_diff_withholds_its_judgement(monkeypatch):
     """Of a backend that does not add as assumed; test_diff_moe has what becomes of its cells."""
-    monkeypatch.setattr(sums, "measure", lambda *_: sums.Sums(0, False, False))
+    monkeypatch.setattr(accumulation, "measure", lambda *_: accumulation.Sums(0, False, False))
     assert "NOT as assumed" in diff_moe._sums("triton", torch.device("cpu"))
     assert diff_moe._sums("reference", torch.device("cpu")) == ""

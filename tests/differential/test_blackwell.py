@@ -1,4 +1,4 @@
-"""`nvfp4-moe blackwell`, rehearsed: FlashInfer's kernels are stood in for, truthfully or with a lie."""
+"""`nvfp4-moe blackwell`, rehearsed: FlashInfer is fake, without or with a fault."""
 
 # SPDX-License-Identifier: Apache-2.0
 import subprocess
@@ -7,13 +7,14 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import fake_flashinfer
 import pytest
-import standin
 from paths import ROOT
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cli import blackwell
-from nvfp4_moe.kernels.moe import backends as moe_dispatch
+from nvfp4_moe.differential.results import FAILED, Cell, Section
+from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.report import data as report
 
 pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, as FlashInfer's layers do")
@@ -23,7 +24,7 @@ OPTIONS = Namespace(small=True, timeout=300)
 def test_every_backend_in_every_math():
     planned = list(blackwell.jobs(None))
     assert len({job.folder for job in planned}) == len(planned) == 4 * 2 + 4 * 4 + 4
-    assert {job.backend for job in planned if job.part.name == "moe"} == set(moe_dispatch.ORDER) - {
+    assert {job.backend for job in planned if job.part.name == "moe"} == set(moe_backends.ORDER) - {
         "reference"
     }
     (one,) = [j for j in planned if j.math == "4over6" and j.backend == "flashinfer:cutlass"]
@@ -40,11 +41,18 @@ def test_the_rehearsal(tmp_path):
     """The whole command and its processes, of a machine that keeps the contract."""
     child = subprocess.run(
         [
-            sys.executable, "tests/support/standin/rehearse.py", "blackwell", "--small", "--report",
+            sys.executable,
+            "tests/support/fake_flashinfer/rehearse.py",
+            "blackwell",
+            "--small",
+            "--report",
             tmp_path,
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert child.returncode == 0, child.stdout + child.stderr
     found = report.read(tmp_path / "report.json")
     verdicts = found.sections[0]
@@ -74,15 +82,15 @@ def test_nothing_of_flashinfers_ran(tmp_path, capsys):
 
 def test_ours_alone_is_not_what_was_asked_for(tmp_path, monkeypatch, capsys):
     """Where no backend is named FlashInfer is asked for, however much of ours passed."""
-    verdicts = report.Section("verdicts", summary=True)
-    verdicts.put("quantizers", "triton", report.Cell("identical", 148))
-    verdicts.put("quantizers", "flashinfer:cuda", report.Cell("skipped", note="no GPU"))
+    verdicts = Section("verdicts", summary=True)
+    verdicts.put("quantizers", "triton", Cell("identical", 148))
+    verdicts.put("quantizers", "flashinfer:cuda", Cell("skipped", note="no GPU"))
     assert blackwell._missing(verdicts, None) == ["every backend of FlashInfer's: no GPU"]
     assert blackwell._missing(verdicts, "triton") == []
     assert blackwell._missing(verdicts, "triton,flashinfer:cuda") == [
         "backend flashinfer:cuda: no GPU"
     ]
-    verdicts.put("layers", "flashinfer:trtllm", report.Cell("inside", 2))
+    verdicts.put("layers", "flashinfer:trtllm", Cell("inside", 2))
     assert blackwell._missing(verdicts, None) == []
 
 
@@ -114,36 +122,36 @@ MATH_OF = {
     "exact math ignored": "exact math",
     "4over6 of the intermediate ignored": "4over6",
 }
-"""Lies that not every math shows."""
+"""Faults that not every math shows."""
 
 
-def rehearsed(backend, part, math, lie, tmp_path, monkeypatch):
+def rehearsed(backend, part, math, fault, tmp_path, monkeypatch):
     """(exit status, report) of one process's work, done in this one."""
     (job,) = [j for j in blackwell.jobs(backend) if (j.part.name, j.math) == (part, math)]
     for name, value in job.part.maths[math].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("nvfp4_moe.failures.write.MOST_FILES", 1)
-    with standin.installed(lie):
+    with fake_flashinfer.installed(fault):
         status = main(job.arguments(OPTIONS, tmp_path))
     return status, report.read(tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("name", standin.LIES)
+@pytest.mark.parametrize("name", fake_flashinfer.FAULTS)
 def test_a_lie_is_caught(name, tmp_path, monkeypatch, capsys):
-    lie = standin.LIES[name]
-    backend = lie.backends[0]
-    part = {"quantizer": "quantizers", "layer": "moe", "sibling": "siblings"}[lie.of]
-    math = "any math" if part == "siblings" else MATH_OF.get(name, "fast math")
+    fault = fake_flashinfer.FAULTS[name]
+    backend = fault.backends[0]
+    part = {"quantizer": "quantizers", "layer": "moe", "baseline": "baselines"}[fault.of]
+    math = "any math" if part == "baselines" else MATH_OF.get(name, "fast math")
     status, found = rehearsed(backend, part, math, name, tmp_path, monkeypatch)
     assert status == 1
     failing = [
         (column, cell)
         for row in found.sections[0].rows.values()
         for column, cell in row.items()
-        if cell.status in report.FAILED
+        if cell.status in FAILED
     ]
     assert failing and all(backend in column for column, _ in failing)
     told = [failure.case for _, cell in failing for failure in cell.failures]
-    for tactic in lie.tactics:
+    for tactic in fault.tactics:
         assert all(tactic in case for case in told)
-    assert (tmp_path / "failure-01.safetensors").exists() == (part != "siblings")
+    assert (tmp_path / "failure-01.safetensors").exists() == (part != "baselines")

@@ -13,7 +13,7 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import compare, quantizers
 from nvfp4_moe.differential.compare import run_reference
-from nvfp4_moe.kernels.quantize import api as dispatch
+from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.reference.layouts import from_linear, to_linear
 from nvfp4_moe.reference.numerics import e4m3
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -46,7 +46,7 @@ def flip_padding(q):
 
 
 @pytest.mark.parametrize(
-    ("plant", "counts", "place", "step"),
+    ("change", "counts", "place", "step"),
     [
         (flip_code, (1, 0, 0), (3, 2), "e2m1 code"),
         (flip_scale, (0, 1, 0), (3, 2), "block scale"),
@@ -54,11 +54,11 @@ def flip_padding(q):
         (flip_padding, (0, 1, 0), (9, 5), "padding"),
     ],
 )
-def test_one_bit(plant, counts, place, step):
+def test_one_bit(change, counts, place, step):
     x = inputs.synthetic("normal", 9, 80)
     right = run_reference(x, CASE)
     assert compare.compare(x, CASE, right, run_reference(x, CASE)) is None
-    found = compare.compare(x, CASE, right, plant(right), first_row=0)
+    found = compare.compare(x, CASE, right, change(right), first_row=0)
     assert (found.codes, found.block_scales, found.per_token_scales) == counts
     assert (found.row, found.block) == place
     assert step in found.step
@@ -167,10 +167,10 @@ def test_doctor(capsys):
     found = json.loads(capsys.readouterr().out)
     for build in ("cuda", "cute-dsl"):
         assert found["builds"][build]["auto"] == [f"flashinfer:{build}", "triton", "reference"]
-        assert set(found["builds"][build]["reasons"]) == set(dispatch.BACKENDS)
+        assert set(found["builds"][build]["reasons"]) == set(quantize_api.BACKENDS)
     layer = found["fused_moe"]
     assert layer["auto"][-1] == "reference" and layer["reasons"]["reference"] is None
     assert __main__.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *dispatch.BACKENDS):
+    for word in ("torch", "FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", *quantize_api.BACKENDS):
         assert word in printed

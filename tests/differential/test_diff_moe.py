@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nvfp4_moe.cases import moe as matrix_moe
+from nvfp4_moe.cases import moe as moe_cases
 from nvfp4_moe.differential import moe as diff_moe
 from nvfp4_moe.differential import workers
 from nvfp4_moe.differential.format_error import format_errors
@@ -16,8 +16,8 @@ INTERPRETER = workers.INTERPRETER
 def few_cases(monkeypatch):
     names = ("Swiglu, per token", "Swiglu, bf16", "Swiglu, fp32 weights, slots in order",
              "Swiglu, build cutlass", "Relu2, sums exact")  # fmt: skip
-    every = {c.name: c for c in matrix_moe.cases()}
-    monkeypatch.setattr(matrix_moe, "cases", lambda: [every[name] for name in names])
+    every = {c.name: c for c in moe_cases.cases()}
+    monkeypatch.setattr(moe_cases, "cases", lambda: [every[name] for name in names])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return [every[name] for name in names]
 
@@ -133,7 +133,7 @@ def test_the_exact_cases_are_exact():
     from nvfp4_moe.differential.conforming import CONFORMING
     from nvfp4_moe.reference.moe.layer import fused_moe
 
-    exact = [case for case in matrix_moe.cases() if case.exact]
+    exact = [case for case in moe_cases.cases() if case.exact]
     assert len(exact) >= 3
     for case in exact:
         for stages in CONFORMING.values():

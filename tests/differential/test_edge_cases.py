@@ -4,13 +4,13 @@
 import pytest
 import torch
 
-from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.differential.verdict import Allowed, unequal
 from nvfp4_moe.reference.activation import IMPLEMENTED
 from nvfp4_moe.reference.moe.routing import route
 from nvfp4_moe.reference.recipe import Recipe
 
-CASES = {case.name: case for case in matrix_edges.cases(Recipe())}
+CASES = {case.name: case for case in moe_edges.cases(Recipe())}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -23,12 +23,12 @@ def test_the_reference_is_allowed_and_another_output_is_not(name):
 
 def test_every_activation_is_alone_and_static():
     kinds = set(IMPLEMENTED)
-    for part in (matrix_edges.activations, matrix_edges.static):
+    for part in (moe_edges.activations, moe_edges.static):
         assert {case.experts.activation for case in part(Recipe())} == kinds
 
 
 def test_block_scales_are_subnormal_in_all_operands():
-    for case in matrix_edges.far_below(Recipe()):
+    for case in moe_edges.far_below(Recipe()):
         e = case.experts
         found = (case.activations.block_scales, e.gemm1_weights_scale, e.gemm2_weights_scale)
         written = case.run(keep_steps=True).steps["fc2_input_block_scales"]
@@ -38,7 +38,7 @@ def test_block_scales_are_subnormal_in_all_operands():
 
 
 def test_routers_are_undecided_in_16_bits():
-    for name, how, logits, bias in matrix_edges.routers():
+    for name, how, logits, bias in moe_edges.routers():
         right = route(logits, how, bias)
         if name == "logits near each other":
             for dtype in (torch.float16, torch.bfloat16):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import run_reference
 from nvfp4_moe.differential.explain import explain_element, first_element
@@ -22,6 +22,8 @@ def cases():
     for recipe in all_recipes():
         yield Case("per-token", recipe, LINEAR)
         yield Case("global-scale", recipe, LINEAR, 37.5)
+        if recipe.build == "cuda":
+            yield Case("row scales", recipe, LINEAR)
     yield Case("fp32 per-token", Recipe(), LINEAR)
 
 
@@ -53,6 +55,22 @@ def test_every_recipe_ends_in_the_references_bits(case):
                 lines = explain_element(x, case, row, block, element)
                 code = int(codes[row, 16 * block + element])
                 check(lines, case, q, row, block, code)
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in all_recipes() if r.four_over_six is None], ids=lambda r: str(r)
+)
+def test_elements_of_e4m3_end_in_the_references_bits(recipe):
+    x = inputs.synthetic("edge", 20, 32, torch.float8_e4m3fn)
+    of_modes = {c.mode: replace(c, layout=LINEAR) for c in quantize_cases.cases(x, [recipe], True)}
+    assert set(of_modes) >= {"global-scale"}
+    for case in of_modes.values():
+        q = run_reference(x, case, keep_steps=True)
+        codes = e2m1.unpack(q.codes)
+        for row in range(x.shape[0]):
+            for block, element in ((0, 1 + row % 7), (1, 15)):
+                lines = explain_element(x, case, row, block, element)
+                check(lines, case, q, row, block, int(codes[row, 16 * block + element]))
 
 
 def check(lines, case, q, row, block, code):
@@ -91,7 +109,7 @@ def check(lines, case, q, row, block, code):
 def test_the_differences_sum_to_the_errors(recipe, mode):
     """The d of the 16 elements, summed left to right, are the error that the choice was made by."""
     x = inputs.synthetic("heavy", 2, 32)
-    case = Case(mode, recipe, LINEAR, matrix.global_scale(x, recipe))
+    case = Case(mode, recipe, LINEAR, quantize_cases.global_scale(x, recipe))
     every = [explain_element(x, case, 1, 1, i) for i in range(16)]
     for n in (4, 6):
         total = torch.zeros(())

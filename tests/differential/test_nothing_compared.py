@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.differential import (
-    baselines as diff_siblings,
+    baseline_moe as diff_baseline,
 )
 from nvfp4_moe.differential import (
     moe as diff_moe,
@@ -20,10 +20,11 @@ from nvfp4_moe.differential import (
     workers,
 )
 from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.differential.results import Cell, PartResult, Section
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.report import data as report
-from nvfp4_moe.report import html as page
-from nvfp4_moe.report.data import Cell, PartResult, Report, Section
+from nvfp4_moe.report import html
+from nvfp4_moe.report.data import Report
 
 UNFIT = {
     "K = 24": torch.zeros(4, 24, dtype=torch.bfloat16),
@@ -96,8 +97,8 @@ def test_a_side_that_had_no_part(quick, capsys, tmp_path):
 @pytest.mark.parametrize("named", [[], ["--backends", "flashinfer:bf16"]])
 def test_layers_that_cannot_run(named, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(diff_siblings, "FORMATS", ("bf16",))
-    status, printed, found, _ = diff(capsys, tmp_path, "--only", "siblings", *named)
+    monkeypatch.setattr(diff_baseline, "FORMATS", ("bf16",))
+    status, printed, found, _ = diff(capsys, tmp_path, "--only", "baselines", *named)
     assert status == Exit.NOT_RUN and found["compared"] == 0
     assert "exit status 3" in printed
 
@@ -155,7 +156,7 @@ def test_the_status_of_a_report(cells, missing, status):
     whole = Report(["nvfp4-moe", "diff"], {"versions": {}, "gpus": [], "environment": {}})
     whole.sections, whole.missing = [section], missing
     assert whole.status is status
-    heading = page.render(whole.as_dict()).split("<h1")[1].split(">")[0]
+    heading = html.render(whole.as_dict()).split("<h1")[1].split(">")[0]
     assert heading == {Exit.DONE: "", Exit.NOT_RUN: ' class="open"'}.get(status, ' class="bad"')
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_cases import Shape
 
-from nvfp4_moe.differential import flashinfer_tactics as tactics
+from nvfp4_moe.differential import flashinfer_tactics
 from nvfp4_moe.kernels import triton_target
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import configs, launch
@@ -85,39 +85,39 @@ def names(found):
 
 def test_the_default_then_every_tactic_of_the_bucket(ask):
     call = ask("x::layer", lambda tokens: [[8, tokens], [16, tokens], (tokens, ((1, 2), False))])
-    found = tactics.advertised(call)
+    found = flashinfer_tactics.advertised(call)
     assert names(found) == ["default", "[8, 32]", "[16, 32]", "[32, [[1, 2], false]]"]
     (seen,) = call.runners[0].seen
     assert seen == ((32, 8), ((32, 8), (3,)), "hooked")
     for tactic in found:
-        with tactics.forced(tactic):
+        with flashinfer_tactics.forced(tactic):
             assert call() == (call.runners[0], tactic.value)
     assert found[0].value == -1 and found[3].value == (32, ((1, 2), False))
 
 
 def test_arrays_of_cpp_become_lists(ask):
-    (_, found) = tactics.advertised(ask("x::layer", lambda _: [map(int, array(8, 3))]))
+    (_, found) = flashinfer_tactics.advertised(ask("x::layer", lambda _: [map(int, array(8, 3))]))
     assert found.name == "[8, 3]" and found.value == [8, 3]
 
 
 def test_two_questions(ask):
     first, second = ask("a::b::gemm1", lambda _: [0, 1]), ask("a::b::gemm2", lambda _: [2, -1])
-    found = tactics.advertised(lambda: (first(), second()))
+    found = flashinfer_tactics.advertised(lambda: (first(), second()))
     assert names(found) == ["default", "gemm1 0", "gemm1 1", "gemm2 2"]
     chosen = []
     for tactic in found:
-        with tactics.forced(tactic):
+        with flashinfer_tactics.forced(tactic):
             chosen.append((first()[1], second()[1]))
     assert chosen == [(-1, -1), (0, -1), (1, -1), (-1, 2)]
 
 
 def test_several_runners(ask):
     call = ask("x::layer", lambda _: [-1, 5], lambda _: [-1, 5])
-    found = tactics.advertised(call)
+    found = flashinfer_tactics.advertised(call)
     assert names(found) == ["default", "runner 0 5", "runner 1 -1", "runner 1 5"]
     chosen = []
     for tactic in found:
-        with tactics.forced(tactic):
+        with flashinfer_tactics.forced(tactic):
             chosen.append(call())
     one, other = call.runners
     assert chosen == [(one, -1), (one, 5), (other, -1), (other, 5)]
@@ -128,18 +128,21 @@ def test_blocked_tactics_are_not_advertised(ask, monkeypatch):
 
     blocked = {"x::layer::Runner": {(8, 3)}}
     monkeypatch.setattr(AutoTuner.get()._blocklist, "_invalid", blocked)
-    assert names(tactics.advertised(ask("x::layer", lambda _: [[8, 3], [8, 4]]))) == [
+    assert names(flashinfer_tactics.advertised(ask("x::layer", lambda _: [[8, 3], [8, 4]]))) == [
         "default",
         "[8, 4]",
     ]
 
 
 def test_a_tactic_that_did_not_run_is_an_error(ask):
-    (_, tactic) = tactics.advertised(ask("x::layer", lambda _: [7]))
+    (_, tactic) = flashinfer_tactics.advertised(ask("x::layer", lambda _: [7]))
     said = pytest.raises(RuntimeError, match="tactic 7 did not run: x::layer never asked")
-    with said, tactics.forced(tactic):
+    with said, flashinfer_tactics.forced(tactic):
         ask("another::layer", lambda _: [7])()
-    with pytest.raises(KeyError), tactics.forced(tactic):  # its own error is what is seen
+    with (
+        pytest.raises(KeyError),
+        flashinfer_tactics.forced(tactic),
+    ):  # its own error is what is seen
         raise KeyError
 
 
@@ -149,7 +152,7 @@ def test_the_tuner_is_itself_again_afterwards(ask):
     before = AutoTuner.choose_one
     call = ask("x::layer", lambda _: [7])
     with contextlib.suppress(ZeroDivisionError):
-        tactics.advertised(lambda: (call(), 1 / 0))
+        flashinfer_tactics.advertised(lambda: (call(), 1 / 0))
     assert AutoTuner.choose_one is before and call() == (call.runners[0], -1)
 
 
@@ -159,7 +162,7 @@ def test_what_its_own_tuning_measures_for_these_inputs(ask, monkeypatch, tokens)
     from flashinfer.autotuner import AutoTuner, autotune
 
     call = ask(f"measured::layer of {tokens}", lambda n: [[8, n], [16, n]], tokens=tokens)
-    want = [t.value for t in tactics.advertised(call)[1:]]
+    want = [t.value for t in flashinfer_tactics.advertised(call)[1:]]
     measured = []
 
     def clock(tuner, runner, inputs, tactic, *_, **__):
@@ -175,8 +178,8 @@ def test_what_its_own_tuning_measures_for_these_inputs(ask, monkeypatch, tokens)
 
 
 def test_one_way_to_be_the_reference():
-    assert names(tactics.configurations("reference", request_of())) == ["default"]
-    with tactics.configurations("reference", request_of())[0].forced():
+    assert names(flashinfer_tactics.configurations("reference", request_of())) == ["default"]
+    with flashinfer_tactics.configurations("reference", request_of())[0].forced():
         pass
 
 
@@ -192,7 +195,7 @@ def an_h100(monkeypatch, tmp_path):
 
 def test_tiles_of_triton(an_h100):
     request = request_of()
-    found = tactics.configurations("triton", request)
+    found = flashinfer_tactics.configurations("triton", request)
     assert found[0].name == "default" and len({c.name for c in found}) == len(found) >= 6
     assert any("gemm1 256x128x64" in c.name and "decoded" in c.name for c in found)
     slots = configs.local_slots(10, request.experts, 4)
@@ -203,7 +206,7 @@ def test_tiles_of_triton(an_h100):
             pair = launch._configs(request.experts, slots, 2, "per-token", False)
         which = int(c.name[4]) - 1
         assert pair != table and pair[0].bn == pair[1].bn
-        assert c.name == f"gemm{which + 1} {tactics._words(pair[which])}"
+        assert c.name == f"gemm{which + 1} {flashinfer_tactics._words(pair[which])}"
         assert pair[1 - which] == replace(table[1 - which], bn=pair[which].bn)
         for config, (_, columns) in zip(pair, ((0, 128), (0, 64)), strict=True):
             assert cache.refusal(config, columns, native=False) is None
@@ -212,20 +215,20 @@ def test_tiles_of_triton(an_h100):
 
 def test_tiles_that_the_kernel_refuses_are_left_out(an_h100, monkeypatch):
     monkeypatch.setattr(cache, "refusal", lambda c, columns, native: c.decoded or None)
-    found = tactics.configurations("triton", request_of())
+    found = flashinfer_tactics.configurations("triton", request_of())
     assert len(found) >= 4 and not any("decoded" in c.name for c in found)
 
 
 def test_tiles_that_were_not_looked_up_are_an_error(an_h100):
     request = request_of()
-    c = tactics.configurations("triton", request)[1]
+    c = flashinfer_tactics.configurations("triton", request)[1]
     with pytest.raises(RuntimeError, match="did not run"), c.forced():
         launch._configs(request.experts, 4000, 2, "per-token", False)
 
 
 def test_nothing_is_forced_where_bits_may_not_depend_on_it(an_h100):
     request = replace(request_of(), batch_invariant=True)
-    assert names(tactics.configurations("triton", request)) == ["default"]
+    assert names(flashinfer_tactics.configurations("triton", request)) == ["default"]
 
 
 @pytest.mark.interpreter
@@ -247,10 +250,10 @@ def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
         routing=Routing(RoutingMethodType.Renormalize, 2), nvfp4_4over6=None,
         local_expert_offset=shape.offset,
     )  # fmt: skip
-    every = tactics.configurations("triton", request)
+    every = flashinfer_tactics.configurations("triton", request)
     for c in (every[1], every[-1]):
         launched.clear()
         with c.forced():
             FUSED_MOE.serve(request, "triton")
         assert len(launched) == 2
-        assert tactics._words(launched[int(c.name[4]) - 1]) == c.name[6:]
+        assert flashinfer_tactics._words(launched[int(c.name[4]) - 1]) == c.name[6:]

@@ -10,8 +10,7 @@ from replay_cases import assert_same, moe_failure, quantizer_failure, wrong
 
 import nvfp4_moe
 from nvfp4_moe.cases.quantize import Case
-from nvfp4_moe.differential import explain as arithmetic
-from nvfp4_moe.differential import quantizers
+from nvfp4_moe.differential import explain, quantizers
 from nvfp4_moe.failures.bug_report import bug_report_text
 from nvfp4_moe.failures.replay_file import save_moe, save_quantizer
 from nvfp4_moe.kernels import environment
@@ -65,6 +64,7 @@ def caught(program, module, name, monkeypatch, result=None):
     [
         ("flashinfer:cuda", "per-token", Recipe()),
         ("flashinfer:cuda", "global-scale", Recipe("exact", FOUR)),
+        ("flashinfer:cuda", "row scales", Recipe()),
         ("flashinfer:cute-dsl", "per-token", Recipe("exact", FOUR, "cute-dsl")),
         ("flashinfer:cute-dsl", "global-scale", Recipe(build="cute-dsl")),
         ("flashinfer:cake", "per-token", Recipe(build="cute-dsl")),
@@ -109,9 +109,9 @@ def test_the_text_of_a_quantizer():
     for name, q in (("expected", good), ("got     ", bad)):
         codes = bytes(q.codes[row, 8 * block : 8 * block + 8].tolist()).hex()
         assert f"{name} codes {codes} block scale 0x" in text
-    element = arithmetic.first_element(failure.x, good, bad, row, block)
+    element = explain.first_element(failure.x, good, bad, row, block)
     assert element == 3
-    for line in arithmetic.explain_element(failure.x, failure.case, row, block, element):
+    for line in explain.explain_element(failure.x, failure.case, row, block, element):
         assert f"\n{line}\n" in text
 
 
@@ -165,7 +165,7 @@ def test_the_fused_call(routed, tmp_path, monkeypatch):
     assert "Configuration: `BLOCK_M=16 warps=4`" in text
     assert "first at token 1, column 7: got 0x447a (1000), allowed 0x" in text
     last = re.search(r"sum over the slots = (0x\w{4})", text).group(1)
-    assert last == arithmetic.bits(failure.case.reference()[1, 7]).split()[0]
+    assert last == explain.bits(failure.case.reference()[1, 7]).split()[0]
     with pytest.raises(ValueError, match="is what it may be"):
         bug_report_text(replace(failure, output=failure.case.reference()))
 

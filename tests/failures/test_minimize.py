@@ -1,4 +1,4 @@
-"""A failing tensor or fused call is made small: planted faults of several kinds, and what they need."""
+"""A failing tensor or fused call is made small: injected faults of several kinds, and what they need."""
 
 # SPDX-License-Identifier: Apache-2.0
 import time
@@ -10,13 +10,13 @@ import torch
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential.compare import compare, run_reference
-from nvfp4_moe.failures import minimize as shrink
+from nvfp4_moe.failures import minimize
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
 CASE = Case("per-token", Recipe(), SfLayout.layout_128x4)
 
 
-def planted(where, case=CASE):
+def failure_where(where, case=CASE):
     """(fails, calls): the reference against itself with a bit wrong in the blocks that `where` marks."""
     calls = []
 
@@ -42,9 +42,9 @@ def with_the_value(blocks):
 
 
 def test_a_value_in_one_block():
-    fails, calls = planted(with_the_value)
+    fails, calls = failure_where(with_the_value)
     start = time.monotonic()
-    small = shrink.minimize_tensor(matrix(), fails)
+    small = minimize.minimize_tensor(matrix(), fails)
     assert time.monotonic() - start < 30
     assert len(calls) < 60
     assert small.shape == (1, 16) and small.dtype == torch.bfloat16
@@ -52,10 +52,10 @@ def test_a_value_in_one_block():
 
 
 def test_where_to_look_first_spares_calls():
-    fails, calls = planted(with_the_value)
-    shrink.minimize_tensor(matrix(), fails)
+    fails, calls = failure_where(with_the_value)
+    minimize.minimize_tensor(matrix(), fails)
     without, _ = len(calls), calls.clear()
-    small = shrink.minimize_tensor(matrix(), fails, place=(37, 51))
+    small = minimize.minimize_tensor(matrix(), fails, place=(37, 51))
     assert small.shape == (1, 16) and small[small != 0].tolist() == [7.25]
     assert len(calls) < without - 15
 
@@ -70,7 +70,7 @@ def test_a_maximum_elsewhere():
 
     x = matrix()
     x[37, 4000] = 1000.0
-    small = shrink.minimize_tensor(x, planted(where)[0])
+    small = minimize.minimize_tensor(x, failure_where(where)[0])
     assert small.shape == (1, 32)
     first, second = small[small != 0].tolist()
     assert (
@@ -91,8 +91,8 @@ def test_columns_beyond_2048(zeros_cure_it):
             wrong &= (blocks[:, :100] != 0).any(-1).all(-1, keepdim=True)
         return wrong
 
-    fails, calls = planted(where)
-    small = shrink.minimize_tensor(matrix(), fails)
+    fails, calls = failure_where(where)
+    small = minimize.minimize_tensor(matrix(), fails)
     assert small.shape == (1, 129 * 16)
     assert fails(small)
     nonzero = (small != 0).sum()
@@ -108,7 +108,7 @@ def test_rows_beyond_a_tile():
         wrong[:16] = False
         return wrong
 
-    small = shrink.minimize_tensor(matrix(k=64), planted(where)[0])
+    small = minimize.minimize_tensor(matrix(k=64), failure_where(where)[0])
     assert small.shape == (17, 16)
     assert small[small != 0].tolist() == [7.25] and small[16].any()
 
@@ -116,9 +116,9 @@ def test_rows_beyond_a_tile():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_values_become_simple(dtype):
     case = CASE if dtype != torch.float32 else replace(CASE, mode="fp32 per-token")
-    fails, _ = planted(lambda b: ((b > 1.3) & (b < 1.6)).any(-1) & (b < -0.1).any(-1), case)
+    fails, _ = failure_where(lambda b: ((b > 1.3) & (b < 1.6)).any(-1) & (b < -0.1).any(-1), case)
     x = inputs.synthetic("normal", 8, 128, dtype)
-    small = shrink.minimize_tensor(x, fails)
+    small = minimize.minimize_tensor(x, fails)
     assert small.shape == (1, 16) and small.dtype == dtype
     assert sorted(small[small != 0].tolist()) == [-1.0, 1.5]
 
@@ -127,10 +127,10 @@ def test_specials_that_matter_stay():
     x = inputs.synthetic("normal", 4, 64)
     x[1, 20], x[1, 25] = torch.nan, -0.0
     negative_zero = torch.tensor(-0.0).bfloat16().view(torch.int16)
-    fails, _ = planted(
+    fails, _ = failure_where(
         lambda b: b.isnan().any(-1) & (b.contiguous().view(torch.int16) == negative_zero).any(-1)
     )
-    small = shrink.minimize_tensor(x, fails)
+    small = minimize.minimize_tensor(x, fails)
     assert small.shape == (1, 16) and small.isnan().sum() == 1
     assert (small.view(torch.int16) != 0).sum() == 2
 
@@ -139,8 +139,8 @@ def test_a_block_of_nothing_but_a_negative_zero():
     x = inputs.synthetic("normal", 4, 64)
     x[2, 16:32] = 0.0
     x[2, 25] = -0.0
-    fails, _ = planted(lambda b: (b == 0).all(-1) & torch.signbit(b).any(-1))
-    small = shrink.minimize_tensor(x, fails)
+    fails, _ = failure_where(lambda b: (b == 0).all(-1) & torch.signbit(b).any(-1))
+    small = minimize.minimize_tensor(x, fails)
     assert small.shape == (1, 16) and fails(small)
     assert (small == 0).all() and torch.signbit(small).sum() == 1
 
@@ -154,7 +154,7 @@ def test_the_budget_is_kept():
         return bool((x == 7.25).any())
 
     start = time.monotonic()
-    small = shrink.minimize_tensor(matrix(k=256), slow, seconds=1.1)
+    small = minimize.minimize_tensor(matrix(k=256), slow, seconds=1.1)
     assert time.monotonic() - start < 1.6
     assert 3 <= len(calls) <= 6
     assert small.numel() < 64 * 256 and (small == 7.25).any()
@@ -162,11 +162,11 @@ def test_the_budget_is_kept():
 
 def test_what_cannot_be_shrunk():
     with pytest.raises(ValueError, match="does not fail"):
-        shrink.minimize_tensor(matrix(2, 32), lambda x: False)
+        minimize.minimize_tensor(matrix(2, 32), lambda x: False)
     for x in (torch.zeros(16), torch.zeros(2, 24), torch.zeros(0, 16), torch.zeros(1, 16).int()):
         with pytest.raises(ValueError, match=r"x is torch\.\w+ of shape"):
-            shrink.minimize_tensor(x, lambda x: True)
-    assert shrink.minimize_tensor(matrix(2, 32), lambda x: True).tolist() == [[0.0] * 16]
+            minimize.minimize_tensor(x, lambda x: True)
+    assert minimize.minimize_tensor(matrix(2, 32), lambda x: True).tolist() == [[0.0] * 16]
 
 
 def test_fewest_is_minimal_and_logarithmic():
@@ -177,8 +177,8 @@ def test_fewest_is_minimal_and_logarithmic():
             calls.append(len(of))
             return needed <= set(of)
 
-        assert set(shrink.fewest(range(1024), fails)) == needed
+        assert set(minimize.fewest(range(1024), fails)) == needed
         assert len(calls) <= 5 * len(needed) * 10 + 2 * len(needed)
-    assert shrink.fewest([1, 2, 3], lambda of: True, minimum=1) == [3]
+    assert minimize.fewest([1, 2, 3], lambda of: True, minimum=1) == [3]
     # 1 can go at once, and 0 only after it.
-    assert shrink.fewest([0, 1], lambda of: 0 in of or 1 not in of) == []
+    assert minimize.fewest([0, 1], lambda of: 0 in of or 1 not in of) == []

@@ -12,7 +12,7 @@ from moe_cases import Shape
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe_case import MoECase
-from nvfp4_moe.failures import minimize_moe as shrink_moe
+from nvfp4_moe.failures import minimize_moe
 from nvfp4_moe.failures.minimize_moe import minimize_call
 from nvfp4_moe.failures.slice_call import (
     PER_EXPERT,
@@ -33,7 +33,7 @@ from nvfp4_moe.reference.weights.layout import (
     unshuffled_bias,
 )
 
-SHAPE = Shape(6, 368, 208, 8, 3, 2, 4)  # H and I padded to 384 and 256, experts 2 to 5 held
+SHAPE = Shape(6, 368, 208, 8, 3, 2, 4)  # H and I padded to 384 and 256, experts 2 to 5 local
 GATED, PLAIN = ActivationType.Swiglu, ActivationType.Relu2
 
 
@@ -56,11 +56,11 @@ def everything(activation, shape=SHAPE):
     g = torch.Generator().manual_seed(5)
     rows = shape.intermediate * (2 if activation.gated else 1)
     given = {
-        "w13_bias": torch.randn(shape.held, rows, generator=g),
-        "w2_bias": torch.randn(shape.held, shape.hidden, generator=g),
+        "w13_bias": torch.randn(shape.num_local, rows, generator=g),
+        "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
     }
     if activation == GATED:
-        each = torch.rand(shape.held, generator=g) + 1
+        each = torch.rand(shape.num_local, generator=g) + 1
         given |= {"alpha": each, "beta": each / 2, "clamp_limit": each * 4}
     return call(shape, activation, **given)
 
@@ -134,15 +134,15 @@ def test_kept_experts_slots_and_tokens():
     assert compact.num_experts == 4 + len(used - {2, 3, 4, 5})
     assert compact.local_expert_offset == len(used & {0, 1})
     first = keep_slots(case, [2])
-    held = sorted(set((first.ids - 2).unique().tolist()) & set(range(4)))
-    fewer = keep_experts(first, held)
-    assert fewer.experts.num_local == len(held) < 5
+    kept = sorted(set((first.ids - 2).unique().tolist()) & set(range(4)))
+    fewer = keep_experts(first, kept)
+    assert fewer.experts.num_local == len(kept) < 5
     same(fewer.reference(), first.reference())
-    for new, old in enumerate(held):
+    for new, old in enumerate(kept):
         same(gemm1_values(fewer.experts, new), gemm1_values(case.experts, old))
         for name in PER_EXPERT:
             same(getattr(fewer.experts, name)[new], getattr(case.experts, name)[old])
-    there = keep_experts(first, held, offset=2)
+    there = keep_experts(first, kept, offset=2)
     assert there.local_expert_offset == 2
     same(there.reference(), first.reference())
     with pytest.raises(ValueError, match="ids name others"):
@@ -176,7 +176,7 @@ def test_routing_from_logits_can_be_given():
 
 
 def wrong_expert(value):
-    """Fails where an expert held here with this output scalar adds something: a planted fault."""
+    """Fails where a local expert with this output scalar adds something: an injected fault."""
     calls = []
 
     def fails(case):
@@ -245,7 +245,7 @@ def test_an_exact_call_stays_exact(exact, monkeypatch):
         asked.append(case)
         return True
 
-    monkeypatch.setattr(shrink_moe, "_single", lambda c: c.experts.padded_hidden_size > 128)
+    monkeypatch.setattr(minimize_moe, "_single", lambda c: c.experts.padded_hidden_size > 128)
     small = minimize_call(replace(call(), exact=exact), fails)
     narrow = [case for case in asked if case.experts.padded_hidden_size == 128]
     assert small.experts.padded_hidden_size == (256 if exact else 128)
@@ -254,11 +254,11 @@ def test_an_exact_call_stays_exact(exact, monkeypatch):
 
 def test_without_a_proof_that_one_output_is_right_tokens_alone_go(monkeypatch):
     case = replace(call(), exact=True)
-    assert shrink_moe._single(case)
+    assert minimize_moe._single(case)
     weights = case.weights.clone()
     weights[2, 1] = torch.nan  # of which the intervals know nothing
-    assert not shrink_moe._single(replace(case, weights=weights))
-    monkeypatch.setattr(shrink_moe, "_single", lambda c: False)
+    assert not minimize_moe._single(replace(case, weights=weights))
+    monkeypatch.setattr(minimize_moe, "_single", lambda c: False)
     small = minimize_call(case, lambda c: True)
     assert small.ids.shape == (1, 3) and small.experts is case.experts
 

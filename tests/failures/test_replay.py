@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 import nvfp4_moe
 from nvfp4_moe import __main__
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.differential import quantizers, workers
 from nvfp4_moe.differential.compare import compare, run_reference
 from nvfp4_moe.differential.verdict import Allowed
-from nvfp4_moe.failures import minimize as shrink
-from nvfp4_moe.failures import minimize_moe as shrink_moe
-from nvfp4_moe.failures import replay
+from nvfp4_moe.failures import minimize, minimize_moe, replay
 from nvfp4_moe.failures.replay_file import (
     MoEFailure,
     QuantizerFailure,
@@ -47,6 +45,8 @@ CASES = [
         torch.bfloat16,
     ),
     (Case("global-scale", FOUR, SfLayout.layout_128x4, float("inf")), torch.float16),
+    (Case("row scales", FOUR, SfLayout.layout_8x4), torch.bfloat16),
+    (Case("row scales", Recipe(), SfLayout.layout_128x4), torch.float8_e4m3fn),
     (Case("fp32 per-token", Recipe(), SfLayout.layout_8x4), torch.float32),
 ]
 
@@ -158,7 +158,7 @@ def test_replay_of_a_quantizer(backends, tmp_path, capsys):
 def test_replay_against_what_is_fixed(backends, tmp_path, capsys):
     """FlashInfer's own outputs come out of the file; a row of them stands for itself."""
     path = tmp_path / "case.safetensors"
-    item = next(i for i in matrix.golden([Recipe()]) if i.x.shape[0] > 40)
+    item = next(i for i in quantize_cases.golden([Recipe()]) if i.x.shape[0] > 40)
     case = next(c for c in item.cases if c.layout == SfLayout.layout_128x4)
     outputs = {"golden": item.golden[case], workers.INTERPRETER: wrong(item.golden[case])}
     row = item.x.shape[0] - 1
@@ -358,13 +358,13 @@ def test_files_that_are_none(tmp_path, capsys):
 
 def test_predicates_shrink_what_fails(backends):
     failure = quantizer_failure(sides=("reference", workers.INTERPRETER))
-    small = shrink.minimize_tensor(failure.x, replay.quantizer_fails(CASE, *failure.sides), 5.0)
+    small = minimize.minimize_tensor(failure.x, replay.quantizer_fails(CASE, *failure.sides), 5.0)
     assert small.shape == (1, 32)  # `wrong` changes byte 9, of the second block
     assert not replay.quantizer_fails(CASE, "reference", "flashinfer:cuda")(small)
 
     call = replace(moe_failure(), backend=workers.INTERPRETER, configuration=None)
     fails = replay.call_fails(call)
-    least = shrink_moe.minimize_call(call.case, fails, 20.0)
+    least = minimize_moe.minimize_call(call.case, fails, 20.0)
     assert least.ids.numel() == 1 and least.experts.padded_hidden_size == 128
     backends["call"] = lambda output: output
     assert not fails(call.case)

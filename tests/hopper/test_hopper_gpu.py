@@ -5,7 +5,6 @@ import moe_triton_cases
 import pytest
 import torch
 from assertions import assert_bitwise
-from marks import ON_A_GPU
 from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
 
@@ -23,7 +22,7 @@ def _refusal() -> str | None:
     return refusal(arch(torch.device("cuda")))
 
 
-pytestmark = [*ON_A_GPU, pytest.mark.skipif(_refusal() is not None, reason=str(_refusal()))]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_refusal() is not None, reason=str(_refusal()))]
 
 
 def test_the_table_is_the_shipped_one():
@@ -52,8 +51,8 @@ def test_real_widths(shape, config):
     assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "sums that are exact")
     g = torch.Generator().manual_seed(3)
     biases = {
-        "w13_bias": torch.randn(shape.held, 2 * shape.intermediate, generator=g),
-        "w2_bias": torch.randn(shape.held, shape.hidden, generator=g),
+        "w13_bias": torch.randn(shape.num_local, 2 * shape.intermediate, generator=g),
+        "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
     }
     moe_triton_cases.close(make(shape, **biases), "cuda", config=config)
 

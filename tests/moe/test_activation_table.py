@@ -11,7 +11,7 @@ import pytest
 from activation_formulas import FORMULAS
 from paths import ROOT
 
-from nvfp4_moe.kernels.moe import activation as device
+from nvfp4_moe.kernels.moe import activation as kernel_activation
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
     IMPLEMENTED,
@@ -29,7 +29,7 @@ UNITS = ROOT / "docs" / "units.md"
 
 def branches():
     """The activations that `activated` compares ACT with."""
-    tree = ast.parse(inspect.getsource(device))
+    tree = ast.parse(inspect.getsource(kernel_activation))
     (function,) = (
         node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "activated"
     )
@@ -38,7 +38,7 @@ def branches():
         for node in ast.walk(function)
         if isinstance(node, ast.Compare) and getattr(node.left, "id", "") == "ACT"
     ]
-    return {ActivationType(getattr(device, name).value) for name in names}
+    return {ActivationType(getattr(kernel_activation, name).value) for name in names}
 
 
 def documented():
@@ -67,8 +67,8 @@ def test_every_activation_has(entries):
 
 def test_the_kernel_knows_which_are_gated():
     for kind in ActivationType:
-        assert device.is_gated(int(kind)) == kind.gated
-    assert not device.is_gated(device.NONE.value)
+        assert kernel_activation.is_gated(int(kind)) == kind.gated
+    assert not kernel_activation.is_gated(kernel_activation.NONE.value)
 
 
 def test_the_units_are_documented():

@@ -104,7 +104,7 @@ def test_the_arguments_mean_the_layer(shape, kind):
     assert agree(as_the_kernels_do(arguments_of(case, shape)), case, shape)
 
 
-PLANTS = {
+FAULTS = {
     "rows not interleaved": lambda a: a | {
         "w1_weight": a["w1_weight"].reshape(4, -1, 2, 64, 128).transpose(1, 2).reshape(4, 256, 128)
     },
@@ -120,13 +120,13 @@ PLANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("plant", PLANTS)
-def test_a_wrong_preparation_shows(plant):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_preparation_shows(fault):
     shape = Shape(6, 256, 128, 4, 2)
     case = moe_cases.make(shape)
     given = arguments_of(case, shape)
     assert agree(as_the_kernels_do(given), case, shape)
-    assert not agree(as_the_kernels_do(PLANTS[plant](given)), case, shape)
+    assert not agree(as_the_kernels_do(FAULTS[fault](given)), case, shape)
 
 
 def test_the_layout_is_that_of_flashinfers_own_preparation():

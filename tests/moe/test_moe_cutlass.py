@@ -114,7 +114,7 @@ def exchanged(a, index):
     return a | {"quant_scales": scales}
 
 
-PLANTS = {
+FAULTS = {
     "rows shuffled": lambda a, e: a | {"fc1_expert_weights": e.gemm1_weights.view(torch.int64)},
     "second rows shuffled": lambda a, e: a | {"fc2_expert_weights": e.gemm2_weights.view(torch.int64)},
     "gate and up exchanged": lambda a, e: a | {
@@ -131,13 +131,13 @@ PLANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("plant", PLANTS)
-def test_a_wrong_preparation_shows(plant):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_preparation_shows(fault):
     shape = Shape(6, 256, 128, 8, 4, 4, 4)
     case = moe_cases.make(shape, mode="static")
     given = arguments_of(case, shape)
     assert agree(as_the_kernels_do(given), case, shape)
-    assert not agree(as_the_kernels_do(PLANTS[plant](given, case.experts)), case, shape)
+    assert not agree(as_the_kernels_do(FAULTS[fault](given, case.experts)), case, shape)
 
 
 def test_its_roundings_are_not_those_of_tensorrt_llm():

@@ -12,8 +12,8 @@ from installations import pretend
 from moe_cases import Shape
 
 import nvfp4_moe
-from nvfp4_moe.kernels.flashinfer import trtllm
-from nvfp4_moe.kernels.moe import backends as moe_dispatch
+from nvfp4_moe.kernels.flashinfer import trtllm, version
+from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.kernels.moe import ops as moe_ops
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import KernelCall
@@ -70,7 +70,10 @@ def routed(case, topk, **changes):
 )
 def test_signatures_are_flashinfers(name):
     theirs = pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
-    want = inspect.signature(getattr(theirs, name)).parameters
+    every = inspect.signature(getattr(theirs, name)).parameters
+    since_new = {a.name for f in (trtllm.FROM_LOGITS, trtllm.ROUTED) for a in f.arguments
+                 if a.versions == version.SINCE_NEW}  # fmt: skip
+    want = {n: p for n, p in every.items() if n not in since_new}
     have = inspect.signature(getattr(nvfp4_moe, name)).parameters
     assert list(have)[: len(want)] == list(want)
     for p in want.values():
@@ -305,6 +308,30 @@ class TestExplain:
         pretend(monkeypatch, version=None)
         assert "not installed" in explained(case).reason("flashinfer:trtllm")
 
+    def test_llama4_over_ranks_with_few_tokens(self):
+        """FlashInfer's kernel for up to three tokens has global experts in its map of tiles."""
+        for tokens, experts, refused in ((3, 16, True), (4, 16, False), (3, 8, False)):
+            case = moe_cases.make(replace(SHAPE, tokens=tokens))
+            given = torch.zeros(tokens, experts), Routing(RoutingMethodType.Llama4, 1)
+            e = explained(case, routing=given, num_experts=experts)
+            assert (e.backend == "triton") == refused
+            assert ("wrong experts" in (e.reason("flashinfer:trtllm") or "")) == refused
+
+    def test_what_flashinfer_leaves_open_is_noted(self):
+        case = moe_cases.make(SHAPE)
+        (note,) = explained(case).notes
+        assert "one of two equal ids" in note
+        many = moe_cases.make(replace(SHAPE, tokens=17))
+        assert not explained(many).notes and not explained(case, build="cute-dsl").notes
+        logits = torch.zeros(SHAPE.tokens, SHAPE.experts)
+        groups = Routing(RoutingMethodType.DeepSeekV3, 2, 2, 1)
+        (note,) = explained(case, routing=(logits, groups)).notes
+        assert "topk_group" in note
+        (note,) = explained(case, routing=(logits, Routing(RoutingMethodType.TopK, 2))).notes
+        assert "no experts" in note
+        sigmoid = Routing(RoutingMethodType.Sigmoid, 2)
+        assert not explained(case, routing=(logits, sigmoid)).notes
+
     def test_static_scales(self):
         case = moe_cases.make(SHAPE, mode="static")
         assert explained(case, activation="static").backend == "flashinfer:trtllm"
@@ -447,6 +474,6 @@ def test_logits_and_bias():
 
 
 def test_order_is_one_tuple():
-    assert moe_dispatch.ORDER == (
+    assert moe_backends.ORDER == (
         "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
     )  # fmt: skip

@@ -126,16 +126,16 @@ def _scalars_exchanged(experts):
 
 
 @pytest.mark.parametrize(
-    "plant",
+    "fault",
     [_natural_rows, _linear_scales, _gate_for_up, _scalars_exchanged],
     ids=lambda f: f.__name__,
 )
-def test_a_wrong_preparation_shows(plant):
+def test_a_wrong_preparation_shows(fault):
     shape = Shape(8, 256, 128, 4, 2)
     case = moe_cases.make(shape, STEP, clamp_limit=1e6)
     right = ours(case, shape)
     assert agree(trace_output(arguments_of(case, shape)), right)
-    assert not agree(trace_output(arguments_of(case, shape, plant(case.experts))), right)
+    assert not agree(trace_output(arguments_of(case, shape, fault(case.experts))), right)
 
 
 def test_an_omitted_per_token_scale_shows():

@@ -117,8 +117,8 @@ def test_one_shard_is_the_layer():
 
 def test_layouts_of_other_backends_are_made_again():
     made = moe_cases.make(SHAPE, mode="static").experts
-    held = with_cutlass(made)
-    for part in (shard_experts(held, 0, 2), select_experts(held, 1, 2)):
+    prepared = with_cutlass(made)
+    for part in (shard_experts(prepared, 0, 2), select_experts(prepared, 1, 2)):
         assert part.cutlass is None
         assert with_cutlass(part).cutlass is not None
 

@@ -1,4 +1,4 @@
-"""Slots whose expert is not held here add nothing, whatever their weight: reference and bounds."""
+"""Slots whose expert is not local add nothing, whatever their weight: reference and bounds."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
@@ -24,8 +24,8 @@ ORDERS = ("flashinfer", "slot")
 def pair():
     """(a case with NaN and infinite weights in slots of no expert, the same with zeros there)."""
     strange = moe_cases.with_strange_weights(moe_cases.make(SHAPE), SHAPE)
-    held = local_slots(strange.ids, SHAPE.held, SHAPE.offset)
-    return strange, replace(strange, weights=torch.where(held, strange.weights, 0))
+    is_local = local_slots(strange.ids, SHAPE.num_local, SHAPE.offset)
+    return strange, replace(strange, weights=torch.where(is_local, strange.weights, 0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -64,9 +64,9 @@ def test_bounds_of_ranks():
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf])
 def test_a_weight_of_an_expert_still_shows(weight):
     case = moe_cases.make(SHAPE)
-    held = local_slots(case.ids, SHAPE.held, SHAPE.offset)
-    token = int(held.any(1).nonzero()[0])
-    weights = case.weights.masked_fill(held & (torch.arange(6) == token)[:, None], weight)
+    is_local = local_slots(case.ids, SHAPE.num_local, SHAPE.offset)
+    token = int(is_local.any(1).nonzero()[0])
+    weights = case.weights.masked_fill(is_local & (torch.arange(6) == token)[:, None], weight)
     out = moe.fused_moe(case.activations, case.experts, case.ids, weights, local_expert_offset=2)
     assert not out.output[token].isfinite().any()
 
@@ -74,8 +74,8 @@ def test_a_weight_of_an_expert_still_shows(weight):
 def test_minus_zero_is_kept():
     """A skipped slot is no addition of 0, which would turn a sum of -0 into +0."""
     rows, weights = torch.full((1, 2, 1), -1e-30), torch.tensor([[1e-30, torch.nan]])
-    held = torch.tensor([[True, False]])
-    assert finalize(rows, weights, 128, "slot", held).signbit().item()
+    is_local = torch.tensor([[True, False]])
+    assert finalize(rows, weights, "slot", is_local).signbit().item()
 
 
 def test_gradients():

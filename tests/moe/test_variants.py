@@ -9,7 +9,7 @@ import pytest
 import torch
 from moe_cases import Shape
 
-from nvfp4_moe.kernels.flashinfer import functions as table
+from nvfp4_moe.kernels.flashinfer import functions
 from nvfp4_moe.reference.moe import layer
 from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.recipe import Build, LayerBuild
@@ -47,29 +47,29 @@ def test_every_build_of_a_layer_is_a_variant():
 
 
 def test_every_layer_of_flashinfer_has_its_own_variant():
-    assert sorted(each.BUILD for each in table.LAYERS) == sorted(VARIANTS)
-    assert len({each.NAME for each in table.LAYERS}) == len(table.LAYERS)
+    assert sorted(each.BUILD for each in functions.LAYERS) == sorted(VARIANTS)
+    assert len({each.NAME for each in functions.LAYERS}) == len(functions.LAYERS)
 
 
 @pytest.mark.parametrize("variant", COPIED, ids=lambda v: v.name)
 def test_a_layout_is_added_taken_off_and_made_again(variant):
     case = case_of(variant)
-    held = variant.prepared(case.experts)
-    assert variant.layout.is_in(held) and not variant.layout.is_in(case.experts)
-    bare = without_layouts(held, first_expert=3)
+    prepared = variant.prepared(case.experts)
+    assert variant.layout.is_in(prepared) and not variant.layout.is_in(case.experts)
+    bare = without_layouts(prepared, first_expert=3)
     assert not any(layout.is_in(bare) for layout in LAYOUTS) and bare.first_expert == 3
-    again = getattr(in_layouts_of(bare, held), variant.layout.field)
-    assert same(again, getattr(held, variant.layout.field))
-    assert checksum(held) == checksum(case.experts)
+    again = getattr(in_layouts_of(bare, prepared), variant.layout.field)
+    assert same(again, getattr(prepared, variant.layout.field))
+    assert checksum(prepared) == checksum(case.experts)
 
 
 @pytest.mark.parametrize("variant", COPIED, ids=lambda v: v.name)
 def test_a_copy_is_brought_up_to_date(variant):
-    held = variant.prepared(case_of(variant).experts)
+    prepared = variant.prepared(case_of(variant).experts)
     other = variant.prepared(
         moe_cases.make(SHAPE, mode="static" if variant.static_only else "per-token", seed=5).experts
     )
-    stale = replace(other, **{variant.layout.field: getattr(held, variant.layout.field)})
+    stale = replace(other, **{variant.layout.field: getattr(prepared, variant.layout.field)})
     copy, wanted = getattr(stale, variant.layout.field), getattr(other, variant.layout.field)
     assert not same(copy, wanted)
     refresh_layouts(stale, slice(0, SHAPE.experts))

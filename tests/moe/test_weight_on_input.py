@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from assertions import assert_bitwise
-from marks import ON_A_GPU
 
 from nvfp4_moe import Routing, RoutingMethodType, explain_fused_moe, fused_moe, prepare_experts
 from nvfp4_moe.kernels.backends import UnsupportedError
@@ -155,15 +154,14 @@ def test_vllm_with_logits(method, experts, x, logits):
 
 
 @pytest.mark.gpu
-@ON_A_GPU[1]
 def test_on_a_gpu_and_captured(experts, x, logits):
     """Rows are scaled as by hand, and a graph follows other logits."""
-    held = {
+    scalars = {
         f.name: v.cuda()
         for f in fields(experts)
         if isinstance(v := getattr(experts, f.name), torch.Tensor)
     }
-    experts, x, logits = replace(experts, **held), x.cuda(), logits.cuda()
+    experts, x, logits = replace(experts, **scalars), x.cuda(), logits.cuda()
     plain = replace(experts, router_weight_on_input=False)
 
     def by_hand(logits):

@@ -1,9 +1,9 @@
-"""Mutants made by rule: what is made, that it is planted, caught, and listed where it cannot be."""
+"""Mutants made by rule: what is made, that it is applied, caught, and listed where it cannot be."""
 
 # SPDX-License-Identifier: Apache-2.0
 import inspect
-import json
 import os
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from mutants.generated import (
     reference_probes,
     trial,
 )
-from mutants.generated.plant import module_of, planted
-from mutants.generated.rules import generate
+from mutants.generated.apply import applied, module_of
+from mutants.generated.results import KEPT, Results
+from mutants.generated.rules import Generated, generate
 from triton.runtime.errors import InterpreterError
 
 from nvfp4_moe.kernels.jit.decode import decode_kernel
@@ -86,7 +87,8 @@ def test_a_sample_is_caught(of_reference):
     some = [m for m in of_reference if Path(m.file).stem in CHEAP][::12]
     assert len(some) > 30
     left = [m for m in some if not harmless.reason(m.key)]
-    tried = trial.run([(m, command.probes_of(m, "cpu")[:1]) for m in left], jobs=1, seconds=60)
+    first = [(m, list(command.probes_of(m, "cpu").values())[:1]) for m in left]
+    tried = trial.run(first, jobs=1, seconds=60)
     assert [r.mutant.key for r in tried if r.status == "survived"] == []
 
 
@@ -94,7 +96,8 @@ def test_a_sample_is_caught(of_reference):
 def test_a_sample_of_the_kernels_is_caught():
     every = [m for m in command.every("kernels") if m.file == "kernels/moe/routing.py"]
     some = [m for m in every if m.function == "route_kernel" and m.rule == "operator"][:3]
-    tried = list(trial.run([(m, command.probes_of(m, "cpu")) for m in some], jobs=1, seconds=200))
+    given = [(m, list(command.probes_of(m, "cpu").values())) for m in some]
+    tried = list(trial.run(given, jobs=1, seconds=200))
     assert len(tried) > 1 and [r.mutant.key for r in tried if r.status == "survived"] == []
 
 
@@ -131,7 +134,7 @@ def test_those_behind_a_child_that_ends_are_tried_by_another(of_reference):
 def test_a_mutant_is_taken_out_again(of_reference):
     probe = reference_probes.probe("e2m1")
     for mutant in (_mutant(of_reference, "pack"), _mutant(of_reference, "VALUES")):
-        with planted(mutant):
+        with applied(mutant):
             assert list(probe())
         assert not list(probe())
 
@@ -142,7 +145,7 @@ def test_kernels_that_use_a_mutant_are_compiled_anew_and_no_others(name):
     uses, other = grouped_gemm.expert_gemm_kernel, permute.permute_kernel
     other.device_caches[0] = compiled = object()
     key = uses.cache_key
-    with planted(next(m for m in command.every("kernels") if m.function == name)):
+    with applied(next(m for m in command.every("kernels") if m.function == name)):
         assert uses.cache_key != key
         assert other.device_caches.pop(0) is compiled
     assert uses.cache_key == key
@@ -163,7 +166,7 @@ def test_an_address_of_no_tensor_is_an_error(old, new):
     assert old in text
     decode = next(m for m in command.every("kernels") if m.function == "decode_kernel")
     probe = kernel_probes.probe("decode", "cpu")
-    with planted(replace(decode, build=lambda: text.replace(old, new))):
+    with applied(replace(decode, build=lambda: text.replace(old, new))):
         if old == new:
             assert not list(probe())
             return
@@ -194,27 +197,123 @@ def of_pack(results: Path) -> list[str]:
     return [*given, "--only", "e2m1.py pack"]
 
 
+def _letters(results: Path) -> str:
+    """Of the one function that a file has."""
+    (line,) = (line for line in results.read_text().splitlines() if not line.startswith("#"))
+    return line.partition("cpu=")[2]
+
+
 def test_the_command_goes_on_where_it_ended(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    results = tmp_path / "build" / "mutants.json"
+    results = tmp_path / "build" / "results.txt"
     ask = of_pack(results)
     assert main([*ask, "--shard", "1/2"]) == 0
-    half = json.loads(results.read_text())["cpu"]
-    assert half and {found["status"] for found in half.values()} == {"killed"}
+    half = _letters(results)
+    assert set(half) == {"k", "."}
     assert main(ask) == 0
-    assert len(json.loads(results.read_text())["cpu"]) > len(half)
+    assert set(_letters(results)) == {"k"}
     capsys.readouterr()
     assert main(ask) == 0
     assert capsys.readouterr().out.startswith("0 tried")
 
 
+def test_two_files_of_results_are_merged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    for path, shard in ((one, "1/2"), (other, "2/2")):
+        assert main([*of_pack(path), "--shard", shard]) == 0
+    capsys.readouterr()
+    assert main([*of_pack(one), "--merge", str(other)]) == 0
+    assert capsys.readouterr().out.startswith("0 tried")
+    assert set(_letters(one)) == {"k"}
+
+
+def _made(*sources: str) -> list[Generated]:
+    return [m for i, text in enumerate(sources) for m in generate(f"reference/{i}.py", text)]
+
+
+_FIRST, _SECOND = "def f(x):\n    return x + 1\n", "def g(x):\n    return x * 2\n"
+
+
+def _tried(path: Path) -> list[Generated]:
+    """The mutants of two functions, of which a file says that all are killed."""
+    made = _made(_FIRST, _SECOND)
+    results = Results(path, made)
+    for mutant in made:
+        results.add(mutant, "cpu", "killed")
+    results.write()
+    return made
+
+
+def test_what_is_known_of_a_function_that_has_changed_is_dropped(tmp_path):
+    path = tmp_path / "results.txt"
+    _tried(path)
+    now = _made(_FIRST, _SECOND.replace("x * 2", "x * 3"))
+    results = Results(path, now)
+    assert {(m.function, results.status(m)) for m in now} == {("f", "killed"), ("g", "not tried")}
+    results.write()
+    assert path.read_text().count("cpu=") == 1
+
+
+def test_what_is_known_of_a_function_outlives_another_file_and_docstring(tmp_path):
+    path = tmp_path / "results.txt"
+    _tried(path)
+    said = _SECOND.replace("\n", '\n    """Say what it does."""\n', 1)
+    now = _made("", said, _FIRST)
+    results = Results(path, now)
+    assert {(m.file, results.status(m)) for m in now} == {
+        ("reference/1.py", "killed"),
+        ("reference/2.py", "killed"),
+    }
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(tmp_path):
+    path, made = tmp_path / "results.txt", _made(_FIRST, _SECOND)
+    one, other = Results(path, made), Results(path, made)
+    one.add(made[0], "cpu", "survived")
+    one.add(made[1], "cpu", "timed out")
+    one.write()
+    other.add(made[0], "cuda", "killed")
+    other.add(made[2], "cpu", "survived")
+    other.write()
+    found = Results(path, made)
+    assert found.of(made[0]) == {"cpu": "survived", "cuda": "killed"}
+    assert [found.status(m) for m in made[:3]] == ["killed", "timed out", "open"]
+
+
+def test_the_results_of_the_repository_are_of_mutants_that_are_made(of_reference):
+    known = Results(KEPT, [*of_reference, *command.every("kernels")])
+    assert len(known.path.read_bytes()) < 100_000
+    tried = Counter(known.status(m) for m in of_reference)
+    assert tried["killed"] > len(of_reference) / 2
+
+
 def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(command, "probes_of", lambda mutant, device: [])
-    results = tmp_path / "mutants.json"
+    monkeypatch.setattr(command, "probes_of", lambda mutant, device: {})
+    results = tmp_path / "results.txt"
     ask = of_pack(results)
     assert main(ask) == 1
     assert "SURVIVED reference/numerics/e2m1.py pack: " in capsys.readouterr().out
+
+
+def test_the_probe_that_saw_the_last_mutant_of_a_function_comes_first(monkeypatch):
+    made = _made(_FIRST)
+    probes = {name: lambda: iter(()) for name in ("slow", "quick", "sees")}
+    monkeypatch.setattr(command, "probes_of", lambda mutant, device: probes)
+    order = command.Order({"slow": 3.0, "quick": 1.0, "sees": 2.0})
+    named = [probes[n] for n in ("quick", "sees", "slow")]
+    assert order.probes(made[0], "cpu") == named
+    order.learn(trial.Result(made[0], "killed", "something", (1.0,)))
+    named = [probes[n] for n in ("sees", "quick", "slow")]
+    assert order.probes(made[1], "cpu") == named
+
+
+def test_a_mutant_has_its_time_for_each_probe(of_reference):
+    made = _mutant(of_reference, "pack")
+    slow = [lambda: time.sleep(0.4) or iter(())] * 4
+    (found,) = trial.run([(made, slow)], jobs=1, seconds=1.0)
+    assert (found.status, len(found.passed)) == ("survived", 4)
 
 
 def test_answers_are_compared_to_the_bit_but_for_the_bits_of_nan():

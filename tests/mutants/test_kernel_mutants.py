@@ -5,10 +5,10 @@ import ast
 from dataclasses import replace
 
 import pytest
-from mutants import command, planted
+from mutants import command, edited_copy
 from mutants.__main__ import main
 from mutants.kernel_calls import CALLS
-from mutants.kernels import KERNEL_MUTANTS
+from mutants.kernel_mutants import KERNEL_MUTANTS
 from mutants.syntax import Edit, spots
 
 _BY_NAME = {m.name: m for m in KERNEL_MUTANTS if m.call != "qwen"}
@@ -25,11 +25,11 @@ SAMPLE = [
 ]
 
 
-def test_the_catalogue_fits_the_source():
+def test_every_mutant_fits_the_source():
     assert len({(m.name, m.call) for m in KERNEL_MUTANTS}) == len(KERNEL_MUTANTS) >= 25
     assert {m.call for m in KERNEL_MUTANTS} == set(CALLS)
     for mutant in KERNEL_MUTANTS:
-        source = mutant.place(planted.KERNELS)[0].read_text()
+        source = mutant.place(edited_copy.KERNELS)[0].read_text()
         assert mutant.edit.applied(source) != ast.unparse(ast.parse(source))
 
 
@@ -42,7 +42,7 @@ def test_an_edit_that_does_not_fit_names_the_mutant():
     with pytest.raises(
         ValueError, match=r"mutant 'half .*`no_such\(name\)`, within `of_long_ago` fits 0"
     ):
-        planted.answer(gone, gone.call)
+        edited_copy.answer(gone, gone.call)
 
 
 def test_an_edit_that_fits_twice_names_the_places():
@@ -50,7 +50,7 @@ def test_an_edit_that_fits_twice_names_the_places():
     with pytest.raises(
         ValueError, match=r"fits \d+ places of kernels/ \(.*moe/grouped_gemm.py:\d+.*must fit one"
     ):
-        everywhere.place(planted.KERNELS)
+        everywhere.place(edited_copy.KERNELS)
 
 
 _MODULE = """
@@ -97,7 +97,7 @@ def test_a_pattern_fits_by_syntax(tmp_path, edit, expected):
 def test_a_call_that_fails_is_no_mutant_that_was_seen():
     broken = replace(_edited(SAMPLE[3], new="tl.store(P_, no_such_name)"), name="broken")
     with pytest.raises(RuntimeError, match="mutant 'broken', quantizer, fast, 128x4: "):
-        planted.answer(broken, broken.call)
+        edited_copy.answer(broken, broken.call)
 
 
 def test_some_are_seen():

@@ -1,4 +1,4 @@
-"""The judge finds every planted mistake, at the stage where it was planted, and nothing else."""
+"""The judge finds every mutant, at the stage where its fault is, and nothing else."""
 
 # SPDX-License-Identifier: Apache-2.0
 import io
@@ -6,8 +6,8 @@ import io
 import pytest
 from mutants import command
 from mutants.__main__ import main
-from mutants.catalogue import EVERY_SETTING, MUTANTS
-from mutants.kernels import KERNEL_MUTANTS
+from mutants.kernel_mutants import KERNEL_MUTANTS
+from mutants.reference_mutants import EVERY_SETTING, MUTANTS
 from paths import ROOT
 
 from nvfp4_moe.differential.conforming import CONFORMING, SETTINGS, conforms, perform
@@ -23,7 +23,7 @@ INVISIBLE = {
 }
 
 
-def test_the_catalogue_is_a_large_one():
+def test_the_mutants_are_many():
     names = [m.name for m in MUTANTS]
     assert len(names) == len(set(names)) >= 60
     assert {m.stage for m in MUTANTS} == set(STAGES)
@@ -88,8 +88,8 @@ def test_a_mutant_that_nobody_sees_fails_the_command(monkeypatch, capsys):
 @pytest.mark.usefixtures("one_setting")
 def test_a_false_alarm_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(command.try_mutants, "__defaults__", ((), 3))
-    planted = next(m for m in MUTANTS if m.name == "rows: truncated to bf16")
-    monkeypatch.setattr(command, "CONFORMING", {"a mutant": planted.stages})
+    mutant = next(m for m in MUTANTS if m.name == "rows: truncated to bf16")
+    monkeypatch.setattr(command, "CONFORMING", {"a mutant": mutant.stages})
     assert main(["--conforming", "1"]) == 1
     assert "FALSE ALARM qwen" in capsys.readouterr().out
 

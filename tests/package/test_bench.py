@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import bf16_layer
 import dense_speed
+import fake_flashinfer
 import moe_speed
 import pytest
 import reload_speed
-import standin
 import test_speed
 import torch
 from bf16_layer import Tiles, Weights, candidates
@@ -52,28 +52,28 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     find_spec("flashinfer") is None or find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
 )
-@pytest.mark.parametrize("name", test_speed.SIBLINGS)
-def test_siblings(monkeypatch, name):
+@pytest.mark.parametrize("name", test_speed.BASELINES)
+def test_baselines(monkeypatch, name):
     """A whole call, and its check, through FlashInfer's Python."""
     monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
     s = Shape("EP", 256, 128, 4, 2, ranks=2)
     x, logits = moe_speed.inputs(s, 9)
-    with standin.installed() as fake:
-        call = test_speed.sibling_call(s, test_speed.SIBLINGS[name], x, logits)
+    with fake_flashinfer.installed() as fake:
+        call = test_speed.baseline_call(s, name, x, logits)
         assert torch.equal(call(), call())
     assert [ran.backend for ran in fake.ran] == [name] * 3
     for changed, reason in (({"biased": True}, "without biases"), ({}, "on the CPU")):
         with pytest.raises(pytest.skip.Exception, match=reason):
-            test_speed.sibling_call(replace(s, **changed), test_speed.SIBLINGS[name], x, logits)
+            test_speed.baseline_call(replace(s, **changed), name, x, logits)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_grouped_mm_layer(case, name):
     s = SHAPES[name]
     x, logits, w = case(s, 40, limit=0.7 if name == "biased" else None)
-    held = moe_speed.held_slots(s, logits).numel()
-    assert held == 80 if name in ("Swiglu", "biased") else held > 20
-    got = moe_speed.grouped_mm_layer(x, logits, w, s.top_k, held)
+    slots_here = moe_speed.experts_of_local_slots(s, logits).numel()
+    assert slots_here == 80 if name in ("Swiglu", "biased") else slots_here > 20
+    got = moe_speed.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
     assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
 
 
@@ -148,10 +148,10 @@ def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
     results = json.loads(path.read_text())
     assert results["gpu"] == "none" and results["copy"] == 1000.0
     one, ep = results["cells"]
-    assert one["held_slots"] == 2 and ep["held_slots"] == 1
+    assert one["local_slots"] == 2 and ep["local_slots"] == 1
     for c in (one, ep):
-        assert c["floor_us"] == pytest.approx(c["held_slots"] * 3 * 128 * 64 * 9 / 16 / 1e6)
-        assert c["tflops"] == pytest.approx(c["held_slots"] * 2 * 3 * 128 * 64 / 2 / 1e6)
+        assert c["floor_us"] == pytest.approx(c["local_slots"] * 3 * 128 * 64 * 9 / 16 / 1e6)
+        assert c["tflops"] == pytest.approx(c["local_slots"] * 2 * 3 * 128 * 64 / 2 / 1e6)
         assert c["workspace_bytes"] == 2 * 128 and c["decoded_bytes"] == 0
         # An expert's share is one token or less: tiles of 16.
         assert c["workspace_bound_bytes"] == moe_speed.workspace_bound(shapes[0], 1, 16)

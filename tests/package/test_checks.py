@@ -157,7 +157,7 @@ def layer(ids, weights, **options):
 
 
 class TestRoutedValues:
-    """An id of no expert was served as one held elsewhere: zeros in place of an error."""
+    """An id of no expert was served as one of another rank: zeros in place of an error."""
 
     @pytest.mark.parametrize("wrong", [4, 104, -2, -(2**31)])
     def test_an_id_of_no_expert(self, wrong):

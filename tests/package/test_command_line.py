@@ -1,6 +1,7 @@
 """What a command says, and its exit status, where it cannot do its work: one line, and no traceback."""
 
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import errno
 import os
 import resource
@@ -18,21 +19,20 @@ from checkpoint_cases import NAMINGS, ordinary, weights, write
 from paths import ROOT
 from safetensors.torch import save_file
 
-from nvfp4_moe import exits, files
-from nvfp4_moe import interrupts as starting
+from nvfp4_moe import exits, files, interrupts
 from nvfp4_moe.__main__ import COMMANDS, main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases import moe as moe_cases
 from nvfp4_moe.cases import quantize as quantize_cases
-from nvfp4_moe.checkpoints import resumable_writer as workspace
+from nvfp4_moe.checkpoints import resumable_writer
 from nvfp4_moe.cli import blackwell, doctor, options
 from nvfp4_moe.cli import convert as convert_command
 from nvfp4_moe.cli.exit_status import guarded
-from nvfp4_moe.differential import quantize as diff_quantizers
-from nvfp4_moe.differential import report_parts as parts
+from nvfp4_moe.differential import quantize as diff_quantize
 from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
+from nvfp4_moe.report import parts
 
 
 def refused(capsys, arguments, status=Exit.USAGE):
@@ -66,7 +66,7 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("it began to work")
 
-    monkeypatch.setattr(diff_quantizers, "run", work)
+    monkeypatch.setattr(diff_quantize, "run", work)
     monkeypatch.setattr(blackwell, "_run_all", work)
     monkeypatch.setattr(convert_command, "convert", work)
     monkeypatch.setattr("nvfp4_moe.failures.replay.replay", work)
@@ -164,7 +164,7 @@ def test_a_disk_that_fills_up(checkpoint, capsys, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(workspace, "save_file", full)
+    monkeypatch.setattr(resumable_writer, "save_file", full)
     line = refused(capsys, ["convert", checkpoint, tmp_path / "dst"], Exit.BROKEN)
     assert "No space left on device" in line and "called again, the conversion is resumed" in line
 
@@ -257,7 +257,7 @@ def test_an_interrupt_of_the_import():
     ],
 )
 def test_what_is_the_command_line(words, ours):
-    assert starting.is_command_line(words) is ours
+    assert interrupts.is_command_line(words) is ours
 
 
 def test_a_worker_ends_with_its_parent(tmp_path):
@@ -277,7 +277,7 @@ def test_what_an_interrupted_conversion_leaves(checkpoint, capsys, tmp_path, mon
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workspace.Workspace, "complete", interrupted)
+    monkeypatch.setattr(resumable_writer.Workspace, "complete", interrupted)
     line = refused(capsys, ["convert", checkpoint, tmp_path / "dst"], Exit.INTERRUPTED)
     assert "interrupted; 1 shard finished in " in line
     monkeypatch.undo()
@@ -350,6 +350,16 @@ def test_the_choices_of_options_are_the_keys_of_their_tables():
     assert tuple(moe_cases.SETS) == options.LAYERS
     assert tuple(convert_command.RECIPES) == options.CONVERSIONS
     assert set(options.ADD) == set(COMMANDS)
+    assert set(options.RENAMED_PARTS.values()) <= set(options.PARTS)
+
+
+def test_a_renamed_part_is_still_known(capsys):
+    parser = argparse.ArgumentParser()
+    options.ADD["diff"](parser)
+    assert parser.parse_args(["--only", "siblings"]).only == "baselines"
+    assert "--only siblings is now --only baselines" in capsys.readouterr().err
+    assert parser.parse_args(["--only", "baselines"]).only == "baselines"
+    assert capsys.readouterr().err == ""
 
 
 WITHOUT_TRITON = """

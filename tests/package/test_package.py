@@ -16,6 +16,7 @@ import pytest
 from paths import ROOT
 
 import nvfp4_moe
+from nvfp4_moe.earlier_paths import EARLIER_PATHS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,21 +37,19 @@ FOLDERS: dict[str, set[str]] = {
     "cases": set(),
     "checkpoints": set(),
     "parallel": set(),
-    "report": set(),
     "training": set(),
     "serving": {"checkpoints"},
-    "differential": {"cases", "report"},
+    "differential": {"cases"},
+    "report": {"cases", "differential"},
     "failures": {"cases", "differential", "report"},
     "cli": {"cases", "checkpoints", "differential", "failures", "report"},
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
 reference. `cli` runs commands by the functions of the others, and nothing imports `cli` but
 `__main__`."""
-FLAT = {"__main__": {"cli", "report"}, "inputs": {"cases"}, "public": {"training"}}
+FLAT = {"__main__": {"cli", "report"}, "public": {"training"}}
 """The modules that lie flat in `nvfp4_moe/` and import one of its folders."""
 MOST_FLAT = 10
-DOCUMENTED = ("nvfp4_moe.inputs",)
-"""Modules that the documentation imports from, and that lie elsewhere now: by these names, too."""
 REFERENCE = (
     "environment", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
     "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
@@ -58,7 +57,8 @@ REFERENCE = (
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (
     "environment", "device", "gemm_config", "op_schema", "jit", "triton_target", "backends", "allocate",
-    "decode", "rcp_probe", "call", "flashinfer", "quantize", "fused_quantize", "weights", "dense", "moe",
+    "decode", "rcp_probe", "call", "flashinfer", "quantize", "fused_quantize", "weights", "dense",
+    "baseline_moe", "moe",
 )  # fmt: skip
 """The files and folders of `kernels/`, in order: each imports none that follows it.
 
@@ -67,8 +67,6 @@ import the adapters.
 """
 LATE_KERNELS = {("moe/call.py", "moe.routing")}  # logits are routed in Triton where it runs
 """Imports inside functions of `kernels/` that are against this order."""
-EARLIER_PATHS = ("bounds_parallel", "grouped", "routing", "shards")
-"""Modules of `reference/` that only re-export, for users' code: nothing of ours imports them."""
 LATE_IMPORTS = {
     ("weights/experts.py", "weights/checksum.py"),  # Experts.checksum
     ("weights/experts.py", "weights/update.py"),  # Experts.load_
@@ -88,6 +86,7 @@ REFERENCE_NAMES = (
     "grouped.quantize_grouped",
     "moe.fused_moe",
     "moe.grouped.fused_moe_grouped",
+    "moe.masked_layout.fused_moe_grouped",
     "moe.quantize_activations",
     "moe.routing.route",
     "moe.shards.fused_moe_shards",
@@ -294,10 +293,14 @@ def test_few_modules_lie_flat_in_the_package():
     assert len(list((ROOT / "nvfp4_moe").glob("*.py"))) <= MOST_FLAT
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_documented_modules_stay_importable(name):
-    module = importlib.import_module(name)
-    assert all(hasattr(module, public) for public in module.__all__)
+@pytest.mark.parametrize(("earlier", "today"), EARLIER_PATHS.items())
+def test_an_earlier_path_warns_and_gives_the_module_of_today(earlier, today):
+    sys.modules.pop(earlier, None)
+    with pytest.warns(DeprecationWarning, match=f"{earlier} is now {today}"):
+        module = importlib.import_module(earlier)
+    assert module is importlib.import_module(today) and module.__spec__.name == today
+    parent, _, name = earlier.rpartition(".")
+    assert getattr(sys.modules[parent], name) is module
 
 
 def reference_imports() -> Iterator[tuple[str, str]]:
@@ -317,11 +320,10 @@ def reference_imports() -> Iterator[tuple[str, str]]:
 
 def test_reference_imports_one_way():
     rooms = {path.stem for path in (ROOT / "reference").iterdir() if not path.stem.startswith("_")}
-    assert rooms == {*REFERENCE, *EARLIER_PATHS}
+    assert rooms == set(REFERENCE)
     for file, imported in reference_imports():
         room, other = (Path(f).parts[0].removesuffix(".py") for f in (file, imported))
-        if room not in EARLIER_PATHS:
-            assert other in REFERENCE[: REFERENCE.index(room) + 1], f"{file} imports {imported}"
+        assert other in REFERENCE[: REFERENCE.index(room) + 1], f"{file} imports {imported}"
 
 
 def test_reference_has_no_import_cycle():
@@ -343,10 +345,10 @@ def test_reference_is_in_folders_that_say_what_they_hold():
 
 
 def test_only_users_import_the_earlier_paths():
-    earlier = tuple(f"nvfp4_moe.reference.{name}" for name in EARLIER_PATHS)
+    earlier = tuple(f"{name}." for name in EARLIER_PATHS)
     for path in PYTHON:
         for name in imports(path):
-            assert not f"{name}.".startswith(tuple(f"{e}." for e in earlier)), f"{path}: {name}"
+            assert not f"{name}.".startswith(earlier), f"{path}: {name}"
 
 
 @pytest.mark.parametrize("name", REFERENCE_NAMES)

@@ -55,17 +55,21 @@ def test_the_summary_is_by_backend_with_the_reasons():
 
 
 @pytest.mark.parametrize(
-    ("marks", "interpret", "reason"),
+    ("marks", "interpret", "gpu", "reason"),
     [
-        ({"interpreter"}, None, "set TRITON_INTERPRET=1"),
-        ({"interpreter", "slow"}, "0", "set TRITON_INTERPRET=1"),
-        ({"interpreter"}, "1", None),
-        ({"compile"}, "1", "imported under its interpreter"),
-        ({"compile"}, None, None),
-        ({"gpu"}, "1", None),
+        ({"interpreter"}, None, True, "set TRITON_INTERPRET=1"),
+        ({"interpreter", "slow"}, "0", True, "set TRITON_INTERPRET=1"),
+        ({"interpreter"}, "1", False, None),
+        ({"compile"}, "1", False, "imported under its interpreter"),
+        ({"compile"}, None, False, None),
+        ({"gpu"}, None, False, "no NVIDIA GPU of compute capability 8.0 or later"),
+        ({"gpu"}, None, True, None),
     ],
 )
-def test_a_test_that_needs_another_process_is_skipped(marks, interpret, reason, monkeypatch):
+def test_a_test_that_needs_another_process_or_machine_is_skipped(
+    marks, interpret, gpu, reason, monkeypatch
+):
+    monkeypatch.setattr(session, "has_gpu", lambda: gpu)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if interpret is not None:
         monkeypatch.setenv("TRITON_INTERPRET", interpret)

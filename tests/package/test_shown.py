@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.baselines import prepare_sibling
+from nvfp4_moe.reference.moe.baseline_moe import prepare_baseline
 from nvfp4_moe.reference.weights.cute_dsl import with_cute_dsl
 from nvfp4_moe.reference.weights.cutlass import with_cutlass
 from nvfp4_moe.reference.weights.prepare import prepare_experts
@@ -50,11 +50,11 @@ def test_what_they_hold_beside_the_weights():
 def test_copies_count_and_show_no_values(copy):
     static = {"input_amax": 3.0, "intermediate_amax": 2.0} if copy is with_cutlass else {}
     experts = prepare_experts(*weights(), **static)
-    held = copy(experts)
+    copied = copy(experts)
     name = copy.__name__.removeprefix("with_")
-    assert f"with {name})" in repr(held) and len(repr(held).splitlines()) == 2
-    assert repr(held) != repr(experts) and "tensor(" not in repr(getattr(held, name))
+    assert f"with {name})" in repr(copied) and len(repr(copied).splitlines()) == 2
+    assert repr(copied) != repr(experts) and "tensor(" not in repr(getattr(copied, name))
 
 
 def test_other_layers_show_no_values():
-    assert "w13=bfloat16 [4, 256, 256]" in repr(prepare_sibling("bf16", *weights()))
+    assert "w13=bfloat16 [4, 256, 256]" in repr(prepare_baseline("bf16", *weights()))

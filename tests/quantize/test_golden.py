@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 from assertions import assert_bitwise
-from golden_cases import OUTPUTS, cases
+from golden_cases import OUTPUTS, RECIPES, SMALL_OUTPUTS, cases, small
 
 from nvfp4_moe.reference import layouts, quantize
 
@@ -23,3 +23,11 @@ def test_reference_equals_every_golden_array(edge):
             assert_bitwise(actual[name], expected, f"{case.name}/{name}")
             compared += 1
     assert compared == OUTPUTS[edge]
+
+
+def test_tests_by_recipe_take_every_array():
+    """As the Triton kernels' tests do, which are one for each recipe."""
+    for edge in (False, True):
+        found = [case for recipe in RECIPES for case in cases(edge) if case.recipe == recipe]
+        assert sum(len(case.expected) for case in found) == OUTPUTS[edge]
+    assert sum(len(case.expected) for case in cases(False) if small(case)) == SMALL_OUTPUTS

@@ -8,9 +8,9 @@ from typing import get_args
 import page_cases
 import pytest
 
+from nvfp4_moe.differential.results import FAILED, Cell, Failure, Heat, Section, Status
 from nvfp4_moe.report import html as page
-from nvfp4_moe.report import svg as pictures
-from nvfp4_moe.report.data import FAILED, Cell, Failure, Heat, Section, Status
+from nvfp4_moe.report import svg
 
 HOSTILE = "</style><script>alert(1)</script> & \"double\" 'single' <b onclick=x>"
 VOID = ("meta",)
@@ -189,7 +189,7 @@ def test_histogram_and_maps_have_their_counts():
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (32, 16), (33, 100), (1000, 65)])
 def test_pooled_counts_are_sums(rows, columns):
     counts = [[i * columns + j for j in range(columns)] for i in range(rows)]
-    sums, (down, across) = pictures.pool(counts, 32)
+    sums, (down, across) = svg.pool(counts, 32)
     assert len(sums) <= 32 and len(sums[0]) <= 32
     for i in range(rows):
         for j in range(columns):

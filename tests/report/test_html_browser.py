@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 
+import faulty_report
 import page_cases
-import planted_report
 import pytest
 
-from nvfp4_moe.report import html as page
-from nvfp4_moe.report.data import FAILED, Cell, Failure, Section
+from nvfp4_moe.differential.results import FAILED, Cell, Failure, Section
+from nvfp4_moe.report import html
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed (pip install selenium)"
@@ -65,7 +65,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "report.html"
-    file.write_text(page.render(page_cases.faulty().as_dict()), encoding="utf-8")
+    file.write_text(html.render(page_cases.faulty().as_dict()), encoding="utf-8")
     return file.as_uri()
 
 
@@ -275,8 +275,8 @@ def test_without_scripts_everything_can_be_opened(browser, address):
 
 @pytest.fixture(scope="module")
 def run_with_faults(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    planted_report.write(folder)
+    folder = tmp_path_factory.mktemp("faulty")
+    faulty_report.write(folder)
     return folder
 
 
@@ -287,7 +287,7 @@ def test_the_report_of_a_run_with_three_planted_faults(browser, address, run_wit
         for cell in browser.find_elements(By.CSS_SELECTOR, "td[class]:not(.absent)")
         if cell.find_element(By.TAG_NAME, "b").text in FAILED
     }
-    assert red == set(planted_report.ROWS)
+    assert red == set(faulty_report.ROWS)
     for link in browser.find_elements(By.CSS_SELECTOR, ".failing a"):
         link.click()
         key = link.get_attribute("href").split("#")[1]
@@ -311,7 +311,7 @@ def test_a_detail_uses_the_width_of_the_page(browser, width):
     long = " ".join(["codes 4b547d2aaeaa5c49 block scale 0x7b"] * 6)
     failure = Failure("a case", "3 codes", [long, "x" * 300])
     section.put("normal", "reference = triton", Cell("different", 9, 3, failures=[failure]))
-    body = page.render(page_cases.report(section).as_dict()).split("<body>")[1]
+    body = html.render(page_cases.report(section).as_dict()).split("<body>")[1]
     browser.execute_script("document.body.innerHTML = arguments[0]", body.split("</body>")[0])
     browser.find_element(By.CSS_SELECTOR, "td > button").click()
     details = browser.find_element(By.CSS_SELECTOR, ".more details[open]")

@@ -17,15 +17,15 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.cli import blackwell
 from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import run_reference
+from nvfp4_moe.differential.results import Cell, Section
 from nvfp4_moe.exits import Exit
-from nvfp4_moe.failures import write as folder
+from nvfp4_moe.failures import write
 from nvfp4_moe.failures.replay_file import save_quantizer
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.report import data as report
-from nvfp4_moe.report import html as page
-from nvfp4_moe.report import invocation
+from nvfp4_moe.report import html, invocation
 from nvfp4_moe.report import terminal as text
-from nvfp4_moe.report.data import Cell, Report, Section
+from nvfp4_moe.report.data import Report
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_it_says_when_and_by_what_it_was_made(monkeypatch, capsys):
     whole = Report.of_this_run()
     whole.sections = [section]
     found = whole.as_dict()
-    shown = page.render(found)
+    shown = html.render(found)
     text.print_end(whole, sys.stdout)
     printed = capsys.readouterr().out
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", found["date"])
@@ -118,7 +118,7 @@ def test_the_commands_of_the_page_work_when_pasted(monkeypatch, tmp_path, capsys
         return [first, *rest]
 
     monkeypatch.setattr(quantizers, "interpret", wrong)
-    monkeypatch.setattr(folder, "SECONDS", 0.1)
+    monkeypatch.setattr(write, "SECONDS", 0.1)
     save_file({"mine": inputs.synthetic("normal", 2, 32)}, tmp_path / "mine.safetensors")
     arguments = ["--input", str(tmp_path / "mine.safetensors"), "--recipes", "fast"]
     out = tmp_path / "out folder"

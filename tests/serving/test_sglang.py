@@ -97,7 +97,7 @@ def quant_info(experts: Experts, shape: Shape = SHAPE, **more: Any) -> QuantInfo
         experts.gemm2_weights_scale, experts.output1_scale_scalar,
         experts.output1_scale_gate_scalar, experts.output2_scale_scalar,
         experts.input_scale.reshape(()) if static else torch.ones(()),
-        shape.experts, shape.offset, shape.held, experts.padded_intermediate_size, 1,
+        shape.experts, shape.offset, shape.num_local, experts.padded_intermediate_size, 1,
         use_per_token_activation=not static, gemm1_alpha=experts.gemm1_alpha,
         gemm1_beta=experts.gemm1_beta, gemm1_clamp_limit=experts.gemm1_clamp_limit, **more,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def direct(x, experts, routing, shape=SHAPE, four_over_six=None, **options):
         experts.gemm1_clamp_limit, experts.gemm2_weights, experts.gemm2_weights_scale, None,
         experts.output1_scale_scalar, experts.output1_scale_gate_scalar,
         experts.output2_scale_scalar, shape.experts, ids.shape[1], None, None,
-        experts.padded_intermediate_size, shape.offset, shape.held, None, 1,
+        experts.padded_intermediate_size, shape.offset, shape.num_local, None, 1,
         activation_type=int(experts.activation), per_token_scale=token[0] if token else None,
         **options,
     )  # fmt: skip

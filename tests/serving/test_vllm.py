@@ -33,7 +33,7 @@ class Experts:
         self.quant_config = SimpleNamespace(
             w1_scale=experts.gemm1_weights_scale, w2_scale=experts.gemm2_weights_scale.view(torch.uint8),
             g1_alphas=experts.output1_scale_gate_scalar, g2_alphas=experts.output2_scale_scalar,
-            a1_gscale=torch.ones(shape.held),
+            a1_gscale=torch.ones(shape.num_local),
         )  # fmt: skip
         self.moe_config = SimpleNamespace(should_defer_moe_finalize=lambda t: defer and t > 0)
         self.g1_scale_c = experts.output1_scale_scalar
@@ -42,7 +42,7 @@ class Experts:
         self.gemm1_clamp_limit = experts.gemm1_clamp_limit
         self.routing_method_type, self.topk = 1, shape.top_k
         self.intermediate_size_per_partition = experts.padded_intermediate_size
-        self.local_num_experts, self.ep_rank = shape.held, shape.offset // shape.held
+        self.local_num_experts, self.ep_rank = shape.num_local, shape.offset // shape.num_local
         self.post_gemm2_hook, self._chunk = hook, chunk
 
     def _get_chunk_size(self):

@@ -213,8 +213,8 @@ def test_refusals(change, message):
         quantization_statistics(given.pop("x"), **given)
 
 
-def held(ids: torch.Tensor, shape: Shape) -> torch.Tensor:
-    here = (ids >= shape.offset) & (ids < shape.offset + shape.held)
+def of_local_experts(ids: torch.Tensor, shape: Shape) -> torch.Tensor:
+    here = (ids >= shape.offset) & (ids < shape.offset + shape.num_local)
     return torch.where(here, ids, -1)
 
 
@@ -234,14 +234,14 @@ def test_the_fused_call(shape):
         quantize_activations(x, FOUR), case.experts, *routing, recipe=FOUR,
         local_expert_offset=shape.offset, keep_steps=True,
     ).steps  # fmt: skip
-    ids = held(case.ids, shape)
+    ids = of_local_experts(case.ids, shape)
     assert_slow(s.hidden_states, slow(case.x, FOUR, ids, 6), "hidden states")
     rows = steps["intermediate"].flatten(0, 1)[:, : shape.intermediate]
     assert_slow(s.intermediate, slow(rows, FOUR, ids.flatten(), 6), "intermediate")
 
 
 def test_ranks_add_up():
-    """Whose experts are different ones: what is said where all are held."""
+    """Whose experts are different ones: what is said where all are local."""
     whole = moe_cases.make(SHAPE)
     routing = (whole.ids, whole.weights)
     _, want = nvfp4_moe.fused_moe(whole.x, whole.experts, routing, stats=True)

@@ -1,8 +1,8 @@
 """Results of the library's parts where the caller has set torch up in another way than it starts.
 
-`python caller_states.py cpu|cuda` prints a JSON object: by state, a digest of each part's results. Each
-state has a process of its own, forked before the library is imported: a tensor that a module makes when
-it is imported, or keeps from its first call, is then made in that state too.
+`python caller_states.py cpu|cuda PART...` prints a JSON object: by state, a digest of each part's
+results. Each state has a process of its own, forked before the library is imported: a tensor that a
+module makes when it is imported, or keeps from its first call, is then made in that state too.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -242,14 +242,14 @@ def dense(device: str, backend: str) -> Any:
 @part
 def judge(device: str, backend: str) -> Any:
     from nvfp4_moe import host
-    from nvfp4_moe.cases import moe as matrix_moe
+    from nvfp4_moe.cases import moe as moe_cases
     from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
     from nvfp4_moe.reference.moe.activations import quantize_activations
-    from nvfp4_moe.reference.moe.baselines import (
+    from nvfp4_moe.reference.moe.baseline_moe import (
         FORMATS,
-        prepare_sibling,
+        baseline_moe,
+        prepare_baseline,
         quantize_for,
-        sibling_moe,
     )
     from nvfp4_moe.reference.recipe import Recipe
     from nvfp4_moe.reference.statistics.measure import weight_statistics
@@ -260,17 +260,17 @@ def judge(device: str, backend: str) -> Any:
     x, (ids, slots) = hidden()[:, :128].to(device), chosen(device)
     e = prepare_experts(w13, w2, alpha=1.3, clamp_limit=1.5)
     bounds = fused_moe_bounds(quantize_activations(x, Recipe()), e, ids, slots)
-    siblings = []
+    baselines = []
     for form in FORMATS:
-        s = prepare_sibling(form, w13, w2, input_amax=3.3, intermediate_amax=7.7)
-        siblings.append(sibling_moe(quantize_for(x, s), s, ids, slots).output)
+        s = prepare_baseline(form, w13, w2, input_amax=3.3, intermediate_amax=7.7)
+        baselines.append(baseline_moe(quantize_for(x, s), s, ids, slots).output)
     shared = [host.fp32([v] * 3) for v in (0.3, 1.5, 2.5)]
     scales = serving_scales(
         host.fp32([[0.1, 0.2]] * 3), *shared, activation="static", clamp_limit=7.0
     )
-    exact = next(iter(matrix_moe.exact_cases()))
+    exact = next(iter(moe_cases.exact_cases()))
     statistics = weight_statistics(w13)  # whose energies a GPU adds in any order
-    return bounds, siblings, scales, statistics.counts, statistics.histogram, exact
+    return bounds, baselines, scales, statistics.counts, statistics.histogram, exact
 
 
 @part
@@ -307,29 +307,30 @@ def checkpoints(device: str, backend: str) -> Any:
         return sums, (target / "model.safetensors").read_bytes()
 
 
-def results(device: str, backend: str) -> dict[str, str]:
-    """Of each part a digest, or what it raised, with the line that did."""
+def results(device: str, backend: str, parts: list[str]) -> dict[str, str]:
+    """Return a digest for each part, or what it raised, with the line that did."""
     found = {}
-    for name, f in PARTS.items():
+    for name in parts:
         try:
-            found[name] = digest(f(device, backend))
+            found[name] = digest(PARTS[name](device, backend))
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             found[name] = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
     return found
 
 
-def in_state(name: str, device: str, backend: str) -> dict[str, dict[str, str]]:
-    """Results in the state and, where tensors that are kept could differ, those after it."""
+def in_state(name: str, *arguments: Any) -> dict[str, dict[str, str]]:
+    """Return `results` in the state and, where tensors that are kept could differ, those after it."""
     with STATES[name]():
-        found = {"inside": results(device, backend)}
+        found = {"inside": results(*arguments)}
     if name in ("default device", "inference mode"):
-        found["after"] = results(device, backend)
+        found["after"] = results(*arguments)
     return found
 
 
 def main() -> None:
-    (device,), found = sys.argv[1:], {}
+    device, *parts = sys.argv[1:]
+    found = {}
     kernels = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     backend = "triton" if kernels else "reference"
     torch.set_num_threads(1)
@@ -338,7 +339,7 @@ def main() -> None:
         if os.fork() == 0:
             os.close(reader)
             with os.fdopen(writer, "w") as out:
-                json.dump(in_state(name, device, backend), out)
+                json.dump(in_state(name, device, backend, parts), out)
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as told:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from assertions import assert_bitwise, assert_inside
 
-from nvfp4_moe.kernels.dense import launch as triton_dense
+from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
@@ -125,7 +125,7 @@ def output_of(case: Case, device, config: GemmConfig | None = None) -> torch.Ten
     c = case.to(device)
     shape = (c.a.shape[0], c.b_rows.shape[0])
     out = torch.full(shape, torch.nan, dtype=c.out_dtype, device=device)
-    triton_dense._mm_fp4(
+    dense_launch._mm_fp4(
         c.a, c.b_rows, c.a_scales, c.b_scales, None if c.alpha is None else c.alpha.reshape(-1), out,
         c.use_8x4, config,
     )  # fmt: skip

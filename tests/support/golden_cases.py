@@ -1,6 +1,7 @@
 """The golden outputs as cases: (recipe or kind of kernel, input, expected arrays)."""
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.reference.recipe import Recipe, SfLayout
+from nvfp4_moe.reference.recipe import Recipe, SfLayout, all_recipes
 
 OUTPUTS = {False: 3741, True: 140}
 """How many output arrays the two files hold; `edge` is the key."""
+SMALL_OUTPUTS = 372
+"""How many of those are of `small` cases of the file that is not `edge`."""
+RECIPES = [r for r in all_recipes() if r.build == "cuda"]
+"""Every recipe of the golden files."""
 
 LAYOUTS = {
     "sf": SfLayout.layout_linear,
@@ -33,8 +38,18 @@ class Case:
         return [(name, layout) for name, layout in LAYOUTS.items() if name in self.expected]
 
 
-def cases(edge: bool) -> Iterator[Case]:
-    """Every kernel run of a golden file; each of its arrays is in one case's `expected`, or an input."""
+def small(case: Case) -> bool:
+    """Return True for the inputs that the interpreter takes: random bits, at most 64 columns."""
+    return "bits" in case.name and case.x.shape[1] <= 64
+
+
+@functools.cache
+def cases(edge: bool) -> tuple[Case, ...]:
+    """Return every kernel run of a golden file, whose arrays are each in one `expected`, or an input."""
+    return tuple(_read(edge))
+
+
+def _read(edge: bool) -> Iterator[Case]:
     groups: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in inputs.golden(edge).items():
         group, name = key.rsplit("/", 1)

@@ -24,17 +24,17 @@ class Shape:
     intermediate: int
     experts: int
     top_k: int
-    offset: int = 0  # the first expert held here
+    offset: int = 0  # the first local expert
     local: int | None = None  # how many; None: all
 
     @property
-    def held(self) -> int:
+    def num_local(self) -> int:
         return self.experts if self.local is None else self.local
 
     def __str__(self) -> str:
         return (
             f"T={self.tokens}-H={self.hidden}-I={self.intermediate}-E={self.experts}"
-            f"-K={self.top_k}-held={self.offset}+{self.held}"
+            f"-K={self.top_k}-local={self.offset}+{self.num_local}"
         )
 
 
@@ -53,9 +53,9 @@ def weights_of(shape: Shape, activation: ActivationType, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
     rows = shape.intermediate * (2 if activation.gated else 1)
     # The experts differ in size, so that scalars of another expert show.
-    size = 2.0 ** torch.arange(shape.held).remainder(5).sub(2)[:, None, None]
-    w13 = torch.randn(shape.held, rows, shape.hidden, generator=g) * size / shape.hidden**0.5
-    w2 = torch.randn(shape.held, shape.hidden, shape.intermediate, generator=g) * size
+    size = 2.0 ** torch.arange(shape.num_local).remainder(5).sub(2)[:, None, None]
+    w13 = torch.randn(shape.num_local, rows, shape.hidden, generator=g) * size / shape.hidden**0.5
+    w2 = torch.randn(shape.num_local, shape.hidden, shape.intermediate, generator=g) * size
     return w13.bfloat16(), (w2 / shape.intermediate**0.5).bfloat16()
 
 
@@ -77,10 +77,10 @@ def padded(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def with_strange_weights(case: Case, shape: Shape) -> Case:
-    """The case with an id of -1 in each second token, and NaN, inf and -inf where no expert is held."""
+    """The case with an id of -1 in each second token, and NaN, inf, -inf where no expert is local."""
     ids = case.ids.clone()
     ids[::2, 0] = -1
-    nowhere = ~local_slots(ids, shape.held, shape.offset)
+    nowhere = ~local_slots(ids, shape.num_local, shape.offset)
     assert nowhere.any() and not nowhere.all()
     strange = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(case.weights)
     place = torch.arange(ids.numel()).view(ids.shape) % 3

@@ -100,7 +100,7 @@ def coarse(
     def ones(*size):
         return torch.full(size, ONE, dtype=torch.uint8)
 
-    e, h, i = shape.held, shape.hidden, shape.intermediate
+    e, h, i = shape.num_local, shape.hidden, shape.intermediate
     power = 2.0 ** torch.arange(e).remainder(3)
     experts = assemble_experts(
         codes(e, rows, h, density=0.2), ones(e, rows, h // 16), power,
@@ -132,7 +132,7 @@ def _assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
     )
     whole = (values.double() * 2**10).long()  # e2m1 times e4m3 is a multiple of 2^-10
     step = torch.where(whole == 0, 2**62, whole & -whole).amin(1, keepdim=True)
-    for e in range(shape.held):
+    for e in range(shape.num_local):
         rows = (case.ids.flatten() == e + shape.offset).nonzero()[:, 0]
         total = (whole[rows].abs() / step[rows]).double() @ gemm2_values(
             case.experts, e
@@ -354,21 +354,21 @@ CASES = [
 ]
 
 
-def permutation(device, tokens: int, experts: int, top_k: int, offset: int, held: int) -> None:
+def permutation(device, tokens: int, experts: int, top_k: int, offset: int, num_local: int) -> None:
     g = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, experts, generator=g).topk(top_k).indices.int()
-    p = triton_permute(ids.to(device), held, offset, 16)
+    p = triton_permute(ids.to(device), num_local, offset, 16)
     permuted, expanded = p.permuted.cpu(), p.expanded.cpu()
-    want = permute.permutation(ids, held, offset)
+    want = permute.permutation(ids, num_local, offset)
     assert torch.equal(permuted, want)
     here = want >= 0
     assert torch.equal(expanded[want[here].long()].long(), here.nonzero()[:, 0])
-    counts = (ids.flatten().long() - offset)[here].bincount(minlength=held)
+    counts = (ids.flatten().long() - offset)[here].bincount(minlength=num_local)
     end = counts.cumsum(0)
     assert torch.equal(p.end.cpu().long(), end)
     # Whole tiles by expert, then each expert's last one, the fullest first.
     whole, last = [], []
-    for expert in range(held):
+    for expert in range(num_local):
         first, rows = int(end[expert] - counts[expert]), int(counts[expert])
         whole += [(expert, first + row) for row in range(0, rows // 16 * 16, 16)]
         last += [(-(rows % 16), expert, first + rows // 16 * 16)] if rows % 16 else []

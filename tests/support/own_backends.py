@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from nvfp4_moe.kernels.baseline_moe.backends import BASELINE_MOE
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
 
@@ -40,6 +41,14 @@ def layer_wrongly(call):
     output = layer(call)
     output[0] *= 2
     return output
+
+
+def baseline(call):
+    return BASELINE_MOE.run("reference", call)
+
+
+def baseline_wrongly(call):
+    return -baseline(call)
 
 
 def layer_of_another_shape(call):

@@ -1,7 +1,8 @@
 """Made-up reports for the page's tests."""
 
 # SPDX-License-Identifier: Apache-2.0
-from nvfp4_moe.report.data import Cell, Failure, Heat, Report, Section
+from nvfp4_moe.differential.results import Cell, Failure, Heat, Section
+from nvfp4_moe.report.data import Report
 
 CODE, SCALE, MOE = "a code is rounded up", "the padded columns are swapped", "a weight is dropped"
 """The faults of `faulty`, as their failures' summaries tell them."""

@@ -41,8 +41,8 @@ def long_reasons(r: Rank) -> None:
 def integers_of_other_libraries(r: Rank) -> None:
     """What counts as an integer travels as one."""
     layer = moe_cases.make(SHAPE)
-    first, count = r.held(SHAPE.experts)
-    given = {"held": (np.int64(first), count), "num_experts": np.int64(SHAPE.experts)}
+    first, count = r.local(SHAPE.experts)
+    given = {"local": (np.int64(first), count), "num_experts": np.int64(SHAPE.experts)}
     got = r.ep(layer, "all-reduce", **given)
     assert_bitwise(got, r.ep(layer, "all-reduce"), "offsets of numpy")
 
@@ -89,12 +89,12 @@ def arguments_are_checked_as_of_one_process(r: Rank) -> None:
 def experts_of_another_rank(r: Rank) -> None:
     """Offsets that fit together, and on every rank the first experts of the layer."""
     layer = moe_cases.make(SHAPE)
-    first, count = r.held(SHAPE.experts)
-    held = select(layer.experts, 0, count)
+    first, count = r.local(SHAPE.experts)
+    mine = select(layer.experts, 0, count)
     agree_on_refusing(
-        r, "rank 1: ValueError: local_expert_offset is .*; the experts held here are those from 0 on",
+        r, "rank 1: ValueError: local_expert_offset is .*; the local experts are those from 0 on",
         lambda: fused_moe_ep(
-            layer.x.to(r.device), to_device(held, r.device), r.placed((layer.ids, layer.weights)),
+            layer.x.to(r.device), to_device(mine, r.device), r.placed((layer.ids, layer.weights)),
             local_expert_offset=first, num_experts=SHAPE.experts, group=r.group, **r.options,
         ),
     )  # fmt: skip

@@ -49,7 +49,7 @@ class Rank:
 
     def ep(self, case: moe_cases.Case, dispatch: str, tokens: slice | None = None, **given):
         """`fused_moe_ep` of some tokens of a case, this rank holding its part of the experts."""
-        first, count = given.pop("held", None) or self.held(case.experts.num_local)
+        first, count = given.pop("local", None) or self.local(case.experts.num_local)
         tokens = tokens or slice(None)
         routing = given.pop("routing", (case.ids[tokens], case.weights[tokens]))
         given = {"num_experts": case.experts.num_local, "group": self.group} | given
@@ -80,7 +80,7 @@ class Rank:
     def placed(self, routing):
         return tuple(to_device(part, self.device) for part in routing)
 
-    def held(self, experts: int) -> tuple[int, int]:
+    def local(self, experts: int) -> tuple[int, int]:
         """(first, count) of this rank's experts."""
         counts = self.counts(experts)
         return sum(counts[: self.rank]), counts[self.rank]
@@ -208,7 +208,7 @@ def what_travels(r: Rank) -> None:
         patch.setattr(dist, "all_to_all_single", counting)
         tokens = r.mine(SHAPE.tokens)
         r.ep(layer, "all-to-all", tokens)
-    first, count = r.held(SHAPE.experts)
+    first, count = r.local(SHAPE.experts)
     here = (layer.ids >= first) & (layer.ids < first + count)
     mine = layer.ids[tokens]
     bounds = torch.tensor(r.counts(SHAPE.experts)).cumsum(0)
@@ -308,12 +308,12 @@ def wrong_offsets(r: Rank) -> None:
         agree_on_refusing(
             r,
             "local_expert_offset is 0 on rank 1; the ranks before it hold 4",
-            lambda dispatch=dispatch: r.ep(layer, dispatch, held=(0, 4)),
+            lambda dispatch=dispatch: r.ep(layer, dispatch, local_experts=(0, 4)),
         )
-    held = (4 * r.rank, 4) if r.rank < 2 else (8, 1)
+    mine = (4 * r.rank, 4) if r.rank < 2 else (8, 1)
     if r.ranks == 2:
         agree_on_refusing(
-            r, "num_experts is 9; the ranks hold 8", lambda: r.ep(layer, "all-to-all", held=held)
+            r, "num_experts is 9; the ranks hold 8", lambda: r.ep(layer, "all-to-all", local=mine)
         )
 
 
@@ -382,7 +382,7 @@ def unchecked(r: Rank) -> None:
         got = [r.ep(layer, "all-to-all", check=False), r.tp(layer, check=False)]
         reduced = r.ep(layer, "all-reduce", check=False)
         with pytest.raises(ValueError, match="check=False needs as many"):
-            r.ep(layer, "all-reduce", check=False, held=(0, 3))
+            r.ep(layer, "all-reduce", check=False, local_experts=(0, 3))
     assert not headers
     assert_bitwise(got[0], r.one_process(layer), "all-to-all")
     assert_bitwise(got[1], r.tp(layer), "shards")
@@ -395,16 +395,16 @@ def captured(r: Rank) -> None:
     if r.device.type != "cuda":
         return
     layer = moe_cases.make(Shape(6, 128, 64, 8, 2))
-    first, count = r.held(8)
+    first, count = r.local(8)
     x, routing = layer.x.to(r.device), r.placed((layer.ids, layer.weights))
-    held = to_device(select(layer.experts, first, count), r.device)
+    local_experts = to_device(select(layer.experts, first, count), r.device)
     part = to_device(shard(layer.experts, r.rank, r.ranks), r.device)
     options = {"group": r.group, "check": False, **r.options}
 
     def calls():
         yield fused_moe_tp(x, part, routing, **options)
         yield fused_moe_ep(
-            x, held, routing, local_expert_offset=first, dispatch="all-reduce", **options
+            x, local_experts, routing, local_expert_offset=first, dispatch="all-reduce", **options
         )
 
     list(calls())  # compile, connect

@@ -28,7 +28,9 @@ def matrix(m, k, dtype=torch.bfloat16, seed=0):
 
 def silu(x, recipe, layout, device, fused=None):
     columns = x.shape[1] // 2
-    want = quantize_per_token(reference.silu_and_mul(x), recipe.base_scale_inv, recipe, layout)
+    want = quantize_per_token(
+        reference.silu_and_mul(x, recipe.build), recipe.base_scale_inv, recipe, layout
+    )
     got = launch._produce(
         x.to(device), columns, launch.k.SILU_AND_MUL.value, None, None, 0.0, recipe.base_scale_inv,
         recipe, layout, fused,
@@ -100,6 +102,18 @@ def every_bf16_number(device):
     assert_bitwise(values, reference.silu_and_mul(both.cpu()), "silu")
 
 
+def subnormal_numbers(device):
+    """Times infinity they are NaN in the build that takes them for zeros."""
+    x = torch.tensor(
+        [7e-40, 3.0, torch.inf, 2.0**-126, -7e-40, 1.0, -torch.inf, 0.5] * 4
+    ).bfloat16()
+    both = torch.cat((x, x.roll(2)))[None]
+    for recipe in (Recipe(), Recipe(build="cute-dsl")):
+        silu(both, recipe, SfLayout.layout_linear, device)
+    kinds = [reference.silu_and_mul(both, build).isnan().sum() for build in ("cuda", "cute-dsl")]
+    assert kinds[0] > kinds[1]
+
+
 def order_of_the_sum(device):
     """An ulp of the sum of squares shows in about one of 2^12 fp16 numbers; here are 2^18."""
     for m, k in ((256, 512), (40, 4112)):
@@ -119,5 +133,6 @@ CASES = (
     in_two_launches,
     long_rows,
     every_bf16_number,
+    subnormal_numbers,
     order_of_the_sum,
 )

@@ -1,4 +1,4 @@
-"""Failing cases of both kinds, with a planted fault, and what they must be after a round trip."""
+"""Failing cases of both kinds, with an injected fault, and what they must be after a round trip."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields, is_dataclass, replace

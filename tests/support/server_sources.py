@@ -18,7 +18,7 @@ def _folder(server: str) -> Path | None:
 
 
 FOLDERS = {server: _folder(server) for server in VERSIONS}
-"""Looked for at import, before a test puts stand-ins of these names in place."""
+"""Looked for at import, before a test puts fakes of these names in place."""
 
 
 def folder_of(server: str) -> Path:

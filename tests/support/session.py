@@ -1,6 +1,7 @@
 """A test session's workers and its summary; `conftest.py` has the hooks."""
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import os
 from collections import Counter, defaultdict
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 
 BACKENDS = {
-    "blackwell": "FlashInfer on Blackwell",
     "gpu": "Triton on a GPU",
     "interpreter": "Triton in its interpreter",
     "compile": "Triton, compiled offline",
@@ -29,13 +29,25 @@ def take_part(worker: int, workers: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
 
 
+@functools.cache
+def has_gpu() -> bool:
+    """Return True if this machine has a GPU that Triton's kernels run on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def interpreting() -> bool:
+    """Return True if this process runs Triton's kernels in the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def misplaced(marks: set[str]) -> str | None:
-    """Why a test of these marks cannot run in this process; None if it can."""
-    interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-    if "interpreter" in marks and not interpreting:
+    """Return why a test of these marks cannot run in this process, None if it can."""
+    if "interpreter" in marks and not interpreting():
         return "set TRITON_INTERPRET=1 to run the interpreter"
-    if "compile" in marks and interpreting:
+    if "compile" in marks and interpreting():
         return "Triton was imported under its interpreter"
+    if "gpu" in marks and not has_gpu():
+        return "no NVIDIA GPU of compute capability 8.0 or later here"
     return None
 
 

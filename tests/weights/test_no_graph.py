@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nvfp4_moe import assemble_experts, prepare_experts, with_cute_dsl, with_cutlass
-from nvfp4_moe.reference.moe.baselines import FORMATS, prepare_sibling
+from nvfp4_moe.reference.moe.baseline_moe import FORMATS, prepare_baseline
 from nvfp4_moe.reference.weights.versions import tensors_of
 from nvfp4_moe.serving.scales import serving_scales
 
@@ -44,7 +44,7 @@ PREPARED = {
         activation="static", clamp_limit=7.0,
     ),
     **{
-        form: lambda form=form: prepare_sibling(form, *weights(), **STATIC)
+        form: lambda form=form: prepare_baseline(form, *weights(), **STATIC)
         for form in FORMATS if form != "bf16"
     },
 }  # fmt: skip

@@ -1,3 +1,3 @@
-"""Mistakes planted into runs of the fused mixture of experts, and which criterion sees which."""
+"""Mutants of the fused mixture of experts, and which criterion sees which."""
 
 # SPDX-License-Identifier: Apache-2.0

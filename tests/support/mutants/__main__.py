@@ -1,11 +1,13 @@
-"""Plant mistakes and see what finds them, in a checkout: `make mutants` has the command line."""
+"""Try mutants and see what finds them, in a checkout: `make mutants` has the command line."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import command
+from .generated.results import KEPT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,10 +19,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mutants",
         description=(
-            "Plant each mistake of the catalogue into a run of the reference, on settings scaled down "
+            "Put the mistake of each mutant into a run of the reference, on settings scaled down "
             "from the benchmark's layers, and print which criterion sees it; then judge runs that keep "
-            "the contract. Exit status: 0 if our criterion sees every mutant, at the stage where it was "
-            "planted, and accepts every conforming run; else 1."
+            "the contract. Exit status: 0 if our criterion sees every mutant, at the stage where its "
+            "fault is, and accepts every conforming run; else 1."
         ),
     )
     parser.add_argument("--seeds", type=int, default=3, help="inputs of each mutant (3)")
@@ -35,8 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         "known of both",
     )  # fmt: skip
     parser.add_argument(
-        "--results", metavar="FILE", default="build/mutants.json",
-        help="of generated mutants; those that it has are not tried again (build/mutants.json)",
+        "--results", metavar="FILE", type=Path, default=KEPT,
+        help="of generated mutants, read and written, by any number of processes; those that it has are "
+        "not tried again (results.txt beside the rules)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge", metavar="FILE", type=Path, nargs="+", default=[],
+        help="results of other machines, taken in first",
     )  # fmt: skip
     parser.add_argument("--shard", metavar="I/N", default="1/1", help="every Nth, from the Ith on")
     parser.add_argument("--seconds", type=float, help="end after about as long")

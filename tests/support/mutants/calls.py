@@ -9,8 +9,7 @@ from unittest import mock
 
 import torch
 
-from nvfp4_moe import host
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential import quantizers
 from nvfp4_moe.differential.compare import compare, run_reference
@@ -58,7 +57,7 @@ class FusedCall:
 @dataclass(frozen=True)
 class QuantizerCall:
     x: Tensor
-    case: matrix.Case
+    case: quantize_cases.Case
 
     def answer(self, device: str = "cpu") -> Quantized:
         return quantizers.run("triton", self.x.to(device), self.case)
@@ -70,8 +69,7 @@ class QuantizerCall:
         def values(q: Quantized) -> Tensor:
             decode = q.per_token_scale
             if decode is None:
-                assert case.global_scale is not None
-                decode = 1 / host.fp32(case.global_scale)
+                decode = 1 / torch.as_tensor(case.scale(x), dtype=torch.float32, device="cpu")
             return dequantize(q.codes, q.block_scales, decode, case.layout).double()
 
         return Answered(

@@ -1,4 +1,4 @@
-"""`python -m mutants`: plant the catalogue of mistakes, and see which criterion finds which."""
+"""`python -m mutants`: try every mutant, and see which criterion finds which."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -13,11 +13,11 @@ from nvfp4_moe.differential.conforming import CONFORMING, conforms, perform
 from nvfp4_moe.differential.stages import Call, Run, judge
 from nvfp4_moe.reference.moe.layer import Stages
 
-from . import planted
-from .catalogue import EVERY_SETTING, MUTANTS, Mutant
+from . import edited_copy
 from .generated import command as generated
 from .kernel_calls import CALLS, prepared
-from .kernels import KERNEL_MUTANTS
+from .kernel_mutants import KERNEL_MUTANTS
+from .reference_mutants import EVERY_SETTING, MUTANTS, Mutant
 
 Tensor = torch.Tensor
 
@@ -90,17 +90,19 @@ def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Out
 class KernelOutcome:
     """Whether each criterion saw a mistake in a Triton kernel."""
 
-    mutant: planted.KernelMutant
+    mutant: edited_copy.KernelMutant
     seen: dict[str, bool]
 
 
-def try_kernels(mutants: Sequence[planted.KernelMutant] = KERNEL_MUTANTS) -> list[KernelOutcome]:
+def try_kernels(
+    mutants: Sequence[edited_copy.KernelMutant] = KERNEL_MUTANTS,
+) -> list[KernelOutcome]:
     """Every mutant of the kernels on its call, in the interpreter."""
-    found = planted.answers([(m, m.call) for m in mutants])
+    found = edited_copy.answers([(m, m.call) for m in mutants])
     return [_judged(m, answer) for m, answer in zip(mutants, found, strict=True)]
 
 
-def _judged(mutant: planted.KernelMutant, answer: Any) -> KernelOutcome:
+def _judged(mutant: edited_copy.KernelMutant, answer: Any) -> KernelOutcome:
     allowed = prepared(mutant.call)[1]
     got = allowed.values(answer)
     seen = {name: not accepts(got, allowed.right) for name, accepts in CRITERIA.items()}
@@ -109,7 +111,7 @@ def _judged(mutant: planted.KernelMutant, answer: Any) -> KernelOutcome:
 
 def kernels_as_they_are(calls: Sequence[str] = tuple(CALLS)) -> list[str]:
     """The calls on which the kernels without a mistake are not accepted."""
-    found = planted.answers([(None, call) for call in calls])
+    found = edited_copy.answers([(None, call) for call in calls])
     return [
         f"the kernels, {call}"
         for call, answer in zip(calls, found, strict=True)
@@ -135,11 +137,11 @@ def false_alarms(runs: int) -> tuple[int, list[str]]:
 
 
 _HEAD = """\
-# Planted mistakes, and which criterion sees them
+# Mutants, and which criterion sees them
 
-Made by `{command}`, on a CPU. Each mistake is planted into a run of the reference, on inputs scaled down
-from the benchmark's layers; a criterion sees it if it rejects the output on any of the seeds. Ours names
-the first stage that differs, given what the run itself handed to it
+Made by `{command}`, on a CPU. Each mutant puts one mistake into a run of the reference, on inputs
+scaled down from the benchmark's layers; a criterion sees it if it rejects the output on any of the
+seeds. Ours names the first stage that differs, given what the run itself handed to it
 (`nvfp4_moe/differential/stages.py`), and, of an implementation that shows nothing but its output, says
 whether that leaves the proved interval (`reference/bounds/moe.py`). The others: FlashInfer's (atol 0.1,
 rtol 0.85, 92.5 % of the elements), its
@@ -151,10 +153,11 @@ alone.
 _KERNELS_HEAD = """
 ## In the Triton kernels
 
-Each mistake is an edit of the source (`tests/support/mutants/kernels.py`) of a copy of the package,
-whose kernels run in Triton's interpreter on a small call. Ours is the interval, for the quantizer's
-calls every bit of codes, block scales and per-token scales, and where all sums are exact every bit of
-the output. The others look at a fused call's output, and at the values of what the quantizer wrote.
+Each mistake is an edit of the source (`tests/support/mutants/kernel_mutants.py`) of a copy of the
+package, whose kernels run in Triton's interpreter on a small call. Ours is the interval, for the
+quantizer's calls every bit of codes, block scales and per-token scales, and where all sums are
+exact every bit of the output. The others look at a fused call's output, and at the values of what the
+quantizer wrote.
 """
 
 
@@ -192,7 +195,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     for o in outcomes:
         named = o.first or "NOT SEEN"
         if o.first not in (None, o.mutant.stage):
-            named += f" (planted in {o.mutant.stage})"
+            named += f" (its fault is in {o.mutant.stage})"
         rows.append(
             [o.mutant.name, o.mutant.setting, named]
             + ["seen" if o.seen[name] else "-" for name in names]

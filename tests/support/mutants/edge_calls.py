@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.moe import routing
@@ -92,7 +92,7 @@ class FarRowsCall:
         first = rows.shape[0] - 8
         permuted = host.arange(first, first + 8).int().to(device)
         output = torch.empty(4, self.width, dtype=torch.bfloat16, device=device)
-        finalize(rows, permuted, host.ones(4, 2).to(device), output, self.width, "slot")
+        finalize(rows, permuted, host.ones(4, 2).to(device), output, "slot")
         return output.cpu()
 
     def _rows(self) -> Tensor:
@@ -106,7 +106,7 @@ class FarRowsCall:
 
 
 def _edge(name: str) -> MoECase:
-    (found,) = (case for case in matrix_edges.cases(Recipe()) if case.name == name)
+    (found,) = (case for case in moe_edges.cases(Recipe()) if case.name == name)
     return found
 
 
@@ -138,7 +138,7 @@ def every_method() -> RoutingCall:
 def undecided() -> RoutingCall:
     found = [
         (how, logits.float(), bias)
-        for _, how, logits, bias in matrix_edges.routers()
+        for _, how, logits, bias in moe_edges.routers()
         if not how.grouped
     ]
     return RoutingCall(tuple(found))

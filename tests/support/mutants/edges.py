@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import inputs
-from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import inputs, moe_edges
 from nvfp4_moe.differential.conforming import Setting
 from nvfp4_moe.differential.stages import Call
 from nvfp4_moe.reference.activation import ActivationType
@@ -112,7 +111,7 @@ def _four_over_six(seed: int) -> Call:
 
 def _routed(name: str, method: RoutingMethodType) -> Callable[[int], Call]:
     """One of `matrix_edges.routers`."""
-    found = [r for r in matrix_edges.routers() if r[0] == name and r[1].method == method]
+    found = [r for r in moe_edges.routers() if r[0] == name and r[1].method == method]
     ((_, routing, logits, bias),) = found
 
     def call(seed: int) -> Call:

@@ -12,11 +12,11 @@ import torch
 
 from nvfp4_moe import host
 from nvfp4_moe.cases import inputs
-from nvfp4_moe.cases import moe as matrix_moe
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import moe as moe_cases
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import SETTINGS, Setting
-from nvfp4_moe.failures import slice_call as moe_parts
+from nvfp4_moe.failures import slice_call
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations, quantize_activations
@@ -58,14 +58,14 @@ def case_of(setting: Setting, *, bf16: bool = False) -> MoECase:
 
 def _cancelling() -> MoECase:
     """Tokens whose slots 0 and 2 cancel but for what was rounded away, and whose slot 1 remains."""
-    exact = next(c for c in matrix_moe.exact_cases() if "Identity" in c.name)
+    exact = next(c for c in moe_cases.exact_cases() if "Identity" in c.name)
     tokens, slots = 4, 8
     weights = host.zeros(tokens, slots)
     weights[:, 0] = 2.0**26 * (1 + host.arange(1, tokens + 1).float() / 7)
     weights[:, 1], weights[:, 2] = 1.0, -weights[:, 0]
     ids = host.arange(tokens).int()[:, None].expand(-1, slots).contiguous()
     return replace(
-        moe_parts.keep_tokens(exact, range(tokens)), routing=Routing(_M.Renormalize, slots),
+        slice_call.keep_tokens(exact, range(tokens)), routing=Routing(_M.Renormalize, slots),
         ids=ids % exact.num_experts, weights=weights,
     )  # fmt: skip
 
@@ -94,14 +94,16 @@ def _ties_of_scales() -> Tensor:
 
 
 def _quantizer(recipe: Recipe, layout: SfLayout = SfLayout.layout_linear) -> QuantizerCall:
-    return QuantizerCall(rows_at_edges(), matrix.Case("per-token", recipe, layout))
+    return QuantizerCall(rows_at_edges(), quantize_cases.Case("per-token", recipe, layout))
 
 
 def _saturating() -> QuantizerCall:
     """Under a global scale that is four times too large."""
     x = rows_at_edges()
-    scale = 4 * matrix.global_scale(x, Recipe())
-    return QuantizerCall(x, matrix.Case("global-scale", Recipe(), SfLayout.layout_linear, scale))
+    scale = 4 * quantize_cases.global_scale(x, Recipe())
+    return QuantizerCall(
+        x, quantize_cases.Case("global-scale", Recipe(), SfLayout.layout_linear, scale)
+    )
 
 
 _WIDE = GemmConfig(128, 32, 128, 1, 4)
@@ -111,26 +113,37 @@ CALLS: dict[str, Callable[[], Call]] = {
     **{
         name: functools.partial(lambda name: FusedCall(_case(name)), name)
         for name in (
-            "qwen", "deepseek", "gpt-oss", "grid", "4over6", "top 1", "no groups",
+            "qwen",
+            "deepseek",
+            "gpt-oss",
+            "grid",
+            "4over6",
+            "top 1",
+            "no groups",
         )
     },
     "bf16": lambda: FusedCall(_case("qwen", bf16=True)),
     "cancelling": lambda: FusedCall(_cancelling()),
     "tiles of 16": lambda: FusedCall(_case("many tokens")),
     "tiles of 32": lambda: FusedCall(_case("many tokens"), _WIDE),
-    "three launches": lambda: FusedCall(_case("many tokens"), _WIDE, {"permute._ONE_LAUNCH_SLOTS": 0}),
+    "three launches": lambda: FusedCall(
+        _case("many tokens"), _WIDE, {"permute._ONE_LAUNCH_SLOTS": 0}
+    ),
     "K of 1 1/2 tiles": lambda: FusedCall(_case("wide"), GemmConfig(128, 16, 256, 1, 4)),
     "decoded": lambda: FusedCall(
-        _case("many tokens"), GemmConfig(128, 16, 64, 1, 4, decoded=True), {"launch._DECODED_BYTES": 1}
+        _case("many tokens"),
+        GemmConfig(128, 16, 64, 1, 4, decoded=True),
+        {"launch._DECODED_BYTES": 1},
     ),
     "quantizer, fast, 128x4": lambda: _quantizer(Recipe(), SfLayout.layout_128x4),
     "quantizer, exact, 8x4": lambda: _quantizer(Recipe("exact"), SfLayout.layout_8x4),
     "quantizer, 4over6": lambda: _quantizer(Recipe("fast", NVFP44Over6Config())),
     "quantizer, saturating": _saturating,
     "quantizer, fp32": lambda: QuantizerCall(
-        rows_at_edges().float() * 1.01, matrix.Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
+        rows_at_edges().float() * 1.01,
+        quantize_cases.Case("fp32 per-token", Recipe(), SfLayout.layout_linear),
     ),
-}  # fmt: skip
+}
 """By name; each takes the interpreter a second or two."""
 
 

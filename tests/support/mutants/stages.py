@@ -174,11 +174,11 @@ def one_lost(rows: Tensor, w: Tensor) -> Tensor:
     """A race: one element of one slot is not added."""
     rows = rows.clone()
     rows[0, 0, int(rows[0, 0].abs().argmax())] = 0
-    return finalize(rows, w, rows.shape[2], "flashinfer")
+    return finalize(rows, w, "flashinfer")
 
 
-def other_order(rows: Tensor, weights: Tensor, hidden: int, order: Any, held: Any) -> Tensor:
-    return finalize(rows, weights, hidden, "slot", held)
+def other_order(rows: Tensor, weights: Tensor, order: Any, is_local: Any) -> Tensor:
+    return finalize(rows, weights, "slot", is_local)
 
 
 def weights_in_fp16(rows: Tensor, weights: Tensor, *rest: Any) -> Tensor:
@@ -188,7 +188,7 @@ def weights_in_fp16(rows: Tensor, weights: Tensor, *rest: Any) -> Tensor:
 def weights_first(rows: Tensor, weights: Tensor, *_: Any) -> Tensor:
     """Each weighted row rounded to bf16."""
     weighted = (rows * weights.float()[..., None]).bfloat16().float()
-    return finalize(weighted, torch.ones_like(weights), rows.shape[2], "slot")
+    return finalize(weighted, torch.ones_like(weights), "slot")
 
 
 def _rerouted(**changes: Any) -> Callable[[Call], tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Small changes of tensors, for the catalogue of mistakes."""
+"""Small changes of tensors, that mutants make."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable

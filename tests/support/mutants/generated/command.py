@@ -3,29 +3,28 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import functools
-import hashlib
-import json
+import itertools
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import recipe
 
-from ..planted import KERNELS
+from ..edited_copy import KERNELS
 from . import harmless, trial
+from .results import Results
 from .rules import Generated, generate
 
 REFERENCE = Path(recipe.__file__).resolve().parent
-SECONDS = {"reference": 60.0, "cpu": 240.0, "cuda": 120.0}
-"""After which a mutant has timed out."""
+SECONDS = {"reference": 60.0, "cpu": 150.0, "cuda": 90.0}
+"""After which a mutant has timed out, of each probe."""
 AT_ONCE = {"cpu": 1, "cuda": 16}
 """Mutants that a process tries one after the other: it takes seconds to start a GPU."""
 
@@ -48,56 +47,40 @@ def every(which: str) -> list[Generated]:
     ]
 
 
-def probes_of(mutant: Generated, device: str) -> list[trial.Probe]:
-    """What a mutant is shown to, in order."""
-    return [probe for _, probe in _named_probes(mutant.file, device)]
+def probes_of(mutant: Generated, device: str) -> dict[str, trial.Probe]:
+    """What a mutant is shown to, by name."""
+    return _named_probes(mutant.file, device)
 
 
 @functools.cache
-def _named_probes(file: str, device: str) -> list[tuple[str, trial.Probe]]:
+def _named_probes(file: str, device: str) -> dict[str, trial.Probe]:
     from . import kernel_probes, reference_probes
 
     if file.startswith("reference/"):
-        return [(name, reference_probes.probe(name)) for name in reference_probes.OF_FILE[file]]
-    return [(name, kernel_probes.probe(name, device)) for name in kernel_probes.asked(file, device)]
+        return {name: reference_probes.probe(name) for name in reference_probes.OF_FILE[file]}
+    return {name: kernel_probes.probe(name, device) for name in kernel_probes.asked(file, device)}
 
 
-def _digest(mutant: Generated) -> str:
-    return hashlib.blake2b(mutant.source.encode(), digest_size=8).hexdigest()
+class Order:
+    """Which probe comes first: that which saw the last mutant of the function, then the quickest."""
 
+    def __init__(self, took: dict[str, float]):
+        self._took = took
+        self._asked: dict[Generated, list[str]] = {}
+        self._saw: dict[tuple[str, str], list[str]] = {}  # by function, the last first
 
-class Results:
-    """What is known of mutants, by key, in a file that is written whole."""
+    def probes(self, mutant: Generated, device: str) -> list[trial.Probe]:
+        probes = probes_of(mutant, device)
+        saw = self._saw.get((mutant.file, mutant.function), [])
+        names = [*saw, *(n for n in sorted(probes, key=self._took.__getitem__) if n not in saw)]
+        self._asked[mutant] = names
+        return [probes[name] for name in names]
 
-    def __init__(self, path: Path, device: str):
-        self.path, self.device = path, device
-        self.known: dict[str, dict[str, dict[str, Any]]] = (
-            json.loads(path.read_text("utf-8")) if path.exists() else {}
-        )
-        self.own = self.known.setdefault(device, {})
-
-    def has(self, mutant: Generated, again: bool) -> bool:
-        """Whether this very text has been tried here, or has been caught anywhere."""
-        found = [
-            (device, known[mutant.key]["status"])
-            for device, known in self.known.items()
-            if mutant.key in known and known[mutant.key]["digest"] == _digest(mutant)
-        ]
-        if any(status != "survived" for _, status in found):
-            return True
-        return bool(found) and not again and self.device in dict(found)
-
-    def add(self, result: trial.Result) -> None:
-        self.own[result.mutant.key] = {
-            "status": result.status, "by": result.by, "seconds": result.seconds,
-            "digest": _digest(result.mutant),
-        }  # fmt: skip
-
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(self.known, indent=1) + "\n", "utf-8")
-        part.replace(self.path)
+    def learn(self, result: trial.Result) -> None:
+        if result.status != "survived":
+            by = self._asked[result.mutant][len(result.passed)]
+            saw = self._saw.setdefault((result.mutant.file, result.mutant.function), [])
+            saw[:] = [by, *(name for name in saw if name != by)]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,8 +89,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         trial.WrongProbe: a probe finds fault with the code as it is.
     """
+    both = {which: every(which) for which in ("reference", "kernels")}
+    results = Results(options.results, [m for mutants in both.values() for m in mutants])
+    for path in options.merge:
+        results.merge(path)
     if options.generated == "report":
-        print(report(Path(options.results)))
+        results.write()
+        print(report(both["reference"] + both["kernels"], results))
         return 0
     interpreted = options.generated == "kernels" and options.device == "cpu"
     if interpreted and not INTERPRETING:
@@ -115,20 +103,35 @@ def run(options: argparse.Namespace) -> int:
         return subprocess.run(
             [sys.executable, "-m", "mutants", *sys.argv[1:]], env=variables
         ).returncode
+    mutants = [m for m in both[options.generated] if not options.only or options.only in m.shown]
+    _try(mutants, results, options)
+    text, still = summary(mutants, results)
+    print(text)
+    return 1 if still else 0
+
+
+def _try(mutants: Sequence[Generated], results: Results, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # a child of a process with threads would wait for them
     first, count = (int(part) for part in options.shard.split("/"))
-    results = Results(Path(options.results), options.device)
-    mutants = [m for m in every(options.generated) if not options.only or options.only in m.shown]
-    waiting = [m for m in mutants[first - 1 :: count] if not results.has(m, options.again)]
+    waiting = [
+        m for m in mutants[first - 1 :: count] if _waits(m, results, options.device, options.again)
+    ]
+    # Those that survived elsewhere have waited longest; the harmless take all probes for no news.
+    waiting.sort(key=lambda m: (harmless.reason(m.key) is not None, not results.of(m)))
     end = time.monotonic() + (options.seconds or float("inf"))
     limit = SECONDS["reference" if options.generated == "reference" else options.device]
     children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device]}
     start = written = time.monotonic()
-    probes = {name: probe for m in waiting for name, probe in _named_probes(m.file, options.device)}
-    trial.check(probes.items(), seconds=2 * limit, **children)
+    probes = {name: probe for m in waiting for name, probe in probes_of(m, options.device).items()}
+    order = Order(trial.check(probes.items(), seconds=2 * limit, **children))
+    given = (
+        (m, order.probes(m, options.device))
+        for m in itertools.takewhile(lambda _: time.monotonic() < end, waiting)
+    )
     tried = 0
-    for result in trial.run(_until(waiting, options.device, end), seconds=limit, **children):
-        results.add(result)
+    for result in trial.run(given, seconds=limit, **children):
+        order.learn(result)
+        results.add(result.mutant, options.device, result.status)
         tried += 1
         if result.status == "survived" and harmless.reason(result.mutant.key) is None:
             print(f"SURVIVED {result.mutant.shown}", flush=True)
@@ -136,55 +139,29 @@ def run(options: argparse.Namespace) -> int:
             results.write()
             written = time.monotonic()
     results.write()
-    text, still = summary(mutants, results.known)
-    print(f"{tried} tried in {time.monotonic() - start:.0f} s, {len(waiting) - tried} left\n{text}")
-    return 1 if still else 0
+    print(f"{tried} tried in {time.monotonic() - start:.0f} s, {len(waiting) - tried} left")
 
 
-def _until(
-    waiting: Sequence[Generated], device: str, end: float
-) -> Iterator[tuple[Generated, list[trial.Probe]]]:
-    for mutant in waiting:
-        if time.monotonic() > end:
-            return
-        yield mutant, probes_of(mutant, device)
+def _waits(mutant: Generated, results: Results, device: str, again: bool) -> bool:
+    """Whether it has neither been caught anywhere, nor, unless `again`, survived here."""
+    found = results.of(mutant)
+    return set(found.values()) <= {"survived"} and (again or device not in found)
 
 
-def status_of(mutant: Generated, known: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The best that is known on any device: killed, timed out, harmless, open, or not tried."""
-    digest = _digest(mutant)
-    found = {
-        device[mutant.key]["status"]
-        for device in known.values()
-        if mutant.key in device and device[mutant.key]["digest"] == digest
-    }
-    for status in ("killed", "timed out"):
-        if status in found:
-            return status
-    if harmless.reason(mutant.key):
-        return "harmless"
-    return "open" if found else "not tried"
+COLUMNS = ("killed", "timed out", "harmless", "open", "not tried")
 
 
-STATUSES = ("killed", "timed out", "harmless", "open", "not tried")
-
-
-def summary(
-    mutants: Sequence[Generated], known: dict[str, dict[str, dict[str, Any]]]
-) -> tuple[str, list[str]]:
+def summary(mutants: Sequence[Generated], results: Results) -> tuple[str, list[str]]:
     """(a table by module, the mutants that are open)."""
     counts: dict[str, Counter[str]] = {}
-    still = []
     for mutant in mutants:
-        status = status_of(mutant, known)
-        counts.setdefault(mutant.file, Counter())[status] += 1
-        if status == "open":
-            still.append(mutant.shown)
-    rows = [["module", "generated", *STATUSES]]
+        counts.setdefault(mutant.file, Counter())[results.status(mutant)] += 1
+    rows = [["module", "generated", *COLUMNS]]
     counts["all"] = sum(counts.values(), Counter())
     for file, count in counts.items():
-        rows.append([file, str(sum(count.values())), *(str(count[s]) for s in STATUSES)])
+        rows.append([file, str(sum(count.values())), *(str(count[s]) for s in COLUMNS)])
     head, *rest = ("| " + " | ".join(row) + " |" for row in rows)
+    still = [m.shown for m in mutants if results.status(m) == "open"]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *rest]), still
 
 
@@ -197,13 +174,13 @@ a comparison made strict or not, an operator exchanged, an index moved by one. E
 answer that is not the unchanged reference's, to the bit where the contract determines it, else outside
 of its interval; or by an error; it *timed out*; it is *harmless*, for a reason that is written down
 (`harmless.py`); or it is *open*: nothing saw it, and nobody has shown that it keeps the contract.
-Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and on a GPU.
+Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and on a GPU. What has been
+tried is in `results.txt` beside the rules, and is tried again once the function changes.
 """
 
 
-def report(path: Path) -> str:
+def report(mutants: Sequence[Generated], results: Results) -> str:
     """What is known of all generated mutants, as docs/mutants.md has it."""
-    mutants = [*every("reference"), *every("kernels")]
-    text, still = summary(mutants, Results(path, "cpu").known)
-    listed = "\n".join(f"- `{key}`" for key in still) or "None."
+    text, still = summary(mutants, results)
+    listed = "\n".join(f"- `{shown}`" for shown in still) or "None."
     return f"{_HEAD}\n{text}\n\nOpen:\n\n{listed}"

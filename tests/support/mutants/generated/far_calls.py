@@ -15,15 +15,15 @@ import torch
 
 from nvfp4_moe import host
 from nvfp4_moe.kernels.decode import decode
-from nvfp4_moe.kernels.dense import launch as dense
-from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
+from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.gemm_config import GemmConfig
 from nvfp4_moe.kernels.moe import launch, routing
 from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.kernels.moe.permute import Permutation
 from nvfp4_moe.kernels.quantize import kernel as k
-from nvfp4_moe.kernels.quantize import launch as quantize
-from nvfp4_moe.kernels.weights import launch as reload_launch
+from nvfp4_moe.kernels.quantize import launch as quantize_launch
+from nvfp4_moe.kernels.weights import launch as weights_launch
 from nvfp4_moe.reference.layouts import padded_shape
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
@@ -101,7 +101,7 @@ def _finalize(tokens: int) -> Tensor:
     out = torch.empty(tokens, 64, dtype=torch.bfloat16, device="cpu")
     permuted = _behind(host.arange(4)[:, None].int(), tokens)
     weights = _behind(_values(4, 1), tokens)
-    finalize(_values(9, 64), permuted.view(-1), weights, out, 64, "slot")
+    finalize(_values(9, 64), permuted.view(-1), weights, out, "slot")
     return out[-4:]
 
 
@@ -112,21 +112,21 @@ def _route(tokens: int) -> Any:
 
 def _quantize(rows: int) -> Any:
     x = _behind(_values(4, 64), rows)
-    q = quantize.quantize_per_token(x, 1 / 2688, Recipe(), SfLayout.layout_linear)
+    q = quantize_launch.quantize_per_token(x, 1 / 2688, Recipe(), SfLayout.layout_linear)
     return [t[-4:] for t in q]
 
 
 def _quantize_chosen(rows: int) -> Any:
     x, index = _behind(_values(4, 64), rows), _behind(host.arange(rows - 4, rows).int(), rows)
     codes, scales = _empty(torch.uint8, rows, 32), _empty(torch.uint8, rows, 4)
-    out = quantize.Outputs(codes, scales, _empty(torch.float32, rows))
+    out = quantize_launch.Outputs(codes, scales, _empty(torch.float32, rows))
     mode, linear = k.PER_TOKEN.value, int(SfLayout.layout_linear)
-    quantize._launch(x, out, mode, None, 1 / 2688, Recipe().code, linear, row_index=index)
+    quantize_launch._launch(x, out, mode, None, 1 / 2688, Recipe().code, linear, row_index=index)
     return [t[-4:] for t in out[:3] if t is not None]
 
 
 def _quantize_to_values(rows: int) -> Any:
-    values, scale = quantize.quantize_to_values(
+    values, scale = quantize_launch.quantize_to_values(
         _behind(_values(4, 64), rows), Recipe(), per_token=True
     )
     assert scale is not None
@@ -150,15 +150,15 @@ def _padding(rows: int) -> Tensor:
 
 def _silu(rows: int) -> Any:
     x = _behind(_values(4, 128), rows)
-    kind, linear = producer_launch.k.SILU_AND_MUL.value, SfLayout.layout_linear
-    found = producer_launch._produce(x, 64, kind, None, None, 0.0, 1 / 2688, Recipe(), linear)
+    kind, linear = fused_quantize_launch.k.SILU_AND_MUL.value, SfLayout.layout_linear
+    found = fused_quantize_launch._produce(x, 64, kind, None, None, 0.0, 1 / 2688, Recipe(), linear)
     return [t[-4:] for t in found]
 
 
 def _added(rows: int, fused: bool | None = None) -> Any:
     x, residual = (_behind(_values(n, 64)[-4:], rows) for n in (4, 5))
-    kind, linear = producer_launch.k.ADD_RMSNORM.value, SfLayout.layout_linear
-    found = producer_launch._produce(
+    kind, linear = fused_quantize_launch.k.ADD_RMSNORM.value, SfLayout.layout_linear
+    found = fused_quantize_launch._produce(
         x, 64, kind, residual, _values(64), 0.0, 1 / 2688, Recipe(), linear, fused
     )
     return [t[-4:] for t in (residual, *found)]
@@ -167,13 +167,13 @@ def _added(rows: int, fused: bool | None = None) -> Any:
 def _reloaded(experts: int) -> Any:
     w = _behind(_values(2, 128, 64), experts)
     bits = _empty(torch.int32, experts)
-    reload_launch._launch_amax(w, bits)
+    weights_launch._launch_amax(w, bits)
     codes, scales = _empty(torch.uint8, experts, 128, 32), _empty(torch.uint8, experts, 128, 4)
     scalar = _empty(torch.float32, experts)
     job = Job(
         w, None, False, codes, scales.view(torch.float8_e4m3fn), None, scalar, None, None, None
     )
-    reload_launch._launch_quantize(job, bits.view(torch.float32), Recipe())
+    weights_launch._launch_quantize(job, bits.view(torch.float32), Recipe())
     return [t[-2:] for t in (bits, codes, scales, scalar)]
 
 
@@ -182,7 +182,7 @@ def _dense(m: int, n: int) -> Any:
     a, b = _behind(_bytes(5, rows[0], 32), m), _behind(_bytes(6, rows[1], 32), n)
     sa, sb = (_behind(_bytes(7, 128, 4), -(-count // 128) * 128) for count in (m, n))
     out = torch.empty(m, n, dtype=torch.bfloat16, device="cpu")
-    dense._mm_fp4(a, b, sa, sb, None, out, False, _TILE)
+    dense_launch._mm_fp4(a, b, sa, sb, None, out, False, _TILE)
     return out[-rows[0] :, -rows[1] :]
 
 

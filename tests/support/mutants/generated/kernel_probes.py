@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import moe_edges as matrix_edges
-from nvfp4_moe.cases import quantize as matrix
+from nvfp4_moe.cases import moe_edges
+from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import Setting
 from nvfp4_moe.kernels.gemm_config import GemmConfig
@@ -24,8 +24,9 @@ from ..calls import Call, FusedCall, QuantizerCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of, rows_at_edges
 from . import far_calls
-from .operation_calls import ChosenCall, CutCall, NativeCall, ProducerCall, ProductCall, ReloadCall
+from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, PermuteCall
+from .quantizer_calls import ChosenCall, CutCall, GivenScaleCall, ValuesCall
 from .strict import strict
 from .trial import Probe
 
@@ -36,7 +37,7 @@ def _more_quantizers() -> Named:
     far = rows_at_edges().float()
     far[:, 16:] *= 2.0 ** -(host.arange(64).float() / 3)
     near = rows_at_edges().float() * 2.0**-118
-    half = matrix_edges.half_rows()
+    half = moe_edges.half_rows()
     recipes = {
         "cute-dsl, fast": Recipe(build="cute-dsl"),
         "cute-dsl, exact": Recipe("exact", build="cute-dsl"),
@@ -50,7 +51,8 @@ def _more_quantizers() -> Named:
     }
     for name, recipe in recipes.items():
         for kind, x in (("far", far.bfloat16()), ("tiny", near.bfloat16()), ("fp16", half)):
-            for case in matrix.cases(x, [recipe], False)[-2:]:
+            of_modes = {case.mode: case for case in quantize_cases.cases(x, [recipe], False)}
+            for case in of_modes.values():
                 yield (
                     f"quantizer, {name}, {case.mode}, {kind}",
                     functools.partial(QuantizerCall, x, case),
@@ -66,13 +68,13 @@ def _cuts() -> Named:
         "a second read": LaunchConfig(2, 4, 4, 1, 1),
     }.items():
         for recipe in (Recipe(), Recipe("exact", NVFP44Over6Config())):
-            case = matrix.Case("per-token", recipe, SfLayout.layout_8x4)
+            case = quantize_cases.Case("per-token", recipe, SfLayout.layout_8x4)
             yield (
                 f"quantizer, {name}, {recipe}",
                 functools.partial(CutCall, x, case, config),
             )
-    case = matrix.Case(
-        "global-scale", Recipe(), SfLayout.layout_128x4, matrix.global_scale(x, Recipe())
+    case = quantize_cases.Case(
+        "global-scale", Recipe(), SfLayout.layout_128x4, quantize_cases.global_scale(x, Recipe())
     )
     split = LaunchConfig(4, 4, 0, 2, 1)
     yield "quantizer, programs a row, global scale", lambda: CutCall(x, case, split)
@@ -84,15 +86,48 @@ def _cuts() -> Named:
         )
 
 
+def _given_scales() -> Named:
+    """A scale for each row, decode scales, e4m3 elements; values in place of codes."""
+    x = rows_at_edges()[20:43]
+    rows = (host.arange(len(x)) % 11 - 4).float()
+    by_row = host.powers(2 * rows) * (448 * 6 / 3 + rows)
+    by_row[5:9] = host.fp32([0.0, 2.0**-127, 2.0**126, torch.inf])
+    # What reads the words of an e4m3 element sees every byte of them.
+    bytes_ = host.arange(256).to(torch.uint8).view(16, 16).repeat(2, 5)
+    bytes_[16:] = bytes_[16:].roll(3, 1) & 0x9F  # blocks of small numbers
+    eight = bytes_[:23].view(torch.float8_e4m3fn)
+    fast, exact = Recipe(), Recipe("exact")
+    for name, recipe in {
+        "fast": fast, "exact": exact, "fast, cute-dsl": Recipe(build="cute-dsl"),
+        "exact, cute-dsl": Recipe("exact", build="cute-dsl"),
+    }.items():  # fmt: skip
+        layout = SfLayout.layout_8x4
+        given = functools.partial(GivenScaleCall, x, recipe, by_row)
+        yield f"quantizer, by row, {name}", functools.partial(given, layout)
+        decode = functools.partial(GivenScaleCall, x, recipe, 1 / by_row, inverse=True)
+        yield f"quantizer, decode scales, {name}", decode
+        yield f"quantizer, e4m3, {name}", functools.partial(GivenScaleCall, eight, recipe, by_row)
+    one = host.fp32([0.25])
+    yield "quantizer, e4m3, one scale", lambda: GivenScaleCall(eight, fast, one)
+    four_over_six = Recipe("exact", NVFP44Over6Config())
+    yield "quantizer, by row, 4over6", lambda: GivenScaleCall(x, four_over_six, by_row)
+    for recipe in (fast, exact):
+        yield f"quantizer, values, {recipe}", functools.partial(ValuesCall, x, recipe, True)
+        yield (
+            f"quantizer, values of fp32, {recipe}",
+            functools.partial(ValuesCall, x.float() * 1.01, recipe, False),
+        )
+
+
 def _layers() -> Named:
-    for case in matrix_edges.activations(Recipe()):
+    for case in moe_edges.activations(Recipe()):
         yield case.name, functools.partial(ActivationCall, case)
-    for case in matrix_edges.static(Recipe()):
+    for case in moe_edges.static(Recipe()):
         yield case.name, functools.partial(FusedCall, case)
     two = Routing(RoutingMethodType.Renormalize, 2)
     five = Setting("five experts", 40, 128, 128, 7, two, ActivationType.Relu2, offset=1, local=5)
     decoded = GemmConfig(128, 16, 64, 1, 4, decoded=True)
-    at_once = {"_DECODED_BYTES": 2 * 2 * 128 * 128}  # two experts
+    at_once = {"launch._DECODED_BYTES": 2 * 2 * 128 * 128}  # two experts
     yield "decoded, two at a time", lambda: FusedCall(case_of(five), decoded, at_once)
     yield "one token", lambda: FusedCall(case_of(replace(five, tokens=1)))
     yield "K of 1 1/4 tiles, NaN", lambda: FusedCall(_with_nan(), GemmConfig(128, 16, 256, 1, 4))
@@ -140,7 +175,7 @@ def _parts() -> Named:
     yield "permute", lambda: PermuteCall(37, 3)
     yield "permute, 15 experts", lambda: PermuteCall(200, 15, tile=32)
     yield "permute, one expert", lambda: PermuteCall(37, 1)
-    yield "permute, none held", lambda: PermuteCall(64, 64, elsewhere=True)
+    yield "permute, none local", lambda: PermuteCall(64, 64, elsewhere=True)
     yield "permute, three launches", lambda: PermuteCall(700, 5, one_launch=False)
     yield (
         "permute, three launches, 15 experts",
@@ -174,8 +209,8 @@ def _native() -> Named:
 _MORE: dict[str, Callable[[], Call]] = {
     name: call
     for some in (
-        _parts(), _more_quantizers(), _cuts(), _layers(), _products(), _rest(), _native(),
-        far_calls.calls(),
+        _parts(), _more_quantizers(), _cuts(), _given_scales(), _layers(), _products(), _rest(),
+        _native(), far_calls.calls(),
     )
     for name, call in some
 }  # fmt: skip

@@ -3,19 +3,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
 from nvfp4_moe import host
 from nvfp4_moe.cases.moe_case import to_device
 from nvfp4_moe.differential.verdict import unequal
-from nvfp4_moe.kernels.dense import launch as triton_dense
-from nvfp4_moe.kernels.fused_quantize import launch as producer_launch
+from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.gemm_config import GemmConfig
-from nvfp4_moe.kernels.quantize import launch as quantize
-from nvfp4_moe.reference import dense
-from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference import dense, fused_quantize
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds
 from nvfp4_moe.reference.layouts import from_linear
@@ -23,7 +20,7 @@ from nvfp4_moe.reference.quantize import Quantized, quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from nvfp4_moe.reference.weights.prepare import prepare_experts
 
-from ..calls import Answered, Call, QuantizerCall
+from ..calls import Answered, Call
 from .part_calls import exactly
 from .strict import codes_multiplied
 
@@ -77,17 +74,17 @@ class ProducerCall:
         x[1], x[2, ::5] = 0, -0.0
         x[4] *= 2.0**-120 if self.dtype == torch.bfloat16 else 2.0**-10
         x[5] *= 8
-        if self.kind == producer_launch.k.SILU_AND_MUL.value:
+        if self.kind == fused_quantize_launch.k.SILU_AND_MUL.value:
             return torch.cat((x, x.flip(0)), 1).to(self.dtype), None, None
         residual = None
-        if self.kind == producer_launch.k.ADD_RMSNORM.value:
+        if self.kind == fused_quantize_launch.k.ADD_RMSNORM.value:
             residual = (x.flip(1) / 3).to(self.dtype)
         return x.to(self.dtype), host.normal(g, 80).to(self.dtype), residual
 
     def answer(self, device: str = "cpu") -> Any:
         x, weight, residual = (None if t is None else t.to(device) for t in self._given())
         assert x is not None
-        got = producer_launch._produce(
+        got = fused_quantize_launch._produce(
             x, 80, self.kind, residual, weight, 1e-5, self.recipe.base_scale_inv, self.recipe,
             self.layout, self.fused,
         )  # fmt: skip
@@ -96,11 +93,11 @@ class ProducerCall:
     def judge(self) -> Answered:
         x, weight, residual = self._given()
         if weight is None:
-            values = producers.silu_and_mul(x)
+            values = fused_quantize.silu_and_mul(x, self.recipe.build)
         elif residual is None:
-            values = producers.rmsnorm(x, weight, 1e-5)
+            values = fused_quantize.rmsnorm(x, weight, 1e-5)
         else:
-            values, residual = producers.add_rmsnorm(x, residual, weight, 1e-5)
+            values, residual = fused_quantize.add_rmsnorm(x, residual, weight, 1e-5)
         q: Quantized = quantize_per_token(
             values, self.recipe.base_scale_inv, self.recipe, self.layout
         )
@@ -153,7 +150,7 @@ class ProductCall:
         (a, b, sa, sb), alpha = self._given()
         a, b, sa, sb, alpha = (t.to(device) for t in (a, b, sa, sb, alpha))
         out = torch.empty(self.m, b.shape[0], dtype=self.out_dtype, device=device)
-        triton_dense._mm_fp4(a, b, sa, sb, alpha, out, self.use_8x4, self.config)
+        dense_launch._mm_fp4(a, b, sa, sb, alpha, out, self.use_8x4, self.config)
         return out.cpu()
 
     def judge(self) -> Answered:
@@ -168,58 +165,6 @@ class ProductCall:
             return not wrong.any()
 
         return Answered(accepts, torch.Tensor.double, want.double())
-
-
-@dataclass(frozen=True)
-class CutCall(QuantizerCall):
-    """A quantizer whose matrix is cut into programs as only a GPU's launches would."""
-
-    config: quantize.LaunchConfig = quantize.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
-
-    def answer(self, device: str = "cpu") -> Quantized:
-        def config(*_: Any, **__: Any) -> quantize.LaunchConfig:
-            return self.config
-
-        with (
-            mock.patch.object(quantize, "launch_config", config),
-            mock.patch.object(quantize, "global_launch_config", config),
-        ):
-            return super().answer(device)
-
-
-@dataclass(frozen=True)
-class ChosenCall:
-    """Rows that an index names, some of them none, with a base scale and an output scale in tensors."""
-
-    x: Tensor
-    recipe: Recipe
-    layout: SfLayout
-
-    def _given(self, device: str) -> tuple[Tensor, ...]:
-        rows = len(self.x)
-        index = torch.cat([host.arange(rows).flip(0)[3:] - 2, host.arange(3)]).int()
-        index[1], index[2] = rows, rows + 7
-        scales = host.fp32([self.recipe.base_scale_inv]), host.fp32([0.3])
-        return tuple(t.to(device) for t in (self.x, scales[0], index, scales[1]))
-
-    def answer(self, device: str = "cpu") -> Any:
-        x, base, index, shown = self._given(device)
-        found = quantize.quantize_per_token(
-            x, base, self.recipe, self.layout, row_index=index, out_scale=shown
-        )
-        return [
-            t.cpu()[_live(index.cpu(), len(x))] if i == 2 else t.cpu() for i, t in enumerate(found)
-        ]
-
-    def judge(self) -> Answered:
-        x, base, index, shown = self._given("cpu")
-        q = quantize_per_token(x, base, self.recipe, self.layout, row_index=index, out_scale=shown)
-        assert q.per_token_scale is not None
-        return exactly([q.codes, q.block_scales, q.per_token_scale[_live(index, len(x))]])
-
-
-def _live(index: Tensor, rows: int) -> Tensor:
-    return index[(index >= 0) & (index < rows)].long()
 
 
 @dataclass(frozen=True)

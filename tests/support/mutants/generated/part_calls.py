@@ -51,9 +51,9 @@ class PermuteCall:
         limit = self.slots if self.one_launch else 0
         with mock.patch.object(permute, "_ONE_LAUNCH_SLOTS", limit):
             p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
-        held = int(p.end[-1])
+        used_rows = int(p.end[-1])
         used = p.tiles[0] >= 0
-        found = p.expanded[:held], p.permuted, p.tiles[0], p.tiles[1][used], p.end
+        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end
         return [t.cpu() for t in found]
 
     def judge(self) -> Answered:
@@ -81,7 +81,7 @@ def _codes(seed: int, *size: int) -> tuple[Tensor, Tensor]:
     return codes, host.integers(g, 0, 128, (*rows, k // BLOCK_SIZE)).to(torch.uint8)
 
 
-def _fours(values: Tensor) -> Tensor:
+def fours(values: Tensor) -> Tensor:
     """[R, K] as bf16 [R, 4, K/4], each fourth column together."""
     return values.unflatten(1, (-1, 4)).transpose(1, 2).contiguous().bfloat16()
 
@@ -98,7 +98,7 @@ class DecodeCall:
         return decode(codes.to(device), scales.to(device), SfLayout.layout_linear).cpu()
 
     def judge(self) -> Answered:
-        return exactly(_fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
+        return exactly(fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DecodeWeightsCall:
 
     def judge(self) -> Answered:
         codes, scales = (t.flatten(0, 1) for t in _codes(2, 2, self.rows, self.columns))
-        return exactly(_fours(dequantize(codes, scales, 2.0**-8)))
+        return exactly(fours(dequantize(codes, scales, 2.0**-8)))
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,14 @@ class FinalizeCall:
     def answer(self, device: str = "cpu") -> Tensor:
         rows, permuted, weights = (t.to(device) for t in self._given())
         out = torch.empty(self.tokens, self.width, dtype=self.dtype, device=device)
-        triton_finalize(rows, permuted, weights, out, self.padded, self.order)
+        triton_finalize(rows, permuted, weights, out, self.order)
         return out.cpu()
 
     def judge(self) -> Answered:
         rows, permuted, weights = self._given()
-        held = (permuted >= 0).view_as(weights)
+        is_local = (permuted >= 0).view_as(weights)
         of_slot = rows[permuted.long().clamp_min(0), : self.width].float()
-        total = finalize(
-            of_slot.view(self.tokens, self.top_k, -1), weights, self.padded, self.order, held
-        )
+        total = finalize(of_slot.view(self.tokens, self.top_k, -1), weights, self.order, is_local)
         want = total.to(self.dtype)
         return Answered(
             lambda got: not unequal(got, want).any(), torch.Tensor.double, want.double()

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.layouts import inverse
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
@@ -39,7 +39,7 @@ def of_experts() -> Answers:
         rows, g = 80 * (2 if kind.gated else 1), seeded(int(kind))
         w13, w2 = host.normal(g, 3, rows, 208) / 9, host.normal(g, 3, 208, 80) / 7
         w13[0], w13[1, :, :16] = 0, 0
-        read = {name: matrix_edges.PARAMETERS[name] for name in sorted(kind.parameters)}
+        read = {name: moe_edges.PARAMETERS[name] for name in sorted(kind.parameters)}
         biases = {"w13_bias": host.normal(g, 3, rows), "w2_bias": host.normal(g, 3, 208)}
         static = {"input_amax": 3.0, "intermediate_amax": 5.0}
         for options in ({}, read | biases, static, static | read | biases, {"recipe": Recipe()}):
@@ -165,6 +165,9 @@ def of_reload() -> Answers:
         with mock.patch.dict(writers.WRITERS, {"triton": lambda device, found=found: found}):
             chosen = [update._writer("auto", torch.device(name)) for name in ("cuda", "cpu")]
             yield "writer", [writer.__name__ for writer in chosen]
+            for name in ("reference", "triton", "other"):
+                asked = functools.partial(update._writer, name, torch.device("cpu"))
+                yield "writer", raised(lambda asked=asked: asked().__name__)
     for kind in (ActivationType.Swiglu, ActivationType.Relu2, ActivationType.Situ):
         g = seeded(int(kind))
         rows = 80 * (2 if kind.gated else 1)
@@ -172,7 +175,7 @@ def of_reload() -> Answers:
             (host.normal(g, 3, *s) * host.powers(host.arange(3))[:, None, None]).bfloat16()
             for s in ((rows, 144), (144, 80))
         ]
-        read = {name: matrix_edges.PARAMETERS[name] for name in sorted(kind.parameters)}
+        read = {name: moe_edges.PARAMETERS[name] for name in sorted(kind.parameters)}
         biases = {"w13_bias": host.normal(g, 3, rows), "w2_bias": host.normal(g, 3, 144)}
         for options in ({}, read, biases, static, read | biases | static):
             made = prepare_experts(*w, kind, **options)

@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import moe as matrix_moe
-from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import moe as moe_cases
+from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.differential.verdict import Allowed
-from nvfp4_moe.reference import activation, dense, layouts
-from nvfp4_moe.reference import fused_quantize as producers
+from nvfp4_moe.reference import activation, dense, fused_quantize, layouts
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as moe
 from nvfp4_moe.reference.moe.activations import Activations
@@ -45,7 +44,7 @@ def of_moe() -> Answers:
         rows = (host.normal(g, tokens, top_k, hidden) * size).bfloat16().float()
         weights = host.normal(g, tokens, top_k)
         for order in ("flashinfer", "slot"):
-            yield f"finalize, {top_k}", finalize(rows, weights, hidden, order)
+            yield f"finalize, {top_k}", finalize(rows, weights, order)
     for tokens, top_k, hidden in itertools.product(
         (1, 8, 16, 18, 19, 1183, 1184, 8192, 9000),
         (1, 4, 5, 8, 9, 16, 17, 33, 64, 65),
@@ -75,18 +74,18 @@ def of_moe() -> Answers:
     low = host.fp32([5237765.0, -5237765.0]) * 2.0**-55
     yield "fma, near ties below 1", fma(host.fp32([205.0]), low, host.fp32([0.5, -0.5]))
     yield "fma, special", fma(specials(), specials().flip(0), specials().roll(3))
-    yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), 8, "slot")
+    yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), "slot")
     far = [(256 * n + m) for n in (1183, 1184) for m in (0, 8)]
     yield "split_k_groups", [split_k_groups(1, 8, hidden) for hidden in far]
     ids = host.integers(g, -1, 7, (6, 3)).int()
-    yield "permutation, all held", permutation(ids, 7)
+    yield "permutation, all local", permutation(ids, 7)
     yield "local_slots", [local_slots(ids, 4), local_slots(ids, 4, 2)]
     yield "permutation", [permutation(ids, 4, offset) for offset in (0, 2)]
     x, w = host.integers(g, -9, 9, (5, 32)).float(), host.integers(g, -9, 9, (7, 32)).float()
     yield "matmul", [matmul(x, w, how) for how in ("fp64", "fp32")]
     x, w = host.normal(g, 5, 64), host.normal(g, 7, 64)
     yield "matmul, rounded", [matmul(x, w, how) for how in ("fp64", "fp32")]
-    for case in matrix_moe.exact_cases():
+    for case in moe_cases.exact_cases():
         yield case.name, case.run(keep_steps=True)
         elsewhere = replace(case, ids=case.ids * 2 - 1, num_experts=8, local_expert_offset=1)
         yield f"{case.name}, elsewhere", elsewhere.run(keep_steps=True)
@@ -103,8 +102,8 @@ def of_moe() -> Answers:
     ids, weights = host.integers(g, 0, 2, (4, 1)).int(), host.ones(4, 1)
     yield "padded", moe.fused_moe(Activations(x), odd_sizes, ids, weights)
     for case in (
-        *matrix_edges.far_below(Recipe()),
-        *itertools.islice(matrix_edges.static(Recipe()), 0, 10, 3),
+        *moe_edges.far_below(Recipe()),
+        *itertools.islice(moe_edges.static(Recipe()), 0, 10, 3),
     ):
         steps = case.run(keep_steps=True).steps
         yield (
@@ -135,32 +134,32 @@ def of_producers() -> Answers:
     bits = host.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     x = torch.where(bits.isfinite(), bits, 0).view(128, 512)
     for up in (torch.ones_like(x), host.normal(seeded(4), 128, 512).bfloat16()):
-        yield "silu", producers.silu_and_mul(torch.cat((x, up), 1))
+        yield "silu", fused_quantize.silu_and_mul(torch.cat((x, up), 1))
     halves = host.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     halves = torch.where(halves.isfinite(), halves, 0).view(128, 512)
     up = host.normal(seeded(5), 128, 512).half()
-    yield "silu, fp16", producers.silu_and_mul(torch.cat((halves, up), 1))
+    yield "silu, fp16", fused_quantize.silu_and_mul(torch.cat((halves, up), 1))
     wide = torch.cat(
         [
             host.normal(seeded(2), 20000) * 40,
             host.fp32([-87.5, -87.0, 88.0, 88.72, 88.73, 89.0, 90.0]),
         ]
     )
-    between = (host.arange(-126, 128).double() + 0.5) / producers.LOG2E  # where n changes
+    between = (host.arange(-126, 128).double() + 0.5) / fused_quantize.LOG2E  # where n changes
     every = torch.cat([wide, around(between.float()), host.normal(seeded(6), 2**18) * 20])
-    yield "exp", producers.exp(every)
+    yield "exp", fused_quantize.exp(every)
     for k in (16, 48, 80):
         y = (
             host.normal(seeded(k), 200, k) * host.powers(host.integers(seeded(k), -9, 9, (200, 1)))
         ).half()
         weight = host.normal(seeded(1), k).half()
-        yield "sum_of_squares", producers.sum_of_squares(y.float())
+        yield "sum_of_squares", fused_quantize.sum_of_squares(y.float())
         for eps in (1e-6, 0.5):
-            yield "rmsnorm", producers.rmsnorm(y, weight, eps)
-            yield "add_rmsnorm", producers.add_rmsnorm(y, y.flip(0), weight, eps)
+            yield "rmsnorm", fused_quantize.rmsnorm(y, weight, eps)
+            yield "add_rmsnorm", fused_quantize.add_rmsnorm(y, y.flip(0), weight, eps)
         small = (host.normal(seeded(7), 1024, k) * 4e-4).half()
-        yield "rmsnorm", producers.rmsnorm(small, weight)
-        yield "add_rmsnorm", producers.add_rmsnorm(small, small.flip(0), weight)
+        yield "rmsnorm", fused_quantize.rmsnorm(small, weight)
+        yield "add_rmsnorm", fused_quantize.add_rmsnorm(small, small.flip(0), weight)
 
 
 def of_activation() -> Probe:
@@ -173,10 +172,10 @@ def of_activation() -> Probe:
         for kind in ActivationType:
             for name, options in (
                 ("", {}),
-                ("NaN clamped", {"nan_is_clamped": True}),
+                ("of cutlass", {"of_cutlass": True}),
                 (
                     "parameters",
-                    {n: v for n, v in matrix_edges.PARAMETERS.items() if n in kind.parameters},
+                    {n: v for n, v in moe_edges.PARAMETERS.items() if n in kind.parameters},
                 ),
             ):
                 if kind.implemented:
@@ -213,7 +212,7 @@ def traits() -> Answers:
 
 def fused() -> Probe:
     """By intervals: the cases of `nvfp4-moe diff`."""
-    every = [*matrix_edges.cases(Recipe()), *matrix_moe.few_cases()]
+    every = [*moe_edges.cases(Recipe()), *moe_cases.few_cases()]
     allowed = [Allowed(case) for case in every]
 
     def probe() -> Iterator[str]:

@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.cases import moe_edges as matrix_edges
+from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.reference.moe import routing
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
@@ -36,7 +36,7 @@ def of_routing() -> Answers:
         bias = host.normal(seeded(4), 16) if method.biased else None
         for logits in (special, special.bfloat16()):
             yield f"special, {method.name}", routing.route(logits, Routing(method, k), bias)
-    for _, how, logits, bias in matrix_edges.routers():
+    for _, how, logits, bias in moe_edges.routers():
         yield f"router, {how.method.name}", routing.route(logits, how, bias)
     nine = special[:, :9].contiguous()
     for groups in (None, 0, 1):

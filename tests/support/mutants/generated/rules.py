@@ -51,6 +51,9 @@ class Generated:
     rule: str
     change: str
     number: int  # of those that read alike
+    unchanged: str = dataclasses.field(
+        compare=False
+    )  # the function or assignment, without docstring
     build: Callable[[], str] = dataclasses.field(compare=False)
 
     @property
@@ -84,10 +87,12 @@ def generate(file: str, source: str, *, jitted: bool = False) -> list[Generated]
     seen: Counter[tuple[str, ...]] = Counter()
     found = []
     for name, root in _roots(ast.parse(source), jitted):
+        root = _bare(root)
+        unchanged = ast.unparse(root)
         for rule, change, build in _changes(root):
             key = (name, rule, change)
             seen[key] += 1
-            found.append(Generated(file, name, rule, change, seen[key], build))
+            found.append(Generated(file, name, rule, change, seen[key], unchanged, build))
     return found
 
 
@@ -113,11 +118,18 @@ def _is_compiled(decorator: ast.expr) -> bool:
     return ast.unparse(decorator).startswith(("triton.jit", "triton.constexpr_function"))
 
 
-def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
-    """(rule, how the expression reads before and after, what makes the whole text) of every change."""
+def _bare(root: ast.stmt) -> ast.stmt:
+    """A function without decorators, docstring and the annotation of what it returns; or a constant."""
     root = copy.deepcopy(root)
     if isinstance(root, ast.FunctionDef):
         root.decorator_list, root.returns = [], None
+        if ast.get_docstring(root) is not None and len(root.body) > 1:
+            del root.body[0]
+    return root
+
+
+def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """(rule, how the expression reads before and after, what makes the whole text) of every change."""
     for parent, name, index, node in list(_expressions(root)):
         for rule, new in _variants(node, parent, name):
             shown = (

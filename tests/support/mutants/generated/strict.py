@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from nvfp4_moe.kernels.dense import launch as dense
+from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.reference.quantize import dequantize
 
@@ -116,7 +116,7 @@ def codes_multiplied() -> Iterator[None]:
     with (
         mock.patch.object(tl, "dot_scaled", dot_scaled),
         mock.patch.object(launch, "native_mma", lambda arch: True),
-        mock.patch.object(dense, "native_mma", lambda arch: True),
+        mock.patch.object(dense_launch, "native_mma", lambda arch: True),
     ):
         yield
 

@@ -1,8 +1,8 @@
-"""Mutants tried in children of this process, each of which plants one and runs its probes.
+"""Mutants tried in children of this process, each of which applies one and runs its probes.
 
 A child starts with everything imported and every right answer known; a crash or a loop without an end
 is its own. It stops at the first answer that is not right. On a GPU, which takes seconds to start, a
-child tries several, one after the other.
+child tries several, one after the other. A mutant has as much time for each probe.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -12,12 +12,13 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
-from .plant import planted
+from .apply import applied
 from .rules import Generated
 
 Probe = Callable[[], Iterator[str]]
@@ -29,7 +30,7 @@ class Result:
     mutant: Generated
     status: str  # "killed", "timed out" or "survived"
     by: str  # what saw it
-    seconds: float
+    passed: tuple[float, ...]  # seconds of its probes until then, without the one that saw it
 
 
 Given = tuple[Generated, Sequence[Probe]]
@@ -40,7 +41,8 @@ class _Child:
     left: deque[Given]
     pid: int
     pipe: int
-    start: float  # of the first that is left
+    start: float  # of the probe that is running
+    passed: tuple[float, ...] = ()  # seconds of the probes that the first that is left has passed
     read: bytes = b""
 
     def results(self) -> Iterator[Result]:
@@ -48,13 +50,20 @@ class _Child:
         while b"\n" in self.read:
             line, _, self.read = self.read.partition(b"\n")
             by = line.decode(errors="replace")
-            yield self.end("survived" if by == "-" else "killed", "" if by == "-" else by)
+            if by == "+":
+                self.passed += (self._lap(),)
+            else:
+                yield self.end("survived" if by == "-" else "killed", "" if by == "-" else by)
 
     def end(self, status: str, by: str = "") -> Result:
         """The result of the first that is left."""
-        now = time.monotonic()
-        took, self.start = round(now - self.start, 2), now
-        return Result(self.left.popleft()[0], status, by, took)
+        passed, self.passed = self.passed, ()
+        self._lap()
+        return Result(self.left.popleft()[0], status, by, passed)
+
+    def _lap(self) -> float:
+        before, self.start = self.start, time.monotonic()
+        return self.start - before
 
     def wait(self, *, kill: bool = False) -> None:
         if kill:
@@ -69,7 +78,7 @@ def run(
     """The results, as they come.
 
     Args:
-        seconds: a mutant that takes longer has timed out.
+        seconds: a mutant under which a probe takes longer has timed out.
         at_once: mutants that a child tries one after the other.
     """
     again: deque[Given] = deque()  # of children that ended before
@@ -113,17 +122,23 @@ class WrongProbe(Exception):
 
 def check(
     probes: Iterable[tuple[str, Probe]], *, jobs: int, seconds: float, at_once: int = 1
-) -> None:
-    """Raise WrongProbe unless probes find nothing in unchanged code, in children as mutants have."""
+) -> dict[str, float]:
+    """Seconds that each probe takes, in children as mutants have.
+
+    Raises:
+        WrongProbe: it finds fault with the code as it is.
+    """
     unchanged = (
-        (Generated("", "", "", f"nothing, {name}", 1, lambda: ""), [probe])
-        for name, probe in probes
+        (Generated("", "", "", name, 1, "", lambda: ""), [probe]) for name, probe in probes
     )
+    took = {}
     for result in run(unchanged, jobs=jobs, seconds=seconds, at_once=at_once):
         if result.status != "survived":
             raise WrongProbe(
                 f"{result.mutant.change}, on unchanged code: {result.status} {result.by}"
             )
+        (took[result.mutant.change],) = result.passed
+    return took
 
 
 def _start(some: deque[Given]) -> _Child:
@@ -140,24 +155,29 @@ def _start(some: deque[Given]) -> _Child:
 
 
 def _try(some: Iterable[Given], pipe: int) -> None:
-    """Write a line on each: what saw the mutant; "-" where nothing did; "!" at an early end."""
+    """Write what is found, a line each.
+
+    "+": a probe has ended; then what saw the mutant, or "-" where nothing did; "!": an early end.
+    """
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     for mutant, probes in some:
-        by = " ".join(_first_wrong(mutant, probes).split())
+        by = " ".join(_first_wrong(mutant, probes, lambda: os.write(pipe, b"+\n")).split())
         os.write(pipe, by.encode()[:400] + b"\n")
         if not _gpu_works():
             os.write(pipe, b"!")
             return
 
 
-def _first_wrong(mutant: Generated, probes: Sequence[Probe]) -> str:
+def _first_wrong(mutant: Generated, probes: Sequence[Probe], accepted: Callable[[], object]) -> str:
     try:
-        if not mutant.file:
-            return next((wrong for probe in probes for wrong in probe()), "-")
-        with planted(mutant):
-            return next((wrong for probe in probes for wrong in probe()), "-")
+        with applied(mutant) if mutant.file else nullcontext():
+            for probe in probes:
+                for wrong in probe():
+                    return wrong
+                accepted()
+        return "-"
     except BaseException as error:  # whatever it is, the right code does not raise it
         return f"{type(error).__name__}: {error}"
 

@@ -1,0 +1,55 @@
+"""Ours against outputs of FlashInfer's own kernels: a sample here, all of it by `make golden`."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterable
+
+import pytest
+from oracle import cutlass, finalize, quantizers, routing
+from oracle.cases import Golden, Outcome, load
+from oracle.implementations import REFERENCE, triton
+
+EVERY = 4
+"""Of the cases, which takes half a minute."""
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return load()
+
+
+def assert_equal(outcomes: Iterable[Outcome], least: int) -> None:
+    """As many arrays as there are, and each of them equal."""
+    found = list(outcomes)
+    assert len(found) >= least
+    assert not [str(outcome) for outcome in found if outcome.differing]
+
+
+def test_reference_routes_as_the_kernels(golden):
+    assert_equal(routing.compare(golden, REFERENCE, EVERY), 180)
+
+
+def test_reference_finalizes_as_the_kernels(golden):
+    assert_equal(finalize.compare(golden, REFERENCE, EVERY), 120)
+
+
+def test_reference_quantizes_as_the_kernels(golden):
+    assert_equal(quantizers.compare(golden, REFERENCE, EVERY), 600)
+
+
+def test_reference_activates_as_the_kernels(golden):
+    assert_equal(finalize.compare_activation(golden), 3)
+    assert_equal(cutlass.compare(golden, EVERY), 90)
+
+
+def test_order_of_the_sum_of_errors(golden):
+    assert_equal(cutlass.compare_sums(golden), 36)
+
+
+@pytest.mark.interpreter
+def test_triton_finalizes_as_the_kernels(golden):
+    assert_equal(finalize.compare(golden, triton("cpu"), 5, most_slots=54), 40)
+
+
+@pytest.mark.interpreter
+def test_triton_quantizes_as_the_kernels(golden):
+    assert_equal(quantizers.compare(golden, triton("cpu"), 24, most_rows=33), 90)

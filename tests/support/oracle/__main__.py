@@ -1,0 +1,47 @@
+"""Compare everything with the arrays of FlashInfer's kernels, and print a table.
+
+    python -m oracle [--triton] [--device cuda] [--arrays FOLDER --seed N] [--every N]
+
+The exit status is 1 where something differs.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from . import compare_all
+from .cases import FOLDER, SEED, load
+from .implementations import REFERENCE, triton
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="oracle", description=__doc__)
+    parser.add_argument(
+        "--triton", action="store_true", help="the Triton kernels, not the reference"
+    )
+    parser.add_argument("--device", default="cuda", help="of the Triton kernels")
+    parser.add_argument("--arrays", type=Path, default=FOLDER, help="a folder of .npz or .npz.xz")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the inputs of those arrays")
+    parser.add_argument("--every", type=int, default=1, help="take every N-th case")
+    given = parser.parse_args()
+    ours = triton(given.device) if given.triton else REFERENCE
+    cases, elements, differing = Counter[str](), Counter[str](), Counter[str]()
+    failures = []
+    for outcome in compare_all(load(given.arrays, given.seed), ours, given.every):
+        cases[outcome.group] += 1
+        elements[outcome.group] += outcome.elements
+        differing[outcome.group] += outcome.differing
+        if outcome.differing:
+            failures.append(outcome)
+    print(f"{'arrays':>7} {'elements':>10} {'differ':>8}")
+    for group in sorted(cases):
+        print(f"{cases[group]:7} {elements[group]:10} {differing[group]:8}  {group}")
+    print(f"{cases.total():7} {elements.total():10} {differing.total():8}  all")
+    for outcome in failures[:50]:
+        print(f"  {outcome}")
+    return 1 if failures or not cases else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
