@@ -1,7 +1,7 @@
 """Tokens in the order in which sm_90's grouped GEMM multiplies columns.
 
 Column k of 128, with bits i0 i1 b j0 j1 c0 c1 from the lowest, has place b c0 c1 i0 i1 j0 j1:
-`hopper/fragments.py` says why. A row may be wanted at several places, one for each of its experts.
+`moe/hopper/fragments.py` says why. A row may be wanted at several places, one for each of its experts.
 """
 
 # SPDX-License-Identifier: Apache-2.0

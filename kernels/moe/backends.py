@@ -127,7 +127,7 @@ def _notes(call: MoECall) -> Sequence[str]:
     """Which of its grouped GEMMs Triton takes on a Hopper GPU."""
     if call.capability != (9, 0) or not backends.HAS_TRITON:
         return ()
-    from ..hopper import config
+    from .hopper import config
 
     reason = config.refusal(90)
     if reason is None:

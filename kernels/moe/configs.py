@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from ...reference.weights.experts import Experts
 from ..gemm_config import GemmConfig
-from ..hopper.config import RingConfig, refusal, ring_config
 from ..triton_target import arch, native_mma, shared_memory
+from .hopper.config import RingConfig, refusal, ring_config
 
 Config = GemmConfig | RingConfig
 Configs = tuple[Config, Config]

@@ -16,8 +16,6 @@ from ...reference.moe.activations import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from ..decode import decode
-from ..hopper.config import RingConfig
-from ..hopper.rows import in_fragments
 from ..quantize.launch import (
     quantize_global_scale,
     quantize_per_token,
@@ -31,6 +29,8 @@ from .call import KernelCall, Mode, Observe
 from .configs import Config, Configs, local_slots, table_configs
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
+from .hopper.config import RingConfig
+from .hopper.rows import in_fragments
 from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
 
@@ -230,7 +230,7 @@ def _launch_gemm(
 ) -> None:
     first = activation is not None
     if isinstance(config, RingConfig):
-        from ..hopper.launch import expert_gemm  # Gluon, which other GPUs do not need
+        from .hopper.launch import expert_gemm  # Gluon, which other GPUs do not need
 
         expert_gemm(
             x.values, x.token_scale, w, w_sf, bias, scale, out, p, config, x_divisor,

@@ -23,13 +23,13 @@ import triton
 
 from ....reference.activation import ActivationType
 from ....reference.weights.experts import Experts
-from ... import environment, hopper, jit
+from ... import environment, jit
 from ...gemm_config import GemmConfig
-from ...hopper.config import CONFIGS
 from ...triton_target import arch, gpu_name, native_mma
-from .. import activation, grouped_gemm
+from .. import activation, grouped_gemm, hopper
 from ..call import Mode
 from ..configs import Config, Configs
+from ..hopper.config import CONFIGS
 
 _FORMAT = 1
 """Format of an entry, and what `launch.py` does with it; an entry of another number is a miss."""

@@ -18,9 +18,9 @@ import triton
 from triton.errors import TritonError
 
 from ...gemm_config import GemmConfig
-from ...hopper.config import CONFIGS, RingConfig
 from ..call import KernelCall
 from ..configs import Config, Configs, gemm_config
+from ..hopper.config import CONFIGS, RingConfig
 from . import cache
 from .workload import Trial, microseconds
 

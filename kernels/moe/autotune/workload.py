@@ -10,11 +10,11 @@ import torch
 
 from ....reference.moe.activations import Activations
 from ....reference.recipe import Recipe
-from ...hopper.config import RingConfig
 from ...quantize.launch import quantize_global_scale
 from .. import launch
 from ..call import KernelCall
 from ..configs import Config, Configs, local_slots, table_configs
+from ..hopper.config import RingConfig
 from ..permute import Permutation, permute
 from . import cache
 

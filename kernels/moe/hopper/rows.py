@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..jit.fragments import padded_to_fragments, store_fragments
-from ..jit.pdl import await_previous
-from ..triton_target import arch, launch_options
+from ...jit.fragments import padded_to_fragments, store_fragments
+from ...jit.pdl import await_previous
+from ...triton_target import arch, launch_options
 
 
 def in_fragments(x: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,9 +10,9 @@ each 128. So the bits of a token's result are the same in every tile and every b
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from ..jit.arithmetic import to_bf16
-from ..jit.pdl import await_previous
-from ..moe.activation import finished, is_gated
+from ...jit.arithmetic import to_bf16
+from ...jit.pdl import await_previous
+from ..activation import finished, is_gated
 from .fragments import ROWS, WARPS, WORDS, fragment, load_codes, place_of
 from .gluon import (
     fence_async_shared,

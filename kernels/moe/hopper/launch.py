@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...reference.weights.experts import Experts
-from ..moe.activation import NONE
-from ..moe.permute import Permutation
-from ..triton_target import arch, launch_options
+from ....reference.weights.experts import Experts
+from ...triton_target import arch, launch_options
+from ..activation import NONE
+from ..permute import Permutation
 from .config import RingConfig
 from .fragments import ROWS, WORDS
 from .gluon import TensorDescriptor, gl

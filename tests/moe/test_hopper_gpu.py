@@ -8,9 +8,9 @@ from assertions import assert_bitwise
 from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
 
-from nvfp4_moe.kernels.hopper.config import CONFIGS, refusal, ring_config
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, refusal, ring_config
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations

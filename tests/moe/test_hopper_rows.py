@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nvfp4_moe.kernels.decode import decode
-from nvfp4_moe.kernels.hopper.rows import in_fragments
+from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.quantize.launch import (
     quantize_per_token,
     quantize_to_fragments,

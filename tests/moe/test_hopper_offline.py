@@ -6,8 +6,8 @@ import re
 import pytest
 from offline import assembler_log, compile_kernel, resources
 
-from nvfp4_moe.kernels.hopper.config import CONFIGS, RingConfig, refusal, ring_config
 from nvfp4_moe.kernels.moe.activation import NONE
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal, ring_config
 from nvfp4_moe.kernels.triton_target import shared_memory
 from nvfp4_moe.reference.activation import ActivationType
 
@@ -31,8 +31,8 @@ def test_the_table_has_every_configuration():
 
 
 def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
-    from nvfp4_moe.kernels.hopper.gluon import gl
-    from nvfp4_moe.kernels.hopper.grouped_gemm import expert_gemm_kernel
+    from nvfp4_moe.kernels.moe.hopper.gluon import gl
+    from nvfp4_moe.kernels.moe.hopper.grouped_gemm import expert_gemm_kernel
 
     def descriptor(dtype: str, box: tuple[int, ...], swizzle: int) -> str:
         layout = gl.NVMMASharedLayout(swizzle, {"bf16": 16, "i32": 32}[dtype], rank=len(box))
