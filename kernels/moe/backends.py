@@ -5,7 +5,7 @@ backend that can serve, before any work starts; a backend that was named never f
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, Literal
@@ -123,21 +123,6 @@ def _in_its_arithmetic(call: MoECall) -> Results:
     return call.placed(output)
 
 
-def _notes(call: MoECall) -> Sequence[str]:
-    """Which of its grouped GEMMs Triton takes on a Hopper GPU."""
-    if call.capability != (9, 0) or not backends.HAS_TRITON:
-        return ()
-    from .hopper import config
-
-    reason = config.refusal(90)
-    if reason is None:
-        return (
-            "triton multiplies by its grouped GEMM for sm_90, whose bits are always those of "
-            "batch_invariant=True",
-        )
-    return (f"triton multiplies by its grouped GEMM for every GPU, not that for sm_90: {reason}",)
-
-
 def _unfit(call: MoECall) -> str | None:
     """Why no user's backend serves the call."""
     if not call.do_finalize:
@@ -160,12 +145,31 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
     return adopted
 
 
-def _notes(call: MoECall) -> list[str]:
+def _left_open(call: MoECall) -> list[str]:
     """Where FlashInfer's layer of the call's bits leaves open what ours determine."""
     if call.build != trtllm.BUILD:
         return []
     texts = every_text(trtllm.LEFT_OPEN, call)
     return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
+
+
+def _gemm_on_hopper(call: MoECall) -> list[str]:
+    """Which of its grouped GEMMs Triton takes on a Hopper GPU."""
+    if call.capability != (9, 0) or not backends.HAS_TRITON:
+        return []
+    from .hopper import config
+
+    reason = config.refusal(90)
+    if reason is None:
+        return [
+            "triton multiplies by its grouped GEMM for sm_90: its bits are those of "
+            "batch_invariant=True, whatever is asked"
+        ]
+    return [f"triton multiplies by its grouped GEMM for every GPU, not that for sm_90: {reason}"]
+
+
+def _notes(call: MoECall) -> list[str]:
+    return _left_open(call) + _gemm_on_hopper(call)
 
 
 FUSED_MOE: Operation[MoECall, Results] = Operation(

@@ -212,9 +212,9 @@ def _parse(text: str, key: Key) -> Configs:
 def _config(value: Any, columns: int, *, native: bool) -> Config:
     fields = dict(value) if isinstance(value, dict) else {}
     if "widths" in fields:
-        for config in CONFIGS:
-            if json.loads(_json(asdict(config))) == fields:
-                return config
+        for ring in CONFIGS:
+            if json.loads(_json(asdict(ring))) == fields:
+                return ring
         raise ValueError(f"{value!r} is no configuration")
     registers = fields.pop("registers", "missing")
     if {n: type(v) for n, v in fields.items()} != _TYPES or type(registers) is bool:
