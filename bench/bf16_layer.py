@@ -27,7 +27,7 @@ from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the local experts, the first E of those that logits speak of."""
+    """The weights of the local experts, which are the first E that logits have."""
 
     w13: torch.Tensor  # [E, 2 I, H] bf16, rows [up; gate], or [E, I, H]
     w2: torch.Tensor  # [E, H, I] bf16
@@ -44,7 +44,7 @@ class Weights:
 
     @property
     def plain(self) -> bool:
-        """Whether Swiglu is silu(gate) * up."""
+        """True if Swiglu is silu(gate) * up."""
         return (self.alpha, self.beta, self.limit) == (1.0, 0.0, float("inf"))
 
 
@@ -106,12 +106,14 @@ def gemm_kernel(
     N,
     K,
     GATHER: tl.constexpr,  # otherwise x's row is the permuted one
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides K
     ARCH: tl.constexpr,
-):  # fmt: skip
+):
     # GROUP tiles of rows for one tile of weights, then the next tile of weights.
     in_group = GROUP * tl.cdiv(N, BN)
     first_tile = tl.program_id(0) // in_group * GROUP
@@ -302,7 +304,7 @@ def _fastest(
 
 
 def plain(x: torch.Tensor, logits: torch.Tensor, w: Weights, top_k: int) -> torch.Tensor:
-    """What `layer` computes, in fp32 by torch, a slot at a time: for a few tokens."""
+    """Compute `layer` in fp32 by torch, a slot at a time, for a few tokens."""
     best, ids = logits.float().topk(top_k, dim=1)
     routing_weights = best.softmax(1)
     out = torch.zeros(x.shape, device=x.device)

@@ -69,11 +69,16 @@ def cell(m: int, n: int, k: int, copy: float) -> dict[str, object]:
     cublas = microseconds(lambda: x @ next(dense).T, copies)
     moved = (m + n) * k * (1 / 2 + 1 / 16) + 4 * m + 2 * m * n
     return {
-        "m": m, "n": n, "k": k, "us": time, "cublas_bf16_us": cublas,
-        "share_of_copy": moved / time / 1e3 / copy, "tflops": 2 * m * n * k / time / 1e6,
+        "m": m,
+        "n": n,
+        "k": k,
+        "us": time,
+        "cublas_bf16_us": cublas,
+        "share_of_copy": moved / time / 1e3 / copy,
+        "tflops": 2 * m * n * k / time / 1e6,
         "cublas_tflops": 2 * m * n * k / cublas / 1e6,
         "config": str(dense_config(m, n, k, arch(a.device))),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

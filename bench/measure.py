@@ -1,4 +1,4 @@
-"""What the benchmarks share: device time in CUDA graphs, peak memory, two rates, how a script starts.
+"""Shared code of the benchmarks: device time in CUDA graphs, peak memory, two rates, arguments.
 
 Importing it makes `nvfp4_moe` importable from a checkout that was never installed.
 """

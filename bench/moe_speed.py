@@ -50,7 +50,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Of an expert's first weights."""
+        """The rows of an expert's first weights."""
         return self.intermediate * (2 if self.activation.gated else 1)
 
     @property
@@ -59,7 +59,7 @@ class Shape:
 
     @property
     def weights_key(self) -> tuple[object, ...]:
-        """What random weights depend on: shapes that are equal in it share them."""
+        """The fields on which random weights depend: shapes with equal keys share their weights."""
         return (self.hidden, self.intermediate, self.experts, self.activation, self.biased)
 
 
@@ -92,12 +92,17 @@ def random_experts(s: Shape) -> Experts:
 
     e, h, i = s.experts, s.hidden, s.intermediate
     return nvfp4_moe.assemble_experts(
-        codes(e, s.rows, h // 2), scales(e, s.rows, h // 16),
+        codes(e, s.rows, h // 2),
+        scales(e, s.rows, h // 16),
         torch.full((e,), 0.25 * h**-0.5, device=DEVICE),
-        codes(e, h, i // 2), scales(e, h, i // 16),
-        torch.full((e,), 0.25 * i**-0.5, device=DEVICE), s.activation,
-        w13_bias=bias(e, s.rows), w2_bias=bias(e, h), **s.parameters,  # type: ignore[arg-type]
-    )  # fmt: skip
+        codes(e, h, i // 2),
+        scales(e, h, i // 16),
+        torch.full((e,), 0.25 * i**-0.5, device=DEVICE),
+        s.activation,
+        w13_bias=bias(e, s.rows),
+        w2_bias=bias(e, h),
+        **s.parameters,  # type: ignore[arg-type]
+    )
 
 
 def bf16_weights(s: Shape) -> Weights:
@@ -114,9 +119,15 @@ def bf16_weights(s: Shape) -> Weights:
         return Weights(w13, w2, s.activation)
     p = s.parameters
     return Weights(
-        w13, w2, s.activation, normal(e, s.rows), normal(e, h),
-        p["alpha"], p["beta"], p["clamp_limit"],
-    )  # fmt: skip
+        w13,
+        w2,
+        s.activation,
+        normal(e, s.rows),
+        normal(e, h),
+        p["alpha"],
+        p["beta"],
+        p["clamp_limit"],
+    )
 
 
 def inputs(s: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,11 +222,13 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     matrices = (experts.gemm1_weights, experts.gemm2_weights)
     configs = [
         gemm_config(
-            local_slots(tokens * s.top_k, experts, s.routed), s.experts, w.shape[2] * 2,
+            local_slots(tokens * s.top_k, experts, s.routed),
+            s.experts,
+            w.shape[2] * 2,
             native=native_mma(arch(w.device)),
         )
         for w in matrices
-    ]  # fmt: skip
+    ]
     decoded = []
     for w, config in zip(matrices, configs, strict=True):
         expert = w[0].numel() * 4  # bf16 of two codes a byte
@@ -225,9 +238,11 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     used = peak_bytes(call) - decoded[1]
     bound = workspace_bound(s, tokens, configs[0].bn)
     return {
-        "workspace_bytes": used, "workspace_bound_bytes": bound, "workspace": used / bound,
+        "workspace_bytes": used,
+        "workspace_bound_bytes": bound,
+        "workspace": used / bound,
         "decoded_bytes": max(decoded),
-    }  # fmt: skip
+    }
 
 
 def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) -> dict:

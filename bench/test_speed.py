@@ -98,9 +98,13 @@ def baseline_call(s: Shape, backend: str, x, logits):
     w = moe_speed.bf16_weights(s)
     raw = reference.BaselineExperts(format, s.activation, w.w13, w.w2)
     request = BaselineCall(
-        reference.BaselineActivations(x), raw, {},
-        Routing(RoutingMethodType.Renormalize, s.top_k), s.routed, logits=logits,
-    )  # fmt: skip
+        reference.BaselineActivations(x),
+        raw,
+        {},
+        Routing(RoutingMethodType.Renormalize, s.top_k),
+        s.routed,
+        logits=logits,
+    )
     if (reason := BASELINE_MOE.refusal(backend, request)) is not None:
         pytest.skip(reason)
     amax = {"input_amax": 8.0, "intermediate_amax": 8.0} if format == "fp8 per tensor" else {}

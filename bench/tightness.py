@@ -1,4 +1,6 @@
-"""How tight the proved intervals are, and where Triton's outputs lie: `python bench/tightness.py`.
+"""Measure how tight the proved intervals are, and where Triton's outputs lie in them.
+
+Run `python bench/tightness.py`.
 
 For the benchmark's layers and every configuration of the table, judged with sums in any order, and with
 sums of contiguous ranges. Half-widths are in units of the row's rms; "one value" is the share of

@@ -41,7 +41,7 @@ UNCALIBRATED = 6.0 * 448  # the maximum at which an encode scale is 1
 
 @dataclass(frozen=True)
 class Method:
-    """How the experts are prepared and called."""
+    """A way to prepare and call the experts."""
 
     calibrated: str | None = None  # on which sentences; None: no static scales
     factor: float = 1.0  # on the calibrated maxima
@@ -93,7 +93,7 @@ def nvfp4_layer(experts: Experts, call: Mapping[str, Any]) -> Callable[..., torc
 
 
 def unquantized_layer(parts: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same experts in bf16: each expert's result is rounded to bf16, their sum once more."""
+    """Return these experts in bf16: the layer rounds each expert's result and their sum to bf16."""
     tensors = zip(*(parts[name] for name in ("w13", "w13_bias", "w2", "w2_bias")), strict=True)
     experts = [Dense(*each) for each in tensors]
     return lambda x: torch.stack([expert(x).float() for expert in experts]).sum(0).to(x.dtype)

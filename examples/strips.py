@@ -90,7 +90,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def histogram(logarithms: Sequence[float]) -> dict[int, int]:
-    """How many lie in each bin of 1 / BINS_A_DECADE, by the bin's number, ascending."""
+    """Count the values in each bin of 1 / BINS_A_DECADE, by the bin's number, ascending."""
     bins = [math.floor(x * BINS_A_DECADE) for x in logarithms]
     return {b: bins.count(b) for b in sorted(set(bins))}
 

@@ -61,7 +61,7 @@ def math(build: "Build") -> "Math":
 
 
 def how_to_get(wanted: "Math", build: "Build") -> str:
-    """What to do to the environment so that `math(build)` is `wanted`."""
+    """Say how to change the environment so that `math(build)` is `wanted`."""
     if wanted == "exact":
         return f"set {EXACT_VARIABLES[build][0]}=1"
     return "unset " + " and ".join(name for name in EXACT_VARIABLES[build] if _on(name))
@@ -120,7 +120,7 @@ def sources(recipe: "Recipe", *, math: bool, config: bool) -> str:
 
 
 def cache_folder() -> Path | None:
-    """Where tuned configurations are kept; None for a user without a home directory.
+    """Return the folder of tuned configurations; None for a user without a home directory.
 
     An empty variable counts as unset, and so does a relative XDG_CACHE_HOME (XDG Base Directory
     Specification: "should consider the path invalid and ignore it").

@@ -5,7 +5,7 @@ import enum
 
 
 class Exit(enum.IntEnum):
-    """How a command ended."""
+    """The exit statuses of a command."""
 
     DONE = 0
     DIFFERENCE = 1

@@ -18,7 +18,7 @@ def _leave(number: int, frame: object) -> NoReturn:
 
 
 def is_command_line(words: list[str]) -> bool:
-    """Whether these words, of `sys.orig_argv`, start the command line, and no program of others."""
+    """Return True if these words, from `sys.orig_argv`, start our command line, not another program."""
     by_module = words[1:] and "-m" in words[:-1] and words[words.index("-m") + 1] == __package__
     return bool(by_module) or any(Path(word).name == "nvfp4-moe" for word in words[:2])
 

@@ -41,8 +41,11 @@ def _commit() -> str | None:
     try:
         found = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=, changed"],
-            capture_output=True, text=True, encoding="utf-8", timeout=10,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

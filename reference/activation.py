@@ -59,7 +59,7 @@ class ActivationType(enum.IntEnum):
 
     @property
     def row(self) -> "Activation":
-        """What is known of it.
+        """The row of the table.
 
         Raises:
             ValueError: it is not implemented.
@@ -100,7 +100,7 @@ OWN = 1000
 
 
 class Scalars(NamedTuple):
-    """What multiplies, bends and clamps an expert's rows: the arguments of `activate`."""
+    """The factors, parameters and limits of an expert's rows: the arguments of `activate`."""
 
     scale: Value
     gate_scale: Value
@@ -251,7 +251,7 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """Where 1 + e^-x overflows it is e^x."""
+    """Return 1 / (1 + e^-x), and e^x where 1 + e^-x overflows."""
     return torch.where(x < -88, x.clamp(max=-88).exp(), torch.sigmoid(x))
 
 

@@ -202,7 +202,7 @@ def device(name: str, value: Any) -> torch.device:
 
 
 def reads_values(*tensors: torch.Tensor, waits: bool = False) -> bool:
-    """Whether the values of these may be read: they are on the CPU, or the caller waits for the GPU.
+    """Return True if these values may be read: they are on the CPU, or the caller waits for the GPU.
 
     A trace, a fake tensor and a CUDA graph under capture have no values to read.
 

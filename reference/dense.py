@@ -19,7 +19,7 @@ from .recipe import BLOCK_SIZE, SfLayout
 
 
 def a_layout(use_8x4_sf_layout: bool) -> SfLayout:
-    """Where the block scales of `a` lie; those of `b` are 128x4 always."""
+    """Return the layout of the block scales of `a`; those of `b` are always 128x4."""
     return SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
 
 

@@ -1,4 +1,4 @@
-"""What stands before a quantizer: SiLU-and-mul and RMSNorm, in arithmetic that every device can repeat.
+"""SiLU-and-mul and RMSNorm before a quantizer, in arithmetic that every device can repeat.
 
 FlashInfer's order of operations (flashinfer-python 0.7.2.post1: `include/flashinfer/activation.cuh:36`,
 `include/flashinfer/norm.cuh:63` and `:416`), all of it fp32 and rounded to x's dtype once at the end:

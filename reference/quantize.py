@@ -238,7 +238,7 @@ def quantize_blocks(
 def block_scale(
     amax: torch.Tensor, encode: torch.Tensor, recipe: Recipe, ar: Arithmetic
 ) -> torch.Tensor:
-    """Of blocks with the given maxima, before it is rounded to e4m3; of 4over6 the one of 6."""
+    """Return the scales of blocks with these maxima, before e4m3; with 4over6 those of 6."""
     if recipe.math == "fast":
         return ar.mul(encode, ar.mul(amax, _SIXTH))
     if recipe.four_over_six is not None:
@@ -249,7 +249,7 @@ def block_scale(
 def output_scale(
     scale_bytes: torch.Tensor, encode: torch.Tensor, recipe: Recipe, ar: Arithmetic
 ) -> torch.Tensor:
-    """What a block's elements are multiplied by before e2m1."""
+    """Return the factor that multiplies a block's elements before e2m1."""
     scale = e4m3.decode(scale_bytes)
     if recipe.math == "exact":
         return ar.min_flt_max(ar.div(1.0, ar.mul(scale, ar.div(1.0, encode))))

@@ -1,4 +1,4 @@
-"""What can be chosen about NVFP4 arithmetic, as values: math, 4over6, build, and their integer code.
+"""The choices of NVFP4 arithmetic as values: math, 4over6, build, and their integer code.
 
 Names, fields and values of `SfLayout`, `NVFP44Over6ErrMode` and `NVFP44Over6Config` are those of
 flashinfer-python 0.7.2 (`tllm_enums.py`, `quantization/nvfp4_quantization_utils.py`), so that its
@@ -30,7 +30,7 @@ NO_FTZ = 1 << 6  # the "cute-dsl" build, whose kernels keep subnormal numbers
 
 
 class SfLayout(IntEnum):
-    """Where a block scale lies in memory; `layouts.py` has the formulas."""
+    """The order of block scales in memory; `layouts.py` has the formulas."""
 
     layout_128x4 = 0
     layout_8x4 = 1

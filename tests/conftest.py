@@ -1,4 +1,4 @@
-"""What every test shares: seeds to repeat a failure from, its part of the machine, FlashInfer.
+"""Fixtures of every test: seeds to repeat a failure from, a share of the machine, FlashInfer.
 
 At the end a table says what was tested on each backend, and what was skipped for want of what.
 """

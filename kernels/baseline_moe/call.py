@@ -30,7 +30,7 @@ class BaselineCall:
         return capability_of(self.activations.hidden_states)
 
     def routed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids [T, K] int32, weights [T, K]), from the logits where those are given."""
+        """Return ids [T, K] int32 and weights [T, K], routed from logits if those are given."""
         if self.logits is not None:
             chosen = route(self.logits, self.routing)
             return chosen.ids, chosen.weights_bf16

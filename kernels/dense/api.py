@@ -21,7 +21,7 @@ DenseBackend = Literal[
     "flashinfer:cutedsl_low_latency", "flashinfer:b12x", "flashinfer:cake", "flashinfer:trtllm",
     "cutlass", "cute-dsl", "cudnn", "cutedsl_low_latency", "b12x", "cake", "trtllm",
 ]  # fmt: skip
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 _AUTOMATIC = ("flashinfer:cutlass", "flashinfer:cute-dsl")
 """FlashInfer's backends that "auto" tries, in order. Its cake is experimental; that its others are
 better than these is not known."""

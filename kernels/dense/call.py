@@ -50,7 +50,7 @@ class DenseCall:
         return self.alpha is not None and self.alpha.numel() > 1
 
     def misaligned(self, alignment: int) -> bool:
-        """Whether a code matrix starts at no multiple of so many bytes (in its storage, which does)."""
+        """True if a code matrix starts at no multiple of `alignment` bytes within its storage."""
         return any(t.storage_offset() % alignment for t in (self.a, self.b_rows))
 
     def output(self) -> torch.Tensor:
@@ -130,7 +130,7 @@ def make_dense_call(
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8."""
+    """View the memory as uint8."""
     if t.dtype == torch.uint8:
         return t
     # A column-major matrix is viewed by its rows, where the elements lie side by side.

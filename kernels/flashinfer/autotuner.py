@@ -23,10 +23,15 @@ def _method(name: str, line: int, *arguments: Argument) -> Function:
 
 _SELF, _CONFIG, _INPUTS = Argument("self"), Argument("tuning_config"), Argument("inputs")
 CHOOSE_ONE = _method(
-    "choose_one", 2165,
-    _SELF, Argument("custom_op"), Argument("runners"), _CONFIG, _INPUTS,
+    "choose_one",
+    2165,
+    _SELF,
+    Argument("custom_op"),
+    Argument("runners"),
+    _CONFIG,
+    _INPUTS,
     Argument("kwargs", kind=REST),
-)  # fmt: skip
+)
 INPUT_SIZES = _method("_get_input_sizes", 2765, _SELF, _INPUTS)
 PROFILES = _method("_generate_optimization_profiles", 3233, _SELF, _CONFIG, _INPUTS)
 NEAREST_PROFILE = _method("_find_nearest_profile", 3331, Argument("shapes"), _CONFIG)
@@ -35,14 +40,14 @@ METHODS = (CHOOSE_ONE, INPUT_SIZES, PROFILES, NEAREST_PROFILE, PREPARE_INPUTS)
 
 
 def answered_by(choose_one: Callable[..., tuple[Any, Any]]) -> AbstractContextManager[Any]:
-    """Within, the function answers in the place of `AutoTuner.choose_one`, with the same arguments."""
+    """Let the function replace `AutoTuner.choose_one` within the block; it gets the same arguments."""
     from flashinfer.autotuner import AutoTuner
 
     return mock.patch.object(AutoTuner, CHOOSE_ONE.name.split(".")[1], choose_one)
 
 
 def valid_tactics(tuner: Any, op: str, runner: Any, config: Any, inputs: list) -> list[Any]:
-    """The tactics that tuning would measure where a later call of these inputs looks.
+    """Return the tactics that tuning would measure for a later call of these inputs.
 
     The tuner measures once for each profile, a bucket of token counts, on tensors of its size; a call
     looks in the profile that its shapes map to. Tactics that the tuner has blocked are left out.
@@ -60,7 +65,7 @@ def valid_tactics(tuner: Any, op: str, runner: Any, config: Any, inputs: list) -
 
 
 def _plain(tactic: Any) -> Any:
-    """Numbers, tuples and lists: what comes from C++ is an array of a type of its own."""
+    """Convert to numbers, tuples and lists; values from C++ are arrays of a type of their own."""
     if isinstance(tactic, int | float | str | None):
         return tactic
     parts = [_plain(part) for part in tactic]

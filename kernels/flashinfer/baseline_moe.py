@@ -69,11 +69,11 @@ RULES: tuple[Rule[BaselineCall], ...] = (
         "trtllm_fused_moe_runner.cu:114",
     ),
 )
-"""What the layers refuse, in the order in which it is asked."""
+"""The rules of the layers, in the order in which they are asked."""
 
 
 def refusal(r: BaselineCall) -> str | None:
-    """Why FlashInfer cannot serve the request; None if it can."""
+    """Return why FlashInfer cannot serve the request; None if it can."""
     return first_reason(RULES, r)
 
 
@@ -86,9 +86,14 @@ def _option(name: str) -> Any:
 
 
 _WEIGHTS = (
-    "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
-    "output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar",
-)  # fmt: skip
+    "gemm1_weights",
+    "gemm1_weights_scale",
+    "gemm2_weights",
+    "gemm2_weights_scale",
+    "output1_scales_scalar",
+    "output1_scales_gate_scalar",
+    "output2_scales_scalar",
+)
 _VALUES: dict[str, Any] = {
     "routing_logits": lambda r: r.logits,
     "topk_ids": lambda r: r.topk,
@@ -109,7 +114,7 @@ _VALUES: dict[str, Any] = {
     "norm_topk_prob": lambda r: r.routing.norm_topk_prob,
     **{name: _option(name) for options in _OPTIONS.values() for name in options},
 }
-"""What an argument receives, in whichever functions it is; the others keep their defaults."""
+"""The value of each argument, by its name in every function; the others keep their defaults."""
 
 
 def _required(names: str) -> tuple[Argument, ...]:
@@ -134,9 +139,13 @@ _SIZES = _required(
 _SCALING = _required("routed_scaling_factor")
 _BF16_WEIGHTS = _required("hidden_states gemm1_weights gemm2_weights")
 _BF16_OPTIONS = _optional(
-    routed_scaling_factor=None, routing_method_type=0, use_shuffled_weight=True, weight_layout=2,
-    do_finalize=True, enable_pdl=True,
-)  # fmt: skip
+    routed_scaling_factor=None,
+    routing_method_type=0,
+    use_shuffled_weight=True,
+    weight_layout=2,
+    do_finalize=True,
+    enable_pdl=True,
+)
 _SWIGLU_CONSTANTS = _optional(gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None)
 _TENSOR_WEIGHTS = _required(
     "routing_bias hidden_states gemm1_weights output1_scales_scalar output1_scales_gate_scalar "
@@ -145,18 +154,24 @@ _TENSOR_WEIGHTS = _required(
 _TENSOR_OPTIONS = (
     *_required("use_routing_scales_on_input"),
     *_optional(
-        routing_method_type=0, do_finalize=True, enable_pdl=None, tune_max_num_tokens=8192,
+        routing_method_type=0,
+        do_finalize=True,
+        enable_pdl=None,
+        tune_max_num_tokens=8192,
         activation_type=_SWIGLU,
     ),
-)  # fmt: skip
+)
 _BLOCK_WEIGHTS = _required(
     "routing_bias hidden_states hidden_states_scale gemm1_weights gemm1_weights_scale "
     "gemm2_weights gemm2_weights_scale"
 )
 _BLOCK_OPTIONS = _optional(
-    routing_method_type=0, use_shuffled_weight=False, weight_layout=0, do_finalize=True,
+    routing_method_type=0,
+    use_shuffled_weight=False,
+    weight_layout=0,
+    do_finalize=True,
     enable_pdl=None,
-)  # fmt: skip
+)
 _VALID_SIZES = _optional(valid_hidden_size=None, valid_intermediate_size=None)
 
 _BF16 = (
@@ -221,7 +236,7 @@ FUNCTIONS: dict[Format, tuple[Function, Function]] = {
     "fp8 block": _FP8_BLOCK,
     "mxfp8": _FP8_BLOCK,
 }
-"""The functions of a format: from router logits, and with a routing that is given."""
+"""Return the functions of a format: from router logits, and with a given routing."""
 
 MXFP8_QUANTIZE = Function(
     "flashinfer",
@@ -260,7 +275,7 @@ FP8_BLOCK_QUANTIZE = Function(
 
 
 def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
-    """The weights and scales in the layouts of FlashInfer's function, by its keywords.
+    """Prepare the weights and scales in the layouts of FlashInfer's function, by its keywords.
 
     bf16 is shuffled and in BlockMajorK, fp8 per tensor and mxfp8 are shuffled, fp8 block is as it was.
     """
@@ -268,9 +283,11 @@ def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
     if experts.format == "fp8 block":
         assert experts.w13_scale is not None and experts.w2_scale is not None
         return {
-            "gemm1_weights": experts.w13, "gemm1_weights_scale": experts.w13_scale,
-            "gemm2_weights": experts.w2, "gemm2_weights_scale": experts.w2_scale,
-        }  # fmt: skip
+            "gemm1_weights": experts.w13,
+            "gemm1_weights_scale": experts.w13_scale,
+            "gemm2_weights": experts.w2,
+            "gemm2_weights_scale": experts.w2_scale,
+        }
     w1, w2 = _shuffled(experts.w13, gated), _shuffled(experts.w2, False)
     if experts.format == "bf16":
         return {"gemm1_weights": _block_major(w1), "gemm2_weights": _block_major(w2)}
@@ -287,19 +304,19 @@ def flashinfer_weights(experts: BaselineExperts) -> dict[str, torch.Tensor]:
 
 
 def _shuffled(t: torch.Tensor, gated: bool) -> torch.Tensor:
-    """[E, rows, ...] in the order of the GEMM's epilogue, of codes and of scales alike."""
+    """Reorder [E, rows, ...], codes or scales, for the GEMM's epilogue."""
     order = row_order(t.shape[1], gated, t.device)
     return t.view(torch.uint8)[:, order].view(t.dtype).contiguous()
 
 
 def _block_major(w: torch.Tensor) -> torch.Tensor:
-    """[E, rows, K] to [E, K / block, rows, block]."""
+    """Convert [E, rows, K] to [E, K / block, rows, block]."""
     block = _BLOCK_K_BYTES // w.element_size()
     return w.unflatten(-1, (-1, block)).transpose(1, 2).contiguous()
 
 
 def quantize(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
-    """[T, H] bf16 hidden states in the experts' format, by what FlashInfer has for it.
+    """Quantize hidden states [T, H] bf16 to the experts' format by FlashInfer's own functions.
 
     That of mxfp8 is a kernel, whose bits are the reference's. fp8 block's is torch, which on a GPU
     multiplies by 1 / 448 where the reference divides: an ulp of some scales.
@@ -313,16 +330,16 @@ def quantize(x: torch.Tensor, experts: BaselineExperts) -> BaselineActivations:
 
 
 def function(r: BaselineCall) -> Function:
-    """FlashInfer's function that serves the request."""
+    """Return FlashInfer's function that serves the request."""
     return FUNCTIONS[r.experts.format][r.logits is None]
 
 
 def run(r: BaselineCall) -> torch.Tensor:
-    """[T, H] bf16 of the request, which `refusal` let pass."""
+    """Run the request, which `refusal` let pass: [T, H] bf16."""
     output = function(r).run(r)
     return output[0] if isinstance(output, list) else output
 
 
 def arguments(r: BaselineCall) -> dict[str, Any]:
-    """The keyword arguments of `function(r)`."""
+    """Return the keyword arguments of `function(r)`."""
     return function(r).keywords(r)

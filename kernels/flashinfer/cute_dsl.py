@@ -149,16 +149,16 @@ RULES: tuple[Rule[MoECall], ...] = (
     routing_limit("fused_moe/cute_dsl/moe_utils.py:549"),
     IN_ITS_LAYOUT,
 )
-"""What the layer refuses, in the order in which it is asked."""
+"""The rules of the layer, in the order in which they are asked."""
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the call; None if it can."""
+    """Return why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
 def function(_: MoECall) -> Function:
-    """The function that serves the call."""
+    """Return the function that serves the call."""
     return CUTE_DSL_FUSED_MOE
 
 
@@ -169,7 +169,7 @@ def run(r: MoECall) -> list[torch.Tensor]:
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """The keyword arguments of `cute_dsl_fused_moe`."""
+    """Return the keyword arguments of `cute_dsl_fused_moe`."""
     return CUTE_DSL_FUSED_MOE.keywords(r, *_routed(r))
 
 

@@ -152,16 +152,16 @@ RULES: tuple[Rule[MoECall], ...] = (
         "cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu:441",
     ),
 )
-"""What the layer refuses, in the order in which it is asked."""
+"""The rules of the layer, in the order in which they are asked."""
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the call; None if it can."""
+    """Return why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
 def function(_: MoECall) -> Function:
-    """The function that serves the call."""
+    """Return the function that serves the call."""
     return CUTLASS_FUSED_MOE
 
 
@@ -174,7 +174,7 @@ def run(r: MoECall) -> list[torch.Tensor]:
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """The keyword arguments of `cutlass_fused_moe`, without the output, which it makes itself then."""
+    """Return the keyword arguments of `cutlass_fused_moe` without `output`, which it then allocates."""
     return CUTLASS_FUSED_MOE.keywords(r, *_routed(r), OMITTED)
 
 

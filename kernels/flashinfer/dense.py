@@ -217,11 +217,11 @@ RULES: dict[str, tuple[Rule[DenseCall], ...]] = {
         ),
     ),
 }
-"""What each backend refuses, in the order in which it is asked."""
+"""The rules of each backend, in the order in which they are asked."""
 
 
 def refusal(backend: str, r: DenseCall) -> str | None:
-    """Why the FlashInfer backend cannot serve the call; None if it can."""
+    """Return why the FlashInfer backend cannot serve the call; None if it can."""
     return first_reason(RULES[backend], r)
 
 
@@ -231,5 +231,5 @@ def mm_fp4(backend: str, r: DenseCall, out: torch.Tensor) -> None:
 
 
 def arguments(backend: str, r: DenseCall, out: torch.Tensor) -> dict[str, Any]:
-    """The keyword arguments of `flashinfer.mm_fp4` for the call."""
+    """Return the keyword arguments of `flashinfer.mm_fp4` for the call."""
     return MM_FP4.keywords(backend, r, out)

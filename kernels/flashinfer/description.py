@@ -1,4 +1,4 @@
-"""A function of FlashInfer as data: where it is, its arguments, and what each receives from our call."""
+"""A function of FlashInfer as data: its place, its arguments, and their values from our call."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib
@@ -16,12 +16,12 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 REST = inspect.Parameter.VAR_KEYWORD
 REQUIRED: Any = inspect.Parameter.empty
 OMITTED: Any = object()
-"""A value that is not handed over, so that the function takes its default."""
+"""A value that is not passed, so that the function takes its default."""
 
 
 @dataclass(frozen=True)
 class OfType:
-    """A default of which the type's name alone is known: a sentinel."""
+    """A default of which only the type's name is known: a sentinel."""
 
     name: str
 
@@ -47,7 +47,7 @@ class Argument:
 
 BATCH_INVARIANT = Argument("batch_invariant", default=False, versions=SINCE_NEW, kind=KEYWORD)
 WORKSPACE = Argument("workspace_buffer", default=None, versions=SINCE_NEW)
-"""Arguments that several functions have and that no call of ours gives."""
+"""Arguments of several functions that no call of ours passes."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class Function:
     arguments: tuple[Argument, ...]
 
     def of_version(self, installed: Version | None = None) -> tuple[Argument, ...]:
-        """The arguments in one version, by default in the installed one."""
+        """Return the arguments in one version, by default in the installed one."""
         here = version.HERE.described_as if installed is None else installed
         return tuple(a for a in self.arguments if here in a.versions)
 
     def keywords(self, *call: Any) -> dict[str, Any]:
-        """What the function is called with, by name, in our own types."""
+        """Return the arguments of a call by name, in our own types."""
         made = {a.name: a.value(*call) for a in self.of_version() if a.value is not None}
         return {name: value for name, value in made.items() if value is not OMITTED}
 
     def get(self) -> Callable[..., Any]:
-        """The installed function."""
+        """Return the installed function."""
         found: Any = importlib.import_module(self.module)
         for part in self.name.split("."):
             found = getattr(found, part)
@@ -89,7 +89,7 @@ class Function:
         return function(**{name: as_theirs(v) for name, v in self.keywords(*call).items()})
 
     def differences(self) -> list[str]:
-        """Where the installed function is not as described here, a line each."""
+        """List the differences between the installed function and this description, one line each."""
         try:
             parameters = inspect.signature(self.get()).parameters
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
@@ -116,7 +116,7 @@ def _same(described: Any, actual: Any) -> bool:
 
 
 def as_theirs(value: Any) -> Any:
-    """A value in FlashInfer's own type where it has one of the same name: a layout, 4over6."""
+    """Convert a value to FlashInfer's own type of the same name, if it has one: a layout, 4over6."""
     if isinstance(value, SfLayout):
         from flashinfer import SfLayout as TheirLayout
 

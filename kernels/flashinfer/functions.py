@@ -1,4 +1,4 @@
-"""Every function of FlashInfer that we call, and whether the installed one is as described."""
+"""Every function of FlashInfer that we call, and the differences to the installed ones."""
 
 # SPDX-License-Identifier: Apache-2.0
 from . import autotuner, baseline_moe, cute_dsl, cutlass, dense, quantize, trtllm
@@ -23,5 +23,5 @@ FUNCTIONS: tuple[Function, ...] = (
 
 
 def differences() -> list[str]:
-    """Where the installed functions are not as described, a line each."""
+    """List the differences between the installed functions and the table, one line each."""
     return [line for function in FUNCTIONS for line in function.differences()]

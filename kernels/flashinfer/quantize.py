@@ -269,11 +269,11 @@ RULES: dict[str, tuple[Rule[QuantizeCall], ...]] = {
         ),
     ),
 }
-"""What each backend refuses, in the order in which it is asked."""
+"""The rules of each backend, in the order in which they are asked."""
 
 
 def refusal(backend: str, r: QuantizeCall) -> str | None:
-    """Why the FlashInfer backend cannot serve the call; None if it can."""
+    """Return why the FlashInfer backend cannot serve the call; None if it can."""
     return first_reason(RULES[backend], r)
 
 
@@ -283,5 +283,5 @@ def quantize(backend: str, r: QuantizeCall) -> tuple[torch.Tensor, ...]:
 
 
 def arguments(backend: str, r: QuantizeCall) -> dict[str, Any]:
-    """The keyword arguments of `flashinfer.nvfp4_quantize` for the call, in our own types."""
+    """Return the keyword arguments of `flashinfer.nvfp4_quantize` for the call, in our own types."""
     return NVFP4_QUANTIZE.keywords(backend, r)

@@ -1,4 +1,4 @@
-"""What a backend of FlashInfer refuses, and why: one type of rule, and the rules that adapters share."""
+"""Rules by which a backend of FlashInfer refuses a call: their type, and those that adapters share."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -21,7 +21,7 @@ BLACKWELL = (*SM10X, (11, 0), *SM12X)
 
 
 class Call(Protocol):
-    """What every call says: the capability of its GPU, None on the CPU."""
+    """The field that every call has: the capability of its GPU, None on the CPU."""
 
     @property
     def capability(self) -> Capability | None: ...
@@ -56,14 +56,14 @@ class Rule(Generic[C]):
     versions: Versions = EVERY
 
     def text(self, call: C) -> str:
-        """The reason, for a call that is refused."""
+        """Return the reason for a call that is refused."""
         if not isinstance(self.reason, str):
             return self.reason(call)
         return self.reason.format(r=call, sm=sm_of(call.capability))
 
 
 def first_reason(rules: Iterable[Rule[C]], call: C) -> str | None:
-    """The reason of the first rule of the installed version that refuses the call; None if none does."""
+    """Return the first reason for which the installed version refuses the call; None without one."""
     here = version.HERE.described_as
     for rule in rules:
         if here in rule.versions and rule.refuses(call):
@@ -72,7 +72,7 @@ def first_reason(rules: Iterable[Rule[C]], call: C) -> str | None:
 
 
 def every_text(rules: Iterable[Rule[C]], call: C) -> list[str]:
-    """The reasons of all rules of the installed version that hold for the call."""
+    """Return all reasons for which the installed version refuses the call."""
     here = version.HERE.described_as
     return [rule.text(call) for rule in rules if here in rule.versions and rule.refuses(call)]
 

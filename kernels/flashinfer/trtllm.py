@@ -129,7 +129,7 @@ _without_kernel: dict[tuple, str] = {}
 
 
 def remember_missing_kernel(r: MoECall, error: RuntimeError) -> bool:
-    """Whether `run` failed for want of a kernel; the shape is then refused from now on."""
+    """Return True if `run` failed for lack of a kernel; the shape is then refused from now on."""
     message = str(error)
     if not any(text in message for text in _NO_KERNEL):
         return False
@@ -201,7 +201,7 @@ RULES: tuple[Rule[MoECall], ...] = (
         "trtllm_batched_gemm_runner.cu:238",
     ),
 )
-"""What the layer refuses, in the order in which it is asked."""
+"""The rules of the layer, in the order in which they are asked."""
 
 MAY_DROP_EQUAL_IDS = 16
 """Up to so many tokens its kernels for a given routing keep one slot of an expert and token."""
@@ -230,12 +230,12 @@ showed. The call is served, since a refusal would have to read the values; ours 
 
 
 def refusal(r: MoECall) -> str | None:
-    """Why FlashInfer cannot serve the call; None if it can."""
+    """Return why FlashInfer cannot serve the call; None if it can."""
     return first_reason(RULES, r)
 
 
 def function(r: MoECall) -> Function:
-    """The function that serves the call: its routing is given, or follows from logits."""
+    """Return the function that serves the call: for a given routing, or for logits."""
     return ROUTED if r.logits is None else FROM_LOGITS
 
 
@@ -245,5 +245,5 @@ def run(r: MoECall) -> list[torch.Tensor]:
 
 
 def arguments(r: MoECall) -> dict[str, Any]:
-    """The keyword arguments of `function(r)`."""
+    """Return the keyword arguments of `function(r)`."""
     return function(r).keywords(r)

@@ -1,4 +1,4 @@
-"""The version of flashinfer-python that is installed, and the versions that the descriptions are for."""
+"""The installed version of flashinfer-python, and the versions that the descriptions cover."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.metadata
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Version = tuple[int, ...]
-"""(0, 7, 2) for 0.7.2.post1."""
+"""The numbers of a release: (0, 7, 2) for 0.7.2.post1."""
 
 
 @dataclass(frozen=True)
 class Versions:
-    """A range of versions: from `since` on, up to the last one before `before`; None is no end."""
+    """A range of versions from `since` on, without `before`; None means no end."""
 
     since: Version = ()
     before: Version | None = None
@@ -28,14 +28,14 @@ CITED = (0, 7, 2)
 NEW = (0, 7, 4)
 """The newest version that is described. It follows 0.7.2 in the registry that we know."""
 UNTIL_NEW, SINCE_NEW = Versions(before=NEW), Versions(NEW)
-"""What NEW took away or changed, and what it brought."""
+"""The ranges of what NEW removed or changed, and of what it added."""
 DESCRIBED = (Versions((0, 7), before=(0, 7, 3)), Versions(NEW, before=(0, 7, 5)))
 """The versions whose arguments and bits are described: those like CITED, and NEW."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What FlashInfer's backends need, as far as it is installed here."""
+    """The installed parts that FlashInfer's backends need."""
 
     version: Version | None  # None: FlashInfer is not installed; (): its version is not known
     has_cake_programs: bool = False
@@ -48,12 +48,12 @@ class Installation:
 
     @property
     def is_described(self) -> bool:
-        """Whether the arguments and bits of this version are known."""
+        """True if the arguments and bits of this version are known."""
         return self.version is not None and any(self.version in span for span in DESCRIBED)
 
 
 def parsed(text: str) -> Version:
-    """(0, 7, 2) of "0.7.2.post1"; () of a text that begins with no release."""
+    """Parse "0.7.2.post1" to (0, 7, 2), and a text that begins with no release to ()."""
     release = re.match(r"\d+(\.\d+){0,2}", text)
     return () if release is None else tuple(int(part) for part in release[0].split("."))
 
@@ -73,7 +73,7 @@ def _version() -> Version | None:
 
 
 def _has_cake_programs() -> bool:
-    """Whether cake can be built here: the wheel of 0.7.2.post1 lacks the sources that it lists."""
+    """True if cake can be built here: the wheel of 0.7.2.post1 lacks the sources that it lists."""
     spec = importlib.util.find_spec("flashinfer")
     if spec is None or importlib.util.find_spec("flashinfer_jit_cache") is not None:
         return spec is not None

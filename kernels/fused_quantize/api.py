@@ -28,7 +28,7 @@ from ..quantize.call import (
 from ..quantize.ops import Triple
 
 FusedQuantizeBackend = Literal["auto", "reference", "triton"]
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _run(ours: Any, call: FusedQuantizeCall) -> Triple:
 def _adopt(
     name: str, run: Callable[[FusedQuantizeCall], Any]
 ) -> Callable[[FusedQuantizeCall], Triple]:
-    """The function of a user's backend, whose results are checked."""
+    """Wrap the function of a user's backend, whose results are checked."""
 
     def adopted(call: FusedQuantizeCall) -> Triple:
         result = run(call)
@@ -176,7 +176,7 @@ def add_rmsnorm_nvfp4_quantize(
     fast_math: bool | None = None,
     build: Build = "cuda",
 ) -> Asked[FusedQuantizeCall]:
-    """The same of x + residual, which replaces `residual`, rounded to its dtype.
+    """Normalize and quantize x + residual; the sum, rounded to its dtype, replaces `residual`.
 
     As in FlashInfer's `fused_add_rmsnorm` the norm is of the fp32 sum; x stays as it is.
 
@@ -224,9 +224,14 @@ def _quantizer(
         scale = Recipe(four_over_six=config).base_scale_inv
     assert scale is not None
     call = make_quantize_call(
-        a, scale, sfLayout=sfLayout, per_token_activation=True, nvfp4_4over6=nvfp4_4over6,
-        fast_math=fast_math, build=build,
-    )  # fmt: skip
+        a,
+        scale,
+        sfLayout=sfLayout,
+        per_token_activation=True,
+        nvfp4_4over6=nvfp4_4over6,
+        fast_math=fast_math,
+        build=build,
+    )
     if not own:
         check_values(call)
     return call

@@ -29,7 +29,7 @@ class SiluAndMul(Protocol):
 
 
 class RmsNorm(Protocol):
-    """The same of x [M, K], or of x + residual, which is left in `residual`."""
+    """Normalizes and quantizes x [M, K], or x + residual, which it leaves in `residual`."""
 
     def __call__(
         self,

@@ -29,26 +29,42 @@ def decode_fourth(words, WHICH: tl.constexpr, ARCH: tl.constexpr):
         value = tl.inline_asm_elementwise(
             """{ .reg .b32 m, s; shl.b32 m, $1, 6; shl.b32 s, $1, 12; and.b32 m, m, 0x01C001C0;
             lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
+            "=r,r",
+            [words],
+            tl.bfloat16,
+            True,
+            2,
+        )
     elif WHICH == 1:
         value = tl.inline_asm_elementwise(
             """{ .reg .b32 m, s; shl.b32 m, $1, 2; shl.b32 s, $1, 8; and.b32 m, m, 0x01C001C0;
             lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
+            "=r,r",
+            [words],
+            tl.bfloat16,
+            True,
+            2,
+        )
     elif WHICH == 2:
         value = tl.inline_asm_elementwise(
             """{ .reg .b32 m, s; shr.u32 m, $1, 2; shl.b32 s, $1, 4; and.b32 m, m, 0x01C001C0;
             lop3.b32 $0, s, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
+            "=r,r",
+            [words],
+            tl.bfloat16,
+            True,
+            2,
+        )
     else:
         value = tl.inline_asm_elementwise(
             """{ .reg .b32 m; shr.u32 m, $1, 6; and.b32 m, m, 0x01C001C0;
             lop3.b32 $0, $1, 0x80008000, m, 0xEA; }""",
-            "=r,r", [words], tl.bfloat16, True, 2,
-        )  # fmt: skip
+            "=r,r",
+            [words],
+            tl.bfloat16,
+            True,
+            2,
+        )
     return value
 
 

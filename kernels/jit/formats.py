@@ -16,5 +16,4 @@ GLOBAL_SCALE = tl.constexpr(1)
 ROW_SCALES = tl.constexpr(2)  # global scales, one a row
 
 LAYOUT_128X4 = tl.constexpr(0)
-LAYOUT_8X4 = tl.constexpr(1)
 LAYOUT_LINEAR = tl.constexpr(2)

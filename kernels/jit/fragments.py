@@ -10,13 +10,13 @@ import triton.language as tl
 
 
 def padded_to_fragments(columns: int) -> int:
-    """Columns rounded up to the 128 that change places among themselves."""
+    """Round columns up to the 128 that change places among themselves."""
     return -(-columns // 128) * 128
 
 
 @triton.jit
 def fragment_order(x):
-    """[R, C] in natural order to the order above; 128 divides C."""
+    """Put [R, C] in natural order into the order above; 128 divides C."""
     GROUPS: tl.constexpr = x.shape[1] // 128
     bits = tl.reshape(x, (x.shape[0], GROUPS, 2, 2, 2, 2, 2, 2, 2))  # c1 c0 j1 j0 b i1 i0
     places = tl.permute(bits, (0, 1, 4, 5, 7, 8, 2, 3, 6))  # j1 j0 i1 i0 c1 c0 b
@@ -25,7 +25,7 @@ def fragment_order(x):
 
 @triton.jit
 def join_fourths(v0, v1, v2, v3):
-    """[R, B, 4] each, columns 0, 4, 8 ..., columns 1, 5, 9 ... of B blocks: [R, 16 B], natural."""
+    """Join columns 0, 4, 8 ..., columns 1, 5, 9 ... of B blocks, [R, B, 4] each: [R, 16 B], natural."""
     pairs = tl.join(tl.join(v0, v2), tl.join(v1, v3))  # [R, B, 4, i1, i0]
     return tl.reshape(pairs, (v0.shape[0], v0.shape[1] * 16))
 

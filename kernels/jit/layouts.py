@@ -1,4 +1,4 @@
-"""Where the block scale of a row's block lies; `reference/layouts.py` has the formulas."""
+"""Offsets of block scales by row and block; `reference/layouts.py` has the formulas."""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton

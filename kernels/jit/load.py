@@ -23,7 +23,7 @@ def _load_words(x_ptr, row, block, mask, NB, FIRST: tl.constexpr, WORDS: tl.cons
 def load_blocks(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
     """Read blocks of x as they lie in memory: a tuple of words [ROWS, NBP, 4], zero outside the mask."""
     WORDS: tl.constexpr = 16 if DTYPE == FP32 else 4 if DTYPE == E4M3 else 8
-    words = ()
+    words = ()  # type: tuple
     for i in tl.static_range(WORDS // 4):
         words = words + (_load_words(x_ptr, row, block, mask, NB, 4 * i, WORDS),)  # noqa: RUF005
     return words

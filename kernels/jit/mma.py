@@ -72,7 +72,7 @@ def decoded_sums(
     x_ptr, w_ptr, source, rows, m, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """The same of weights that were decoded before, columns in the order of the tokens'."""
+    """Sum products of weights that were decoded before, their columns in the order of the tokens'."""
     column = tl.arange(0, BK)
     w = w_ptr + rows * K + m[:, None] * K + column[None, :]
     x = x_ptr + source[None, :] * K + column[:, None]
@@ -100,7 +100,7 @@ def native_sums(
     X_SF_STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of codes, by the block-scaled MMA.
+    """Sum products of codes by the block-scaled MMA.
 
     `x_sf` points to the first scales of the tokens, [BN, BK / 16]; those of the next BK columns are
     X_SF_STEP further.

@@ -1,4 +1,4 @@
-"""What the bits of `Recipe.code`, a compile-time constant of a kernel, say about its arithmetic."""
+"""The bits of `Recipe.code`, the compile-time constant that selects a kernel's arithmetic."""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton

@@ -43,7 +43,7 @@ def _clamped(x, limit):
 
 @triton.jit
 def _per_expert(ptr, expert):
-    """One fp32 an expert, or None where there is no tensor."""
+    """Load one fp32 for the expert; None if there is no tensor."""
     if ptr is None:
         value = None
     else:
@@ -55,7 +55,7 @@ def _per_expert(ptr, expert):
 def finished(
     up, gate, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, expert, ACT: tl.constexpr
 ):
-    """The result of a GEMM with its expert's scales: activated, or with NONE `gate` times the scale."""
+    """Apply the expert's scales to sums: the activation, or with NONE `gate` times the scale."""
     scale = tl.load(scale_ptr + expert)
     if ACT == NONE:
         y = gate * scale

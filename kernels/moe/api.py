@@ -220,7 +220,7 @@ def trtllm_fp4_block_scale_routed_moe(
 
 
 def _output(call: MoECall, results: list[torch.Tensor]) -> Any:
-    """The output; a pair with `stats`."""
+    """Return the output; with `stats` a pair of output and statistics."""
     if call.observe is None:
         return results[0]
     assert isinstance(call.observe, moe_statistics.Observer)
@@ -357,11 +357,11 @@ def fused_moe(
 
 explain_fused_moe = FUSED_MOE.explaining(fused_moe)
 layer_call = prepared(fused_moe)
-"""(the checked call, the backend's name) of the arguments of `fused_moe`."""
+"""Return the checked call and the backend's name from the arguments of `fused_moe`."""
 
 
 def _activation(activation: Mode | None, experts: Experts) -> Mode:
-    """How the hidden states are quantized; omitted, as the experts' scales say."""
+    """Return how hidden states are quantized; None means as the experts' scales say."""
     static = experts.input_scale is not None
     if activation is None:
         activation = "static" if static else "per-token"
@@ -385,7 +385,7 @@ def _padded(x: torch.Tensor, experts: Experts) -> torch.Tensor:
 
 
 def _weighed(call: MoECall, hidden_states: torch.Tensor, routing: Any) -> MoECall:
-    """The call whose rows are multiplied by the router's weights, in place of the results."""
+    """Return the call whose rows, in place of the results, are multiplied by the router's weights."""
     rows, (ids, ones) = weigh_rows(hidden_states, routing, call.routing_bias)
     return replace(
         call,
@@ -399,7 +399,7 @@ def _weighed(call: MoECall, hidden_states: torch.Tensor, routing: Any) -> MoECal
 
 
 def _routing(routing: Any, num_local: int, num_experts: int | None) -> tuple[dict[str, Any], int]:
-    """(what `make_moe_call` takes of the routing, experts of all ranks)."""
+    """Return the routing's arguments of `make_moe_call`, and the number of experts of all ranks."""
     allowed = "(logits [T, E], Routing) or (ids int32 [T, K], weights [T, K])"
     checks.pair("routing", routing, allowed)
     first, second = routing

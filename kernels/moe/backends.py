@@ -26,25 +26,29 @@ from .call import MoECall
 
 MoEBackend = Literal[
     "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
-]  # fmt: skip
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+]
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 Results = list[torch.Tensor]
 """[output [T, H]], or without `do_finalize` [rows, weights, permuted rows]."""
 _Run = Callable[[MoECall], Results]
 
 
 def with_codes(call: MoECall) -> MoECall:
-    """The call with its bf16 hidden states quantized, where they are to be."""
+    """Return the call with bf16 hidden states quantized, if they need it."""
     if call.quantize is None:
         return call
     recipe, per_token = call.recipe, call.quantize == "per-token"
     scale = recipe.base_scale_inv if per_token else call.experts.input_scale
     assert scale is not None
     codes = nvfp4_quantize(
-        call.activations.hidden_states, scale, SfLayout.layout_linear,
-        per_token_activation=per_token, nvfp4_4over6=recipe.four_over_six,
-        fast_math=recipe.math == "fast", build=recipe.build,
-    )  # fmt: skip
+        call.activations.hidden_states,
+        scale,
+        SfLayout.layout_linear,
+        per_token_activation=per_token,
+        nvfp4_4over6=recipe.four_over_six,
+        fast_math=recipe.math == "fast",
+        build=recipe.build,
+    )
     return replace(call, activations=Activations(*codes), quantize=None)
 
 
@@ -113,18 +117,23 @@ def _run(name: str, op: Any, function: Any, call: MoECall) -> Results:
 
 
 def _in_its_arithmetic(call: MoECall) -> Results:
-    """The reference itself, of a variant whose roundings the op does not have."""
+    """Run the reference itself, for a variant whose roundings the op does not have."""
     call = with_codes(call)
     output = reference_fused_moe(
-        call.activations, call.experts, *call.routed(), recipe=call.recipe, variant=call.build,
-        local_expert_offset=call.local_expert_offset, finalize_order=call.finalize_order,
+        call.activations,
+        call.experts,
+        *call.routed(),
+        recipe=call.recipe,
+        variant=call.build,
+        local_expert_offset=call.local_expert_offset,
+        finalize_order=call.finalize_order,
         output_dtype=call.output_dtype,
-    ).output  # fmt: skip
+    ).output
     return call.placed(output)
 
 
 def _unfit(call: MoECall) -> str | None:
-    """Why no user's backend serves the call."""
+    """Return why no user's backend serves the call."""
     if not call.do_finalize:
         return "a registered backend returns the output alone, and do_finalize is False"
     if call.observe is not None:
@@ -133,7 +142,7 @@ def _unfit(call: MoECall) -> str | None:
 
 
 def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
-    """The function of a user's backend: it gets codes, and its output is checked and placed."""
+    """Wrap the function of a user's backend: it gets codes, and its output is checked and copied."""
 
     def adopted(call: MoECall) -> Results:
         result = run(with_codes(call))
@@ -146,7 +155,7 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
 
 
 def _left_open(call: MoECall) -> list[str]:
-    """Where FlashInfer's layer of the call's bits leaves open what ours determine."""
+    """List the steps that FlashInfer's layer of the call's bits leaves open and ours determine."""
     if call.build != trtllm.BUILD:
         return []
     texts = every_text(trtllm.LEFT_OPEN, call)
@@ -154,7 +163,7 @@ def _left_open(call: MoECall) -> list[str]:
 
 
 def _gemm_on_hopper(call: MoECall) -> list[str]:
-    """Which of its grouped GEMMs Triton takes on a Hopper GPU."""
+    """Say which of its grouped GEMMs Triton takes on a Hopper GPU."""
     if call.capability != (9, 0) or not backends.HAS_TRITON:
         return []
     from .hopper import config

@@ -28,10 +28,10 @@ from ..op_schema import reader
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
 
 Quantize = Literal["per-token", "static"]
-"""What is still to be done to bf16 hidden states; Triton does the first on its way."""
+"""The quantization that bf16 hidden states still need; Triton does "per-token" within its kernels."""
 
 Mode = Literal["per-token", "static", "bf16"]
-"""How hidden states and intermediate are quantized; "bf16": not at all."""
+"""The quantization of hidden states and intermediate; "bf16" means none."""
 
 Observe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """It is called with the ids [T, K], the intermediate [T * K, padded I] before it is quantized (bf16, or
@@ -76,12 +76,12 @@ class KernelCall:
 
     @property
     def mode(self) -> Mode:
-        """How hidden states and intermediate are quantized."""
+        """The quantization of hidden states and intermediate."""
         return "static" if self.is_static else "bf16" if self.is_w4a16 else "per-token"
 
     @property
     def all_experts(self) -> int:
-        """Experts of all ranks, the shared ones too."""
+        """The number of experts of all ranks, with the shared ones."""
         return self.num_experts + self.shared_experts
 
 
@@ -109,7 +109,7 @@ class MoECall(KernelCall):
 
     @property
     def variant(self) -> Variant:
-        """Whose bits the call has."""
+        """Return the variant whose bits the call has."""
         return VARIANTS[self.build]
 
     @property
@@ -121,11 +121,11 @@ class MoECall(KernelCall):
         return self.activations.hidden_states.device
 
     def placed(self, output: torch.Tensor) -> list[torch.Tensor]:
-        """The results of a finalized call, in the caller's tensor where one is given."""
+        """Return the results of a finalized call, in the caller's tensor if one is given."""
         return [output if self.output is None else self.output.copy_(output)]
 
     def routed(self, backend: str = "reference") -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids [T, K] int32, weights [T, K]), from the logits where those are given."""
+        """Return ids [T, K] int32 and weights [T, K], routed from logits if those are given."""
         if self.logits is None:
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
@@ -238,7 +238,7 @@ def _check_variant(call: MoECall) -> None:
 
 
 def _check_placement(call: MoECall) -> None:
-    """The local experts are among those of all ranks."""
+    """Check that the local experts are among those of all ranks."""
     offset, shared = call.local_expert_offset, call.shared_experts
     checks.integer("local_expert_offset", offset)
     local = call.experts.num_local
@@ -368,12 +368,18 @@ def check_values(r: MoECall, names: tuple[str, str] = TOPK_NAMES) -> None:
 
 _DEVICE_NAMES = (
     *(f.name for f in fields(Experts) if f.type in (torch.Tensor, torch.Tensor | None)),
-    "hidden_states_scale", "per_token_scale", "routing_bias", "output",
-)  # fmt: skip
+    "hidden_states_scale",
+    "per_token_scale",
+    "routing_bias",
+    "output",
+)
 _DEVICE_TENSORS = reader(
     *(f"experts.{name}" for name in _DEVICE_NAMES[:-4]),
-    "activations.block_scales", "activations.per_token_scale", "routing_bias", "output",
-)  # fmt: skip
+    "activations.block_scales",
+    "activations.per_token_scale",
+    "routing_bias",
+    "output",
+)
 
 
 def _check_devices(call: MoECall, names: tuple[str, str] | None) -> None:
@@ -396,7 +402,7 @@ def routing_of(
     routed_scaling_factor: float | None,
     norm_topk_prob: bool = True,
 ) -> Routing:
-    """FlashInfer's routing keywords as one value."""
+    """Return FlashInfer's routing keywords as one value."""
     try:
         kind = RoutingMethodType(int(method))
     except (TypeError, ValueError):
@@ -408,7 +414,7 @@ def routing_of(
 
 
 def check_linear(layout: Any) -> None:
-    """`hidden_states_scale_layout`: linear, or not said."""
+    """Check `hidden_states_scale_layout`: it is linear or omitted."""
     if layout is not None and layout != SfLayout.layout_linear:
         checks.wrong_value(
             "hidden_states_scale_layout",

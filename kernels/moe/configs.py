@@ -68,9 +68,13 @@ def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False
         return ring, ring
     first, second = (
         gemm_config(
-            slots, experts.num_local, w.shape[2] * 2, batch_invariant=batch_invariant,
-            native=native_mma(here), shared=shared_memory(here),
+            slots,
+            experts.num_local,
+            w.shape[2] * 2,
+            batch_invariant=batch_invariant,
+            native=native_mma(here),
+            shared=shared_memory(here),
         )
         for w in (experts.gemm1_weights, experts.gemm2_weights)
-    )  # fmt: skip
+    )
     return first, second

@@ -24,7 +24,7 @@ def _expert_tile(
     BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """The expert's permuted rows from `first`, BN of them, up to `end`; decoded weights at `place`."""
+    """Compute the expert's BN permuted rows from `first`, up to `end`; `place` has decoded weights."""
     GATED: tl.constexpr = is_gated(ACT)
     n = first + tl.arange(0, BN)
     live = n < end
@@ -85,7 +85,9 @@ def expert_gemm_kernel(
     bias_ptr,  # [E, M] fp32, or None
     scale_ptr,  # [E] fp32: of up, or of the result
     gate_scale_ptr,  # [E] fp32, with an activation
-    alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
+    alpha_ptr,
+    beta_ptr,
+    limit_ptr,  # [E] fp32, or None
     out_ptr,  # [rows, M / 2 or M] bf16, or fp32 for static scales, by permuted row
     expanded_ptr,  # [rows] int32: the expanded index, token * top_k + slot, of a permuted row
     tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
@@ -97,12 +99,14 @@ def expert_gemm_kernel(
     K4,  # K / 4: a multiple of 16, as K is of 64
     X_DIVISOR: tl.constexpr,  # x's row is expanded index / X_DIVISOR; 0: the permuted row itself
     ACT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides K
     NATIVE: tl.constexpr,  # the GPU multiplies codes
     ARCH: tl.constexpr,
-):  # fmt: skip
+):
     await_previous(ARCH)
     tile = tl.program_id(1)
     expert = tl.load(tile_ptr + tile)

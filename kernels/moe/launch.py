@@ -35,7 +35,7 @@ from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
 
 _DECODED_BYTES = 256 << 20
-"""Most bytes of decoded weights that exist at a time; one expert's weights may be more."""
+"""The most bytes of decoded weights that exist at a time; one expert's weights may be more."""
 
 
 def _configs(
@@ -113,7 +113,7 @@ OP = register("triton", fused_moe)
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows of activations as the grouped GEMM reads them."""
+    """The rows of activations in the form that the grouped GEMM reads."""
 
     values: torch.Tensor
     """[N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes; for a ring [rows, K] bf16,
@@ -248,9 +248,12 @@ def _launch_gemm(
         if config.decoded:
             some = slice(expert, expert + at_once)
             decode(
-                w[some].flatten(0, 1), w_sf[some], SfLayout.layout_128x4, operand=True,
+                w[some].flatten(0, 1),
+                w_sf[some],
+                SfLayout.layout_128x4,
+                operand=True,
                 out=weights.flatten(0, 1),
-            )  # fmt: skip
+            )
         expert_gemm_kernel[(rows // bm, tiles)](
             x.values, x.block_scales, weights, w_sf.view(torch.uint8),
             x.token_scale, bias, scale,

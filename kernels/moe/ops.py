@@ -29,11 +29,11 @@ FLAT = Flat(
         )
     },
 )  # fmt: skip
-"""How a call crosses: the one place that knows the op's arguments."""
+"""The flat form in which a call crosses `torch.library`: only this knows the op's arguments."""
 
 
 class Implementation(Protocol):
-    """(output [T, H] of `output_dtype`, rows [rows, padded H] bf16, permuted [T * K] int32).
+    """The results: output [T, H] of `output_dtype`, rows [rows, padded H] bf16, permuted [T * K] int32.
 
     The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are
     bf16, and quantized per token with `recipe` first.
@@ -43,7 +43,7 @@ class Implementation(Protocol):
 
 
 def register(name: str, implementation: Implementation) -> Implementation:
-    """The op `nvfp4_moe::{name}_fused_moe` of an implementation, as a function."""
+    """Register an implementation as the op `nvfp4_moe::{name}_fused_moe`, and return the op."""
     schema = f"({FLAT.schema}, Tensor ids, Tensor weights) -> (Tensor, Tensor, Tensor)"
 
     @torch.library.custom_op(f"nvfp4_moe::{name}_fused_moe", mutates_args=(), schema=schema)
@@ -61,7 +61,7 @@ def register(name: str, implementation: Implementation) -> Implementation:
 
 
 def empty_results(call: KernelCall, ids: torch.Tensor) -> Triple:
-    """The three results, allocated; those that `do_finalize` leaves out have no rows."""
+    """Allocate the three results; those that `do_finalize` leaves out have no rows."""
     like, experts = call.activations.hidden_states, call.experts
     tokens, kept = (ids.shape[0], 0) if call.do_finalize else (0, ids.numel())
     output = like.new_empty((tokens, experts.hidden_size), dtype=call.output_dtype)
@@ -72,15 +72,21 @@ def empty_results(call: KernelCall, ids: torch.Tensor) -> Triple:
 def reference(
     call: KernelCall, ids: torch.Tensor, weights: torch.Tensor, observe: Observe | None = None
 ) -> Triple:
-    """The reference as an `Implementation`."""
+    """Run the reference as an `Implementation`."""
     activations, experts, offset = call.activations, call.experts, call.local_expert_offset
     if call.quantize:
         activations = quantize_activations(activations.hidden_states, call.recipe)
     result = moe.fused_moe(
-        activations, experts, ids, weights, recipe=call.recipe, local_expert_offset=offset,
-        finalize_order=call.finalize_order, output_dtype=call.output_dtype,
+        activations,
+        experts,
+        ids,
+        weights,
+        recipe=call.recipe,
+        local_expert_offset=offset,
+        finalize_order=call.finalize_order,
+        output_dtype=call.output_dtype,
         keep_steps=observe is not None,
-    )  # fmt: skip
+    )
     if observe is not None:
         observe(ids, result.steps["activated"].flatten(0, 1), None)
     output, rows, permuted = empty_results(call, ids)

@@ -55,17 +55,23 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     chunks = triton.cdiv(slots, chunk)
     total, counts = empty(bins).zero_(), empty(num_local, chunks)
     count_kernel[(chunks,)](
-        ids, total, counts, slots, local_expert_offset, num_local,
-        BINS=bins, CHUNK=chunk, **options,
-    )  # fmt: skip
+        ids, total, counts, slots, local_expert_offset, num_local, BINS=bins, CHUNK=chunk, **options
+    )
     offset_kernel[(num_local,)](
         total, counts, p.tiles, p.end, chunks, tiles, num_local,
         BINS=bins, STEP=1024, TILE=tile, **options,
     )  # fmt: skip
     place_kernel[(chunks,)](
-        ids, counts, p.expanded, p.permuted, slots, local_expert_offset, num_local,
-        CHUNK=chunk, **options,
-    )  # fmt: skip
+        ids,
+        counts,
+        p.expanded,
+        p.permuted,
+        slots,
+        local_expert_offset,
+        num_local,
+        CHUNK=chunk,
+        **options,
+    )
     return p
 
 
@@ -74,7 +80,7 @@ def _expert_counted(
     expert, counts, tile_ptr, end_ptr, tiles, E,
     BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The first permuted row of an expert, given every expert's slots; its tiles and end written.
+    """Return an expert's first permuted row from every expert's slots; write its tiles and its end.
 
     Whole tiles come first, then each expert's last one, from the fullest to the emptiest: programs that
     take tile after tile then end together.

@@ -1,4 +1,4 @@
-"""Routing in one Triton kernel, a program a token: `reference.moe.routing` but for groups.
+"""Route in one Triton kernel, a program for each token: `reference.moe.routing` without groups.
 
 Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, exp and
 tanh are rounded from fp64, sums have the reference's order. Only an fp64 value that lies next to an fp32
@@ -37,7 +37,7 @@ def is_biased(method):
 
 @triton.jit
 def _sigmoid(x):
-    """0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
+    """Return 0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
     e = tl.exp(-tl.abs(x.to(tl.float64)))
     tanh = ((1.0 - e) / (1.0 + e)).to(tl.float32)
     return 0.5 * tl.where(x < 0, -tanh, tanh) + 0.5
@@ -50,7 +50,7 @@ def _exp(x, ARCH: tl.constexpr):
 
 @triton.jit
 def _warp_sum(x):
-    """A butterfly, lane i with lane i + width / 2: sums of two, which commute."""
+    """Sum by a butterfly, lane i with lane i + width / 2: sums of two, which commute."""
     LEVELS: tl.constexpr = log2(x.shape[0])
     for _ in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
@@ -134,7 +134,7 @@ def route_kernel(
 
 
 def refusal(routing: Routing) -> str | None:
-    """Why the kernel does not route so; the reference then does."""
+    """Return why the kernel does not route so; the reference then does."""
     return "groups are the reference's" if routing.grouped else None
 
 
@@ -170,7 +170,7 @@ def _(logits, bias, method, top_k, scale, norm):  # type: ignore[no-untyped-def]
 def route(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32 [T, K], weights bf16 [T, K]); `refusal` names what the kernel leaves out.
+    """Return ids int32 [T, K] and weights bf16 [T, K]; `refusal` names the methods without a kernel.
 
     Raises:
         ValueError: K > E, or a bias that the method does not read.

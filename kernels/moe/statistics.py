@@ -27,9 +27,12 @@ class Observer:
         static = r.is_static
         x = r.activations.hidden_states[:, : e.hidden_size]
         hidden_states = quantization_statistics(
-            x, r.recipe, experts=ids, num_experts=r.all_experts,
+            x,
+            r.recipe,
+            experts=ids,
+            num_experts=r.all_experts,
             encode_scale=e.input_scale if static else None,
-        )  # fmt: skip
+        )
         encode = None
         if static:
             encode = e.intermediate_scale
@@ -37,15 +40,17 @@ class Observer:
         self._seen = (
             hidden_states,
             quantization_statistics(
-                intermediate[:, : e.intermediate_size], r.recipe,
-                experts=_of_rows(ids.flatten(), row_of_slot), num_experts=r.all_experts,
+                intermediate[:, : e.intermediate_size],
+                r.recipe,
+                experts=_of_rows(ids.flatten(), row_of_slot),
+                num_experts=r.all_experts,
                 encode_scale=encode,
             ),
-        )  # fmt: skip
+        )
 
     @property
     def statistics(self) -> MoEStatistics:
-        """Of no tokens where no backend had an intermediate to show."""
+        """Return the statistics; they count no tokens if no backend had an intermediate to show."""
         r = self._request
         if self._seen is None:
             return MoEStatistics.empty(r.all_experts, r.device)
@@ -53,7 +58,7 @@ class Observer:
 
 
 def _invalid(r: MoECall) -> torch.Tensor:
-    """[2] int64: slots that `call.check_values` refuses where it may read them."""
+    """Count, [2] int64, the slots that `call.check_values` refuses if it may read them."""
     if r.ids is None or r.weights is None:  # a router's own
         return torch.zeros(2, dtype=torch.int64, device=r.device)
     out_of_range = (r.ids < -1) | (r.ids >= r.all_experts)
@@ -61,7 +66,7 @@ def _invalid(r: MoECall) -> torch.Tensor:
 
 
 def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.Tensor:
-    """The expert of each row, -1 for rows of no slot, which nothing has written."""
+    """Return the expert of each row; -1 for rows of no slot, which nothing has written."""
     if row_of_slot is None:
         return of_slot
     nowhere = len(of_slot)
@@ -70,7 +75,7 @@ def _of_rows(of_slot: torch.Tensor, row_of_slot: torch.Tensor | None) -> torch.T
 
 
 def observed(r: MoECall) -> MoECall:
-    """The call, with an observer.
+    """Return the call with an observer.
 
     Raises:
         ValueError: nothing of it is quantized.
@@ -81,7 +86,7 @@ def observed(r: MoECall) -> MoECall:
 
 
 def refusal(backend: str, r: MoECall) -> str | None:
-    """Why a backend cannot show a call's intermediate; None if it can, or need not."""
+    """Return why a backend cannot show a call's intermediate; None if it can, or need not."""
     if r.observe is None:
         return None
     if backend.startswith("flashinfer"):

@@ -17,7 +17,7 @@ def weigh_rows(
     routing: tuple[torch.Tensor, Routing] | tuple[torch.Tensor, torch.Tensor],
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """(x times its tokens' weights, (ids, ones)).
+    """Return x times its tokens' weights, and (ids, ones) as the routing.
 
     Args:
         x: [T, H] bf16 or fp16.
@@ -40,7 +40,7 @@ def weigh_rows(
 def _routed(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, weights), by the kernel where there is a GPU."""
+    """Return (ids, weights), by the kernel if there is a GPU."""
     if logits.is_cuda:
         from . import routing as ours
 

@@ -1,4 +1,4 @@
-"""One call, `nvfp4_quantize`, over every backend; which one runs, and why not the others.
+"""`nvfp4_quantize` on every backend, and `explain`: which one runs, and why not the others.
 
 `auto` takes the first backend that can serve, for the build that was asked for. The choice never changes
 the bits or the meaning of the result. A backend that was named never falls back.
@@ -21,11 +21,18 @@ from .call import UNSET, QuantizeCall, check_values, make_quantize_call
 
 Result = tuple[torch.Tensor, ...]
 QuantizeBackend = Literal[
-    "auto", "reference", "triton",
-    "flashinfer", "flashinfer:cuda", "flashinfer:cute-dsl", "flashinfer:cake",
-    "cuda", "cute-dsl", "cake",
-]  # fmt: skip
-"""What an editor offers for `backend`; `register_backend` adds other names."""
+    "auto",
+    "reference",
+    "triton",
+    "flashinfer",
+    "flashinfer:cuda",
+    "flashinfer:cute-dsl",
+    "flashinfer:cake",
+    "cuda",
+    "cute-dsl",
+    "cake",
+]
+"""The names that an editor offers for `backend`; `register_backend` adds others."""
 
 
 def _on_flashinfer(name: str) -> Backend[QuantizeCall, Result]:
@@ -64,9 +71,13 @@ def _quantize(ours: Any, call: QuantizeCall) -> Result:
     result: Result
     if call.per_token:
         result = ours.quantize_per_token(
-            call.a, call.scale, call.recipe, layout,
-            row_index=call.row_index, out_scale=call.out_scale,
-        )  # fmt: skip
+            call.a,
+            call.scale,
+            call.recipe,
+            layout,
+            row_index=call.row_index,
+            out_scale=call.out_scale,
+        )
     else:
         result = ours.quantize_global_scale(call.a, call.scale, call.recipe, layout)
     if not call.do_shuffle:
@@ -77,7 +88,7 @@ def _quantize(ours: Any, call: QuantizeCall) -> Result:
 
 
 def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeCall], Result]:
-    """The function of a user's backend, whose results are checked."""
+    """Wrap the function of a user's backend, whose results are checked."""
 
     def adopted(call: QuantizeCall) -> Result:
         result = run(call)
@@ -89,7 +100,7 @@ def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeC
 
 
 def _notes(call: QuantizeCall) -> Sequence[str]:
-    """The parts of the call that FlashInfer's own outputs have not proven."""
+    """List the parts of the call that FlashInfer's own outputs have not confirmed."""
     if not call.do_shuffle:
         return []
     return ["not proven on FlashInfer, derived from its source: do_shuffle"]
@@ -245,7 +256,7 @@ explain = QUANTIZE.explaining(nvfp4_quantize)
 
 
 def _backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
-    """The full name of a backend, or "auto", and the build that is asked for."""
+    """Return the full name of a backend, or "auto", and the build that is asked for."""
     if build is not None:
         checks.one_of("build", build, get_args(Build))
     name = QUANTIZE.check_name(backend)

@@ -23,13 +23,13 @@ from ..jit.recipe import (
 
 @triton.jit
 def or_zero(amax):
-    """A maximum of magnitudes, with 0 in place of NaN."""
+    """Replace NaN by 0 in a maximum of magnitudes."""
     return tl.where(amax > 0, amax, 0.0)
 
 
 @triton.jit
 def row_scales(amax, g, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
-    """(encode scales, per-token scales) of rows whose largest magnitudes are amax."""
+    """Return (encode scales, per-token scales) of rows whose largest magnitudes are amax."""
     FTZ: tl.constexpr = flushes(RECIPE)
     zero_encode: tl.constexpr = 0.0 if is_four_over_six(RECIPE) else FLT_MAX
     if is_exact(RECIPE):
@@ -73,7 +73,7 @@ def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def _divide_by_constant(p, D: tl.constexpr):
-    """p / D, correctly rounded where nothing in here is subnormal or overflows."""
+    """Return p / D, correctly rounded if nothing in here is subnormal or overflows."""
     INVERSE: tl.constexpr = 1.0 / D
     q = p * INVERSE
     return tl.fma(tl.fma(q, -D, p), INVERSE, q)
@@ -81,10 +81,18 @@ def _divide_by_constant(p, D: tl.constexpr):
 
 @triton.jit
 def _candidate(
-    a, unrounded, encode, decode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """(scale byte, output scale, packed magnitudes, error) of one of 4over6's two block scales.
+    a,
+    unrounded,
+    encode,
+    decode,
+    row_amax,
+    rcp_delta_ptr,
+    RECIPE: tl.constexpr,
+    MODE: tl.constexpr,
+    NEAR_ONE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Return (scale byte, output scale, packed magnitudes, error) of one of 4over6's block scales.
 
     Magnitudes a [R, NB, 16] have the differences of signed values, and round alike.
     """
@@ -107,7 +115,7 @@ def _candidate(
         elif MODE == PER_TOKEN:
             # A row maximum of 0 leaves blocks of zeros and of NaN, and both candidates the same.
             by_row = mul(scaled, row_amax[:, :, None], FTZ, ARCH)
-            D: tl.constexpr = largest_value(RECIPE)
+            D: tl.constexpr = largest_value(RECIPE)  # type: ignore[no-redef]
             difference = sub(div(by_row, D, FTZ, ARCH), a, FTZ, ARCH)
         else:
             difference = sub(mul(scaled, decode[:, :, None], FTZ, ARCH), a, FTZ, ARCH)
@@ -120,10 +128,17 @@ def _candidate(
 
 @triton.jit
 def _four_over_six(
-    x, amax, encode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, NEAR_ONE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """(scale bytes, packed codes): of the block's maximum at 4 if that error is the smaller."""
+    x,
+    amax,
+    encode,
+    row_amax,
+    rcp_delta_ptr,
+    RECIPE: tl.constexpr,
+    MODE: tl.constexpr,
+    NEAR_ONE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Return (scale bytes, packed codes), with the block's maximum at 4 if that error is smaller."""
     FTZ: tl.constexpr = flushes(RECIPE)
     if is_exact(RECIPE):
         unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
@@ -157,10 +172,17 @@ def _four_over_six(
 
 @triton.jit
 def quantize_block(
-    x, amax, encode, row_amax, rcp_delta_ptr,
-    RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """(scale bytes [R, NB], packed codes [R, NB, 2]) of blocks x [R, NB, 16] with maxima amax."""
+    x,
+    amax,
+    encode,
+    row_amax,
+    rcp_delta_ptr,
+    RECIPE: tl.constexpr,
+    MODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Quantize x [R, NB, 16] with maxima amax: (scale bytes [R, NB], packed codes [R, NB, 2])."""
     FTZ: tl.constexpr = flushes(RECIPE)
     amax = flush(amax, FTZ, ARCH)
     if is_four_over_six(RECIPE):
@@ -198,7 +220,7 @@ def quantize_block(
 
 @triton.jit
 def quantize_fp32_block(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
-    """The fp32-input rule: codes from the block's own maximum, the block scale afterwards."""
+    """Apply the fp32-input rule: codes from the block's own maximum, the block scale afterwards."""
     amax = flush(or_zero(amax), True, ARCH)  # a block of nothing but NaN counts as zeros
     output_scale = mul(rcp(amax, rcp_delta_ptr, ARCH), 6.0, True, ARCH)
     output_scale = tl.where(amax == 0, 0.0, output_scale)
@@ -210,7 +232,7 @@ def quantize_fp32_block(x, amax, scale, rcp_delta_ptr, ARCH: tl.constexpr):
 
 @triton.jit
 def prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.constexpr):
-    """e4m3 input is first brought into fp16 (`reference.quantize._e4m3_blocks`)."""
+    """Scale e4m3 input and round it to fp16, as `reference.quantize._e4m3_blocks` does."""
     FTZ: tl.constexpr = flushes(RECIPE)
     if is_exact(RECIPE) and not FTZ:
         decode = reciprocal(encode, FTZ, ARCH)

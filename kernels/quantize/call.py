@@ -1,4 +1,4 @@
-"""One call of the quantizer, checked: what every backend is asked and judged by."""
+"""One checked call of the quantizer, which every backend gets."""
 
 # SPDX-License-Identifier: Apache-2.0
 import numbers
@@ -19,7 +19,7 @@ class _Unset:
 
 
 UNSET: Any = _Unset()
-"""The default of `nvfp4_4over6`: not given, so the environment decides."""
+"""The default of `nvfp4_4over6`: the environment decides."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class QuantizeCall:
 
     @property
     def scale_device(self) -> str | None:
-        """Type of the device of a_global_sf; None for a number."""
+        """The device type of a_global_sf; None for a number."""
         return self.scale.device.type if isinstance(self.scale, torch.Tensor) else None
 
     @property
     def by_row(self) -> bool:
-        """One global scale a row."""
+        """True if each row has its own global scale."""
         return isinstance(self.scale, torch.Tensor) and self.scale.numel() > 1
 
     def misaligned(self, alignment: int) -> bool:
-        """Whether `a` starts at no multiple of so many bytes (in its storage, which does)."""
+        """True if `a` starts at no multiple of `alignment` bytes within its storage."""
         return self.a.storage_offset() * self.a.element_size() % alignment != 0
 
 
@@ -145,7 +145,7 @@ def _layout(value: Any) -> SfLayout:
 
 
 def math_of(fast_math: bool | None, build: Build) -> Math:
-    """The math that a `fast_math` argument means now; omitted, the environment's."""
+    """Return the math that a `fast_math` argument means now; None means the environment's."""
     if fast_math is None:
         return environment.math(build)
     return "fast" if fast_math else "exact"
@@ -232,7 +232,7 @@ def check_values(r: QuantizeCall) -> None:
 
 
 def _readable(scale: float | torch.Tensor) -> bool:
-    """A number, or a tensor whose value can be had without waiting for a GPU or breaking a trace."""
+    """True for a number, and for a tensor whose value needs no wait for a GPU and breaks no trace."""
     return not isinstance(scale, torch.Tensor) or (scale.is_cpu and checks.reads_values(scale))
 
 

@@ -24,12 +24,19 @@ from .block import or_zero, prescale_e4m3, quantize_block, quantize_fp32_block, 
 
 @triton.jit
 def _load_parts(
-    x_ptr, row, block, live, NB,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, DTYPE: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """(words, block maxima) of PARTS times BLOCKS blocks of a row, each a tuple of PARTS."""
-    parts = ()
-    maxima = ()
+    x_ptr,
+    row,
+    block,
+    live,
+    NB,
+    PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARCH: tl.constexpr,
+):
+    """Load PARTS times BLOCKS blocks of a row: (words, block maxima), each a tuple of PARTS."""
+    parts = ()  # type: tuple
+    maxima = ()  # type: tuple
     for i in tl.static_range(PARTS):
         column = block + i * BLOCKS
         words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
@@ -40,7 +47,7 @@ def _load_parts(
 
 @triton.jit
 def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.constexpr):
-    """Largest magnitudes [ROWS] of the blocks at (row, column)."""
+    """Return the largest magnitudes [ROWS] of the blocks at (row, column)."""
     words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
     return or_zero(tl.max(block_maxima(words, DTYPE, ARCH), 1))
 
@@ -52,7 +59,7 @@ def _quantize_and_store(
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCKS: tl.constexpr, FRAGMENTS: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales, or values, of BLOCKS blocks of rows from block `first`, where live."""
+    """Store codes and scales, or values, of BLOCKS blocks of rows from block `first`, where live."""
     column = first + tl.arange(0, BLOCKS)[None, :]
     x = block_values(words, DTYPE)
     if DTYPE == E4M3:
@@ -75,14 +82,14 @@ def _quantize_and_store(
 
 @triton.jit
 def _words(codes):
-    """Codes [R, NB, 2] of eight as [R, NB, 4] of four."""
+    """Return codes [R, NB, 2] of eight as [R, NB, 4] of four."""
     halves = codes[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None, :]
     return tl.reshape(halves.to(tl.uint16), (codes.shape[0], codes.shape[1], 4))
 
 
 @triton.jit
 def _values(codes, byte, ARCH: tl.constexpr):
-    """Codes [R, NB, 2] times block scales: [R, 16 NB] bf16."""
+    """Return codes [R, NB, 2] times block scales: [R, 16 NB] bf16."""
     words = _words(codes)
     scale = e4m3_decode(byte)[:, :, None]
     return join_fourths(
@@ -93,7 +100,7 @@ def _values(codes, byte, ARCH: tl.constexpr):
 
 @triton.jit
 def _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH: tl.constexpr):
-    """Codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
+    """Store codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
     words = _words(codes)
     scale = e4m3_decode(byte)[:, :, None]
     for i in tl.static_range(4):

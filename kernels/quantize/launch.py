@@ -1,4 +1,4 @@
-"""The Triton quantizers: how they are launched.
+"""The launch of the Triton quantizers.
 
 `quantize_per_token` and `quantize_global_scale` have the names, keywords and bits of
 `reference.quantize`, on one CUDA device (CPU tensors under the interpreter). They allocate, launch once
@@ -30,12 +30,12 @@ DTYPES = {
     torch.float32: formats.FP32,
 }
 BLOCKS_IN_REGISTERS = 1024
-"""Blocks of a row, at most, that one program keeps in registers: K = 16,384."""
+"""The most blocks of a row that one program keeps in registers: K = 16,384."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a matrix is cut into programs."""
+    """The division of a matrix into programs."""
 
     rows: int  # rows of a program
     blocks: int  # of each row, quantized at a time
@@ -48,7 +48,7 @@ class LaunchConfig:
 def launch_config(
     m: int, num_blocks: int, *, four_over_six: bool = False, interpreted: bool = False
 ) -> LaunchConfig:
-    """The shipped choice of the per-token quantizer for [m, 16 * num_blocks] (`bench/` has why)."""
+    """Choose the shipped configuration of the per-token quantizer for [m, 16 * num_blocks]."""
     wide = max(4, triton.next_power_of_2(num_blocks))
     read = min(wide, BLOCKS_IN_REGISTERS)
     if interpreted:  # a program costs milliseconds there, whatever its size
@@ -78,7 +78,7 @@ def launch_config(
 
 
 def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
-    """The same for the global-scale quantizer, whose rows need no maximum."""
+    """Choose the configuration of the global-scale quantizer, whose rows need no maximum."""
     wide = max(4, triton.next_power_of_2(num_blocks))
     blocks = min(wide, BLOCKS_IN_REGISTERS if interpreted else 256)
     rows = max(1, 256 // blocks)
@@ -90,7 +90,7 @@ def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) 
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes: codes and block scales, or values in their place."""
+    """The outputs of the kernel: codes and block scales, or values in their place."""
 
     codes: torch.Tensor | None
     block_scales: torch.Tensor | None
@@ -223,7 +223,7 @@ def _global_scale(
 def quantize_to_values(
     x: torch.Tensor, recipe: Recipe, *, per_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[M, K] to (values [M, 4, K/4] bf16, per-token scales [M] fp32 or None).
+    """Quantize [M, K] to (values [M, 4, K/4] bf16, per-token scales [M] fp32 or None).
 
     A value is code times block scale, exact; each fourth column together, as the grouped GEMM of the
     mixture of experts reads them. Without `per_token` the encode scale is 1, already in x, and fp32 x

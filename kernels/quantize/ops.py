@@ -21,7 +21,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PerToken(Protocol):
-    """(codes, block scales, per-token scales); arguments as `reference.quantize` has them."""
+    """Returns (codes, block scales, per-token scales); arguments as `reference.quantize` has them."""
 
     def __call__(
         self,
@@ -36,7 +36,7 @@ class PerToken(Protocol):
 
 
 class GlobalScale(Protocol):
-    """(codes, block scales); arguments as `reference.quantize` has them."""
+    """Returns (codes, block scales); arguments as `reference.quantize` has them."""
 
     def __call__(
         self,
@@ -57,7 +57,7 @@ class Quantizers(NamedTuple):
 
 
 def register(name: str, implementation: Quantizers) -> Quantizers:
-    """Ops `nvfp4_moe::{name}_per_token` and `_global_scale` of an implementation, as functions."""
+    """Register the ops `nvfp4_moe::{name}_per_token` and `_global_scale`; return them as functions."""
 
     @torch.library.custom_op(f"nvfp4_moe::{name}_per_token", mutates_args=())
     def per_token_op(

@@ -65,7 +65,7 @@ def amax_kernel(
 
 @triton.jit
 def _shuffled(row, half_rows, GATED: tl.constexpr):
-    """Where a natural row goes: `reference.weights.experts.row_order`, the other way round."""
+    """Return the place of a natural row: the inverse of `reference.weights.experts.row_order`."""
     if GATED:
         second = row >= half_rows
         row = tl.where(second, (row - half_rows) * 2 + 1, row * 2)
@@ -127,13 +127,28 @@ def load_weights_kernel(
     source = x_ptr + expert * rows * NB * 8
     words = load_blocks(source, tl.zeros((1, 1), tl.int64), index, live, 0, DTYPE)
     byte, codes = quantize_block(
-        block_values(words, DTYPE), block_maxima(words, DTYPE, ARCH), encode, encode, rcp_delta_ptr,
-        RECIPE, GLOBAL_SCALE, DTYPE, ARCH,
-    )  # fmt: skip
+        block_values(words, DTYPE),
+        block_maxima(words, DTYPE, ARCH),
+        encode,
+        encode,
+        rcp_delta_ptr,
+        RECIPE,
+        GLOBAL_SCALE,
+        DTYPE,
+        ARCH,
+    )
     row, column = index // NB, index % NB
     # 128x4 tiles do not cross experts, whose padded rows are a multiple of 128.
     target = expert * padded_rows + _shuffled(row, half_rows, GATED)
     store_codes(
-        codes, byte, target, column, live, codes_ptr, sf_ptr, padded_blocks, padded_blocks,
+        codes,
+        byte,
+        target,
+        column,
+        live,
+        codes_ptr,
+        sf_ptr,
+        padded_blocks,
+        padded_blocks,
         LAYOUT_128X4,
-    )  # fmt: skip
+    )

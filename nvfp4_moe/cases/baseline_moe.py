@@ -48,20 +48,27 @@ class BaselineCase:
 
     def call(self) -> BaselineCall:
         return BaselineCall(
-            self.activations, self.experts, flashinfer_weights(self.experts),
-            Routing(RoutingMethodType.Renormalize, self.ids.shape[1]), self.num_experts,
-            topk=(self.ids, self.weights), local_expert_offset=self.local_expert_offset,
-        )  # fmt: skip
+            self.activations,
+            self.experts,
+            flashinfer_weights(self.experts),
+            Routing(RoutingMethodType.Renormalize, self.ids.shape[1]),
+            self.num_experts,
+            topk=(self.ids, self.weights),
+            local_expert_offset=self.local_expert_offset,
+        )
 
     def reference(self) -> torch.Tensor:
         """The reference's output, [T, H] bf16."""
         return baseline_moe(
-            self.activations, self.experts, self.ids, self.weights,
+            self.activations,
+            self.experts,
+            self.ids,
+            self.weights,
             local_expert_offset=self.local_expert_offset,
-        ).output  # fmt: skip
+        ).output
 
     def to(self, device: torch.device | str) -> "BaselineCase":
-        """The same on another device."""
+        """Return the case on another device."""
         return to_device(self, device)
 
 
@@ -115,9 +122,15 @@ def exact_case(format: Format, offset: int = 0) -> BaselineCase:
     weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)
     where = f", experts {offset} to {offset + EXPERTS - 1}" if offset else ""
     return BaselineCase(
-        f"{format}, sums exact{where}", activations, experts, ids, weights.bfloat16(),
-        EXPERTS * (2 if offset else 1), offset, exact=True,
-    )  # fmt: skip
+        f"{format}, sums exact{where}",
+        activations,
+        experts,
+        ids,
+        weights.bfloat16(),
+        EXPERTS * (2 if offset else 1),
+        offset,
+        exact=True,
+    )
 
 
 def _signs(g: torch.Generator, size: torch.Size | tuple[int, ...] | int) -> torch.Tensor:
@@ -142,9 +155,15 @@ def _assembled(
     if format == "fp8 per tensor":
         power = host.powers(host.arange(EXPERTS).remainder(3))
         experts = BaselineExperts(
-            format, SWIGLU, codes(w13 * power[:, None, None]), codes(w2 / power[:, None, None]),
-            power, 1 / power, host.fp32(2.0), host.fp32(2.0**-4),
-        )  # fmt: skip
+            format,
+            SWIGLU,
+            codes(w13 * power[:, None, None]),
+            codes(w2 / power[:, None, None]),
+            power,
+            1 / power,
+            host.fp32(2.0),
+            host.fp32(2.0**-4),
+        )
         return BaselineActivations(codes(x * 2)), experts
     rows, columns = (BLOCK, BLOCK) if format == "fp8 block" else (1, MX_BLOCK)
 

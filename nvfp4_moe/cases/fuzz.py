@@ -131,13 +131,21 @@ class Kind:
         plain = cutlass or d.chance(0.5)
         routed = d.chance(0.3)
         return Kind(
-            activation, mode, build, recipe, not plain, not plain and d.chance(0.5),
-            d.choice((128, 128, 256)), d.choice((64, 128)) if activation.gated else 128,
-            _routing(d) if routed else Routing(_M.Renormalize, d.choice((1, 2, 2, 3, 6))), routed,
-            d.choice((torch.float32, torch.bfloat16)), d.choice((torch.float32, torch.bfloat16)),
+            activation,
+            mode,
+            build,
+            recipe,
+            not plain,
+            not plain and d.chance(0.5),
+            d.choice((128, 128, 256)),
+            d.choice((64, 128)) if activation.gated else 128,
+            _routing(d) if routed else Routing(_M.Renormalize, d.choice((1, 2, 2, 3, 6))),
+            routed,
+            d.choice((torch.float32, torch.bfloat16)),
+            d.choice((torch.float32, torch.bfloat16)),
             d.choice(("flashinfer", "slot")),
             d.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
-        )  # fmt: skip
+        )
 
 
 def _routing(d: Draw) -> Routing:
@@ -164,10 +172,17 @@ def draw(seed: int, kind: Kind, tokens: int) -> MoECase:
     x = d.values(tokens, experts.hidden_size, size if d.chance(0.5) else None)
     a = _activations(d, kind, experts, x)
     case = MoECase(
-        f"seed {seed}", a, experts, kind.routing, num_experts, local_expert_offset=offset,
-        recipe=kind.recipe, build=kind.build, finalize_order=kind.finalize_order,
+        f"seed {seed}",
+        a,
+        experts,
+        kind.routing,
+        num_experts,
+        local_expert_offset=offset,
+        recipe=kind.recipe,
+        build=kind.build,
+        finalize_order=kind.finalize_order,
         output_dtype=kind.output_dtype,
-    )  # fmt: skip
+    )
     if kind.routed:
         return replace(case, **_logits(d, kind, tokens, num_experts))
     ids = d.integers(0, num_experts, tokens, kind.routing.top_k).int()
@@ -295,6 +310,10 @@ def draw_dense(seed: int, rows: int) -> DenseCall:
 
     alpha = d.choice((None, d.scalars(1, d.exponent()), d.scalars(rows, d.exponent())))
     return DenseCall(
-        _codes(d, rows, k), _codes(d, k, k).T, scales(rows), scales(k).T, alpha,
+        _codes(d, rows, k),
+        _codes(d, k, k).T,
+        scales(rows),
+        scales(k).T,
+        alpha,
         d.choice((torch.bfloat16, torch.float16)),
-    )  # fmt: skip
+    )

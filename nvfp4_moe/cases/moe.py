@@ -35,18 +35,27 @@ def cases() -> list[MoECase]:
     4over6 are those that the environment asks of FlashInfer, so that its backends serve.
     """
     return [
-        *_activations(), *_ways(), *_routed(), *_of_other_builds(), *exact_cases(),
+        *_activations(),
+        *_ways(),
+        *_routed(),
+        *_of_other_builds(),
+        *exact_cases(),
         *moe_edges.cases(_recipe()),
-    ]  # fmt: skip
+    ]
 
 
 def few_cases() -> list[MoECase]:
     """One for each thing that can go wrong on its own."""
     names = (
-        "Swiglu, per token", "Relu2, static", "Swiglu, experts 2 to 5 of 8",
-        "Swiglu, routed by DeepSeekV3", "Swiglu, routed by Renormalize, ties",
-        "Swiglu, build cute-dsl", "Geglu, build cutlass", "Relu2, sums exact",
-    )  # fmt: skip
+        "Swiglu, per token",
+        "Relu2, static",
+        "Swiglu, experts 2 to 5 of 8",
+        "Swiglu, routed by DeepSeekV3",
+        "Swiglu, routed by Renormalize, ties",
+        "Swiglu, build cute-dsl",
+        "Geglu, build cutlass",
+        "Relu2, sums exact",
+    )
     every = {case.name: case for case in cases()}
     return [every[name] for name in names]
 
@@ -114,9 +123,13 @@ def _width() -> int:
 
 
 def _case(
-    name: str, kind: ActivationType, mode: str = "per-token", recipe: Recipe | None = None,
-    experts: dict[str, Any] | None = None, **changes: Any,
-) -> MoECase:  # fmt: skip
+    name: str,
+    kind: ActivationType,
+    mode: str = "per-token",
+    recipe: Recipe | None = None,
+    experts: dict[str, Any] | None = None,
+    **changes: Any,
+) -> MoECase:
     options = experts or {}
     if mode == "static":
         options = options | {"input_amax": 20.0, "intermediate_amax": 20.0}
@@ -141,20 +154,32 @@ def _ways() -> Iterator[MoECase]:
     yield _case("static", ActivationType.Relu2, "static")
     g = torch.Generator().manual_seed(3)
     yield _case(
-        "alpha, beta, limit, biases", swiglu,
+        "alpha, beta, limit, biases",
+        swiglu,
         experts={
-            "alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5,
+            "alpha": 1.702,
+            "beta": 1.0,
+            "clamp_limit": 1.5,
             "w13_bias": host.normal(g, EXPERTS, 2 * INTERMEDIATE),
             "w2_bias": host.normal(g, EXPERTS, _width()),
         },
-    )  # fmt: skip
+    )
     ids, weights = choice()
     yield _case(
-        "experts 2 to 5 of 8", swiglu, num_experts=8, local_expert_offset=2, ids=ids * 2,
+        "experts 2 to 5 of 8",
+        swiglu,
+        num_experts=8,
+        local_expert_offset=2,
+        ids=ids * 2,
         weights=weights,
-    )  # fmt: skip
-    yield _case("fp32 weights, slots in order", swiglu, finalize_order="slot", ids=ids,
-                weights=weights.float() / 3)  # fmt: skip
+    )
+    yield _case(
+        "fp32 weights, slots in order",
+        swiglu,
+        finalize_order="slot",
+        ids=ids,
+        weights=weights.float() / 3,
+    )
 
 
 def _routed() -> Iterator[MoECase]:
@@ -163,8 +188,13 @@ def _routed() -> Iterator[MoECase]:
     bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
     for method in METHODS:
         routing = Routing(method, 1 if method == _M.Llama4 else TOP_K)
-        yield _case(f"routed by {method.name}", ActivationType.Swiglu, routing=routing,
-                    logits=logits, routing_bias=bias if method.biased else None)  # fmt: skip
+        yield _case(
+            f"routed by {method.name}",
+            ActivationType.Swiglu,
+            routing=routing,
+            logits=logits,
+            routing_bias=bias if method.biased else None,
+        )
     yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
 
 
@@ -178,8 +208,14 @@ def _of_other_builds() -> Iterator[MoECase]:
 def _of_build(build: LayerBuild, kind: ActivationType) -> MoECase:
     variant = VARIANTS[build]
     mode = "static" if variant.static_only else "per-token"
-    case = _case(f"build {build}", kind, mode, build=build, recipe=_recipe(build),
-                 finalize_order=variant.finalize_order)  # fmt: skip
+    case = _case(
+        f"build {build}",
+        kind,
+        mode,
+        build=build,
+        recipe=_recipe(build),
+        finalize_order=variant.finalize_order,
+    )
     return replace(case, experts=variant.prepared(case.experts))
 
 
@@ -202,9 +238,14 @@ def exact_cases() -> Iterator[MoECase]:
         e, h, i = EXPERTS, 256, INTERMEDIATE
         power = host.powers(host.arange(e).remainder(3))
         experts = assemble_experts(
-            codes(e, i, h, density=0.2), ones(e, i, h // BLOCK_SIZE), power,
-            codes(e, h, i, density=0.1), ones(e, h, i // BLOCK_SIZE), 1 / power, kind,
-        )  # fmt: skip
+            codes(e, i, h, density=0.2),
+            ones(e, i, h // BLOCK_SIZE),
+            power,
+            codes(e, h, i, density=0.1),
+            ones(e, h, i // BLOCK_SIZE),
+            1 / power,
+            kind,
+        )
         states = Activations(
             codes(TOKENS, h, density=0.3),
             ones(TOKENS, h // BLOCK_SIZE),
@@ -213,15 +254,27 @@ def exact_cases() -> Iterator[MoECase]:
         ids, _ = choice()
         weights = host.powers(-host.arange(TOP_K).remainder(3)).expand(TOKENS, -1)
         yield MoECase(
-            f"{kind.name}, sums exact", states, experts, _GIVEN, e, ids=ids,
-            weights=weights.bfloat16(), recipe=_recipe(), exact=True,
-        )  # fmt: skip
+            f"{kind.name}, sums exact",
+            states,
+            experts,
+            _GIVEN,
+            e,
+            ids=ids,
+            weights=weights.bfloat16(),
+            recipe=_recipe(),
+            exact=True,
+        )
 
 
 def _normal(
-    name: str, tokens: int, hidden: int, intermediate: int, experts: int, top_k: int,
+    name: str,
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
     kind: ActivationType,
-) -> MoECase:  # fmt: skip
+) -> MoECase:
     """Random codes under scales of ordinary size, which take no time to make."""
     g = torch.Generator().manual_seed(tokens)
     rows = intermediate * (2 if kind.gated else 1)
@@ -243,10 +296,15 @@ def _normal(
     scores = host.uniform(g, tokens, experts)
     weights, ids = scores.topk(top_k, dim=1)
     return MoECase(
-        f"{kind.name}, {name}", quantize_activations(x, replace(recipe, build="cuda")), prepared,
-        Routing(_M.Renormalize, top_k), experts, ids=ids.int(), weights=weights.bfloat16(),
+        f"{kind.name}, {name}",
+        quantize_activations(x, replace(recipe, build="cuda")),
+        prepared,
+        Routing(_M.Renormalize, top_k),
+        experts,
+        ids=ids.int(),
+        weights=weights.bfloat16(),
         recipe=recipe,
-    )  # fmt: skip
+    )
 
 
 def exact_layer(

@@ -72,10 +72,16 @@ class MoECase:
     def run(self, *, keep_steps: bool = False) -> moe.MoEResult:
         """The reference's run."""
         return moe.fused_moe(
-            self.activations, self.experts, *self.routed, recipe=self.recipe,
-            local_expert_offset=self.local_expert_offset, finalize_order=self.finalize_order,
-            variant=self.build, output_dtype=self.output_dtype, keep_steps=keep_steps,
-        )  # fmt: skip
+            self.activations,
+            self.experts,
+            *self.routed,
+            recipe=self.recipe,
+            local_expert_offset=self.local_expert_offset,
+            finalize_order=self.finalize_order,
+            variant=self.build,
+            output_dtype=self.output_dtype,
+            keep_steps=keep_steps,
+        )
 
     def allowed(
         self, accumulation: Accumulation = ANY_ORDER, *, drops_nan: bool = False
@@ -86,19 +92,27 @@ class MoECase:
             drops_nan: as `fused_moe_bounds` has it.
         """
         options: dict[str, Any] = {
-            "recipe": self.recipe, "local_expert_offset": self.local_expert_offset,
-            "finalize_order": self.finalize_order, "accumulation": accumulation,
-            "variant": self.build, "output_dtype": self.output_dtype,
+            "recipe": self.recipe,
+            "local_expert_offset": self.local_expert_offset,
+            "finalize_order": self.finalize_order,
+            "accumulation": accumulation,
+            "variant": self.build,
+            "output_dtype": self.output_dtype,
             "drops_nan": drops_nan,
-        }  # fmt: skip
+        }
         if self.logits is not None:
             return routed_moe_bounds(
-                self.activations, self.experts, self.logits, self.routing, self.routing_bias, **options
-            )  # fmt: skip
+                self.activations,
+                self.experts,
+                self.logits,
+                self.routing,
+                self.routing_bias,
+                **options,
+            )
         return fused_moe_bounds(self.activations, self.experts, *self.routed, **options).output
 
     def to(self, device: torch.device | str) -> "MoECase":
-        """The same on another device."""
+        """Return the case on another device."""
         return to_device(self, device)
 
 

@@ -48,8 +48,14 @@ def _bytes(low: int, high: int, *size: int, seed: int) -> torch.Tensor:
 
 
 def _experts(
-    count: int, kind: ActivationType, seed: int, hidden: int = SIZE, *, rows: float = 1.0, **options: Any
-) -> Experts:  # fmt: skip
+    count: int,
+    kind: ActivationType,
+    seed: int,
+    hidden: int = SIZE,
+    *,
+    rows: float = 1.0,
+    **options: Any,
+) -> Experts:
     """Codes of any kind under block scales about 1; `rows` times as large after the second GEMM."""
     m1 = SIZE * (2 if kind.gated else 1)
     return assemble_experts(
@@ -58,17 +64,21 @@ def _experts(
         host.full((count,), 0.3 * hidden**-0.5),
         _bytes(0, 256, count, hidden, SIZE // 2, seed=seed + 2),
         _bytes(0x30, 0x40, count, hidden, SIZE // BLOCK_SIZE, seed=seed + 3),
-        host.full((count,), 0.3 * SIZE**-0.5 * rows), kind, **options,
-    )  # fmt: skip
+        host.full((count,), 0.3 * SIZE**-0.5 * rows),
+        kind,
+        **options,
+    )
 
 
 def _given(top_k: int, tokens: int = TOKENS, experts: int = 2) -> dict[str, Any]:
     ids = host.arange(tokens)[:, None] + host.arange(top_k)
     weights = 0.2 + host.uniform(_g(tokens), tokens, top_k)
     return {
-        "routing": Routing(_M.Renormalize, top_k), "num_experts": experts,
-        "ids": (ids % experts).int(), "weights": weights.bfloat16(),
-    }  # fmt: skip
+        "routing": Routing(_M.Renormalize, top_k),
+        "num_experts": experts,
+        "ids": (ids % experts).int(),
+        "weights": weights.bfloat16(),
+    }
 
 
 def far_below(recipe: Recipe) -> Iterator[MoECase]:
@@ -99,9 +109,13 @@ def far_below(recipe: Recipe) -> Iterator[MoECase]:
         w2[:, ::2, large] = 0
         decode = host.fp32([1.0, 0.7]) * (0.02 if kind.gated else 4.0)
         experts = assemble_experts(w13, s13, decode, w2, s2, decode * 64, kind)
-        yield MoECase(f"{kind.name}, blocks far below their row's maximum",
-                      Activations(states, scales, token), experts, recipe=recipe,
-                      **_given(1))  # fmt: skip
+        yield MoECase(
+            f"{kind.name}, blocks far below their row's maximum",
+            Activations(states, scales, token),
+            experts,
+            recipe=recipe,
+            **_given(1),
+        )
 
 
 def activation_layer(kind: ActivationType, **options: Any) -> Experts:
@@ -112,9 +126,13 @@ def activation_layer(kind: ActivationType, **options: Any) -> Experts:
     return assemble_experts(
         _bytes(0, 256, 2, rows, SIZE // 2, seed=int(kind)),
         _bytes(0x24, 0x40, 2, rows, SIZE // BLOCK_SIZE, seed=int(kind) + 50),
-        host.fp32([0.7, 0.11]), e2m1.pack(one).expand(2, -1, -1).contiguous(), ones,
-        host.ones(2), kind, **options,
-    )  # fmt: skip
+        host.fp32([0.7, 0.11]),
+        e2m1.pack(one).expand(2, -1, -1).contiguous(),
+        ones,
+        host.ones(2),
+        kind,
+        **options,
+    )
 
 
 def activations(recipe: Recipe) -> Iterator[MoECase]:
@@ -127,9 +145,11 @@ def activations(recipe: Recipe) -> Iterator[MoECase]:
             x[token, token * 7 % SIZE] = 1.0625 * host.powers(token % 14 - 8)
             yield MoECase(
                 f"{kind.name}, the activation alone{', parameters' if options else ''}",
-                Activations(x.bfloat16()), activation_layer(kind, **options), recipe=recipe,
+                Activations(x.bfloat16()),
+                activation_layer(kind, **options),
+                recipe=recipe,
                 **_given(1) | {"weights": host.ones(TOKENS, 1).bfloat16()},
-            )  # fmt: skip
+            )
 
 
 def static(recipe: Recipe) -> Iterator[MoECase]:
@@ -145,8 +165,13 @@ def static(recipe: Recipe) -> Iterator[MoECase]:
         x = host.normal(g, TOKENS, SIZE) * host.powers(host.arange(TOKENS)[:, None] % 5 - 2)
         assert experts.input_scale is not None
         q = quantize_global_scale(x.bfloat16(), experts.input_scale, replace(recipe, build="cuda"))
-        yield MoECase(f"{kind.name}, static, small", Activations(q.codes, q.block_scales), experts,
-                      recipe=recipe, **_given(2))  # fmt: skip
+        yield MoECase(
+            f"{kind.name}, static, small",
+            Activations(q.codes, q.block_scales),
+            experts,
+            recipe=recipe,
+            **_given(2),
+        )
 
 
 def routers() -> Iterator[tuple[str, Routing, torch.Tensor, torch.Tensor | None]]:
@@ -165,6 +190,8 @@ def routers() -> Iterator[tuple[str, Routing, torch.Tensor, torch.Tensor | None]
     wide = host.arange(experts).float() * 4 - 30 + normal / 8  # weights down to 2^-40
     for method in (_M.Renormalize, _M.Default):
         yield "a peaked router", Routing(method, 8), wide, None
+    for method in (_M.Renormalize, _M.Default):  # whose exponentials leave fp32
+        yield "logits far from zero", Routing(method, 2), 300 + 4 * normal, None
     yield "large logits", Routing(_M.TopK, 2), order.float() * 9000, None
     groups = Routing(_M.DeepSeekV3, 4, 4, 2, 2.5)
     yield (
@@ -193,9 +220,14 @@ def routed(recipe: Recipe) -> Iterator[MoECase]:
         x = host.normal(_g(9), logits.shape[0], SIZE).bfloat16()
         yield MoECase(
             f"Relu2, {routing.method.name}, {name}",
-            quantize_activations(x, replace(recipe, build="cuda")), experts, routing, 16,
-            logits=logits.float(), routing_bias=bias, recipe=recipe,
-        )  # fmt: skip
+            quantize_activations(x, replace(recipe, build="cuda")),
+            experts,
+            routing,
+            16,
+            logits=logits.float(),
+            routing_bias=bias,
+            recipe=recipe,
+        )
 
 
 def _of_order(count: int) -> torch.Tensor:
@@ -208,10 +240,16 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
     size = host.powers(host.fp32([20, -30, 17, -17, 60, -60, 0, 3])).repeat(TOKENS // 8)[:, None]
     x = (host.normal(g, TOKENS, SIZE) * size).bfloat16()
     experts = _experts(2, _A.Identity, 40)
-    yield MoECase("Identity, bf16, tokens of any size", Activations(x), experts, recipe=recipe,
-                  **_given(1))  # fmt: skip
-    yield MoECase("Identity, tokens of any size", quantize_activations(x, replace(recipe, build="cuda")),
-                  experts, recipe=recipe, **_given(1))  # fmt: skip
+    yield MoECase(
+        "Identity, bf16, tokens of any size", Activations(x), experts, recipe=recipe, **_given(1)
+    )
+    yield MoECase(
+        "Identity, tokens of any size",
+        quantize_activations(x, replace(recipe, build="cuda")),
+        experts,
+        recipe=recipe,
+        **_given(1),
+    )
 
     g = _g(13)
     biases = {"w13_bias": host.normal(g, 2, 2 * SIZE) / 2, "w2_bias": host.normal(g, 2, SIZE) / 2}
@@ -219,9 +257,14 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
     experts = _experts(2, _A.Swiglu, 70, **options)
     ordinary = host.normal(g, TOKENS, SIZE).bfloat16()
     given = _given(3, experts=4)  # of which 1 and 2 are local
-    yield MoECase("Swiglu, biases and parameters, experts 1 and 2 of 4",
-                  quantize_activations(ordinary, replace(recipe, build="cuda")), experts, recipe=recipe,
-                  local_expert_offset=1, **given)  # fmt: skip
+    yield MoECase(
+        "Swiglu, biases and parameters, experts 1 and 2 of 4",
+        quantize_activations(ordinary, replace(recipe, build="cuda")),
+        experts,
+        recipe=recipe,
+        local_expert_offset=1,
+        **given,
+    )
 
     # The second half of K cancels the first but for a sixteenth of the columns.
     states = _bytes(0, 256, TOKENS, SIZE // 2, seed=8)
@@ -234,24 +277,38 @@ def sizes(recipe: Recipe) -> Iterator[MoECase]:
     w13[..., SIZE // 4 - 4 : SIZE // 4] = 0x11
     s13 = torch.full((2, SIZE, SIZE // BLOCK_SIZE), _ONE, dtype=torch.uint8, device="cpu")
     cancelling = assemble_experts(
-        w13, s13, host.fp32([0.01, 0.03]), _bytes(0, 256, 2, SIZE, SIZE // 2, seed=11), s13,
-        host.fp32([0.1, 0.1]), _A.Identity,
-    )  # fmt: skip
+        w13,
+        s13,
+        host.fp32([0.01, 0.03]),
+        _bytes(0, 256, 2, SIZE, SIZE // 2, seed=11),
+        s13,
+        host.fp32([0.1, 0.1]),
+        _A.Identity,
+    )
     states_of = Activations(states, scales, 0.5 + host.arange(TOKENS).float() / 10)
     yield MoECase("Identity, sums that cancel", states_of, cancelling, recipe=recipe, **_given(1))
 
     ordered = _given(8, experts=8)
     weights = host.powers(host.arange(8) * 11 % 40 - 30) * (1 + host.uniform(g, TOKENS, 8))
     experts = _experts(8, _A.Relu2, 60)
-    experts = replace(experts, output2_scale_scalar=experts.output2_scale_scalar
-                   * host.powers(30 - host.arange(8) * 11 % 40))  # fmt: skip
+    experts = replace(
+        experts,
+        output2_scale_scalar=experts.output2_scale_scalar
+        * host.powers(30 - host.arange(8) * 11 % 40),
+    )
     state = quantize_activations(
         host.normal(g, TOKENS, SIZE).bfloat16(), replace(recipe, build="cuda")
     )
     for dtype in (torch.bfloat16, torch.float32):
         given = ordered | {"weights": weights.to(dtype)}
-        yield MoECase(f"Relu2, {str(dtype)[6:]} weights of any size, to fp32", state, experts,
-                      recipe=recipe, output_dtype=torch.float32, **given)  # fmt: skip
+        yield MoECase(
+            f"Relu2, {str(dtype)[6:]} weights of any size, to fp32",
+            state,
+            experts,
+            recipe=recipe,
+            output_dtype=torch.float32,
+            **given,
+        )
 
 
 def half_rows() -> torch.Tensor:

@@ -47,7 +47,7 @@ class Case:
         return self.mode in ("per-token", "fp32 per-token")
 
     def scale(self, x: torch.Tensor) -> float | torch.Tensor:
-        """What a quantizer of x takes: a base or an encode scale; fp32 [M], a scale for each row."""
+        """Return a quantizer's scale for x: a base or encode scale, or fp32 [M], one for each row."""
         if self.per_token:
             return self.recipe.base_scale_inv
         if self.mode == "row scales":
@@ -82,7 +82,7 @@ def global_scale(x: torch.Tensor, recipe: Recipe) -> float:
 
 
 def row_scales(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """The same for each row: fp32 [M] on the device of x [M, K]."""
+    """Return the scale of each row: fp32 [M] on the device of x [M, K]."""
     return _encode_scales(x, recipe).to(x.device)
 
 
@@ -257,6 +257,8 @@ def choose(name: str) -> list[Recipe]:
 
 def _short(dtype: torch.dtype) -> str:
     return {
-        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.float8_e4m3fn: "e4m3",
         torch.float32: "fp32",
-    }[dtype]  # fmt: skip
+    }[dtype]

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a layer of NVFP4 experts, before a byte of it is laid out."""
+"""Find everything that is wrong with a layer of NVFP4 experts, before a byte of it is laid out."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
@@ -40,19 +40,19 @@ class Headers:
 
     @property
     def problems(self) -> list[str]:
-        """Each once, in the order they were found."""
+        """Each problem once, in the order in which they were found."""
         return list(self._found)
 
     def add(self, problem: str) -> None:
         self._found[problem] = None
 
     def size(self, projection: Projection) -> tuple[int, int]:
-        """Rows and columns of a projection's matrix, in elements."""
+        """Return the rows and columns of a projection's matrix, in elements."""
         sizes = self.intermediate_size, self.hidden_size
         return sizes[::-1] if projection == "down" else sizes
 
     def fits(self, place: Place, dtypes: Collection[str], shapes: list[tuple[int, ...]]) -> bool:
-        """True if a tensor is there and as it must be; else the reason is added.
+        """Return True if a tensor exists and is as it must be; else add the reason.
 
         Args:
             shapes: that the whole tensor may have; nothing is said of it where none is known.
@@ -70,7 +70,7 @@ class Headers:
         return info.dtype in dtypes and info.shape in shapes
 
     def whole(self, place: Place, rows: int, columns: int) -> list[tuple[int, ...]]:
-        """The shape of the tensor that has a matrix of this shape at the place, if sizes are known."""
+        """Return the shape of the tensor that has such a matrix at the place, if sizes are known."""
         if not self.hidden_size:
             return []
         rows *= 1 if place.half is None else 2
@@ -79,11 +79,11 @@ class Headers:
         return [(*self.stacked(place), *((columns, rows) if place.transposed else (rows, columns)))]
 
     def vector(self, place: Place, rows: int) -> list[tuple[int, ...]]:
-        """The shape of the tensor that has a vector of a row each at the place, if sizes are known."""
+        """Return the shape of the tensor that has one vector a row at the place, if sizes are known."""
         return [shape[:-1] for shape in self.whole(replace(place, transposed=False), rows, 1)]
 
     def scalars(self, place: Place) -> list[tuple[int, ...]]:
-        """The shapes of a tensor of scalars: one for all, one an expert, or one for gate and up each."""
+        """Return the shapes of a tensor of scalars: one for all, one an expert, or gate's and up's."""
         shapes: list[tuple[int, ...]] = [(), (1,), (1, 1)]
         stacked = self.stacked(place)
         if stacked:
@@ -96,7 +96,7 @@ class Headers:
         return () if place.expert is None else (self.layer.num_experts,)
 
     def extra(self, kinds: Sequence[str]) -> None:
-        """Tensors of no projection, experts beyond the last, and what others stand for already.
+        """Find tensors of no projection, of experts beyond the last, and those that repeat others.
 
         Args:
             kinds: of the tensors of which the last is asked.
@@ -116,7 +116,7 @@ class Headers:
                 self.add(f"{name}: extra: other tensors stand for it")
 
     def _vote(self, kind: str, packed: int) -> tuple[int, int]:
-        """(H, I) of most matrices; (0, 0) where none can be seen."""
+        """Return (H, I) of most matrices; (0, 0) if no header can be read."""
         votes: Counter[tuple[int, int]] = Counter()
         for expert in self.experts:
             for projection in self.layer.projections:
@@ -135,7 +135,7 @@ class Headers:
 
 
 class Check(Headers):
-    """The problems of the NVFP4 experts of one layer.
+    """Return the problems of the NVFP4 experts of one layer.
 
     Headers first: which tensors there are, their dtypes and shapes. Then the values of the scales
     that are in order: a scale may be no NaN, not infinite and not negative.
@@ -158,7 +158,7 @@ class Check(Headers):
         self._biased = [p for p in layer.projections if layer.has_bias(p)]
 
     def run(self, progress: Progress) -> list[str]:
-        """All problems, those of whole shards first."""
+        """Return all problems, those of whole shards first."""
         if (other := self._other_format()) is not None:
             return [other]
         self._extra()

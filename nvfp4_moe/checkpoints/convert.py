@@ -1,4 +1,4 @@
-"""An ordinary checkpoint to a ModelOpt-style NVFP4 one: the weights of its experts quantized.
+"""Convert an ordinary checkpoint to a ModelOpt-style NVFP4 one: quantize the weights of its experts.
 
 Gate and up of an expert share one global scale; an expert of zeros has scale 1. Each shard of the
 source becomes one shard, under the same name; its other tensors are copied as they are.
@@ -32,7 +32,7 @@ from .resumable_writer import Workspace
 from .source import Matrix, Source, open_source
 
 _VERSION = 3
-"""Of what a conversion writes: part of the identity that a resumed one must share."""
+"""The version of what a conversion writes; a conversion that is resumed must share it."""
 
 
 @kept
@@ -130,7 +130,7 @@ class _Converter:
         self._done = 0
 
     def shard(self, shard: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(its tensors; the sums of squares of the error, by module and projection)."""
+        """Return the shard's tensors, and the sums of squares of the error by module and projection."""
         folder = self._source.folder
         names = [name for name, file in folder.shard_of.items() if file == shard]
         self._check_values(names)
@@ -185,7 +185,7 @@ class _Converter:
 
 
 class _Kept:
-    """Results of a shard, in one piece of memory.
+    """The results of a shard, in one piece of memory.
 
     Between the larger temporaries of the quantizer they would hold the heap's free pieces apart, and
     several times their own size with them.
@@ -206,7 +206,7 @@ class _Kept:
 
 
 def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
-    """A hash of a conversion: its settings, and the source's files as far as their names tell."""
+    """Hash a conversion: its settings, and the names, sizes and times of the source's files."""
     folder = source.folder
     stats = {shard: folder.file_path(shard).stat() for shard in folder.shards}
     content = {
@@ -222,7 +222,7 @@ def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:
 
 
 def _index(source: Folder, target: Path) -> dict[str, Any]:
-    """The index of the shards that were written."""
+    """Return the index of the shards that were written."""
     places: dict[str, str] = {}
     size = 0
     for shard in source.shards:

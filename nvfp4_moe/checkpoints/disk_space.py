@@ -32,7 +32,7 @@ def check_room(source: Source, target: Path) -> None:
 
 
 def result_bytes(source: Source) -> int:
-    """Bytes of the shards that a conversion writes, but for the scales of single tensors."""
+    """Return the bytes of the shards that a conversion writes, without the scales of single tensors."""
     folder = source.folder
     total = sum(folder.file_path(shard).stat().st_size for shard in folder.shards)
     for name, matrices in source.matrices.items():

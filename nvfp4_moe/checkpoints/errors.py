@@ -23,5 +23,5 @@ class CheckpointError(ValueError):
         super().__init__("\n".join(lines))
 
     def for_a_terminal(self) -> str:
-        """The message, in one line where there is one problem."""
+        """Return the message: one line for one problem."""
         return f"{self.where}: {self.problems[0]}" if len(self.problems) == 1 else str(self)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's folder: which may be opened, and how they are called.
+"""The files of a checkpoint's folder: those that may be opened, and their names.
 
 Only regular files are opened, so that no FIFO or device can block. A link may lead to a file in the
 folder; and, since a Hugging Face cache is made of links (`models--*/snapshots/REVISION/NAME` to
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def is_shard_name(name: Any) -> bool:
-    """Whether a value is the plain name of a safetensors file, which is not hidden."""
+    """Return True for the plain name of a safetensors file that is not hidden."""
     return (
         isinstance(name, str)
         and name.endswith(SUFFIX)
@@ -33,7 +33,7 @@ def is_shard_name(name: Any) -> bool:
 
 
 def is_below(name: Any) -> bool:
-    """Whether a value is the name of a file in a folder or in one below it."""
+    """Return True for the name of a file in a folder or below it."""
     return (
         isinstance(name, str)
         and not any(c in name for c in "\\\0")
@@ -42,12 +42,12 @@ def is_below(name: Any) -> bool:
 
 
 def local(name: str) -> str:
-    """A name in UTF-8 as the functions of the operating system take it under any locale."""
+    """Encode a name in UTF-8, as the functions of the operating system take it under any locale."""
     return os.fsdecode(name.encode())
 
 
 def name_of(path: Path | str) -> str | None:
-    """The name of a file; None if it is not UTF-8."""
+    """Return the name of a file; None if it is not UTF-8."""
     try:
         return os.fsencode(path).decode()
     except UnicodeDecodeError:
@@ -55,7 +55,7 @@ def name_of(path: Path | str) -> str | None:
 
 
 def refusal(folder: Path, path: Path) -> str | None:
-    """Why a file of the folder may not be opened; None if it may.
+    """Say why a file of the folder may not be opened; None if it may.
 
     Args:
         path: below the folder, itself a link or not.

@@ -86,7 +86,7 @@ class Folder:
             )
 
     def json(self, name: str, schema: Schema) -> dict[str, Any] | None:
-        """A JSON file's object, its types checked; None where there is no such file.
+        """Read a JSON file's object and check its types; None if there is no such file.
 
         Raises:
             CheckpointError: everything that is wrong in it.
@@ -98,7 +98,7 @@ class Folder:
         return found
 
     def file_path(self, name: str) -> Path:
-        """Where a file of the folder is, if it may be opened.
+        """Return the path of a file of the folder, if it may be opened.
 
         Raises:
             OSError: there is none, it cannot be reached, or it may not be opened, with the reason.
@@ -125,7 +125,7 @@ class Folder:
         return None
 
     def info(self, name: str) -> TensorInfo | None:
-        """A tensor's dtype and shape; None if its shard lacks it or is in `broken`."""
+        """Return a tensor's dtype and shape; None if its shard lacks it or is in `broken`."""
         shard = self.shard_of.get(name)
         file = None if shard is None else self.file(shard)
         if file is None or shard is None:
@@ -137,7 +137,7 @@ class Folder:
         return known.get(name)
 
     def file(self, shard: str) -> Any:
-        """The open shard; None, and an entry in `broken`, if it cannot be opened."""
+        """Open a shard; None, and an entry in `broken`, if that fails."""
         if shard not in self._files and shard not in self.broken:
             try:
                 file = safe_open(self.file_path(shard), framework="pt")
@@ -148,7 +148,7 @@ class Folder:
         return self._files.get(shard)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor.
+        """Read a whole tensor.
 
         Raises:
             CheckpointError: PyTorch has no such dtype.
@@ -160,7 +160,7 @@ class Folder:
             raise CheckpointError(self.path, [f"{name}: cannot be read: {e}"]) from None
 
     def slice(self, name: str) -> Any:
-        """A tensor to be read in part: indexing reads what is asked for."""
+        """Return a slice object of a tensor: indexing reads the part that is asked for."""
         return self.file(self.shard_of[name]).get_slice(name)
 
     def _from_files(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How a checkpoint says that it is NVFP4, and what each format calls its tensors.
+"""The NVFP4 formats of checkpoints: how a configuration declares each, and the names of its tensors.
 
 ModelOpt (`hf_quant_config.json`, or `quantization_config` of `config.json`, `quant_method` modelopt;
 `quant_algo` NVFP4, or MIXED_PRECISION with `quantized_layers` or `config_groups`, in capitals or not;
@@ -49,7 +49,7 @@ class Format:
         return self.codes, self.block_scales, self.weight_scale, self.input_scale
 
     def decode(self, scalar: torch.Tensor) -> torch.Tensor:
-        """The fp32 decode scale that a stored scalar stands for."""
+        """Return the fp32 decode scale that a stored scalar represents."""
         return 1.0 / scalar if self.reciprocal else scalar
 
 
@@ -66,7 +66,7 @@ COMPRESSED_TENSORS = Format(
 
 @dataclass(frozen=True)
 class Quantization:
-    """A checkpoint's format, and which modules it holds for."""
+    """A checkpoint's format, and the modules that have it."""
 
     format: Format
     excluded: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Quantization:
     groups: tuple[Group, ...] = ()  # without any the format holds for all
 
     def refusal(self, layer: Layer, experts: Iterable[int]) -> str | None:
-        """Why experts of a layer are not NVFP4; None if they are."""
+        """Say why experts of a layer are not NVFP4; None if they are."""
         called = [layer.called(e, p) for e in experts for p in layer.projections]
         names = [layer.module, *dict.fromkeys(name for names in called for name in names)]
         for pattern in self.excluded:

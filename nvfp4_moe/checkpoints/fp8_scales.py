@@ -29,7 +29,7 @@ _DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 def find_scale(layer: Layer, expert: int, projection: Projection) -> Place | None:
-    """Where the scales of a projection lie; None of one that has none."""
+    """Return the place of a projection's scales; None if it has none."""
     places = (layer.place(expert, projection, kind) for kind in KINDS)
     return next((place for place in places if place is not None), None)
 
@@ -57,7 +57,7 @@ def check_scale(
 def read_scale(
     folder: Folder, place: Place, rows: int, columns: int, block: Sequence[int]
 ) -> torch.Tensor:
-    """[rows, columns] fp32, or a shape that broadcasts to it; checked before.
+    """Read the scales: [rows, columns] fp32, or a shape that broadcasts to it. They were checked before.
 
     Blocks of a fused matrix may hold rows of both halves, as they do where gate and up alternate.
     """
@@ -80,12 +80,12 @@ def read_scale(
 
 
 def _fused(place: Place, rows: int) -> tuple[Place, int]:
-    """(the place of all rows of a fused matrix, how many they are)."""
+    """Return the place of all rows of a fused matrix, and their number."""
     return (place, rows) if place.half is None else (replace(place, half=None), 2 * rows)
 
 
 def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 [rows, K] times fp32 scales that broadcast to it: bf16, rounded once."""
+    """Multiply e4m3 [rows, K] by fp32 scales that broadcast to it, and round once to bf16."""
     return (weight.float() * scale).bfloat16()
 
 

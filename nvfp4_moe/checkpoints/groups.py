@@ -1,4 +1,4 @@
-"""The `config_groups` of a quantization config: which modules have which number format.
+"""The `config_groups` of a quantization config: the number format of each module.
 
 A group names its modules by `targets`: exact names, `re:` patterns that match the beginning of a name,
 wildcards, or the class of a layer ("Linear"). Where several groups mean a module an exact name counts
@@ -20,7 +20,7 @@ _CLASS = re.compile(r"Linear|\w*(Experts|MoE|MoeBlock)")
 
 @dataclass(frozen=True)
 class Group:
-    """One of them: `weights` describes the weights' numbers, `form` names their format."""
+    """A group: `weights` describes the weights' numbers, `form` names their format."""
 
     name: str
     targets: tuple[str, ...]
@@ -50,7 +50,7 @@ class Group:
         return ", ".join(told) or self.form or "no weights"
 
     def rank(self, names: Sequence[str]) -> int | None:
-        """How closely the targets mean a module of these names: 0 exactly; None: not at all.
+        """Return how closely the targets match a module of these names: 0 exactly; None: not at all.
 
         Without targets the group is everybody's.
         """
@@ -66,7 +66,7 @@ class Group:
 
 
 def read_groups(config: Mapping[str, Any]) -> tuple[Group, ...]:
-    """The groups of a quantization config, none where it has none."""
+    """Return the groups of a quantization config; an empty list if it has none."""
     groups = config.get("config_groups") or {}
     return tuple(
         Group(
@@ -80,7 +80,7 @@ def read_groups(config: Mapping[str, Any]) -> tuple[Group, ...]:
 
 
 def group_refusal(groups: Sequence[Group], names: Sequence[str]) -> str | None:
-    """Why a module of these names is not NVFP4; None if it is, or if there are no groups."""
+    """Say why a module of these names is not NVFP4; None if it is, or if there are no groups."""
     ranks = {group.name: rank for group in groups if (rank := group.rank(names)) is not None}
     if not groups:
         return None

@@ -1,4 +1,4 @@
-"""The types of what is read of a checkpoint's JSON files.
+"""The types of the entries that are read from a checkpoint's JSON files.
 
 Entries that are not here are not checked, and whoever reads one adds it. Null is allowed where a
 producer writes it: transformers for every entry of a configuration that is not set, compressed-tensors
@@ -33,7 +33,7 @@ from .schema import (
 )
 
 _MOST_WILDCARDS = 5000
-"""Of patterns that each module is compared with; names without a wildcard are not counted."""
+"""The most patterns that each module is compared with; names without a wildcard do not count."""
 
 
 class _Patterns(ListOf):
@@ -142,4 +142,4 @@ RECORD = Record(
     {"identity": STRING, "names": ListOf(_BELOW), "shards": MapOf(_SHARD_DONE)},
     ("identity", "names", "shards"),
 )
-"""What `convert` leaves in an unfinished destination."""
+"""The document that `convert` leaves in an unfinished destination."""

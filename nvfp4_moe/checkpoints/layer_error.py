@@ -1,4 +1,4 @@
-"""The error that quantizing the weights makes, by layer."""
+"""The error of quantized weights, by layer."""
 
 # SPDX-License-Identifier: Apache-2.0
 import math
@@ -21,19 +21,19 @@ class LayerError:
         self.sums[projection] = (before[0] + error, before[1] + signal)
 
     def relative(self, *projections: str) -> float:
-        """Frobenius norm of the error by that of the weights, of all projections without any."""
+        """Return the error's Frobenius norm over that of the weights, by default of all projections."""
         chosen = [self.sums[p] for p in projections or self.sums if p in self.sums]
         error, signal = (sum(part) for part in zip(*chosen, strict=True))
         return math.sqrt(error / signal) if signal else 0.0
 
     def snr(self, *projections: str) -> float:
-        """The same in dB; infinite without an error."""
+        """Return the signal-to-noise ratio in dB; infinite without an error."""
         relative = self.relative(*projections)
         return -20.0 * math.log10(relative) if relative else math.inf
 
 
 def merge(facts: Iterable[dict[str, Any]]) -> dict[str, LayerError]:
-    """By module, of the sums that shards recorded."""
+    """Add the sums that shards recorded, by module."""
     layers: dict[str, LayerError] = {}
     for shard in facts:
         for module, sums in shard.items():
@@ -44,7 +44,7 @@ def merge(facts: Iterable[dict[str, Any]]) -> dict[str, LayerError]:
 
 
 def print_errors(errors: list[LayerError], stream: TextIO) -> None:
-    """A line for each layer: relative Frobenius error and SNR, of each of the two GEMMs' weights."""
+    """Write a line for each layer: relative Frobenius error and SNR of each GEMM's weights."""
     first = max([len("layer"), *(len(e.module) for e in errors)])
     head = "".join(f"  {f'{side}: error':>18}  {'SNR':>8}" for side in _SIDES)
     print(f"{'layer':<{first}}{head}", file=stream)

@@ -47,7 +47,7 @@ _NEUTRAL = {"alpha": 1.0, "beta": 0.0, "clamp_limit": math.inf}
 
 @dataclass(frozen=True)
 class Function:
-    """The experts' activation with its parameters in physical units, and where the router weighs.
+    """The experts' activation, its parameters in physical units, and the place of the router's weight.
 
     `limit_field` is the entry of config.json that asks for the clamp_limit; None of the caller's.
     """
@@ -69,7 +69,7 @@ def function_of(
     beta: Given = None,
     clamp_limit: Given = None,
 ) -> Function:
-    """The function of one layer of experts.
+    """Return the function of one layer of experts.
 
     Args:
         activation, alpha, beta, clamp_limit: the caller's, None where the configuration decides. A
@@ -111,7 +111,7 @@ class _Reading:
             )
 
     def activation(self, given: ActivationType | None) -> ActivationType | None:
-        """The caller's, else the configuration's; None and a problem where there is none."""
+        """Return the caller's value, else the configuration's; None, and a problem, if there is none."""
         gated = self._layer.gated
         if given is not None:
             if given.gated != gated:
@@ -143,7 +143,7 @@ class _Reading:
         return kind
 
     def parameter(self, name: ParameterName, kind: ActivationType | None, given: Given) -> Given:
-        """The caller's, else the configuration's, else the model's; None where it has no effect."""
+        """Return the caller's, else the configuration's, else the model's value; None without effect."""
         if given is not None:
             return None if _is_neutral(given, name, kind) else given
         values = {f: v for f, v in self._values(name) if v is not None}
@@ -166,7 +166,7 @@ class _Reading:
         return None if _is_neutral(found, name, kind) else found
 
     def _default(self, name: ParameterName, kind: ActivationType) -> float | None:
-        """The value of a parameter that no field gives; a problem where none is safe."""
+        """Return the value of a parameter that no field gives; add a problem if none is safe."""
         if kind == ActivationType.Swiglu and self._oai:
             return OAI[name]
         if name == "beta":
@@ -185,7 +185,7 @@ class _Reading:
 
     @property
     def limit_field(self) -> str | None:
-        """The first field that has a limit, or stands for one."""
+        """Return the first field that has a limit, or stands for one."""
         found = [f for f, v in self._values("clamp_limit") if v is not None]
         return next(iter([*found, *(["model_type"] if self._oai else [])]), None)
 
@@ -225,7 +225,7 @@ class _Reading:
             )
 
     def _fields(self) -> Iterator[tuple[str, str, Any]]:
-        """(path, name, value) of every field, also of objects that tell of experts."""
+        """Yield (path, name, value) of every field, also within objects about experts."""
         for name, value in self._config.items():
             inside = _objects(value)
             if inside:
@@ -244,7 +244,7 @@ class _Reading:
                 yield field, self._number(field)
 
     def _number(self, field: str) -> float | None:
-        """The field's number for this layer; None where it says that there is none."""
+        """Return the field's number for this layer; None if it says that there is none."""
         parameter, value = PARAMETER_FIELDS[field], self._config[field]
         if parameter.per_layer:
             value = self._entry(field, value)
@@ -263,7 +263,7 @@ class _Reading:
         return float(value)
 
     def _entry(self, field: str, values: Any) -> Any:
-        """The entry of this layer in a list of one for each."""
+        """Return this layer's entry of a list with one entry a layer."""
         layer, argument = self._layer, PARAMETER_FIELDS[field].parameter
         if not isinstance(values, list):
             self._say(
@@ -294,7 +294,7 @@ def _is_one(value: Any) -> bool:
 
 
 def _objects(value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(place, object) of an object, or of those in an array; else nothing."""
+    """Yield (place, object) of an object, or of those in an array; else nothing."""
     if isinstance(value, dict):
         return [("", value)]
     if not isinstance(value, list):

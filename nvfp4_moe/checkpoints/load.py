@@ -109,10 +109,16 @@ def load_experts(
     biases = reader.biases(experts)
     amax = reader.amax() if static else (None, None)
     made = assemble_experts(
-        *weights, function.activation, w13_bias=biases[0], w2_bias=biases[1],
-        alpha=function.alpha, beta=function.beta, clamp_limit=function.clamp_limit,
-        input_amax=amax[0], intermediate_amax=amax[1],
-    )  # fmt: skip
+        *weights,
+        function.activation,
+        w13_bias=biases[0],
+        w2_bias=biases[1],
+        alpha=function.alpha,
+        beta=function.beta,
+        clamp_limit=function.clamp_limit,
+        input_amax=amax[0],
+        intermediate_amax=amax[1],
+    )
     return replace(
         made,
         router_weight_on_input=function.router_weight_on_input,
@@ -153,7 +159,7 @@ class _Reader:
     def weights(
         self, experts: range, hidden: int, intermediate: int, progress: Progress
     ) -> _Weights:
-        """The first six arguments of `assemble_experts`."""
+        """Return the first six arguments of `assemble_experts`."""
         halves: tuple[Projection, ...] = ("up", "gate") if self._layer.gated else ("up",)
         rows = len(halves) * intermediate
         w13 = self._empty(len(experts), rows, hidden)
@@ -173,7 +179,7 @@ class _Reader:
         return *w13, w13_decode, *w2, w2_decode
 
     def biases(self, experts: range) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(w13_bias, w2_bias) of `assemble_experts`, fp32; None of a GEMM without any."""
+        """Return (w13_bias, w2_bias) of `assemble_experts`, fp32; None for a GEMM without a bias."""
         layer = self._layer
         first: tuple[Projection, ...] = ("up", "gate") if layer.gated else ("up",)
         found = []
@@ -184,7 +190,7 @@ class _Reader:
         return found[0], found[1]
 
     def amax(self) -> tuple[float, float]:
-        """Largest magnitudes of input and intermediate that the activation scales stand for."""
+        """Return the largest input and intermediate that the activation scales represent."""
         found = {}
         for side, projections in {"input": ("gate", "up"), "intermediate": ("down",)}.items():
             scales = [
@@ -203,7 +209,7 @@ class _Reader:
         return found["input"], found["intermediate"]
 
     def _empty(self, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and block scales."""
+        """Read codes and block scales."""
         codes, scales = (
             torch.empty(experts, rows, c, dtype=torch.uint8, device=self._device)
             for c in (columns // 2, columns // BLOCK_SIZE)
@@ -213,7 +219,7 @@ class _Reader:
     def _fill(
         self, expert: int, projection: Projection, codes: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
-        """Read one projection into place; its decode scale."""
+        """Read one projection into place, and return its decode scale."""
         form = self._form
         codes.copy_(read_matrix(self._folder, self._place(expert, projection, form.codes)))
         blocks = read_matrix(self._folder, self._place(expert, projection, form.block_scales))

@@ -34,7 +34,7 @@ class Place:
 
 
 def read_matrix(folder: Folder, place: Place) -> torch.Tensor:
-    """[rows, columns] at a place."""
+    """Read the matrix [rows, columns] at a place."""
     piece = folder.slice(place.name)
     if place.transposed:
         with READING:
@@ -44,13 +44,13 @@ def read_matrix(folder: Folder, place: Place) -> torch.Tensor:
 
 
 def read_vector(folder: Folder, place: Place) -> torch.Tensor:
-    """[rows] at a place."""
+    """Read the vector [rows] at a place."""
     piece = folder.slice(place.name)
     return _part(piece, piece.get_shape(), place, dimension=-1)
 
 
 def read_scalar(folder: Folder, place: Place) -> torch.Tensor:
-    """[] at a place: one value may stand for all experts, and for gate and up."""
+    """Read the scalar at a place: one value may stand for all experts, and for gate and up."""
     value = folder.tensor(place.name)
     if place.expert is not None and value.numel() > 1:
         value = value[place.expert]
@@ -59,7 +59,7 @@ def read_scalar(folder: Folder, place: Place) -> torch.Tensor:
 
 
 def _part(piece: Any, shape: list[int], place: Place, dimension: int) -> torch.Tensor:
-    """The expert's part of a slice of safetensors, and of that the rows of a half."""
+    """Read the expert's part of a slice of safetensors, and from that the rows of a half."""
     if place.flat and place.expert is not None:
         count = shape[0] // place.flat
         index: Any = rows_of(place, count, place.expert * count)
@@ -71,7 +71,7 @@ def _part(piece: Any, shape: list[int], place: Place, dimension: int) -> torch.T
 
 
 def rows_of(place: Place, count: int, first: int = 0) -> slice:
-    """The rows of a place, of `count` from `first`."""
+    """Return the rows of a place among `count` rows from `first` on."""
     if place.half is None:
         return slice(first, first + count)
     if place.interleaved:

@@ -9,7 +9,7 @@ _NAMES = {"dim": "hidden_size", "hidden_dim": "intermediate_size", "activation":
 
 
 def mistral_config(params: dict[str, Any]) -> dict[str, Any]:
-    """The fields of config.json that `params` stands for; empty of nothing.
+    """Return the fields of config.json that `params` stands for; an empty `params` gives none.
 
     A model that does not name its activation has SiLU.
     """

@@ -9,18 +9,18 @@ from .model_fields import LANGUAGE_MODELS
 
 
 def model_config(folder: Folder) -> dict[str, Any]:
-    """The fields of the language model; of a larger model's, those that it lacks itself."""
+    """Return the fields of the language model, and those of the larger model that it lacks."""
     return _flat(folder.config)
 
 
 def config_value(folder: Folder, *keys: str) -> Any:
-    """The first of these entries that the configuration has; None without any."""
+    """Return the first of these entries that the configuration has; None without any."""
     config = model_config(folder)
     return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
 def is_model(config: Mapping[str, Any], starts: Iterable[str]) -> str | None:
-    """The first of these with which its `model_type` or an architecture begins, case and `_` aside."""
+    """Return the first of these that begins `model_type` or an architecture, without case and `_`."""
     architectures = config.get("architectures")
     names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
     plain = [name.lower().replace("_", "") for name in names if isinstance(name, str)]

@@ -19,7 +19,7 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 ACTIVATION_FIELDS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
 
 ACTIVATIONS = by_name("hugging_face")
-"""By the name in the configuration, and whether there are gate projections."""
+"""The activation by its name in the configuration, and by the presence of gate projections."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ OAI_MODELS = ("gptoss", "minimaxm3", "openaiprivacyfilter")
 in lower case and without `_`."""
 
 INTERLEAVED_MODELS = ("gptoss",)
-"""Whose fused rows are gate, up, gate, up, ...; those of all others are [gate; up]."""
+"""Models whose fused rows are gate, up, gate, up, ...; all others have [gate; up]."""
 
 WEIGHT_ON_INPUT_MODELS = ("llama4",)
 WEIGHT_ON_INPUT_FIELDS = ("apply_router_weight_on_input", "moe_apply_router_weight_on_input")

@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
 def describe(source: Source, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`quantization_config` of config.json, the content of hf_quant_config.json)."""
+    """Return `quantization_config` of config.json, and the content of hf_quant_config.json."""
     fp8 = fp8_modules(source)
     left = left_alone(source, list(fp8))
     producer = {"name": "modelopt", "version": f"0+nvfp4.moe.{__version__.partition('+')[0]}"}
@@ -48,7 +48,7 @@ def describe(source: Source, recipe: Recipe) -> tuple[dict[str, Any], dict[str, 
 
 
 def fp8_modules(source: Source) -> dict[str, str]:
-    """Modules, not of converted experts, that stay FP8, with ModelOpt's names of their algorithms."""
+    """Return the other modules that stay FP8, with ModelOpt's names of their algorithms."""
     folder, found = source.folder, {}
     for name in folder.shard_of:
         info = folder.info(name)
@@ -64,7 +64,7 @@ def fp8_modules(source: Source) -> dict[str, str]:
 
 
 def _algorithm(name: str, scale: TensorInfo, weight: TensorInfo) -> str:
-    """ModelOpt's name for FP8 weights with such scales."""
+    """Return ModelOpt's name for FP8 weights with such scales."""
     rows, columns = weight.shape[-2:] if len(weight.shape) > 1 else (1, *weight.shape)
     if scale.dtype in ("U8", "F8_E8M0") and scale.shape[-1:] == (columns // 32,):
         return "MXFP8"
@@ -76,7 +76,7 @@ def _algorithm(name: str, scale: TensorInfo, weight: TensorInfo) -> str:
 
 
 def configurations(folder: Folder, inner: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The files that describe the model, by name, with `inner` for what they said of quantization."""
+    """Return the files that describe the model, by name, with `inner` as their quantization."""
     found = {}
     config = folder.json(CONFIG, json_documents.CONFIG)
     params = folder.json(MISTRAL, json_documents.PARAMS)
@@ -88,7 +88,7 @@ def configurations(folder: Folder, inner: dict[str, Any]) -> dict[str, dict[str,
 
 
 def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields, of the language model inside too, but for what describes the source's numbers."""
+    """Return the fields, also of the inner language model, without those of the source's numbers."""
     kept = {
         k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")
     }
@@ -99,7 +99,7 @@ def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def left_alone(source: Source, fp8: list[str]) -> list[str]:
-    """Patterns of the modules whose weights stay as they are, in bf16 say.
+    """Return patterns of the modules whose weights stay as they are, for example in bf16.
 
     A module is meant in every layer, `*` for the number, unless that would mean a quantized one too.
     """

@@ -1,4 +1,4 @@
-"""How checkpoints call the tensors of experts: data.
+"""The names of experts' tensors in checkpoints, as data.
 
     MODULE.EXPERT.PROJECTION.KIND   Qwen3-MoE, DeepSeek-V3 (mlp.experts), Mixtral, MiniMax
                                     (block_sparse_moe.experts), DeepSeek-V4 (ffn.experts), Nemotron-H
@@ -20,10 +20,17 @@ import re
 from typing import NamedTuple
 
 MEANING = {
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "fused",
-    "w1": "gate", "w3": "up", "w2": "down", "w13": "fused",
-    "input_linear": "fused", "output_linear": "down",
-}  # fmt: skip
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "fused",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "w13": "fused",
+    "input_linear": "fused",
+    "output_linear": "down",
+}
 _LONG = "gate_up_proj|gate_proj|up_proj|down_proj"
 _ANY = f"{_LONG}|w13|w1|w2|w3"
 _NUMBER = r"0|[1-9][0-9]{0,5}"  # no longer: names are not trusted
@@ -37,12 +44,12 @@ SCHEMES = tuple(
         r"(?P<module>(?:.+\.)?block_sparse_moe)\.(?P<projection>(?:in|out)put_linear)\.(?P<kind>\w+)",
     )
 )
-"""The first that a tensor's whole name matches says what it is."""
+"""The schemes of names; the first that a tensor's whole name matches counts."""
 OF_EXPERTS = re.compile(r"(?P<module>(?:.+\.)?experts)\.")
 """A tensor inside a module of experts, whatever the rest of its name."""
 LAYER = re.compile(rf"(?:^|\.)(?:layers|blocks|h)\.({_NUMBER})(?=\.|$)")
 PERHAPS = re.compile(r"(?<!shared_)expert|moe|ffn")
-"""Part of a name that could be of experts, to be told where none are found."""
+"""A part of a name that could belong to experts: an error shows such names if no experts are found."""
 KINDS = {"scale_inv": "weight_scale_inv"}
 """Kinds of stacked tensors with another name elsewhere: transformers 5 calls FP8's NAME_scale_inv."""
 
@@ -58,7 +65,7 @@ class Name(NamedTuple):
 
 
 def parse(name: str) -> Name | None:
-    """The parts of a tensor's name; None where no scheme fits it."""
+    """Parse a tensor's name; None if no scheme fits it."""
     match = next((m for s in SCHEMES if (m := s.fullmatch(name)) is not None), None)
     if match is None or match["projection"] not in MEANING:
         return None

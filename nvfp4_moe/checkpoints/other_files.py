@@ -14,7 +14,7 @@ _INDEX = ".index.json"
 
 
 def other_files(folder: Folder, made: Collection[str]) -> dict[str, Path]:
-    """By name below the folder, where each lies; hidden files and folders are not among them.
+    """Return the path of each file by its name below the folder, without hidden files and folders.
 
     Args:
         made: names of files that are made, not copied.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 LONGEST = 1000
-"""Characters of a pattern, and states of its automaton."""
+"""The most characters of a pattern, and the most states of its automaton."""
 _EXPRESSION = "re:"
 _DEEPEST = 20
 _TOKEN = re.compile(
@@ -28,7 +28,7 @@ _TOKEN = re.compile(
 
 @functools.lru_cache(maxsize=10_000)
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """The function that says whether a pattern means a module.
+    """Return a function that tells if a pattern matches a module.
 
     Raises:
         ValueError: the pattern is no regular expression, or one that is not served.
@@ -43,12 +43,12 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of `exclude_modules`, `ignore` or `targets` means a module."""
+    """Return True if a pattern of `exclude_modules`, `ignore` or `targets` matches a module."""
     return matcher(pattern)(module)
 
 
 def has_wildcard(pattern: str) -> bool:
-    """Whether a pattern can mean more than one module."""
+    """Return True if a pattern can match more than one module."""
     return pattern.startswith(_EXPRESSION) or any(c in pattern for c in "*?[")
 
 
@@ -58,7 +58,7 @@ def _fits(pattern: str, module: str) -> bool:
 
 @dataclass(eq=False, repr=False)
 class _State:
-    """Of the automaton: a character of `one` leads to the only successor; without it, nothing does.
+    """A state of the automaton. A character of `one` leads to its only successor; no other does.
 
     `anchor` is "start" or "end" where only that place of the name lets through.
     """
@@ -79,7 +79,7 @@ class _Node:
 
 
 class _Automaton:
-    """A regular expression, its sets of states made as names ask for them."""
+    """A regular expression; its sets of states are made when names need them."""
 
     def __init__(self, expression: str):
         with warnings.catch_warnings():  # of syntax that may change its meaning one day
@@ -97,7 +97,7 @@ class _Automaton:
         self._first = self._node([first], at_start=True)
 
     def begins(self, name: str) -> bool:
-        """Whether a name begins with what the expression means."""
+        """Return True if the expression matches the beginning of a name."""
         node = self._first
         for c in name:
             if node.accepts or not node.states:
@@ -125,7 +125,7 @@ class _Automaton:
 
     @staticmethod
     def _closure(reached: list[_State], places: set[str]) -> list[_State]:
-        """Of the states, those that are reached without a character."""
+        """Return the states that are reached without a character."""
         found = {id(s): s for s in reached}
         pending = list(reached)
         while pending:
@@ -207,7 +207,7 @@ class _Automaton:
         return _State(successors, **more)  # type: ignore[arg-type]
 
     def _kind(self) -> str:
-        """Of the next token; empty at the end."""
+        """The kind of the next token; empty at the end."""
         return "" if self._at == len(self._tokens) else str(self._tokens[self._at].lastgroup)
 
 
@@ -226,7 +226,7 @@ def _tokens(expression: str) -> Iterator[re.Match[str]]:
 
 @functools.cache
 def _character(token: str) -> Callable[[str], object]:
-    """Whether a character is one that a token of the expression stands for."""
+    """Return a test for the characters that a token of the expression matches."""
     if len(token) == 1 and token != ".":
         return token.__eq__
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""How far a long reading or writing is: a callback, and the bar that the command line shows."""
+"""Progress of long reading or writing: a callback, and the bar of the command line."""
 
 # SPDX-License-Identifier: Apache-2.0
 import sys

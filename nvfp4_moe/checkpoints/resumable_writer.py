@@ -65,7 +65,7 @@ class Workspace:
             self._write_record()
 
     def finished(self, shard: str) -> dict[str, Any] | None:
-        """The facts recorded with a shard that need not be written again."""
+        """Return the facts recorded with a shard that need not be written again."""
         found = self._content["shards"].get(shard)
         try:
             whole = found is not None and found["sha256"] == sha256(self._place(shard))
@@ -132,7 +132,7 @@ class Workspace:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """The record of an unfinished conversion; None where there is nothing.
+    """Return the record of an unfinished conversion; None if there is nothing.
 
     Raises:
         CheckpointError: the folder is no place for a conversion.

@@ -28,7 +28,7 @@ class Schema(Protocol):
 
 
 def shown(value: Any) -> str:
-    """A JSON value in a message: short, and in ASCII."""
+    """Write a JSON value for a message: short, and in ASCII."""
     if isinstance(value, dict | list) and value:
         return f"an {'object' if isinstance(value, dict) else 'array'} of {len(value)}"
     if isinstance(value, str) and len(value) > _LONGEST:
@@ -38,7 +38,7 @@ def shown(value: Any) -> str:
 
 
 def wrong(path: str, value: Any, allowed: str) -> str:
-    """The one wording of a problem."""
+    """Write a problem in its one wording."""
     return f"{path or 'it'} is {shown(value)}; it must be {allowed}"
 
 

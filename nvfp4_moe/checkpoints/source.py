@@ -71,7 +71,7 @@ class Source:
         self._least_scale: dict[Place, float] = {}
 
     def partners(self, matrix: Matrix) -> list[Matrix]:
-        """The matrices of one scale: gate and up, wherever they lie, or down alone."""
+        """Return the matrices that share one scale: gate and up, or down alone."""
         keys: tuple[Projection, ...] = ("down",) if matrix.projection == "down" else ("gate", "up")
         found = [self._matrix.get((matrix.module, matrix.expert, p)) for p in keys]
         return [m for m in found if m is not None]
@@ -81,14 +81,14 @@ class Source:
         return name in self.matrices or name in self.biases or name in self.scales
 
     def taken_apart(self, name: str) -> dict[str, torch.Tensor]:
-        """The biases that a stacked or fused tensor holds, by their names in the result."""
+        """Read the biases that a stacked or fused tensor holds, by their names in the result."""
         return {
             f"{target}.{BIAS}": read_vector(self.folder, place).clone()
             for target, place in self.biases.get(name, ())
         }
 
     def _weight(self, matrix: Matrix) -> torch.Tensor:
-        """[rows, K] bf16, fp16 or fp32."""
+        """Read a matrix [rows, K], bf16, fp16 or fp32."""
         w = read_matrix(self.folder, matrix.place)
         if matrix.scale is None:
             return w
@@ -98,7 +98,7 @@ class Source:
         return dequantize_fp8(w, scale)
 
     def problem(self, matrix: Matrix) -> str | None:
-        """What is wrong with a matrix's values or scales, or None."""
+        """Say what is wrong with a matrix's values or scales; None if nothing is."""
         if not math.isfinite(self.amax(matrix)):
             return f"{matrix.place}: it has NaN or infinite values"
         if matrix.scale is not None and (least := self._least_scale[matrix.scale]) < 0:
@@ -110,7 +110,7 @@ class Source:
         return float(self.weight(matrix).abs().amax())
 
     def shared_amax(self, matrix: Matrix) -> float:
-        """The largest magnitude of all that share the scale, which are finite."""
+        """Return the largest magnitude of the matrices that share the scale; all are finite."""
         return max(self.amax(m) for m in self.partners(matrix))
 
 
@@ -155,7 +155,7 @@ def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
 
 
 def source_quantization(folder: Folder) -> Mapping[str, Any]:
-    """The checkpoint's description of its own quantization, empty for an ordinary one."""
+    """Return the checkpoint's description of its own quantization, empty for an ordinary one."""
     config = model_config(folder).get("quantization_config")
     if config:
         return config
@@ -163,13 +163,13 @@ def source_quantization(folder: Folder) -> Mapping[str, Any]:
 
 
 def _block_of(folder: Folder) -> tuple[int, int]:
-    """Rows and columns of the blocks of FP8 scales."""
+    """Return the rows and columns of the blocks of FP8 scales."""
     block = source_quantization(folder).get("weight_block_size")
     return (block[0], block[1]) if block and len(block) == 2 else BLOCK
 
 
 def _names_taken(source: Source) -> Iterator[str]:
-    """Names that the conversion would give twice, and what it cannot copy."""
+    """Find names that the conversion would give twice, and tensors that it cannot copy."""
     matrices = [m for of_tensor in source.matrices.values() for m in of_tensor]
     made = Counter(f"{m.target}.{kind}" for m in matrices for kind in MODELOPT.kinds)
     made.update(f"{target}.{BIAS}" for of in source.biases.values() for target, _ in of)

@@ -1,4 +1,4 @@
-"""How the stacked tensors of a layer lie, told from their shapes.
+"""The arrangement of a layer's stacked tensors, found from their shapes.
 
 [E, rows, columns]      the usual one
 [E, columns, rows]      transposed: Llama 4 and GPT-OSS in transformers

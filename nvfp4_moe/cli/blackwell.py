@@ -62,7 +62,7 @@ class BackendJob:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How the process of a job ended."""
+    """The end of a job's process."""
 
     job: BackendJob
     status: int | None  # the exit status; None: it did not end
@@ -218,9 +218,11 @@ def _verdict(result: JobResult) -> Cell:
         reason = reasons.most_common(1)[0][0] if reasons else "nothing was run"
         return Cell("skipped", note=reason)
     return Cell(
-        worst(cell.status for cell in run), sum(c.compared for c in run), sum(c.failed for c in run),
+        worst(cell.status for cell in run),
+        sum(c.compared for c in run),
+        sum(c.failed for c in run),
         f"{sum(reasons.values())} cases not run" if reasons else "",
-    )  # fmt: skip
+    )
 
 
 def _tables(results: list[JobResult]) -> Iterator[Section]:

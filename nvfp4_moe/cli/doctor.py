@@ -111,7 +111,7 @@ def _fused_moe(device: torch.device) -> dict:
 
 
 def _sums(reasons: dict[str, str | None]) -> dict[str, str]:
-    """How each backend that could serve adds; a failure is said, not raised."""
+    """Say how each available backend accumulates; a failure is reported, not raised."""
     from ..differential import accumulation
 
     found = {}

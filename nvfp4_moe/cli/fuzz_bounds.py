@@ -73,10 +73,12 @@ class Tally:
         shares = (
             f"{share / of:.2%} {what}"
             for share, what in (
-                (self.single, "of one value"), (self.infinite, "finite or infinite"),
-                (self.nan, "NaN"), (self.unknown, "open"),
+                (self.single, "of one value"),
+                (self.infinite, "finite or infinite"),
+                (self.nan, "NaN"),
+                (self.unknown, "open"),
             )
-        )  # fmt: skip
+        )
         width = 2.0 ** (self.width / self.widths) if self.widths else math.nan
         return (
             f"{sum(self.runs.values())} runs of {self.seeds} calls, {self.outputs} outputs and "

@@ -55,27 +55,33 @@ def _diff(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backends", help="comma-separated; default: all that work here")
     parser.add_argument(
-        "--backend", metavar="MODULE:FUNCTION", action="append", default=[],
+        "--backend",
+        metavar="MODULE:FUNCTION",
+        action="append",
+        default=[],
         help="also a backend of your own, a function of one call, as `register_backend` takes it; of "
         "the part that --only names",
-    )  # fmt: skip
+    )
     parser.add_argument("--recipes", choices=RECIPES, default="all")
     parser.add_argument("--kind", choices=KINDS, help="only this kind of synthetic input")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic inputs")
     parser.add_argument("--rows", type=int, help="at most this many rows of each tensor")
     parser.add_argument("--only", type=_part, choices=PARTS, help="one part")
     parser.add_argument(
-        "--every-configuration", action="store_true",
+        "--every-configuration",
+        action="store_true",
         help="the mixture of experts in every tactic that a backend advertises",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--replay", action="store_true", help="the mixture of experts in CUDA graphs, too"
     )
     parser.add_argument(
-        "--layers", choices=LAYERS, default="small",
+        "--layers",
+        choices=LAYERS,
+        default="small",
         help="of the mixture of experts: few; those that an interpreter has the time for (small); or "
         "those that only a GPU has the time for, too (large)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything to FILE; - is stdout")
     parser.add_argument(
         "--report",

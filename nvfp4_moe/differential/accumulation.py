@@ -1,4 +1,4 @@
-"""How a backend adds: its fused layer itself asked for sums that show which bits it keeps.
+"""Probe how a backend accumulates: its fused layer computes sums that show which bits it keeps.
 
 `reference.bounds.interval` assumes that a step of a tensor core keeps one bit more than fp32 has below
 the largest of its terms, and takes at least 8 products. A row of the probe is a large product, small
@@ -35,9 +35,11 @@ _KINDS: dict[str, tuple[ActivationType, LayerBuild, dict[str, Any]]] = {
     "flashinfer:cute-dsl": (ActivationType.Relu2, "cute-dsl", {}),
     # Encode scales of 1, and of 2^10 for the intermediate, of at most 24 ulps.
     "flashinfer:cutlass": (
-        ActivationType.Identity, "cutlass", {"input_amax": 2688.0, "intermediate_amax": 2.625}
+        ActivationType.Identity,
+        "cutlass",
+        {"input_amax": 2688.0, "intermediate_amax": 2.625},
     ),
-}  # fmt: skip
+}
 """The layers without Identity or without per-token scales; their probes have no negative sums."""
 
 
@@ -127,9 +129,15 @@ def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
     unit = host.ones(1).to(device)
     kind, build, static = _KINDS.get(backend, (ActivationType.Identity, "cuda", {}))
     experts = assemble_experts(
-        w13, e4m3.encode(exponents).expand(1, i, -1).contiguous().to(device), unit, w2,
-        w2_scales, unit, kind, **static,
-    )  # fmt: skip
+        w13,
+        e4m3.encode(exponents).expand(1, i, -1).contiguous().to(device),
+        unit,
+        w2,
+        w2_scales,
+        unit,
+        kind,
+        **static,
+    )
     variant = VARIANTS[build]
     token_scale = None if static else torch.ones(tokens, dtype=torch.float32, device=device)
     return MoECase(
@@ -145,4 +153,4 @@ def _case(backend: str, codes: torch.Tensor, scales: torch.Tensor) -> MoECase:
         ),
         build=build,
         finalize_order=variant.finalize_order,
-    )  # fmt: skip
+    )

@@ -64,10 +64,12 @@ class Setting:
         options: dict[str, Any] = {}
         if self.parameters:
             options = {
-                "alpha": 1.702, "beta": 1.0, "clamp_limit": 1.5,
+                "alpha": 1.702,
+                "beta": 1.0,
+                "clamp_limit": 1.5,
                 "w13_bias": host.normal(g, local, rows) * 0.5,
                 "w2_bias": host.normal(g, local, self.hidden) * 0.5,
-            }  # fmt: skip
+            }
         experts = prepare_experts(w13.bfloat16(), w2.bfloat16(), self.activation, **options)
         place = host.arange(self.tokens)[:, None]
         x = random(self.tokens, self.hidden) * host.powers(place.remainder(3))
@@ -99,20 +101,23 @@ SETTINGS = {
         Setting(
             "deepseek", 6, 448, 128, 32, Routing(_M.DeepSeekV3, 8, 8, 4, 2.5), offset=8, local=16
         ),
-        Setting(
-            "nemotron", 4, 128, 336, 32, Routing(_M.DeepSeekV3, 22), ActivationType.Relu2,
-        ),
+        Setting("nemotron", 4, 128, 336, 32, Routing(_M.DeepSeekV3, 22), ActivationType.Relu2),
         Setting("gpt-oss", 8, 176, 176, 8, Routing(_M.Renormalize, 4), parameters=True),
         Setting("heavy", 4, 1024, 256, 4, Routing(_M.Default, 2), heavy=True),
         Setting(
             "grid", 16, 128, 64, 4, Routing(_M.Renormalize, 2), ActivationType.Identity, grid=True
         ),
         Setting(
-            "4over6", 8, 256, 96, 8, Routing(_M.Renormalize, 4),
+            "4over6",
+            8,
+            256,
+            96,
+            8,
+            Routing(_M.Renormalize, 4),
             recipe=Recipe("exact", NVFP44Over6Config()),
         ),
     )
-}  # fmt: skip
+}
 
 Gemm = Callable[..., torch.Tensor]
 
@@ -136,10 +141,14 @@ def perform(
         routed = chosen.ids, chosen.weights_bf16
     activations = quantize(call.x, call.recipe)
     given = {
-        "activations": activations, "experts": call.experts, "ids": routed[0], "weights": routed[1],
-        "recipe": call.recipe, "local_expert_offset": call.local_expert_offset,
+        "activations": activations,
+        "experts": call.experts,
+        "ids": routed[0],
+        "weights": routed[1],
+        "recipe": call.recipe,
+        "local_expert_offset": call.local_expert_offset,
         "finalize_order": call.finalize_order,
-    }  # fmt: skip
+    }
     result = fused_moe(**inputs(given), keep_steps=True, stages=stages)
     return Run(*routed, activations, result)
 

@@ -1,4 +1,4 @@
-"""Where two outputs differ, as counts in tiles: a wrong layout shows as a pattern."""
+"""Maps of differences between two outputs, as counts in tiles: a wrong layout shows as a pattern."""
 
 # SPDX-License-Identifier: Apache-2.0
 import torch

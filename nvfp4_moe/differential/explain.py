@@ -31,8 +31,10 @@ def explain_element(x: torch.Tensor, case: Case, row: int, block: int, element: 
     """
     rows, blocks = x.shape[0], x.shape[1] // BLOCK_SIZE
     for name, index, count in (
-        ("row", row, rows), ("block", block, blocks), ("element", element, BLOCK_SIZE)
-    ):  # fmt: skip
+        ("row", row, rows),
+        ("block", block, blocks),
+        ("element", element, BLOCK_SIZE),
+    ):
         if not 0 <= index < count:
             raise ValueError(f"{name} is {index}; it must be 0 to {count - 1}")
     steps = _Steps(x[row].cpu(), case, row, block, element)
@@ -68,7 +70,7 @@ def bits(t: torch.Tensor) -> str:
 
 
 def _top(values: torch.Tensor) -> int:
-    """Where the largest magnitude is; NaN counts as none."""
+    """Return the index of the largest magnitude; NaN counts as none."""
     a = (values.float() if values.dtype == torch.float8_e4m3fn else values).abs()
     return int(a.masked_fill(a.isnan(), -1.0).argmax())
 
@@ -242,9 +244,10 @@ def _four_over_six(s: _Steps, encode: torch.Tensor, config: NVFP44Over6Config) -
         mode = NVFP44Over6ErrMode(int(config.err_mode))
         term = "|d|" if mode == NVFP44Over6ErrMode.MAE else "d * d"
         errors[n] = s.say(
-            f"error{n}", f"sum of {term} over the 16 elements, left to right",
+            f"error{n}",
+            f"sum of {term} over the 16 elements, left to right",
             steps[f"error_of_{n}"][0, s.block : s.block + 1],
-        )  # fmt: skip
+        )
     taken, why = (4, "<") if errors[4] < errors[6] else (6, "is not <")
     s.lines.append(f"error4 {why} error6, so the block has sf{taken} and code{taken}")
 

@@ -36,9 +36,7 @@ def format_errors() -> dict[str, dict[str, float]]:
     w13, w2 = moe_cases.layer_weights(KIND, x.shape[1])
     ids, weights = moe_cases.choice(x.shape[0])
     expected, largest = moe_cases.exact_layer(x, w13, w2, ids, weights)
-    maxima: dict[str, Any] = {
-        "input_amax": x.abs().max().item(), "intermediate_amax": largest
-    }  # fmt: skip
+    maxima: dict[str, Any] = {"input_amax": x.abs().max().item(), "intermediate_amax": largest}
     experts = prepare_experts(w13, w2, KIND, **maxima)
     assert experts.input_scale is not None
     plain = prepare_experts(w13, w2, KIND)

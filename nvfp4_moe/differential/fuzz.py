@@ -97,10 +97,12 @@ def _ways(case: MoECase) -> dict[str, Stages]:
 
 def _options(case: MoECase) -> dict[str, Any]:
     return {
-        "recipe": case.recipe, "local_expert_offset": case.local_expert_offset,
-        "finalize_order": case.finalize_order, "variant": case.build,
+        "recipe": case.recipe,
+        "local_expert_offset": case.local_expert_offset,
+        "finalize_order": case.finalize_order,
+        "variant": case.build,
         "output_dtype": case.output_dtype,
-    }  # fmt: skip
+    }
 
 
 def _triton(case: MoECase) -> Tensor | None:
@@ -140,9 +142,13 @@ def _stages(
     steps = result.steps
     intermediate = steps.get("intermediate", steps["activated"]).float()
     given = fused_moe_bounds(
-        case.activations, case.experts, *case.routed, **options,
-        accumulator1=steps["accumulator1"], intermediate=intermediate,
-    )  # fmt: skip
+        case.activations,
+        case.experts,
+        *case.routed,
+        **options,
+        accumulator1=steps["accumulator1"],
+        intermediate=intermediate,
+    )
     yield JudgedRun(name, "accumulator1", steps["accumulator1"], given.accumulator1)
     yield JudgedRun(name, "intermediate", intermediate, given.intermediate)
     yield JudgedRun(name, "rows", result.rows, given.rows)
@@ -172,7 +178,7 @@ def _parallel(case: MoECase, d: Draw) -> Iterator[JudgedRun]:
             a, shards.select_experts(e, r, 1), ids, weights, local_expert_offset=r, **options
         ).output
         for r in range(count)
-    ]  # fmt: skip
+    ]
     for order in (range(count), reversed(range(count))):
         total = torch.zeros_like(outputs[0])
         for r in order:

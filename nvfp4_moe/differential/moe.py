@@ -120,8 +120,9 @@ def _outputs(case: MoECase, backend: str, options: RunOptions) -> dict[str, Outp
     return outputs(
         lambda: FUSED_MOE.serve(request, backend)[0],
         lambda: flashinfer_tactics.configurations(backend, request),
-        options, case.activations.hidden_states.is_cuda,
-    )  # fmt: skip
+        options,
+        case.activations.hidden_states.is_cuda,
+    )
 
 
 def _judge(
@@ -149,9 +150,13 @@ def _judge(
             error = max(error, ((got - expected).norm() / expected.norm()).item())
     near = "all equal" if equal == 1 else f"{equal:.2%} equal, error {error:.1e}"
     cell = Cell(
-        worst(statuses), compared, len(wrong), f"{allowed.determined:.1%} determined, {near}",
-        [w.failure for w in wrong[:SHOWN]], places if sum(places) else None,
-    )  # fmt: skip
+        worst(statuses),
+        compared,
+        len(wrong),
+        f"{allowed.determined:.1%} determined, {near}",
+        [w.failure for w in wrong[:SHOWN]],
+        places if sum(places) else None,
+    )
     return cell, wrong
 
 

@@ -22,7 +22,7 @@ SHOWN = 3
 
 @dataclass
 class Heat:
-    """Where differences lie, in tiles of the layout: counts by tile, and by place within a tile.
+    """The map of differences, in tiles of the layout: counts by tile, and by place within a tile.
 
     Of block scales a tile is what the layout stores together (128x4: 32 x 16 bytes, 8x4: 8 x 4), of an
     output 1 token x 16 columns; `tiles[i][j]` counts the differences of tile row i and tile column j.
@@ -58,7 +58,7 @@ class Cell:
     note: str = ""  # numbers, or why nothing was run or judged
     failures: list[Failure] = field(default_factory=list)  # the first few
     histogram: list[int] | None = None
-    """How many outputs lie in each tenth of their interval, of those that hold more than one value."""
+    """The outputs in each tenth of their interval, where that holds more than one value."""
 
 
 @dataclass
@@ -115,6 +115,12 @@ class PartResult:
 def worst(statuses: Iterable[Status]) -> Status:
     """The verdict of several comparisons: a failure if there is one, skipped if all were skipped."""
     order: tuple[Status, ...] = (
-        "crashed", "outside", "different", "withheld", "inside", "identical", "skipped"
-    )  # fmt: skip
+        "crashed",
+        "outside",
+        "different",
+        "withheld",
+        "inside",
+        "identical",
+        "skipped",
+    )
     return min(statuses, key=order.index)

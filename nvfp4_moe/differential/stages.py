@@ -93,19 +93,29 @@ def judge(call: Call, run: Run, accumulation: Accumulation = ANY_ORDER) -> Verdi
 
     def bounds(a: Activations, ids: torch.Tensor, weights: torch.Tensor, **own: Any):  # type: ignore[no-untyped-def]
         return fused_moe_bounds(
-            a, e, ids, weights, recipe=call.recipe, finalize_order=call.finalize_order,
-            local_expert_offset=call.local_expert_offset, accumulation=accumulation,
-            output_dtype=r.output.dtype, **own,
-        )  # fmt: skip
+            a,
+            e,
+            ids,
+            weights,
+            recipe=call.recipe,
+            finalize_order=call.finalize_order,
+            local_expert_offset=call.local_expert_offset,
+            accumulation=accumulation,
+            output_dtype=r.output.dtype,
+            **own,
+        )
 
     def outside(interval: Interval, x: torch.Tensor) -> int:
         return int((~interval.contains(x)).sum())
 
     steps, ids, weights = r.steps, run.ids, run.weights
     staged = bounds(
-        given, ids, weights,
-        accumulator1=steps["accumulator1"], intermediate=steps["intermediate"].float(),
-    )  # fmt: skip
+        given,
+        ids,
+        weights,
+        accumulator1=steps["accumulator1"],
+        intermediate=steps["intermediate"].float(),
+    )
     differing["accumulator1"] = outside(staged.accumulator1, steps["accumulator1"])
     differing["intermediate"] = outside(staged.intermediate, steps["intermediate"])
     again: dict[str, torch.Tensor] = {}

@@ -110,12 +110,19 @@ class Allowed:
             return t[token, column].to(got.dtype)
 
         return Outside(
-            int(bad.sum()), bad.numel(), what, token, column, of(got), of(interval.low),
-            of(interval.high), of(self.expected),
-        )  # fmt: skip
+            int(bad.sum()),
+            bad.numel(),
+            what,
+            token,
+            column,
+            of(got),
+            of(interval.low),
+            of(interval.high),
+            of(self.expected),
+        )
 
     def places(self, got: torch.Tensor) -> list[int]:
-        """How many elements lie in each tenth of an interval that holds more than one value."""
+        """Count the elements in each tenth of their interval, where that holds more than one value."""
         if self.interval is None:
             return [0] * PLACES
         low, high = self.interval.low, self.interval.high

@@ -24,7 +24,7 @@ INTERPRETER = "triton (interpreter)"
 MAX_WORKERS = 16
 """Child processes at a time, each of which imports torch."""
 GRACE_SECONDS = 20.0
-"""How long a child that was terminated may take to end before it is killed."""
+"""Seconds that a terminated child may take to end before it is killed."""
 _ROOT = Path(__file__).resolve().parents[2]
 _running: set[subprocess.Popen] = set()
 T = TypeVar("T")
@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 def at_a_time(jobs: int) -> int:
-    """How many processes work on so many jobs: at most one for each processor."""
+    """Return the number of processes for so many jobs: at most one for each processor."""
     return min(os.cpu_count() or 1, MAX_WORKERS, max(1, jobs))
 
 
@@ -69,9 +69,14 @@ def run(
         options: further arguments of `subprocess.Popen`.
     """
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        encoding="utf-8", errors="replace", **options,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        **options,
+    )
     _running.add(child)
     try:
         printed, _ = child.communicate(timeout=timeout)

@@ -23,9 +23,7 @@ from .replay_file import Failure, MoEFailure, QuantizerFailure
 INLINE = 256
 """Elements of a tensor that are written out; larger ones are loaded from the file."""
 
-_WORDS = {
-    1: ("uint8", 2, torch.int8), 2: ("uint16", 4, torch.int16), 4: ("uint32", 8, torch.int32),
-}  # fmt: skip
+_WORDS = {1: ("uint8", 2, torch.int8), 2: ("uint16", 4, torch.int16), 4: ("uint32", 8, torch.int32)}
 
 
 def bug_report_text(failure: Failure, path: str = "failure.safetensors") -> str:
@@ -90,12 +88,18 @@ def _quantizer(failure: QuantizerFailure, path: str) -> tuple[str, list[str], li
         return title, call, [f"{difference}: in the padding of the block scales.", where]
     place = f"first at row {row}, block {block} (columns from {BLOCK_SIZE * block} on)"
     element = first_element(x, expected, got, row, block)
-    return title, call, [
-        f"{difference}; {place}, in the step: {difference.step}.",
-        _code(f"inputs   {difference.inputs}\nexpected {difference.left}\ngot      {difference.right}"),
-        f"The arithmetic of element {element} of that block, every operation rounded to fp32:",
-        _code("\n".join(explain_element(x, case, row, block, element))),
-    ]  # fmt: skip
+    return (
+        title,
+        call,
+        [
+            f"{difference}; {place}, in the step: {difference.step}.",
+            _code(
+                f"inputs   {difference.inputs}\nexpected {difference.left}\ngot      {difference.right}"
+            ),
+            f"The arithmetic of element {element} of that block, every operation rounded to fp32:",
+            _code("\n".join(explain_element(x, case, row, block, element))),
+        ],
+    )
 
 
 def _padding(expected: Quantized, got: Quantized) -> str:
@@ -212,12 +216,16 @@ def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
     outside = Allowed(case, failure.accumulation, backend=backend).first(failure.output)
     if outside is None:
         raise ValueError(f"the output of {backend} is what it may be")
-    return f"{backend}: wrong output of the fused call, {case.name}", call, [
-        f"{outside}.",
-        _code(outside.where()),
-        f"The reference's steps to element {outside.column} of token {outside.token}:",
-        _code("\n".join(explain_output(case, outside))),
-    ]  # fmt: skip
+    return (
+        f"{backend}: wrong output of the fused call, {case.name}",
+        call,
+        [
+            f"{outside}.",
+            _code(outside.where()),
+            f"The reference's steps to element {outside.column} of token {outside.token}:",
+            _code("\n".join(explain_output(case, outside))),
+        ],
+    )
 
 
 def _shape(case: MoECase) -> str:

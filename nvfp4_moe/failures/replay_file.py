@@ -48,7 +48,7 @@ class ReplayFileError(ValueError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a failure was found."""
+    """The place where a failure was found."""
 
     command: str = field(default_factory=invocation.named)
     machine: dict[str, Any] = field(default_factory=machine)

@@ -49,9 +49,13 @@ def with_given_routing(case: MoECase) -> MoECase:
     ids, weights = case.routed
     routing = Routing(RoutingMethodType.Renormalize, ids.shape[1])
     return replace(
-        case, routing=routing, logits=None, routing_bias=None, ids=ids.contiguous(),
+        case,
+        routing=routing,
+        logits=None,
+        routing_bias=None,
+        ids=ids.contiguous(),
         weights=weights.contiguous(),
-    )  # fmt: skip
+    )
 
 
 def keep_tokens(case: MoECase, tokens: Sequence[int]) -> MoECase:
@@ -66,9 +70,12 @@ def keep_tokens(case: MoECase, tokens: Sequence[int]) -> MoECase:
         scales = scales.reshape(a.hidden_states.shape[0], -1)[index].contiguous()
     kept = Activations(a.hidden_states[index].contiguous(), scales, rows(a.per_token_scale))
     return replace(
-        case, activations=kept, logits=rows(case.logits), ids=rows(case.ids),
+        case,
+        activations=kept,
+        logits=rows(case.logits),
+        ids=rows(case.ids),
         weights=rows(case.weights),
-    )  # fmt: skip
+    )
 
 
 def keep_slots(case: MoECase, slots: Sequence[int]) -> MoECase:
@@ -76,9 +83,11 @@ def keep_slots(case: MoECase, slots: Sequence[int]) -> MoECase:
     assert case.ids is not None and case.weights is not None
     index = list(slots)
     return replace(
-        case, routing=replace(case.routing, top_k=len(index)),
-        ids=case.ids[:, index].contiguous(), weights=case.weights[:, index].contiguous(),
-    )  # fmt: skip
+        case,
+        routing=replace(case.routing, top_k=len(index)),
+        ids=case.ids[:, index].contiguous(),
+        weights=case.weights[:, index].contiguous(),
+    )
 
 
 def keep_experts(case: MoECase, local: Sequence[int], offset: int | None = None) -> MoECase:
@@ -109,9 +118,12 @@ def keep_experts(case: MoECase, local: Sequence[int], offset: int | None = None)
     fields = {name: getattr(e, name) for name in PER_EXPERT}
     kept = {name: t[index].contiguous() for name, t in fields.items() if t is not None}
     return replace(
-        case, ids=ids, experts=rebuilt(e, **kept), num_experts=end + len(higher),
+        case,
+        ids=ids,
+        experts=rebuilt(e, **kept),
+        num_experts=end + len(higher),
         local_expert_offset=offset,
-    )  # fmt: skip
+    )
 
 
 def hidden_tiles(case: MoECase) -> int:
@@ -167,7 +179,7 @@ def _intermediate_tile(e: Experts) -> int:
 
 
 def _valid(size: int, tile: int, index: list[int]) -> int:
-    """How many columns of the kept tiles are no padding."""
+    """Count the columns of the kept tiles that are no padding."""
     valid = sum(min(tile, max(0, size - tile * i)) for i in index)
     if not valid:
         raise ValueError(f"tiles {index} are padding alone")

@@ -96,10 +96,12 @@ def _quantizer(found: QuantizerDifference, path: Path) -> None:
 
 def _layer(found: WrongOutput, path: Path) -> None:
     failing = MoEFailure(
-        to_device(found.case, "cpu"), found.backend, found.output,
+        to_device(found.case, "cpu"),
+        found.backend,
+        found.output,
         None if found.configuration == DEFAULT else found.configuration,
         origin=Origin(note=found.failure.summary if found.output is None else ""),
-    )  # fmt: skip
+    )
     try:
         case = minimize_call(failing.case, call_fails(failing, run_call), SECONDS)
         output = run_call(failing.backend, case, failing.configuration)

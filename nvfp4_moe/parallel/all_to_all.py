@@ -38,7 +38,7 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Where this rank's tokens go, of experts in contiguous ranges, rank after rank."""
+    """The ranks that this rank's tokens go to; experts are in contiguous ranges, rank after rank."""
 
     group: Group
     ids: torch.Tensor  # [T, K] int32, global

@@ -140,7 +140,7 @@ def _check_even(r: MoECall, rank: int, ranks: int) -> None:
 
 
 def _ranges(every: list[Fields]) -> list[int]:
-    """How many experts each rank holds, where the ranges are every expert once, rank after rank."""
+    """Return each rank's number of experts; the ranges must hold every expert once, in rank order."""
     counts = [int(str(fields[_HELD])) for fields in every]
     end = 0
     for rank, (fields, count) in enumerate(zip(every, counts, strict=True)):
@@ -156,7 +156,7 @@ def _ranges(every: list[Fields]) -> list[int]:
 
 
 def _unfinalized(r: MoECall) -> MoECall:
-    """The same, up to the rows: how they are summed later excludes no backend."""
+    """Return the call up to the rows; how they are summed later excludes no backend."""
     order: FinalizeOrder = "slot" if r.batch_invariant else "flashinfer"
     return replace(r, do_finalize=False, finalize_order=order, output_dtype=torch.bfloat16)
 

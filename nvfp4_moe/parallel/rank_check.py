@@ -120,7 +120,7 @@ def _exchange(mine: bytes, group: Group) -> list[Fields]:
 
 
 def _device(group: Group) -> torch.device:
-    """Where the group moves headers: on the CPU if it can."""
+    """Return the device on which the group moves headers: the CPU if it can."""
     if "gloo" in str(dist.get_backend_config(group)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -134,8 +134,10 @@ def _compare(every: list[Fields], may_differ: Collection[str]) -> None:
     if len({str(fields["call"]) for fields in every}) > 1:
         names = {"call": None}  # of other calls nothing else need be alike
     wrong = [
-        text for name in names if (text := _difference(name, [f.get(name) for f in every])) is not None
-    ]  # fmt: skip
+        text
+        for name in names
+        if (text := _difference(name, [f.get(name) for f in every])) is not None
+    ]
     if wrong:
         raise AgreementError(f"the ranks' calls differ: {'; '.join(wrong)}")
 

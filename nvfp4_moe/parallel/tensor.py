@@ -67,11 +67,19 @@ def fused_moe_tp(
     def make() -> tuple[MoECall, Fields]:
         checks.flag("check", check)
         r, name = moe_api.layer_call(
-            hidden_states, experts, routing, activation=activation, routing_bias=routing_bias,
-            backend=backend, fast_math=fast_math, build=build, nvfp4_4over6=nvfp4_4over6,
-            finalize_order=finalize_order, batch_invariant=batch_invariant,
+            hidden_states,
+            experts,
+            routing,
+            activation=activation,
+            routing_bias=routing_bias,
+            backend=backend,
+            fast_math=fast_math,
+            build=build,
+            nvfp4_4over6=nvfp4_4over6,
+            finalize_order=finalize_order,
+            batch_invariant=batch_invariant,
             output_dtype=travelling(reduce_dtype, output_dtype),
-        )  # fmt: skip
+        )
         if not check:
             return r, {}
         return r, described(r, name) | {

@@ -56,7 +56,7 @@ class Report:
 
     @property
     def status(self) -> Exit:
-        """How a command ends that found this."""
+        """The exit status of a command that found this."""
         if any(cell.status in FAILED for cell in self.cells):
             return Exit.DIFFERENCE
         return Exit.NOT_RUN if self.missing or not self.compared else Exit.DONE
@@ -77,10 +77,16 @@ def read(path: Path) -> Report:
     """Read a report that `Report.as_dict` wrote; raises OSError or ValueError where it cannot."""
     data = json.loads(path.read_text("utf-8"))
     return Report(
-        shlex.split(data["command"]), data["machine"], data["seconds"],
-        [_section(s) for s in data["sections"]], data["not_run"], data["missing"],
-        data["folder"], data["name"], data["date"],
-    )  # fmt: skip
+        shlex.split(data["command"]),
+        data["machine"],
+        data["seconds"],
+        [_section(s) for s in data["sections"]],
+        data["not_run"],
+        data["missing"],
+        data["folder"],
+        data["name"],
+        data["date"],
+    )
 
 
 def _section(data: dict[str, Any]) -> Section:

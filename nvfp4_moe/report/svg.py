@@ -18,7 +18,7 @@ _BAR, _HEIGHT = 26, 96  # of the histogram
 
 
 def histogram(bins: Sequence[int]) -> Markup:
-    """How many outputs lie in each of equal parts of their interval, whose ends are 0 and 1."""
+    """Draw how many outputs lie in each of equal parts of their interval, whose ends are 0 and 1."""
     total, top = sum(bins), max(bins, default=0)
     if not top:
         return element("p", "No output has an interval of more than one value.")
@@ -94,9 +94,7 @@ def _map(title: str, counts: Sequence[Sequence[int]], axes: tuple[str, str]) -> 
     scale = f"{len(counts)} x {len(counts[0])}, darkest {top:,}"
     if steps != (1, 1):
         scale += f"; a square sums {steps[0]} x {steps[1]} tiles"
-    return element(
-        "div", element("p", element("b", title), " ", element("span", scale)), drawing
-    )  # fmt: skip
+    return element("div", element("p", element("b", title), " ", element("span", scale)), drawing)
 
 
 def _squares(sums: list[list[int]], top: int, steps: tuple[int, int]) -> list[Markup]:

@@ -96,7 +96,7 @@ def tells(cell: dict[str, Any]) -> bool:
 
 
 def counts(cell: dict[str, Any]) -> str:
-    """How many of a cell's comparisons failed, and how many there are."""
+    """Write how many of a cell's comparisons failed, and how many there are."""
     if not cell["failed"]:
         return f"{cell['compared']:,}" if cell["compared"] else ""
     return f"{cell['failed']:,} of {cell['compared']:,}"
@@ -111,7 +111,7 @@ def _cell(key: str, cell: dict[str, Any] | None) -> Markup:
     if tells(cell):
         content = element(
             "button", content, type="button", aria_expanded="false", aria_controls=key
-        )  # fmt: skip
+        )
     return element("td", content, class_=cell["status"])
 
 

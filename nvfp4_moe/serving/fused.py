@@ -100,9 +100,13 @@ def fused_experts_fp4(
     ):
         checks.tensor(name, scales, (torch.float8_e4m3fn, torch.uint8))
     codes = _codes(
-        hidden_states, hidden_states_scale, per_token_scale, w13_input_scale_quant,
-        use_per_token_activation, quantizer_build,
-    )  # fmt: skip
+        hidden_states,
+        hidden_states_scale,
+        per_token_scale,
+        w13_input_scale_quant,
+        use_per_token_activation,
+        quantizer_build,
+    )
     common: dict[str, Any] = {
         "hidden_states": codes[0],
         "hidden_states_scale": codes[1],
@@ -133,18 +137,29 @@ def fused_experts_fp4(
     if topk is not None:
         ids, weights = topk if isinstance(topk, tuple) else (topk, None)
         result = trtllm_fp4_block_scale_routed_moe(
-            topk, None, top_k=ids.shape[1], n_group=0, topk_group=0, routed_scaling_factor=None,
-            routing_method_type=1, **common,
-        )  # fmt: skip
+            topk,
+            None,
+            top_k=ids.shape[1],
+            n_group=0,
+            topk_group=0,
+            routed_scaling_factor=None,
+            routing_method_type=1,
+            **common,
+        )
         if weights is not None and not do_finalize:
             result[1] = weights  # not rounded: FlashInfer's have the caller's dtype too
         return result
     assert router_logits is not None and top_k is not None, "checked above"
     return trtllm_fp4_block_scale_moe(
-        router_logits, correction_bias, top_k=top_k, n_group=num_expert_group,
-        topk_group=topk_group, routed_scaling_factor=routed_scaling_factor,
-        routing_method_type=routing_method_type, **common,
-    )  # fmt: skip
+        router_logits,
+        correction_bias,
+        top_k=top_k,
+        n_group=num_expert_group,
+        topk_group=topk_group,
+        routed_scaling_factor=routed_scaling_factor,
+        routing_method_type=routing_method_type,
+        **common,
+    )
 
 
 def _weighed(
@@ -213,7 +228,11 @@ def _codes(
         if encode_scale.numel() != 1:
             checks.wrong_value("w13_input_scale_quant", encode_scale, "a tensor of one float32")
     codes, block_scales, *token = nvfp4_quantize(
-        x, global_scale, SfLayout.layout_linear, per_token_activation=per_token,
-        nvfp4_4over6=config, build=build,
-    )  # fmt: skip
+        x,
+        global_scale,
+        SfLayout.layout_linear,
+        per_token_activation=per_token,
+        nvfp4_4over6=config,
+        build=build,
+    )
     return codes, block_scales.view(torch.float8_e4m3fn), token[0] if token else None

@@ -167,16 +167,23 @@ def _activated(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
         return None if value is None else value[e] * unit
 
     return activate(
-        raw, kind, alpha=of_expert(experts.gemm1_alpha, 1.0),
+        raw,
+        kind,
+        alpha=of_expert(experts.gemm1_alpha, 1.0),
         beta=of_expert(experts.gemm1_beta, up),
         clamp_limit=of_expert(experts.gemm1_clamp_limit, gate),
-    )  # fmt: skip
+    )
 
 
 def _dequantized(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """[N, K] fp32: what the codes and scales of bf16 rows say."""
     codes, block_scales, per_token_scale = nvfp4_quantize(
-        x, recipe.base_scale_inv, SfLayout.layout_linear, per_token_activation=True,
-        nvfp4_4over6=recipe.four_over_six, fast_math=recipe.math == "fast", build=recipe.build,
-    )  # fmt: skip
+        x,
+        recipe.base_scale_inv,
+        SfLayout.layout_linear,
+        per_token_activation=True,
+        nvfp4_4over6=recipe.four_over_six,
+        fast_math=recipe.math == "fast",
+        build=recipe.build,
+    )
     return hidden_values(Activations(codes, block_scales)) * per_token_scale[:, None]

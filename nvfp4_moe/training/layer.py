@@ -93,9 +93,13 @@ def fake_quantized_moe(
         _check_prepared(experts, activation, w13, w2, w13_bias, w2_bias, fixed)
     online = _recipe_of_activations(fast_math, build, nvfp4_4over6)
     call = {
-        "backend": backend, "batch_invariant": batch_invariant, "output_dtype": output_dtype,
-        "fast_math": online.math == "fast", "build": build, "nvfp4_4over6": online.four_over_six,
-    }  # fmt: skip
+        "backend": backend,
+        "batch_invariant": batch_invariant,
+        "output_dtype": output_dtype,
+        "fast_math": online.math == "fast",
+        "build": build,
+        "nvfp4_4over6": online.four_over_six,
+    }
     ids, weights = routing
     return StraightThrough.apply(x, w13, w2, weights, w13_bias, w2_bias, ids, experts, online, call)
 

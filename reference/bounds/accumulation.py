@@ -23,12 +23,12 @@ import torch
 from .interval import LARGEST, Interval, U, choose, fp32_range, unless
 
 _FLUSHED = 2.0**-118
-"""The most that a product loses to flushing: 2^-126, where kernels hold it times 2^-8 until the end."""
+"""The most that a product loses to flushing: 2^-126, of products held times 2^-8 until the end."""
 
 
 @dataclass(frozen=True)
 class Accumulation:
-    """How far a sum of exact products may be from the true one, in units of B.
+    """The largest error of a sum of exact products, in units of B.
 
     `per_term` for each nonzero term, `per_step` for each `step` of terms. With `chunk` the sum is a
     tree over contiguous ranges of whole chunks of that many terms, each of which may have any order.
@@ -42,7 +42,7 @@ class Accumulation:
     chunk: int | None = None
 
     def error(self, largest: torch.Tensor, terms: torch.Tensor | int, k: int) -> torch.Tensor:
-        """An upper bound; `largest` is B, `terms` how many of the K products are not zero."""
+        """Return an upper bound; `largest` is B, `terms` the number of nonzero products among K."""
         # 1.001 for the second order: the rounded partial sums exceed B by less than K * U.
         return largest * (terms * self.per_term + -(-k // self.step) * self.per_step) * 1.001
 
@@ -68,7 +68,7 @@ CONTIGUOUS = replace(
 
 
 def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:
-    """[N, M]: x [N, K] times w [M, K] transposed; w and, where it is a point, x are fp32 numbers."""
+    """Bound x [N, K] times w [M, K] transposed, [N, M]; w, and x if it is a point, are fp32 numbers."""
     if bool((x.low.isfinite() & x.high.isfinite()).all()) and bool(w.isfinite().all()):
         return _of_finite(x, w, accumulation)
     finite = x.low.isfinite() & x.high.isfinite()
@@ -123,7 +123,7 @@ def _largest_of_ranges(
     sizes: torch.Tensor,
     chunk: int,
 ) -> torch.Tensor:
-    """A bound of the magnitude of every contiguous range of chunks, and of what is within one."""
+    """Bound the magnitude of every contiguous range of chunks, and of every part of a chunk."""
     total = centre.new_zeros(centre.shape[0], w.shape[0])
     least, most, spread, inside = total, total, total, total
     for k in range(0, w.shape[1], chunk):
@@ -137,7 +137,7 @@ def _largest_of_ranges(
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    """The power of two that every fp32 number of a row is a multiple of, fp64; infinite for zeros."""
+    """Return the power of two, fp64, that divides every fp32 number of a row; infinite for zeros."""
     a = x.abs()
     bits = a.view(torch.int32)
     # Without its lowest set bit a number loses its unit, if that bit is one of the significand.

@@ -1,4 +1,4 @@
-"""The activation of an interval, and what implementations may differ in; see `moe.py`."""
+"""Bounds of the activation, over an interval and over all implementations; see `moe.py`."""
 
 # SPDX-License-Identifier: Apache-2.0
 import math
@@ -16,7 +16,7 @@ from .product import Product
 
 _FEW = 3 * U
 _SATURATED = 80.0
-"""Above it an exponential comes near fp32's largest number, and a sigmoid near its smallest."""
+"""Above this argument an exponential is near fp32's largest number, and a sigmoid near its smallest."""
 
 
 def activation_bounds(
@@ -27,7 +27,7 @@ def activation_bounds(
     drops_nan: bool = False,
     of_cutlass: bool = False,
 ) -> Interval:
-    """The activation of `reference.activation.activate`, bias first, of rows [N, M1] of experts [N].
+    """Bound `reference.activation.activate`, bias first, on rows [N, M1] of experts [N].
 
     Relative errors. Identity and ReLU: none. Relu2: one rounding. SiLU: 12.4 * 2^-23, and below zero
     1.2 |alpha g| 2^-23 more: `__expf` has 2 + floor(1.173 |x|) ulp (CUDA C++ Programming Guide, table of
@@ -47,7 +47,7 @@ def activation_bounds(
 
 
 class _Terms(NamedTuple):
-    """What goes into the activation beside the rows, [N, 1] each: the tensors of their experts."""
+    """The inputs of the activation beside the rows, [N, 1] each, from the tensors of their experts."""
 
     scale: torch.Tensor
     gate_scale: torch.Tensor
@@ -57,7 +57,7 @@ class _Terms(NamedTuple):
     lost: float  # of a factor of 1, by the tanh of SiTU
 
     def value(self, parameter: torch.Tensor | None) -> torch.Tensor:
-        """[N, 1] fp64 of alpha or beta, 1 where there is none."""
+        """Return alpha or beta as [N, 1] fp64; 1 if there is none."""
         return (torch.ones_like(self.gate_scale) if parameter is None else parameter).double()
 
 
@@ -137,7 +137,7 @@ RULES: dict[ActivationType, Callable[..., Product]] = {
     ActivationType.GegluTanh: _geglu_tanh,
     ActivationType.Situ: _situ,
 }
-"""Gated: (up, gate, `_Terms`); else the argument."""
+"""Return (up, gate, terms) of a gated activation, and the argument of another."""
 
 
 def _at_most(x: Interval, limit: Interval) -> Interval:
@@ -146,7 +146,7 @@ def _at_most(x: Interval, limit: Interval) -> Interval:
 
 
 def _clamped(x: Product, limit: Interval) -> Product:
-    """Between -limit and limit, which comes last where it is negative."""
+    """Clamp to -limit ... limit; the upper limit is applied last, which counts if it is negative."""
     given, least = x.result(), -limit
     ends = (torch.maximum(*pair) for pair in ((given.low, least.low), (given.high, least.high)))
     return Product.of(_at_most(unless(given.unknown, Interval(*ends)), limit))
@@ -155,7 +155,7 @@ def _clamped(x: Product, limit: Interval) -> Product:
 def _both_clamped(
     up: Product, gate: Product, limit: torch.Tensor | None
 ) -> tuple[Product, Product]:
-    """Up between -limit and limit, gate at most the limit."""
+    """Clamp up to -limit ... limit, and gate to at most the limit."""
     if limit is None:
         return up, gate
     limits = Interval.point(limit)
@@ -163,15 +163,17 @@ def _both_clamped(
 
 
 def _nonzero(x: Interval) -> torch.Tensor:
-    """1 where something may be lost; the functions below are exact of zero."""
+    """Return 1 where something may be lost, else 0; the functions below are exact at zero."""
     return ((x.low != 0) | (x.high != 0)).double()
 
 
 def _unimodal(
-    x: Interval, f: Callable[[torch.Tensor], torch.Tensor], minimum: torch.Tensor | float,
+    x: Interval,
+    f: Callable[[torch.Tensor], torch.Tensor],
+    minimum: torch.Tensor | float,
     bottom: torch.Tensor | float,
-) -> Interval:  # fmt: skip
-    """Of an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
+) -> Interval:
+    """Apply an f that falls up to `minimum`, where it is `bottom`, and rises after it."""
     low, high = f(x.low), f(x.high)
     within = (x.low < minimum) & (x.high > minimum)
     invalid = (low.isnan() | high.isnan()) & ~x.single
@@ -180,7 +182,7 @@ def _unimodal(
 
 
 def _silu(x: Interval, alpha: torch.Tensor | None = None) -> Interval:
-    """x sigmoid(alpha x); -1 times that of -x and -alpha, so that alpha may be taken as positive."""
+    """Bound x sigmoid(alpha x). It is -1 times that of -x and -alpha, so alpha is taken as positive."""
     if alpha is None:
         alpha = x.low.new_ones(1)
     sign = Interval.point(1 - 2 * (alpha < 0).double())
@@ -223,7 +225,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def _situ_up(x: Interval, beta: torch.Tensor, lost: float) -> Interval:
-    """beta tanh(x / beta); an argument of tanh that is flushed costs 2^-126 beta."""
+    """Bound beta tanh(x / beta); an argument of tanh that is flushed costs 2^-126 beta."""
     value = x.rising(lambda t: beta * torch.tanh(t / beta)).relatively(2.0**-10)
     size = beta.abs().clamp(1.0, LARGEST)
     value = value.widened((2 * SMALLEST + lost) * size * _nonzero(x))
@@ -231,7 +233,7 @@ def _situ_up(x: Interval, beta: torch.Tensor, lost: float) -> Interval:
 
 
 def _situ_gate(x: Interval, alpha: torch.Tensor, lost: float) -> Interval:
-    """alpha tanh(x / alpha) sigmoid(x), whose slope is at most 1 + |x| / 4.
+    """Bound alpha tanh(x / alpha) sigmoid(x), whose slope is at most 1 + |x| / 4.
 
     Above zero it rises; below, it lies between x sigmoid(x) and zero.
     """
@@ -251,7 +253,7 @@ def _situ_gate(x: Interval, alpha: torch.Tensor, lost: float) -> Interval:
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to fp32 where that is in its normal range."""
+    """Round to fp32 where the result is in its normal range."""
     square = x.square()
     normal = (square >= SMALLEST) & (square <= LARGEST)
     return torch.where(normal, square.float().double(), square)

@@ -25,7 +25,7 @@ def mm_fp4_bounds(
     use_8x4_sf_layout: bool = False,
     accumulation: Accumulation = ANY_ORDER,
 ) -> Interval:
-    """[M, N]: what a call of `reference.dense.mm_fp4`, whose arguments these are, may return."""
+    """Bound [M, N] the result of `reference.dense.mm_fp4`, whose arguments these are."""
     x, w = operands(a, b, a_descale, b_descale, use_8x4_sf_layout)
     total = sum_of_products(Interval.point(x), w, accumulation)
     if alpha is not None:

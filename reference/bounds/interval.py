@@ -1,4 +1,4 @@
-"""Intervals of numbers, with what their ends mean where fp32 overflows or is NaN."""
+"""Intervals of numbers; their ends also represent overflow of fp32 and NaN."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 @dataclass(frozen=True)
 class Interval:
-    """What a number may be: fp64 tensors of one shape; one tensor is both ends of a point.
+    """The values that a number may have: fp64 tensors of one shape. A point has one tensor as both ends.
 
         low <= high    a number from low to high; an end that is infinite is one of its values
         -inf, inf      anything, NaN too: nothing is claimed
@@ -36,40 +36,40 @@ class Interval:
 
     @property
     def is_point(self) -> bool:
-        """Whether the ends are one tensor; where they only have the same values, it is False."""
+        """True if the ends are one tensor; False for two tensors of equal values."""
         return self.low is self.high
 
     @property
     def nan(self) -> torch.Tensor:
-        """Which elements are NaN for sure."""
+        """Mark the elements that are certainly NaN."""
         return self.low.isnan()
 
     @property
     def unknown(self) -> torch.Tensor:
-        """Of which elements nothing is claimed."""
+        """Mark the elements of which nothing is claimed."""
         return (self.low == -torch.inf) & (self.high == torch.inf)
 
     @property
     def single(self) -> torch.Tensor:
-        """Which elements have one value alone; NaN is one."""
+        """Mark the elements that have exactly one value; NaN is one."""
         return (self.low == self.high) | self.nan
 
     def widened(self, by: torch.Tensor | float) -> "Interval":
-        """By a finite number."""
+        """Multiply by a finite number."""
         return Interval(self.low - by, self.high + by)
 
     def relatively(self, error: torch.Tensor | float) -> "Interval":
-        """Times 1 - error to 1 + error, which is less than 1; infinite ends stay."""
+        """Widen by the relative `error`, less than 1; infinite ends stay."""
         low, high = (end.abs().nan_to_num(posinf=0.0) * error for end in (self.low, self.high))
         return Interval(self.low - low, self.high + high)
 
     def map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
-        """f of both ends, for f that is nondecreasing, or moves elements about."""
+        """Apply f to both ends; f is nondecreasing, or only moves elements."""
         low = f(self.low)
         return Interval(low, low if self.is_point else f(self.high))
 
     def rising(self, f: Callable[[torch.Tensor], torch.Tensor]) -> "Interval":
-        """Of a nondecreasing f of numbers, which lets a NaN through."""
+        """Apply a nondecreasing f, which lets a NaN through."""
         return self.map(f) if self.is_point else unless(self.unknown, self.map(f))
 
     def __neg__(self) -> "Interval":
@@ -105,37 +105,37 @@ class Interval:
 
     @property
     def mignitude(self) -> torch.Tensor:
-        """The smallest magnitude; 0 for NaN."""
+        """Return the smallest magnitude; 0 for NaN."""
         same_sign = (self.low > 0) | (self.high < 0)
         return torch.where(same_sign, torch.minimum(self.low.abs(), self.high.abs()), 0.0)
 
     @kept
     def contains(self, x: torch.Tensor) -> torch.Tensor:
-        """Elementwise: whether x may be the value."""
+        """Mark the elements of which x may be the value."""
         x = x.double()
         return ((x >= self.low) & (x <= self.high)) | self.unknown | (self.nan & x.isnan())
 
 
 def choose(condition: torch.Tensor, a: Interval, b: Interval) -> Interval:
-    """a where the condition holds, else b."""
+    """Return a where the condition holds, else b."""
     return Interval(torch.where(condition, a.low, b.low), torch.where(condition, a.high, b.high))
 
 
 def hull(a: Interval, b: Interval) -> Interval:
-    """The smallest interval that holds both."""
+    """Return the smallest interval that holds both."""
     both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
     return unless(a.nan != b.nan, both)
 
 
 def unless(unknown: torch.Tensor, i: Interval) -> Interval:
-    """Nothing is claimed where unknown."""
+    """Claim nothing where `unknown` is true."""
     return Interval(
         torch.where(unknown, -torch.inf, i.low), torch.where(unknown, torch.inf, i.high)
     )
 
 
 def fp32_range(i: Interval) -> Interval:
-    """Of numbers that fp32 holds: those beyond its largest are infinite."""
+    """Bound the numbers in fp32: those beyond its largest become infinite."""
     return Interval(
         torch.where(i.low > LARGEST, torch.inf, i.low),
         torch.where(i.high < -LARGEST, -torch.inf, i.high),
@@ -143,12 +143,12 @@ def fp32_range(i: Interval) -> Interval:
 
 
 def valid(i: Interval) -> Interval:
-    """Nothing is claimed where one end alone is NaN."""
+    """Claim nothing where exactly one end is NaN."""
     return unless(i.low.isnan() != i.high.isnan(), i)
 
 
 def rounded(dtype: torch.dtype, x: Interval) -> Interval:
-    """Of fp32 numbers in x, rounded to nearest even."""
+    """Bound the fp32 numbers in x after rounding to `dtype`, to nearest even."""
 
     def towards(end: torch.Tensor, direction: float) -> torch.Tensor:
         near = end.float()

@@ -1,4 +1,4 @@
-"""The stages of the experts, of intervals: `moe.py` has the argument."""
+"""Bounds of the experts' stages; `moe.py` has the argument."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from .product import Product
 from .requantize import requantize_blocks, requantize_rows
 
 BATCH = 1 << 13
-"""Slots that are carried from sum to sum together, unless one expert has more: to bound memory."""
+"""The most slots that go from sum to sum together, to limit memory; one expert may have more."""
 
 
 def _zeros(ids: torch.Tensor, width: int) -> Interval:
@@ -28,7 +28,7 @@ def _zeros(ids: torch.Tensor, width: int) -> Interval:
 
 @dataclass(frozen=True)
 class Slots:
-    """Some of the (token, slot) pairs whose experts are on this rank, by expert."""
+    """Some of the (token, slot) pairs of local experts, by expert."""
 
     token: torch.Tensor  # [N]
     slot: torch.Tensor  # [N]
@@ -38,7 +38,7 @@ class Slots:
 
 
 def _batches(local: torch.Tensor, num_local: int) -> Iterator[Slots]:
-    """The slots of whole experts; those of experts on other ranks are left out."""
+    """Yield the slots of whole experts; slots of experts on other ranks are left out."""
     flat = local.flatten()
     here = (flat >= 0) & (flat < num_local)
     order = torch.where(here, flat, num_local).argsort(stable=True)
@@ -62,7 +62,7 @@ def _put(into: Interval, slots: Slots, what: Interval) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a call does between routing and finalize, of rows [N, ...] for N slots."""
+    """The steps of a call between routing and finalize, on rows [N, ...] of N slots."""
 
     activations: Activations
     experts: Experts
@@ -82,7 +82,7 @@ class Layer:
         accumulator1: torch.Tensor | None = None,
         intermediate: torch.Tensor | None = None,
     ) -> tuple[Interval, Interval, Interval]:
-        """(first sums [T, K, M1], intermediate [T, K, I], rows [T, K, hidden size]).
+        """Bound the first sums [T, K, M1], the intermediate [T, K, I] and the rows [T, K, hidden size].
 
         Args:
             local: [T, K] int64; slots whose experts are not 0 ... num_local - 1 are not on this rank,
@@ -111,7 +111,7 @@ class Layer:
         return self._sums(lambda rows: x[slots.token[rows]], weights, slots.first, slots.counts)
 
     def activated(self, sums: Interval, slots: Slots) -> Interval:
-        """The intermediate, bf16 numbers but with the static scales of TensorRT-LLM."""
+        """Bound the intermediate: bf16 numbers, except with the static scales of TensorRT-LLM."""
         scale, experts = self.activations.per_token_scale, self.experts
         raw = Product.of(sums)
         if scale is not None:
@@ -133,7 +133,7 @@ class Layer:
         return rounded(torch.bfloat16, middle)
 
     def rows(self, middle: Interval, slots: Slots) -> Interval:
-        """[N, H] of an intermediate [N, I]: bf16 numbers."""
+        """Bound the rows [N, H], bf16 numbers, from an intermediate [N, I]."""
         n, experts = middle.low.shape[0], self.experts
         values, scale = middle, None
         row = torch.arange(n, dtype=torch.int64, device=middle.low.device)
@@ -169,7 +169,7 @@ class Layer:
         first: int,
         counts: list[int],
     ) -> Interval:
-        """[N, M]: `values` of consecutive rows, `counts` for each expert, times its weights."""
+        """Multiply `values`, `counts` consecutive rows for each expert, by its weights: [N, M]."""
         parts, start = [], 0
         for e, count in enumerate(counts, first):
             if count:
@@ -180,7 +180,7 @@ class Layer:
 
 
 def _hulls(x: Interval, row: torch.Tensor, n: int) -> Interval:
-    """[n, H]: the hull of x [C, H] over the candidates of each row [C], which has one at least."""
+    """Return the hull [n, H] of x [C, H] over the candidates of each row [C], at least one."""
     if row.numel() == n:
         return x
     index = row[:, None].expand_as(x.low)

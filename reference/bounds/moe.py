@@ -76,7 +76,7 @@ from .routing import routing_bounds
 
 @dataclass(frozen=True)
 class MoEBounds:
-    """Of every stage, [T, K, ...] as `MoEResult.steps` names them; zero in slots not on this rank."""
+    """The intervals of every stage, [T, K, ...] as in `MoEResult.steps`; 0 in slots of other ranks."""
 
     output: Interval  # [T, H]
     rows: Interval  # [T, K, H]
@@ -101,7 +101,7 @@ def fused_moe_bounds(
     accumulator1: torch.Tensor | None = None,
     intermediate: torch.Tensor | None = None,
 ) -> MoEBounds:
-    """The intervals of a call of `reference.moe.fused_moe`, whose arguments these are.
+    """Bound every stage of `reference.moe.fused_moe`, whose arguments these are.
 
     Args:
         weights: [T, K] as they are given, or what they may be: `routing_bounds` has those.
@@ -137,7 +137,7 @@ def routed_moe_bounds(
     variant: LayerBuild = "cuda",
     drops_nan: bool = False,
 ) -> Interval:
-    """[T, H]: the output of a call that routes from logits, over all that its routing may choose.
+    """Bound the output [T, H] of a call that routes from logits, over all choices of its routing.
 
     Args:
         logits, routing, routing_bias: as `reference.moe.routing.route` takes them.
@@ -158,15 +158,17 @@ def routed_moe_bounds(
         one = _finalized(
             Interval(rows.low.gather(1, index), rows.high.gather(1, index)),
             _where(is_local.gather(1, place), Interval(low, high)),
-            finalize_order, output_dtype, ordered,
-        )  # fmt: skip
+            finalize_order,
+            output_dtype,
+            ordered,
+        )
         output = one if output is None else hull(output, one)
     assert output is not None
     return unless(chosen.unknown[:, None], output)
 
 
 def _union(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """([T, most of any token] experts of any set, -1 behind; where those of each set are [S, T, K])."""
+    """Return the experts of any set [T, most], then -1, and each set's places in it [S, T, K]."""
     index = ids.long()
     chosen = torch.zeros(ids.shape[1], num_experts, dtype=torch.bool, device=ids.device)
     for experts in index:
@@ -183,7 +185,7 @@ def _union(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _where(is_local: torch.Tensor, weights: Interval) -> Interval:
-    """Zero in slots that the finalize skips."""
+    """Set slots that the finalize skips to zero."""
     return weights.map(lambda end: torch.where(is_local, end, 0.0))
 
 
@@ -194,7 +196,7 @@ def _finalized(
     output_dtype: torch.dtype,
     ordered: torch.Tensor | None = None,
 ) -> Interval:
-    """[T, H]: rows [T, K, H], bf16 numbers, times weights [T, K] of at most 24 bits.
+    """Bound the sum [T, H] of rows [T, K, H], bf16 numbers, times weights [T, K] of at most 24 bits.
 
     Args:
         ordered: [T], whether the slots are known to have this order; None: all are.

@@ -1,4 +1,4 @@
-"""Intervals that hold the outputs of a layer over several ranks: `moe.py`, and one sum more.
+"""Intervals of the outputs of a layer over several ranks: `moe.py`, and one more sum.
 
 13. *All-reduce.* Each of n ranks has an output in its interval, a number of the dtype that travels,
    which has p bits (bf16 8, fp16 11, fp32 24). They are added in that dtype or in a wider one, in any
@@ -33,7 +33,7 @@ _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: U}
 def all_reduce_bounds(
     parts: Sequence[Interval], reduce_dtype: torch.dtype, output_dtype: torch.dtype
 ) -> Interval:
-    """What the sum of the ranks' outputs may be.
+    """Bound the sum of the ranks' outputs.
 
     Args:
         parts: each rank's, whose ends are numbers of reduce_dtype.
@@ -76,7 +76,7 @@ def expert_parallel_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Interval:
-    """[T, H]: `experts` over ranks that hold `counts` of them each, all-reduced.
+    """Bound the all-reduced output [T, H] of `experts` over ranks that hold `counts` of them each.
 
     Args:
         The rest: as for `fused_moe_bounds`.
@@ -86,10 +86,15 @@ def expert_parallel_bounds(
         local = select_experts(experts, first, count)
         parts.append(
             fused_moe_bounds(
-                activations, local, ids, weights, local_expert_offset=first,
-                output_dtype=reduced_dtype, **options,
+                activations,
+                local,
+                ids,
+                weights,
+                local_expert_offset=first,
+                output_dtype=reduced_dtype,
+                **options,
             ).output
-        )  # fmt: skip
+        )
         first += count
     return all_reduce_bounds(parts, reduced_dtype, output_dtype)
 
@@ -105,7 +110,7 @@ def tensor_parallel_bounds(
     output_dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Interval:
-    """[T, H]: what `shards.fused_moe_shards` and every implementation of it may compute.
+    """Bound the output [T, H] of `shards.fused_moe_shards` and of every implementation of it.
 
     Args:
         The rest: as for `fused_moe_bounds`.
@@ -113,16 +118,20 @@ def tensor_parallel_bounds(
     reduced_dtype = reduce_dtype or output_dtype
     parts = [
         fused_moe_bounds(
-            activations, shard_experts(experts, rank, tp_shards), ids, weights,
-            output_dtype=reduced_dtype, **options,
+            activations,
+            shard_experts(experts, rank, tp_shards),
+            ids,
+            weights,
+            output_dtype=reduced_dtype,
+            **options,
         ).output
         for rank in range(tp_shards)
-    ]  # fmt: skip
+    ]
     return all_reduce_bounds(parts, reduced_dtype, output_dtype)
 
 
 def _total(ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fp64 sum, and by how much it may be wrong: zero where every addition was exact."""
+    """Return the fp64 sum and the largest error of it, which is zero where every addition was exact."""
     total = torch.zeros_like(ends[0])
     wrong = torch.zeros_like(total, dtype=torch.bool)
     size = torch.zeros_like(total)

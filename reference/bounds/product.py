@@ -27,7 +27,7 @@ _WIDER = 1 + 2.0**-16  # more than what all roundings of a peak or a trough come
 
 @dataclass(frozen=True)
 class Product:
-    """Some factors multiplied, of rows [N, M]."""
+    """A product of some factors, for rows [N, M]."""
 
     value: Interval  # rounded by 2^-24, never out of fp32's range
     peak: torch.Tensor  # at least 1
@@ -36,12 +36,12 @@ class Product:
 
     @staticmethod
     def of(x: Interval) -> "Product":
-        """One factor, an fp32 number."""
+        """Start with one factor, an fp32 number."""
         trough = torch.where((x.low == 0) & (x.high == 0), 1.0, x.mignitude).clamp(max=1.0)
         return Product(x, x.magnitude.clamp(min=1.0), trough, 0)
 
     def times(self, factor: Interval | torch.Tensor, error: float = 0.0) -> "Product":
-        """With one factor more.
+        """Multiply by one more factor.
 
         Args:
             error: by how much the product is rounded at most, relatively, where the factor is no
@@ -55,26 +55,30 @@ class Product:
         one = Product.of(factor)
         return Product(
             (self.value * factor).relatively(by),
-            self.peak * one.peak, self.trough * one.trough, self.parts + 1,
-        )  # fmt: skip
+            self.peak * one.peak,
+            self.trough * one.trough,
+            self.parts + 1,
+        )
 
     def plus(self, bias: torch.Tensor) -> "Product":
-        """A bias added, an fp32 number; a closed epilogue may scale both first, and add then."""
+        """Add a bias, an fp32 number; a closed epilogue may scale both first, and add them then."""
         size = bias.double().abs()
         total = self.value + Interval.point(bias)
         total = total.widened(2 * U * (self.value.magnitude + size).nan_to_num(posinf=0.0))
         total = choose(bias == 0, self.value, total)
         return Product(
-            total, torch.maximum(self.peak + size, total.magnitude.clamp(min=1.0)),
-            torch.where(bias == 0, self.trough, 0.0), self.parts + 1,
-        )  # fmt: skip
+            total,
+            torch.maximum(self.peak + size, total.magnitude.clamp(min=1.0)),
+            torch.where(bias == 0, self.trough, 0.0),
+            self.parts + 1,
+        )
 
     def __getitem__(self, index: object) -> "Product":
         peak, trough = (t[index] for t in (self.peak, self.trough))  # type: ignore[index]
         return Product(self.value[index], peak, trough, self.parts)
 
     def result(self) -> Interval:
-        """As an fp32 number."""
+        """Return the product as an fp32 number."""
         under = self.trough < SMALLEST * _WIDER
         lost = torch.where(under, self.peak.clamp(max=LARGEST) * (self.parts + 1) * SMALLEST, 0.0)
         value = self.value.widened(lost)

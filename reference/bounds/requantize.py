@@ -11,14 +11,14 @@ from ..recipe import BLOCK_SIZE, NVFP44Over6ErrMode, Recipe
 from .interval import LARGEST, SMALLEST, Interval, choose, hull, rounded, unless
 
 CANDIDATES = 16
-"""Maxima of one row that are carried on apart, and block scales of one block."""
+"""The most candidates for the maximum of a row, and for the scale of a block."""
 _INFINITE = 0x7F80  # bf16
 
 
 def requantize_rows(
     middle: Interval, recipe: Recipe
 ) -> tuple[Interval, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per token, of bf16 numbers [N, I].
+    """Bound the per-token requantization of bf16 numbers [N, I].
 
     Returns:
         code times block scale [C, I] of every candidate for a row's maximum; its per-token scale [C];
@@ -45,7 +45,7 @@ def requantize_rows(
 
 
 def _may_be_nan(middle: Interval, recipe: Recipe) -> torch.Tensor:
-    """[N]: rows of which a block may have the scale NaN."""
+    """Mark the rows [N] in which a block may have the scale NaN."""
     may = middle.nan.any(1) | middle.magnitude.isinf().any(1)
     if recipe.math == "fast" and recipe.build == "cute-dsl":
         # Where the encode scale, 1 / (A g), is infinite a block of zeros has the scale inf * 0.
@@ -56,7 +56,7 @@ def _may_be_nan(middle: Interval, recipe: Recipe) -> torch.Tensor:
 def requantize_blocks(
     middle: Interval, recipe: Recipe, encode: torch.Tensor | None = None
 ) -> Interval:
-    """With static scales, of fp32 or bf16 numbers [N, I]: code times block scale.
+    """Bound code times block scale with static scales, from fp32 or bf16 numbers [N, I].
 
     The closed kernels may be built with fast or exact math: the hull of both.
 
@@ -82,13 +82,13 @@ def requantize_blocks(
 
 
 def _row_maxima(middle: Interval, ftz: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(row of each candidate, its maximum fp32, which rows [N] have too many): bf16 numbers.
+    """Return each candidate's row and maximum (fp32, bf16 numbers), and mark rows [N] with too many.
 
     NaN is no maximum. An element that may be anything may be infinite.
     """
 
     def place(maximum: torch.Tensor) -> torch.Tensor:
-        """Among the numbers that a maximum may be, in ascending order."""
+        """Return the numbers that a maximum may be, in ascending order."""
         bits = maximum.to(torch.bfloat16).view(torch.int16).int()
         return (bits - subnormal).clamp(min=0)
 
@@ -118,7 +118,7 @@ def _blocks(
     *,
     error_by_halves: bool = False,
 ) -> Interval:
-    """Code times block scale, [N, K], of rows whose encode scale [N] is known."""
+    """Bound code times block scale, [N, K], of rows whose encode scale [N] is known."""
     parts = x.map(lambda t: t.unflatten(-1, (-1, BLOCK_SIZE)))
     # Blocks of points have one outcome, that of the quantizer itself. Of those with an element that may
     # be anything, or with an encode scale that makes NaN of a maximum of zero, nothing is known.
@@ -149,7 +149,7 @@ def _blocks(
 
 
 class _Candidate:
-    """Blocks [N, K/16, 16] under one of the scales that 4over6 tries, or the only one.
+    """Bound blocks [N, K/16, 16] under one of the scales that 4over6 tries, or the only one.
 
     `value` is code times scale; `error`, with 4over6, what is compared: both hulls over the e4m3 bytes
     that the block's maximum may lead to. Where those are more than `CANDIDATES`, all codes are
@@ -198,7 +198,7 @@ def _error(
     recipe: Recipe,
     ar: Arithmetic,
 ) -> Interval:
-    """What 4over6 compares, [N, K/16].
+    """Bound the errors [N, K/16] that 4over6 compares.
 
     Its roundings, some 20 of 2^-24, lie within 2^-19. What is below 2^-126 is flushed, or rounds to a
     multiple of 2^-149: thrice on the way to a difference, once in each square and each sum. What is
@@ -230,7 +230,7 @@ def _error(
 
 
 def _fp32(x: Interval) -> Interval:
-    """Numbers known but for 2^-19 of themselves: infinite where fp32 cannot hold them."""
+    """Widen numbers by 2^-19 of themselves; they are infinite where fp32 cannot hold them."""
     margin = 1 + 2.0**-19
     low = torch.where(x.low < -LARGEST / margin, -torch.inf, x.low)
     high = torch.where(x.high > LARGEST / margin, torch.inf, x.high)

@@ -1,4 +1,4 @@
-"""What a kernel that routes from logits may choose and weigh; `moe.py` has the rest of the argument.
+"""The ids and weights that a kernel may route logits to; `moe.py` has the rest of the argument.
 
 Selection on raw logits (Renormalize, RenormalizeNaive, TopK, TopKSigmoid, Llama4) is exact: bits are
 compared. The other methods select by scores in fp32, of which each kernel has its own last bits. Errors
@@ -46,13 +46,13 @@ class RoutingBounds:
 
     @property
     def ordered(self) -> torch.Tensor:
-        """[S, T] bool: the experts of a set have but one order."""
+        """Sets [S, T] bool whose experts have only one order."""
         k = self.ids.shape[-1]
         same = torch.eye(k, dtype=torch.bool, device=self.ids.device)
         return (self.before | self.before.mT | same).flatten(-2).all(-1)
 
     def outside(self, ids: torch.Tensor, weights: torch.Tensor) -> int:
-        """How many elements of an implementation's ids and weights [T, K] are none of these.
+        """Count the elements of an implementation's ids and weights [T, K] that are none of these.
 
         An id that the nearest set lacks, that is repeated or that stands behind one it is surely
         before, and a weight outside of its interval.
@@ -74,7 +74,7 @@ class RoutingBounds:
 def routing_bounds(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
 ) -> RoutingBounds:
-    """The choices of each token, and what their weights may be; the arguments are those of `route`.
+    """Bound the choices of each token and their weights; the arguments are those of `route`.
 
     Where logits are selected their bits decide, those of infinities and NaN too, and a softmax that
     has one of these is NaN. Nothing is claimed of tokens whose scores are selected and have a NaN or, of
@@ -122,7 +122,7 @@ def _sigmoids(x: torch.Tensor) -> Interval:
 def _scores(
     x: torch.Tensor, routing: Routing, bias: torch.Tensor | None
 ) -> tuple[Interval, Interval, torch.Tensor]:
-    """(scores that weights come from [T, E], what selects [T, E], bias [E])."""
+    """Return the scores of the weights [T, E], the keys of the selection [T, E] and the bias [E]."""
     if routing.method == _M.Default:
         scores = _exponentials(x)
         keys = scores.widened(scores.magnitude * _DIVISION + 2.0**-100)
@@ -145,7 +145,7 @@ def _of_chosen_logits(x: torch.Tensor, method: RoutingMethodType) -> Interval:
 
 
 def _of_chosen_scores(part: Interval, scores: Interval, routing: Routing) -> Interval:
-    """[S, T, K], before the rounding to bf16."""
+    """Bound the weights [S, T, K] before the rounding to bf16."""
     if routing.method == _M.Default:
         return _share(part, scores, 0.0)
     if routing.method.biased:
@@ -157,7 +157,7 @@ def _of_chosen_scores(part: Interval, scores: Interval, routing: Routing) -> Int
 
 
 def _share(part: Interval, every: Interval, epsilon: float) -> Interval:
-    """part / (sum of every + epsilon), of scores that `every` holds too; open where that may be 0."""
+    """Bound part / (sum of every + epsilon); `every` includes `part`. Claim nothing if that may be 0."""
     low, high = (end.sum(-1, keepdim=True) for end in (every.low, every.high))
     most, least = high - part.high + epsilon, low - part.low + epsilon  # of the others
     size = every.magnitude.sum(-1, keepdim=True)

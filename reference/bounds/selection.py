@@ -1,4 +1,4 @@
-"""Which sets of experts scores select that are known but for their last bits.
+"""The sets of experts that scores may select if their last bits are not known.
 
 An expert is *surely before* another if its score is above whatever the other's may be, or if both have
 the same logit and bias, of which every kernel makes the same score, and its index is the smaller. K
@@ -25,13 +25,13 @@ from ..moe.routing import Routing
 from .interval import Interval, U
 
 SETS = 8
-"""Sets of experts that a token may have; of one with more nothing is claimed."""
+"""The most sets of experts of a token; nothing is claimed of a token with more."""
 
 
 def selections(
     keys: Interval, logits: torch.Tensor, bias: torch.Tensor, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sets of K experts that each token may choose.
+    """Return the sets of K experts that each token may choose.
 
     Args:
         keys: [T, E], what is compared.
@@ -79,7 +79,7 @@ def selections(
 def surely_before(
     ids: torch.Tensor, keys: Interval, logits: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """[S, T, K, K] bool: whether the first of two experts of ids [S, T, K] is before the second."""
+    """Mark, [S, T, K, K], the pairs of experts of ids [S, T, K] whose first is before the second."""
     low, high, x = (of_sets(t, ids) for t in (keys.low, keys.high, logits))
     b = bias[ids.long()]
     same = (x[..., :, None] == x[..., None, :]) & (b[..., :, None] == b[..., None, :])
@@ -88,12 +88,12 @@ def surely_before(
 
 
 def of_sets(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[S, T, K] of x [T, E]."""
+    """Gather x [T, E] at ids: [S, T, K]."""
     return x.expand(len(ids), -1, -1).gather(2, ids.long())
 
 
 def _best(keys: Interval, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a set that may be chosen [T, count], best first; where there may be another one [T])."""
+    """Return a set that may be chosen, [T, count], best first, and mark tokens [T] with others."""
     index = keys.low.sort(dim=1, descending=True, stable=True).indices[:, :count]
     floor = keys.low.gather(1, index).amin(1)
     ceiling = keys.high.scatter(1, index, -torch.inf).amax(1)
@@ -101,7 +101,7 @@ def _best(keys: Interval, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _group_keys(keys: Interval, routing: Routing) -> Interval:
-    """[T, G], of the groups' scores in fp32."""
+    """Bound the groups' scores [T, G] in fp32."""
     grouped = keys.map(lambda end: end.unflatten(1, (routing.n_group or 1, -1)))
     total = grouped.map(lambda end: end.sort(-1, descending=True).values[..., :2].sum(-1))
     return total.widened(total.magnitude * U * 1.001)
@@ -114,7 +114,7 @@ def _of_token(
     groups: tuple[list[float], list[float]] | None,
     routing: Routing,
 ) -> list[list[int]] | None:
-    """The sets that one token may choose, each best first; None for more than SETS."""
+    """Return the sets that one token may choose, each best first; None for more than SETS."""
     experts = range(len(low))
     pools: list[Sequence[int]] = [experts]
     if groups is not None:
@@ -140,7 +140,7 @@ def _of_token(
 def _choices(
     low: list[float], high: list[float], inputs: Sequence[Hashable], count: int
 ) -> list[frozenset[int]] | None:
-    """The sets of `count` indices that may be the best; None for more than SETS."""
+    """Return the sets of `count` indices that may be the best; None for more than SETS."""
     order = sorted(range(len(low)), key=lambda i: -low[i])
     first, rest = order[:count], order[count:]
     floor = min(low[i] for i in first)

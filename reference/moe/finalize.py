@@ -58,7 +58,7 @@ def add_up(
 
 
 def split_k_groups(tokens: int, top_k: int, hidden_size: int) -> int:
-    """How many strided groups of slots FlashInfer's finalize sums apart; 1: ascending slots.
+    """Return how many strided groups of slots FlashInfer's finalize sums apart; 1: ascending slots.
 
     `trtllm_fused_moe_dev_kernel.cu:1145-1165`; numerics.md has the rule: few tokens, 4 < K <= 64.
     """

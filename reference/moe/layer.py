@@ -198,7 +198,7 @@ def requantize(
 def read_back(
     q: Quantized, shape: torch.Size, steps: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `requantize` returns of a quantized intermediate, and keeps; shape is (T, K)."""
+    """Decode a quantized intermediate for the second GEMM, and keep its steps; shape is (T, K)."""
     scale = q.per_token_scale
     if scale is not None:
         scale = steps["fc2_input_token_scales"] = scale.unflatten(0, shape)

@@ -106,7 +106,7 @@ METHODS = tuple(_METHODS)
 
 @dataclass(frozen=True)
 class Routing:
-    """How tokens choose experts. What a method would not read is refused, not ignored.
+    """The rule by which tokens choose experts. A field that the method would not read is refused.
 
     Args:
         method: any but Unspecified; an integer or FlashInfer's own member is accepted.

@@ -33,9 +33,15 @@ from .finalize import FinalizeOrder
 from .layer import MoEResult, fused_moe
 
 _ALIKE = (
-    "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar", "gemm1_alpha",
-    "gemm1_beta", "gemm1_clamp_limit", "input_scale", "intermediate_scale",
-)  # fmt: skip
+    "output1_scale_scalar",
+    "output1_scale_gate_scalar",
+    "output2_scale_scalar",
+    "gemm1_alpha",
+    "gemm1_beta",
+    "gemm1_clamp_limit",
+    "input_scale",
+    "intermediate_scale",
+)
 """Fields that every shard has as the whole layer does; copies, since a reload writes them."""
 _OF_THE_LAYER = ("input_scale", "intermediate_scale")
 """Tensors that are not one an expert."""
@@ -118,10 +124,17 @@ def shard_experts(experts: Experts, rank: int, shards: int) -> Experts:
         name: None if (t := getattr(e, name)) is None else t.clone() for name in _ALIKE
     }
     return without_layouts(
-        e, gemm1_weights=w13[0], gemm1_weights_scale=w13[1], gemm2_weights=w2[0],
-        gemm2_weights_scale=w2[1], intermediate_size=size, gemm1_bias=bias1, gemm2_bias=bias2,
-        shard=(rank, shards), **alike,
-    )  # fmt: skip
+        e,
+        gemm1_weights=w13[0],
+        gemm1_weights_scale=w13[1],
+        gemm2_weights=w2[0],
+        gemm2_weights_scale=w2[1],
+        intermediate_size=size,
+        gemm1_bias=bias1,
+        gemm2_bias=bias2,
+        shard=(rank, shards),
+        **alike,
+    )
 
 
 def select_experts(experts: Experts, first: int, count: int) -> Experts:
@@ -183,12 +196,19 @@ def fused_moe_shards(
     travels = reduce_dtype or output_dtype
     results = tuple(
         fused_moe(
-            activations, shard_experts(experts, rank, tp_shards), ids, weights, recipe=recipe,
-            local_expert_offset=local_expert_offset, accumulate=accumulate,
-            finalize_order=finalize_order, output_dtype=travels, keep_steps=keep_steps,
+            activations,
+            shard_experts(experts, rank, tp_shards),
+            ids,
+            weights,
+            recipe=recipe,
+            local_expert_offset=local_expert_offset,
+            accumulate=accumulate,
+            finalize_order=finalize_order,
+            output_dtype=travels,
+            keep_steps=keep_steps,
         )
         for rank in range(tp_shards)
-    )  # fmt: skip
+    )
     total = results[0].output
     for result in results[1:]:
         total = total + result.output

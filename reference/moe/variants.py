@@ -50,9 +50,6 @@ VARIANTS: dict[LayerBuild, Variant] = {
     for v in (
         Variant("cuda", "cuda", "flashinfer"),
         Variant("cute-dsl", "cute-dsl", "slot", CUTE_DSL),
-        Variant(
-            "cutlass", "cuda", "slot", CUTLASS,
-            static_only=True, rounds_first_gemm=True,
-        ),
+        Variant("cutlass", "cuda", "slot", CUTLASS, static_only=True, rounds_first_gemm=True),
     )
-}  # fmt: skip
+}

@@ -53,7 +53,7 @@ class Arithmetic:
         self.ftz = ftz
 
     def flush(self, x: torch.Tensor) -> torch.Tensor:
-        """What an operation of this build reads where `x` is stored."""
+        """Return the value that an operation of this build reads where `x` is stored."""
         return flush(x) if self.ftz else x
 
     def mul(self, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:

@@ -31,12 +31,12 @@ _seen = _Seen()
 
 
 def flushes() -> bool:
-    """Whether this thread flushes subnormal numbers."""
+    """Return True if this thread flushes subnormal numbers."""
     return _SMALLEST * 0.5 == 0.0
 
 
 def _pool_flushes(threads: int) -> bool:
-    """Whether one of so many threads of torch's pool does; those that do not exist are started."""
+    """Return True if one of so many threads of torch's pool flushes; missing threads are started."""
     bits = torch.ones(threads * _GRAIN, dtype=torch.int32, device="cpu")
     products = bits.view(torch.float32) * 1.0
     if type(products) is not torch.Tensor:  # a mode that computes no numbers, as FakeTensorMode

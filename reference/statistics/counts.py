@@ -1,4 +1,4 @@
-"""What quantization does to rows of numbers, counted by expert, as sums that can be added up.
+"""Statistics of quantized rows, counted by expert, as sums that can be added up.
 
 A row is counted for every expert it is given to. Everything is a tensor on the rows' device and nothing
 waits for it, so that statistics can be taken while serving, or in a CUDA graph. Of two sets of rows, the
@@ -30,10 +30,10 @@ COUNTS = (
 )
 """Columns of `QuantizationStatistics.counts`."""
 BINS = 128
-"""Of the row maxima: four an octave, from 2^-16 up to 2^16; those beyond are in the outermost."""
+"""Bins of the row maxima: four an octave, from 2^-16 to 2^16; the outermost hold those beyond."""
 
 FIRST_BIN = (127 - 16) << 2
-"""The upper bits of 2^-16 in fp32, exponent and two bits of significand, which are the first bin."""
+"""The number of the first bin: the upper bits of 2^-16 in fp32, exponent and two significand bits."""
 
 _SHARES = {"zero": "zero blocks", "underfl.": "underflowed", "satur.": "saturated", "4s": "fours"}
 _BROKEN = ("nan scales", "nans", "infinities", "unmeasured rows")
@@ -52,7 +52,7 @@ class QuantizationStatistics:
     def empty(
         cls, num_experts: int, device: torch.device | str | None = None
     ) -> "QuantizationStatistics":
-        """Of no rows."""
+        """Return the statistics of no rows."""
 
         def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(num_experts, columns, dtype=dtype, device=device)
@@ -65,7 +65,7 @@ class QuantizationStatistics:
         )
 
     def __add__(self, other: "QuantizationStatistics") -> "QuantizationStatistics":
-        """Of the rows of both.
+        """Return the statistics of the rows of both.
 
         Raises:
             ValueError: the other has another number of experts.
@@ -73,7 +73,7 @@ class QuantizationStatistics:
         return self.clone().add_(other)
 
     def add_(self, other: "QuantizationStatistics") -> "QuantizationStatistics":
-        """`+`, into these tensors: a captured CUDA graph adds to them at every replay."""
+        """Add into these tensors in place: a captured CUDA graph adds to them at every replay."""
         if not isinstance(other, QuantizationStatistics):
             raise TypeError(f"other is {type(other).__name__}; it must be QuantizationStatistics")
         if other.counts.shape != self.counts.shape:
@@ -95,7 +95,7 @@ class QuantizationStatistics:
         )
 
     def total(self) -> "QuantizationStatistics":
-        """Over the experts: E is 1. A row counts as often as it has experts."""
+        """Sum over the experts, so that E is 1. A row counts once for each of its experts."""
         if not self.counts.shape[0]:
             return QuantizationStatistics.empty(1, self.counts.device)
         return QuantizationStatistics(
@@ -106,34 +106,34 @@ class QuantizationStatistics:
         )
 
     def count(self, name: str) -> torch.Tensor:
-        """One of `COUNTS`."""
+        """Return one of `COUNTS`, [E]."""
         if name not in COUNTS:
             raise ValueError(f"name is {name!r}; it must be one of {', '.join(COUNTS)}")
         return self.counts[:, COUNTS.index(name)]
 
     def share(self, name: str) -> torch.Tensor:
-        """A count of blocks over all blocks; NaN where there are none."""
+        """Return a count of blocks over all blocks; NaN where there are none."""
         return self.count(name) / self.count("blocks")
 
     def snr(self) -> torch.Tensor:
-        """Signal to noise in dB, 10 log10(sum x^2 / sum (x - decoded)^2); NaN without a signal."""
+        """Return the SNR in dB, 10 log10(sum x^2 / sum (x - decoded)^2); NaN without a signal."""
         signal, noise = self.energies.unbind(1)
         return 10 * torch.log10(signal / noise)
 
     def worst_snr(self) -> torch.Tensor:
-        """The same of the worst single row."""
+        """Return the signal-to-noise ratio of the worst single row, in dB."""
         return -10 * torch.log10(self.extremes[:, 2])
 
     def largest(self) -> torch.Tensor:
-        """The largest row maximum; NaN where every row is zero or not finite."""
+        """Return the largest row maximum; NaN where every row is zero or not finite."""
         return self._finite(self.extremes[:, 0])
 
     def least(self) -> torch.Tensor:
-        """The least row maximum above 0."""
+        """Return the least row maximum above 0."""
         return self._finite(-self.extremes[:, 1])
 
     def median(self) -> torch.Tensor:
-        """Of the row maxima, the lower of two: the middle of its bin, at most 12.5 % off.
+        """Return the lower median of the row maxima: the middle of its bin, at most 12.5 % off.
 
         In the outermost bins, too, it is never outside `least` ... `largest`.
         """
@@ -144,7 +144,7 @@ class QuantizationStatistics:
         return torch.minimum(torch.maximum(middle, self.least()), self.largest())
 
     def spread(self) -> torch.Tensor:
-        """log2(largest / median): the octaves that one scale for all rows takes from the median one."""
+        """Return log2(largest / median): the octaves that one scale for all rows costs the median."""
         return torch.log2(self.largest() / self.median())
 
     @staticmethod
@@ -152,11 +152,11 @@ class QuantizationStatistics:
         return torch.where(extreme.isfinite(), extreme, torch.nan)
 
     def __str__(self) -> str:
-        """A table, a line an expert that has rows, and one of all. It waits for the device."""
+        """Write a table: a line for each expert with rows, and one for all. It waits for the device."""
         return statistics_table(self.by_expert())
 
     def by_expert(self) -> "dict[str, QuantizationStatistics]":
-        """The experts that have rows, each by its name, and `all` together. It waits for the device."""
+        """Return the experts that have rows, by name, and `all` together. It waits for the device."""
         parts = {
             f"expert {e}": QuantizationStatistics(
                 self.counts[e : e + 1],
@@ -171,7 +171,7 @@ class QuantizationStatistics:
 
 
 def statistics_table(named: Mapping[str, QuantizationStatistics]) -> str:
-    """A table of text with a line for each name, over all its experts. It waits for the device.
+    """Write a table with a line for each name, over all its experts. It waits for the device.
 
     Shares are of blocks. `least`, `median` and `largest` are row maxima, `spread` the octaves between
     the last two. `SNR` and `worst` (row) are in dB. Counts of NaN, infinities and unmeasured rows follow

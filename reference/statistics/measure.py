@@ -31,7 +31,7 @@ def quantization_statistics(
     num_experts: int = 1,
     encode_scale: torch.Tensor | None = None,
 ) -> QuantizationStatistics:
-    """What quantizing rows does to them: quantizes them with the reference, and counts.
+    """Quantize rows with the reference, and count what that does to them.
 
     Args:
         x: [N, K] bf16 or fp16, K a multiple of 16; fp32 with `encode_scale` only, where it is already
@@ -70,7 +70,7 @@ def quantization_statistics(
 
 @kept
 def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> QuantizationStatistics:
-    """Of the weights [E, M, K] of E experts, quantized as `prepare_experts` does.
+    """Quantize the weights [E, M, K] of E experts as `prepare_experts` does, and count.
 
     Args:
         w: bf16 or fp16, K a multiple of 16; a row is a row of a matrix, [up; gate] share a scale.
@@ -85,14 +85,17 @@ def weight_statistics(w: torch.Tensor, recipe: Recipe | None = None) -> Quantiza
     encode = weight_encode_scale(w.abs().flatten(1).amax(1), recipe)
     place = torch.arange(num_experts, dtype=torch.int64, device=w.device)
     return quantization_statistics(
-        w.flatten(0, 1), recipe, experts=place[:, None].expand(-1, rows).reshape(-1),
-        num_experts=num_experts, encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
-    )  # fmt: skip
+        w.flatten(0, 1),
+        recipe,
+        experts=place[:, None].expand(-1, rows).reshape(-1),
+        num_experts=num_experts,
+        encode_scale=encode[:, None].expand(-1, rows).reshape(-1),
+    )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What `QuantizationStatistics` sums, of each row."""
+    """The values of each row that `QuantizationStatistics` sums."""
 
     counts: torch.Tensor  # [N, 10] int64
     maximum: torch.Tensor  # [N] fp32, NaN ignored
@@ -136,7 +139,7 @@ def _measure(x: torch.Tensor, recipe: Recipe, encode: torch.Tensor | None) -> _R
 def _quantize(
     x: torch.Tensor, recipe: Recipe, encode: torch.Tensor | None
 ) -> tuple[Quantized, torch.Tensor]:
-    """The rows with the steps of their arithmetic, and the decode scale [N] of each."""
+    """Quantize the rows, and return the steps of the arithmetic and the decode scale [N] of each row."""
     if encode is None:
         # A tensor: of a number the quantizer would make one on the host, and wait for its copy.
         g = torch.full((1,), recipe.base_scale_inv, dtype=torch.float32, device=x.device)
@@ -149,7 +152,7 @@ def _quantize(
 
 
 def _kept_scale(q: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
-    """(block scales before e4m3, where 4over6 kept the candidate of 4), [N, K/16] each."""
+    """Return the block scales before e4m3, and mark where 4over6 kept 4's candidate: [N, K/16] each."""
     scale = q.steps["block_scale"]
     if "error_of_4" not in q.steps:
         return scale, torch.zeros_like(scale, dtype=torch.bool)

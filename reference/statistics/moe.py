@@ -9,7 +9,7 @@ import torch
 from .counts import QuantizationStatistics, statistics_table
 
 INVALID = ("ids out of range", "NaN weights")
-"""Slots of ids and weights that a call was given: on the CPU such a call raises."""
+"""Invalid slots of the ids and weights of a call; on the CPU such a call raises."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class MoEStatistics:
 
     @classmethod
     def empty(cls, num_experts: int, device: torch.device | str | None = None) -> "MoEStatistics":
-        """Of no tokens."""
+        """Return the statistics of no tokens."""
         empty = QuantizationStatistics.empty
         invalid = torch.zeros(len(INVALID), dtype=torch.int64, device=device)
         return cls(empty(num_experts, device), empty(num_experts, device), invalid)
 
     def __add__(self, other: "MoEStatistics") -> "MoEStatistics":
-        """Of the tokens of both; ValueError if their numbers of experts differ."""
+        """Return the statistics of the tokens of both; ValueError if their numbers of experts differ."""
         return self.clone().add_(other)
 
     def add_(self, other: "MoEStatistics") -> "MoEStatistics":
-        """`+`, into these tensors."""
+        """Add into these tensors in place."""
         if not isinstance(other, MoEStatistics):
             raise TypeError(f"other is {type(other).__name__}; it must be MoEStatistics")
         self.hidden_states.add_(other.hidden_states)
@@ -50,11 +50,11 @@ class MoEStatistics:
         )
 
     def parts(self) -> dict[str, QuantizationStatistics]:
-        """Both by name."""
+        """Return both by name."""
         return {"hidden states": self.hidden_states, "intermediate": self.intermediate}
 
     def __str__(self) -> str:
-        """A table by expert, and what should not be there. It waits for the device."""
+        """Write a table by expert, and the invalid slots. It waits for the device."""
         lines = statistics_table(
             {
                 f"{what}, {name}": statistics
@@ -80,7 +80,7 @@ class LayerStatistics(Mapping[str, MoEStatistics]):
         self._layers: dict[str, MoEStatistics] = {}
 
     def record(self, layer: str, result: tuple[torch.Tensor, MoEStatistics]) -> torch.Tensor:
-        """Add what `fused_moe(..., stats=True)` returned; its output."""
+        """Add the statistics that `fused_moe(..., stats=True)` returned, and return its output."""
         output, statistics = result
         if layer in self._layers:
             self._layers[layer].add_(statistics)
@@ -98,7 +98,7 @@ class LayerStatistics(Mapping[str, MoEStatistics]):
         return len(self._layers)
 
     def __str__(self) -> str:
-        """A table by layer, of all experts together. It waits for the device."""
+        """Write a table by layer, over all experts. It waits for the device."""
         lines = [
             statistics_table(
                 {
@@ -114,6 +114,6 @@ class LayerStatistics(Mapping[str, MoEStatistics]):
 
 
 def _invalid_slots(prefix: str, statistics: MoEStatistics) -> list[str]:
-    """A line for each count of `INVALID` that is not 0."""
+    """Write a line for each count of `INVALID` that is not 0."""
     counts = zip(INVALID, statistics.invalid.tolist(), strict=True)
     return [f"{prefix}{count} slots with {what}" for what, count in counts if count]

@@ -1,11 +1,11 @@
-"""A table of text."""
+"""Tables of text."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
 
 
 def aligned(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells under their heads: names to the left, numbers to the right.
+    """Write lines of cells under their heads: names to the left, numbers to the right.
 
     Cells that have no head follow at the end of their line.
     """

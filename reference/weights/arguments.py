@@ -20,7 +20,7 @@ _ROUNDS_TO_0 = 2.0**-150  # half of the least positive number of fp32
 
 @dataclass(frozen=True)
 class Options:
-    """What may go with the weights of n experts, by the names and in the units of `prepare_experts`.
+    """The options of n experts beside their weights, with names and units of `prepare_experts`.
 
     None means that the experts have none. `check_options` checks the fields, which may hold anything.
     """
@@ -111,7 +111,7 @@ def check_options(
     hidden: int,
     like: tuple[str, torch.Tensor],
 ) -> None:
-    """What goes with the weights of some experts, `rows` rows of the first GEMM of each."""
+    """Check the options of experts, each of which has `rows` rows in the first GEMM."""
     given = options.given()
     for name, size in (("w13_bias", rows), ("w2_bias", hidden)):
         if name in given:

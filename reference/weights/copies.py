@@ -25,7 +25,7 @@ class Layout:
     refresh: Callable[[Experts, slice], None]
 
     def is_in(self, experts: Experts) -> bool:
-        """Whether the experts hold the copy."""
+        """Return True if the experts hold the copy."""
         return getattr(experts, self.field) is not None
 
 

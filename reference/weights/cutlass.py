@@ -45,9 +45,15 @@ def with_cutlass(experts: Experts) -> Experts:
         )
     w1, w1_scales, w2, w2_scales = _natural(experts, slice(None))
     weights = CutlassWeights(
-        w1, w1_scales, encode1.reshape(()), gate,
-        w2, w2_scales, encode2.reshape(()), experts.output2_scale_scalar,
-    )  # fmt: skip
+        w1,
+        w1_scales,
+        encode1.reshape(()),
+        gate,
+        w2,
+        w2_scales,
+        encode2.reshape(()),
+        experts.output2_scale_scalar,
+    )
     return replace(experts, cutlass=weights)
 
 

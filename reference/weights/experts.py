@@ -19,9 +19,15 @@ from .writers import WriterName
 
 _WEIGHTS = ("gemm1_weights", "gemm2_weights")
 _ALWAYS = (
-    *_WEIGHTS, "gemm1_weights_scale", "gemm2_weights_scale", "output1_scale_scalar",
-    "output1_scale_gate_scalar", "output2_scale_scalar", "input_scale", "intermediate_scale",
-)  # fmt: skip
+    *_WEIGHTS,
+    "gemm1_weights_scale",
+    "gemm2_weights_scale",
+    "output1_scale_scalar",
+    "output1_scale_gate_scalar",
+    "output2_scale_scalar",
+    "input_scale",
+    "intermediate_scale",
+)
 """The tensors that `Experts.__repr__` does not list by name."""
 
 

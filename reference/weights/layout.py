@@ -1,4 +1,4 @@
-"""Where FlashInfer's TRT-LLM kernels want the rows of weights, and the way back.
+"""The order of weight rows in FlashInfer's TRT-LLM kernels, and its inverse.
 
 The first GEMM's rows are [up; gate], interleaved row by row and shuffled; block scales are shuffled
 alike and lie in 128x4. Source: flashinfer-python 0.7.2, `fused_moe/prepare.py:468-672` and

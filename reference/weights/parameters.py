@@ -1,4 +1,4 @@
-"""What a layer is prepared with beside its weights, in physical units, on its way into their tensors."""
+"""The parameters of a layer beside its weights, in physical units, and their tensors."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .scalars import (
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of E experts. Names and units: `prepare_experts`."""
+    """The parameters of E experts, with names and units of `prepare_experts`."""
 
     activation: ActivationType
     w13_bias: torch.Tensor | None  # [E, rows]
@@ -32,17 +32,18 @@ class Parameters:
     def of(
         cls, weights: torch.Tensor, activation: ActivationType, options: Options
     ) -> "Parameters":
-        """Of as many experts as `weights` has, on their device."""
+        """Return the parameters of as many experts as `weights` has, on their device."""
         experts, device = len(weights), weights.device
         alpha, beta, limit = (
             per_expert(value, experts, device)
             for value in (options.alpha, options.beta, options.clamp_limit)
         )
         input_scale, intermediate_scale = (
-            None if amax is None
+            None
+            if amax is None
             else torch.full((1,), static_encode_scale(amax), dtype=torch.float32, device=device)
             for amax in (options.input_amax, options.intermediate_amax)
-        )  # fmt: skip
+        )
         biases = options.w13_bias, options.w2_bias
         return cls(activation, *biases, alpha, beta, limit, input_scale, intermediate_scale)
 
@@ -53,7 +54,7 @@ class Parameters:
 
     @property
     def most_encode_scales(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """Of the weights of the two GEMMs."""
+        """The largest encode scales of the weights of both GEMMs."""
         return (
             most_encode_scale(self.input_scale, largest_added(self.w13_bias, self.added_beta)),
             most_encode_scale(self.intermediate_scale, largest_added(self.w2_bias)),

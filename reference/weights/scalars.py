@@ -138,8 +138,9 @@ def raised(
     rounded = (halves.float() * ratio[:, :, None, None]).to(torch.float8_e4m3fn)
     kept = torch.where(
         low.reshape(ratio.shape)[:, :, None, None],
-        rounded.view(torch.uint8), halves.view(torch.uint8),
-    )  # fmt: skip
+        rounded.view(torch.uint8),
+        halves.view(torch.uint8),
+    )
     return kept.flatten(1, 2).view(scales.dtype), torch.where(low, least, decode)
 
 

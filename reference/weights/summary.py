@@ -1,4 +1,4 @@
-"""What `repr` prints of tensors: dtypes and shapes, never values."""
+"""Text for `repr`: dtypes and shapes of tensors, never values."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields

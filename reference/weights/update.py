@@ -120,14 +120,29 @@ def _jobs(
 ) -> tuple[Job, Job]:
     """Scalars as `assemble_experts` makes them of decode scales that gate and up share."""
     first = Job(
-        weights[0], amax[0], e.activation.gated, e.gemm1_weights[some],
-        e.gemm1_weights_scale[some], added[0], e.output1_scale_gate_scalar[some], e.input_scale,
-        e.output1_scale_scalar[some] if e.activation.linear_up else None, e.intermediate_scale,
-    )  # fmt: skip
+        weights[0],
+        amax[0],
+        e.activation.gated,
+        e.gemm1_weights[some],
+        e.gemm1_weights_scale[some],
+        added[0],
+        e.output1_scale_gate_scalar[some],
+        e.input_scale,
+        e.output1_scale_scalar[some] if e.activation.linear_up else None,
+        e.intermediate_scale,
+    )
     second = Job(
-        weights[1], amax[1], False, e.gemm2_weights[some], e.gemm2_weights_scale[some], added[1],
-        e.output2_scale_scalar[some], e.intermediate_scale, None, None,
-    )  # fmt: skip
+        weights[1],
+        amax[1],
+        False,
+        e.gemm2_weights[some],
+        e.gemm2_weights_scale[some],
+        added[1],
+        e.output2_scale_scalar[some],
+        e.intermediate_scale,
+        None,
+        None,
+    )
     return first, second
 
 

@@ -16,6 +16,6 @@ if TYPE_CHECKING:
     Find = Callable[[torch.device], tuple[Writer | None, str]]
 
 WriterName = Literal["auto", "reference", "triton"]
-"""What `Experts.load_` takes as `backend`."""
+"""The values of `backend` in `Experts.load_`."""
 WRITERS: "dict[str, Find]" = {}
 """By backend: what finds the writer for a device, or None and the reason why there is none."""

@@ -1,4 +1,4 @@
-"""What the environment says, against FlashInfer's own readers of it."""
+"""Our reading of the environment agrees with FlashInfer's own."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util

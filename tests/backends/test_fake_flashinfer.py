@@ -55,7 +55,7 @@ RUNS = [(name, backend) for name, c in CASES.items() for backend in c.backends]
 
 
 def outputs(case, backend):
-    """Of every configuration, by name."""
+    """Return the outputs of every configuration, by name."""
     request = case.request()
     assert request.capability == CAPABILITY
     found = {}
@@ -94,15 +94,23 @@ def test_every_tactic_is_advertised(backend):
     with fake_flashinfer.installed():
         found = list(outputs(layer.make(backend), backend))
     first, second = layers.CUTLASS_TACTICS
-    assert found[1:] == {
-        TRTLLM: [str(tactic) for tactic in layers.TRTLLM_TACTICS],
-        CUTLASS: [f"gemm1 {i}" for i in range(first)]
-        + [f"gemm2 {i}" for i in range(first, first + second - 1)],  # one does not fit
-        CUTE_DSL: [
-            json.dumps([128 * m, [[128 * m, n1], [m, 1], False], [[128 * m, n2], [m, c], False]])
-            for m in (1, 2) for n1 in (128, 256) for n2 in (128, 256) for c in (1, 2)
-        ],
-    }[backend]  # fmt: skip
+    assert (
+        found[1:]
+        == {
+            TRTLLM: [str(tactic) for tactic in layers.TRTLLM_TACTICS],
+            CUTLASS: [f"gemm1 {i}" for i in range(first)]
+            + [f"gemm2 {i}" for i in range(first, first + second - 1)],  # one does not fit
+            CUTE_DSL: [
+                json.dumps(
+                    [128 * m, [[128 * m, n1], [m, 1], False], [[128 * m, n2], [m, c], False]]
+                )
+                for m in (1, 2)
+                for n1 in (128, 256)
+                for n2 in (128, 256)
+                for c in (1, 2)
+            ],
+        }[backend]
+    )
 
 
 def test_tactics_add_in_different_ways():
@@ -429,10 +437,11 @@ def test_every_compiled_function_has_its_stand_in():
 class TestBinding:
     later = version.Versions((0, 7, 4))
     function = compiled.Compiled(
-        "x.cu", "f",
+        "x.cu",
+        "f",
         (Argument("a"), Argument("new", versions=later), Argument("b"), Argument("buffer")),
         frozenset({"buffer"}),
-    )  # fmt: skip
+    )
 
     def made(self):
         class Layer:

@@ -52,7 +52,7 @@ DEFAULTS = {
     "expanded_idx_to_permuted_idx": None,
     "out_scale": None,
 }
-"""Of flashinfer-python 0.7.2's nvfp4_quantize; the first two have none, the last its own sentinel."""
+"""The defaults of nvfp4_quantize in flashinfer-python 0.7.2; two have none, the last a sentinel."""
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_names_and_values_of_its_enums(flashinfer):
 
 @pytest.fixture
 def called(flashinfer, monkeypatch):
-    """What flashinfer.nvfp4_quantize was called with; torch.tensor, which breaks capture, raises."""
+    """Record the arguments of flashinfer.nvfp4_quantize; torch.tensor, which breaks capture, raises."""
     calls = []
     signature = inspect.signature(flashinfer.nvfp4_quantize)
 

@@ -41,9 +41,14 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 
 @pytest.mark.parametrize(
     ("text", "parsed"),
-    [("0.7.2.post1", (0, 7, 2)), ("0.7", (0, 7)), ("0.7.4rc1", (0, 7, 4)), ("1.0.0+cu13", (1, 0, 0)),
-     ("unknown", ())],
-)  # fmt: skip
+    [
+        ("0.7.2.post1", (0, 7, 2)),
+        ("0.7", (0, 7)),
+        ("0.7.4rc1", (0, 7, 4)),
+        ("1.0.0+cu13", (1, 0, 0)),
+        ("unknown", ()),
+    ],
+)
 def test_versions_are_read(text, parsed):
     assert version.parsed(text) == parsed
 
@@ -58,9 +63,17 @@ def test_a_range_has_its_beginning_and_not_its_end():
 
 @pytest.mark.parametrize(
     ("installed", "described"),
-    [(None, False), ((), False), ((0, 6, 18), False), ((0, 7), True), (CITED, True),
-     ((0, 7, 3), False), (NEW, True), ((0, 7, 5), False)],
-)  # fmt: skip
+    [
+        (None, False),
+        ((), False),
+        ((0, 6, 18), False),
+        ((0, 7), True),
+        (CITED, True),
+        ((0, 7, 3), False),
+        (NEW, True),
+        ((0, 7, 5), False),
+    ],
+)
 def test_the_described_versions(monkeypatch, installed, described):
     pretend(monkeypatch, version=installed)
     assert version.HERE.is_described == described

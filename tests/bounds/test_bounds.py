@@ -206,7 +206,7 @@ def test_bounds_given_an_intermediate():
 
 
 def test_bounds_without_their_error_would_be_wrong(monkeypatch):
-    """What makes the intervals wide is needed: a heavy-tailed call leaves narrower ones."""
+    """The terms that widen the intervals are needed: a heavy-tailed call leaves narrower ones."""
     x, w = products(4096, n=16, m=64)
     zero = replace(CONTIGUOUS, per_term=0.0, per_step=0.0)
     found = sum_of_products(Interval.point(x), w, zero)

@@ -28,16 +28,27 @@ def case_of(kind=ActivationType.Swiglu, seed=0, shape=SHAPE):
 
 def bounds_of(case, **options):
     return fused_moe_bounds(
-        case.activations, case.experts, case.ids, case.weights,
-        variant="cutlass", finalize_order="slot", **options,
-    )  # fmt: skip
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        variant="cutlass",
+        finalize_order="slot",
+        **options,
+    )
 
 
 def output_of(case, stages=None, *, variant="cutlass", recipe=None):
     return moe.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, stages=stages, variant=variant,
-        recipe=recipe, finalize_order="slot",
-    ).output  # fmt: skip
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        stages=stages,
+        variant=variant,
+        recipe=recipe,
+        finalize_order="slot",
+    ).output
 
 
 @pytest.mark.parametrize("kind", GATED + PLAIN, ids=lambda k: k.name)

@@ -1,4 +1,4 @@
-"""What a routing kernel may choose and weigh: approximate kernels are inside, mistakes are outside."""
+"""Bounds of routing: approximate kernels are inside, mistakes are outside."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
@@ -147,7 +147,7 @@ def test_approximate_kernels_are_inside(routing, dtype):
 
 
 def test_near_ties_are_chosen_either_way():
-    """What the test above has: kernels that choose other experts, and order them otherwise."""
+    """The test above has kernels that choose other experts, and that order them otherwise."""
     args = given(Routing(M.Sigmoid, 5), tokens=256)
     want = route(*args).ids
     ids, _ = KERNELS["tanh.approx, of either sign"].route(*args)
@@ -250,8 +250,10 @@ def test_all_sets_are_found(wanted):
         groups = None
         if wanted.grouped:
             slack = 1 + 2.0**-24
-            two = [torch.tensor(end).view(wanted.n_group, -1).sort(1, descending=True).values
-                   for end in (low, high)]  # fmt: skip
+            two = [
+                torch.tensor(end).view(wanted.n_group, -1).sort(1, descending=True).values
+                for end in (low, high)
+            ]
             sums = [end[:, :2].sum(1) for end in two]
             groups = sums[0].div(slack).tolist(), sums[1].mul(slack).tolist()
         want = every_set(low, high, x[t].tolist(), wanted, groups)
@@ -338,9 +340,16 @@ def output_of(case, ids, weights, order="flashinfer"):
 
 
 @pytest.mark.parametrize(
-    "wanted", [Routing(M.Sigmoid, 4), Routing(M.MiniMax2, 6), Routing(M.Default, 4),
-               Routing(M.Renormalize, 4), GROUPED], ids=name,
-)  # fmt: skip
+    "wanted",
+    [
+        Routing(M.Sigmoid, 4),
+        Routing(M.MiniMax2, 6),
+        Routing(M.Default, 4),
+        Routing(M.Renormalize, 4),
+        GROUPED,
+    ],
+    ids=name,
+)
 def test_the_output_of_approximate_kernels_is_inside(wanted):
     case = layer()
     args = given(wanted, tokens=SHAPE.tokens)
@@ -371,7 +380,7 @@ def test_a_token_with_too_many_sets_is_unknown():
 
 
 def test_slots_in_another_order_are_inside():
-    """Where the order is not known; the heavy cancellation makes it show in fp32."""
+    """The order is not known; the heavy cancellation makes it show in fp32."""
     case = layer()
     wanted = Routing(M.Sigmoid, 4)
     logits = torch.full((SHAPE.tokens, EXPERTS), -4.0)
@@ -408,10 +417,18 @@ def test_what_a_case_allows():
     wanted = Routing(M.Sigmoid, 4)
     logits = near_ties(SHAPE.tokens, EXPERTS)
     chosen = route(logits, wanted)
-    given = {"topk": MoECase("given", case.activations, case.experts, wanted, EXPERTS,
-                             ids=chosen.ids, weights=chosen.weights_bf16),
-             "logits": MoECase("routed", case.activations, case.experts, wanted, EXPERTS,
-                               logits=logits)}  # fmt: skip
+    given = {
+        "topk": MoECase(
+            "given",
+            case.activations,
+            case.experts,
+            wanted,
+            EXPERTS,
+            ids=chosen.ids,
+            weights=chosen.weights_bf16,
+        ),
+        "logits": MoECase("routed", case.activations, case.experts, wanted, EXPERTS, logits=logits),
+    }
     allowed = {what: c.allowed() for what, c in given.items()}
     for what, c in given.items():
         assert_inside(c.reference(), allowed[what], what)
@@ -426,9 +443,14 @@ def test_what_a_case_of_cutlass_allows():
     experts = with_cutlass(static.experts)
     for build in ("cutlass", "cuda"):
         case = MoECase(
-            build, static.activations, experts, Routing(M.Renormalize, 4), EXPERTS,
-            logits=logits_of(SHAPE.tokens, EXPERTS), build=build,
-        )  # fmt: skip
+            build,
+            static.activations,
+            experts,
+            Routing(M.Renormalize, 4),
+            EXPERTS,
+            logits=logits_of(SHAPE.tokens, EXPERTS),
+            build=build,
+        )
         allowed = case.allowed()
         assert_inside(case.reference(), allowed, build)
         other = replace(case, build="cuda" if build == "cutlass" else "cutlass")
@@ -436,7 +458,7 @@ def test_what_a_case_of_cutlass_allows():
 
 
 def test_an_interval_of_weights():
-    """Of either sign, or both: the ends of the products are at corners."""
+    """Intervals of either sign, or of both: the ends of the products are at corners."""
     case = layer()
     g = torch.Generator().manual_seed(3)
     centre = torch.randn(case.ids.shape, generator=g)

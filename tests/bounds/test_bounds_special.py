@@ -1,4 +1,4 @@
-"""What the intervals say of numbers that fp32 cannot hold: overflow, underflow, NaN."""
+"""Intervals of numbers that fp32 cannot hold: overflow, underflow, NaN."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
@@ -84,9 +84,17 @@ def test_a_hull_of_numbers_and_nan_claims_nothing():
 
 
 def test_products_in_any_association():
-    """Of three factors whose parts overflow, underflow, both, or neither."""
-    factors = torch.tensor([[1e30, 1e30, 1e-30], [1e-30, 1e-30, 1e30], [1e30, 1e30, 1e-38],
-                            [3.0, 5.0, 7.0], [1e30, 1e30, 1e30], [1e30, 1e30, 0.0]])  # fmt: skip
+    """Three factors have partial products that overflow, underflow, both, or neither."""
+    factors = torch.tensor(
+        [
+            [1e30, 1e30, 1e-30],
+            [1e-30, 1e-30, 1e30],
+            [1e30, 1e30, 1e-38],
+            [3.0, 5.0, 7.0],
+            [1e30, 1e30, 1e30],
+            [1e30, 1e30, 0.0],
+        ]
+    )
     x, y, z = (f[:, None] for f in factors.T)
     found = Product.of(Interval.point(x)).times(y).times(z).result()
     for got in ((x * y) * z, x * (y * z), (x * z) * y):
@@ -136,8 +144,16 @@ def test_every_association_flushed_or_not(count):
 def test_sums_that_overflow(accumulation):
     """One way for sure, one way perhaps, both ways, and operands that are not finite."""
     big = 3e38
-    x = torch.tensor([[big, big, 1.0, 0.0], [big, big, -big, 1.0], [big, big, -big, -big],
-                      [INF, 1.0, 2.0, -big], [INF, -INF, 0.0, 0.0], [NAN, 1.0, 0.0, 0.0]])  # fmt: skip
+    x = torch.tensor(
+        [
+            [big, big, 1.0, 0.0],
+            [big, big, -big, 1.0],
+            [big, big, -big, -big],
+            [INF, 1.0, 2.0, -big],
+            [INF, -INF, 0.0, 0.0],
+            [NAN, 1.0, 0.0, 0.0],
+        ]
+    )
     w = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
     found = sum_of_products(Interval.point(x), w, accumulation)
     assert ends(found[0, 0]) == [INF, INF] and found.low[0, 1] == pytest.approx(big)
@@ -200,8 +216,13 @@ def test_a_token_that_must_be_nan(kind, value):
 
 
 def test_a_reduction_of_what_is_not_finite():
-    parts = torch.tensor([[INF, INF, 3e38, 3e38, NAN, -3e38], [-INF, 1.0, 3e38, 3e38, 1.0, 1.0],
-                          [1.0, 1.0, -3e38, 1.0, 1.0, -3e38]]).bfloat16()  # fmt: skip
+    parts = torch.tensor(
+        [
+            [INF, INF, 3e38, 3e38, NAN, -3e38],
+            [-INF, 1.0, 3e38, 3e38, 1.0, 1.0],
+            [1.0, 1.0, -3e38, 1.0, 1.0, -3e38],
+        ]
+    ).bfloat16()
     found = all_reduce_bounds([Interval.point(p) for p in parts], *[torch.bfloat16] * 2)
     assert found.nan.tolist() == [True, False, False, False, True, False]
     assert found.low[1] == INF and found.low[3] == INF and found.high[5] == -INF
@@ -213,9 +234,14 @@ def test_flashinfer_alone_may_drop_one_of_two_equal_ids():
     ids = made.ids.clone()
     ids[1, 1] = ids[1, 0]
     case = MoECase(
-        "", made.activations, made.experts, Routing(RoutingMethodType.Renormalize, ids.shape[1]),
-        4, ids=ids, weights=made.weights,
-    )  # fmt: skip
+        "",
+        made.activations,
+        made.experts,
+        Routing(RoutingMethodType.Renormalize, ids.shape[1]),
+        4,
+        ids=ids,
+        weights=made.weights,
+    )
     dropped = ids.clone()
     dropped[1, 1] = -1
     got = moe.fused_moe(case.activations, case.experts, dropped, made.weights).output

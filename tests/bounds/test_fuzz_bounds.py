@@ -39,8 +39,14 @@ def test_no_false_alarm_on_a_gpu():
 
 def test_the_kinds_are_all_drawn():
     kinds = [Kind.draw(seed) for seed in range(1000)]
-    for name, values in (("activation", 10), ("mode", 3), ("build", 3), ("recipe", 36),
-                         ("output_dtype", 3), ("finalize_order", 2)):  # fmt: skip
+    for name, values in (
+        ("activation", 10),
+        ("mode", 3),
+        ("build", 3),
+        ("recipe", 36),
+        ("output_dtype", 3),
+        ("finalize_order", 2),
+    ):
         assert len({getattr(k, name) for k in kinds}) == values, name
     assert len({k.routing.method for k in kinds if k.routed}) == 10
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says is not trusted: types, counts, links, kinds of files, names."""
+"""A checkpoint's folder is not trusted: types, counts, links, kinds of files, names."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json
@@ -91,8 +91,10 @@ WRONG = [
     (compressed(config_groups={"a b": GROUP | {"weights": 4}}), 'groups."a b".weights is 4'),
     (compressed(ignore=["re:("]), 'ignore[0] is "re:(", a pattern that is not served: it is no'),
     (compressed(ignore=["x*"] * 5001), "ignore has 5001 patterns with wildcards; at most 5000"),
-    (modelopt(quantized_layers={f"a{i}*": {} for i in range(5001)}),
-     "quantized_layers has 5001 patterns with wildcards; at most 5000"),
+    (
+        modelopt(quantized_layers={f"a{i}*": {} for i in range(5001)}),
+        "quantized_layers has 5001 patterns with wildcards; at most 5000",
+    ),
     (config(num_experts=0), "num_experts is 0; it must be a whole number from 1"),
     (config(num_experts="4"), 'num_experts is "4"; it must be a whole number from 1'),
     (config(num_experts=float("nan")), "num_experts is NaN; it must be a whole number"),
@@ -100,7 +102,7 @@ WRONG = [
     (config(hidden_act=["silu"]), "hidden_act is an array of 1; it must be a string"),
     ({"model.safetensors.index.json": {"weight_map": {}}}, "weight_map is {}; it must be an obj"),
     ({"model.safetensors.index.json": {"weight_map": {"a": 1}}}, "weight_map.a is 1; it must be"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("files", "wanted"), WRONG, ids=[wanted[:40] for _, wanted in WRONG])
@@ -322,9 +324,11 @@ def test_names_are_utf_8_under_any_locale(sources, tmp_path):
         "convert(sys.argv[1], sys.argv[2]); load_experts(sys.argv[2], 0)"
     )
     environment = os.environ | {
-        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
         "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    }
     command = [sys.executable, "-c", code, folder, tmp_path / "ascii"]
     ran = subprocess.run(command, env=environment, capture_output=True)
     assert ran.returncode == 0, ran.stderr.decode()

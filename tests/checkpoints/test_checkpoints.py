@@ -36,7 +36,7 @@ QWEN = NAMINGS["qwen3-moe"]
 
 
 def assembled(parts: dict, naming: Naming, rows: slice = slice(None), **static: float) -> Experts:
-    """What the parts of a layer must become, without any checkpoint."""
+    """Return the experts that the parts of a layer must become, without any checkpoint."""
     first = [parts[p] for p in ("up", "gate") if p in parts]
     decode = torch.stack([p["decode"][rows] for p in first], 1)
     return assemble_experts(
@@ -150,8 +150,11 @@ def test_layers_are_found_by_number_and_by_name(tmp_path):
     folder = write(tmp_path / "c", [tensors], dict(QWEN.config), hf_quant_config=modelopt_config())
     found = find_layers(Folder(folder))
     assert [(x.index, x.module.split(".")[0]) for x in found] == [
-        (0, "model"), (0, "mtp"), (9, "model"), (10, "model"),
-    ]  # fmt: skip
+        (0, "model"),
+        (0, "mtp"),
+        (9, "model"),
+        (10, "model"),
+    ]
     assert_same_experts(load_experts(folder, draft.of(0)), assembled(parts, QWEN))
     with pytest.raises(CheckpointError, match=r"2 have that number.*mtp\.layers\.0\.mlp\.experts"):
         load_experts(folder, 0)

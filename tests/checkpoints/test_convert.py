@@ -147,9 +147,12 @@ def test_everything_else_is_copied(tmp_path):
     before, after = bytes_of(tmp_path / "src"), bytes_of(tmp_path / "dst")
     shards = {n for n in before if n.endswith(".safetensors")}
     assert set(after) == shards | {
-        "config.json", "hf_quant_config.json", "model.safetensors.index.json",
-        "tokenizer.json", "more/a.py",
-    }  # fmt: skip
+        "config.json",
+        "hf_quant_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "more/a.py",
+    }
     assert after["more/a.py"] == before["more/a.py"]
     index = json.loads(after["model.safetensors.index.json"])
     size = 0
@@ -174,13 +177,17 @@ def test_the_configuration_says_what_is_nvfp4(tmp_path):
     assert outer["producer"]["name"] == "modelopt"
     assert outer["quantization"]["quant_algo"] == "NVFP4"
     left = outer["quantization"]["exclude_modules"]
-    assert left == config["quantization_config"]["ignore"] == [
-        "lm_head",
-        "model.layers.*.mlp.gate",
-        "model.layers.*.mlp.shared_experts.up_proj",
-        "model.layers.*.self_attn.q_proj",
-        "model.layers.1.mlp.experts*",
-    ]  # fmt: skip
+    assert (
+        left
+        == config["quantization_config"]["ignore"]
+        == [
+            "lm_head",
+            "model.layers.*.mlp.gate",
+            "model.layers.*.mlp.shared_experts.up_proj",
+            "model.layers.*.self_attn.q_proj",
+            "model.layers.1.mlp.experts*",
+        ]
+    )
 
 
 def test_excluded_experts_are_left_alone(tmp_path):

@@ -27,7 +27,7 @@ from nvfp4_moe.cli.convert import RECIPES
 
 
 class Killed(BaseException):
-    """What no handler of errors takes for one."""
+    """An exception that no handler of errors catches."""
 
 
 def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:
@@ -87,13 +87,20 @@ def test_killed_at_every_operation_on_a_file(tmp_path):
     paths = os.pathsep.join(map(str, (ROOT, SUPPORT)))
     ran = subprocess.run(
         [sys.executable, SUPPORT / "convert_kills.py", tmp_path / "src", tmp_path / "made"],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     operations = Counter(ran.stdout.split())
     assert set(operations) == {
-        "fsync", "open", "os.mkdir", "os.remove", "os.rename", "shutil.copyfile",
-    }  # fmt: skip
+        "fsync",
+        "open",
+        "os.mkdir",
+        "os.remove",
+        "os.rename",
+        "shutil.copyfile",
+    }
     assert operations["os.rename"] == 9 and operations["fsync"] > 18
 
 

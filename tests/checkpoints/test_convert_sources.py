@@ -88,9 +88,14 @@ def test_gpt_oss(transposed, tmp_path):
     tensors[f"{P}.down_proj_bias"] = b["down"]
     folder = converted(tmp_path, tensors, {"model_type": "gpt_oss", "swiglu_limit": 5.0})
     want = prepare_experts(
-        W.w13, W.down, w13_bias=torch.cat((b["up"], b["gate"]), 1), w2_bias=b["down"],
-        alpha=1.702, beta=1.0, clamp_limit=5.0,
-    )  # fmt: skip
+        W.w13,
+        W.down,
+        w13_bias=torch.cat((b["up"], b["gate"]), 1),
+        w2_bias=b["down"],
+        alpha=1.702,
+        beta=1.0,
+        clamp_limit=5.0,
+    )
     assert_same_experts(load_experts(folder, 0), want)
 
 
@@ -133,9 +138,13 @@ def fp8_parts(kind, w):
         m = getattr(w, name).float()
         experts, rows, columns = m.shape
         n, k = {
-            "tensor": (rows, columns), "row": (1, columns), "block": (128, 128),
-            "e8m0 block": (128, 128), "mx": (1, 32), "other block": (64, 32),
-        }[kind]  # fmt: skip
+            "tensor": (rows, columns),
+            "row": (1, columns),
+            "block": (128, 128),
+            "e8m0 block": (128, 128),
+            "mx": (1, 32),
+            "other block": (64, 32),
+        }[kind]
         tiles = m.reshape(experts, rows // n, n, columns // k, k)
         scales = (tiles.abs().amax((2, 4)) / 448).clamp(min=1e-6)
         scales = powers(scales) if kind in ("e8m0 block", "mx") else scales
@@ -165,13 +174,19 @@ FP8_SOURCES = {
     "MXFP8": ("mx", "weight_scale", BYTES, fp8_config("modelopt", quant_algo="MXFP8")),
     "per tensor": ("tensor", "weight_scale", None, fp8_config(activation_scheme="static")),
     "per tensor, ModelOpt": (
-        "tensor", "weight_scale", None, fp8_config("modelopt", quant_algo="FP8"),
+        "tensor",
+        "weight_scale",
+        None,
+        fp8_config("modelopt", quant_algo="FP8"),
     ),
     "per row": (
-        "row", "weight_scale", None, fp8_config("compressed-tensors", format="float-quantized"),
+        "row",
+        "weight_scale",
+        None,
+        fp8_config("compressed-tensors", format="float-quantized"),
     ),
     "per row in bf16": ("row", "weight_scale", torch.bfloat16, fp8_config("fbgemm_fp8")),
-}  # fmt: skip
+}
 """By name: the scales, their kind, their dtype if not fp32, and what the configuration says."""
 
 

@@ -50,7 +50,11 @@ INVALID = {
     ),
     "K 0": ({"a": CASE.a[:, :0]}, ValueError, "a has K = 0"),
     "K of b": ({"b": CASE.b_rows[:, :64].T}, ValueError, "b has 64 rows; .*K/2 = 128"),
-    "b upright": ({"b": CASE.b_rows.T.contiguous()}, ValueError, r"b has strides \(64, 1\); .*column-"),
+    "b upright": (
+        {"b": CASE.b_rows.T.contiguous()},
+        ValueError,
+        r"b has strides \(64, 1\); .*column-",
+    ),
     "b elsewhere": ({"b": CASE.b_rows.to("meta").T}, ValueError, "b is on meta; it must be on a's"),
     "scales none": ({"a_descale": None}, TypeError, "a_descale is None; it must be a tensor"),
     "scales fp32": ({"b_descale": CASE.b_scales.float().T}, ValueError, "b_descale is float32"),
@@ -96,7 +100,7 @@ INVALID = {
         ValueError,
         "out is on meta",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -137,9 +141,11 @@ def test_every_dtype_of_the_same_bytes():
     want = mm_fp4(**GOOD)
     fp4, e4m3 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
     other = {
-        "a": CASE.a.view(fp4), "b": CASE.b_rows.view(fp4).T,
-        "a_descale": CASE.a_scales.view(e4m3), "b_descale": CASE.b_scales.view(e4m3).T,
-    }  # fmt: skip
+        "a": CASE.a.view(fp4),
+        "b": CASE.b_rows.view(fp4).T,
+        "a_descale": CASE.a_scales.view(e4m3),
+        "b_descale": CASE.b_scales.view(e4m3).T,
+    }
     assert_bitwise(mm_fp4(**GOOD | other), want, "native dtypes")
     flat = {"a_descale": CASE.a_scales.flatten(), "b_descale": CASE.b_scales.flatten()}
     assert_bitwise(mm_fp4(**GOOD | flat), want, "flat scales")
@@ -185,9 +191,13 @@ def meta(m=128, n=256, k=512, *, alpha="none", **changes):
 
     size = {"none": 0, "scalar": 1, "rows": m}[alpha]
     arguments = replace(
-        case, a=empty(m, k // 2), b_rows=empty(n, k // 2), a_scales=empty(rows, padded),
-        b_scales=empty(columns, padded), alpha=empty(size, dtype=torch.float32) if size else None,
-    ).arguments  # fmt: skip
+        case,
+        a=empty(m, k // 2),
+        b_rows=empty(n, k // 2),
+        a_scales=empty(rows, padded),
+        b_scales=empty(columns, padded),
+        alpha=empty(size, dtype=torch.float32) if size else None,
+    ).arguments
     if changes.get("use_8x4_sf_layout"):
         arguments["a_descale"] = empty(-(-m // 8) * 8, padded)
     return arguments | changes

@@ -48,21 +48,40 @@ def compile_dense(
     none = [] if native else ["x_sf_ptr"]
     none += ["w_sf_ptr"] if config.decoded else []
     constants = dict.fromkeys(none) | {
-        "BY_ROW": by_row, "X_TILE": x_tile, "BM": config.bm, "BN": config.bn, "BK": config.bk,
-        "STAGES": config.stages, "EVEN": even, "NATIVE": native, "ARCH": arch,
-    }  # fmt: skip
+        "BY_ROW": by_row,
+        "X_TILE": x_tile,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "STAGES": config.stages,
+        "EVEN": even,
+        "NATIVE": native,
+        "ARCH": arch,
+    }
     types = {
-        "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8",
-        "w_ptr": "*bf16" if config.decoded else "*u8", "w_sf_ptr": "*u8", "alpha_ptr": "*fp32",
-        "out_ptr": out, "M": "i32", "N": "i32", "K4": "i32", "sf_tiles": "i32",
-    }  # fmt: skip
+        "x_ptr": "*u8" if native else "*bf16",
+        "x_sf_ptr": "*u8",
+        "w_ptr": "*bf16" if config.decoded else "*u8",
+        "w_sf_ptr": "*u8",
+        "alpha_ptr": "*fp32",
+        "out_ptr": out,
+        "M": "i32",
+        "N": "i32",
+        "K4": "i32",
+        "sf_tiles": "i32",
+    }
     aligned = [
         n for n in types if n not in (*constants, "M", "sf_tiles", *([] if even else ["K4"]))
     ]
     return compile_kernel(
-        dense_gemm_kernel, arch, types, constants, aligned, num_warps=config.warps,
+        dense_gemm_kernel,
+        arch,
+        types,
+        constants,
+        aligned,
+        num_warps=config.warps,
         maxnreg=config.registers,
-    )  # fmt: skip
+    )
 
 
 def test_the_table_has_every_kind():
@@ -100,9 +119,14 @@ def test_decoding(arch, layout, operand, tmp_path):
         "FRAGMENTS": False, "SLOTS": 0, "ARCH": arch,
     }  # fmt: skip
     types = {
-        "codes_ptr": "*u16", "sf_ptr": "*u8", "out_ptr": "*bf16", "R": "i32", "NB": "i32",
-        "padded": "i32", "sf_columns": "i32",
-    }  # fmt: skip
+        "codes_ptr": "*u16",
+        "sf_ptr": "*u8",
+        "out_ptr": "*bf16",
+        "R": "i32",
+        "NB": "i32",
+        "padded": "i32",
+        "sf_columns": "i32",
+    }
     aligned = ("codes_ptr", "sf_ptr", "out_ptr", "NB", "padded", "sf_columns")
     kernel = compile_kernel(decode_kernel, arch, types, constants, aligned, num_warps=4)
     assert resources(kernel, tmp_path) == (0, 0)

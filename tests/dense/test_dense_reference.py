@@ -18,7 +18,7 @@ from nvfp4_moe.reference.recipe import SfLayout
 
 
 def swizzled(row: int, block: int, blocks: int, tile: int) -> int:
-    """Where a block scale lies, from the formulas of `reference/layouts.py`."""
+    """Return the offset of a block scale, from the formulas of `reference/layouts.py`."""
     start = (row // tile) * (-(-blocks // 4)) + block // 4
     if tile == 8:
         return start * 32 + row % 8 * 4 + block % 4
@@ -60,11 +60,15 @@ def test_every_element_is_the_formula(alpha, use_8x4, dtype):
 
 @settings(max_examples=25)
 @given(
-    m=st.integers(0, 40), n=st.integers(1, 40), blocks=st.integers(1, 12), seed=st.integers(0, 99),
-    alpha=st.sampled_from(dense_cases.ALPHAS), use_8x4=st.booleans(),
-)  # fmt: skip
+    m=st.integers(0, 40),
+    n=st.integers(1, 40),
+    blocks=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    alpha=st.sampled_from(dense_cases.ALPHAS),
+    use_8x4=st.booleans(),
+)
 def test_exact_sums_have_intervals_of_one_value(m, n, blocks, seed, alpha, use_8x4):
-    """Where no sum rounds: before alpha, and with one that is a power of two."""
+    """No sum rounds: before alpha, and with an alpha that is a power of two."""
     case = dense_cases.coarse(m, n, 16 * blocks, alpha="none", use_8x4=use_8x4, seed=seed)
     case = replace(case, alpha=dense_cases.alpha_of(alpha, max(m, 1), exact=True))
     if m == 0 and alpha == "rows":

@@ -94,9 +94,11 @@ def test_beyond_two_to_the_31():
     m = 2**31 // 4096 + 256
     case = dense_cases.coarse(128, 4096, 64)
     tall = replace(
-        case.to("cuda"), a=case.a.cuda().repeat(m // 128, 1),
-        a_scales=case.a_scales.cuda().repeat(m // 128, 1), alpha=case.alpha.cuda().repeat(m // 128),
-    )  # fmt: skip
+        case.to("cuda"),
+        a=case.a.cuda().repeat(m // 128, 1),
+        a_scales=case.a_scales.cuda().repeat(m // 128, 1),
+        alpha=case.alpha.cuda().repeat(m // 128),
+    )
     got = dense_cases.output_of(tall, "cuda")
     want = reference.mm_fp4(**case.arguments)
     for tile in (0, m // 256, m // 128 - 1):

@@ -1,4 +1,4 @@
-"""What the probe of a backend's sums says of additions that are known."""
+"""The probe of a backend's sums, on additions that are known."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -64,7 +64,7 @@ def test_sums_in_16_bits(adding):
 
 
 def test_diff_withholds_its_judgement(monkeypatch):
-    """Of a backend that does not add as assumed; test_diff_moe has what becomes of its cells."""
+    """The backend does not add as assumed; test_diff_moe has the cells that follow."""
     monkeypatch.setattr(accumulation, "measure", lambda *_: accumulation.Sums(0, False, False))
     assert "NOT as assumed" in diff_moe._sums("triton", torch.device("cpu"))
     assert diff_moe._sums("reference", torch.device("cpu")) == ""

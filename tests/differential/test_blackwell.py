@@ -81,7 +81,7 @@ def test_nothing_of_flashinfers_ran(tmp_path, capsys):
 
 
 def test_ours_alone_is_not_what_was_asked_for(tmp_path, monkeypatch, capsys):
-    """Where no backend is named FlashInfer is asked for, however much of ours passed."""
+    """If no backend is named, FlashInfer is asked for, however much of ours passed."""
     verdicts = Section("verdicts", summary=True)
     verdicts.put("quantizers", "triton", Cell("identical", 148))
     verdicts.put("quantizers", "flashinfer:cuda", Cell("skipped", note="no GPU"))

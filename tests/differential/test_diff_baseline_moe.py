@@ -87,7 +87,7 @@ def test_exact_cases_are_one_output(offset):
 
 @pytest.mark.parametrize("towards", [0.0, torch.inf])
 def test_exact_cases_do_not_depend_on_the_last_bit_of_a_scale(towards):
-    """Of what a cubin quantizes the scale is not determined: an ulp of it must not show."""
+    """A cubin does not determine its scale: an ulp of it must not show."""
     want, quantize = exact_case("fp8 block").reference(), fp8.quantize_blocks
 
     def other(x, rows=1, least=fp8.LEAST):

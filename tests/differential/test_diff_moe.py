@@ -14,8 +14,13 @@ INTERPRETER = workers.INTERPRETER
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    names = ("Swiglu, per token", "Swiglu, bf16", "Swiglu, fp32 weights, slots in order",
-             "Swiglu, build cutlass", "Relu2, sums exact")  # fmt: skip
+    names = (
+        "Swiglu, per token",
+        "Swiglu, bf16",
+        "Swiglu, fp32 weights, slots in order",
+        "Swiglu, build cutlass",
+        "Relu2, sums exact",
+    )
     every = {c.name: c for c in moe_cases.cases()}
     monkeypatch.setattr(moe_cases, "cases", lambda: [every[name] for name in names])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

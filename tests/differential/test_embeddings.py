@@ -54,12 +54,14 @@ def test_the_fused_call_is_the_layer_where_nothing_is_rounded():
     """Weights on NVFP4's grid, activations not quantized: only bf16's roundings are left."""
     shapes = {"intermediate.dense": (768, 128), "output.dense": (128, 768)}
     weights = {name: (grid(*shape) / 64, grid(shape[0]) / 2) for name, shape in shapes.items()}
-    model = MiniLM({
-        f"encoder.layer.{layer}.{name}.{kind}": tensor
-        for layer in range(LAYERS)
-        for name, pair in weights.items()
-        for kind, tensor in zip(("weight", "bias"), pair, strict=True)
-    })  # fmt: skip
+    model = MiniLM(
+        {
+            f"encoder.layer.{layer}.{name}.{kind}": tensor
+            for layer in range(LAYERS)
+            for name, pair in weights.items()
+            for kind, tensor in zip(("weight", "bias"), pair, strict=True)
+        }
+    )
     given = x(torch.bfloat16)[:, :128].contiguous()
     found = layers_of("NVFP4 weights, bf16 activations", model, {})[0](given)
     wanted = layers_of(SPLIT, model, {})[0](given)
@@ -232,9 +234,13 @@ def test_the_page_has_what_the_script_makes():
     labels = [line.split(" | ")[0][2:] for line in made.splitlines() if line.startswith("| ")]
     methods = [SPLIT, *METHODS]
     assert labels[2:] == [
-        BASELINE, *methods, "layer", "---",
-        *(f"largest row maximum / smallest, {of}" for of in ("input", "intermediate")), *methods,
-    ]  # fmt: skip
+        BASELINE,
+        *methods,
+        "layer",
+        "---",
+        *(f"largest row maximum / smallest, {of}" for of in ("input", "intermediate")),
+        *methods,
+    ]
     assert "](embeddings.svg)" in page
     root = ElementTree.parse(DOCS / "embeddings.svg")
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]

@@ -83,7 +83,7 @@ def test_fewer_than_two_sides(sides, quick, capsys, tmp_path):
 
 
 def test_a_side_that_had_no_part(quick, capsys, tmp_path):
-    """What was compared is identical; golden outputs, which were named, there are none of the kind."""
+    """All that ran is identical, but golden outputs, which were named, do not exist for the kind."""
     arguments = ["--kind", "grid", "--recipes", "fast", "--rows", 2]
     status, printed, found, shown = diff(
         capsys, tmp_path, *arguments, "--backends", "reference,triton,golden"

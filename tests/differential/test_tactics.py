@@ -1,4 +1,4 @@
-"""What is asked of FlashInfer's tuner is what it asks itself, and what is forced is what runs."""
+"""The tuner of FlashInfer is asked as it asks itself, and a tactic that is forced runs."""
 
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
@@ -24,9 +24,11 @@ SHAPE = Shape(5, 128, 64, 4, 2)
 def request_of(shape=SHAPE, **changes):
     case = moe_cases.make(shape)
     given = {
-        "num_experts": shape.experts, "topk": (case.ids, case.weights),
-        "routing": Routing(RoutingMethodType.Renormalize, shape.top_k), "nvfp4_4over6": None,
-    }  # fmt: skip
+        "num_experts": shape.experts,
+        "topk": (case.ids, case.weights),
+        "routing": Routing(RoutingMethodType.Renormalize, shape.top_k),
+        "nvfp4_4over6": None,
+    }
     return make_moe_call(case.activations, case.experts, **given | changes)
 
 
@@ -54,12 +56,14 @@ def ask(flashinfer):
     config = autotuner.TuningConfig(
         dynamic_tensor_specs=(
             autotuner.DynamicTensorSpec(
-                (0,), (0,), get_hybrid_num_tokens_buckets(8192),
+                (0,),
+                (0,),
+                get_hybrid_num_tokens_buckets(8192),
                 lambda tokens: map_to_hybrid_bucket(tokens, 8192),
             ),
         ),
         inputs_pre_hook=lambda tensors: [tensors[0] + 1, "hooked"],
-    )  # fmt: skip
+    )
 
     def ask(op, *every, tokens=24):
         runners = [Runner(values) for values in every]
@@ -246,10 +250,14 @@ def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
     shape = replace(SHAPE, offset=1, local=2) if mode == "shares" else SHAPE
     case = moe_cases.make(shape, mode="per-token" if mode == "shares" else mode)
     request = make_moe_call(
-        case.activations, case.experts, num_experts=4, topk=(case.ids, case.weights),
-        routing=Routing(RoutingMethodType.Renormalize, 2), nvfp4_4over6=None,
+        case.activations,
+        case.experts,
+        num_experts=4,
+        topk=(case.ids, case.weights),
+        routing=Routing(RoutingMethodType.Renormalize, 2),
+        nvfp4_4over6=None,
         local_expert_offset=shape.offset,
-    )  # fmt: skip
+    )
     every = flashinfer_tactics.configurations("triton", request)
     for c in (every[1], every[-1]):
         launched.clear()

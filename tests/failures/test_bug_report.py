@@ -179,9 +179,12 @@ def test_the_other_layers(layer, tmp_path, monkeypatch):
     failure = moe_failure("per-token" if cute else "static")
     make = nvfp4_moe.with_cute_dsl if cute else nvfp4_moe.with_cutlass
     case = replace(
-        failure.case, experts=make(failure.case.experts), recipe=Recipe(),
-        build="cute-dsl" if cute else "cutlass", exact=not cute,
-    )  # fmt: skip
+        failure.case,
+        experts=make(failure.case.experts),
+        recipe=Recipe(),
+        build="cute-dsl" if cute else "cutlass",
+        exact=not cute,
+    )
     failure = replace(failure, case=case, backend=layer.NAME)
     path = tmp_path / "case.safetensors"
     save_moe(path, failure)

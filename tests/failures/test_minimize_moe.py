@@ -45,10 +45,15 @@ def same(actual, expected):
 def call(shape=SHAPE, activation=GATED, mode="per-token", **options):
     made = moe_cases.make(shape, activation, mode, **options)
     return MoECase(
-        "made", made.activations, made.experts,
-        Routing(RoutingMethodType.Renormalize, shape.top_k), shape.experts, ids=made.ids,
-        weights=made.weights, local_expert_offset=shape.offset,
-    )  # fmt: skip
+        "made",
+        made.activations,
+        made.experts,
+        Routing(RoutingMethodType.Renormalize, shape.top_k),
+        shape.experts,
+        ids=made.ids,
+        weights=made.weights,
+        local_expert_offset=shape.offset,
+    )
 
 
 def everything(activation, shape=SHAPE):
@@ -238,7 +243,7 @@ def test_what_needs_two_slots_and_a_place():
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_exact_call_stays_exact(exact, monkeypatch):
-    """What would have several right outputs is not asked about; here calls of fewer columns would."""
+    """Calls with several right outputs are not tried; here calls of fewer columns would have them."""
     asked = []
 
     def fails(case):

@@ -82,11 +82,16 @@ def moe_failures():
     routed = moe_failure()
     routing = Routing(RoutingMethodType.DeepSeekV3, 2, 2, 1, 2.5)
     yield replace(
-        routed, case=replace(
-            routed.case, ids=None, weights=None, logits=torch.randn(3, 6, generator=g),
-            routing=routing, routing_bias=torch.randn(6, generator=g).bfloat16(),
+        routed,
+        case=replace(
+            routed.case,
+            ids=None,
+            weights=None,
+            logits=torch.randn(3, 6, generator=g),
+            routing=routing,
+            routing_bias=torch.randn(6, generator=g).bfloat16(),
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("failure", list(moe_failures()), ids=range(8))

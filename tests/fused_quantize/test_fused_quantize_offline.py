@@ -21,9 +21,14 @@ def compile_producer(arch, kind, columns, recipe=Recipe(), dtype=BF16, values=Fa
     none += [] if kind is k.ADD_RMSNORM else ["residual_ptr"]
     none += ["weight_ptr"] if kind is k.SILU_AND_MUL else []
     constants = dict.fromkeys(none) | {
-        "KIND": kind.value, "RECIPE": recipe.code, "DTYPE": dtype.value,
-        "LAYOUT": int(SfLayout.layout_128x4), "ROWS": rows, "BLOCKS": blocks, "ARCH": arch,
-    }  # fmt: skip
+        "KIND": kind.value,
+        "RECIPE": recipe.code,
+        "DTYPE": dtype.value,
+        "LAYOUT": int(SfLayout.layout_128x4),
+        "ROWS": rows,
+        "BLOCKS": blocks,
+        "ARCH": arch,
+    }
     if columns == 16:  # Triton makes a constant of an argument that is 1
         constants["NB"] = 1
     half = "*bf16" if dtype is BF16 else "*fp16"

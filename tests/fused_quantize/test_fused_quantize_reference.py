@@ -41,7 +41,7 @@ def test_exp_is_within_an_ulp_and_a_half():
 
 
 def test_silu_of_every_number_is_inside_the_interval():
-    """Of fp64's, given exp within 2 ulp, one sum, one quotient and one product: 6 * 2^-23.
+    """The interval is fp64's +- 6 * 2^-23: exp within 2 ulp, one sum, one quotient and one product.
 
     Below -88.7 the exponential is infinite, and at most 89 * 2^-128 is lost.
     """
@@ -112,9 +112,11 @@ def test_the_doors_are_the_two_steps(dtype, layout):
     residual = producer_cases.matrix(9, 64, dtype, seed=4)
     recipe = Recipe("exact", NVFP44Over6Config(256), "cute-dsl")
     options = {
-        "sfLayout": layout, "nvfp4_4over6": recipe.four_over_six, "fast_math": False,
+        "sfLayout": layout,
+        "nvfp4_4over6": recipe.four_over_six,
+        "fast_math": False,
         "build": "cute-dsl",
-    }  # fmt: skip
+    }
 
     def two(values, r):
         return quantize_per_token(values, r.base_scale_inv, r, layout)

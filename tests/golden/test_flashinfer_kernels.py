@@ -9,7 +9,7 @@ from oracle.cases import Golden, Outcome, load
 from oracle.implementations import REFERENCE, triton
 
 EVERY = 4
-"""Of the cases, which takes half a minute."""
+"""One case in so many runs; they take half a minute."""
 
 
 @pytest.fixture(scope="module")

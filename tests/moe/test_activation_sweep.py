@@ -46,9 +46,17 @@ def function_kernel(x_ptr, y_ptr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def activation_kernel(
-    up_ptr, gate_ptr, y_ptr, scale, gate_scale, alpha_ptr, beta_ptr, limit_ptr,
-    ACT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    up_ptr,
+    gate_ptr,
+    y_ptr,
+    scale,
+    gate_scale,
+    alpha_ptr,
+    beta_ptr,
+    limit_ptr,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     up, gate = tl.load(up_ptr + i), tl.load(gate_ptr + i)
     alpha = _per_expert(alpha_ptr, 0)  # Triton 3.6 has no tuple of None
@@ -163,10 +171,14 @@ def of_reference(kind, up, gate, e):
 
     raw = torch.stack((up, gate), 1) if kind.gated else gate[:, None]
     return activate(
-        raw, kind, e.output1_scale_scalar[0], e.output1_scale_gate_scalar[0],
-        alpha=first(e.gemm1_alpha), beta=first(e.gemm1_beta),
+        raw,
+        kind,
+        e.output1_scale_scalar[0],
+        e.output1_scale_gate_scalar[0],
+        alpha=first(e.gemm1_alpha),
+        beta=first(e.gemm1_beta),
         clamp_limit=first(e.gemm1_clamp_limit),
-    )[:, 0]  # fmt: skip
+    )[:, 0]
 
 
 def check_bounds(kind, device, implementation, parameters):

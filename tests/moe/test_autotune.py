@@ -74,9 +74,12 @@ def layer(case: Case, mode: str = "per-token", num_experts: int = 4, offset: int
     """A call of the case's layer without tokens, as `autotune_fused_moe` makes it."""
     states = torch.empty(0, case.experts.padded_hidden_size, dtype=torch.bfloat16)
     return KernelCall(
-        Activations(states), case.experts, num_experts, local_expert_offset=offset,
+        Activations(states),
+        case.experts,
+        num_experts,
+        local_expert_offset=offset,
         quantize=None if mode == "bf16" else mode,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -216,10 +219,7 @@ class TestInTheInterpreter:
 
         monkeypatch.setattr(launch, "_launch_gemm", miscompiled)
         case = make(Shape(5, 128, 128, 4, 2))
-        (tuned,) = autotune(
-            layer(case), [5], 2,
-            clock({WIDE: 1, TALL: 2, (TALL, TALL): 3}),
-        )  # fmt: skip
+        (tuned,) = autotune(layer(case), [5], 2, clock({WIDE: 1, TALL: 2, (TALL, TALL): 3}))
         assert tuned.chosen == (TALL, TALL)
         first, second = (m for m in tuned.measured if m.config == WIDE)
         assert first.us is None and "differs by" in first.dropped and second.us == 1
@@ -277,7 +277,7 @@ class TestInTheInterpreter:
 
 
 def test_slots_held_elsewhere_do_not_count():
-    """Of 256 experts' slots an eighth is here: 128 tokens an expert, not 1,024."""
+    """An eighth of 256 experts' slots is local: 128 tokens an expert, not 1,024."""
     case = make(Shape(1, 128, 64, 32, 1))
     assert local_slots(32768, case.experts, None) == 32768
     assert local_slots(32768, case.experts, 256) == 4096

@@ -225,11 +225,14 @@ def test_two_processes_write_one_file(folder):
     store(KEY, CONFIGS)
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            [sys.executable, "-c", WRITER],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     for writer, configs in zip(writers, (CONFIGS, OTHERS), strict=True):
         writer.stdin.write(repr((KEY, *configs)))
         writer.stdin.close()

@@ -222,13 +222,17 @@ def test_the_layer_by_loops(format):
         ({"format": "fp4"}, "format is 'fp4'; it must be one of bf16, fp8 per tensor"),
         ({"w13": torch.zeros(1, 256, 128)}, "w13 is torch.float32 of shape"),
         ({"w2": torch.zeros(1, 128, 256).bfloat16()}, "Swiglu it must be bf16 .1, 128, 128."),
-        ({"w13": torch.zeros(1, 128, 128).bfloat16(), "w2": torch.zeros(1, 128, 64).bfloat16()},
-         "H = 128 and I = 64 must be multiples of 128"),
+        (
+            {"w13": torch.zeros(1, 128, 128).bfloat16(), "w2": torch.zeros(1, 128, 64).bfloat16()},
+            "H = 128 and I = 64 must be multiples of 128",
+        ),
         ({"format": "fp8 per tensor", "input_amax": 1.0}, "intermediate_amax is None"),
-        ({"w13": torch.zeros(1, 128, 128).bfloat16(), "activation": RELU2},
-         "activation is Relu2; fp8 block has SwiGLU alone"),
+        (
+            {"w13": torch.zeros(1, 128, 128).bfloat16(), "activation": RELU2},
+            "activation is Relu2; fp8 block has SwiGLU alone",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(change, message):
     given = {
         "format": "fp8 block",
@@ -244,10 +248,14 @@ def test_bad_arguments(change, message):
 
 def request_of(experts, activations, ids, weights, shape):
     return BaselineCall(
-        activations, experts, adapter.flashinfer_weights(experts),
-        Routing(RoutingMethodType.Renormalize, shape.top_k), shape.experts, topk=(ids, weights),
+        activations,
+        experts,
+        adapter.flashinfer_weights(experts),
+        Routing(RoutingMethodType.Renormalize, shape.top_k),
+        shape.experts,
+        topk=(ids, weights),
         local_expert_offset=shape.offset,
-    )  # fmt: skip
+    )
 
 
 def trace_output(request):
@@ -272,9 +280,11 @@ def near(a, b):
 TRACED = {"bf16": STEP, "fp8 per tensor": STEP, "fp8 block": SWIGLU, "mxfp8": STEP}
 """The activation for which its trace reference undoes the preparation."""
 SHAPES = [
-    Shape(1, 128, 128, 4, 1), Shape(7, 256, 128, 8, 2, 3, 4), Shape(9, 128, 256, 6, 2),
+    Shape(1, 128, 128, 4, 1),
+    Shape(7, 256, 128, 8, 2, 3, 4),
+    Shape(9, 128, 256, 6, 2),
     Shape(5, 384, 128, 8, 8, 0, 2),
-]  # fmt: skip
+]
 
 
 def traced(format, shape):
@@ -283,9 +293,13 @@ def traced(format, shape):
         weights = torch.full_like(weights, 1 / shape.top_k)
     request = request_of(experts, activations, ids, weights, shape)
     return request, baseline_moe(
-        activations, experts, ids, weights, local_expert_offset=shape.offset,
+        activations,
+        experts,
+        ids,
+        weights,
+        local_expert_offset=shape.offset,
         round_intermediate=False,
-    ).output  # fmt: skip
+    ).output
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -308,8 +322,12 @@ def _other_scales(request):
 
 
 def _other_expert(request):
-    return {"gemm2_weights": request.weights["gemm2_weights"].view(torch.uint8).flip(0)
-            .view(request.weights["gemm2_weights"].dtype)}  # fmt: skip
+    return {
+        "gemm2_weights": request.weights["gemm2_weights"]
+        .view(torch.uint8)
+        .flip(0)
+        .view(request.weights["gemm2_weights"].dtype)
+    }
 
 
 FAULTS = [
@@ -335,16 +353,21 @@ def test_weights_are_those_of_flashinfers_preparation(format, kind):
     maxima = AMAX if format == "fp8 per tensor" else {}
     experts = prepare_baseline(format, w13, w2, kind, **maxima)
     given = {
-        "num_local_experts": 4, "hidden_size": 256, "intermediate_size": 128,
+        "num_local_experts": 4,
+        "hidden_size": 256,
+        "intermediate_size": 128,
         "activation": api.ReLU2() if kind == RELU2 else api.SwiGLU(),
-    }  # fmt: skip
+    }
     if format == "bf16":
         theirs = prepare.prepare_trtllm_bf16_weights(w13, w2, **given)
     else:
         theirs = prepare.prepare_trtllm_fp8_per_tensor_weights(
-            w13, w2, hidden_states_scale_global=experts.input_scale,
-            intermediate_scale_global=experts.intermediate_scale, **given,
-        )  # fmt: skip
+            w13,
+            w2,
+            hidden_states_scale_global=experts.input_scale,
+            intermediate_scale_global=experts.intermediate_scale,
+            **given,
+        )
     ours = adapter.flashinfer_weights(experts)
     for name, tensor in ours.items():
         assert_bitwise(tensor, theirs[name], name)
@@ -358,9 +381,13 @@ def test_fp8_block_weights_are_those_of_flashinfers_preparation():
     w13, w2 = moe_cases.weights_of(SHAPE, SWIGLU)
     deepseek = api.QuantFormat.DeepSeekFp8
     theirs = prepare.prepare_trtllm_fp8_block_weights(
-        w13, w2, quant=api.QuantConfig(deepseek, deepseek), num_local_experts=4,
-        hidden_size=256, intermediate_size=128,
-    )  # fmt: skip
+        w13,
+        w2,
+        quant=api.QuantConfig(deepseek, deepseek),
+        num_local_experts=4,
+        hidden_size=256,
+        intermediate_size=128,
+    )
     for name, tensor in adapter.flashinfer_weights(prepare_baseline("fp8 block", w13, w2)).items():
         assert_bitwise(tensor, theirs[name], name)
 

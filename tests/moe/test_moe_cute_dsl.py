@@ -1,4 +1,4 @@
-"""What is handed to FlashInfer's CuTe-DSL layer, read as its kernels read it, on the CPU.
+"""The arguments of FlashInfer's CuTe-DSL layer, read on the CPU as its kernels read them.
 
 Its own trace reference does not know the interleaving of up and gate, nor the layout of the scales.
 """
@@ -32,9 +32,11 @@ NAME = cute_dsl.NAME
 KINDS = [a for a in IMPLEMENTED if "cute-dsl" in a.row.flashinfer]
 DSL = Recipe(build="cute-dsl")
 SHAPES = [
-    Shape(1, 128, 64, 4, 1), Shape(7, 256, 192, 8, 3), Shape(5, 384, 64, 8, 8, 2, 3),
+    Shape(1, 128, 64, 4, 1),
+    Shape(7, 256, 192, 8, 3),
+    Shape(5, 384, 64, 8, 8, 2, 3),
     Shape(6, 208, 80, 4, 2),
-]  # fmt: skip
+]
 
 
 def arguments_of(case, shape, experts=None):
@@ -91,9 +93,14 @@ def as_the_kernels_do(a):
 
 def agree(got, case, shape):
     want = reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, recipe=DSL,
-        local_expert_offset=shape.offset, finalize_order="slot",
-    ).output.double()  # fmt: skip
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        recipe=DSL,
+        local_expert_offset=shape.offset,
+        finalize_order="slot",
+    ).output.double()
     return (got[:, : shape.hidden].double() - want).norm() <= 2e-3 * want.norm()
 
 
@@ -105,19 +112,25 @@ def test_the_arguments_mean_the_layer(shape, kind):
 
 
 FAULTS = {
-    "rows not interleaved": lambda a: a | {
-        "w1_weight": a["w1_weight"].reshape(4, -1, 2, 64, 128).transpose(1, 2).reshape(4, 256, 128)
-    },
-    "gate and up exchanged": lambda a: a | {
-        "w1_weight": a["w1_weight"].reshape(4, -1, 2, 64, 128).flip(2).reshape(4, 256, 128)
-    },
+    "rows not interleaved": lambda a: (
+        a
+        | {
+            "w1_weight": a["w1_weight"]
+            .reshape(4, -1, 2, 64, 128)
+            .transpose(1, 2)
+            .reshape(4, 256, 128)
+        }
+    ),
+    "gate and up exchanged": lambda a: (
+        a | {"w1_weight": a["w1_weight"].reshape(4, -1, 2, 64, 128).flip(2).reshape(4, 256, 128)}
+    ),
     "scales of another tile": lambda a: a | {"w1_weight_sf": a["w1_weight_sf"].flip(2)},
     "scales of an expert exchanged": lambda a: a | {"w2_weight_sf": a["w2_weight_sf"].flip(5)},
     "scalars exchanged": lambda a: a | {"w1_alpha": a["w1_alpha"].flip(0)},
     "second scalars exchanged": lambda a: a | {"w2_alpha": a["w2_alpha"].flip(0)},
     "base scale 1": lambda a: a | {"fc2_input_scale": torch.ones(1)},
     "per-token scale omitted": lambda a: a | {"per_token_scale": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -139,8 +152,11 @@ def test_the_layout_is_that_of_flashinfers_own_preparation():
 
     e, h, i = 3, 256, 192
     w13, w13_sf, w2, w2_sf = (
-        random(e, 2 * i, h // 2), random(e, 2 * i, h // 16), random(e, h, i // 2), random(e, h, i // 16)
-    )  # fmt: skip
+        random(e, 2 * i, h // 2),
+        random(e, 2 * i, h // 16),
+        random(e, h, i // 2),
+        random(e, h, i // 16),
+    )
     experts = nvfp4_moe.assemble_experts(w13, w13_sf, torch.ones(e), w2, w2_sf, torch.ones(e))
     ours = nvfp4_moe.with_cute_dsl(experts).cute_dsl
 
@@ -182,9 +198,11 @@ def explained(case=None, prepared=True, **changes):
     case = case or moe_cases.make(SHAPE)
     experts = nvfp4_moe.with_cute_dsl(case.experts) if prepared else case.experts
     given = {
-        "routing": (case.ids, case.weights), "capability": (10, 0), "build": "cute-dsl",
+        "routing": (case.ids, case.weights),
+        "capability": (10, 0),
+        "build": "cute-dsl",
         "finalize_order": "slot",
-    }  # fmt: skip
+    }
     return nvfp4_moe.explain_fused_moe(case.x, experts, **given | changes)
 
 
@@ -232,9 +250,12 @@ class TestExplain:
 def test_refused_parts_of_the_flashinfer_door():
     case = moe_cases.make(SHAPE)
     request = make_moe_call(
-        case.activations, nvfp4_moe.with_cute_dsl(case.experts), num_experts=8,
-        routing=Routing(RoutingMethodType.Renormalize, 2), topk=(case.ids, case.weights),
-    )  # fmt: skip
+        case.activations,
+        nvfp4_moe.with_cute_dsl(case.experts),
+        num_experts=8,
+        routing=Routing(RoutingMethodType.Renormalize, 2),
+        topk=(case.ids, case.weights),
+    )
     for changes, reason in (
         ({"do_finalize": False}, "do_finalize"),
         ({"lora_delta": torch.ones(1)}, "gemm1_lora_delta"),
@@ -268,9 +289,14 @@ def test_run_hands_the_arguments_over_and_drops_the_padding(monkeypatch):
     monkeypatch.setattr(FUSED_MOE, "refusal", lambda backend, r: None)
     into = torch.empty(6, 208, dtype=torch.bfloat16)
     request = make_moe_call(
-        case.activations, nvfp4_moe.with_cute_dsl(case.experts), num_experts=4,
-        routing=Routing(RoutingMethodType.Renormalize, 2), topk=(case.ids, case.weights),
-        finalize_order="slot", build="cute-dsl", output=into,
-    )  # fmt: skip
+        case.activations,
+        nvfp4_moe.with_cute_dsl(case.experts),
+        num_experts=4,
+        routing=Routing(RoutingMethodType.Renormalize, 2),
+        topk=(case.ids, case.weights),
+        finalize_order="slot",
+        build="cute-dsl",
+        output=into,
+    )
     (output,) = FUSED_MOE.serve(request, NAME)
     assert output is into and agree(output, case, shape)

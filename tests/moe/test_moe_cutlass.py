@@ -31,18 +31,23 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 NAME = cutlass.NAME
 SHAPE = Shape(3, 128, 64, 8, 2)
 SHAPES = [
-    Shape(1, 128, 64, 4, 1), Shape(7, 256, 192, 8, 3), Shape(5, 384, 64, 8, 8, 2, 2),
+    Shape(1, 128, 64, 4, 1),
+    Shape(7, 256, 192, 8, 3),
+    Shape(5, 384, 64, 8, 8, 2, 2),
     Shape(6, 208, 80, 4, 2),
-]  # fmt: skip
+]
 KINDS = [a for a in IMPLEMENTED if "cutlass" in a.row.flashinfer]
 
 
 def request_of(case, shape, **changes):
     given = {
-        "num_experts": shape.experts, "local_expert_offset": shape.offset,
-        "routing": Routing(RoutingMethodType.Renormalize, shape.top_k), "finalize_order": "slot",
-        "topk": (case.ids, case.weights), "build": "cutlass",
-    }  # fmt: skip
+        "num_experts": shape.experts,
+        "local_expert_offset": shape.offset,
+        "routing": Routing(RoutingMethodType.Renormalize, shape.top_k),
+        "finalize_order": "slot",
+        "topk": (case.ids, case.weights),
+        "build": "cutlass",
+    }
     return make_moe_call(case.activations, nvfp4_moe.with_cutlass(case.experts), **given | changes)
 
 
@@ -82,10 +87,12 @@ def as_the_kernels_do(a):
             w1 = weights(a["fc1_expert_weights"], sf1, e)
             first = ((w1 @ x[t]).float() * alpha1[e]).bfloat16().float()
             y = activate(
-                first[None], kind,
+                first[None],
+                kind,
                 **{"alpha": a["situ_beta"][e], "beta": a["situ_linear_beta"][e]}
-                if kind == ActivationType.Situ else {},
-            ).bfloat16()  # fmt: skip
+                if kind == ActivationType.Situ
+                else {},
+            ).bfloat16()
             q = quantize_global_scale(y, act2, Recipe())
             w2 = weights(a["fc2_expert_weights"], sf2, e)
             row = (w2 @ values(q.codes, q.block_scales)[0]).float() * alpha2[e]
@@ -95,9 +102,14 @@ def as_the_kernels_do(a):
 
 def agree(got, case, shape):
     want = reference.fused_moe(
-        case.activations, nvfp4_moe.with_cutlass(case.experts), case.ids, case.weights,
-        local_expert_offset=shape.offset, finalize_order="slot", variant="cutlass",
-    ).output.double()  # fmt: skip
+        case.activations,
+        nvfp4_moe.with_cutlass(case.experts),
+        case.ids,
+        case.weights,
+        local_expert_offset=shape.offset,
+        finalize_order="slot",
+        variant="cutlass",
+    ).output.double()
     return (got[:, : shape.hidden].double() - want).norm() <= 2e-3 * want.norm()
 
 
@@ -176,9 +188,12 @@ def installed(monkeypatch):
 def explained(**changes):
     case = moe_cases.make(SHAPE, mode="static")
     given = {
-        "routing": (case.ids, case.weights), "capability": (12, 0), "build": "cutlass",
-        "finalize_order": "slot", "activation": "static",
-    }  # fmt: skip
+        "routing": (case.ids, case.weights),
+        "capability": (12, 0),
+        "build": "cutlass",
+        "finalize_order": "slot",
+        "activation": "static",
+    }
     return nvfp4_moe.explain_fused_moe(
         case.x, nvfp4_moe.with_cutlass(case.experts), **given | changes
     )
@@ -251,8 +266,10 @@ def test_experts_that_it_cannot_hold():
     for experts, said in (
         (moe_cases.make(SHAPE).experts, "no input_amax"),
         (replace(static, intermediate_scale=None), "no intermediate_amax"),
-        (apart, "has one scalar"), (biased, "gemm2_bias"), (limited, "gemm1_clamp_limit"),
-    ):  # fmt: skip
+        (apart, "has one scalar"),
+        (biased, "gemm2_bias"),
+        (limited, "gemm1_clamp_limit"),
+    ):
         with pytest.raises(ValueError, match=said):
             nvfp4_moe.with_cutlass(experts)
 
@@ -276,9 +293,13 @@ def test_run_hands_the_arguments_over_and_drops_the_padding(monkeypatch):
 def test_the_door_serves_it_by_the_reference():
     case = moe_cases.make(SHAPE, mode="static")
     got = nvfp4_moe.fused_moe(
-        case.x, nvfp4_moe.with_cutlass(case.experts), (case.ids, case.weights),
-        activation="static", build="cutlass", finalize_order="slot",
-    )  # fmt: skip
+        case.x,
+        nvfp4_moe.with_cutlass(case.experts),
+        (case.ids, case.weights),
+        activation="static",
+        build="cutlass",
+        finalize_order="slot",
+    )
     want = reference.fused_moe(
         case.activations,
         case.experts,

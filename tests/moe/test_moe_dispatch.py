@@ -39,21 +39,25 @@ def keywords(case, shape=SHAPE, **changes):
         "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",
     )}  # fmt: skip
     scales = a.block_scales
-    return given | {
-        "hidden_states": a.hidden_states,
-        "hidden_states_scale": None if scales is None else scales.view(torch.float8_e4m3fn),
-        "per_token_scale": a.per_token_scale,
-        "routing_bias": None,
-        "num_experts": shape.experts,
-        "top_k": shape.top_k,
-        "n_group": None,
-        "topk_group": None,
-        "intermediate_size": e.padded_intermediate_size,
-        "local_expert_offset": shape.offset,
-        "local_num_experts": e.num_local,
-        "routed_scaling_factor": None,
-        "activation_type": int(e.activation),
-    } | changes  # fmt: skip
+    return (
+        given
+        | {
+            "hidden_states": a.hidden_states,
+            "hidden_states_scale": None if scales is None else scales.view(torch.float8_e4m3fn),
+            "per_token_scale": a.per_token_scale,
+            "routing_bias": None,
+            "num_experts": shape.experts,
+            "top_k": shape.top_k,
+            "n_group": None,
+            "topk_group": None,
+            "intermediate_size": e.padded_intermediate_size,
+            "local_expert_offset": shape.offset,
+            "local_num_experts": e.num_local,
+            "routed_scaling_factor": None,
+            "activation_type": int(e.activation),
+        }
+        | changes
+    )
 
 
 def from_logits(case, **changes):
@@ -71,8 +75,12 @@ def routed(case, topk, **changes):
 def test_signatures_are_flashinfers(name):
     theirs = pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
     every = inspect.signature(getattr(theirs, name)).parameters
-    since_new = {a.name for f in (trtllm.FROM_LOGITS, trtllm.ROUTED) for a in f.arguments
-                 if a.versions == version.SINCE_NEW}  # fmt: skip
+    since_new = {
+        a.name
+        for f in (trtllm.FROM_LOGITS, trtllm.ROUTED)
+        for a in f.arguments
+        if a.versions == version.SINCE_NEW
+    }
     want = {n: p for n, p in every.items() if n not in since_new}
     have = inspect.signature(getattr(nvfp4_moe, name)).parameters
     assert list(have)[: len(want)] == list(want)
@@ -88,10 +96,13 @@ def test_signatures_are_flashinfers(name):
 def test_from_logits(routing):
     case = moe_cases.make(SHAPE)
     (got,) = from_logits(
-        case, routing_method_type=int(routing.method), top_k=routing.top_k,
-        n_group=routing.n_group, topk_group=routing.topk_group,
+        case,
+        routing_method_type=int(routing.method),
+        top_k=routing.top_k,
+        n_group=routing.n_group,
+        topk_group=routing.topk_group,
         routed_scaling_factor=routing.routed_scaling_factor,
-    )  # fmt: skip
+    )
     r = route(logits_of(), routing)
     want = reference.fused_moe(case.activations, case.experts, r.ids, r.weights_bf16)
     assert_bitwise(got, want.output, str(routing))
@@ -140,10 +151,16 @@ def test_shared_experts():
     logits = logits_of()
     (got,) = nvfp4_moe.trtllm_fp4_block_scale_moe(
         **keywords(
-            case, routing_logits=logits, routing_method_type=2, n_group=4, topk_group=2,
-            routed_scaling_factor=2.5, num_fused_shared_experts=2, local_num_experts=8,
+            case,
+            routing_logits=logits,
+            routing_method_type=2,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            num_fused_shared_experts=2,
+            local_num_experts=8,
         )
-    )  # fmt: skip
+    )
     r = route(logits, DEEPSEEK)
     ids = torch.cat([r.ids, torch.tensor([[8, 9]] * 5, dtype=torch.int32)], 1)
     weights = torch.cat([r.weights_bf16, torch.ones(5, 2).bfloat16()], 1)
@@ -475,5 +492,9 @@ def test_logits_and_bias():
 
 def test_order_is_one_tuple():
     assert moe_backends.ORDER == (
-        "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
-    )  # fmt: skip
+        "flashinfer:trtllm",
+        "flashinfer:cute-dsl",
+        "flashinfer:cutlass",
+        "triton",
+        "reference",
+    )

@@ -41,10 +41,16 @@ def compile_gemm(arch: int, config: GemmConfig, activation: int):
     none += [] if native else ["x_sf_ptr"]
     none += ["gate_scale_ptr"] if activation == NONE.value else []
     constants = dict.fromkeys(none) | {
-        "X_DIVISOR": 0 if activation == NONE.value else 8, "ACT": activation, "BM": config.bm,
-        "BN": config.bn, "BK": config.bk, "STAGES": config.stages, "EVEN": True,
-        "NATIVE": native, "ARCH": arch,
-    }  # fmt: skip
+        "X_DIVISOR": 0 if activation == NONE.value else 8,
+        "ACT": activation,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "STAGES": config.stages,
+        "EVEN": True,
+        "NATIVE": native,
+        "ARCH": arch,
+    }
     types = {
         "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8",
         "w_ptr": "*bf16" if config.decoded else "*u8", "w_sf_ptr": "*u8",
@@ -54,9 +60,14 @@ def compile_gemm(arch: int, config: GemmConfig, activation: int):
     }  # fmt: skip
     aligned = [n for n in types if n not in (*constants, "first_expert", "num_experts", "tiles")]
     return compile_kernel(
-        expert_gemm_kernel, arch, types, constants, aligned, num_warps=config.warps,
+        expert_gemm_kernel,
+        arch,
+        types,
+        constants,
+        aligned,
+        num_warps=config.warps,
         maxnreg=config.registers,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,7 @@ def test_instructions(arch, instruction, tmp_path):
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_every_tile_fits_a_multiprocessor(arch):
-    """Of shared memory an sm_86 or sm_89 has 99 KiB for a program, which decoded weights exceed."""
+    """An sm_86 or sm_89 has 99 KiB of shared memory for a program, which decoded weights exceed."""
     for slots in (8, 4096, 32768, 1 << 20):
         for columns in (2048, 7168):
             config = gemm_config(slots, 128, columns, shared=shared_memory(arch))

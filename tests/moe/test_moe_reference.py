@@ -160,10 +160,15 @@ def test_ranks_add_up():
         fields = {
             name: getattr(case.experts, name)[local]
             for name in (
-                "gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale",
-                "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",
+                "gemm1_weights",
+                "gemm1_weights_scale",
+                "gemm2_weights",
+                "gemm2_weights_scale",
+                "output1_scale_scalar",
+                "output1_scale_gate_scalar",
+                "output2_scale_scalar",
             )
-        }  # fmt: skip
+        }
         mine = replace(case.experts, **fields)
         parts.append(
             moe.fused_moe(
@@ -218,9 +223,13 @@ def test_gate_and_up_may_have_scales_of_their_own():
     q2 = [quantize_global_scale(w, 1.0, Recipe()) for w in w2]
     decode = torch.tensor([[2.0, 0.5]]).expand(4, 2)
     weights = (
-        torch.stack([q.codes for q in q13]), torch.stack([q.block_scales for q in q13]), decode,
-        torch.stack([q.codes for q in q2]), torch.stack([q.block_scales for q in q2]), torch.ones(4),
-    )  # fmt: skip
+        torch.stack([q.codes for q in q13]),
+        torch.stack([q.block_scales for q in q13]),
+        decode,
+        torch.stack([q.codes for q in q2]),
+        torch.stack([q.block_scales for q in q2]),
+        torch.ones(4),
+    )
     e = assemble_experts(*weights)
     assert e.output1_scale_scalar.tolist() == [2.0] * 4
     assert e.output1_scale_gate_scalar.tolist() == [0.5] * 4

@@ -28,11 +28,17 @@ trace = pytest.importorskip("flashinfer.trace.templates.moe", reason="needs flas
 SHAPES = [
     Shape(t, h, i, e, k, offset, local)
     for t, h, i, e, k in (
-        (1, 128, 64, 4, 1), (3, 256, 128, 4, 2), (7, 128, 192, 8, 3), (5, 384, 64, 8, 8),
-        (16, 256, 256, 16, 4), (2, 256, 128, 32, 22), (9, 128, 128, 6, 2), (4, 512, 64, 5, 5),
+        (1, 128, 64, 4, 1),
+        (3, 256, 128, 4, 2),
+        (7, 128, 192, 8, 3),
+        (5, 384, 64, 8, 8),
+        (16, 256, 256, 16, 4),
+        (2, 256, 128, 32, 22),
+        (9, 128, 128, 6, 2),
+        (4, 512, 64, 5, 5),
     )
     for offset, local in ((0, None), (0, 2), (1, 3), (e - 2, 2))
-]  # fmt: skip
+]
 STEP = ActivationType.SwigluStep
 
 
@@ -54,9 +60,13 @@ def arguments_of(case, shape, experts=None, activations=None):
 
 def ours(case, shape):
     return reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights,
-        local_expert_offset=shape.offset, round_to_bf16=False,
-    ).output  # fmt: skip
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        local_expert_offset=shape.offset,
+        round_to_bf16=False,
+    ).output
 
 
 def ulps(a, b):
@@ -87,9 +97,12 @@ def test_biases_and_routing_weights(weights_dtype):
     shape = Shape(6, 256, 128, 4, 2)
     g = torch.Generator().manual_seed(9)
     case = moe_cases.make(
-        shape, STEP, weights_dtype=weights_dtype,
-        w13_bias=torch.randn(4, 256, generator=g), w2_bias=torch.randn(4, 256, generator=g),
-    )  # fmt: skip
+        shape,
+        STEP,
+        weights_dtype=weights_dtype,
+        w13_bias=torch.randn(4, 256, generator=g),
+        w2_bias=torch.randn(4, 256, generator=g),
+    )
     with_bias = ours(case, shape)
     assert agree(trace_output(arguments_of(case, shape)), with_bias)
     bare = replace(case.experts, gemm1_bias=None)

@@ -143,9 +143,13 @@ def test_batch_invariant(width, intermediate):
     def run(rows):
         part = Activations(a.hidden_states[rows], a.block_scales[rows], a.per_token_scale[rows])
         return _output(
-            part, e, ids[rows].contiguous(), w[rows].contiguous(), finalize_order="slot",
+            part,
+            e,
+            ids[rows].contiguous(),
+            w[rows].contiguous(),
+            finalize_order="slot",
             batch_invariant=True,
-        )  # fmt: skip
+        )
 
     token = 1234
     alone = run(torch.tensor([token], device="cuda"))[0]

@@ -1,4 +1,4 @@
-"""What goes in and out of routing: packed ids, shared experts, errors, limits, FlashInfer's traces."""
+"""Inputs and outputs of routing: packed ids, shared experts, errors, limits, FlashInfer's traces."""
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
@@ -199,9 +199,13 @@ def test_a_missing_bias_is_refused_without_groups(method):
 # - sigmoid is 1 / (1 + exp(-x)); the difference is in the last bits.
 # There is none for SigmoidRenorm, MiniMax2, Sigmoid and TopKSigmoid.
 TRACES = {
-    M.Default: "default", M.Renormalize: "renormalize", M.DeepSeekV3: "ds", M.Llama4: "llama4",
-    M.RenormalizeNaive: "renormalize_naive", M.TopK: "topk",
-}  # fmt: skip
+    M.Default: "default",
+    M.Renormalize: "renormalize",
+    M.DeepSeekV3: "ds",
+    M.Llama4: "llama4",
+    M.RenormalizeNaive: "renormalize_naive",
+    M.TopK: "topk",
+}
 
 
 def trace_route(monkeypatch, logits, routing, bias, num_shared=0):
@@ -216,9 +220,17 @@ def trace_route(monkeypatch, logits, routing, bias, num_shared=0):
         arguments |= {"n_group": routing.n_group or 1, "topk_group": routing.topk_group or 1}
         arguments |= {"num_fused_shared_experts": num_shared}
     tensors = dict.fromkeys(
-        ("hidden_states", "hidden_states_scale", "gemm1_weights", "gemm1_weights_scale",
-         "gemm1_bias", "gemm2_weights", "gemm2_weights_scale", "gemm2_bias")
-    )  # fmt: skip
+        (
+            "hidden_states",
+            "hidden_states_scale",
+            "gemm1_weights",
+            "gemm1_weights_scale",
+            "gemm1_bias",
+            "gemm2_weights",
+            "gemm2_weights_scale",
+            "gemm2_bias",
+        )
+    )
     weights, ids = reference(
         logits, bias, routed_scaling_factor=routing.routed_scaling_factor, **tensors, **arguments
     )

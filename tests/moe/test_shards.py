@@ -41,9 +41,12 @@ def biased(kind, **options):
     g = torch.Generator().manual_seed(3)
     rows = SHAPE.intermediate * (2 if kind.gated else 1)
     return moe_cases.make(
-        SHAPE, kind, w13_bias=torch.randn(3, rows, generator=g),
-        w2_bias=torch.randn(3, SHAPE.hidden, generator=g), **options,
-    )  # fmt: skip
+        SHAPE,
+        kind,
+        w13_bias=torch.randn(3, rows, generator=g),
+        w2_bias=torch.randn(3, SHAPE.hidden, generator=g),
+        **options,
+    )
 
 
 def arguments(case):
@@ -129,11 +132,14 @@ def test_selected_experts_are_those():
     assert part.num_local == 2
     parts = [
         fused_moe(
-            case.activations, select_experts(case.experts, first, count), case.ids, case.weights,
+            case.activations,
+            select_experts(case.experts, first, count),
+            case.ids,
+            case.weights,
             local_expert_offset=first,
         ).rows
         for first, count in ((0, 1), (1, 2))
-    ]  # fmt: skip
+    ]
     assert_bitwise(parts[0] + parts[1], fused_moe(*arguments(case)).rows, "rows")
     for first, count in ((0, 4), (3, 1), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"first is {first} and count {count}; there are 3"):
@@ -188,11 +194,15 @@ def test_all_reduce_of_experts_is_inside():
         given = {"output_dtype": travels, "finalize_order": "slot"}
         parts = [
             fused_moe(
-                case.activations, select_experts(case.experts, e, 1), case.ids, case.weights,
-                local_expert_offset=e, **given,
+                case.activations,
+                select_experts(case.experts, e, 1),
+                case.ids,
+                case.weights,
+                local_expert_offset=e,
+                **given,
             ).output
             for e in range(3)
-        ]  # fmt: skip
+        ]
         allowed = expert_parallel_bounds(*arguments(case), counts, reduce_dtype=travels, **given)
         for order in itertools.permutations(parts):
             assert_inside((order[0] + order[1]) + order[2], allowed, f"{travels}")

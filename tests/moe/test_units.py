@@ -24,10 +24,15 @@ def assembled(kind, decode, **options):
     rows = INNER * (2 if kind.gated else 1)
     zeros = {"dtype": torch.uint8, "device": "cpu"}
     return assemble_experts(
-        torch.zeros(E, rows, H // 2, **zeros), torch.zeros(E, rows, H // 16, **zeros), decode,
-        torch.zeros(E, H, INNER // 2, **zeros), torch.zeros(E, H, INNER // 16, **zeros),
-        torch.tensor([0.5, 3.0, 2.0**-9]), kind, **options,
-    )  # fmt: skip
+        torch.zeros(E, rows, H // 2, **zeros),
+        torch.zeros(E, rows, H // 16, **zeros),
+        decode,
+        torch.zeros(E, H, INNER // 2, **zeros),
+        torch.zeros(E, H, INNER // 16, **zeros),
+        torch.tensor([0.5, 3.0, 2.0**-9]),
+        kind,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["per token", "static"])

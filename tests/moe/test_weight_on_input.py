@@ -94,14 +94,22 @@ def test_two_experts_a_token_are_refused(experts, x, logits):
 
 def tensors(e):
     return {
-        "w13_weight": e.gemm1_weights, "w2_weight": e.gemm2_weights,
-        "w13_weight_scale": e.gemm1_weights_scale, "w2_weight_scale": e.gemm2_weights_scale,
-        "g1_scale_c": e.output1_scale_scalar, "g1_alphas": e.output1_scale_gate_scalar,
-        "g2_alphas": e.output2_scale_scalar, "w13_input_scale_quant": torch.ones(1),
-        "use_per_token_activation": True, "num_experts": EXPERTS, "local_expert_offset": 0,
-        "local_num_experts": EXPERTS, "intermediate_size": INTERMEDIATE, "activation_type": 3,
+        "w13_weight": e.gemm1_weights,
+        "w2_weight": e.gemm2_weights,
+        "w13_weight_scale": e.gemm1_weights_scale,
+        "w2_weight_scale": e.gemm2_weights_scale,
+        "g1_scale_c": e.output1_scale_scalar,
+        "g1_alphas": e.output1_scale_gate_scalar,
+        "g2_alphas": e.output2_scale_scalar,
+        "w13_input_scale_quant": torch.ones(1),
+        "use_per_token_activation": True,
+        "num_experts": EXPERTS,
+        "local_expert_offset": 0,
+        "local_num_experts": EXPERTS,
+        "intermediate_size": INTERMEDIATE,
+        "activation_type": 3,
         "router_weight_on_input": True,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("form", ["logits", "pair", "packed"])
@@ -141,16 +149,32 @@ def test_vllm_with_logits(method, experts, x, logits):
         _uses_post_gemm2_hook=lambda tokens: False,
     )  # fmt: skip
     got = vllm.apply_monolithic(
-        server, x, e.gemm1_weights, e.gemm2_weights, logits, SimpleNamespace(value="silu"), EXPERTS,
-        None, None, True,
-    )  # fmt: skip
+        server,
+        x,
+        e.gemm1_weights,
+        e.gemm2_weights,
+        logits,
+        SimpleNamespace(value="silu"),
+        EXPERTS,
+        None,
+        None,
+        True,
+    )
     assert_is_the_layer(got, e, x, logits)
     server.topk = 2
     with pytest.raises(UnsupportedError, match="top_k is 2"):
         vllm.apply_monolithic(
-            server, x, e.gemm1_weights, e.gemm2_weights, logits, SimpleNamespace(value="silu"),
-            EXPERTS, None, None, True,
-        )  # fmt: skip
+            server,
+            x,
+            e.gemm1_weights,
+            e.gemm2_weights,
+            logits,
+            SimpleNamespace(value="silu"),
+            EXPERTS,
+            None,
+            None,
+            True,
+        )
 
 
 @pytest.mark.gpu

@@ -198,7 +198,7 @@ def of_pack(results: Path) -> list[str]:
 
 
 def _letters(results: Path) -> str:
-    """Of the one function that a file has."""
+    """Return the letters of the one function that a file has."""
     (line,) = (line for line in results.read_text().splitlines() if not line.startswith("#"))
     return line.partition("cpu=")[2]
 

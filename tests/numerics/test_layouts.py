@@ -16,7 +16,7 @@ by_layout = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout:
 
 
 def offset(r: int, c: int, columns: int, layout: SfLayout) -> int:
-    """Where scale (r, c) of [R, columns] lies in the flat buffer."""
+    """Return the place of scale (r, c) of [R, columns] in the flat buffer."""
     c4 = -(-columns // 4) * 4
     if layout == SfLayout.layout_128x4:
         tile = (r // 128) * (c4 // 4) + c // 4

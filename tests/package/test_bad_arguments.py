@@ -368,7 +368,7 @@ BEYOND = {
     "convert": "there is no such folder",
     "load_experts": "there is no such folder",
 }
-"""What the right arguments of a function end in here."""
+"""The error that a function raises here with right arguments."""
 CASES = [(name, argument) for name, f in FUNCTIONS.items() for argument in f.wrong]
 
 

@@ -35,9 +35,15 @@ def case(monkeypatch):
         w = moe_speed.bf16_weights(s)
         # Large enough that activations matter, and limits.
         w = Weights(
-            w.w13 * 8, w.w2 * 8, w.activation, w.w13_bias, w.w2_bias, w.alpha, w.beta,
+            w.w13 * 8,
+            w.w2 * 8,
+            w.activation,
+            w.w13_bias,
+            w.w2_bias,
+            w.alpha,
+            w.beta,
             w.limit if limit is None else limit,
-        )  # fmt: skip
+        )
         return *moe_speed.inputs(s, tokens), w
 
     return make
@@ -231,9 +237,16 @@ def test_what_ends_a_script(arguments, message, monkeypatch, capsys):
 
 def compiled(t: Tiles, arch: int, *, first: bool, even: bool = True):
     constants = {
-        "weight_ptr" if first else "bias_ptr": None, "GATHER": first, "BM": t.bm, "BN": t.bn,
-        "BK": t.bk, "GROUP": t.group, "STAGES": t.stages, "EVEN": even, "ARCH": arch,
-    }  # fmt: skip
+        "weight_ptr" if first else "bias_ptr": None,
+        "GATHER": first,
+        "BM": t.bm,
+        "BN": t.bn,
+        "BK": t.bk,
+        "GROUP": t.group,
+        "STAGES": t.stages,
+        "EVEN": even,
+        "ARCH": arch,
+    }
     types = {
         "x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "weight_ptr": "*bf16",
         "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",

@@ -18,8 +18,11 @@ def check(device: str, *parts: str) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "caller_states.py"), device, *parts],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == list(STATES)

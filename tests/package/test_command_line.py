@@ -1,4 +1,4 @@
-"""What a command says, and its exit status, where it cannot do its work: one line, and no traceback."""
+"""A command that cannot do its work says why in one line, and exits with a status."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -233,9 +233,12 @@ def test_an_interrupt_of_the_import():
     """One line where the process is the command line; of others' programs it is no business."""
     for words, ours in (("-m", "nvfp4_moe", "diff"), True), (("mine.py",), False):
         child = subprocess.run(
-            [sys.executable, "-c", INTERRUPTED_IMPORT, "python", *words], cwd=ROOT, capture_output=True,
-            text=True, timeout=100,
-        )  # fmt: skip
+            [sys.executable, "-c", INTERRUPTED_IMPORT, "python", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
         if ours:
             assert child.returncode == Exit.INTERRUPTED
             assert child.stderr == "nvfp4-moe: interrupted; nothing was begun\n"
@@ -337,8 +340,11 @@ def test_help_needs_no_torch(words):
 def test_a_misspelt_option_needs_no_torch():
     child = subprocess.run(
         [sys.executable, "-c", LIGHT, "diff", "--oops"],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert child.returncode == Exit.USAGE and "unrecognized arguments: --oops" in child.stderr
     assert "AssertionError" not in child.stderr
 
@@ -380,9 +386,13 @@ assert main(["convert", sys.argv[1], sys.argv[2]]) == 0
 
 def test_without_triton(checkpoint, tmp_path):
     child = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON, checkpoint, tmp_path / "dst"], cwd=ROOT,
-        capture_output=True, text=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+        [sys.executable, "-c", WITHOUT_TRITON, checkpoint, tmp_path / "dst"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert child.returncode == 0 and "Traceback" not in child.stderr, child.stderr
     assert "triton               no: triton is not installed" in child.stdout
     assert "'triton (interpreter)', which cannot run here: Triton is not installed" in child.stderr

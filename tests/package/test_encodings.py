@@ -61,9 +61,13 @@ def test_what_counts_as_a_fault():
     ):
         assert faults(wrong), wrong
     for right in (
-        "p.read_text('utf-8')", "p.write_text(t, encoding='utf-8')", "open(p, 'rb')", "run(c)",
-        "run(c, text=True, encoding='utf-8')", "os.open(p, flags)",
-    ):  # fmt: skip
+        "p.read_text('utf-8')",
+        "p.write_text(t, encoding='utf-8')",
+        "open(p, 'rb')",
+        "run(c)",
+        "run(c, text=True, encoding='utf-8')",
+        "os.open(p, flags)",
+    ):
         assert not faults(right), right
 
 

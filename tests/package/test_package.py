@@ -50,6 +50,8 @@ reference. `cli` runs commands by the functions of the others, and nothing impor
 FLAT = {"__main__": {"cli", "report"}, "public": {"training"}}
 """The modules that lie flat in `nvfp4_moe/` and import one of its folders."""
 MOST_FLAT = 10
+MOST_FRAGMENTS = 20
+"""Docstrings that may begin with a fragment: write what the thing is or does, in a sentence."""
 REFERENCE = (
     "environment", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
     "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
@@ -150,7 +152,7 @@ def test_the_hooks_use_the_pinned_linter():
 
 
 def run(program: str) -> str:
-    """What a program prints in a process of its own."""
+    """Run a program in a process of its own, and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -380,6 +382,26 @@ def test_every_file_begins_with_its_docstring_and_licence():
         after = text.splitlines()[docstring[0].end_lineno :]
         comment = next((line for line in after if line), "")
         assert comment == "# SPDX-License-Identifier: Apache-2.0", f"{path}: {comment!r}"
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of the docstrings of a file, those of fields and constants too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Expr(ast.Constant(str() as text)):
+                yield node.lineno, text
+
+
+def test_docstrings_are_sentences():
+    """Few begin with a word that leaves out the subject, as "Of the rows" does."""
+    fragment = re.compile(r"(Of|What|Whether|How|Where|The same)\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in PYTHON
+        for line, text in docstrings(path)
+        if fragment.match(text)
+    ]
+    assert len(found) <= MOST_FRAGMENTS, "\n".join(found)
 
 
 def test_no_file_is_too_long():

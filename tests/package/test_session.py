@@ -1,4 +1,4 @@
-"""How a test session shares the machine, and what it says at the end."""
+"""A test session shares the machine, and ends with a summary."""
 
 # SPDX-License-Identifier: Apache-2.0
 import os

@@ -1,4 +1,4 @@
-"""What experts print as: two lines of shapes and facts, none of their values."""
+"""The text of experts: two lines of shapes and facts, none of their values."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
@@ -37,9 +37,12 @@ def test_two_lines():
 
 def test_what_they_hold_beside_the_weights():
     experts = prepare_experts(
-        *weights(gated=False), ActivationType.Relu2, input_amax=3.0, intermediate_amax=2.0,
+        *weights(gated=False),
+        ActivationType.Relu2,
+        input_amax=3.0,
+        intermediate_amax=2.0,
         w2_bias=torch.zeros(E, H),
-    )  # fmt: skip
+    )
     shown = repr(replace(experts, shard=(1, 2), router_weight_on_input=True))
     for told in ("Relu2", "scales static", "shard 1 of 2", "router's weights", "with gemm2_bias"):
         assert told in shown

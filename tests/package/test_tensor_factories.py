@@ -51,12 +51,19 @@ def test_every_factory_names_dtype_and_device(path):
 
 def test_what_counts_as_a_fault():
     for wrong in (
-        "torch.empty(3)", "torch.empty(3, dtype=d)", "torch.tensor(1.0, device=d)", "torch.Tensor(3)",
-        "torch.arange(4, device=x.device)", "torch.where(x, 1.0, -2.0)",
-    ):  # fmt: skip
+        "torch.empty(3)",
+        "torch.empty(3, dtype=d)",
+        "torch.tensor(1.0, device=d)",
+        "torch.Tensor(3)",
+        "torch.arange(4, device=x.device)",
+        "torch.where(x, 1.0, -2.0)",
+    ):
         assert faults(wrong), wrong
     for right in (
-        "torch.empty(3, dtype=a, device=b)", "x.new_empty(3)", "torch.where(x, y, 1.0)",
-        "torch.empty_like(x)", "1.0 / x",
-    ):  # fmt: skip
+        "torch.empty(3, dtype=a, device=b)",
+        "x.new_empty(3)",
+        "torch.where(x, y, 1.0)",
+        "torch.empty_like(x)",
+        "1.0 / x",
+    ):
         assert not faults(right), right

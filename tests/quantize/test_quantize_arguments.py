@@ -1,4 +1,4 @@
-"""What the reference quantizers take besides the matrix: row indices, scales, layouts, dtypes."""
+"""Arguments of the reference quantizers besides the matrix: row indices, scales, layouts, dtypes."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace

@@ -273,11 +273,17 @@ def test_what_is_not_proven_is_noted():
 
 
 PROVEN = (
-    TOKEN, TOKEN | {"nvfp4_4over6": FOUR}, {"fast_math": False}, {"sfLayout": 2},
-    {"build": "cute-dsl"}, {"nvfp4_4over6": FOUR}, {"a_global_sf": torch.ones(128)},
-    {"a": X.to(torch.float8_e4m3fn)}, TOKEN | {"out_scale": torch.ones(1)},
+    TOKEN,
+    TOKEN | {"nvfp4_4over6": FOUR},
+    {"fast_math": False},
+    {"sfLayout": 2},
+    {"build": "cute-dsl"},
+    {"nvfp4_4over6": FOUR},
+    {"a_global_sf": torch.ones(128)},
+    {"a": X.to(torch.float8_e4m3fn)},
+    TOKEN | {"out_scale": torch.ones(1)},
     TOKEN | {"expanded_idx_to_permuted_idx": INDEX},
-)  # fmt: skip
+)
 
 
 def test_what_the_golden_files_prove_has_no_note():

@@ -1,4 +1,4 @@
-"""What the contract treats apart, each case by name, with the bytes it must give.
+"""Special cases of the contract, each by name, with the bytes that it must give.
 
 Numbers are written out, not computed: bf16 rows of two blocks unless said otherwise. The CUDA build's
 are measured (`golden_edge`), the CuTe-DSL build's are from its source.

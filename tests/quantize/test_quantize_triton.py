@@ -139,9 +139,14 @@ def test_cuda_graph(layout):
 
     def call(r):
         return nvfp4_moe.nvfp4_quantize(
-            x, r.base_scale_inv, layout, per_token_activation=True, backend="triton",
-            nvfp4_4over6=r.four_over_six, fast_math=r.math == "fast",
-        )  # fmt: skip
+            x,
+            r.base_scale_inv,
+            layout,
+            per_token_activation=True,
+            backend="triton",
+            nvfp4_4over6=r.four_over_six,
+            fast_math=r.math == "fast",
+        )
 
     for recipe in recipes:
         call(recipe)  # compile

@@ -296,8 +296,10 @@ def test_the_report_of_a_run_with_three_planted_faults(browser, address, run_wit
     pictures = browser.find_elements(By.TAG_NAME, "svg")
     assert any(p.is_displayed() for p in pictures)
     assert {p.name for p in run_with_faults.iterdir()} == {
-        "report.html", "report.json", *(f"failure-0{i}.safetensors" for i in (1, 2, 3))
-    }  # fmt: skip
+        "report.html",
+        "report.json",
+        *(f"failure-0{i}.safetensors" for i in (1, 2, 3)),
+    }
     assert browser.get_log("browser") == []
     browser.get_log("performance")
     browser.get(address)  # which the fixture expects

@@ -54,10 +54,15 @@ def test_a_clean_report_has_no_failing_cases_of_an_earlier_one(quick, tmp_path):
     arguments = ["diff", "--kind", "grid", "--recipes", "fast", "--rows", "2", "--report", str(out)]
     assert main(arguments) == Exit.DONE
     assert {path.name for path in out.iterdir()} == {
-        "failure-02.safetensors", "failure-03.safetensors", "failure-04.safetensors",
-        "failure-05.safetensors", "failure-mine.safetensors", "mine.safetensors", "report.html",
+        "failure-02.safetensors",
+        "failure-03.safetensors",
+        "failure-04.safetensors",
+        "failure-05.safetensors",
+        "failure-mine.safetensors",
+        "mine.safetensors",
+        "report.html",
         "report.json",
-    }  # fmt: skip
+    }
 
 
 def test_a_report_of_all_removes_those_of_every_process(tmp_path, monkeypatch):

@@ -34,19 +34,23 @@ COMBINATIONS = [
     for server, known in SERVERS.items()
     for backend, quantization in itertools.product(known.backends, known.quantizations)
 ]
-PER_TOKEN = {
-    ("nvfp4-moe", backend, quantization)
-    for backend in ("auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "triton", "reference")
-    for quantization in ("modelopt", "compressed-tensors")
-} | {
-    ("sglang", backend, quantization)
-    for backend in ("flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutedsl")
-    for quantization in ("modelopt_fp4", "nvfp4_online")
-} | {
-    ("vllm", "flashinfer_trtllm", "modelopt_fp4"),
-    ("vllm", "flashinfer_trtllm", "nvfp4_per_token"),
-    ("vllm", "flashinfer_cutedsl", "nvfp4_per_token"),
-}  # fmt: skip
+PER_TOKEN = (
+    {
+        ("nvfp4-moe", backend, quantization)
+        for backend in ("auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "triton", "reference")
+        for quantization in ("modelopt", "compressed-tensors")
+    }
+    | {
+        ("sglang", backend, quantization)
+        for backend in ("flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutedsl")
+        for quantization in ("modelopt_fp4", "nvfp4_online")
+    }
+    | {
+        ("vllm", "flashinfer_trtllm", "modelopt_fp4"),
+        ("vllm", "flashinfer_trtllm", "nvfp4_per_token"),
+        ("vllm", "flashinfer_cutedsl", "nvfp4_per_token"),
+    }
+)
 """All that serve per-token activations, from the servers' sources and not from the table."""
 ALWAYS = ("nvfp4_online", "nvfp4_per_token")
 W4A16 = ("marlin", "experimental_sgl_marlin", "lora_marlin")

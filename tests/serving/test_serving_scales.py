@@ -18,7 +18,7 @@ E = 6
 
 
 def scales_of(seed: int = 0, columns: int | None = 2) -> dict[str, torch.Tensor]:
-    """Of a checkpoint of 6 local experts of 8: numbers whose products round."""
+    """Return the scales of a checkpoint with 6 local experts of 8: numbers whose products round."""
     g = torch.Generator().manual_seed(seed)
     w13 = (E,) if columns is None else (E, columns)
     return {
@@ -101,9 +101,15 @@ def test_equal_to_the_scalars_of_assembled_experts(kind, activation):
             "intermediate_amax": c["w2_input_scale"].max().item() * 2688,
         }
     experts = assemble_experts(
-        codes1, sf1, decode.flip(1) if kind.linear_up else decode,  # (up, gate)
-        codes2, sf2, c["w2_weight_scale_2"], kind, **static,
-    )  # fmt: skip
+        codes1,
+        sf1,
+        decode.flip(1) if kind.linear_up else decode,  # (up, gate)
+        codes2,
+        sf2,
+        c["w2_weight_scale_2"],
+        kind,
+        **static,
+    )
     got = serving_scales(**c, activation=activation, kind=kind)
     pairs = {
         "g1_scale_c": experts.output1_scale_scalar,
@@ -164,9 +170,12 @@ def test_gate_and_up_apart_are_tied_where_one_limit_clamps_both():
     for e, (gate, up) in enumerate(c["w13_weight_scale_2"].tolist()):
         raw = torch.cat([tied[e, :2, 0], tied[e, 2:, 0]])[None] * 4.0
         y = activate(
-            raw, ActivationType.Swiglu, got.g1_scale_c[e], got.g1_alphas[e],
+            raw,
+            ActivationType.Swiglu,
+            got.g1_scale_c[e],
+            got.g1_alphas[e],
             clamp_limit=got.gemm1_clamp_limit[e],
-        )  # fmt: skip
+        )
         physical = torch.tensor([[32.0 * up] * 2 + [32.0 * gate] * 2])
         want = activate(physical, ActivationType.Swiglu, clamp_limit=2.0)
         assert torch.equal(y, want), e

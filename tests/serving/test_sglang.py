@@ -120,9 +120,12 @@ def direct(x, experts, routing, shape=SHAPE, four_over_six=None, **options):
     static = experts.input_scale is not None
     recipe = Recipe(four_over_six=four_over_six)
     codes, scales, *token = nvfp4_quantize(
-        x, experts.input_scale if static else recipe.base_scale_inv, SfLayout.layout_linear,
-        per_token_activation=not static, nvfp4_4over6=four_over_six,
-    )  # fmt: skip
+        x,
+        experts.input_scale if static else recipe.base_scale_inv,
+        SfLayout.layout_linear,
+        per_token_activation=not static,
+        nvfp4_4over6=four_over_six,
+    )
     ids = routing[0]
     return nvfp4_moe.trtllm_fp4_block_scale_routed_moe(
         routing, None, codes, scales.view(torch.float8_e4m3fn), experts.gemm1_weights,
@@ -185,16 +188,20 @@ class Parent(ModuleType):
 def test_the_calls_made_directly(mode, kind, form, sglang):
     gated = kind != "relu2"
     activation = {
-        "silu": ActivationType.Swiglu, "gelu": ActivationType.Geglu,
-        "situ": ActivationType.Situ, "relu2": ActivationType.Relu2,
-    }[kind]  # fmt: skip
+        "silu": ActivationType.Swiglu,
+        "gelu": ActivationType.Geglu,
+        "situ": ActivationType.Situ,
+        "relu2": ActivationType.Relu2,
+    }[kind]
     limit = {"clamp_limit": 2.0, "alpha": 1.25} if kind == "silu" else {}
     shape = Shape(5, 128, 128, 8, 2, 3, 4)
     case = moe_cases.make(shape, activation, mode, **limit)
     got = drop_in(
-        Dispatched(case.x, None, form(case.ids, case.weights)), quant_info(case.experts, shape),
-        config(kind, gated), use_routed_topk=True,
-    )  # fmt: skip
+        Dispatched(case.x, None, form(case.ids, case.weights)),
+        quant_info(case.experts, shape),
+        config(kind, gated),
+        use_routed_topk=True,
+    )
     (want,) = direct(case.x, case.experts, (case.ids, case.weights), shape)
     assert_bitwise(got.hidden_states, want, "output")
     assert isinstance(got, Combined)
@@ -307,11 +314,19 @@ def plain(case, info, **change):
     arguments = {
         name: getattr(info, name)
         for name in (
-            "w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale", "g1_scale_c",
-            "g1_alphas", "g2_alphas", "w13_input_scale_quant", "use_per_token_activation",
-            "local_expert_offset", "local_num_experts",
+            "w13_weight",
+            "w2_weight",
+            "w13_weight_scale",
+            "w2_weight_scale",
+            "g1_scale_c",
+            "g1_alphas",
+            "g2_alphas",
+            "w13_input_scale_quant",
+            "use_per_token_activation",
+            "local_expert_offset",
+            "local_num_experts",
         )
-    }  # fmt: skip
+    }
     arguments |= {
         "hidden_states": case.x,
         "num_experts": info.global_num_experts,
@@ -451,8 +466,12 @@ def test_sglang_has_what_the_adapter_takes_from_its_module():
         inspect.signature(drop_in).parameters
     )
     assert arguments_of("sglang", TRTLLM, "_get_fp4_moe_output_buffer") == [
-        "num_tokens", "hidden_size", "dtype", "device", "symmetric",
-    ]  # fmt: skip
+        "num_tokens",
+        "hidden_size",
+        "dtype",
+        "device",
+        "symmetric",
+    ]
     deferred = "FlashInferTrtllmDeferredFinalizeOutput"
     assert fields_of("sglang", TRTLLM, deferred) == [f.name for f in fields(Deferred)]
     assert fields_of("sglang", STANDARD, "StandardCombineInput") == list(Combined._fields)

@@ -26,15 +26,17 @@ SILU = SimpleNamespace(value="silu")
 
 
 class Experts:
-    """What vLLM's two classes have of their base and of the modular kernel."""
+    """The attributes that vLLM's two classes get from their base and from the modular kernel."""
 
     def __init__(self, experts, shape, *, chunk=300000, defer=False, hook=None):
         static = experts.input_scale is not None
         self.quant_config = SimpleNamespace(
-            w1_scale=experts.gemm1_weights_scale, w2_scale=experts.gemm2_weights_scale.view(torch.uint8),
-            g1_alphas=experts.output1_scale_gate_scalar, g2_alphas=experts.output2_scale_scalar,
+            w1_scale=experts.gemm1_weights_scale,
+            w2_scale=experts.gemm2_weights_scale.view(torch.uint8),
+            g1_alphas=experts.output1_scale_gate_scalar,
+            g2_alphas=experts.output2_scale_scalar,
             a1_gscale=torch.ones(shape.num_local),
-        )  # fmt: skip
+        )
         self.moe_config = SimpleNamespace(should_defer_moe_finalize=lambda t: defer and t > 0)
         self.g1_scale_c = experts.output1_scale_scalar
         self.per_token_activation = not static
@@ -80,7 +82,7 @@ def vllm(monkeypatch):
 
 
 def arguments(case, activation=SILU, output=None):
-    """Of `apply_modular` after the experts."""
+    """Return the arguments of `apply_modular` after the experts."""
     a, e = case.activations, case.experts
     x, scale = (case.x, None) if e.input_scale is None else (a.hidden_states, a.block_scales)
     output = torch.full_like(case.x, torch.nan) if output is None else output
@@ -101,9 +103,11 @@ def wanted(case):
 @pytest.mark.parametrize("kind", ["silu", "gelu", "situ", "relu2_no_mul"])
 def test_modular(kind, mode, chunk):
     activation = {
-        "silu": ActivationType.Swiglu, "gelu": ActivationType.Geglu,
-        "situ": ActivationType.Situ, "relu2_no_mul": ActivationType.Relu2,
-    }[kind]  # fmt: skip
+        "silu": ActivationType.Swiglu,
+        "gelu": ActivationType.Geglu,
+        "situ": ActivationType.Situ,
+        "relu2_no_mul": ActivationType.Relu2,
+    }[kind]
     limit = {"clamp_limit": 2.0} if kind == "silu" else {}
     case = moe_cases.make(SHAPE, activation, mode, **limit)
     given = arguments(case, SimpleNamespace(value=kind))
@@ -162,9 +166,12 @@ def test_monolithic(mode):
     )
     got = ours.apply_monolithic(experts, *given)
     want = nvfp4_moe.fused_moe(
-        case.x, e, (logits, nvfp4_moe.Routing(nvfp4_moe.RoutingMethodType.DeepSeekV3, 2, 4, 2, 2.5)),
-        routing_bias=bias, local_expert_offset=4,
-    )  # fmt: skip
+        case.x,
+        e,
+        (logits, nvfp4_moe.Routing(nvfp4_moe.RoutingMethodType.DeepSeekV3, 2, 4, 2, 2.5)),
+        routing_bias=bias,
+        local_expert_offset=4,
+    )
     assert_bitwise(got, want, "output")
 
     deferred = Experts(e, SHAPE, defer=True)

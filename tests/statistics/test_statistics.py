@@ -85,8 +85,11 @@ class TestKnownCounts:
         assert counts(s, 1) == base | {"nans": 16, "nan scales": 1}
         # Fast math: the encode scale is 0.
         assert counts(s, 2) == base | {
-            "nans": 1, "infinities": 1, "nan scales": 1, "underflowed": 1
-        }  # fmt: skip
+            "nans": 1,
+            "infinities": 1,
+            "nan scales": 1,
+            "underflowed": 1,
+        }
         assert s.largest().tolist()[:2] == [1, 1] and s.largest()[2].isnan()
         assert not s.energies.any() and s.snr().isnan().all() and s.worst_snr().isnan().all()
 
@@ -150,7 +153,7 @@ def test_parts_of_the_rows(elements, monkeypatch):
 
 
 def test_sums_add_up():
-    """Of two calls, ranks or layers: what is said of all their rows at once."""
+    """The sums of two calls, ranks or layers are those of all their rows at once."""
     x = torch.cat([inputs.synthetic("edge", 20, 48), inputs.synthetic("heavy", 20, 48)])
     experts = torch.arange(40).remainder(3)
     experts[:9] = 0  # the first part has experts without rows
@@ -231,9 +234,13 @@ def test_the_fused_call(shape):
     assert_bitwise(output, nvfp4_moe.fused_moe(case.x, case.experts, routing, **given), "output")
     x = moe_cases.padded(case.x, case.experts.padded_hidden_size)
     steps = reference.fused_moe(
-        quantize_activations(x, FOUR), case.experts, *routing, recipe=FOUR,
-        local_expert_offset=shape.offset, keep_steps=True,
-    ).steps  # fmt: skip
+        quantize_activations(x, FOUR),
+        case.experts,
+        *routing,
+        recipe=FOUR,
+        local_expert_offset=shape.offset,
+        keep_steps=True,
+    ).steps
     ids = of_local_experts(case.ids, shape)
     assert_slow(s.hidden_states, slow(case.x, FOUR, ids, 6), "hidden states")
     rows = steps["intermediate"].flatten(0, 1)[:, : shape.intermediate]
@@ -280,11 +287,14 @@ def test_static_scales():
     assert bad.hidden_states.count("saturated").sum() > 0
     assert bad.hidden_states.total().snr() < good.hidden_states.total().snr() - 3
     want = reference.fused_moe(
-        Activations(*nvfp4_moe.nvfp4_quantize(
-            case.x, experts.input_scale, nvfp4_moe.SfLayout.layout_linear
-        )),
-        experts, case.ids, case.weights, keep_steps=True,
-    ).steps["activated"]  # fmt: skip
+        Activations(
+            *nvfp4_moe.nvfp4_quantize(case.x, experts.input_scale, nvfp4_moe.SfLayout.layout_linear)
+        ),
+        experts,
+        case.ids,
+        case.weights,
+        keep_steps=True,
+    ).steps["activated"]
     largest = want.abs().amax().item() / experts.intermediate_scale.item()
     assert bad.intermediate.total().largest().item() == pytest.approx(largest, rel=1e-6)
 
@@ -358,9 +368,13 @@ class TestBackends:
         experts = nvfp4_moe.with_cutlass(case.experts)
         with pytest.raises(UnsupportedError, match='knows no build="cutlass"'):
             nvfp4_moe.fused_moe(
-                case.x, experts, (case.ids, case.weights), activation="static", build="cutlass",
+                case.x,
+                experts,
+                (case.ids, case.weights),
+                activation="static",
+                build="cutlass",
                 stats=True,
-            )  # fmt: skip
+            )
 
     def test_compiled(self):
         case = moe_cases.make(SHAPE)

@@ -33,8 +33,12 @@ FORMULAS = {
         min(g * GATE_SCALE * sigmoid(g * GATE_SCALE), LIMIT * GATE_SCALE) * clamp(u) * SCALE
     ),
     ActivationType.Situ: lambda u, g: (
-        BETA * math.tanh(clamp(u) * GATE_SCALE / BETA)
-        * ALPHA * math.tanh((y := min(g, LIMIT) * GATE_SCALE) / ALPHA) * sigmoid(y) * SCALE
+        BETA
+        * math.tanh(clamp(u) * GATE_SCALE / BETA)
+        * ALPHA
+        * math.tanh((y := min(g, LIMIT) * GATE_SCALE) / ALPHA)
+        * sigmoid(y)
+        * SCALE
     ),
     ActivationType.Geglu: lambda u, g: gelu(g * GATE_SCALE) * u * SCALE,
     ActivationType.GegluTanh: lambda u, g: gelu_tanh(g * GATE_SCALE) * u * SCALE,
@@ -43,4 +47,4 @@ FORMULAS = {
     ActivationType.Silu: lambda u, g: g * GATE_SCALE * sigmoid(g * GATE_SCALE) * SCALE,
     ActivationType.Relu2: lambda u, g: max(g * GATE_SCALE, 0) ** 2 * SCALE,
     ActivationType.Identity: lambda u, g: g * GATE_SCALE * SCALE,
-}  # fmt: skip
+}

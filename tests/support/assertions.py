@@ -1,4 +1,4 @@
-"""What the tests may ask of outputs: the same bytes, or a place in an interval. Independent of pytest.
+"""Assertions on outputs: the same bytes, or a place in an interval. They are independent of pytest.
 
 Tensors may be on any device. Each message counts what differs and says where the first difference
 is, in the terms of its output (row, block, column), with both values in hexadecimal.

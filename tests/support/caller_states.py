@@ -72,7 +72,7 @@ STATES: dict[str, Callable[[], Any]] = {
 
 
 def digest(*values: Any) -> str:
-    """Of every bit of tensors, in whatever they are held; of other values as they are printed."""
+    """Digest every bit of tensors, also within containers, and the text of other values."""
     found = hashlib.sha256()
 
     def add(value: Any) -> None:

@@ -19,7 +19,7 @@ EXPERTS, HIDDEN, INTERMEDIATE = 4, 96, 48
 
 @dataclass(frozen=True)
 class Naming:
-    """How a family of models calls the tensors of its experts.
+    """The names that a family of models gives the tensors of its experts.
 
     `style` is apart (a tensor for each expert and projection), fused (gate and up of an expert in
     one) or stacked (all experts in one, gate and up fused).
@@ -76,7 +76,7 @@ NAMINGS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one layer: [E, I, H] gate (gated only) and up, [E, H, I] down."""
+    """The weights of one layer: [E, I, H] gate (gated only) and up, [E, H, I] down."""
 
     gate: torch.Tensor | None
     up: torch.Tensor
@@ -229,7 +229,7 @@ def nvfp4(
 
 
 def others(naming: Naming, layer: int) -> Tensors:
-    """What a layer has beside its experts."""
+    """Return the tensors that a layer has beside its experts."""
     g = torch.Generator().manual_seed(100 + layer)
     parent = naming.of(layer).rsplit(".", 2)[0]
     moe = naming.of(layer).rsplit(".", 1)[0]

@@ -92,7 +92,7 @@ def main(source: Path, base: Path) -> None:
 
 
 def check(source: Path, folder: Path, whole: dict[str, bytes], errors: list[LayerError]) -> None:
-    """What a killed conversion has left, and what the next one makes of it."""
+    """Check the folder that a killed conversion left, and the result of the next conversion."""
     left = bytes_of(folder) if folder.exists() else {}
     if INDEX in left:
         left = {name: content for name, content in left.items() if name not in (RECORD, PART)}

@@ -1,4 +1,4 @@
-"""What is asked of the Triton dense product, in the interpreter on the CPU and on a GPU alike."""
+"""Cases of the Triton dense product, for the interpreter on the CPU and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, replace
@@ -35,10 +35,14 @@ class Case:
     def arguments(self) -> dict:
         """Those of `nvfp4_moe.mm_fp4`."""
         return {
-            "a": self.a, "b": self.b_rows.T, "a_descale": self.a_scales,
-            "b_descale": self.b_scales.T, "alpha": self.alpha, "out_dtype": self.out_dtype,
+            "a": self.a,
+            "b": self.b_rows.T,
+            "a_descale": self.a_scales,
+            "b_descale": self.b_scales.T,
+            "alpha": self.alpha,
+            "out_dtype": self.out_dtype,
             "use_8x4_sf_layout": self.use_8x4,
-        }  # fmt: skip
+        }
 
     def to(self, device) -> "Case":
         a, b, sa, sb = (t.to(device) for t in (self.a, self.b_rows, self.a_scales, self.b_scales))
@@ -126,9 +130,15 @@ def output_of(case: Case, device, config: GemmConfig | None = None) -> torch.Ten
     shape = (c.a.shape[0], c.b_rows.shape[0])
     out = torch.full(shape, torch.nan, dtype=c.out_dtype, device=device)
     dense_launch._mm_fp4(
-        c.a, c.b_rows, c.a_scales, c.b_scales, None if c.alpha is None else c.alpha.reshape(-1), out,
-        c.use_8x4, config,
-    )  # fmt: skip
+        c.a,
+        c.b_rows,
+        c.a_scales,
+        c.b_scales,
+        None if c.alpha is None else c.alpha.reshape(-1),
+        out,
+        c.use_8x4,
+        config,
+    )
     return out
 
 

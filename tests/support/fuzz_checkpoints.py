@@ -49,7 +49,7 @@ from nvfp4_moe.failures.replay_file import ReplayFileError, load, save_moe, save
 
 SECONDS = 5.0
 BLOCKED = 300.0
-"""Of the clock, after which a process that cannot be stopped ends."""
+"""Seconds after which a process that cannot be stopped ends."""
 SIZES = (32, 16)
 DTYPES = ("BF16", "F32", "F64", "U8", "I8", "F4", "F6_E2M3", "F8_E4M3", "C64", "X")
 FAILURE = "failure.safetensors"
@@ -62,7 +62,7 @@ class TookTooLong(BaseException):
 
 @dataclass
 class Tally:
-    """What came of the runs; `faults` have a seed and a traceback each."""
+    """The results of the runs; `faults` have a seed and a traceback each."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[tuple[int, str]] = field(default_factory=list)

@@ -12,9 +12,9 @@ from nvfp4_moe.cases import inputs
 from nvfp4_moe.reference.recipe import Recipe, SfLayout, all_recipes
 
 OUTPUTS = {False: 3741, True: 140}
-"""How many output arrays the two files hold; `edge` is the key."""
+"""The number of output arrays in each of the two files; `edge` is the key."""
 SMALL_OUTPUTS = 372
-"""How many of those are of `small` cases of the file that is not `edge`."""
+"""The number of those that belong to `small` cases of the file that is not `edge`."""
 RECIPES = [r for r in all_recipes() if r.build == "cuda"]
 """Every recipe of the golden files."""
 

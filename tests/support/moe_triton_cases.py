@@ -1,4 +1,4 @@
-"""What is asked of the Triton mixture of experts, in the interpreter and on a GPU alike."""
+"""Cases of the Triton mixture of experts, for the interpreter and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
@@ -54,9 +54,14 @@ def output_of(
 ):
     """Triton's output, on the device."""
     call = KernelCall(
-        case.activations, case.experts, case.experts.num_local, recipe=recipe or Recipe(),
-        local_expert_offset=local_expert_offset, finalize_order=order, output_dtype=dtype,
-    )  # fmt: skip
+        case.activations,
+        case.experts,
+        case.experts.num_local,
+        recipe=recipe or Recipe(),
+        local_expert_offset=local_expert_offset,
+        finalize_order=order,
+        output_dtype=dtype,
+    )
     on_device = (to(device, t) for t in (call, case.ids, case.weights))
     return launch.fused_moe(*on_device, config=config)[0]
 
@@ -64,11 +69,15 @@ def output_of(
 def both(case: Case, device, **options):
     """(Triton's output, the reference's) on the CPU."""
     want = reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights, recipe=options.get("recipe"),
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        recipe=options.get("recipe"),
         local_expert_offset=options.get("local_expert_offset", 0),
         finalize_order=options.get("order", "flashinfer"),
         output_dtype=options.get("dtype", torch.bfloat16),
-    ).output  # fmt: skip
+    ).output
     return output_of(case, device, **options).cpu(), want
 
 
@@ -77,10 +86,12 @@ def close(case: Case, device, what="", **options):
     got = output_of(case, device, **options)
     interval = fused_moe_bounds(
         *(to(device, t) for t in (case.activations, case.experts, case.ids, case.weights)),
-        recipe=options.get("recipe"), local_expert_offset=options.get("local_expert_offset", 0),
-        finalize_order=options.get("order", "flashinfer"), accumulation=CONTIGUOUS,
+        recipe=options.get("recipe"),
+        local_expert_offset=options.get("local_expert_offset", 0),
+        finalize_order=options.get("order", "flashinfer"),
+        accumulation=CONTIGUOUS,
         output_dtype=got.dtype,
-    ).output  # fmt: skip
+    ).output
     assert_inside(got, interval, what)
 
 
@@ -103,9 +114,14 @@ def coarse(
     e, h, i = shape.num_local, shape.hidden, shape.intermediate
     power = 2.0 ** torch.arange(e).remainder(3)
     experts = assemble_experts(
-        codes(e, rows, h, density=0.2), ones(e, rows, h // 16), power,
-        codes(e, h, i, density=0.1), ones(e, h, i // 16), 1 / power, activation,
-    )  # fmt: skip
+        codes(e, rows, h, density=0.2),
+        ones(e, rows, h // 16),
+        power,
+        codes(e, h, i, density=0.1),
+        ones(e, h, i // 16),
+        1 / power,
+        activation,
+    )
     t = experts.padded_hidden_size
     activations = Activations(
         moe_cases.padded(codes(shape.tokens, h, density=0.3), t // 2),
@@ -122,9 +138,13 @@ def coarse(
 def _assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
     """Integers of fewer than 24 bits, counted in units of the row's smallest step."""
     steps = reference.fused_moe(
-        case.activations, case.experts, case.ids, case.weights,
-        local_expert_offset=shape.offset, keep_steps=True,
-    ).steps  # fmt: skip
+        case.activations,
+        case.experts,
+        case.ids,
+        case.weights,
+        local_expert_offset=shape.offset,
+        keep_steps=True,
+    ).steps
     values = hidden_values(
         Activations(
             steps["fc2_input_codes"].flatten(0, 1), steps["fc2_input_block_scales"].flatten(0, 1)
@@ -214,9 +234,13 @@ def static_scales(device, config=SMALL):
 def call_of(activations, case, recipe):
     """A call in the order of slots, which quantizes bf16 hidden states."""
     return KernelCall(
-        activations, case.experts, case.experts.num_local, recipe=recipe, finalize_order="slot",
+        activations,
+        case.experts,
+        case.experts.num_local,
+        recipe=recipe,
+        finalize_order="slot",
         quantize="per-token" if activations.is_bf16 else None,
-    )  # fmt: skip
+    )
 
 
 def quantized_on_the_way(device, config=SMALL):

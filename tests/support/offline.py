@@ -25,7 +25,7 @@ def compile_kernel(function, arch: int, types: dict, constants: dict, aligned, *
 
 
 def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
-    """What a disassembler of Triton's prints of the kernel."""
+    """Return what a disassembler of Triton prints for the kernel."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

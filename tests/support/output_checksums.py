@@ -58,11 +58,15 @@ def _quantized(backend: str, device: str) -> Iterator[tuple[str, Any]]:
             yield (
                 f"nvfp4_quantize {per_token=} {fast=} {layout.name} {dtype} {config}",
                 nvfp4_moe.nvfp4_quantize(
-                    x.to(device, dtype), base_scale(config) if per_token else 0.25, layout,
-                    per_token_activation=per_token, nvfp4_4over6=config, fast_math=fast,
+                    x.to(device, dtype),
+                    base_scale(config) if per_token else 0.25,
+                    layout,
+                    per_token_activation=per_token,
+                    nvfp4_4over6=config,
+                    fast_math=fast,
                     backend=backend,
                 ),
-            )  # fmt: skip
+            )
 
 
 def _fused_quantized(backend: str, device: str) -> Iterator[tuple[str, Any]]:
@@ -107,9 +111,12 @@ def _layers(backend: str, device: str) -> Iterator[tuple[str, Any]]:
     plain = (logits, Routing(RoutingMethodType.Renormalize, TOP_K))
 
     def layer(
-        name: str, kind: ActivationType, routing: Any = plain, more: dict[str, Any] | None = None,
+        name: str,
+        kind: ActivationType,
+        routing: Any = plain,
+        more: dict[str, Any] | None = None,
         **options: Any,
-    ) -> tuple[str, Any]:  # fmt: skip
+    ) -> tuple[str, Any]:
         w13 = numbers(10, EXPERTS, INTERMEDIATE * (2 if kind.gated else 1), HIDDEN, high=123)
         w2 = numbers(11, EXPERTS, HIDDEN, INTERMEDIATE, high=123)
         experts = nvfp4_moe.prepare_experts(w13.to(device), w2.to(device), kind, **more or {})
@@ -125,9 +132,11 @@ def _layers(backend: str, device: str) -> Iterator[tuple[str, Any]]:
             top_k = 1 if method == RoutingMethodType.Llama4 else TOP_K
             biased = method.biased
             yield layer(
-                f"routed by {method.name}", swiglu, (logits, Routing(method, top_k)),
+                f"routed by {method.name}",
+                swiglu,
+                (logits, Routing(method, top_k)),
                 routing_bias=bias if biased else None,
-            )  # fmt: skip
+            )
     for name, options in {
         "4over6": {"nvfp4_4over6": NVFP44Over6Config()},
         "bf16 activations": {"activation": "bf16"},
@@ -138,20 +147,26 @@ def _layers(backend: str, device: str) -> Iterator[tuple[str, Any]]:
     }.items():
         yield layer(name, swiglu, **options)
     yield layer(
-        "parameters", swiglu,
+        "parameters",
+        swiglu,
         more={
-            "alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0,
+            "alpha": 1.702,
+            "beta": 1.0,
+            "clamp_limit": 7.0,
             "w13_bias": numbers(12, EXPERTS, 2 * INTERMEDIATE).float().to(device),
             "w2_bias": numbers(13, EXPERTS, HIDDEN).float().to(device),
         },
-    )  # fmt: skip
+    )
     yield layer("static", swiglu, more={"input_amax": 4.0, "intermediate_amax": 9.0})
     ids = torch.arange(TOKENS * TOP_K, dtype=torch.int32).reshape(TOKENS, TOP_K) * 5 % 8
     weights = numbers(14, TOKENS, TOP_K).abs()
     yield layer(
-        "experts 2 to 5 of 8", swiglu, (ids.to(device), weights.to(device)), num_experts=8,
+        "experts 2 to 5 of 8",
+        swiglu,
+        (ids.to(device), weights.to(device)),
+        num_experts=8,
         local_expert_offset=2,
-    )  # fmt: skip
+    )
 
 
 def checksum(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the ranks tell each other before a call: reasons of any length, and whose experts are where."""
+"""Cases of the messages between ranks before a call: reasons, and ranges of experts."""
 
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
@@ -19,7 +19,7 @@ from nvfp4_moe.parallel import shard_experts as shard
 
 @case
 def long_reasons(r: Rank) -> None:
-    """Of any length and any characters: every rank is told, in shortened words."""
+    """Send reasons of any length and any characters: every rank is told, in shortened words."""
     layer = moe_cases.make(SHAPE)
     for text in ("\u6f22" * 1200, "x" * 10**6, "\udcff\n" * 600, "\U0001f600" * 3000):
 
@@ -39,7 +39,7 @@ def long_reasons(r: Rank) -> None:
 
 @case
 def integers_of_other_libraries(r: Rank) -> None:
-    """What counts as an integer travels as one."""
+    """Every kind of integer is sent as an integer."""
     layer = moe_cases.make(SHAPE)
     first, count = r.local(SHAPE.experts)
     given = {"local": (np.int64(first), count), "num_experts": np.int64(SHAPE.experts)}
@@ -74,13 +74,17 @@ def arguments_are_checked_as_of_one_process(r: Rank) -> None:
         agree_on_refusing(r, message, lambda given=given: r.ep(layer, "all-reduce", **given))
     agree_on_refusing(r, "check is 1; it must be True or False", lambda: r.tp(layer, check=1))
     agree_on_refusing(
-        r, r"routing\[0\] is a list of 1; it must be a tensor",
+        r,
+        r"routing\[0\] is a list of 1; it must be a tensor",
         lambda: fused_moe_ep(
-            layer.x.to(r.device), to_device(layer.experts, r.device),
-            ([1], Routing(RoutingMethodType.Renormalize, 2)), local_expert_offset=0, group=r.group,
+            layer.x.to(r.device),
+            to_device(layer.experts, r.device),
+            ([1], Routing(RoutingMethodType.Renormalize, 2)),
+            local_expert_offset=0,
+            group=r.group,
             **r.options,
         ),
-    )  # fmt: skip
+    )
     with pytest.raises(TypeError, match="group is 'x'; it must be a process group"):
         r.ep(layer, "all-reduce", group="x")
 
@@ -92,9 +96,15 @@ def experts_of_another_rank(r: Rank) -> None:
     first, count = r.local(SHAPE.experts)
     mine = select(layer.experts, 0, count)
     agree_on_refusing(
-        r, "rank 1: ValueError: local_expert_offset is .*; the local experts are those from 0 on",
+        r,
+        "rank 1: ValueError: local_expert_offset is .*; the local experts are those from 0 on",
         lambda: fused_moe_ep(
-            layer.x.to(r.device), to_device(mine, r.device), r.placed((layer.ids, layer.weights)),
-            local_expert_offset=first, num_experts=SHAPE.experts, group=r.group, **r.options,
+            layer.x.to(r.device),
+            to_device(mine, r.device),
+            r.placed((layer.ids, layer.weights)),
+            local_expert_offset=first,
+            num_experts=SHAPE.experts,
+            group=r.group,
+            **r.options,
         ),
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""What the ranks of a group are asked; `parallel_worker.py` is one, `test_parallel.py` starts them.
+"""Cases for the ranks of a group; `parallel_worker.py` is one rank, `test_parallel.py` starts them.
 
 A case is a function of `Rank` that every rank calls: it raises AssertionError where this one sees
 something wrong.
@@ -54,28 +54,36 @@ class Rank:
         routing = given.pop("routing", (case.ids[tokens], case.weights[tokens]))
         given = {"num_experts": case.experts.num_local, "group": self.group} | given
         return fused_moe_ep(
-            case.x[tokens].to(self.device), to_device(select(case.experts, first, count), self.device),
-            self.placed(routing), local_expert_offset=first, dispatch=dispatch,
+            case.x[tokens].to(self.device),
+            to_device(select(case.experts, first, count), self.device),
+            self.placed(routing),
+            local_expert_offset=first,
+            dispatch=dispatch,
             **self.options | given,
-        )  # fmt: skip
+        )
 
     def tp(self, case: moe_cases.Case, experts=None, **given):
         """`fused_moe_tp` of a case, with this rank's shard."""
         experts = experts or shard(case.experts, self.rank, self.ranks)
         return fused_moe_tp(
-            case.x.to(self.device), to_device(experts, self.device),
-            self.placed((case.ids, case.weights)), group=self.group, **self.options | given,
-        )  # fmt: skip
+            case.x.to(self.device),
+            to_device(experts, self.device),
+            self.placed((case.ids, case.weights)),
+            group=self.group,
+            **self.options | given,
+        )
 
     def one_process(self, case: moe_cases.Case, tokens: slice | None = None, **given):
-        """The same call of the whole layer."""
+        """Call the whole layer in one process."""
         tokens = tokens or slice(None)
         routing = given.pop("routing", (case.ids[tokens], case.weights[tokens]))
         experts = given.pop("experts", case.experts)
         return nvfp4_moe.fused_moe(
-            case.x[tokens].to(self.device), to_device(experts, self.device), self.placed(routing),
+            case.x[tokens].to(self.device),
+            to_device(experts, self.device),
+            self.placed(routing),
             **self.options | given,
-        )  # fmt: skip
+        )
 
     def placed(self, routing):
         return tuple(to_device(part, self.device) for part in routing)
@@ -108,9 +116,12 @@ def biased(kind: ActivationType = ActivationType.Swiglu, shape: Shape = SHAPE, *
     g = torch.Generator().manual_seed(3)
     rows = shape.intermediate * (2 if kind.gated else 1)
     made = moe_cases.make(
-        shape, kind, w13_bias=torch.randn(shape.experts, rows, generator=g),
-        w2_bias=torch.randn(shape.experts, shape.hidden, generator=g), **options,
-    )  # fmt: skip
+        shape,
+        kind,
+        w13_bias=torch.randn(shape.experts, rows, generator=g),
+        w2_bias=torch.randn(shape.experts, shape.hidden, generator=g),
+        **options,
+    )
     ids = made.ids.clone()
     ids[::4, 1] = -1
     return replace(made, ids=ids)
@@ -230,9 +241,14 @@ def all_reduce_of_experts(r: Rank) -> None:
         given = {"reduce_dtype": travels, "output_dtype": torch.float16}
         got = r.ep(layer, "all-reduce", **given).cpu()
         allowed = expert_parallel_bounds(
-            layer.activations, layer.experts, layer.ids, layer.weights, counts,
-            finalize_order="slot", **given,
-        )  # fmt: skip
+            layer.activations,
+            layer.experts,
+            layer.ids,
+            layer.weights,
+            counts,
+            finalize_order="slot",
+            **given,
+        )
         assert_inside(got, allowed, f"{travels}")
         if r.ranks == 2 and r.backend == "reference":  # two outputs have one sum
             assert_bitwise(got, sum_of_parts(layer, counts, travels).half(), f"{travels}")
@@ -244,10 +260,18 @@ def sum_of_parts(layer: moe_cases.Case, counts: list[int], dtype: torch.dtype) -
     """The outputs of ranks that hold so many experts, added in rank order."""
     total, first = torch.zeros((), dtype=dtype), 0
     for count in counts:
-        total = total + reference_fused_moe(
-            layer.activations, select(layer.experts, first, count), layer.ids, layer.weights,
-            local_expert_offset=first, finalize_order="slot", output_dtype=dtype,
-        ).output  # fmt: skip
+        total = (
+            total
+            + reference_fused_moe(
+                layer.activations,
+                select(layer.experts, first, count),
+                layer.ids,
+                layer.weights,
+                local_expert_offset=first,
+                finalize_order="slot",
+                output_dtype=dtype,
+            ).output
+        )
         first += count
     return total
 

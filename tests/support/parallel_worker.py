@@ -30,9 +30,12 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        transport, init_method=(Path(folder) / "store").as_uri(), rank=int(rank),
-        world_size=int(ranks), timeout=timedelta(seconds=120),
-    )  # fmt: skip
+        transport,
+        init_method=(Path(folder) / "store").as_uri(),
+        rank=int(rank),
+        world_size=int(ranks),
+        timeout=timedelta(seconds=120),
+    )
     seconds = TIMEOUT if scenario in LOSSES else 60
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

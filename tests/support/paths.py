@@ -1,4 +1,4 @@
-"""Where the repository and the helpers of its tests are."""
+"""Paths of the repository and of the helpers of its tests."""
 
 # SPDX-License-Identifier: Apache-2.0
 from pathlib import Path

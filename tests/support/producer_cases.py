@@ -1,4 +1,4 @@
-"""What is asked of the Triton producers, in the interpreter on the CPU and on a GPU alike."""
+"""Cases of the fused Triton quantizers, for the interpreter on the CPU and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
@@ -32,9 +32,17 @@ def silu(x, recipe, layout, device, fused=None):
         reference.silu_and_mul(x, recipe.build), recipe.base_scale_inv, recipe, layout
     )
     got = launch._produce(
-        x.to(device), columns, launch.k.SILU_AND_MUL.value, None, None, 0.0, recipe.base_scale_inv,
-        recipe, layout, fused,
-    )  # fmt: skip
+        x.to(device),
+        columns,
+        launch.k.SILU_AND_MUL.value,
+        None,
+        None,
+        0.0,
+        recipe.base_scale_inv,
+        recipe,
+        layout,
+        fused,
+    )
     assert_quantized(got, want, f"silu {tuple(x.shape)} {x.dtype} {recipe} {layout.name} {fused}")
 
 
@@ -49,9 +57,17 @@ def norm(x, recipe, layout, device, fused=None, *, add):
     want = quantize_per_token(values, recipe.base_scale_inv, recipe, layout)
     kind = launch.k.ADD_RMSNORM if add else launch.k.RMSNORM
     got = launch._produce(
-        x.to(device), x.shape[1], kind.value, given, weight.to(device), EPS, recipe.base_scale_inv,
-        recipe, layout, fused,
-    )  # fmt: skip
+        x.to(device),
+        x.shape[1],
+        kind.value,
+        given,
+        weight.to(device),
+        EPS,
+        recipe.base_scale_inv,
+        recipe,
+        layout,
+        fused,
+    )
     what = f"norm {add} {tuple(x.shape)} {x.dtype} {recipe} {layout.name} {fused}"
     assert_quantized(got, want, what)
     if residual is not None:

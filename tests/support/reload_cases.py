@@ -1,4 +1,4 @@
-"""What a reload must keep: the bits of experts prepared anew. On any device, by any backend."""
+"""Cases of a reload: it must give the bits of experts prepared anew, on any device, by any backend."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields, replace

@@ -61,9 +61,16 @@ def moe_failure(mode="per-token", activation=ActivationType.Swiglu, **options):
     shape = Shape(3, 208, 80, 6, 2, 1, 4)
     made = moe_cases.make(shape, activation, mode, **options)
     case = MoECase(
-        "a layer", made.activations, made.experts, Routing(RoutingMethodType.Renormalize, 2), 6,
-        ids=made.ids, weights=made.weights, local_expert_offset=1, recipe=FOUR,
-    )  # fmt: skip
+        "a layer",
+        made.activations,
+        made.experts,
+        Routing(RoutingMethodType.Renormalize, 2),
+        6,
+        ids=made.ids,
+        weights=made.weights,
+        local_expert_offset=1,
+        recipe=FOUR,
+    )
     output = case.reference()
     output[1, 7] = 1000.0
     return MoEFailure(case, "triton", output, "BLOCK_M=16 warps=4", CONTIGUOUS, ORIGIN)

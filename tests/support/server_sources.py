@@ -22,7 +22,7 @@ FOLDERS = {server: _folder(server) for server in VERSIONS}
 
 
 def folder_of(server: str) -> Path:
-    """Where the package is, or a skip that says what is missing."""
+    """Return the folder of the package, or skip and say what is missing."""
     folder = FOLDERS[server]
     if folder is None:
         pytest.skip(
@@ -63,7 +63,7 @@ def members_of(server: str, path: str, name: str) -> dict[str, object]:
 
 
 def attributes_of(server: str, path: str, name: str) -> set[str]:
-    """What a class has: fields, methods, properties, and what its methods set on self."""
+    """Return a class's names: fields, methods, properties, and what its methods set on self."""
     node = class_of(server, path, name)
     own = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
     set_on_self = {

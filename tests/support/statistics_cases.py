@@ -58,7 +58,7 @@ class _Kernel(scalar_model.Kernel):
 
 
 def slow(x, recipe, experts, num_experts, encode=None) -> list[Slow]:
-    """What `quantization_statistics` sums, from the scalar model; x bf16 or fp16."""
+    """Compute the sums of `quantization_statistics` by the scalar model; x is bf16 or fp16."""
     found = [Slow() for _ in range(num_experts)]
     kernel = _Kernel(recipe)
     for row, of in zip(x.float().numpy(), experts.reshape(len(x), -1).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""What is asked of a layer that is trained through; on any device, by any backend.
+"""Cases of a layer that is trained through, for any device and any backend.
 
 `plain` is the layer for autograd in fp64, written apart from the library: given dequantized
 weights and tokens, with the requantization as a difference that carries no gradient.
@@ -78,9 +78,11 @@ def make(
     w13, w2 = moe_cases.weights_of(shape, activation)
     ids, scores = moe_cases.routing_of(shape, dtype=weights)
     leaves = {
-        "x": moe_cases.hidden_states(shape), "w13": w13.to(master), "w2": w2.to(master),
+        "x": moe_cases.hidden_states(shape),
+        "w13": w13.to(master),
+        "w2": w2.to(master),
         "weights": scores,
-    }  # fmt: skip
+    }
     g = torch.Generator().manual_seed(9)
     if master == torch.float32:  # values that bf16 does not hold
         for name, power in (("w13", 2.0**shift), ("w2", 2.0**-shift)):
@@ -210,16 +212,20 @@ def alone_and_together(device: str, backend: str, shape: Shape) -> None:
 
 
 def inside_the_bounds(device: str, backend: str, shape: Shape) -> None:
-    """Of every implementation of the contract, FlashInfer's kernels among them."""
+    """Check what every implementation of the contract must keep, FlashInfer's kernels among them."""
     case = make(shape, device=device)
     got = case.call(backend=backend)
     activations = quantize_activations(
         moe_cases.padded(case.leaves["x"].detach(), case.experts().padded_hidden_size), Recipe()
     )
     interval = fused_moe_bounds(
-        activations, case.experts(), case.ids, case.leaves["weights"].detach(),
-        finalize_order="slot", accumulation=CONTIGUOUS,
-    ).output  # fmt: skip
+        activations,
+        case.experts(),
+        case.ids,
+        case.leaves["weights"].detach(),
+        finalize_order="slot",
+        accumulation=CONTIGUOUS,
+    ).output
     assert_inside(got, interval, backend)
 
 

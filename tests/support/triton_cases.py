@@ -1,4 +1,4 @@
-"""What is asked of the Triton kernels, in the interpreter on the CPU and on a GPU alike."""
+"""Cases of the Triton kernels, for the interpreter on the CPU and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace

@@ -42,9 +42,13 @@ def test_the_value_is_the_servers_and_the_references(recipe, master):
     experts = case.experts()
     wide = torch.nn.functional.pad(case.leaves["x"].detach(), (0, 48))
     want = reference.fused_moe(
-        quantize_activations(wide, recipe), experts, case.ids,
-        case.leaves["weights"].detach(), recipe=recipe, finalize_order="slot",
-    ).output  # fmt: skip
+        quantize_activations(wide, recipe),
+        experts,
+        case.ids,
+        case.leaves["weights"].detach(),
+        recipe=recipe,
+        finalize_order="slot",
+    ).output
     assert_bitwise(got, want, "the specification")
 
 
@@ -102,9 +106,12 @@ def test_experts_that_were_loaded():
     case.leaves = {name: (t.detach() * 0.75).requires_grad_() for name, t in case.leaves.items()}
     detached = {name: t.detach() for name, t in case.leaves.items()}
     experts.load_(
-        detached["w13"].bfloat16(), detached["w2"].bfloat16(), clamp_limit=2.0,
-        w13_bias=detached["w13_bias"], w2_bias=detached["w2_bias"],
-    )  # fmt: skip
+        detached["w13"].bfloat16(),
+        detached["w2"].bfloat16(),
+        clamp_limit=2.0,
+        w13_bias=detached["w13_bias"],
+        w2_bias=detached["w2_bias"],
+    )
     assert experts.checksum() == case.experts().checksum() != old.experts().checksum()
     grad = torch.ones_like(detached["x"])
     want, want_gradients = case.call(), case.gradients(grad)
@@ -241,16 +248,22 @@ IDS, SCORES = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
     [
         ({"x": X.float()}, "x is float32 [2, 208]; it must be a tensor of bfloat16 [T, 208]"),
         ({"w13": W13.double()}, "w13 is float64 [7, 160, 208]; it must be a tensor of bfloat16"),
-        ({"w2": W2[0]}, "w2 is float32 [208, 80]; it must be a tensor of bfloat16, float16 or float32"),
+        (
+            {"w2": W2[0]},
+            "w2 is float32 [208, 80]; it must be a tensor of bfloat16, float16 or float32",
+        ),
         ({"w2": W2[:, :192]}, "w2 is bfloat16 [7, 192, 80]; it must be"),
         ({"w13_bias": torch.zeros(7, 80)}, "w13_bias is float32 [7, 80]; it must be"),
         ({"w2_bias": torch.zeros(208)}, "w2_bias is float32 [208]; it must be"),
-        ({"routing": (IDS.long(), SCORES)}, "routing[0] is int64 [2, 1]; it must be a tensor of int32"),
+        (
+            {"routing": (IDS.long(), SCORES)},
+            "routing[0] is int64 [2, 1]; it must be a tensor of int32",
+        ),
         ({"build": "cutlass"}, "build is 'cutlass'; it must be one of cuda, cute-dsl"),
         ({"backend": "cuda"}, "backend is 'cuda'; it must be one of auto"),
         ({"backend": "flashinfer:trtllm"}, "backend flashinfer:trtllm cannot serve"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(change, message):
     given = {"x": X, "w13": W13, "w2": W2, "routing": (IDS, SCORES)} | change
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -68,9 +68,13 @@ def test_a_large_batch_and_a_reload():
         served = fused_moe(x[some], server, routing, backend="triton", batch_invariant=True)
         assert_bitwise(got[some], served, f"{len(some)} tokens")
     again = fake_quantized_moe(
-        case.leaves["x"], case.leaves["w13"], case.leaves["w2"], (case.ids, weights),
-        experts=server, backend="triton",
-    )  # fmt: skip
+        case.leaves["x"],
+        case.leaves["w13"],
+        case.leaves["w2"],
+        (case.ids, weights),
+        experts=server,
+        backend="triton",
+    )
     assert_bitwise(again, got, "of the experts that were loaded")
     again.sum().backward()
     assert all(case.leaves[n].grad.isfinite().all() for n in ("x", "w13", "w2"))

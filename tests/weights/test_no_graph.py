@@ -1,4 +1,4 @@
-"""What is prepared of a model's parameters has no part in their gradients, and keeps no graph alive."""
+"""Preparing a model's parameters adds nothing to their gradients, and keeps no graph alive."""
 
 # SPDX-License-Identifier: Apache-2.0
 import pytest

@@ -273,7 +273,9 @@ def test_checksums_agree_between_processes():
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(ROOT), str(SUPPORT)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == layer(1).checksum() != layer(0).checksum()

@@ -15,17 +15,29 @@ pytestmark = pytest.mark.compile
 
 def compile_writer(arch, recipe, dtype, gated=True):
     constants = {
-        "rcp_delta_ptr": None, "RECIPE": recipe.code, "DTYPE": dtype.value, "GATED": gated,
-        "BLOCKS": 256, "ARCH": arch,
-    }  # fmt: skip
+        "rcp_delta_ptr": None,
+        "RECIPE": recipe.code,
+        "DTYPE": dtype.value,
+        "GATED": gated,
+        "BLOCKS": 256,
+        "ARCH": arch,
+    }
     types = {
         "x_ptr": "*i32", "amax_ptr": "*fp32", "added_ptr": "*fp32", "codes_ptr": "*i32", "sf_ptr": "*u8",
         "scalar_ptr": "*fp32", "divisor_ptr": "*fp32", "up_scalar_ptr": "*fp32",
         "factor_ptr": "*fp32", "largest": "fp32", "rows": "i32", "half_rows": "i32", "NB": "i32",
         "padded_rows": "i32", "padded_blocks": "i32",
     }  # fmt: skip
-    aligned = ["x_ptr", "codes_ptr", "sf_ptr", "rows", "half_rows", "NB", "padded_rows",
-               "padded_blocks"]  # fmt: skip
+    aligned = [
+        "x_ptr",
+        "codes_ptr",
+        "sf_ptr",
+        "rows",
+        "half_rows",
+        "NB",
+        "padded_rows",
+        "padded_blocks",
+    ]
     return compile_kernel(k.load_weights_kernel, arch, types, constants, aligned, num_warps=4)
 
 

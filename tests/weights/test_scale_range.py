@@ -1,4 +1,4 @@
-"""What we prepare stays in fp32, from the smallest weights, biases, limits and maxima to the largest."""
+"""Prepared values stay within fp32 for all weights, biases, limits and maxima."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields
@@ -161,10 +161,14 @@ def test_quantized_weights_whose_scale_is_none():
     sizes = [0.0, 2.0**-140, 1e-30, 1.0]
     w13, w2 = weights(kind, [1.0] * 4)
     first, second = (
-        [torch.stack(t) for t in zip(*(quantize_weight(m, m.abs().amax(), Recipe("exact")) for m in w),
-                                     strict=True)]
+        [
+            torch.stack(t)
+            for t in zip(
+                *(quantize_weight(m, m.abs().amax(), Recipe("exact")) for m in w), strict=True
+            )
+        ]
         for w in (w13, w2)
-    )  # fmt: skip
+    )
     for q in (first, second):
         q[2] = torch.tensor(sizes)
     apart = first[2][:, None] * torch.tensor([1.0, 0.5])

@@ -66,9 +66,14 @@ def autotune_fused_moe(
     empty = like.new_empty((0, top_k), dtype=torch.int32), like.new_empty((0, top_k)).bfloat16()
     states = like.new_empty((0, experts.hidden_size), dtype=torch.bfloat16)
     call, _ = layer_call(
-        states, experts, empty, activation=activation, num_experts=all_experts,
-        local_expert_offset=local_expert_offset, finalize_order="slot",
-    )  # fmt: skip
+        states,
+        experts,
+        empty,
+        activation=activation,
+        num_experts=all_experts,
+        local_expert_offset=local_expert_offset,
+        finalize_order="slot",
+    )
     if call.capability is None:
         raise UnsupportedError(f"experts are on the {like.device.type}; only a GPU can be measured")
     if (reason := FUSED_MOE.refusal("triton", call)) is not None:

@@ -44,7 +44,7 @@ _REGISTERS = (None, 80, 128, 168)
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement depends on."""
+    """The facts on which a measurement depends."""
 
     gpu: str
     arch: int
@@ -76,12 +76,19 @@ def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
     device = experts.gemm1_weights.device
     names = ("gemm1_bias", "gemm2_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
     return Key(
-        gpu_name(device), arch(device), triton.__version__, _digest(),
-        experts.padded_hidden_size, experts.padded_intermediate_size, experts.num_local, top_k,
-        experts.activation.name, mode,
+        gpu_name(device),
+        arch(device),
+        triton.__version__,
+        _digest(),
+        experts.padded_hidden_size,
+        experts.padded_intermediate_size,
+        experts.num_local,
+        top_k,
+        experts.activation.name,
+        mode,
         " ".join(name for name in names if getattr(experts, name) is not None),
         triton.next_power_of_2(slots),
-    )  # fmt: skip
+    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Measuring configurations of the grouped GEMMs: what `autotune_fused_moe` does.
+"""Measure configurations of the grouped GEMMs, for `autotune_fused_moe`.
 
 Each GEMM runs alone, in its candidates; one whose rows are not those of the table's choice is dropped.
 `bn` is the permutation's tile, and so the two are chosen together: the `bn` whose fastest pair takes
@@ -27,8 +27,8 @@ from .workload import Trial, microseconds
 Timer = Callable[[functools.partial], float]
 """Microseconds of a call, whose last argument is the configuration, or the two of a whole call."""
 TOLERANCE = 2**-7
-"""Of a row, relative, where its sums are taken in another order: a sum may then round to the bf16 next
-to it, and one may be most of the row. The same order gives the same bits."""
+"""The largest relative difference of a row whose sums are taken in another order. A sum may then round
+to the next bf16, and one sum may be most of the row. Equal orders give equal bits."""
 _log = logging.getLogger("nvfp4_moe")
 
 
@@ -44,7 +44,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured at one count of tokens, as `print` shows it; the two times: whole calls."""
+    """The measurements at one number of tokens, as `print` shows them; both times are of whole calls."""
 
     tokens: int
     table: Configs
@@ -122,7 +122,7 @@ def _measure(gemm: int, timed: Trial, skewed: Trial, timer: Timer) -> list[Measu
 
 
 def candidates(table: Config, rows: int, columns: int, *, native: bool) -> list[Config]:
-    """The table's choice; with each `bn` near its own, one more field changed; other loads' choices."""
+    """Return the table's choice, its neighbours in `bn` and one more field, and other loads' choices."""
     if isinstance(table, RingConfig):
         return list(dict.fromkeys((table, *CONFIGS)))
     others = [gemm_config(each, 1, columns, native=native) for each in (1, 17, 65, 1024)]
@@ -130,13 +130,17 @@ def candidates(table: Config, rows: int, columns: int, *, native: bool) -> list[
     for bn in (table.bn // 2, table.bn, table.bn * 2):
         c = replace(table, bm=math.gcd(table.bm, rows), bn=bn)  # which is what runs
         found += [
-            c, *(other for other in others if other.bn == bn),
-            replace(c, bm=c.bm * 2), replace(c, bm=c.bm // 2),
-            replace(c, bk=c.bk * 2), replace(c, bk=c.bk // 2),
-            replace(c, stages=c.stages + 1), replace(c, stages=c.stages - 1),
+            c,
+            *(other for other in others if other.bn == bn),
+            replace(c, bm=c.bm * 2),
+            replace(c, bm=c.bm // 2),
+            replace(c, bk=c.bk * 2),
+            replace(c, bk=c.bk // 2),
+            replace(c, stages=c.stages + 1),
+            replace(c, stages=c.stages - 1),
             replace(c, warps=12 - c.warps),  # 4 or 8
             replace(c, registers=None if c.registers else 128),
-        ]  # fmt: skip
+        ]
     return [c for c in dict.fromkeys(found) if c == table or _fits(c, rows, columns, native)]
 
 
@@ -156,7 +160,7 @@ def _fits(c: GemmConfig, rows: int, columns: int, native: bool) -> bool:
 
 
 def difference(got: torch.Tensor, want: torch.Tensor, same_order: bool) -> str:
-    """How rows differ by more than the order of their sums explains; "" if they do not."""
+    """Say how rows differ by more than the order of their sums explains; "" if they do not."""
     worst = 0.0
     for a, b in zip(got.split(4096), want.split(4096), strict=True):
         if not torch.equal(a, b):
@@ -168,7 +172,7 @@ def difference(got: torch.Tensor, want: torch.Tensor, same_order: bool) -> str:
 
 
 def _fastest(measured: list[Measured]) -> Configs | None:
-    """The fastest two of one `bn`."""
+    """Return the fastest two of one `bn`."""
     best: dict[tuple[int, int], tuple[float, Config]] = {}
     for m in measured:
         place = m.gemm, m.config.bn

@@ -55,12 +55,15 @@ class Trial:
         if mode == "static":
             activations = Activations(*quantize_global_scale(x, experts.input_scale, _RECIPE))
         self._call = replace(
-            call, activations=activations, recipe=_RECIPE, finalize_order="slot",
+            call,
+            activations=activations,
+            recipe=_RECIPE,
+            finalize_order="slot",
             quantize="per-token" if mode == "per-token" else None,
-        )  # fmt: skip
+        )
 
     def gemm(self, which: int, config: Config) -> torch.Tensor:
-        """[T * K, columns] of the first or the second GEMM; rows from `self.rows` on are undefined."""
+        """Run the first or the second GEMM: [T * K, columns]; rows from `self.rows` on are undefined."""
         p = self._permutation(config)
         if which == 1:
             static = self._call.mode == "static"
@@ -77,7 +80,7 @@ class Trial:
         return self._permutations[config.bn]
 
     def call(self, configs: Configs) -> torch.Tensor:
-        """The output [T, H] bf16 of the whole call."""
+        """Run the whole call: output [T, H] bf16."""
         weights = torch.full_like(self.ids, 1 / self.top_k, dtype=torch.bfloat16)
         with cache.using(self.key, configs):
             return launch.fused_moe(self._call, self.ids, weights)[0]
@@ -102,7 +105,7 @@ class Trial:
 
 
 def microseconds(call: Callable[[], object], replays: int = 20) -> float:
-    """Median time of a call on the GPU, in a CUDA graph, nothing of it in the L2 cache before.
+    """Return the median time of a call on the GPU, in a CUDA graph, with a cold L2 cache.
 
     A model's layers evict one another; weights that stay in the cache would favour other tiles.
     """

@@ -22,12 +22,15 @@ class RingConfig:
 
     @property
     def bn(self) -> int:
-        """Tokens of the widest tile, for which the permutation is made."""
+        """Return the tokens of the widest tile, for which the permutation is made."""
         return self.widths[0]
 
     @property
     def registers(self) -> int:
-        """Of a thread at launch: 12 warps share 65,536, and the producer gives most of its own away."""
+        """Return a thread's registers at launch: 12 warps share 65,536.
+
+        The producer gives most of its own away.
+        """
         return 168 if self.programs == 1 else 80
 
 

@@ -20,7 +20,7 @@ WORDS = gl.constexpr(16)
 
 @gluon.constexpr_function
 def word_layout():
-    """int32 [ROWS, WORDS]: a thread reads 4 successive words of rows r and r + 8."""
+    """Lay out int32 [ROWS, WORDS]: a thread reads 4 successive words of rows r and r + 8."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0]],
         lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
@@ -32,7 +32,7 @@ def word_layout():
 
 @gluon.constexpr_function
 def scale_layout():
-    """uint16 [ROWS, 4]: a thread reads the two scales of its 32 codes of rows r and r + 8."""
+    """Lay out uint16 [ROWS, 4]: a thread reads the two scales of its 32 codes of rows r and r + 8."""
     return gl.DistributedLinearLayout(
         reg_bases=[[8, 0]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
@@ -44,7 +44,7 @@ def scale_layout():
 
 @gluon.constexpr_function
 def scale_memory():
-    """Two tiles of the layout 128x4, successive along K, as uint16 [ROWS, 4].
+    """Address two tiles of the layout 128x4, successive along K, as uint16 [ROWS, 4].
 
     The offset's bits, from the lowest: a pair of blocks within the tile, row / 32, row % 32, the tile.
     """
@@ -54,14 +54,14 @@ def scale_memory():
 
 @gluon.jit
 def place_of(column):
-    """Where a column is multiplied, in the order above."""
+    """Return where a column is multiplied, in the order above."""
     within = (column >> 2 & 1) | (column >> 5 & 3) << 1 | (column & 3) << 3 | (column >> 3 & 3) << 5
     return column // 128 * 128 + within
 
 
 @gluon.jit
 def _scale_pairs(scales):
-    """uint16 of two e4m3 scales to two words, each a scale times 2^118 in bf16, twice."""
+    """Turn uint16 of two e4m3 scales into two words, each a scale times 2^118 in bf16, twice."""
     return gl.inline_asm_elementwise(
         """{ .reg .b16 both, first, second; .reg .b32 halves; .reg .f32 f, s;
         cvt.u16.u32 both, $2;
@@ -75,7 +75,7 @@ def _scale_pairs(scales):
 
 @gluon.jit
 def _products(words, scales):
-    """Words [R, c, j0] of 8 codes times their scales: bf16 [R, 64] in the order above, times 2^-8.
+    """Multiply words [R, c, j0] of 8 codes by their scales: bf16 [R, 64] in the order above, times 2^-8.
 
     A product of a nibble and 0x1040 has the code's sign in bit 15 and its exponent and significand in
     bits 8 to 6, where bf16 has them, with a bias of 127 in the place of 1.
@@ -104,7 +104,7 @@ def _products(words, scales):
 
 @gluon.jit
 def load_codes(words, scales):
-    """Codes and scales of 128 columns: (words, scale) of j1 = 0, then of j1 = 1, for `fragment`.
+    """Load codes and scales of 128 columns: (words, scale) of j1 = 0, then of j1 = 1, for `fragment`.
 
     `words` is int32 [ROWS, WORDS] in shared memory, `scales` int32 [1, 2, 128] there.
     """
@@ -122,5 +122,5 @@ def load_codes(words, scales):
 
 @gluon.jit
 def fragment(words, scales, LAYOUT: gl.constexpr):
-    """The A operand of 64 columns, values times 2^-8, exactly; no value changes its thread."""
+    """Return the A operand of 64 columns, values times 2^-8, exactly; no value changes its thread."""
     return gl.convert_layout(_products(words, scales), LAYOUT, assert_trivial=True)

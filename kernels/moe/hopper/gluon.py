@@ -33,7 +33,7 @@ _NEW_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 @gluon.jit
 def reinterpreted(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    """The same shared memory as a tensor of another type, shape and layout."""
+    """Return the same shared memory as a tensor of another type, shape and layout."""
     if _NEW_NAME:
         return buffer.reinterpret(dtype, shape, layout)
     else:

@@ -35,7 +35,7 @@ def width_of(widths, i):
 
 @gluon.constexpr_function
 def narrower(widths, i):
-    """The next narrower tile's tokens, 0 for the narrowest."""
+    """Return the next narrower tile's tokens, 0 for the narrowest."""
     return widths[i + 1] if i + 1 < len(widths) else 0
 
 
@@ -46,7 +46,7 @@ def count_of(widths):
 
 @gluon.jit
 def _tile(t, total, tile_ptr, end_ptr, tiles, strips, WIDTHS: gl.constexpr):
-    """(expert, first row, rows from there) of piece t of the work; of the last one beyond it."""
+    """Load (expert, first row, rows from there) of piece t of the work; of the last one beyond it."""
     tile = gl.maximum(gl.minimum(t, total - 1), 0) // strips
     expert = gl.maximum(gl.load(tile_ptr + tile), 0)
     first = gl.load(tile_ptr + tiles + tile)
@@ -124,7 +124,7 @@ def _sums(
     x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
     N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """[ROWS, N] fp32, times 2^-8, and the ring's next stage and phase."""
+    """Return sums [ROWS, N] fp32, times 2^-8, and the ring's next stage and phase."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 16]
     )
@@ -160,7 +160,7 @@ def _store(
     out_ptr, expanded_ptr, expert, strip, first, end, M,
     X_DIVISOR: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of `moe/grouped_gemm.py`, of rows first to end."""
+    """Finish sums as `moe/grouped_gemm.py` does, and store those of rows from `first` up to `end`."""
     N: gl.constexpr = acc.shape[1]
     if N > _STORED_AT_ONCE:
         halves = gl.permute(gl.reshape(acc, (ROWS, 2, N // 2)), (0, 2, 1))
@@ -189,15 +189,14 @@ def _store(
             m = strip * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
             acc = acc + gl.expand_dims(gl.load(bias_ptr + expert.to(gl.int64) * M + m), 1)
         G: gl.constexpr = ROWS // 32
+        R: gl.constexpr = ROWS // 2 if is_gated(ACT) else ROWS
         if is_gated(ACT):
             pairs = gl.permute(gl.reshape(acc, (G, 2, 2, 8, N)), (0, 3, 1, 4, 2))
-            up, gate = gl.split(gl.reshape(pairs, (ROWS // 2, N, 2)))
-            R: gl.constexpr = ROWS // 2
+            up, gate = gl.split(gl.reshape(pairs, (R, N, 2)))
             width = M // 2
         else:
             gate = gl.reshape(gl.permute(gl.reshape(acc, (G, 4, 8, N)), (0, 2, 1, 3)), (ROWS, N))
             up = gate
-            R: gl.constexpr = ROWS
             width = M
         y = finished(
             up, gate, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, expert, ACT

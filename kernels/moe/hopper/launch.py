@@ -20,7 +20,7 @@ _ROWS, _WORDS = ROWS.value, WORDS.value
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a descriptor needs of a tensor; it keeps none alive."""
+    """The part of a tensor that a descriptor needs; it keeps no tensor alive."""
 
     address: int
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class _Memory:
 def _descriptor(
     address: int, dtype: torch.dtype, shape: tuple[int, ...], box: tuple[int, ...], swizzle: int
 ) -> TensorDescriptor:
-    """The descriptor of a contiguous tensor; it depends on what is named here alone."""
+    """Describe a contiguous tensor; nothing but the arguments counts."""
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
         strides[i - 1] = strides[i] * shape[i]

@@ -50,8 +50,16 @@ class BaselineLayers:
                     routed_scaling_factor, norm_topk_prob),
         )  # fmt: skip
         experts = BaselineExperts("bf16", kind, w13, w2)
-        self._serve(moe_tactic, BaselineActivations(hidden_states), experts, ids, weights,
-                    local_expert_offset, output, (local_num_experts, intermediate_size))  # fmt: skip
+        self._serve(
+            moe_tactic,
+            BaselineActivations(hidden_states),
+            experts,
+            ids,
+            weights,
+            local_expert_offset,
+            output,
+            (local_num_experts, intermediate_size),
+        )
         return []
 
     @compiled.FP8_TENSOR_ROUTED
@@ -65,11 +73,18 @@ class BaselineLayers:
             routing_input_mode, expert_indices, expert_weights, None, None, None
         )
         self._per_tensor(
-            gemm1_weights, gemm2_weights, ActivationType(activation_type),
+            gemm1_weights,
+            gemm2_weights,
+            ActivationType(activation_type),
             (output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar),
-            config_index, hidden_states, ids, weights, local_expert_offset, output,
+            config_index,
+            hidden_states,
+            ids,
+            weights,
+            local_expert_offset,
+            output,
             (local_num_experts, intermediate_size),
-        )  # fmt: skip
+        )
         return []
 
     @compiled.FP8_TENSOR
@@ -81,16 +96,29 @@ class BaselineLayers:
     ):  # fmt: skip
         ids, weights = self._kernels.behaviour.route(
             routing_logits,
-            Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
-                    routed_scaling_factor, norm_topk_prob),
+            Routing(
+                RoutingMethodType(routing_method_type),
+                top_k,
+                n_group,
+                topk_group,
+                routed_scaling_factor,
+                norm_topk_prob,
+            ),
             routing_bias,
-        )  # fmt: skip
+        )
         self._per_tensor(
-            gemm1_weights, gemm2_weights, ActivationType(activation_type),
+            gemm1_weights,
+            gemm2_weights,
+            ActivationType(activation_type),
             (output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar),
-            config_index, hidden_states, ids, weights, local_expert_offset, output,
+            config_index,
+            hidden_states,
+            ids,
+            weights,
+            local_expert_offset,
+            output,
             (local_num_experts, intermediate_size),
-        )  # fmt: skip
+        )
         return []
 
     @compiled.FP8_BLOCK
@@ -119,9 +147,16 @@ class BaselineLayers:
             Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
                     routed_scaling_factor, norm_topk_prob),
         )  # fmt: skip
-        self._serve(config_index, BaselineActivations(hidden_states, hidden_states_scale), experts,
-                    ids, weights, local_expert_offset, output,
-                    (local_num_experts, intermediate_size))  # fmt: skip
+        self._serve(
+            config_index,
+            BaselineActivations(hidden_states, hidden_states_scale),
+            experts,
+            ids,
+            weights,
+            local_expert_offset,
+            output,
+            (local_num_experts, intermediate_size),
+        )
         return []
 
     def _per_tensor(
@@ -136,19 +171,32 @@ class BaselineLayers:
             for w, gated in ((gemm1, kind.gated), (gemm2, False))
         )
         experts = BaselineExperts(
-            "fp8 per tensor", kind, w13, w2, 1 / gate, 1 / (row * encode[0]), torch.ones(()),
+            "fp8 per tensor",
+            kind,
+            w13,
+            w2,
+            1 / gate,
+            1 / (row * encode[0]),
+            torch.ones(()),
             encode[0],
-        )  # fmt: skip
+        )
         self._serve(tactic, BaselineActivations(x), experts, ids, weights, offset, output, sizes)
 
     def _serve(self, tactic, activations, experts, ids, weights, offset, output, sizes):
         assert (experts.num_local, experts.w2.shape[2]) == sizes
         tile, number = tactic
         name = "default" if tile == UNTUNED else json.dumps([tile, number])
-        result = self._kernels.run_baseline(NAMES[experts.format], name, {
-            "activations": activations, "experts": experts, "ids": ids, "weights": weights,
-            "local_expert_offset": offset,
-        })  # fmt: skip
+        result = self._kernels.run_baseline(
+            NAMES[experts.format],
+            name,
+            {
+                "activations": activations,
+                "experts": experts,
+                "ids": ids,
+                "weights": weights,
+                "local_expert_offset": offset,
+            },
+        )
         output.copy_(result.output)
 
 

@@ -19,7 +19,7 @@ Given = dict[str, Any]
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a quantizer is asked."""
+    """The input of a quantizer."""
 
     x: Tensor  # [M, K]
     scale: float | Tensor
@@ -52,6 +52,6 @@ class Behaviour:
     layer: Callable[[Given, str], Given] = lambda given, tactic: given
     """Changes the arguments of `reference.moe.fused_moe`; knows the name of the tactic."""
     baseline: Callable[[Given, str], Given] = lambda given, tactic: given
-    """The same of `reference.moe.baseline_moe.baseline_moe`."""
+    """Changes the arguments of `reference.moe.baseline_moe.baseline_moe`; knows the tactic's name."""
     output: Callable[[Tensor, int], Tensor] = lambda output, calls: output
     """Changes the finalized output; knows how many calls came before."""

@@ -51,12 +51,18 @@ def case_of(backend, shape, activations, experts, **changes):
         experts = nvfp4_moe.with_cutlass(experts)
     ids, weights = moe_cases.routing_of(shape)
     given = {
-        "name": str(shape), "activations": activations, "experts": experts,
-        "routing": Routing(_M.Renormalize, shape.top_k), "num_experts": shape.experts,
-        "ids": ids, "weights": weights, "local_expert_offset": shape.offset, "build": build,
+        "name": str(shape),
+        "activations": activations,
+        "experts": experts,
+        "routing": Routing(_M.Renormalize, shape.top_k),
+        "num_experts": shape.experts,
+        "ids": ids,
+        "weights": weights,
+        "local_expert_offset": shape.offset,
+        "build": build,
         "recipe": Recipe(build="cute-dsl" if build == "cute-dsl" else "cuda"),
         "finalize_order": "flashinfer" if build == "cuda" else "slot",
-    }  # fmt: skip
+    }
     if "logits" in changes:
         given |= {"ids": None, "weights": None}
     return MoECase(**given | changes)
@@ -70,9 +76,14 @@ def exact(shape, kind=ActivationType.Relu2):
     def make(backend):
         case = coarse(shape, kind)
         return case_of(
-            backend, shape, case.activations, case.experts, ids=case.ids, weights=case.weights,
+            backend,
+            shape,
+            case.activations,
+            case.experts,
+            ids=case.ids,
+            weights=case.weights,
             exact=True,
-        )  # fmt: skip
+        )
 
     return make
 
@@ -80,9 +91,12 @@ def exact(shape, kind=ActivationType.Relu2):
 def with_biases(backend):
     shape, g = Shape(24, 256, 128, 4, 2), torch.Generator().manual_seed(3)
     options = {
-        "w13_bias": torch.randn(4, 256, generator=g), "w2_bias": torch.randn(4, 256, generator=g),
-        "alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0,
-    }  # fmt: skip
+        "w13_bias": torch.randn(4, 256, generator=g),
+        "w2_bias": torch.randn(4, 256, generator=g),
+        "alpha": 1.702,
+        "beta": 1.0,
+        "clamp_limit": 7.0,
+    }
     return case_of(backend, shape, *drawn(shape, **options))
 
 
@@ -93,9 +107,13 @@ def from_logits(routing, ties=False, bias=None):
         if ties:
             logits[:, 3:9] = 3.0
         return case_of(
-            backend, shape, *drawn(shape), routing=routing, logits=logits,
+            backend,
+            shape,
+            *drawn(shape),
+            routing=routing,
+            logits=logits,
             routing_bias=None if bias is None else torch.randn(16, generator=g) * bias,
-        )  # fmt: skip
+        )
 
     return make
 
@@ -130,8 +148,10 @@ CASES = {
         Layer("static", (TRTLLM, CUTLASS), plain(Shape(24, 256, 128, 4, 2), mode="static")),
         Layer("static, not gated", (CUTLASS,), plain(Shape(24, 256, 128, 4, 2), RELU2, "static")),
         Layer("static, SiTU", (CUTLASS,), plain(Shape(24, 256, 128, 4, 2), SITU, "static")),
-        Layer("static, second rank", (CUTLASS,), plain(Shape(24, 256, 128, 8, 4, 4, 4), mode="static")),
+        Layer(
+            "static, second rank", (CUTLASS,), plain(Shape(24, 256, 128, 8, 4, 4, 4), mode="static")
+        ),
         Layer("exact sums", PER_TOKEN, exact(Shape(24, 256, 128, 4, 2))),
         Layer("exact sums, second rank", PER_TOKEN, exact(Shape(33, 128, 128, 8, 3, 4, 4))),
     )
-}  # fmt: skip
+}

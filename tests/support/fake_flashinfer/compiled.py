@@ -104,7 +104,8 @@ _UNREAD = ("enable_pdl", "routing_replay_out", "da_routing_metadata", "da_body_w
 _WORKSPACE = _since_new("workspace_buffer query_workspace_size")
 
 VALID_CONFIGS = _compiled(
-    _LAUNCHER, "trtllm_get_valid_moe_configs",
+    _LAUNCHER,
+    "trtllm_get_valid_moe_configs",
     _sizes := (
         "dtype_act dtype_weights fp8_quantization_type top_k hidden_size hidden_size_output "
         "intermediate_size num_local_experts"
@@ -115,37 +116,54 @@ VALID_CONFIGS = _compiled(
         "has_gemm1_lora_delta"
     ),
     unread=(*_sizes.split(), "num_experts", *_options.split()),
-)  # fmt: skip
+)
 FP4_BLOCK_SCALE = _compiled(
-    _LAUNCHER, "trtllm_fp4_block_scale_moe",
+    _LAUNCHER,
+    "trtllm_fp4_block_scale_moe",
     "routing_input_mode routing_logits topk_ids topk_weights routing_bias hidden_states "
     "hidden_states_scale gemm1_weights gemm1_weights_scale gemm1_bias gemm1_lora_delta gemm1_alpha "
     "gemm1_beta gemm1_clamp_limit gemm2_weights gemm2_weights_scale gemm2_bias output1_scales_scalar "
     "output1_scales_gate_scalar output2_scales_scalar per_token_scales num_experts top_k "
-    "num_fused_shared_experts n_group topk_group", _LOCAL,
-    "routing_method_type do_finalize enable_pdl act_type output config_index", _METADATA,
-    "valid_hidden_size valid_intermediate_size", *_WORKSPACE, *_since_new("nvfp4_4over6_code"),
+    "num_fused_shared_experts n_group topk_group",
+    _LOCAL,
+    "routing_method_type do_finalize enable_pdl act_type output config_index",
+    _METADATA,
+    "valid_hidden_size valid_intermediate_size",
+    *_WORKSPACE,
+    *_since_new("nvfp4_4over6_code"),
     unread=_UNREAD,
-)  # fmt: skip
+)
 BF16 = _compiled(
-    _LAUNCHER, "trtllm_bf16_moe",
+    _LAUNCHER,
+    "trtllm_bf16_moe",
     "routing_input_mode routing_logits routing_bias expert_indices expert_weights hidden_states "
     "gemm1_weights gemm2_weights gemm1_lora_delta gemm1_alpha gemm1_beta gemm1_clamp_limit output",
-    _ROUTING, _LOCAL,
+    _ROUTING,
+    _LOCAL,
     "routing_method_type use_shuffled_weight weight_layout do_finalize enable_pdl moe_tactic "
-    "activation_type", _METADATA, *_WORKSPACE,
+    "activation_type",
+    _METADATA,
+    *_WORKSPACE,
     unread=(*_UNREAD, "do_finalize"),
-)  # fmt: skip
+)
 _TENSOR = (
     "hidden_states gemm1_weights output1_scales_scalar output1_scales_gate_scalar gemm2_weights "
-    "output2_scales_scalar output", _ROUTING, _LOCAL,
+    "output2_scales_scalar output",
+    _ROUTING,
+    _LOCAL,
     "use_routing_scales_on_input routing_method_type do_finalize enable_pdl config_index "
-    "activation_type", _METADATA, "gemm1_clamp_limit", *_WORKSPACE,
-)  # fmt: skip
+    "activation_type",
+    _METADATA,
+    "gemm1_clamp_limit",
+    *_WORKSPACE,
+)
 FP8_TENSOR = _compiled(
-    _LAUNCHER, "trtllm_fp8_per_tensor_scale_moe", "routing_logits routing_bias", *_TENSOR,
+    _LAUNCHER,
+    "trtllm_fp8_per_tensor_scale_moe",
+    "routing_logits routing_bias",
+    *_TENSOR,
     unread=(*_UNREAD, "do_finalize"),
-)  # fmt: skip
+)
 FP8_TENSOR_ROUTED = _compiled(
     _LAUNCHER, "trtllm_fp8_per_tensor_scale_routed_moe",
     "routing_input_mode expert_indices expert_weights routing_bias", *_TENSOR,
@@ -155,28 +173,32 @@ FP8_TENSOR_ROUTED = _compiled(
     ),
 )  # fmt: skip
 FP8_BLOCK = _compiled(
-    _LAUNCHER, "trtllm_fp8_block_scale_moe",
+    _LAUNCHER,
+    "trtllm_fp8_block_scale_moe",
     "routing_input_mode routing_logits expert_indices expert_weights routing_bias hidden_states "
     "hidden_states_scale gemm1_weights gemm1_weights_scale gemm1_lora_delta gemm1_bias gemm1_alpha "
     "gemm1_beta gemm1_clamp_limit gemm2_weights gemm2_weights_scale gemm2_bias output num_experts "
-    "top_k num_fused_shared_experts n_group topk_group", _LOCAL,
+    "top_k num_fused_shared_experts n_group topk_group",
+    _LOCAL,
     "routing_method_type use_shuffled_weight weight_layout do_finalize enable_pdl config_index "
-    "quantization_type act_type", _METADATA, "valid_hidden_size valid_intermediate_size",
+    "quantization_type act_type",
+    _METADATA,
+    "valid_hidden_size valid_intermediate_size",
     *_WORKSPACE,
     unread=(*_UNREAD, "do_finalize", "valid_hidden_size", "valid_intermediate_size"),
-)  # fmt: skip
+)
 CUTLASS = _compiled(
-    "fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu", "runMoe",
+    "fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu",
+    "runMoe",
     "output input token_selected_experts token_final_scales fc1_expert_weights fc1_expert_biases "
     "fc2_expert_weights fc2_expert_biases quant_scales input_sf swiglu_alpha swiglu_beta swiglu_limit "
     "clamped_relu2_limit situ_beta situ_linear_beta swizzled_input_sf tp_size tp_rank ep_size ep_rank "
     "cluster_size cluster_rank enable_alltoall min_latency_mode profile_ids enable_pdl "
-    "base_activation_type workspace_buffer", *_since_new("nvfp4_4over6_code"),
+    "base_activation_type workspace_buffer",
+    *_since_new("nvfp4_4over6_code"),
     unread=("ep_size", "cluster_size", "enable_pdl", "workspace_buffer"),
-)  # fmt: skip
-LAYERS = (
-    VALID_CONFIGS, FP4_BLOCK_SCALE, BF16, FP8_TENSOR, FP8_TENSOR_ROUTED, FP8_BLOCK, CUTLASS,
-)  # fmt: skip
+)
+LAYERS = (VALID_CONFIGS, FP4_BLOCK_SCALE, BF16, FP8_TENSOR, FP8_TENSOR_ROUTED, FP8_BLOCK, CUTLASS)
 
 CUTE_DSL_CORE = _compiled(
     "flashinfer.fused_moe.cute_dsl.fused_moe", "_moe_core_impl",
@@ -202,28 +224,37 @@ CUTE_DSL_CORE = _compiled(
 )  # fmt: skip
 _CUTE_DSL_QUANTIZER = "flashinfer.quantization.kernels.nvfp4_quantize"
 CUTE_DSL_PER_TOKEN = _compiled(
-    _CUTE_DSL_QUANTIZER, "nvfp4_quantize_per_token_cute_dsl",
+    _CUTE_DSL_QUANTIZER,
+    "nvfp4_quantize_per_token_cute_dsl",
     "input global_scale_inv sf_layout enable_pdl out_scale nvfp4_4over6",
-    *_since_new("valid_rows row_limits rows_per_group sf_rows_per_group"), unread=("enable_pdl",),
-)  # fmt: skip
+    *_since_new("valid_rows row_limits rows_per_group sf_rows_per_group"),
+    unread=("enable_pdl",),
+)
 CUTE_DSL_GLOBAL = _compiled(
-    _CUTE_DSL_QUANTIZER, "nvfp4_quantize_cute_dsl",
-    "input global_scale sf_layout enable_pdl nvfp4_4over6 out", unread=("enable_pdl",),
-)  # fmt: skip
+    _CUTE_DSL_QUANTIZER,
+    "nvfp4_quantize_cute_dsl",
+    "input global_scale sf_layout enable_pdl nvfp4_4over6 out",
+    unread=("enable_pdl",),
+)
 CAKE = _compiled(
-    "flashinfer.experimental.cake_nvfp4_per_token.cake_backend", "nvfp4_quantize_per_token",
-    "x global_scale_inv out_scale enable_pdl", unread=("enable_pdl",),
-)  # fmt: skip
+    "flashinfer.experimental.cake_nvfp4_per_token.cake_backend",
+    "nvfp4_quantize_per_token",
+    "x global_scale_inv out_scale enable_pdl",
+    unread=("enable_pdl",),
+)
 PYTHON = (CUTE_DSL_CORE, CUTE_DSL_PER_TOKEN, CUTE_DSL_GLOBAL, CAKE)
 
 _CLOSURES = "flashinfer.quantization.fp4_quantization"
 FP4_QUANTIZE = _compiled(
-    _CLOSURES, "fp4_quantize_sm100",
+    _CLOSURES,
+    "fp4_quantize_sm100",
     "input global_scale sf_vec_size sf_use_ue8m0 is_sf_swizzled_layout is_sf_8x4_layout "
-    "is_global_scale_inversed enable_pdl nvfp4_4over6_code", unread=("enable_pdl",),
-)  # fmt: skip
+    "is_global_scale_inversed enable_pdl nvfp4_4over6_code",
+    unread=("enable_pdl",),
+)
 NVFP4_PER_TOKEN = _compiled(
-    _CLOSURES, "nvfp4_quant_and_per_token_scale_sm100",
+    _CLOSURES,
+    "nvfp4_quant_and_per_token_scale_sm100",
     "input scale_inv expanded_idx_to_permuted_idx sf_layout nvfp4_4over6_code",
-)  # fmt: skip
+)
 CLOSURES = (FP4_QUANTIZE, NVFP4_PER_TOKEN)

@@ -32,7 +32,7 @@ def trtllm(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> Weights:
 
 
 def trtllm_rows(rows: int, gated: bool) -> torch.Tensor:
-    """Where the shuffled matrix holds natural row r."""
+    """Return the place of each natural row in the shuffled matrix."""
     r = torch.arange(rows)
     if gated:  # row i of either half is the i-th pair's
         half = rows // 2

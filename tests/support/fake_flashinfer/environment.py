@@ -15,7 +15,7 @@ def _on(name: str) -> bool:
 
 
 def recipe(build: Literal["cuda", "cute-dsl"], code: int = OF_ENVIRONMENT) -> Recipe:
-    """What a kernel of the build computes; code: bits 0 to 4 of `nvfp4Recipe.h`."""
+    """Return the recipe of the build's kernels; `code` has bits 0 to 4 of `nvfp4Recipe.h`."""
     exact = _on("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH")
     if build == "cuda":
         exact |= _on("TRTLLM_DISABLE_FP4_QUANT_FAST_MATH")
@@ -24,7 +24,7 @@ def recipe(build: Literal["cuda", "cute-dsl"], code: int = OF_ENVIRONMENT) -> Re
 
 
 def code_of(nvfp4_4over6: Any) -> int:
-    """Of an argument of FlashInfer's Python: omitted, None or a recipe."""
+    """Return the code of an argument of FlashInfer's Python: omitted, None or a recipe."""
     from flashinfer.quantization.nvfp4_quantization_utils import _UNSET, nvfp4_4over6_code
 
     if nvfp4_4over6 is _UNSET or nvfp4_4over6 == OF_ENVIRONMENT:

@@ -42,7 +42,7 @@ class Fault:
     backends: tuple[str, ...]
     """That have it."""
     seen: str
-    """Where it must show."""
+    """The place where it must show."""
     behaviour: Behaviour
     tactics: tuple[str, ...] = ()
     """That alone have it, by name; empty: all of them, the default too."""
@@ -224,12 +224,15 @@ def _scale_of_the_next_expert(given: Given) -> Given:
 
 def _last_expert_dropped(given: Given) -> Given:
     e = given["experts"]
-    return given | {"experts": replace(
-        e, **{
-            name: None if getattr(e, name) is None else getattr(e, name)[:-1]
-            for name in ("w13", "w2", "w13_scale", "w2_scale")
-        }
-    )}  # fmt: skip
+    return given | {
+        "experts": replace(
+            e,
+            **{
+                name: None if getattr(e, name) is None else getattr(e, name)[:-1]
+                for name in ("w13", "w2", "w13_scale", "w2_scale")
+            },
+        )
+    }
 
 
 def _ties_to_the_larger(
@@ -268,9 +271,7 @@ FAULTS: dict[str, Fault] = {
         "block scales of a shape that its layout pads", _padding_not_written
     ),
     "exact math ignored": _quantizer(
-        "any output under FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH=1",
-        _always_fast,
-        QUANTIZERS_OF[:2],
+        "any output under FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH=1", _always_fast, QUANTIZERS_OF[:2]
     ),
     "4over6 keeps the larger error": _quantizer(
         "codes and block scales with 4over6", _larger_error, QUANTIZERS_OF[:2]
@@ -281,9 +282,7 @@ FAULTS: dict[str, Fault] = {
     "tactic 192 drops the last tile of an expert": _layer(
         (TRTLLM,), "the output of this tactic alone", _last_tile_dropped, "[192, 7]"
     ),
-    "tactic 64 raises": _layer(
-        (TRTLLM,), "an error of this tactic alone", _fails, "[64, 5]"
-    ),
+    "tactic 64 raises": _layer((TRTLLM,), "an error of this tactic alone", _fails, "[64, 5]"),
     "tactic 5 of cutlass drops the last tile of an expert": _layer(
         (CUTLASS,), "the output of this tactic alone", _last_tile_dropped, "gemm2 5"
     ),
@@ -326,8 +325,7 @@ FAULTS: dict[str, Fault] = {
         "layer", (TRTLLM,), "outputs from logits with ties", Behaviour(route=_ties_to_the_larger)
     ),
     "the bias in the weights": Fault(
-        "layer", (TRTLLM,), "outputs from logits with a bias",
-        Behaviour(route=_bias_in_the_weights),
+        "layer", (TRTLLM,), "outputs from logits with a bias", Behaviour(route=_bias_in_the_weights)
     ),
     "baselines' gate and up exchanged": _baseline(BASELINES, "outputs", _halves_exchanged),
     "MXFP8's scale rounded down": Fault(
@@ -343,7 +341,9 @@ FAULTS: dict[str, Fault] = {
         BASELINES, "the output of this tactic alone", _last_expert_dropped, "[16, 19]"
     ),
     "last bit of every second call": Fault(
-        "layer", (TRTLLM, CUTE_DSL, CUTLASS), "two runs of one call, and a graph's replay",
+        "layer",
+        (TRTLLM, CUTE_DSL, CUTLASS),
+        "two runs of one call, and a graph's replay",
         Behaviour(output=_last_bit),
     ),
-}  # fmt: skip
+}

@@ -36,10 +36,10 @@ WAYS = (
     "tensor core, steps of 8, 1 more bit",
     "fp32, ascending",
 )
-"""How the sums of a tactic are taken; all keep the contract."""
+"""The order in which each tactic takes its sums; all keep the contract."""
 TRTLLM_TACTICS = [[8, 3], [16, 19], [64, 5], [128, 19], [192, 7]]
 CUTLASS_TACTICS = (3, 4)
-"""Of the first GEMM, 0 to 2; of the second, 3 to 6, of which the last does not fit the GPU."""
+"""Tactics of the first GEMM are 0 to 2, of the second 3 to 6; the last does not fit the GPU."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,13 @@ def _stages(first: int, second: int) -> Stages:
 
 
 def _experts(
-    w13: decode.Weights, w2: decode.Weights, kind: ActivationType, valid: tuple[int | None, int | None],
-    scalars: tuple[Tensor, Tensor, Tensor], **optional: Tensor | None,
-) -> Experts:  # fmt: skip
+    w13: decode.Weights,
+    w2: decode.Weights,
+    kind: ActivationType,
+    valid: tuple[int | None, int | None],
+    scalars: tuple[Tensor, Tensor, Tensor],
+    **optional: Tensor | None,
+) -> Experts:
     """The reference's experts of decoded weights; biases among the optional, rows natural."""
     order1, order2 = row_order(w13[0].shape[1], kind.gated), row_order(w2[0].shape[1], False)
     biases = {
@@ -89,9 +93,17 @@ def _experts(
     )
     hidden, intermediate = c2.shape[1], c2.shape[2] * 2
     return Experts(
-        c1, s1.view(torch.float8_e4m3fn), c2, s2.view(torch.float8_e4m3fn), *scalars,
-        valid[0] or hidden, valid[1] or intermediate, kind, **biases, **optional,
-    )  # fmt: skip
+        c1,
+        s1.view(torch.float8_e4m3fn),
+        c2,
+        s2.view(torch.float8_e4m3fn),
+        *scalars,
+        valid[0] or hidden,
+        valid[1] or intermediate,
+        kind,
+        **biases,
+        **optional,
+    )
 
 
 class Module:
@@ -140,30 +152,50 @@ class Trtllm(BaselineLayers, Module):
             )
         }
         experts = _experts(
-            w13, w2, kind, (valid_hidden_size, valid_intermediate_size),
+            w13,
+            w2,
+            kind,
+            (valid_hidden_size, valid_intermediate_size),
             (output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar),
-            gemm1_alpha=gemm1_alpha, gemm1_beta=gemm1_beta, gemm1_clamp_limit=gemm1_clamp_limit,
+            gemm1_alpha=gemm1_alpha,
+            gemm1_beta=gemm1_beta,
+            gemm1_clamp_limit=gemm1_clamp_limit,
             **biases,
-        )  # fmt: skip
+        )
         ids, weights = self._routed(
-            routing_input_mode, topk_ids, topk_weights, routing_logits, routing_bias,
+            routing_input_mode,
+            topk_ids,
+            topk_weights,
+            routing_logits,
+            routing_bias,
             Routing(
-                RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
-                routed_scaling_factor, norm_topk_prob,
+                RoutingMethodType(routing_method_type),
+                top_k,
+                n_group,
+                topk_group,
+                routed_scaling_factor,
+                norm_topk_prob,
             ),
-        )  # fmt: skip
+        )
         tile, number = config_index
         untuned = tile == UNTUNED
         tactic = "default" if untuned else json.dumps([tile, number])
         way = 0 if untuned else TRTLLM_TACTICS.index([tile, number]) + 1
         scales = decode.rows_of_scales(hidden_states_scale, tokens)
-        result = self._kernels.run("trtllm", tactic, {
-            "activations": Activations(hidden_states, scales, per_token_scales),
-            "experts": experts, "ids": ids, "weights": weights,
-            "recipe": recipe("cuda", nvfp4_4over6_code),
-            "local_expert_offset": local_expert_offset, "finalize_order": "flashinfer",
-            "stages": _stages(way, way + 1),
-        })  # fmt: skip
+        result = self._kernels.run(
+            "trtllm",
+            tactic,
+            {
+                "activations": Activations(hidden_states, scales, per_token_scales),
+                "experts": experts,
+                "ids": ids,
+                "weights": weights,
+                "recipe": recipe("cuda", nvfp4_4over6_code),
+                "local_expert_offset": local_expert_offset,
+                "finalize_order": "flashinfer",
+                "stages": _stages(way, way + 1),
+            },
+        )
         if do_finalize:
             output.copy_(result.output)
             return []
@@ -236,13 +268,21 @@ class Cutlass(Module):
         first, second = (0 if t == UNTUNED else t + 1 for t in profile_ids)
         names = [f"gemm{i} {t}" for i, t in enumerate(profile_ids, 1) if t != UNTUNED]
         scales = decode.rows_of_scales(input_sf, input.shape[0])
-        result = self._kernels.run("cutlass", " ".join(names) or "default", {
-            "activations": Activations(input, scales), "experts": experts,
-            "ids": token_selected_experts, "weights": token_final_scales,
-            "recipe": recipe("cuda", nvfp4_4over6_code),
-            "local_expert_offset": ep_rank * w13[0].shape[0],
-            "finalize_order": "slot", "variant": "cutlass", "stages": _stages(first, second),
-        })  # fmt: skip
+        result = self._kernels.run(
+            "cutlass",
+            " ".join(names) or "default",
+            {
+                "activations": Activations(input, scales),
+                "experts": experts,
+                "ids": token_selected_experts,
+                "weights": token_final_scales,
+                "recipe": recipe("cuda", nvfp4_4over6_code),
+                "local_expert_offset": ep_rank * w13[0].shape[0],
+                "finalize_order": "slot",
+                "variant": "cutlass",
+                "stages": _stages(first, second),
+            },
+        )
         output.copy_(result.output)
 
 
@@ -279,17 +319,22 @@ class CuteDsl:
         first = tile_size // 256 * 2 + gemm1_mma_tiler_mn[1] // 256
         second = first * 3 + gemm2_mma_tiler_mn[1] // 256 + 2 * (gemm2_cluster_shape_mn[1] - 1)
         stages = replace(_stages(first, second), requantize=_requantize(fc2_input_scale))
-        result = self._kernels.run("cute-dsl", json.dumps(tactic), {
-            "activations": Activations(
-                x, decode.rows_of_scales(x_sf, x.shape[0]), per_token_scale
-            ),
-            "experts": _experts(w13, w2, kind, (None, None), (up, w1_alpha, w2_alpha)),
-            "ids": token_selected_experts, "weights": token_final_scales,
-            "recipe": recipe("cute-dsl", code_of(nvfp4_4over6)),
-            "local_expert_offset": local_expert_offset,
-            "finalize_order": "slot",
-            "stages": fused_finalize(stages) if use_fused_finalize else stages,
-        })  # fmt: skip
+        result = self._kernels.run(
+            "cute-dsl",
+            json.dumps(tactic),
+            {
+                "activations": Activations(
+                    x, decode.rows_of_scales(x_sf, x.shape[0]), per_token_scale
+                ),
+                "experts": _experts(w13, w2, kind, (None, None), (up, w1_alpha, w2_alpha)),
+                "ids": token_selected_experts,
+                "weights": token_final_scales,
+                "recipe": recipe("cute-dsl", code_of(nvfp4_4over6)),
+                "local_expert_offset": local_expert_offset,
+                "finalize_order": "slot",
+                "stages": fused_finalize(stages) if use_fused_finalize else stages,
+            },
+        )
         return moe_output.copy_(result.output)
 
 

@@ -38,9 +38,13 @@ class Quantizers:
 
     @compiled.NVFP4_PER_TOKEN
     def nvfp4_quant_and_per_token_scale_sm100(
-        self, input, scale_inv, expanded_idx_to_permuted_idx=None, sf_layout=2,
+        self,
+        input,
+        scale_inv,
+        expanded_idx_to_permuted_idx=None,
+        sf_layout=2,
         nvfp4_4over6_code=OF_ENVIRONMENT,
-    ):  # fmt: skip
+    ):
         how, layout = recipe("cuda", nvfp4_4over6_code), SfLayout(sf_layout)
         return self._per_token(
             Matrix(input, scale_inv, how, layout, True, expanded_idx_to_permuted_idx)
@@ -48,9 +52,14 @@ class Quantizers:
 
     @compiled.FP4_QUANTIZE
     def fp4_quantize_sm100(
-        self, input, global_scale=None, sf_vec_size=16, is_sf_swizzled_layout=True,
-        is_sf_8x4_layout=False, nvfp4_4over6_code=OF_ENVIRONMENT,
-    ):  # fmt: skip
+        self,
+        input,
+        global_scale=None,
+        sf_vec_size=16,
+        is_sf_swizzled_layout=True,
+        is_sf_8x4_layout=False,
+        nvfp4_4over6_code=OF_ENVIRONMENT,
+    ):
         assert sf_vec_size == 16
         layout = SfLayout.layout_8x4 if is_sf_8x4_layout else SfLayout.layout_128x4
         layout = layout if is_sf_swizzled_layout else SfLayout.layout_linear
@@ -62,7 +71,7 @@ class Quantizers:
     @compiled.CUTE_DSL_PER_TOKEN
     def nvfp4_quantize_per_token_cute_dsl(
         self, input, global_scale_inv, sf_layout=0, out_scale=None, nvfp4_4over6=None
-    ):  # fmt: skip
+    ):
         how = recipe("cute-dsl", code_of(nvfp4_4over6))
         scale, layout = float(global_scale_inv), SfLayout(sf_layout)
         return self._per_token(Matrix(input, scale, how, layout, True, out_scale=out_scale))

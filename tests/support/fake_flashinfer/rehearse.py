@@ -15,7 +15,7 @@ from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent.parent
 VARIABLE = "NVFP4_MOE_FAKE_FLASHINFER"
-"""Of the processes that a rehearsed one starts: the fault, empty for none."""
+"""The variable that tells the processes that are started the fault; empty for none."""
 
 
 def prepare(fault: str | None) -> None:

@@ -10,9 +10,9 @@ from . import command
 from .generated.results import KEPT
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with these arguments, or those of the process; the exit status."""
-    return command.run(_parser().parse_args(arguments))
+def main(arguments: Sequence[str] | None = None, catalogue: command.Catalogue | None = None) -> int:
+    """Run with these arguments, or those of the process; return the exit status."""
+    return command.run(_parser().parse_args(arguments), catalogue or command.Catalogue())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,19 +32,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--markdown", action="store_true", help="as docs/mutants.md has it")
     parser.add_argument(
-        "--generated", choices=("reference", "kernels", "report"),
+        "--generated",
+        choices=("reference", "kernels", "report"),
         help="mutants made by rule instead: of the reference, or of the Triton kernels; report: what is "
         "known of both",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--results", metavar="FILE", type=Path, default=KEPT,
+        "--results",
+        metavar="FILE",
+        type=Path,
+        default=KEPT,
         help="of generated mutants, read and written, by any number of processes; those that it has are "
         "not tried again (results.txt beside the rules)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--merge", metavar="FILE", type=Path, nargs="+", default=[],
+        "--merge",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=[],
         help="results of other machines, taken in first",
-    )  # fmt: skip
+    )
     parser.add_argument("--shard", metavar="I/N", default="1/1", help="every Nth, from the Ith on")
     parser.add_argument("--seconds", type=float, help="end after about as long")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")

@@ -1,4 +1,4 @@
-"""What a call of the Triton kernels is: an answer, and what judges it."""
+"""A call of the Triton kernels: its answer, and the test of that answer."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Answered:
-    """What an answer may be, and what the criteria of closeness look at."""
+    """The answers that are allowed, and the values that the criteria of closeness compare."""
 
     accepts: Callable[[Any], bool]
     values: Callable[[Any], Tensor]  # fp64

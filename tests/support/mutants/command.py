@@ -3,13 +3,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
 
-from nvfp4_moe.differential.conforming import CONFORMING, conforms, perform
+from nvfp4_moe.differential.conforming import CONFORMING, Setting, conforms, perform
 from nvfp4_moe.differential.stages import Call, Run, judge
 from nvfp4_moe.reference.moe.layer import Stages
 
@@ -48,13 +48,13 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], bool]] = {
     "cosine .99": _cosine,
     "rtol 1e-2": _close,
 }
-"""What accepts an output, fp64, given the right one."""
+"""Functions that accept an output, fp64, given the right one."""
 OURS = ("stage", "interval")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether each criterion saw a mutant on any of the seeds."""
+    """A mutant, and for each criterion if it saw the mutant on any of the seeds."""
 
     mutant: Mutant
     first: str | None  # the stage that was named
@@ -77,7 +77,18 @@ def try_mutant(mutant: Mutant, calls: Sequence[tuple[Call, Run]]) -> Outcome:
     return Outcome(mutant, first, seen)
 
 
-def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Outcome]:
+@dataclass(frozen=True)
+class Catalogue:
+    """The mutants that the command tries, and the runs that it must accept."""
+
+    mutants: Sequence[Mutant] = MUTANTS
+    settings: Mapping[str, Setting] = field(default_factory=lambda: EVERY_SETTING)
+    conforming: Mapping[str, Stages] = field(default_factory=lambda: CONFORMING)
+    kernel_mutants: Sequence[edited_copy.KernelMutant] = KERNEL_MUTANTS
+    kernel_calls: Sequence[str] = tuple(CALLS)
+
+
+def try_mutants(mutants: Sequence[Mutant], seeds: int = 3) -> list[Outcome]:
     """Every mutant on `seeds` calls of its setting."""
     prepared: dict[str, list[tuple[Call, Run]]] = {}
     for name in sorted({m.setting for m in mutants}):
@@ -88,15 +99,13 @@ def try_mutants(mutants: Sequence[Mutant] = MUTANTS, seeds: int = 3) -> list[Out
 
 @dataclass(frozen=True)
 class KernelOutcome:
-    """Whether each criterion saw a mistake in a Triton kernel."""
+    """A mistake in a Triton kernel, and for each criterion if it saw the mistake."""
 
     mutant: edited_copy.KernelMutant
     seen: dict[str, bool]
 
 
-def try_kernels(
-    mutants: Sequence[edited_copy.KernelMutant] = KERNEL_MUTANTS,
-) -> list[KernelOutcome]:
+def try_kernels(mutants: Sequence[edited_copy.KernelMutant]) -> list[KernelOutcome]:
     """Every mutant of the kernels on its call, in the interpreter."""
     found = edited_copy.answers([(m, m.call) for m in mutants])
     return [_judged(m, answer) for m, answer in zip(mutants, found, strict=True)]
@@ -109,7 +118,7 @@ def _judged(mutant: edited_copy.KernelMutant, answer: Any) -> KernelOutcome:
     return KernelOutcome(mutant, {"interval": not allowed.accepts(answer)} | seen)
 
 
-def kernels_as_they_are(calls: Sequence[str] = tuple(CALLS)) -> list[str]:
+def kernels_as_they_are(calls: Sequence[str]) -> list[str]:
     """The calls on which the kernels without a mistake are not accepted."""
     found = edited_copy.answers([(None, call) for call in calls])
     return [
@@ -119,13 +128,15 @@ def kernels_as_they_are(calls: Sequence[str] = tuple(CALLS)) -> list[str]:
     ]
 
 
-def false_alarms(runs: int) -> tuple[int, list[str]]:
-    """(how many conforming runs were judged, at least `runs`; those that were not accepted)."""
+def false_alarms(
+    runs: int, settings: Mapping[str, Setting], conforming: Mapping[str, Stages]
+) -> tuple[int, list[str]]:
+    """Return how many conforming runs were judged, at least `runs`, and those that were not accepted."""
     done, alarms, seed = 0, [], 0
     while done < runs:
-        for setting in EVERY_SETTING.values():
+        for setting in settings.values():
             call = setting.call(seed)
-            for name, stages in CONFORMING.items():
+            for name, stages in conforming.items():
                 if not conforms(name, setting):
                     continue
                 verdict = judge(call, perform(call, stages))
@@ -161,20 +172,20 @@ quantizer wrote.
 """
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, catalogue: Catalogue) -> int:
     if options.generated:
         return generated.run(options)
     show = _markdown if options.markdown else _text
-    outcomes = try_mutants(seeds=options.seeds)
-    done, alarms = false_alarms(options.conforming)
+    outcomes = try_mutants(catalogue.mutants, options.seeds)
+    done, alarms = false_alarms(options.conforming, catalogue.settings, catalogue.conforming)
     if options.markdown:
         print(_HEAD.format(command=" ".join(["python -m mutants", *sys.argv[1:]])))
     show(_rows(outcomes), sys.stdout)
     wrong = any(o.first != o.mutant.stage for o in outcomes)
     if options.kernels:
-        in_kernels = try_kernels()
-        alarms += kernels_as_they_are()
-        done += len(CALLS)
+        in_kernels = try_kernels(catalogue.kernel_mutants)
+        alarms += kernels_as_they_are(catalogue.kernel_calls)
+        done += len(catalogue.kernel_calls)
         print(_KERNELS_HEAD if options.markdown else "\nIn the Triton kernels:")
         show(_kernel_rows(in_kernels), sys.stdout)
         wrong |= not all(o.seen["interval"] for o in in_kernels)
@@ -185,7 +196,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def totals(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """How many mutants each criterion saw."""
+    """Count the mutants that each criterion saw."""
     return {name: sum(o.seen[name] for o in outcomes) for name in (*OURS, *CRITERIA)}
 
 

@@ -74,8 +74,12 @@ def _any_size(seed: int) -> Call:
     logits = host.arange(4).float() * 8 + _normal(seed, 8, 4)
     experts = _experts(seed)
     scalar = experts.output2_scale_scalar * host.powers(-11 * host.arange(4))
-    call = _call(seed, (_normal(seed, 8, _SIZE) * size).bfloat16(),
-                 replace(experts, output2_scale_scalar=scalar), 4)  # fmt: skip
+    call = _call(
+        seed,
+        (_normal(seed, 8, _SIZE) * size).bfloat16(),
+        replace(experts, output2_scale_scalar=scalar),
+        4,
+    )
     return replace(call, logits=logits)
 
 
@@ -100,11 +104,14 @@ def _four_over_six(seed: int) -> Call:
     w2 = e2m1.pack(torch.eye(_SIZE, dtype=torch.uint8, device="cpu") * 2)
     codes13, scales13 = (t.expand(4, -1, -1).contiguous() for t in (e2m1.pack(w13), scales))
     experts = assemble_experts(
-        codes13, scales13, host.ones(4),
+        codes13,
+        scales13,
+        host.ones(4),
         w2.expand(4, -1, -1).contiguous(),
-        torch.full((4, _SIZE, _SIZE // BLOCK_SIZE), 0x38, dtype=torch.uint8, device="cpu"), host.ones(4),
+        torch.full((4, _SIZE, _SIZE // BLOCK_SIZE), 0x38, dtype=torch.uint8, device="cpu"),
+        host.ones(4),
         ActivationType.Identity,
-    )  # fmt: skip
+    )
     call = _call(seed, torch.cat([rows, columns.bfloat16()]), experts)
     return replace(call, recipe=Recipe("fast", NVFP44Over6Config()))
 

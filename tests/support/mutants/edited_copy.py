@@ -38,7 +38,7 @@ class KernelMutant:
         return self.place(KERNELS)[0].relative_to(KERNELS).as_posix()
 
     def place(self, kernels: Path) -> tuple[Path, Spot]:
-        """Where the edit goes in a folder of kernels.
+        """Find the place of the edit in a folder of kernels.
 
         Raises:
             ValueError: nowhere, or in more than one place.
@@ -65,7 +65,7 @@ def copy_package(root: Path) -> Path:
 
 
 def answer(mutant: KernelMutant | None, call: str) -> Any:
-    """What the call gives, in the interpreter; None: by the kernels as they are.
+    """Return the result of the call in the interpreter; without a mutant, of the kernels as they are.
 
     Raises:
         ValueError: the mutant's edit does not fit.
@@ -77,9 +77,12 @@ def answer(mutant: KernelMutant | None, call: str) -> Any:
             mutant.apply(kernels)
         try:
             return workers.call_in_one(
-                _answer, [(prepared(call)[0],)], Path(folder),
-                TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
-            )[0]  # fmt: skip
+                _answer,
+                [(prepared(call)[0],)],
+                Path(folder),
+                TRITON_INTERPRET="1",
+                OMP_NUM_THREADS="1",
+            )[0]
         except RuntimeError as error:
             name = "no mutant" if mutant is None else f"mutant {mutant.name!r}"
             raise RuntimeError(f"{name}, {call}: {error}") from None

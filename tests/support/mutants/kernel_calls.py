@@ -37,13 +37,20 @@ _SETTINGS = SETTINGS | {
         # Experts 1 and 2 of 3, each with more than 48 rows: two tiles of 32, the last more than half
         # full.
         Setting(
-            "many tokens", 80, 128, 128, 3, Routing(_M.Renormalize, 2), ActivationType.Relu2,
-            offset=1, local=2,
+            "many tokens",
+            80,
+            128,
+            128,
+            3,
+            Routing(_M.Renormalize, 2),
+            ActivationType.Relu2,
+            offset=1,
+            local=2,
         ),
         Setting("no groups", 8, 128, 128, 16, Routing(_M.DeepSeekV3, 4, None, None, 2.5)),
         Setting("wide", 8, 384, 128, 4, Routing(_M.Renormalize, 2)),
     )
-}  # fmt: skip
+}
 
 
 def case_of(setting: Setting, *, bf16: bool = False) -> MoECase:
@@ -51,9 +58,16 @@ def case_of(setting: Setting, *, bf16: bool = False) -> MoECase:
     call = setting.call(0)
     states = Activations(call.x) if bf16 else quantize_activations(call.x, call.recipe)
     return MoECase(
-        setting.name, states, call.experts, call.routing, setting.experts, call.logits,
-        call.routing_bias, local_expert_offset=call.local_expert_offset, recipe=call.recipe,
-    )  # fmt: skip
+        setting.name,
+        states,
+        call.experts,
+        call.routing,
+        setting.experts,
+        call.logits,
+        call.routing_bias,
+        local_expert_offset=call.local_expert_offset,
+        recipe=call.recipe,
+    )
 
 
 def _cancelling() -> MoECase:
@@ -65,9 +79,11 @@ def _cancelling() -> MoECase:
     weights[:, 1], weights[:, 2] = 1.0, -weights[:, 0]
     ids = host.arange(tokens).int()[:, None].expand(-1, slots).contiguous()
     return replace(
-        slice_call.keep_tokens(exact, range(tokens)), routing=Routing(_M.Renormalize, slots),
-        ids=ids % exact.num_experts, weights=weights,
-    )  # fmt: skip
+        slice_call.keep_tokens(exact, range(tokens)),
+        routing=Routing(_M.Renormalize, slots),
+        ids=ids % exact.num_experts,
+        weights=weights,
+    )
 
 
 def _case(name: str, *, bf16: bool = False) -> MoECase:

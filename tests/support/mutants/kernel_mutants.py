@@ -21,8 +21,13 @@ _SUMS: tuple[Entry, ...] = (
         "O_ + row % 128 // 32 + column % 4 * 4",
         "qwen",
     ),
-    ("128x4: row within the tile not divided", "row % 32 * 16", "row % 128 // 4 * 16", "qwen",
-     "tiled_scale_offset"),
+    (
+        "128x4: row within the tile not divided",
+        "row % 32 * 16",
+        "row % 128 // 4 * 16",
+        "qwen",
+        "tiled_scale_offset",
+    ),
     (
         "128x4: columns of the next tile forgotten",
         "row // TILE * tiles + column // 4",
@@ -43,8 +48,12 @@ _SUMS: tuple[Entry, ...] = (
         "qwen",
         "sums",
     ),
-    ("fourth columns from the third plane", "x3 = tl.load(x + 3 * K4)", "x3 = tl.load(x + 2 * K4)",
-     "qwen"),
+    (
+        "fourth columns from the third plane",
+        "x3 = tl.load(x + 3 * K4)",
+        "x3 = tl.load(x + 2 * K4)",
+        "qwen",
+    ),
     (
         "K loop one tile short",
         "tl.range(0, K4, WORDS, num_stages=S_)",
@@ -57,12 +66,7 @@ _SUMS: tuple[Entry, ...] = (
         "word < (K4 - k) // WORDS * WORDS",
         "K of 1 1/2 tiles",
     ),
-    (
-        "the accumulator not carried on",
-        "tl.dot(A_, x3, acc)",
-        "tl.dot(A_, x3)",
-        "qwen",
-    ),
+    ("the accumulator not carried on", "tl.dot(A_, x3, acc)", "tl.dot(A_, x3)", "qwen"),
     (
         "decoded weights: K loop one tile short",
         "tl.range(0, K, BK, num_stages=S_)",
@@ -70,7 +74,7 @@ _SUMS: tuple[Entry, ...] = (
         "decoded",
         "decoded_sums",
     ),
-)  # fmt: skip
+)
 
 _GEMM: tuple[Entry, ...] = (
     ("an expert's last row dropped", "n < end", "n < end - 1", "qwen"),
@@ -176,24 +180,14 @@ _SMALL: tuple[Entry, ...] = (
         "tl.load(weights_ptr + token * K + k).to(tl.float16).to(tl.float32)",
         "any size, to fp32",
     ),
-    (
-        "an expert's last tile dropped",
-        "(count + TILE - 1) // TILE",
-        "count // TILE",
-        "tiles of 16",
-    ),
+    ("an expert's last tile dropped", "(count + TILE - 1) // TILE", "count // TILE", "tiles of 16"),
     (
         "an expert's end one row early",
         "tl.store(end_ptr + expert, first_row + count)",
         "tl.store(end_ptr + expert, first_row + count - 1)",
         "tiles of 16",
     ),
-    (
-        "tiles of 16 rows for any tile",
-        "first_row + i * TILE",
-        "first_row + i * 16",
-        "tiles of 32",
-    ),
+    ("tiles of 16 rows for any tile", "first_row + i * TILE", "first_row + i * 16", "tiles of 32"),
     (
         "counts of one expert less before an expert",
         "tl.sum(tl.where(bins < expert, counts, 0))",
@@ -230,8 +224,12 @@ _SMALL: tuple[Entry, ...] = (
         "O_ + row % 128 // 32 + column % 4 * 4",
         "decoded",
     ),
-    ("finalize: row -1 read", "is_local = tl.where(inside, row, -1) >= 0",
-     "row = tl.maximum(row, 0)\nis_local = inside", "deepseek"),
+    (
+        "finalize: row -1 read",
+        "is_local = tl.where(inside, row, -1) >= 0",
+        "row = tl.maximum(row, 0)\nis_local = inside",
+        "deepseek",
+    ),
     (
         "finalize: weight of the first slot",
         "tl.load(weights_ptr + token * K + k)",
@@ -244,23 +242,34 @@ _SMALL: tuple[Entry, ...] = (
         "value * weight + part",
         "cancelling",
     ),
-    ("finalize: the last group alone", "part if j == 0 else add(total, part, True, ARCH)", "part",
-     "deepseek"),
-    ("finalize: partial sums in bf16", "total = part if j == 0 else add(total, part, True, ARCH)",
-     "total = part if j == 0 else to_bf16(total + part, ARCH).to(tl.float32)",
-     "deepseek"),
+    (
+        "finalize: the last group alone",
+        "part if j == 0 else add(total, part, True, ARCH)",
+        "part",
+        "deepseek",
+    ),
+    (
+        "finalize: partial sums in bf16",
+        "total = part if j == 0 else add(total, part, True, ARCH)",
+        "total = part if j == 0 else to_bf16(total + part, ARCH).to(tl.float32)",
+        "deepseek",
+    ),
     (
         "finalize: truncated to bf16",
         "tl.store(out, to_bf16(total, ARCH), inside)",
         "tl.store(out, total.to(tl.bfloat16), inside)",
         "qwen",
     ),
-)  # fmt: skip
+)
 
 _ROUTING: tuple[Entry, ...] = (
     ("no epsilon in the sum", "A_ + 1e-20", "A_ + 0.0", "saturated routers"),
-    ("keys of bf16", "score.to(tl.int32, bitcast=True)",
-     "(score.to(tl.int32, bitcast=True) & -65536)", "undecided routers"),
+    (
+        "keys of bf16",
+        "score.to(tl.int32, bitcast=True)",
+        "(score.to(tl.int32, bitcast=True) & -65536)",
+        "undecided routers",
+    ),
     (
         "ties to the larger index",
         "tl.min(tl.where(inside & (key == best), expert, WIDTH), 0)",
@@ -281,19 +290,14 @@ _ROUTING: tuple[Entry, ...] = (
         "no groups",
     ),
     ("weights not normalized", "weight = div(e, S_, True, ARCH)", "weight = e", "qwen"),
-    (
-        "weights truncated to bf16",
-        "to_bf16(weight, ARCH)",
-        "weight.to(tl.bfloat16)",
-        "qwen",
-    ),
+    ("weights truncated to bf16", "to_bf16(weight, ARCH)", "weight.to(tl.bfloat16)", "qwen"),
     (
         "bits of negative scores compared unturned",
         "bits ^ ((bits >> 31) & 0x7FFFFFFF)",
         "bits",
         "qwen",
     ),
-)  # fmt: skip
+)
 
 _QUANTIZER: tuple[Entry, ...] = (
     (
@@ -352,28 +356,26 @@ _QUANTIZER: tuple[Entry, ...] = (
         "this_error > error",
         "quantizer, 4over6",
     ),
-    (
-        "4over6: ties to 4",
-        "this_error < error",
-        "this_error <= error",
-        "quantizer, 4over6",
-    ),
+    ("4over6: ties to 4", "this_error < error", "this_error <= error", "quantizer, 4over6"),
     (
         "4over6: both halves' sums added",
         "add(add(add(total, a7, FTZ, ARCH), b0, FTZ, ARCH), b1, FTZ, ARCH)",
         "add(add(total, a7, FTZ, ARCH), add(b0, b1, FTZ, ARCH), FTZ, ARCH)",
         "quantizer, 4over6",
     ),
-    ("fp32: block scale from the row's maximum alone",
-     "denominator = mul(scale, output_scale, True, ARCH)",
-     "denominator = scale", "quantizer, fp32"),
+    (
+        "fp32: block scale from the row's maximum alone",
+        "denominator = mul(scale, output_scale, True, ARCH)",
+        "denominator = scale",
+        "quantizer, fp32",
+    ),
     (
         "values: block scale of the neighbouring row's block",
         "scale = e4m3_decode(byte)[:, :, None]",
         "scale = e4m3_decode(tl.flip(byte, 1))[:, :, None]",
         "qwen",
     ),
-)  # fmt: skip
+)
 
 _LEAVES: tuple[Entry, ...] = (
     (
@@ -437,13 +439,8 @@ _LEAVES: tuple[Entry, ...] = (
         "tl.div_rn(1.0, unit).to(tl.int32, bitcast=True)",
         "quantizer, fast, 128x4",
     ),
-    (
-        "ties of bf16 round up",
-        "(bits + 0x7FFF + ((bits >> 16) & 1))",
-        "(bits + 0x8000)",
-        "grid",
-    ),
-)  # fmt: skip
+    ("ties of bf16 round up", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)", "grid"),
+)
 
 _LAUNCHES: tuple[Entry, ...] = (
     (
@@ -471,8 +468,12 @@ _LAUNCHES: tuple[Entry, ...] = (
         "if not static:\n    x2 = A_\nelse:\n    x2 = B_",
         "qwen",
     ),
-    ("up scalar for the gate", "experts.output1_scale_gate_scalar if first else None",
-     "experts.output2_scale_scalar if first else None", "qwen"),
+    (
+        "up scalar for the gate",
+        "experts.output1_scale_gate_scalar if first else None",
+        "experts.output2_scale_scalar if first else None",
+        "qwen",
+    ),
     (
         "base scale of requantization 1",
         "recipe.base_scale_inv if per_token else 1.0",
@@ -486,12 +487,18 @@ _LAUNCHES: tuple[Entry, ...] = (
         "recipe = Recipe(recipe.math)",
         "4over6",
     ),
-)  # fmt: skip
+)
 
 
 KERNEL_MUTANTS = tuple(
     KernelMutant(name, call, Edit(old, new, tuple(within)))
     for name, old, new, call, *within in (
-        *_SUMS, *_GEMM, *_SMALL, *_ROUTING, *_QUANTIZER, *_LEAVES, *_LAUNCHES,
+        *_SUMS,
+        *_GEMM,
+        *_SMALL,
+        *_ROUTING,
+        *_QUANTIZER,
+        *_LEAVES,
+        *_LAUNCHES,
     )
-)  # fmt: skip
+)

@@ -155,7 +155,7 @@ def as_requantize(quantizer: Quantizer) -> Callable[..., tuple[Tensor, Tensor | 
 
 
 def read_otherwise(f: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Stages:
-    """What the second GEMM reads of (values, scales, intermediate), behind what was written."""
+    """Let the second GEMM read f(values, scales, intermediate) in place of what was written."""
 
     def of(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         values, scale = moe.requantize(y, *rest)

@@ -97,7 +97,7 @@ _SETTINGS = {
     "weights below 2^-6 lost": "far below",
     "weights in fp16": "any size",
 }
-"""Where a mistake shows that ordinary numbers hide."""
+"""The settings of mistakes that ordinary numbers hide."""
 
 
 def _setting(name: str) -> str:

@@ -149,7 +149,7 @@ ROUNDINGS: dict[str, Change] = {
     "rounded twice": _two_roundings,
     "rounded to fp16": lambda x: x.half().float(),
 }
-"""Of the intermediate and of the rows."""
+"""Roundings of the intermediate and of the rows."""
 
 
 def other_finalize(f: Callable[[Tensor, Tensor], Tensor]) -> Stages:
@@ -284,8 +284,9 @@ ROUTINGS: dict[str, tuple[str, Callable[[Call], tuple[Tensor, Tensor]]]] = {
     "logits compared in fp16": ("near logits", _in_fp16),
     "other groups at 0": ("negative groups", _where("_limit_to_groups", _masked_at_zero)),
     "ties of groups to the larger index": (
-        "equal groups", _where("_limit_to_groups", _last_of_equal_groups),
+        "equal groups",
+        _where("_limit_to_groups", _last_of_equal_groups),
     ),
     "the groups' bias not rounded": ("fine bias", _where("_limit_to_groups", _unrounded_bias)),
     "no epsilon in the sum": ("saturated", _where("_warp_sum", _without_epsilon)),
-}  # fmt: skip
+}

@@ -21,7 +21,7 @@ Bound = dict[str, ast.expr]
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a node is: `len(pattern)` statements, or one expression, of a field of its parent."""
+    """The place of a node: `len(pattern)` statements, or one expression, of a field of its parent."""
 
     node: ast.AST
     parent: ast.AST

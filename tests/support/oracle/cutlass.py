@@ -17,7 +17,7 @@ from .draw import Array
 
 ACTIVATION, HALVES = "cutlass/{}/q", "/cutlass/q"
 ROWS = (17, 0, 40)
-"""Of three experts."""
+"""The rows of each of three experts."""
 SITU = {"alpha": torch.tensor(4.0), "beta": torch.tensor(25.0)}
 
 

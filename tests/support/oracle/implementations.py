@@ -1,4 +1,4 @@
-"""What is compared with FlashInfer's kernels: our reference, and our Triton kernels."""
+"""The two implementations compared with FlashInfer's kernels: our reference and our Triton kernels."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Implementation:
     device: str
     route: Callable[[torch.Tensor, Routing, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
     finalize: Callable[..., torch.Tensor]
-    """Of rows [P, padded width], the row of each slot [T, K], weights [T, K], a width and an order."""
+    """Takes rows [P, padded width], the row of each slot [T, K], weights [T, K], width and order."""
     per_token: Callable[..., Tensors]
     global_scale: Callable[..., Tensors]
 

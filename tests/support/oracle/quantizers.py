@@ -21,7 +21,7 @@ CUTE_DSL_BIT = 64
 EXPERT_ROWS = (40, 17, 0)
 EXPERT_SCALES = (300.0, 2688.0, 1.0)
 UNTOUCHED = 0xAA
-"""What the memory of codes held before the kernels ran."""
+"""The byte in the memory of codes before the kernels ran."""
 
 
 def compare(
@@ -31,8 +31,11 @@ def compare(
         if c["M"] > most_rows:
             continue
         by_operation = {
-            "global": _global, "token": _per_token, "experts": _experts, "interleave": _interleave
-        }  # fmt: skip
+            "global": _global,
+            "token": _per_token,
+            "experts": _experts,
+            "interleave": _interleave,
+        }
         yield from by_operation[c["op"]](golden, ours, c)
     for c in golden.cases("cute-dsl", CUTE_DSL, every):
         yield from _cute_dsl(golden, ours, c)

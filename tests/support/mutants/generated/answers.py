@@ -31,7 +31,7 @@ class Kept:
 
 
 def raised(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the words with which it refuses its arguments."""
+    """Return the result of a call, or the words with which it refuses its arguments."""
     try:
         return call()
     except (TypeError, ValueError) as error:
@@ -39,7 +39,7 @@ def raised(call: Callable[[], Any]) -> Any:
 
 
 def digest(value: Any) -> bytes:
-    """Of tensors, and of what holds them: every bit, but those of a NaN."""
+    """Digest every bit of tensors, also within containers, except the bits of a NaN."""
     state = hashlib.blake2b(digest_size=16)
     _feed(state, value)
     return state.digest()

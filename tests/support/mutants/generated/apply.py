@@ -14,7 +14,7 @@ from .rules import Generated
 
 _CHANGED = "nvfp4_moe"
 _PACKAGES = (_CHANGED, __name__.split(".")[0])
-"""Where a changed function or constant is exchanged: the library, and the probes that import from it."""
+"""The packages in which a function or constant is exchanged: the library and its probes."""
 
 
 def module_of(file: str) -> ModuleType:
@@ -78,18 +78,23 @@ def _that_use(names: set[str]) -> list[Any]:
 
 
 def _exchange_constants(module: ModuleType, made: dict[str, Any]) -> Callable[[], None]:
-    places = []
+    """Where a module has it by its name, and, of objects that are no numbers, in tables of modules."""
+    places: list[tuple[dict[Any, Any], Any, Any]] = []
     for name, new in made.items():
         old = module.__dict__[name]
         for other in _modules():
-            if other.__dict__.get(name) is old:
-                setattr(other, name, new)
-                places.append((other, name, old))
+            found = [(other.__dict__, name)] if other.__dict__.get(name) is old else []
+            for table in other.__dict__.values() if not isinstance(old, int | float) else []:
+                if type(table) is dict:
+                    found += [(table, key) for key, value in table.items() if value is old]
+            for where, key in found:
+                where[key] = new
+                places.append((where, key, old))
     _forget()
 
     def restore() -> None:
-        for other, name, old in places:
-            setattr(other, name, old)
+        for where, key, old in places:
+            where[key] = old
         _forget()
 
     return restore

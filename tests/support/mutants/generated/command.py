@@ -48,7 +48,7 @@ def every(which: str) -> list[Generated]:
 
 
 def probes_of(mutant: Generated, device: str) -> dict[str, trial.Probe]:
-    """What a mutant is shown to, by name."""
+    """Return the probes of a mutant, by name."""
     return _named_probes(mutant.file, device)
 
 
@@ -143,7 +143,7 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
 
 
 def _waits(mutant: Generated, results: Results, device: str, again: bool) -> bool:
-    """Whether it has neither been caught anywhere, nor, unless `again`, survived here."""
+    """Return True if it has neither been caught anywhere nor, unless `again`, survived here."""
     found = results.of(mutant)
     return set(found.values()) <= {"survived"} and (again or device not in found)
 
@@ -180,7 +180,7 @@ tried is in `results.txt` beside the rules, and is tried again once the function
 
 
 def report(mutants: Sequence[Generated], results: Results) -> str:
-    """What is known of all generated mutants, as docs/mutants.md has it."""
+    """Report the results of all generated mutants, as docs/mutants.md has them."""
     text, still = summary(mutants, results)
     listed = "\n".join(f"- `{shown}`" for shown in still) or "None."
     return f"{_HEAD}\n{text}\n\nOpen:\n\n{listed}"

@@ -37,9 +37,11 @@ Tensor = torch.Tensor
 FAR = 2**31
 _TILE = GemmConfig(128, 16, 64, 1, 4)
 _NUMPY = {
-    torch.bfloat16: np.int16, torch.int32: np.int32, torch.uint8: np.uint8,
+    torch.bfloat16: np.int16,
+    torch.int32: np.int32,
+    torch.uint8: np.uint8,
     torch.float32: np.float32,
-}  # fmt: skip
+}
 
 
 def _empty(dtype: torch.dtype, *size: int) -> Tensor:
@@ -56,7 +58,7 @@ def _behind(last: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FarCall:
-    """What `ask(n)` answers of the last few of n rows."""
+    """A call whose `ask(n)` returns the last few of n rows."""
 
     ask: Callable[[int], Any]
     near: int

@@ -16,10 +16,11 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "An ulp of a factor of an activation, whose last bits are free (`bounds/activation.py`).": (
         "reference STEP_LIMIT: constant: 7.0 -> 7.000000476837158",
-        "reference _situ: constant: 1.0 if s.alpha is None else s.alpha -> "
-        "1.0000001192092896 if s.alpha is None else s.alpha",
-        "reference _situ: constant: 1.0 if s.beta is None else s.beta -> "
-        "1.0000001192092896 if s.beta is None else s.beta",
+        "reference _situ: constant: 1.0 if s.alpha is None else s.alpha -> 1.0000001192092896 if "
+        "s.alpha is None else s.alpha",
+        "reference _situ: constant: 1.0 if s.beta is None else s.beta -> 1.0000001192092896 if s.beta "
+        "is None else s.beta",
+        "kernels _expert_tile: constant: 7.0 / gate_scale -> 7.000000476837158 / gate_scale",
     ),
     "The next operation has an operand of the wider type, to which torch promotes exactly.": (
         "reference fused_moe: rounding: steps['intermediate'].float() -> steps['intermediate']",
@@ -72,21 +73,21 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference exp: comparison: t > HIGHEST -> t >= HIGHEST",
     ),
     "The two exponents differ by multiples of 2^9, which the shift by 23 drops.": (
-        "reference exp: operator: shifted.view(torch.int32) - 1262485504 -> "
-        "shifted.view(torch.int32) + 1262485504",
+        "reference exp: operator: shifted.view(torch.int32) - 1262485504 -> shifted.view(torch.int32) "
+        "+ 1262485504",
     ),
     "Both factors are powers of two that fp32 holds, with the same product.": (
         "reference exp: constant: power >> 1 -> power >> 2",
     ),
     "More zeros are added, which changes no sum; of a multiple of 16 the bit length is the same.": (
-        "reference sum_of_squares: constant: 1 << (x.shape[1] - 1).bit_length() -> "
-        "2 << (x.shape[1] - 1).bit_length()",
+        "reference sum_of_squares: constant: 1 << (x.shape[1] - 1).bit_length() -> 2 << (x.shape[1] - "
+        "1).bit_length()",
         "reference sum_of_squares: operator: x.shape[1] - 1 -> x.shape[1] + 1",
         "reference sum_of_squares: constant: x.shape[1] - 1 -> x.shape[1] - 2",
     ),
     "Zeros behind the last lane change no sum of the butterfly.": (
-        "reference _warp_sum: constant: 1 << (values.shape[-1] - 1).bit_length() -> "
-        "2 << (values.shape[-1] - 1).bit_length()",
+        "reference _warp_sum: constant: 1 << (values.shape[-1] - 1).bit_length() -> 2 << "
+        "(values.shape[-1] - 1).bit_length()",
         "reference _warp_sum: operator: values.shape[-1] - 1 -> values.shape[-1] + 1",
     ),
     "No groups, 0 and 1 mean the same.": (
@@ -105,8 +106,12 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference _key: constant: bits >> 31 -> bits >> 32",
     ),
     "A sum of scores is 0 or at least 2^-25, to which 1e-20 adds nothing; of 0 all scores are 0.": (
-        "reference route: constant: _warp_sum(chosen) + 1e-20 -> "
-        "_warp_sum(chosen) + 1.0000000490448792e-20",
+        "reference route: constant: _warp_sum(chosen) + 1e-20 -> _warp_sum(chosen) + "
+        "1.0000000490448792e-20",
+        "kernels route_kernel: constant: _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20 -> "
+        "_warp_sum(tl.where(live, chosen, 0.0)) + 1.0000000490448792e-20",
+        "kernels route_kernel: constant: larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH) "
+        "-> larger(_warp_sum(tl.where(live, chosen, 0.0)), 1.0000000490448792e-20, ARCH)",
     ),
     "Where both sides agree within the last bits, which are free (`bounds/activation.py`).": (
         "reference sigmoid: comparison: x < -88 -> x <= -88",
@@ -121,23 +126,23 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference gelu_tanh: constant: -100 -> -101",
     ),
     "At the limit itself both sides are the limit, and the ratio of the two is 1.": (
-        "reference weight_encode_scale: comparison: encode > MOST_OF_WEIGHTS -> "
-        "encode >= MOST_OF_WEIGHTS",
+        "reference weight_encode_scale: comparison: encode > MOST_OF_WEIGHTS -> encode >= "
+        "MOST_OF_WEIGHTS",
         "reference weight_encode_scale: comparison: encode > most -> encode >= most",
         "reference _finite: comparison: x > LARGEST -> x >= LARGEST",
         "reference raised: comparison: decode < least -> decode <= least",
     ),
     "Where no scale is raised the bytes that were given are kept.": (
-        "reference raised: constant: torch.where(low, decode / least, 1.0) -> "
-        "torch.where(low, decode / least, 1.0000001192092896)",
+        "reference raised: constant: torch.where(low, decode / least, 1.0) -> torch.where(low, decode "
+        "/ least, 1.0000001192092896)",
     ),
     "A reload has been refused unless it gives what the experts hold, and nothing else.": (
-        "reference _write_static_scales: operator: scale is not None and amax is not None -> "
-        "scale is not None or amax is not None",
-        "reference _write_parameters: operator: e.gemm1_bias is not None and "
-        "options.w13_bias is not None -> e.gemm1_bias is not None or options.w13_bias is not None",
-        "reference _write_parameters: operator: e.gemm2_bias is not None and "
-        "options.w2_bias is not None -> e.gemm2_bias is not None or options.w2_bias is not None",
+        "reference _write_static_scales: operator: scale is not None and amax is not None -> scale is "
+        "not None or amax is not None",
+        "reference _write_parameters: operator: e.gemm1_bias is not None and options.w13_bias is not "
+        "None -> e.gemm1_bias is not None or options.w13_bias is not None",
+        "reference _write_parameters: operator: e.gemm2_bias is not None and options.w2_bias is not "
+        "None -> e.gemm2_bias is not None or options.w2_bias is not None",
     ),
     "The next expert's scalar is written after this one, and there is none behind the last.": (
         "reference write_by_reference: constant: e + 1 -> e + 2",
@@ -145,6 +150,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "The division flushes it, and a sum that has a 1 in it does not show it.": (
         "reference _softmax: rounding: _CUDA.flush(torch.exp(difference.double()).float()) -> "
         "torch.exp(difference.double()).float()",
+        "kernels _exp: rounding: flush(tl.exp(x.to(tl.float64)).to(tl.float32), True, ARCH) -> "
+        "tl.exp(x.to(tl.float64)).to(tl.float32)",
     ),
     "The other factor of the product is 0 there.": (
         "kernels decode_kernel: constant: 0 -> 1",
@@ -170,9 +177,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels native_sums: constant: 0 -> 1 (4)",
     ),
     "A tile half as wide is taken where it holds the rows, or not at all; the sums are the same.": (
-        "kernels expert_gemm_kernel: operator: BN >= 32 and (not NATIVE) and "
-        "(w_ptr.dtype.element_ty != tl.bfloat16) -> "
-        "BN >= 32 or not NATIVE or w_ptr.dtype.element_ty != tl.bfloat16",
+        "kernels expert_gemm_kernel: operator: BN >= 32 and (not NATIVE) and (w_ptr.dtype.element_ty "
+        "!= tl.bfloat16) -> BN >= 32 or not NATIVE or w_ptr.dtype.element_ty != tl.bfloat16",
         "kernels expert_gemm_kernel: comparison: BN >= 32 -> BN > 32",
         "kernels expert_gemm_kernel: constant: BN >= 32 -> BN >= 33",
         "kernels expert_gemm_kernel: operator: not NATIVE -> NATIVE",
@@ -210,8 +216,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "Bins before an expert alone are summed, and none behind the last expert is read.": (
         "kernels _expert_counted: comparison: bins < E -> bins <= E",
-        "kernels _expert_counted: constant: "
-        "tl.where(bins < E, (counts + TILE - 1) // TILE, 0) -> "
+        "kernels _expert_counted: constant: tl.where(bins < E, (counts + TILE - 1) // TILE, 0) -> "
         "tl.where(bins < E, (counts + TILE - 1) // TILE, 1)",
         "kernels permute_kernel: comparison: local < E -> local <= E",
         "kernels count_kernel: comparison: local < E -> local <= E",
@@ -221,11 +226,107 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "Any negative row is no row.": ("kernels finalize_kernel: constant: -1 -> -2",),
     "BK divides K, so that there are as many steps.": (
-        "kernels decoded_sums: constant: tl.range(0, K, BK, num_stages=STAGES) -> "
-        "tl.range(1, K, BK, num_stages=STAGES)",
+        "kernels decoded_sums: constant: tl.range(0, K, BK, num_stages=STAGES) -> tl.range(1, K, BK, "
+        "num_stages=STAGES)",
     ),
     "Any negative number stands for NaN.": (
         "reference max_ignoring_nan: constant: -1.0 -> -1.0000001192092896",
+    ),
+    "An ulp of a sum of two products or more, whose order is free: the interval is wider.": (
+        "kernels decoded_sums: constant: acc * 256.0 -> acc * 256.0000305175781",
+        "kernels sums: constant: acc * 256.0 -> acc * 256.0000305175781",
+    ),
+    "The two zeros lie in the same interval.": (
+        "kernels activated: comparison: g <= 0 -> g < 0",
+        "kernels activated: comparison: g <= 0 -> g < 0 (2)",
+    ),
+    "At 0 the hyperbolic tangent is 0, whose sign is lost when 0.5 is added.": (
+        "kernels _sigmoid: comparison: x < 0 -> x <= 0",
+    ),
+    "Keys of experts that are not there are below all others, whatever their scores.": (
+        "kernels route_kernel: constant: 0.0 -> 1.0",
+    ),
+    "All NaN have one key, above that of infinity, with either pattern.": (
+        "kernels route_kernel: constant: tl.where(score == score, bits, 2143289344) -> tl.where(score "
+        "== score, bits, 2143289345)",
+    ),
+    "Slots behind K are not stored.": (
+        "kernels route_kernel: index: tl.static_range(K) -> tl.static_range(K + 1)",
+    ),
+    "The next operation has an operand of the wider type, to which Triton promotes exactly.": (
+        "kernels finalize_kernel: rounding: tl.load(weights_ptr + token * K + k).to(tl.float32) -> "
+        "tl.load(weights_ptr + token * K + k)",
+    ),
+    "Triton adds up truth values as int32.": (
+        "kernels permute_kernel: rounding: (local == expert).to(tl.int32) -> local == expert",
+    ),
+    "What is loaded for a slot of no local expert is not used.": (
+        "kernels place_kernel: constant: 0 -> 1",
+    ),
+    "The part more is not read again, and what it loads is masked.": (
+        "kernels _load_parts: index: tl.static_range(PARTS) -> tl.static_range(PARTS + 1)",
+    ),
+    "Rows that are not live stay so, and nothing of them is stored.": (
+        "kernels quantize_kernel: operator: -1 -> 1",
+        "kernels quantize_kernel: constant: -1 -> -2",
+        "kernels quantize_kernel: constant: 1.0 -> 1.0000001192092896",
+    ),
+    "Zeros are taken away in place of added.": (
+        "kernels quantize_kernel: operator: scale_ptr + tl.zeros_like(row) -> scale_ptr - "
+        "tl.zeros_like(row)",
+    ),
+    "Without per-token scales READ is 0; with them nothing reads what is loaded more.": (
+        "kernels quantize_kernel: comparison: MODE != PER_TOKEN -> MODE == PER_TOKEN",
+    ),
+    "Every use flushes it, or the row's blocks are zeros, which have code and scale 0.": (
+        "kernels quantize_kernel: rounding: flush(row_amax, FTZ, ARCH) -> row_amax",
+        "kernels quantize_kernel: rounding: flush(encode, FTZ, ARCH) -> encode",
+    ),
+    "Every program of a row stores the same.": (
+        "kernels quantize_kernel: constant: tl.program_id(1) -> tl.program_id(2) (3)",
+    ),
+    "The loop over the row and the parts that were kept write the same.": (
+        "kernels quantize_kernel: operator: MODE == PER_TOKEN and READ != 0 and (SPLITS == 1) -> MODE "
+        "== PER_TOKEN or READ != 0 or SPLITS == 1",
+        "kernels quantize_kernel: constant: READ != 0 -> READ != 1",
+    ),
+    "At 0 both sides are 0.": ("kernels or_zero: comparison: amax > 0 -> amax >= 0",),
+    "Blocks of a row of zeros have code and scale 0 whatever the row's, and those of NaN are NaN.": (
+        "kernels row_scales: constant: 0.0 if is_four_over_six(RECIPE) else FLT_MAX -> 1.0 if "
+        "is_four_over_six(RECIPE) else FLT_MAX",
+    ),
+    "The third candidate is the second again, whose error is not the smaller.": (
+        "kernels _four_over_six: constant: tl.range(0, 2) -> tl.range(0, 3)",
+    ),
+    "All elements are zeros or NaN there, whose products with 1 and with 0 are the same.": (
+        "kernels quantize_block: constant: tl.where(unrounded == 0, 0.0, output_scale) -> "
+        "tl.where(unrounded == 0, 1.0, output_scale)",
+        "kernels quantize_block: constant: tl.where(amax == 0, 0.0, output_scale) -> tl.where(amax == "
+        "0, 1.0, output_scale)",
+    ),
+    "The way for any row is right for all; the quick one is, with a factor of 2 to spare, from 2^-60 "
+    "to 2^16.": (
+        "kernels quantize_block: constant: row_amax != 0 -> row_amax != 1",
+        "kernels quantize_block: operator: (row_amax != 0) & ((row_amax < 2.0 ** (-60)) | (row_amax > "
+        "2.0 ** 16)) -> (row_amax != 0) | ((row_amax < 2.0 ** (-60)) | (row_amax > 2.0 ** 16))",
+        "kernels quantize_block: comparison: row_amax < 2.0 ** (-60) -> row_amax <= 2.0 ** (-60)",
+        "kernels quantize_block: constant: 2.0 ** (-60) -> 2.000000238418579 ** (-60)",
+        "kernels quantize_block: operator: -60 -> 60",
+        "kernels quantize_block: constant: -60 -> -61",
+        "kernels quantize_block: comparison: row_amax > 2.0 ** 16 -> row_amax >= 2.0 ** 16",
+        "kernels quantize_block: operator: 2.0 ** 16 -> 2.0 * 16",
+        "kernels quantize_block: constant: 2.0 ** 16 -> 2.000000238418579 ** 16",
+        "kernels quantize_block: constant: 2.0 ** 16 -> 2.0 ** 17",
+    ),
+    "A row has one maximum, over which the least is the largest.": (
+        "kernels quantize_block: operator: tl.max(far.to(tl.int32), 1) -> tl.min(far.to(tl.int32), 1)",
+    ),
+    "Any number that is no other mode's stands for this one, here and in the launch.": (
+        "kernels ROW_SCALES: constant: tl.constexpr(2) -> tl.constexpr(3)",
+    ),
+    "Both ways give the same maxima; a GPU of compute capability 8.6 takes the other.": (
+        "kernels block_maxima: comparison: ARCH < 86 -> ARCH <= 86",
+        "kernels block_maxima: constant: ARCH < 86 -> ARCH < 87",
     ),
 }
 """Keys of `rules.Generated`, by reason."""

@@ -1,4 +1,4 @@
-"""What the Triton kernels are asked, a module at a time; in the interpreter or on a GPU."""
+"""Probes of the Triton kernels, by module, for the interpreter and for a GPU."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -8,115 +8,25 @@ from dataclasses import replace
 
 import torch
 
-from nvfp4_moe import host
 from nvfp4_moe.cases import moe_edges
-from nvfp4_moe.cases import quantize as quantize_cases
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import Setting
 from nvfp4_moe.kernels.gemm_config import GemmConfig
-from nvfp4_moe.kernels.quantize.launch import LaunchConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.activations import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
+from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
-from ..calls import Call, FusedCall, QuantizerCall
+from ..calls import Call, FusedCall
 from ..edge_calls import ActivationCall
-from ..kernel_calls import CALLS, case_of, rows_at_edges
-from . import far_calls
+from ..kernel_calls import CALLS, case_of
+from . import far_calls, quantizer_probes, routers
 from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, PermuteCall
-from .quantizer_calls import ChosenCall, CutCall, GivenScaleCall, ValuesCall
 from .strict import strict
 from .trial import Probe
 
 Named = Iterator[tuple[str, Callable[[], Call]]]
-
-
-def _more_quantizers() -> Named:
-    far = rows_at_edges().float()
-    far[:, 16:] *= 2.0 ** -(host.arange(64).float() / 3)
-    near = rows_at_edges().float() * 2.0**-118
-    half = moe_edges.half_rows()
-    recipes = {
-        "cute-dsl, fast": Recipe(build="cute-dsl"),
-        "cute-dsl, exact": Recipe("exact", build="cute-dsl"),
-        "exact": Recipe("exact"),
-        "4over6 by MAE": Recipe("fast", NVFP44Over6Config()),
-        "4over6 of 256 by MSE, exact": Recipe("exact", NVFP44Over6Config(256, "MSE")),
-        "4over6, fast error, cute-dsl": Recipe(
-            "fast", NVFP44Over6Config(448, "MAE", True), "cute-dsl"
-        ),
-        "fast": Recipe(),
-    }
-    for name, recipe in recipes.items():
-        for kind, x in (("far", far.bfloat16()), ("tiny", near.bfloat16()), ("fp16", half)):
-            of_modes = {case.mode: case for case in quantize_cases.cases(x, [recipe], False)}
-            for case in of_modes.values():
-                yield (
-                    f"quantizer, {name}, {case.mode}, {kind}",
-                    functools.partial(QuantizerCall, x, case),
-                )
-
-
-def _cuts() -> Named:
-    """Every way in which a launch cuts a matrix: rows of 5 blocks, of which a program has 4."""
-    x = rows_at_edges()[::13]
-    for name, config in {
-        "parts": LaunchConfig(1, 4, 0, 1, 1, 2),
-        "programs a row": LaunchConfig(1, 4, 8, 2, 1),
-        "a second read": LaunchConfig(2, 4, 4, 1, 1),
-    }.items():
-        for recipe in (Recipe(), Recipe("exact", NVFP44Over6Config())):
-            case = quantize_cases.Case("per-token", recipe, SfLayout.layout_8x4)
-            yield (
-                f"quantizer, {name}, {recipe}",
-                functools.partial(CutCall, x, case, config),
-            )
-    case = quantize_cases.Case(
-        "global-scale", Recipe(), SfLayout.layout_128x4, quantize_cases.global_scale(x, Recipe())
-    )
-    split = LaunchConfig(4, 4, 0, 2, 1)
-    yield "quantizer, programs a row, global scale", lambda: CutCall(x, case, split)
-
-    for recipe in (Recipe(), Recipe("exact")):
-        yield (
-            f"quantizer, chosen rows, {recipe}",
-            functools.partial(ChosenCall, x, recipe, SfLayout.layout_128x4),
-        )
-
-
-def _given_scales() -> Named:
-    """A scale for each row, decode scales, e4m3 elements; values in place of codes."""
-    x = rows_at_edges()[20:43]
-    rows = (host.arange(len(x)) % 11 - 4).float()
-    by_row = host.powers(2 * rows) * (448 * 6 / 3 + rows)
-    by_row[5:9] = host.fp32([0.0, 2.0**-127, 2.0**126, torch.inf])
-    # What reads the words of an e4m3 element sees every byte of them.
-    bytes_ = host.arange(256).to(torch.uint8).view(16, 16).repeat(2, 5)
-    bytes_[16:] = bytes_[16:].roll(3, 1) & 0x9F  # blocks of small numbers
-    eight = bytes_[:23].view(torch.float8_e4m3fn)
-    fast, exact = Recipe(), Recipe("exact")
-    for name, recipe in {
-        "fast": fast, "exact": exact, "fast, cute-dsl": Recipe(build="cute-dsl"),
-        "exact, cute-dsl": Recipe("exact", build="cute-dsl"),
-    }.items():  # fmt: skip
-        layout = SfLayout.layout_8x4
-        given = functools.partial(GivenScaleCall, x, recipe, by_row)
-        yield f"quantizer, by row, {name}", functools.partial(given, layout)
-        decode = functools.partial(GivenScaleCall, x, recipe, 1 / by_row, inverse=True)
-        yield f"quantizer, decode scales, {name}", decode
-        yield f"quantizer, e4m3, {name}", functools.partial(GivenScaleCall, eight, recipe, by_row)
-    one = host.fp32([0.25])
-    yield "quantizer, e4m3, one scale", lambda: GivenScaleCall(eight, fast, one)
-    four_over_six = Recipe("exact", NVFP44Over6Config())
-    yield "quantizer, by row, 4over6", lambda: GivenScaleCall(x, four_over_six, by_row)
-    for recipe in (fast, exact):
-        yield f"quantizer, values, {recipe}", functools.partial(ValuesCall, x, recipe, True)
-        yield (
-            f"quantizer, values of fp32, {recipe}",
-            functools.partial(ValuesCall, x.float() * 1.01, recipe, False),
-        )
 
 
 def _layers() -> Named:
@@ -209,11 +119,17 @@ def _native() -> Named:
 _MORE: dict[str, Callable[[], Call]] = {
     name: call
     for some in (
-        _parts(), _more_quantizers(), _cuts(), _given_scales(), _layers(), _products(), _rest(),
-        _native(), far_calls.calls(),
+        _parts(),
+        quantizer_probes.named(),
+        routers.named(),
+        _layers(),
+        _products(),
+        _rest(),
+        _native(),
+        far_calls.calls(),
     )
     for name, call in some
-}  # fmt: skip
+}
 
 
 def _named(*starts: str) -> tuple[str, ...]:
@@ -221,9 +137,13 @@ def _named(*starts: str) -> tuple[str, ...]:
 
 
 _QUANTIZERS = (
-    "quantizer, fast, 128x4", "quantizer, exact, 8x4", "quantizer, 4over6",
-    "quantizer, saturating", "quantizer, fp32", *_named("quantizer"),
-)  # fmt: skip
+    "quantizer, fast, 128x4",
+    "quantizer, exact, 8x4",
+    "quantizer, 4over6",
+    "quantizer, saturating",
+    "quantizer, fp32",
+    *_named("quantizer"),
+)
 _ACTIVATIONS = tuple(n for n in _MORE if n.endswith(("alone", "alone, parameters")))
 _STATIC = tuple(n for n in _MORE if n.endswith("static, small"))
 _TILES = ("qwen", "top 1", "deepseek", "tiles of 16", "tiles of 32", "K of 1 1/2 tiles", "decoded")
@@ -231,16 +151,26 @@ _PRODUCTS = _named("dense", "native, dense")
 _RELOAD = _named("reload", "far, reload")
 _PRODUCERS = _named("silu", "rmsnorm", "add_rmsnorm", "far, silu", "far, add_rmsnorm")
 _BLOCKS = (
-    *_QUANTIZERS, *_PRODUCERS, *_RELOAD, "qwen", "4over6", *_named("far, quantize", "far, padding"),
-)  # fmt: skip
+    *_QUANTIZERS,
+    *_PRODUCERS,
+    *_RELOAD,
+    "qwen",
+    "4over6",
+    *_named("far, quantize", "far, padding"),
+)
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
     "bf16", "grid", "saturated routers", "every routing method",
 )  # fmt: skip
 _EXPERTS = (
-    *_ACTIVATIONS, "gpt-oss", *_STATIC, *_TILES, *_named("one token", "decoded", "native"), "bf16",
+    *_ACTIVATIONS,
+    "gpt-oss",
+    *_STATIC,
+    *_TILES,
+    *_named("one token", "decoded", "native"),
+    "bf16",
     "far, experts",
-)  # fmt: skip
+)
 OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/mma.py": (
         *_PRODUCTS, "far below", *_TILES, *_named("decoded", "native", "K of"), "cancelling sums",
@@ -254,7 +184,8 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_named("far, finalize"),
     ),
     "kernels/moe/routing.py": (
-        "saturated routers", "undecided routers", "every routing method", "far, route",
+        "saturated routers", "undecided routers", "every routing method", *_named("routers"),
+        "far, route",
     ),
     "kernels/quantize/kernel.py": _BLOCKS,
     "kernels/quantize/block.py": _BLOCKS,

@@ -85,9 +85,17 @@ class ProducerCall:
         x, weight, residual = (None if t is None else t.to(device) for t in self._given())
         assert x is not None
         got = fused_quantize_launch._produce(
-            x, 80, self.kind, residual, weight, 1e-5, self.recipe.base_scale_inv, self.recipe,
-            self.layout, self.fused,
-        )  # fmt: skip
+            x,
+            80,
+            self.kind,
+            residual,
+            weight,
+            1e-5,
+            self.recipe.base_scale_inv,
+            self.recipe,
+            self.layout,
+            self.fused,
+        )
         return [t.cpu() for t in (*got, *([] if residual is None else [residual]))]
 
     def judge(self) -> Answered:

@@ -1,4 +1,4 @@
-"""What the preparation of experts, and their reload, is asked."""
+"""Probes of the preparation of experts, and of their reload."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -53,8 +53,10 @@ def of_experts() -> Answers:
             )
             yield "checksum", checksum.checksum(made)
         apart = torch.stack([0.5 + host.arange(3).float(), 0.1 + host.arange(3).float()], 1)
-        codes = [host.integers(g, 0, 256, s).to(torch.uint8)
-                 for s in ((3, rows, 104), (3, rows, 13), (3, 208, 40), (3, 208, 5))]  # fmt: skip
+        codes = [
+            host.integers(g, 0, 256, s).to(torch.uint8)
+            for s in ((3, rows, 104), (3, rows, 13), (3, 208, 40), (3, 208, 5))
+        ]
         for decode in (apart[:, 0], apart, apart.half()):
             for options in ({}, biases, read):
                 yield "assemble", raised(functools.partial(
@@ -69,9 +71,17 @@ def of_experts() -> Answers:
         for recipe in (Recipe(), Recipe("exact", NVFP44Over6Config(256))):
             yield "encode scale", scalars.weight_encode_scale(host.fp32(amax), recipe)
     w = host.normal(seeded(1), 2, 64, 32).bfloat16()
-    for a, b in ((w, w), (w.float(), w), (w[0], w), (w, w[:, :32, :16]), (w[:, :48], w[:, :32, :24]),
-                 (w, w.mT[:, :, :32].contiguous()), (w[..., :24], w[:, :24, :32]),
-                 (w, w[:, :32].contiguous()), (w[:, :63], w[:, :32, :31])):  # fmt: skip
+    for a, b in (
+        (w, w),
+        (w.float(), w),
+        (w[0], w),
+        (w, w[:, :32, :16]),
+        (w[:, :48], w[:, :32, :24]),
+        (w, w.mT[:, :, :32].contiguous()),
+        (w[..., :24], w[:, :24, :32]),
+        (w, w[:, :32].contiguous()),
+        (w[:, :63], w[:, :32, :31]),
+    ):
         yield "refused", raised(lambda a=a, b=b: prepare_experts(a, b))
 
 

@@ -1,4 +1,4 @@
-"""What the formats, layouts and recipes are asked."""
+"""Probes of the formats, layouts and recipes."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -85,8 +85,13 @@ def of_recipe() -> Answers:
         yield "recipe", (recipe.code, recipe.base_scale_inv, recipe.e4m3_max, str(recipe))
     for code in range(136):
         yield "from_code", raised(lambda c=code: repr(Recipe.from_code(c)))
-    for bad in (lambda: Recipe("slow"), lambda: Recipe(build="none"), lambda: NVFP44Over6Config(3),
-                lambda: NVFP44Over6Config(256, "max"), lambda: NVFP44Over6Config(448, 2)):  # fmt: skip
+    for bad in (
+        lambda: Recipe("slow"),
+        lambda: Recipe(build="none"),
+        lambda: NVFP44Over6Config(3),
+        lambda: NVFP44Over6Config(256, "max"),
+        lambda: NVFP44Over6Config(448, 2),
+    ):
         yield "refused", raised(bad)
     for given in (None, Recipe(), "fast"):
         yield "check_recipe", raised(lambda r=given: recipes.check_recipe(r))

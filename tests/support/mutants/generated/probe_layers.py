@@ -1,4 +1,4 @@
-"""What the layer after the routing, the dense product and the producers are asked."""
+"""Probes of the layer after the routing, of the dense product and of the fused quantizers."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
@@ -96,8 +96,9 @@ def of_moe() -> Answers:
         yield "unrounded", moe.fused_moe(*given, round_to_bf16=False, keep_steps=True)
     odd_sizes = prepare_experts(
         host.integers(g, -2, 3, (2, 48, 80)).bfloat16(),
-        host.integers(g, -2, 3, (2, 80, 48)).bfloat16(), ActivationType.Relu,
-    )  # fmt: skip
+        host.integers(g, -2, 3, (2, 80, 48)).bfloat16(),
+        ActivationType.Relu,
+    )
     x = torch.nn.functional.pad(host.integers(g, -2, 3, (4, 80)).bfloat16(), (0, 48))
     ids, weights = host.integers(g, 0, 2, (4, 1)).int(), host.ones(4, 1)
     yield "padded", moe.fused_moe(Activations(x), odd_sizes, ids, weights)
@@ -165,8 +166,12 @@ def of_producers() -> Answers:
 def of_activation() -> Probe:
     """By accuracy: the last bits are free, what is special is not."""
     g = seeded(11)
-    raw = torch.cat([host.normal(g, 64, 64) * host.powers(host.arange(64)[:, None] // 4 - 8),
-                     specials().repeat(2)[:128].view(2, 64)])  # fmt: skip
+    raw = torch.cat(
+        [
+            host.normal(g, 64, 64) * host.powers(host.arange(64)[:, None] // 4 - 8),
+            specials().repeat(2)[:128].view(2, 64),
+        ]
+    )
 
     def outputs() -> Iterator[tuple[str, torch.Tensor]]:
         for kind in ActivationType:

@@ -1,4 +1,4 @@
-"""What the quantizers are asked."""
+"""Probes of the quantizers."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -113,8 +113,16 @@ def of_quantize() -> Answers:
             ),
         )
         # Found by search: an ulp of 6 / scale decides how a value is rounded to fp16.
-        near = host.fp32([1.0893616676330566, 0.9235210418701172, 1.14251708984375,
-                          0.5215210914611816, 1.4852721691131592, 1.3989070653915405])  # fmt: skip
+        near = host.fp32(
+            [
+                1.0893616676330566,
+                0.9235210418701172,
+                1.14251708984375,
+                0.5215210914611816,
+                1.4852721691131592,
+                1.3989070653915405,
+            ]
+        )
         codes = torch.tensor([0x3A, 0x3A, 0x3A, 0x3D, 0x3D, 0x3A], dtype=torch.uint8, device="cpu")
         rows = codes[:, None].expand(-1, 16).contiguous().view(torch.float8_e4m3fn)
         yield "e4m3, near", quantize.quantize_global_scale(rows, near, recipe, keep_steps=True)

@@ -1,4 +1,4 @@
-"""What the routing is asked."""
+"""Probes of the routing."""
 
 # SPDX-License-Identifier: Apache-2.0
 import itertools
@@ -88,11 +88,19 @@ def of_routing() -> Answers:
                 )
             ),
         )
-    for bad in ({"n_group": -1}, {"n_group": 2}, {"n_group": 2, "topk_group": 3}, {"n_group": 1},
-                {"topk_group": 2}, {"n_group": 1, "topk_group": 2}, {"n_group": 4, "topk_group": 4},
-                {"n_group": 4, "topk_group": 0},
-                {"routed_scaling_factor": torch.inf},
-                {"routed_scaling_factor": 2.0}, {"top_k": 0}):  # fmt: skip
+    for bad in (
+        {"n_group": -1},
+        {"n_group": 2},
+        {"n_group": 2, "topk_group": 3},
+        {"n_group": 1},
+        {"topk_group": 2},
+        {"n_group": 1, "topk_group": 2},
+        {"n_group": 4, "topk_group": 4},
+        {"n_group": 4, "topk_group": 0},
+        {"routed_scaling_factor": torch.inf},
+        {"routed_scaling_factor": 2.0},
+        {"top_k": 0},
+    ):
         for method in (_M.DeepSeekV3, _M.TopK):
             yield (
                 "Routing",
@@ -104,12 +112,16 @@ def of_routing() -> Answers:
     )
     logits, five = special[:, :5].contiguous(), host.zeros(5)
     for bad in (
-        (logits.half(), Routing(_M.TopK, 2), None), (logits[0], Routing(_M.TopK, 2), None),
-        (logits, Routing(_M.TopK, 6), None), (logits, Routing(_M.TopK, 5), None),
-        (logits, Routing(_M.TopK, 2), five), (logits, Routing(_M.MiniMax2, 2), five[:4]),
-        (logits, Routing(_M.MiniMax2, 2), five.half()), (logits, Routing(_M.DeepSeekV3, 2, 5, 1), None),
+        (logits.half(), Routing(_M.TopK, 2), None),
+        (logits[0], Routing(_M.TopK, 2), None),
+        (logits, Routing(_M.TopK, 6), None),
+        (logits, Routing(_M.TopK, 5), None),
+        (logits, Routing(_M.TopK, 2), five),
+        (logits, Routing(_M.MiniMax2, 2), five[:4]),
+        (logits, Routing(_M.MiniMax2, 2), five.half()),
+        (logits, Routing(_M.DeepSeekV3, 2, 5, 1), None),
         (logits[:, :4], Routing(_M.DeepSeekV3, 2, 2, 1), None),
         (logits, Routing(_M.DeepSeekV3, 2, 2, 1), None),
         (logits[:, :4], Routing(_M.DeepSeekV3, 3, 2, 1), None),
-    ):  # fmt: skip
+    ):
         yield "route, refused", raised(lambda b=bad: routing.route(*b))

@@ -51,8 +51,8 @@ class ChosenCall:
 
     def _given(self, device: str) -> tuple[Tensor, ...]:
         rows = len(self.x)
-        index = torch.cat([host.arange(rows).flip(0)[3:] - 2, host.arange(3)]).int()
-        index[1], index[2] = rows, rows + 7
+        index = host.arange(rows).flip(0).int()  # ends in row 0
+        index[1], index[3] = -1, rows
         scales = host.fp32([self.recipe.base_scale_inv]), host.fp32([0.3])
         return tuple(t.to(device) for t in (self.x, scales[0], index, scales[1]))
 

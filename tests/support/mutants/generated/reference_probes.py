@@ -1,4 +1,4 @@
-"""What the reference is asked, a module at a time, on numbers at every edge of its rules."""
+"""Probes of the reference, by module, on numbers at every edge of its rules."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

@@ -1,4 +1,4 @@
-"""What is known of the mutants made by rule, kept in a file that the repository has.
+"""Results of the mutants made by rule, in a file of the repository.
 
 A line for each function: its file, its name, a digest, and for each device a letter for each mutant in
 order. The digest is of the function without its docstring, and of the names of its mutants: a function
@@ -27,7 +27,7 @@ _HEAD = """\
 
 
 class Results:
-    """What a file knows of some mutants, and what is added; any number of processes may write it.
+    """The results of some mutants, from a file and since; any number of processes may write the file.
 
     Args:
         mutants: all mutants; what the file has of others is of functions that have changed.

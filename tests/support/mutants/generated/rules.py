@@ -22,9 +22,17 @@ from functools import partial
 import numpy as np
 
 _COMPARISONS: dict[type, type] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 _OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr,
@@ -144,7 +152,7 @@ def _changes(root: ast.stmt) -> Iterator[tuple[str, str, Callable[[], str]]]:
 
 
 def _text(root: ast.stmt, parent: ast.AST, field: str, index: int | None, new: ast.AST) -> str:
-    """Of a function, or an assignment, while one node of it is another."""
+    """Return the text of a function or an assignment with one node replaced."""
     old = getattr(parent, field) if index is None else getattr(parent, field)[index]
     _put(parent, field, index, new)
     text = ast.unparse(ast.fix_missing_locations(root))

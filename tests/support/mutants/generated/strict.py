@@ -51,7 +51,7 @@ class _Memory:
 
 @contextmanager
 def strict(last: int | None = None) -> Iterator[None]:
-    """Of kernels in the interpreter, addresses and the values of a histogram are checked.
+    """Check addresses and the values of histograms of kernels in the interpreter.
 
     Args:
         last: how many programs run along each axis of a grid, those of the highest numbers; None: all.

@@ -1,0 +1,63 @@
+"""Routers whose logits are near each other, large, next to ties of bf16, or no numbers."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Iterator
+
+import torch
+
+from nvfp4_moe import host
+from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType
+
+from ..edge_calls import RoutingCall
+from .numbers import seeded
+
+Tensor = torch.Tensor
+
+
+def _near() -> Tensor:
+    """[6, 100]: scores that are equal, or apart by an ulp."""
+    centers = host.fp32([0.0, 0.5, -1.5, 3.0, -9.0, 30.0])[:, None]
+    return centers + host.uniform(seeded(1), 6, 100) * 2.0**-14 * centers.abs().clamp_min(0.1)
+
+
+def _large() -> Tensor:
+    return host.normal(seeded(2), 4, 100) * 4 + host.fp32([[300.0], [-300.0], [80.0], [-88.0]])
+
+
+def _ties_of_bf16() -> Tensor:
+    """[4, 100]: numbers half way between two of bf16, and their neighbours."""
+    x = host.normal(seeded(3), 4, 100)
+    half = (x.view(torch.int32) & -65536 | 0x8000).view(torch.float32)
+    step = host.integers(seeded(4), -1, 2, (4, 100)).int()
+    return (half.view(torch.int32) + step).view(torch.float32)
+
+
+def _no_numbers() -> Tensor:
+    """[6, 12]: NaN of every kind, infinities, both zeros."""
+    x = host.normal(seeded(5), 6, 12)
+    patterns = torch.tensor(
+        [-1, 0x7FC00000, 0x7FFFFFFF, -0x400000], dtype=torch.int32, device="cpu"
+    )
+    nan = patterns.view(torch.float32)
+    x[0, 3:7], x[1, ::5], x[2, :] = nan, torch.inf, -torch.inf
+    x[3, 2:9:2], x[4, 1:5], x[4, 7:11] = nan, nan, host.fp32([0.0, -0.0, 0.0, -0.0])
+    x[5, 2:] = nan[0]
+    return x
+
+
+def _by_each_method(logits: Tensor, bias: Tensor | None = None) -> RoutingCall:
+    found = []
+    for method in METHODS:
+        k = 1 if method == RoutingMethodType.Llama4 else 7
+        how = Routing(method, k, routed_scaling_factor=2.5 if method.biased else None)
+        found.append((how, logits, bias if method.biased else None))
+    return RoutingCall(tuple(found))
+
+
+def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
+    bias = host.normal(seeded(6), 100) / 64
+    yield "routers, near", lambda: _by_each_method(_near())
+    yield "routers, near, bias", lambda: _by_each_method(_near(), bias * 2.0**-16)
+    yield "routers, large", lambda: _by_each_method(_large())
+    yield "routers, ties of bf16", lambda: _by_each_method(_ties_of_bf16(), bias.bfloat16())
+    yield "routers, no numbers", lambda: _by_each_method(_no_numbers())
