@@ -22,7 +22,7 @@ from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of
 from . import far_calls, quantizer_probes, routers
 from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
-from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, PermuteCall
+from .part_calls import DecodeCall, DecodeWeightsCall, FinalizeCall, FragmentsCall, PermuteCall
 from .strict import strict
 from .trial import Probe
 
@@ -94,6 +94,8 @@ def _parts() -> Named:
     yield "permute, 1025 chunks", lambda: PermuteCall(131200, 2, one_launch=False)
     yield "decode", DecodeCall
     yield "decode weights", DecodeWeightsCall
+    for kind in ("codes", "bf16", "quantized"):
+        yield f"fragments, {kind}", functools.partial(FragmentsCall, kind)
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
     yield "finalize, groups", lambda: FinalizeCall(torch.float32, "flashinfer", top_k=9)
     yield "finalize, fp16", lambda: FinalizeCall(torch.float16, weights=torch.float32, top_k=1)
@@ -187,13 +189,17 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         "saturated routers", "undecided routers", "every routing method", *_named("routers"),
         "far, route",
     ),
-    "kernels/quantize/kernel.py": _BLOCKS,
+    "kernels/quantize/kernel.py": (*_BLOCKS, "fragments, quantized"),
     "kernels/quantize/block.py": _BLOCKS,
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
     "kernels/jit/arithmetic.py": _LIBRARY,
-    "kernels/jit/decode.py": (*_named("decode", "far, decode"), "dense", "qwen", "bf16", "grid"),
+    "kernels/jit/decode.py": (
+        *_named("decode", "far, decode", "fragments, codes"), "dense", "qwen", "bf16", "grid",
+    ),
+    "kernels/jit/fragments.py": _named("fragments"),
+    "kernels/moe/hopper/rows.py": ("fragments, bf16",),
     "kernels/jit/e2m1.py": _BLOCKS,
     "kernels/jit/e4m3.py": _LIBRARY,
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),
