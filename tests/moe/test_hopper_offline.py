@@ -76,6 +76,10 @@ def test_compiled(config, activation, tmp_path):
     assert used, log
     assert int(used[1]) <= config.registers
     assert resources(kernel, tmp_path) == (0, 0)
+    # Each turn of a loop over K releases the stage before it, which the loop has to carry.
+    released = re.findall(r"memdesc_index %empty\[(%(?!c\d)[\w#]+)\]", kernel.asm["ttgir"])
+    assert len(released) == 2 * len(config.widths)
+    assert not any(name.startswith("%stage") for name in released), released
     for width in config.widths:
         assert f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16" in kernel.asm["ptx"]
     # A program leaves the driver 1 KiB of a multiprocessor's 228.

@@ -131,7 +131,8 @@ def _sums(
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     acc = gl.zeros((ROWS, N), gl.float32, layout=MMA)
     odd = gl.zeros((ROWS, 64), gl.bfloat16, layout=A)
-    before = stage
+    # Not `stage`: Triton carries no name through a loop that begins as the value it is assigned there.
+    before = 0
     for k in range(steps):
         mbarrier.wait(full.index(stage), phase)
         for g in gl.static_range(GROUPS):
