@@ -13,6 +13,7 @@ import itertools
 import torch
 from measure import arguments, copy_rate, cublas_rate, microseconds, save, start
 
+from nvfp4_moe.kernels.dense.call import KernelCall
 from nvfp4_moe.kernels.dense.launch import dense_config, mm_fp4
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference import dense as reference
@@ -49,7 +50,7 @@ def check(a, a_scales, b, b_scales, alpha) -> None:
 
 def product(a, a_scales, b, b_scales, alpha) -> torch.Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=torch.bfloat16)
-    mm_fp4(a, b, a_scales, b_scales, alpha, out, False)
+    mm_fp4(KernelCall(a, b, a_scales, b_scales, alpha, False), out)
     return out
 
 

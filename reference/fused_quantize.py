@@ -74,6 +74,15 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     return terms[:, 0]
 
 
+def square_root(x: torch.Tensor) -> torch.Tensor:
+    """Return the square root of fp32 numbers, rounded to nearest.
+
+    torch's own in fp32 is an ulp off where a CPU build calls a vector library (MKL, on an AMD EPYC).
+    A square root in fp64 is never as near to the middle of two fp32 numbers as its own error.
+    """
+    return x.double().sqrt().float()
+
+
 @kept
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Normalize [M, K] bf16 or fp16 with weight [K] of the same dtype: [M, K]."""
@@ -92,5 +101,5 @@ def add_rmsnorm(
 def _normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     # Divisors are whole tensors: a number may become a multiplication with its reciprocal.
     mean = sum_of_squares(x) / x.new_full(x.shape[:1], float(x.shape[1]))
-    root = (mean + x.new_full((), eps)).sqrt()
+    root = square_root(mean + x.new_full((), eps))
     return x * (torch.ones_like(root) / root)[:, None] * weight.float()

@@ -75,6 +75,15 @@ def test_the_sum_of_squares_is_a_tree(m, k, seed):
         assert_bitwise(got[None], tree(list(row * row))[None], f"{k} columns")
 
 
+def test_the_square_root_is_rounded_to_nearest():
+    """torch's own root in fp32 is not, on some processors; `math.sqrt` is, in fp64."""
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x7F800000, (20000,), generator=g, dtype=torch.int32)
+    x = torch.cat((bits.view(torch.float32), torch.linspace(0.5, 2, 20000, dtype=torch.float32)))
+    want = torch.tensor([math.sqrt(v) for v in x.tolist()], dtype=torch.float64).float()
+    assert_bitwise(fused_quantize.square_root(x), want, "square root")
+
+
 @pytest.mark.parametrize("k", [16, 2048, 7168])
 def test_norms_are_near_those_of_fp64(k):
     x, weight = producer_cases.matrix(4, k), producer_cases.matrix(1, k, seed=1)[0]
