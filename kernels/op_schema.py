@@ -1,4 +1,4 @@
-"""The arguments of a `torch.library` op that stand for a frozen dataclass, and the way back.
+"""Ops of `torch.library` that take a frozen dataclass: its arguments, the way back, the registration.
 
 An op takes tensors, numbers and strings. It gets the fields of a dataclass in their order; for a field
 that is itself a dataclass it gets that one's fields, and for a scale, which is a tensor or a number, one
@@ -10,13 +10,15 @@ when the module is imported. So they are as fast as code written by hand, and a 
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import torch
 
 from ..reference.recipe import Recipe
 
 T = TypeVar("T")
+P = ParamSpec("P")
+Results = TypeVar("Results")
 _SCHEMA = {
     torch.Tensor: "Tensor",
     torch.dtype: "ScalarType",
@@ -132,3 +134,41 @@ def _leaf(of: Any) -> tuple[str, str, Callable[[Any], Any] | None]:
         if not read:
             return f"{schema}?", "", back
     raise TypeError(f"{of} is no type that an op of torch.library takes")
+
+
+def register(
+    name: str,
+    flat: Flat[T],
+    run: Callable[Concatenate[T, P], Results],
+    fake: Callable[Concatenate[T, P], Any],
+    returns: str,
+    *,
+    tensors: str = "",
+    mutates: Sequence[str] = (),
+) -> Callable[Concatenate[T, P], Results]:
+    """Register the op `nvfp4_moe::{name}`, and return it as a function with the parameters of `run`.
+
+    Args:
+        run: takes the dataclass, then the tensors beside it.
+        fake: allocates the results of `run` without values, for a compiler.
+        returns: the results as `torch.library` writes them.
+        tensors: the tensors beside the dataclass, likewise.
+        mutates: the names of those that `run` writes into.
+    """
+    count = len(flat.names)
+    arguments = ", ".join(filter(None, (flat.schema, tensors)))
+    schema = f"({arguments}) -> {returns}"
+
+    @torch.library.custom_op(f"nvfp4_moe::{name}", mutates_args=tuple(mutates), schema=schema)
+    def op(*given: Any) -> Any:
+        return run(flat.build(given), *given[count:])  # type: ignore[call-arg]
+
+    @op.register_fake
+    def _(*given: Any) -> Any:
+        return fake(flat.build(given), *given[count:])  # type: ignore[call-arg]
+
+    def function(call: T, *args: P.args, **kwargs: P.kwargs) -> Results:
+        result: Results = op(*flat.flatten(call), *args, **kwargs)
+        return result
+
+    return function

@@ -6,11 +6,11 @@ bring it.
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ...reference import dense
+from .. import op_schema
 from ..op_schema import Flat
 from .call import KernelCall
 
@@ -21,22 +21,20 @@ Implementation = Callable[[KernelCall, torch.Tensor], None]
 
 def register(name: str, implementation: Implementation) -> Implementation:
     """Return the op `nvfp4_moe::{name}_mm_fp4` of an implementation, as a function."""
-    schema = f"({FLAT.schema}, Tensor(a!) out) -> ()"
 
-    @torch.library.custom_op(f"nvfp4_moe::{name}_mm_fp4", mutates_args=("out",), schema=schema)
-    def op(*flat: Any) -> None:
-        out = flat[-1]
+    def filled(call: KernelCall, out: torch.Tensor) -> None:
         if out.numel():
-            implementation(FLAT.build(flat), out)
+            implementation(call, out)
 
-    @op.register_fake
-    def _(*flat: Any) -> None:
-        return None
-
-    def call_op(call: KernelCall, out: torch.Tensor) -> None:
-        op(*FLAT.flatten(call), out)
-
-    return call_op
+    return op_schema.register(
+        f"{name}_mm_fp4",
+        FLAT,
+        filled,
+        lambda call, out: None,
+        "()",
+        tensors="Tensor(a!) out",
+        mutates=("out",),
+    )
 
 
 def _in_reference(call: KernelCall, out: torch.Tensor) -> None:

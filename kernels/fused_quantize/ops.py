@@ -5,12 +5,12 @@ Its arguments are the fields of `KernelCall`, then the residual, which the op fi
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ...reference import fused_quantize as reference
 from ...reference.quantize import quantize_per_token
+from .. import op_schema
 from ..allocate import allocate
 from ..op_schema import Flat
 from ..quantize.ops import Triple
@@ -23,22 +23,15 @@ Implementation = Callable[[KernelCall, torch.Tensor | None], Triple]
 
 def register(name: str, implementation: Implementation) -> Implementation:
     """Return the op `nvfp4_moe::{name}_fused_quantize` of an implementation, as a function."""
-    qualified = f"nvfp4_moe::{name}_fused_quantize"
-    schema = f"({FLAT.schema}, Tensor(a!)? residual) -> (Tensor, Tensor, Tensor)"
-
-    @torch.library.custom_op(qualified, mutates_args=("residual",), schema=schema)
-    def op(*flat: Any) -> Triple:
-        return implementation(FLAT.build(flat), flat[-1])
-
-    @op.register_fake
-    def _(*flat: Any) -> Triple:
-        call = FLAT.build(flat)
-        return allocate(call.values(), call.layout)
-
-    def call_op(call: KernelCall, residual: torch.Tensor | None) -> Triple:
-        return op(*FLAT.flatten(call), residual)
-
-    return call_op
+    return op_schema.register(
+        f"{name}_fused_quantize",
+        FLAT,
+        implementation,
+        lambda call, residual: allocate(call.values(), call.layout),
+        "(Tensor, Tensor, Tensor)",
+        tensors="Tensor(a!)? residual",
+        mutates=("residual",),
+    )
 
 
 def _in_reference(call: KernelCall, residual: torch.Tensor | None) -> Triple:

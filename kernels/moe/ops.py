@@ -5,7 +5,7 @@ ids and weights.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
 
@@ -13,6 +13,7 @@ from ...reference.moe import layer as moe
 from ...reference.moe.hidden_states import quantize_activations
 from ...reference.moe.permute import permutation
 from ...reference.weights.experts import Experts
+from .. import op_schema
 from ..op_schema import Flat
 from .call import KernelCall, Observe
 
@@ -29,34 +30,26 @@ EXPERTS: dict[type, tuple[str, ...]] = {
 """The fields of the experts that ops get."""
 FLAT = Flat(KernelCall, EXPERTS)
 """The flat form in which a call crosses `torch.library`: only this knows the op's arguments."""
+Implementation = Callable[[KernelCall, torch.Tensor, torch.Tensor], Triple]
+"""It takes a call, ids and weights.
 
+It returns the output [T, H] of `output_dtype`, rows [rows, padded H] bf16, and permuted [T * K] int32.
 
-class Implementation(Protocol):
-    """The results: output [T, H] of `output_dtype`, rows [rows, padded H] bf16, permuted [T * K] int32.
-
-    The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are
-    bf16, and quantized per token with `recipe` first.
-    """
-
-    def __call__(self, call: KernelCall, ids: torch.Tensor, weights: torch.Tensor) -> Triple: ...
+The first is empty without `do_finalize`, the others with it. With `quantize` the hidden states are bf16,
+and quantized per token with `recipe` first.
+"""
 
 
 def register(name: str, implementation: Implementation) -> Implementation:
     """Register an implementation as the op `nvfp4_moe::{name}_fused_moe`, and return the op."""
-    schema = f"({FLAT.schema}, Tensor ids, Tensor weights) -> (Tensor, Tensor, Tensor)"
-
-    @torch.library.custom_op(f"nvfp4_moe::{name}_fused_moe", mutates_args=(), schema=schema)
-    def op(*flat: Any) -> Triple:
-        return implementation(FLAT.build(flat), flat[-2], flat[-1])
-
-    @op.register_fake
-    def _(*flat: Any) -> Triple:
-        return empty_results(FLAT.build(flat), flat[-2])
-
-    def call_op(call: KernelCall, ids: torch.Tensor, weights: torch.Tensor) -> Triple:
-        return op(*FLAT.flatten(call), ids, weights)
-
-    return call_op
+    return op_schema.register(
+        f"{name}_fused_moe",
+        FLAT,
+        implementation,
+        lambda call, ids, weights: empty_results(call, ids),
+        "(Tensor, Tensor, Tensor)",
+        tensors="Tensor ids, Tensor weights",
+    )
 
 
 def empty_results(call: KernelCall, ids: torch.Tensor) -> Triple:

@@ -8,12 +8,13 @@ cannot fuse or reorder its arithmetic. The arguments of an op are the fields of 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from ...reference import quantize as reference
 from ...reference.recipe import Recipe, SfLayout
+from .. import op_schema
 from ..allocate import allocate
 from ..op_schema import Flat
 
@@ -57,20 +58,16 @@ def register(
         run: returns the first `results` of codes, block scales and per-token scales.
     """
     flat: Flat[Call] = Flat(kind)  # type: ignore[arg-type]
-    schema = f"({flat.schema}) -> ({', '.join(['Tensor'] * results)})"
-
-    @torch.library.custom_op(f"nvfp4_moe::{name}", mutates_args=(), schema=schema)
-    def op(*arguments: Any) -> Any:
-        return run(flat.build(arguments))
-
-    @op.register_fake
-    def _(*arguments: Any) -> Any:
-        call = flat.build(arguments)
-        return allocate(call.x, call.layout)[:results]
+    op = op_schema.register(
+        name,
+        flat,
+        run,
+        lambda call: allocate(call.x, call.layout)[:results],
+        f"({', '.join(['Tensor'] * results)})",
+    )
 
     def function(*args: P.args, **kwargs: P.kwargs) -> Result:
-        result: Result = op(*flat.flatten(kind(*args, **kwargs)))
-        return result
+        return op(kind(*args, **kwargs))
 
     return function
 

@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from ....reference.moe.hidden_states import Activations
 from ....reference.moe.masked import fused_moe_masked, live_rows, quantize_masked
 from ....reference.recipe import Recipe
 from ....reference.weights.experts import Experts
+from ... import op_schema
 from ...op_schema import Flat
 from ..call import LayerMode, Quantize
 from ..ops import EXPERTS
@@ -54,23 +54,12 @@ FLAT = Flat(MaskedKernelCall, EXPERTS)
 
 def register(name: str, implementation: Implementation) -> Implementation:
     """The op `nvfp4_moe::{name}_fused_moe_masked` of an implementation, as a function."""
-    schema = f"({FLAT.schema}) -> Tensor"
+    return op_schema.register(f"{name}_fused_moe_masked", FLAT, implementation, _empty, "Tensor")
 
-    @torch.library.custom_op(f"nvfp4_moe::{name}_fused_moe_masked", mutates_args=(), schema=schema)
-    def op(*flat: Any) -> torch.Tensor:
-        return implementation(FLAT.build(flat))
 
-    @op.register_fake
-    def _(*flat: Any) -> torch.Tensor:
-        call = FLAT.build(flat)
-        like = call.activations.hidden_states
-        return like.new_empty(call.output_shape, dtype=torch.bfloat16)
-
-    def call_op(call: MaskedKernelCall) -> torch.Tensor:
-        result: torch.Tensor = op(*FLAT.flatten(call))
-        return result
-
-    return call_op
+def _empty(call: MaskedKernelCall) -> torch.Tensor:
+    like = call.activations.hidden_states
+    return like.new_empty(call.output_shape, dtype=torch.bfloat16)
 
 
 def padded_columns(rows: torch.Tensor, columns: int) -> torch.Tensor:
