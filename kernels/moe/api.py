@@ -25,6 +25,7 @@ from .call import (
     check_linear,
     check_values,
     make_moe_call,
+    padded_columns,
     routing_of,
 )
 from .weight_on_input import weigh_rows
@@ -340,7 +341,7 @@ def fused_moe(
         checks.wrong_value("routing_bias", routing_bias, "None with ids, which are chosen already")
     names = ("routing[0]", "routing[1]")
     call = make_moe_call(
-        Activations(_padded(hidden_states, experts)),
+        Activations(padded_columns(hidden_states, experts.padded_hidden_size)),
         experts,
         num_experts=num_experts,
         local_expert_offset=local_expert_offset,
@@ -368,17 +369,12 @@ layer_call = prepared(fused_moe)
 """Return the checked call and the backend's name from the arguments of `fused_moe`."""
 
 
-def _padded(x: torch.Tensor, experts: Experts) -> torch.Tensor:
-    width = experts.padded_hidden_size
-    return x if width == x.shape[1] else torch.nn.functional.pad(x, (0, width - x.shape[1]))
-
-
 def _weighed(call: MoECall, hidden_states: torch.Tensor, routing: Any) -> MoECall:
     """Return the call whose rows, in place of the results, are multiplied by the router's weights."""
     rows, (ids, ones) = weigh_rows(hidden_states, routing, call.routing_bias)
     return replace(
         call,
-        activations=Activations(_padded(rows, call.experts)),
+        activations=Activations(padded_columns(rows, call.experts.padded_hidden_size)),
         routing=routing_of(1, 1, None, None, None),
         logits=None,
         routing_bias=None,

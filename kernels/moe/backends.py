@@ -37,18 +37,13 @@ def with_codes(call: MoECall) -> MoECall:
     """Return the call with bf16 hidden states quantized, if they need it."""
     if call.quantize is None:
         return call
-    recipe, per_token = call.recipe, call.quantize == "per-token"
-    scale = recipe.base_scale_inv if per_token else call.experts.input_scale
-    assert scale is not None
+    scale, options = call.quantizer_arguments()
     codes = nvfp4_quantize(
         call.activations.hidden_states,
         scale,
         SfLayout.layout_linear,
-        per_token_activation=per_token,
-        nvfp4_4over6=recipe.four_over_six,
-        fast_math=recipe.math == "fast",
-        build=recipe.build,
-        flashinfer=recipe.flashinfer,
+        flashinfer=call.recipe.flashinfer,
+        **options,
     )
     return replace(call, activations=Activations(*codes), quantize=None)
 

@@ -45,11 +45,31 @@ LOGITS_NAMES = ("routing_logits", "")
 """The name that FlashInfer's function has for the logits."""
 
 
+def padded_columns(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return rows with zeros behind their last column, up to `columns`."""
+    width = rows.shape[-1]
+    return rows if columns == width else torch.nn.functional.pad(rows, (0, columns - width))
+
+
 class LayerMode:
-    """The quantization of hidden states and intermediate, from two fields that every call has."""
+    """The quantization of hidden states and intermediate, from fields that every call has."""
 
     activations: Activations
+    experts: Experts
+    recipe: Recipe
     quantize: Quantize | None
+
+    def quantizer_arguments(self) -> tuple[float | torch.Tensor, dict[str, Any]]:
+        """Return the scale and the keywords by which bf16 hidden states are to be quantized."""
+        recipe, per_token = self.recipe, self.quantize == "per-token"
+        scale = recipe.base_scale_inv if per_token else self.experts.input_scale
+        assert scale is not None
+        return scale, {
+            "per_token_activation": per_token,
+            "nvfp4_4over6": recipe.four_over_six,
+            "fast_math": recipe.math == "fast",
+            "build": recipe.build,
+        }
 
     @property
     def is_w4a16(self) -> bool:

@@ -16,22 +16,17 @@ from ...backends import Asked, Backend, Operation
 from ...device import capability_of
 from ...quantize.call import check_optional_flags, four_over_six_of, math_of
 from ...quantize.masked import check_masked_m, nvfp4_quantize_masked
-from ..call import Mode, activation_mode, check_experts
-from .call import REFERENCE, MaskedMoECall, padded_columns
+from ..call import Mode, activation_mode, check_experts, padded_columns
+from .call import REFERENCE, MaskedMoECall
 
 
 def with_codes(call: MaskedMoECall) -> MaskedMoECall:
     """The call with its bf16 hidden states quantized, where they are to be."""
     if call.quantize is None:
         return call
-    recipe, per_token = call.recipe, call.quantize == "per-token"
-    scale = recipe.base_scale_inv if per_token else call.experts.input_scale
-    assert scale is not None
+    scale, options = call.quantizer_arguments()
     states = call.activations.hidden_states.unflatten(0, (call.experts.num_local, call.max_m))
-    quantized = nvfp4_quantize_masked(
-        states, call.masked_m, scale, per_token_activation=per_token,
-        nvfp4_4over6=recipe.four_over_six, fast_math=recipe.math == "fast",
-    )  # fmt: skip
+    quantized = nvfp4_quantize_masked(states, call.masked_m, scale, **options)
     codes, scales, *token = (t.flatten(0, 1) for t in quantized)
     width = call.experts.padded_hidden_size
     activations = Activations(

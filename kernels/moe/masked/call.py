@@ -12,7 +12,7 @@ from ....reference.recipe import Recipe
 from ....reference.weights.experts import Experts
 from ... import op_schema
 from ...op_schema import Flat
-from ..call import LayerMode, Quantize
+from ..call import LayerMode, Quantize, padded_columns
 from ..ops import EXPERTS
 
 
@@ -60,11 +60,6 @@ def register(name: str, implementation: Implementation) -> Implementation:
 def _empty(call: MaskedKernelCall) -> torch.Tensor:
     like = call.activations.hidden_states
     return like.new_empty(call.output_shape, dtype=torch.bfloat16)
-
-
-def padded_columns(rows: torch.Tensor, columns: int) -> torch.Tensor:
-    """Rows with zeros behind their last column, up to `columns`."""
-    return torch.nn.functional.pad(rows, (0, columns - rows.shape[-1]))
 
 
 def reference(call: MaskedKernelCall) -> torch.Tensor:
