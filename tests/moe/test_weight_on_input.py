@@ -148,33 +148,12 @@ def test_vllm_with_logits(method, experts, x, logits):
         intermediate_size_per_partition=INTERMEDIATE, local_num_experts=EXPERTS, ep_rank=0,
         _uses_post_gemm2_hook=lambda tokens: False,
     )  # fmt: skip
-    got = vllm.apply_monolithic(
-        server,
-        x,
-        e.gemm1_weights,
-        e.gemm2_weights,
-        logits,
-        SimpleNamespace(value="silu"),
-        EXPERTS,
-        None,
-        None,
-        True,
-    )
-    assert_is_the_layer(got, e, x, logits)
+    silu, weights = SimpleNamespace(value="silu"), (e.gemm1_weights, e.gemm2_weights)
+    arguments = (server, x, *weights, logits, silu, EXPERTS, None, None, True)
+    assert_is_the_layer(vllm.apply_monolithic(*arguments), e, x, logits)
     server.topk = 2
     with pytest.raises(UnsupportedError, match="top_k is 2"):
-        vllm.apply_monolithic(
-            server,
-            x,
-            e.gemm1_weights,
-            e.gemm2_weights,
-            logits,
-            SimpleNamespace(value="silu"),
-            EXPERTS,
-            None,
-            None,
-            True,
-        )
+        vllm.apply_monolithic(*arguments)
 
 
 @pytest.mark.gpu

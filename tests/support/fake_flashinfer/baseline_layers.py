@@ -8,7 +8,6 @@ import torch
 
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.baseline_moe import BaselineActivations, BaselineExperts
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 from . import compiled, decode
 
@@ -46,8 +45,8 @@ class BaselineLayers:
         )
         ids, weights = self._routed(
             routing_input_mode, expert_indices, expert_weights, routing_logits, routing_bias,
-            Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
-                    routed_scaling_factor, norm_topk_prob),
+            decode.routing(routing_method_type, top_k, n_group, topk_group, routed_scaling_factor,
+                           norm_topk_prob),
         )  # fmt: skip
         experts = BaselineExperts("bf16", kind, w13, w2)
         self._serve(
@@ -73,18 +72,10 @@ class BaselineLayers:
             routing_input_mode, expert_indices, expert_weights, None, None, None
         )
         self._per_tensor(
-            gemm1_weights,
-            gemm2_weights,
-            ActivationType(activation_type),
-            (output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar),
-            config_index,
-            hidden_states,
-            ids,
-            weights,
-            local_expert_offset,
-            output,
-            (local_num_experts, intermediate_size),
-        )
+            ids, weights, hidden_states, gemm1_weights, output1_scales_scalar,
+            output1_scales_gate_scalar, gemm2_weights, output2_scales_scalar, output,
+            intermediate_size, local_expert_offset, local_num_experts, config_index, activation_type,
+        )  # fmt: skip
         return []
 
     @compiled.FP8_TENSOR
@@ -96,29 +87,15 @@ class BaselineLayers:
     ):  # fmt: skip
         ids, weights = self._kernels.behaviour.route(
             routing_logits,
-            Routing(
-                RoutingMethodType(routing_method_type),
-                top_k,
-                n_group,
-                topk_group,
-                routed_scaling_factor,
-                norm_topk_prob,
-            ),
+            decode.routing(routing_method_type, top_k, n_group, topk_group, routed_scaling_factor,
+                           norm_topk_prob),
             routing_bias,
-        )
+        )  # fmt: skip
         self._per_tensor(
-            gemm1_weights,
-            gemm2_weights,
-            ActivationType(activation_type),
-            (output1_scales_scalar, output1_scales_gate_scalar, output2_scales_scalar),
-            config_index,
-            hidden_states,
-            ids,
-            weights,
-            local_expert_offset,
-            output,
-            (local_num_experts, intermediate_size),
-        )
+            ids, weights, hidden_states, gemm1_weights, output1_scales_scalar,
+            output1_scales_gate_scalar, gemm2_weights, output2_scales_scalar, output,
+            intermediate_size, local_expert_offset, local_num_experts, config_index, activation_type,
+        )  # fmt: skip
         return []
 
     @compiled.FP8_BLOCK
@@ -144,8 +121,8 @@ class BaselineLayers:
         experts = BaselineExperts("mxfp8" if mx else "fp8 block", kind, w13, w2, s13, s2)
         ids, weights = self._routed(
             routing_input_mode, expert_indices, expert_weights, routing_logits, routing_bias,
-            Routing(RoutingMethodType(routing_method_type), top_k, n_group, topk_group,
-                    routed_scaling_factor, norm_topk_prob),
+            decode.routing(routing_method_type, top_k, n_group, topk_group, routed_scaling_factor,
+                           norm_topk_prob),
         )  # fmt: skip
         self._serve(
             config_index,
@@ -160,10 +137,11 @@ class BaselineLayers:
         return []
 
     def _per_tensor(
-        self, gemm1, gemm2, kind, scalars, tactic, x, ids, weights, offset, output, sizes
-    ):
+        self, ids, weights, x, gemm1, up, gate, gemm2, row, output, intermediate, offset, local,
+        tactic, activation,
+    ):  # fmt: skip
         """The scales that make these three scalars: the input's is in those of the first weights."""
-        up, gate, row = scalars
+        kind, sizes = ActivationType(activation), (local, intermediate)
         encode = up / gate if kind.gated else up  # one of all experts
         assert torch.allclose(encode, encode[:1].expand_as(encode), rtol=1e-6)
         w13, w2 = (

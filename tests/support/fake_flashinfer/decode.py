@@ -7,10 +7,19 @@ Nothing here is shared with the code that prepares those arguments. Sources, in 
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import torch
+
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
 Weights = tuple[torch.Tensor, torch.Tensor]
 """(codes [E, M, K/2] uint8, block scales [E, M, K/16] e4m3 bytes), rows in their natural order."""
+
+
+def routing(method: int, *rest: Any) -> Routing:
+    """Return the routing of FlashInfer's arguments, which come in the order of the fields."""
+    return Routing(RoutingMethodType(method), *rest)
 
 
 def _at_128x4(row: torch.Tensor, block: torch.Tensor, blocks: int) -> torch.Tensor:

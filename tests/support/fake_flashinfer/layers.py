@@ -16,7 +16,7 @@ from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.baseline_moe import baseline_moe
 from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.layer import MoEResult, Stages, fused_moe, read_back
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, unpack_topk
+from nvfp4_moe.reference.moe.routing import unpack_topk
 from nvfp4_moe.reference.moe.variants import VARIANTS
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
@@ -170,8 +170,8 @@ class Trtllm(BaselineLayers, Module):
             topk_weights,
             routing_logits,
             routing_bias,
-            Routing(
-                RoutingMethodType(routing_method_type),
+            decode.routing(
+                routing_method_type,
                 top_k,
                 n_group,
                 topk_group,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_moe.reference import quantize
+from nvfp4_moe.kernels.quantize import ops as quantize
 from nvfp4_moe.reference.moe import finalize as reference_finalize
 from nvfp4_moe.reference.moe.finalize import FinalizeOrder
 from nvfp4_moe.reference.moe.routing import Routing, route
@@ -23,8 +23,25 @@ class Implementation:
     route: Callable[[torch.Tensor, Routing, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
     finalize: Callable[..., torch.Tensor]
     """Takes rows [P, padded width], the row of each slot [T, K], weights [T, K], width and order."""
-    per_token: Callable[..., Tensors]
-    global_scale: Callable[..., Tensors]
+    quantize_per_token: Callable[..., Tensors]
+    quantize_global_scale: Callable[..., Tensors]
+
+    def per_token(
+        self,
+        x: torch.Tensor,
+        recipe: Recipe,
+        layout: SfLayout,
+        row_index: torch.Tensor | None,
+        out_scale: torch.Tensor | None,
+    ) -> Tensors:
+        return self.quantize_per_token(
+            x, recipe.base_scale_inv, recipe, layout, row_index=row_index, out_scale=out_scale
+        )
+
+    def global_scale(
+        self, x: torch.Tensor, scale: torch.Tensor, recipe: Recipe, layout: SfLayout, inverse: bool
+    ) -> Tensors:
+        return self.quantize_global_scale(x, scale, recipe, layout, inverse=inverse)
 
 
 def _route(
@@ -46,28 +63,9 @@ def _finalize(
     return total.to(rows.dtype)
 
 
-def _per_token(
-    x: torch.Tensor,
-    recipe: Recipe,
-    layout: SfLayout,
-    row_index: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-) -> Tensors:
-    q = quantize.quantize_per_token(
-        x, recipe.base_scale_inv, recipe, layout, row_index=row_index, out_scale=out_scale
-    )
-    assert q.per_token_scale is not None
-    return q.codes, q.block_scales, q.per_token_scale
-
-
-def _global_scale(
-    x: torch.Tensor, scale: torch.Tensor, recipe: Recipe, layout: SfLayout, inverse: bool
-) -> Tensors:
-    q = quantize.quantize_global_scale(x, scale, recipe, layout, inverse=inverse)
-    return q.codes, q.block_scales
-
-
-REFERENCE = Implementation("cpu", _route, _finalize, _per_token, _global_scale)
+REFERENCE = Implementation(
+    "cpu", _route, _finalize, quantize.reference_per_token, quantize.reference_global_scale
+)
 
 
 def triton(device: str) -> Implementation:
@@ -87,20 +85,6 @@ def triton(device: str) -> Implementation:
         finalize(rows, place.int().flatten(), weights, output, order)
         return output
 
-    def per_token(
-        x: torch.Tensor,
-        recipe: Recipe,
-        layout: SfLayout,
-        row_index: torch.Tensor | None,
-        out_scale: torch.Tensor | None,
-    ) -> Tensors:
-        return launch.quantize_per_token(
-            x, recipe.base_scale_inv, recipe, layout, row_index=row_index, out_scale=out_scale
-        )
-
-    def global_scale(
-        x: torch.Tensor, scale: torch.Tensor, recipe: Recipe, layout: SfLayout, inverse: bool
-    ) -> Tensors:
-        return launch.quantize_global_scale(x, scale, recipe, layout, inverse=inverse)
-
-    return Implementation(device, routed, finalized, per_token, global_scale)
+    return Implementation(
+        device, routed, finalized, launch.quantize_per_token, launch.quantize_global_scale
+    )
