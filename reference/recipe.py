@@ -131,16 +131,17 @@ class Recipe:
 
     @property
     def tests_rounded_scale(self) -> bool:
-        """Whether a block has codes of zero where its scale rounds to zero in e4m3.
+        """True if a block whose scale rounds to zero in e4m3 has codes of zero.
 
-        Else it has them where its maximum is zero, and the scale's reciprocal is infinite: codes of 6.
+        Otherwise only a block whose maximum is zero has them. The reciprocal of a scale that rounds to
+        zero is then infinite, which gives codes of 6.
         """
         fast = self.math == "fast" and self.four_over_six is None
         return fast and (self.build == "cute-dsl" or self.flashinfer != "0.7.2")
 
     @property
     def earliest(self) -> "Recipe":
-        """The same bits by their first version: a later one's recipe, unless that brought other bits."""
+        """This recipe in the first version that has its bits."""
         first = replace(self, flashinfer=FLASHINFER)
         return first if first.tests_rounded_scale == self.tests_rounded_scale else self
 

@@ -1,4 +1,4 @@
-"""What FlashInfer 0.7.4 does otherwise than 0.7.2, a row each; `docs/flashinfer_versions.md` shows them.
+"""The differences of FlashInfer 0.7.4 from 0.7.2, a row each; `docs/flashinfer_versions.md` shows them.
 
 A row of `BITS` is a reason: FlashInfer of one version does not serve a call that asks for the bits of
 the other, if the row touches the call. All other calls have the same bits in both.
@@ -37,7 +37,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Addition:
-    """What 0.7.4 brought, and what a call of ours does with it.
+    """A feature that came with 0.7.4, and its treatment here.
 
     Args:
         what: an argument, a function or a layer.
@@ -73,7 +73,7 @@ MX_SUBNORMALS = Difference(
     "tests/moe/test_baseline_moe.py::test_mxfp8_of_subnormals",
 )
 BITS = (ROUNDED_SCALE, FIRST_SLOT, MX_SUBNORMALS)
-"""Where the same call has other bits."""
+"""The calls that have other bits in 0.7.4."""
 
 _DESCRIBED = (
     "tests/backends/test_flashinfer_table.py::test_the_installed_functions_are_as_described"
@@ -101,7 +101,7 @@ DEFAULTS = (
         "tests/backends/test_fake_flashinfer.py::test_every_tactic_is_advertised",
     ),
 )
-"""Where FlashInfer chooses otherwise if nothing is said."""
+"""The defaults that 0.7.4 changed."""
 
 ADDITIONS = (
     Addition(
@@ -159,7 +159,7 @@ ADDITIONS = (
         "fused_moe/api.py:2049",
     ),
 )
-"""What came with 0.7.4."""
+"""The features that came with 0.7.4."""
 
 
 def of_other_version(

@@ -44,7 +44,7 @@ def finalize(
 
 
 def flushes(order: FinalizeOrder) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What an order does to every fp32 number that it reads or writes."""
+    """Return the function that an order applies to every fp32 number that it reads or writes."""
     return _as_it_is if order == "slot-multiply" else flush
 
 

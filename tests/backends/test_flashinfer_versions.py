@@ -1,4 +1,4 @@
-"""What two versions of FlashInfer do otherwise: refused where a row says so, served elsewhere."""
+"""Two versions of FlashInfer: a call is refused where a row of differences says so, else served."""
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.metadata
