@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .e4m3 import e4m3_decode
 from .formats import LAYOUT_128X4
+from .fragments import join_fourths, store_fragments
 from .layouts import scale_offset
 from .pdl import await_previous
 
@@ -95,7 +96,8 @@ def decode_kernel(
     codes_ptr,  # [R, K/4] uint16, four codes each
     sf_ptr,  # uint8, of the layout
     row_index_ptr,  # [R] int32, a row itself, or -1: it is not read or written; or None: every row is
-    out_ptr,  # [R, 4, P/4] bf16: columns 0, 4, 8 ..., columns 1, 5, 9 ...
+    out_ptr,  # bf16 [R, 4, P/4]: columns 0, 4, 8 ..., columns 1, 5, 9 ...; or of FRAGMENTS
+    place_ptr,  # [R, SLOTS] int32, with SLOTS: the rows of `out_ptr` that a row goes to, -1: none
     R,
     NB,  # K / 16
     padded,  # P / 16 >= K / 16; what is more is zero
@@ -103,6 +105,8 @@ def decode_kernel(
     OPERAND: tl.constexpr,  # values times 2^-8, as `mma.decoded_sums` takes the weights
     LAYOUT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FRAGMENTS: tl.constexpr,  # [rows, P rounded up to 128], as `fragments.py`; 8 divides BLOCKS
+    SLOTS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
     """Code times block scale, exact in bf16, of eight rows."""
@@ -124,10 +128,21 @@ def decode_kernel(
     words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
     sf = tl.load(sf_ptr + scale_offset(row, block, sf_columns, LAYOUT), inside, other=0)
     scale = operand_scale(sf)[:, :, None]
-    written = (live & (block < padded))[:, :, None]
-    for j in tl.static_range(4):
-        value = scaled(decode_fourth(words, j, ARCH), scale, ARCH)
-        if not OPERAND:
-            value = value * 256.0
-        out = out_ptr + ((row * 4 + j) * padded + block)[:, :, None] * 4 + four
-        tl.store(out, value, written)
+    if FRAGMENTS:
+        x = join_fourths(
+            scaled(decode_fourth(words, 0, ARCH), scale, ARCH),
+            scaled(decode_fourth(words, 1, ARCH), scale, ARCH),
+            scaled(decode_fourth(words, 2, ARCH), scale, ARCH),
+            scaled(decode_fourth(words, 3, ARCH), scale, ARCH),
+        )
+        first = tl.program_id(1) * BLOCKS * 16
+        x = (x * 256.0).to(tl.bfloat16)
+        store_fragments(x, out_ptr, place_ptr, row, live, first, padded * 16, SLOTS)
+    else:
+        written = (live & (block < padded))[:, :, None]
+        for j in tl.static_range(4):
+            value = scaled(decode_fourth(words, j, ARCH), scale, ARCH)
+            if not OPERAND:
+                value = value * 256.0
+            out = out_ptr + ((row * 4 + j) * padded + block)[:, :, None] * 4 + four
+            tl.store(out, value, written)

@@ -42,6 +42,36 @@ def _clamped(x, limit):
 
 
 @triton.jit
+def _per_expert(ptr, expert):
+    """Load one fp32 for the expert; None if there is no tensor."""
+    if ptr is None:
+        value = None
+    else:
+        value = tl.load(ptr + expert)
+    return value
+
+
+@triton.jit
+def finished(
+    up, gate, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, expert, ACT: tl.constexpr
+):
+    """Apply the expert's scales to sums: the activation, or with NONE `gate` times the scale."""
+    scale = tl.load(scale_ptr + expert)
+    if ACT == NONE:
+        y = gate * scale
+    else:
+        gate_scale = tl.load(gate_scale_ptr + expert)
+        alpha = _per_expert(alpha_ptr, expert)
+        beta = _per_expert(beta_ptr, expert)
+        if ACT == SWIGLU_STEP and limit_ptr is None:
+            limit = 7.0 / gate_scale  # reference.activation.STEP_LIMIT
+        else:
+            limit = _per_expert(limit_ptr, expert)
+        y = activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT)
+    return y
+
+
+@triton.jit
 def activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT: tl.constexpr):
     """`reference.activation.activate`; of activations without a gate, `gate` is the argument.
 

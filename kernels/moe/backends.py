@@ -150,12 +150,31 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
     return adopted
 
 
-def _notes(call: MoECall) -> list[str]:
+def _left_open(call: MoECall) -> list[str]:
     """Say where FlashInfer's layer, which could serve the call, leaves open what ours determine."""
     if trtllm.LAYER.refusal(call) is not None:
         return []
     texts = every_text(trtllm.LEFT_OPEN, call)
     return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
+
+
+def _gemm_on_hopper(call: MoECall) -> list[str]:
+    """Say which of its grouped GEMMs Triton takes on a Hopper GPU."""
+    if call.capability != (9, 0) or not backends.HAS_TRITON:
+        return []
+    from .hopper import config
+
+    reason = config.refusal(90)
+    if reason is None:
+        return [
+            "triton multiplies by its grouped GEMM for sm_90: its bits are those of "
+            "batch_invariant=True, whatever is asked"
+        ]
+    return [f"triton multiplies by its grouped GEMM for every GPU, not that for sm_90: {reason}"]
+
+
+def _notes(call: MoECall) -> list[str]:
+    return _left_open(call) + _gemm_on_hopper(call)
 
 
 FUSED_MOE: Operation[MoECall, Results] = Operation(

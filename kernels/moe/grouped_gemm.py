@@ -13,17 +13,7 @@ import triton.language as tl
 from ..jit.arithmetic import to_bf16
 from ..jit.mma import decoded_sums, native_sums, sums
 from ..jit.pdl import await_previous
-from .activation import NONE, SWIGLU_STEP, activated, is_gated
-
-
-@triton.jit
-def _per_expert(ptr, expert):
-    """Load one fp32 for the expert; None if there is no tensor."""
-    if ptr is None:
-        value = None
-    else:
-        value = tl.load(ptr + expert)
-    return value
+from .activation import finished, is_gated
 
 
 @triton.jit
@@ -65,7 +55,6 @@ def _expert_tile(
         acc = acc * tl.load(token_scale_ptr + source, live, other=0.0)[None, :]
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + expert_rows + m)[:, None]
-    scale = tl.load(scale_ptr + expert)
     G: tl.constexpr = BM // 32
     # Within 32 rows, natural row 4a + b lies at 8b + a.
     if GATED:
@@ -78,17 +67,7 @@ def _expert_tile(
         up = gate
         column = m
         width = M
-    if ACT == NONE:
-        y = gate * scale
-    else:
-        gate_scale = tl.load(gate_scale_ptr + expert)
-        alpha = _per_expert(alpha_ptr, expert)
-        beta = _per_expert(beta_ptr, expert)
-        if ACT == SWIGLU_STEP and limit_ptr is None:
-            limit = 7.0 / gate_scale  # reference.activation.STEP_LIMIT
-        else:
-            limit = _per_expert(limit_ptr, expert)
-        y = activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT)
+    y = finished(up, gate, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, expert, ACT)
     out = out_ptr + n.to(tl.int64)[None, :] * width + column[:, None]
     if out_ptr.dtype.element_ty == tl.bfloat16:
         y = to_bf16(y, ARCH)

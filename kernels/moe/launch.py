@@ -16,18 +16,24 @@ from ...reference.moe.hidden_states import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from ..decode import decode
-from ..quantize.launch import quantize_global_scale, quantize_per_token, quantize_to_values
-from ..tiles import GemmConfig
+from ..quantize.launch import (
+    quantize_global_scale,
+    quantize_per_token,
+    quantize_to_fragments,
+    quantize_to_values,
+)
 from ..triton_target import arch, launch_options, native_mma
 from .activation import NONE
 from .autotune import cache
 from .call import KernelCall, Mode, Observe
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
+from .hopper.config import RingConfig
+from .hopper.rows import in_fragments
 from .masked.rows import copy_rows
 from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
-from .tile_table import Configs, local_slots, table_configs
+from .tile_table import Config, Configs, local_slots, table_configs
 
 _DECODED_BYTES = 256 << 20
 """The most bytes of decoded weights that exist at a time; one expert's weights may be more."""
@@ -40,11 +46,12 @@ def _configs(
 
     With `batch_invariant` it returns the table's, since bits must not depend on what was measured.
     """
+    table = table_configs(experts, slots, batch_invariant=batch_invariant)
     if not batch_invariant:
         tuned = cache.lookup(cache.key_of(experts, slots, top_k, mode))
-        if tuned is not None:
+        if tuned is not None and type(tuned[0]) is type(table[0]):
             return tuned
-    return table_configs(experts, slots, batch_invariant=batch_invariant)
+    return table
 
 
 def fused_moe(
@@ -52,7 +59,7 @@ def fused_moe(
     ids: torch.Tensor,
     weights: torch.Tensor,
     *,
-    config: GemmConfig | None = None,
+    config: Config | None = None,
     observe: Observe | None = None,
 ) -> Triple:
     """Launch the kernels of the layer, as an `Implementation` of `ops.py`.
@@ -75,14 +82,23 @@ def fused_moe(
     p = permute(ids, experts.num_local, call.local_expert_offset, configs[0].bn)
 
     activations = call.activations
-    x1 = quantized(activations.hidden_states, recipe) if call.quantize else operand(activations)
-    intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static)
+    ring = isinstance(configs[0], RingConfig)
+    place = p.permuted if ring else None
+    if call.quantize:
+        x1 = quantized(activations.hidden_states, recipe, ring=ring, place=place)
+    else:
+        x1 = operand(activations, ring=ring, place=place)
+    # An operand as it is written, where it needs no padding and nobody else reads it.
+    direct = ring and plain and observe is None and experts.padded_intermediate_size % 128 == 0
+    intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
     if observe is not None:
         observe(ids, intermediate, p.permuted)
-    if plain:
-        x2 = operand(Activations(intermediate))
+    if direct:
+        x2 = Operand(intermediate, None, None)
+    elif plain:
+        x2 = operand(Activations(intermediate), ring=ring)
     else:
-        x2 = quantized(intermediate, recipe, per_token=not static)
+        x2 = quantized(intermediate, recipe, per_token=not static, ring=ring)
     rows = gemm2(x2, experts, p, slots, configs[1])
     output = results[0]
     if not call.do_finalize:
@@ -100,17 +116,36 @@ OP = register("triton", fused_moe)
 class Operand:
     """The rows of activations in the form that the grouped GEMM reads."""
 
-    values: torch.Tensor  # [N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes
+    values: torch.Tensor
+    """[N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes; for a ring [rows, K] bf16,
+    in the order of `jit/fragments.py`, by permuted row."""
     block_scales: torch.Tensor | None  # native: [N, K/16], linear
     token_scale: torch.Tensor | None  # [N] fp32
 
 
-def operand(a: Activations, row_index: torch.Tensor | None = None) -> Operand:
+def operand(
+    a: Activations,
+    row_index: torch.Tensor | None = None,
+    *,
+    ring: bool = False,
+    place: torch.Tensor | None = None,
+) -> Operand:
     """Return codes as they are if the GPU multiplies codes, and decoded if it does not.
 
     Args:
         row_index: [N] int32, a row itself, or -1 for a row that is not read; None: all are.
+        ring: for the GEMM of `hopper/`.
+        place: with `ring`, the permuted row of each slot; None: a row stays where it is.
     """
+    if ring:
+        if a.is_bf16:
+            return Operand(in_fragments(a.hidden_states, place, row_index), None, None)
+        assert a.block_scales is not None
+        values = decode(
+            a.hidden_states, a.block_scales, SfLayout.layout_linear, row_index=row_index,
+            fragments=True, place=place,
+        )  # fmt: skip
+        return Operand(values, None, a.per_token_scale)
     if a.is_bf16:
         if row_index is not None:
             return Operand(copy_rows(a.hidden_states, row_index, fourths=True), None, None)
@@ -130,14 +165,21 @@ def quantized(
     *,
     per_token: bool = True,
     row_index: torch.Tensor | None = None,
+    ring: bool = False,
+    place: torch.Tensor | None = None,
 ) -> Operand:
     """Quantize rows [N, K], bf16, or fp32 with static scales.
 
     One launch quantizes and decodes if the GPU does not multiply codes.
 
     Args:
-        row_index: as for `operand`.
+        row_index, ring, place: as for `operand`.
     """
+    if ring:
+        values, token = quantize_to_fragments(
+            x, recipe, per_token=per_token, row_index=row_index, place=place
+        )
+        return Operand(values, None, token)
     if not native_mma(arch(x.device)):
         values, token = quantize_to_values(x, recipe, per_token=per_token, row_index=row_index)
         return Operand(values, None, token)
@@ -153,16 +195,22 @@ def gemm1(
     p: Permutation,
     slots: int,
     top_k: int,
-    config: GemmConfig,
+    config: Config,
     *,
     fp32: bool,
+    fragments: bool = False,
 ) -> torch.Tensor:
-    """Return [slots, padded intermediate size], activated: bf16, or fp32 for static scales."""
+    """Return [slots, padded intermediate size], activated: bf16, or fp32 for static scales.
+
+    Args:
+        fragments: columns in the order in which the GEMM of `hopper/` reads them.
+    """
     dtype = torch.float32 if fp32 else torch.bfloat16
     out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=dtype)
     _launch_gemm(
         x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
         experts.output1_scale_scalar, out, p, config, top_k, experts.activation, experts,
+        fragments=fragments,
     )  # fmt: skip
     return out
 
@@ -172,7 +220,7 @@ def gemm2(
     experts: Experts,
     p: Permutation,
     slots: int,
-    config: GemmConfig,
+    config: Config,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -194,12 +242,22 @@ def _launch_gemm(
     scale: torch.Tensor,
     out: torch.Tensor,
     p: Permutation,
-    config: GemmConfig,
+    config: Config,
     x_divisor: int,
     activation: ActivationType | None,
     experts: Experts,
+    *,
+    fragments: bool = False,
 ) -> None:
     first = activation is not None
+    if isinstance(config, RingConfig):
+        from .hopper.launch import expert_gemm  # Gluon, which other GPUs do not need
+
+        expert_gemm(
+            x.values, x.token_scale, w, w_sf, bias, scale, out, p, config, x_divisor,
+            experts if first else None, fragments=fragments,
+        )  # fmt: skip
+        return
     local, rows, columns = w.shape[0], w.shape[1], w.shape[2] * 2
     bm = math.gcd(config.bm, rows)
     tiles = p.tiles.shape[1]

@@ -20,7 +20,8 @@ class Permutation:
 
     expanded: torch.Tensor  # [T * K] int32: expanded index of a permuted row
     permuted: torch.Tensor  # [T * K] int32: permuted row of an expanded index, -1: not on this rank
-    tiles: torch.Tensor  # [2, tiles] int32: expert, first permuted row
+    tiles: torch.Tensor  # [2, tiles] int32: expert (-1: none), first permuted row; in memory, the
+    # number of tiles that are used comes after them
     end: torch.Tensor  # [E] int32
 
 
@@ -37,7 +38,8 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    p = Permutation(empty(slots), empty(slots), empty(2, tiles), empty(num_local))
+    table = empty(2 * tiles + 1)[: 2 * tiles].view(2, tiles)
+    p = Permutation(empty(slots), empty(slots), table, empty(num_local))
     ids = ids.contiguous()
     bins = max(16, triton.next_power_of_2(num_local + 1))
     options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
@@ -78,20 +80,37 @@ def write_tiles(
     expert, counts, first_row, tile_ptr, end_ptr, tiles, E,
     BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write an expert's tiles and end, given its first row and the slots of every expert."""
+    """Write an expert's tiles and end, given its first row and the slots of every expert.
+
+    Whole tiles come first, then each expert's last one, from the fullest to the emptiest: programs that
+    take tile after tile then end together.
+    """
     bins = tl.arange(0, BINS)
-    in_tiles = tl.where(bins < E, (counts + TILE - 1) // TILE, 0)
-    first_tile = tl.sum(tl.where(bins < expert, in_tiles, 0))
+    counts = tl.where(bins < E, counts, 0)
     count = tl.sum(tl.where(bins == expert, counts, 0))
     tl.store(end_ptr + expert, first_row + count)
 
-    # The last expert also marks the tiles that nobody uses.
-    own = (count + TILE - 1) // TILE
-    until = tl.where(expert == E - 1, tiles - first_tile, own)
-    for start in range(0, until, CHUNK):
+    whole = counts // TILE
+    own = count // TILE
+    first_tile = tl.sum(tl.where(bins < expert, whole, 0))
+    for start in range(0, own, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        tl.store(tile_ptr + first_tile + i, tl.where(i < own, expert, -1), i < until)
-        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < until)
+        tl.store(tile_ptr + first_tile + i, expert, i < own)
+        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < own)
+    last = counts % TILE
+    rest = count % TILE
+    before = (last > rest) | ((last == rest) & (bins < expert))
+    place = tl.sum(whole) + tl.sum(before.to(tl.int32))
+    tl.store(tile_ptr + place, expert, rest > 0)
+    tl.store(tile_ptr + tiles + place, first_row + own * TILE, rest > 0)
+
+    # The last expert also marks the tiles that nobody uses, and counts those in use.
+    used = tl.sum(whole) + tl.sum((last > 0).to(tl.int32))
+    if expert == E - 1:
+        tl.store(tile_ptr + 2 * tiles, used)
+        for start in range(used, tiles, CHUNK):
+            i = start + tl.arange(0, CHUNK)
+            tl.store(tile_ptr + i, -1, i < tiles)
 
 
 @triton.jit

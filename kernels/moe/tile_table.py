@@ -4,8 +4,10 @@
 from ...reference.weights.experts import Experts
 from ..tiles import GemmConfig
 from ..triton_target import arch, native_mma, shared_memory
+from .hopper.config import RingConfig, refusal, ring_config
 
-Configs = tuple[GemmConfig, GemmConfig]
+Config = GemmConfig | RingConfig
+Configs = tuple[Config, Config]
 """The tiles of the first and the second GEMM. They share `bn`, which is the permutation's tile."""
 
 
@@ -49,9 +51,21 @@ def local_slots(slots: int, experts: Experts, num_experts: int | None) -> int:
     return -(-slots * experts.num_local // (num_experts or experts.num_local))
 
 
+def ring_serves(experts: Experts) -> bool:
+    """Return True if the GEMM of `hopper/` multiplies these weights; its bits are batch-invariant."""
+    weights = (
+        experts.gemm1_weights, experts.gemm1_weights_scale,
+        experts.gemm2_weights, experts.gemm2_weights_scale,
+    )  # fmt: skip
+    return refusal(arch(experts.gemm1_weights.device), weights) is None
+
+
 def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:
-    """Return `gemm_config` of both GEMMs."""
+    """Return `ring_config` of both GEMMs where that kernel serves, else `gemm_config`."""
     here = arch(experts.gemm1_weights.device)
+    if ring_serves(experts):
+        ring = ring_config(slots, experts.num_local)
+        return ring, ring
     first, second = (
         gemm_config(
             slots,

@@ -14,6 +14,7 @@ from ..jit.arithmetic import flush, larger, mul, rcp, reciprocal
 from ..jit.decode import decode_values
 from ..jit.e4m3 import e4m3_decode
 from ..jit.formats import E4M3, FP32, LAYOUT_LINEAR, PER_TOKEN, ROW_SCALES
+from ..jit.fragments import join_fourths, store_fragments
 from ..jit.load import block_maxima, block_values, load_blocks
 from ..jit.pdl import await_previous
 from ..jit.recipe import flushes, is_exact
@@ -53,12 +54,13 @@ def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.co
 
 @triton.jit
 def _quantize_and_store(
-    words, amax, encode, token, row_amax, row, column, live, codes_ptr, sf_ptr, values_ptr,
-    rcp_delta_ptr, NB, padded_columns,
+    words, amax, encode, token, row_amax, row, first, live, codes_ptr, sf_ptr, values_ptr,
+    place_ptr, rcp_delta_ptr, NB, padded_columns,
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
-    ARCH: tl.constexpr,
+    BLOCKS: tl.constexpr, FRAGMENTS: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Store codes and scales, or values, of the blocks at (row, column), where live."""
+    """Store codes and scales, or values, of BLOCKS blocks of rows from block `first`, where live."""
+    column = first + tl.arange(0, BLOCKS)[None, :]
     x = block_values(words, DTYPE)
     if DTYPE == E4M3:
         x = prescale_e4m3(x, encode, rcp_delta_ptr, RECIPE, ARCH)
@@ -69,17 +71,37 @@ def _quantize_and_store(
         byte, codes = quantize_block(
             x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
         )
-    if values_ptr is not None:
+    if FRAGMENTS:
+        x = _values(codes, byte, ARCH)
+        store_fragments(x, values_ptr, place_ptr, row, live, first * 16, NB * 16, SLOTS)
+    elif values_ptr is not None:
         _store_values(values_ptr, codes, byte, row, column, live & (column < NB), NB, ARCH)
     else:
         store_codes(codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
 
 
 @triton.jit
+def _words(codes):
+    """Return codes [R, NB, 2] of eight as [R, NB, 4] of four."""
+    halves = codes[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None, :]
+    return tl.reshape(halves.to(tl.uint16), (codes.shape[0], codes.shape[1], 4))
+
+
+@triton.jit
+def _values(codes, byte, ARCH: tl.constexpr):
+    """Return codes [R, NB, 2] times block scales: [R, 16 NB] bf16."""
+    words = _words(codes)
+    scale = e4m3_decode(byte)[:, :, None]
+    return join_fourths(
+        decode_values(words, scale, 0, ARCH), decode_values(words, scale, 1, ARCH),
+        decode_values(words, scale, 2, ARCH), decode_values(words, scale, 3, ARCH),
+    )  # fmt: skip
+
+
+@triton.jit
 def _store_values(values_ptr, codes, byte, row, column, mask, NB, ARCH: tl.constexpr):
     """Store codes [R, NB, 2] times block scales to [M, 4, K/4] bf16, each fourth column together."""
-    halves = codes[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None, :]
-    words = tl.reshape(halves.to(tl.uint16), (codes.shape[0], codes.shape[1], 4))
+    words = _words(codes)
     scale = e4m3_decode(byte)[:, :, None]
     for i in tl.static_range(4):
         offset = ((row * 4 + i) * NB + column)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
@@ -95,7 +117,8 @@ def quantize_kernel(
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
     codes_ptr,  # [M, 2 NB] int32; None with values
     sf_ptr,  # [padded_rows, padded_columns] uint8; None with values
-    values_ptr,  # [M, 4, 4 NB] bf16, or None
+    values_ptr,  # bf16, or None: [M, 4, 4 NB]; with FRAGMENTS [rows, 16 NB rounded up to 128]
+    place_ptr,  # [M, SLOTS] int32, with SLOTS: the rows of values that a row goes to, -1: none
     token_ptr,  # [M] fp32, with MODE PER_TOKEN
     scale_value,  # fp32, without HAS_SCALE_TENSOR
     M,
@@ -115,6 +138,8 @@ def quantize_kernel(
     PARTS: tl.constexpr,  # times BLOCKS, kept from the one read
     READ: tl.constexpr,  # read at a time for the row's maximum (all, if SPLITS); 0: one read in all
     SPLITS: tl.constexpr,  # programs that share the columns of a row
+    FRAGMENTS: tl.constexpr,  # values in the order of `jit/fragments.py`; 8 divides BLOCKS
+    SLOTS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
     await_previous(ARCH)
@@ -136,7 +161,8 @@ def quantize_kernel(
         if tl.max(live.to(tl.int32), 0) == 0:
             return  # most rows of masked input
     row, live = row[:, None], live[:, None]
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    first = tl.program_id(1) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)[None, :]
 
     if MODE == ROW_SCALES:
         given = tl.load(scale_ptr + row, live, other=1.0)
@@ -186,14 +212,14 @@ def quantize_kernel(
             column = start + block
             words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
             _quantize_and_store(
-                words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, column, live,
-                codes_ptr, sf_ptr, values_ptr, rcp_delta_ptr, NB, padded_columns,
-                RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+                words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, start, live,
+                codes_ptr, sf_ptr, values_ptr, place_ptr, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
     else:
         for i in tl.static_range(PARTS):
             _quantize_and_store(
-                parts[i], maxima[i], encode, token, row_amax, row, block + i * BLOCKS, live,
-                codes_ptr, sf_ptr, values_ptr, rcp_delta_ptr, NB, padded_columns,
-                RECIPE, MODE, DTYPE, LAYOUT, ARCH,
+                parts[i], maxima[i], encode, token, row_amax, row, first + i * BLOCKS, live,
+                codes_ptr, sf_ptr, values_ptr, place_ptr, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip

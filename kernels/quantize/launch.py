@@ -17,6 +17,7 @@ from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
 from ..allocate import aligned, allocate
 from ..jit import formats
+from ..jit.fragments import padded_to_fragments
 from ..op_schema import two_arguments
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
@@ -95,6 +96,8 @@ class Outputs(NamedTuple):
     block_scales: torch.Tensor | None
     token_scale: torch.Tensor | None
     values: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    fragments: bool = False
 
 
 def _launch(
@@ -124,15 +127,16 @@ def _launch(
     if row_index is not None:
         row_index = row_index.contiguous()
     if config is None:
+        cut = max(num_blocks, 8) if outputs.fragments else num_blocks
         if mode == formats.PER_TOKEN.value:
             config = launch_config(
                 m,
-                num_blocks,
+                cut,
                 four_over_six=bool(recipe_code & FOUR_OVER_SIX),
                 interpreted=INTERPRETING,
             )
         else:
-            config = global_launch_config(m, num_blocks, interpreted=INTERPRETING)
+            config = global_launch_config(m, cut, interpreted=INTERPRETING)
     programs = triton.cdiv(m, config.rows)
     if padded_rows != m and row_index is None:
         # Padding rows are in the last row tile only: programs of their own fill it, words of four.
@@ -147,6 +151,7 @@ def _launch(
         None if outputs.codes is None else outputs.codes.view(torch.int32),
         outputs.block_scales,
         outputs.values,
+        outputs.place,
         outputs.token_scale,
         scale_value,
         m,
@@ -166,6 +171,8 @@ def _launch(
         PARTS=config.parts,
         READ=config.read,
         SPLITS=config.splits,
+        FRAGMENTS=outputs.fragments,
+        SLOTS=0 if outputs.place is None else outputs.place.numel() // m,
         ARCH=arch(x.device),
         num_warps=config.warps,
         **launch_options(x.device),
@@ -213,6 +220,37 @@ def quantize_to_values(
         x, Outputs(None, None, token, values), mode.value, None, scale, recipe.code, linear,
         row_index=row_index,
     )  # fmt: skip
+    return values, token
+
+
+def quantize_to_fragments(
+    x: torch.Tensor,
+    recipe: Recipe,
+    *,
+    per_token: bool,
+    row_index: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`quantize_to_values` in the order of `jit/fragments.py`, at the rows where they are wanted.
+
+    Args:
+        x: [M, K].
+        row_index: as for `quantize_to_values`.
+        place: int32, S for each row, where its values go; -1: nowhere. None: to their own row.
+
+    Returns:
+        (values [M * S, K rounded up to 128] bf16, per-token scales [M] fp32 or None). Columns beyond K
+        are zero. Rows that no place names are not written.
+    """
+    rows, columns = x.shape
+    token = x.new_empty(rows, dtype=torch.float32) if per_token else None
+    wanted = rows if place is None else place.numel()
+    values = x.new_empty((wanted, padded_to_fragments(columns)), dtype=torch.bfloat16)
+    mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
+    scale = recipe.base_scale_inv if per_token else 1.0
+    out = Outputs(None, None, token, values, place, fragments=True)
+    linear = int(SfLayout.layout_linear)
+    _launch(x, out, mode.value, None, scale, recipe.code, linear, row_index=row_index)
     return values, token
 
 

@@ -133,6 +133,7 @@ def forced(tactic: Tactic) -> Iterator[None]:
 def _of_triton(request: MoECall) -> list[Configuration]:
     from ..kernels.moe import tile_table
     from ..kernels.moe.autotune import cache
+    from ..kernels.moe.hopper.config import CONFIGS
 
     result = [Configuration(DEFAULT)]
     if request.batch_invariant:  # always the table's
@@ -141,9 +142,15 @@ def _of_triton(request: MoECall) -> list[Configuration]:
     slots = tile_table.local_slots(request.tokens * top_k, experts, request.all_experts)
     key = cache.key_of(experts, slots, top_k, request.mode)
     table = tile_table.table_configs(experts, slots)
+    if tile_table.ring_serves(experts):
+        return result + [
+            Configuration(f"tiles of {ring.bn} tokens", _using(key, (ring, ring)))
+            for ring in CONFIGS
+            if (ring, ring) != table
+        ]
     for which in (0, 1):
         for config in _tiles(key.weights[which][1], native=key.native):
-            pair = [replace(other, bn=config.bn) for other in table]
+            pair = [replace(other, bn=config.bn) for other in table]  # type: ignore[arg-type]
             pair[which] = config
             if tuple(pair) != table:
                 name = f"gemm{which + 1} {_words(config)}"

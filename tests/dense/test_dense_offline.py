@@ -116,7 +116,10 @@ def test_edges(arch, tmp_path):
 @pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 def test_decoding(arch, layout, operand, some_rows, tmp_path):
     constants = {} if some_rows else {"row_index_ptr": None}
-    constants |= {"OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64, "ARCH": arch}
+    constants |= {
+        "place_ptr": None, "OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64,
+        "FRAGMENTS": False, "SLOTS": 0, "ARCH": arch,
+    }  # fmt: skip
     types = {
         "codes_ptr": "*u16",
         "sf_ptr": "*u8",

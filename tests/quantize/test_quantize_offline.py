@@ -45,6 +45,7 @@ def compile_for(
     none = ["scale_ptr", "out_scale_ptr", "rcp_delta_ptr"]
     none += [] if some_rows else ["row_index_ptr"]
     none += ["codes_ptr", "sf_ptr"] if values else ["values_ptr"]
+    none += ["place_ptr"]
     constants = dict.fromkeys(none) | {
         "RECIPE": recipe.code,
         "MODE": mode,
@@ -59,6 +60,8 @@ def compile_for(
         "PARTS": config.parts,
         "READ": config.read,
         "SPLITS": config.splits,
+        "FRAGMENTS": False,
+        "SLOTS": 0,
         "ARCH": arch,
     }
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "sf_ptr": "*u8", "token_ptr": "*fp32"}

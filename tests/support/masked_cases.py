@@ -131,8 +131,9 @@ def counts_outside(device, config=SMALL):
     rows = masked_rows(torch.tensor([-3, 9, 2], device=device), 5, 4)
     assert rows.permuted.cpu().tolist() == [*[-1] * 5, 5, 6, 7, 8, 9, 10, 11, -1, -1, -1]
     assert rows.end.cpu().tolist() == [0, 10, 12]
-    assert rows.tiles.cpu().tolist()[0] == [1, 1, 2, -1, -1, -1]
-    assert rows.tiles.cpu().tolist()[1][:3] == [5, 9, 10]
+    # Whole tiles, then the last ones, the fullest first.
+    assert rows.tiles.cpu().tolist()[0] == [1, 2, 1, -1, -1, -1]
+    assert rows.tiles.cpu().tolist()[1][:3] == [5, 10, 9]
 
 
 CASES = [quantizer, exact_sums, the_rows_of_the_layer, counts_outside]

@@ -425,12 +425,15 @@ def permutation(device, tokens: int, experts: int, top_k: int, offset: int, num_
     counts = (ids.flatten().long() - offset)[here].bincount(minlength=num_local)
     end = counts.cumsum(0)
     assert torch.equal(p.end.cpu().long(), end)
-    tiles = [
-        (expert, row)
-        for expert in range(num_local)
-        for row in range(int(end[expert] - counts[expert]), int(end[expert]), 16)
-    ]
+    # Whole tiles by expert, then each expert's last one, the fullest first.
+    whole, last = [], []
+    for expert in range(num_local):
+        first, rows = int(end[expert] - counts[expert]), int(counts[expert])
+        whole += [(expert, first + row) for row in range(0, rows // 16 * 16, 16)]
+        last += [(-(rows % 16), expert, first + rows // 16 * 16)] if rows % 16 else []
+    tiles = whole + [tile[1:] for tile in sorted(last)]
     unused = p.tiles.shape[1] - len(tiles)
     got = p.tiles.T.tolist()
     assert [tuple(t) for t in got[: len(tiles)]] == tiles
     assert [t[0] for t in got[len(tiles) :]] == [-1] * unused
+    assert p.tiles.as_strided((1,), (1,), p.tiles.numel()).tolist() == [len(tiles)]

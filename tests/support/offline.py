@@ -15,7 +15,11 @@ def compile_kernel(function, arch: int, types: dict, constants: dict, aligned, *
     names = [p.name for p in function.params]
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
+    if getattr(function, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source = Source(function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"enable_fp_fusion": False} | options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -28,6 +32,18 @@ def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
     return subprocess.run(
         [path, *options, cubin], capture_output=True, text=True, check=True
     ).stdout
+
+
+def assembler_log(kernel, tmp_path: Path, arch: str) -> str:
+    """What Triton's ptxas says of the kernel: registers, spills and warnings."""
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(kernel.asm["ptx"])
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ran = subprocess.run(
+        [path, f"-arch={arch}", "-v", ptx, "-o", tmp_path / "checked.cubin"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return ran.stdout + ran.stderr
 
 
 def disassemble(kernel, tmp_path: Path) -> str:

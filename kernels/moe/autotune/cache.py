@@ -26,9 +26,10 @@ from ....reference.weights.experts import Experts
 from ... import environment, jit
 from ...tiles import GemmConfig
 from ...triton_target import arch, gpu_name, native_mma
-from .. import activation, grouped_gemm
+from .. import activation, grouped_gemm, hopper
 from ..call import Mode
-from ..tile_table import Configs
+from ..hopper.config import CONFIGS
+from ..tile_table import Config, Configs
 
 _FORMAT = 1
 """Format of an entry, and what `launch.py` does with it; an entry of another number is a miss."""
@@ -93,7 +94,8 @@ def key_of(experts: Experts, slots: int, top_k: int, mode: Mode) -> Key:
 @functools.cache
 def _digest() -> str:
     """Hash the source of the kernel: a measurement or comparison holds for this source only."""
-    library = sorted(Path(jit.__file__ or "").parent.glob("*.py"))
+    folders = (jit, hopper)
+    library = [p for f in folders for p in sorted(Path(f.__file__ or "").parent.glob("*.py"))]
     own = [Path(module.__file__ or "") for module in (activation, grouped_gemm)]
     sources = [path.read_bytes() for path in (*own, *library)]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
@@ -214,8 +216,13 @@ def _parse(text: str, key: Key) -> Configs:
     return first, second
 
 
-def _config(value: Any, columns: int, *, native: bool) -> GemmConfig:
+def _config(value: Any, columns: int, *, native: bool) -> Config:
     fields = dict(value) if isinstance(value, dict) else {}
+    if "widths" in fields:
+        for ring in CONFIGS:
+            if json.loads(_json(asdict(ring))) == fields:
+                return ring
+        raise ValueError(f"{value!r} is no configuration")
     registers = fields.pop("registers", "missing")
     if {n: type(v) for n, v in fields.items()} != _TYPES or type(registers) is bool:
         raise ValueError(f"{value!r} is no configuration")

@@ -19,7 +19,8 @@ from triton.errors import TritonError
 
 from ...tiles import GemmConfig
 from ..call import KernelCall
-from ..tile_table import Configs, gemm_config
+from ..hopper.config import CONFIGS, RingConfig
+from ..tile_table import Config, Configs, gemm_config
 from . import cache
 from .workload import Trial, microseconds
 
@@ -36,7 +37,7 @@ class Measured:
     """One candidate of the first or the second GEMM, run alone."""
 
     gemm: int
-    config: GemmConfig
+    config: Config
     us: float | None  # None: dropped
     dropped: str = ""  # why
 
@@ -102,7 +103,7 @@ def _measure(gemm: int, timed: Trial, skewed: Trial, timer: Timer) -> list[Measu
     want = {trial: trial.gemm(gemm, table) for trial in (timed, skewed)}
     found = []
     for config in candidates(table, *weights, native=timed.key.native):
-        same_order = (config.bk, config.decoded) == (table.bk, table.decoded)
+        same_order = _order(config) == _order(table)
         us, dropped = None, ""
         try:
             for trial, rows in want.items():
@@ -120,8 +121,10 @@ def _measure(gemm: int, timed: Trial, skewed: Trial, timer: Timer) -> list[Measu
     return found
 
 
-def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> list[GemmConfig]:
+def candidates(table: Config, rows: int, columns: int, *, native: bool) -> list[Config]:
     """Return the table's choice, its neighbours in `bn` and one more field, and other loads' choices."""
+    if isinstance(table, RingConfig):
+        return list(dict.fromkeys((table, *CONFIGS)))
     others = [gemm_config(each, 1, columns, native=native) for each in (1, 17, 65, 1024)]
     found = [table]
     for bn in (table.bn // 2, table.bn, table.bn * 2):
@@ -139,6 +142,11 @@ def candidates(table: GemmConfig, rows: int, columns: int, *, native: bool) -> l
             replace(c, registers=None if c.registers else 128),
         ]
     return [c for c in dict.fromkeys(found) if c == table or _fits(c, rows, columns, native)]
+
+
+def _order(c: Config) -> tuple[int, bool] | None:
+    """What the order of a sum depends on, beside K."""
+    return None if isinstance(c, RingConfig) else (c.bk, c.decoded)
 
 
 def _fits(c: GemmConfig, rows: int, columns: int, native: bool) -> bool:
@@ -165,7 +173,7 @@ def difference(got: torch.Tensor, want: torch.Tensor, same_order: bool) -> str:
 
 def _fastest(measured: list[Measured]) -> Configs | None:
     """Return the fastest two of one `bn`."""
-    best: dict[tuple[int, int], tuple[float, GemmConfig]] = {}
+    best: dict[tuple[int, int], tuple[float, Config]] = {}
     for m in measured:
         place = m.gemm, m.config.bn
         if m.us is not None and (place not in best or m.us < best[place][0]):

@@ -11,11 +11,11 @@ import torch
 from ....reference.moe.hidden_states import Activations
 from ....reference.recipe import Recipe
 from ...quantize.launch import quantize_global_scale
-from ...tiles import GemmConfig
 from .. import launch
 from ..call import KernelCall
+from ..hopper.config import RingConfig
 from ..permute import Permutation, permute
-from ..tile_table import Configs, local_slots, table_configs
+from ..tile_table import Config, Configs, local_slots, table_configs
 from . import cache
 
 _RECIPE = Recipe()
@@ -49,6 +49,7 @@ class Trial:
         self.rows = int(((local >= 0) & (local < experts.num_local)).sum())
         size = tokens, experts.padded_hidden_size
         x = torch.randn(size, dtype=torch.float32, device=device, generator=g).bfloat16()
+        self._ring = isinstance(self.table[0], RingConfig)
         self._permutations: dict[int, Permutation] = {}
         activations = Activations(x)
         if mode == "static":
@@ -62,19 +63,22 @@ class Trial:
             quantize="per-token" if mode == "per-token" else None,
         )
 
-    def gemm(self, which: int, config: GemmConfig) -> torch.Tensor:
+    def gemm(self, which: int, config: Config) -> torch.Tensor:
         """Run the first or the second GEMM: [T * K, columns]; rows from `self.rows` on are undefined."""
-        if config.bn not in self._permutations:
-            self._permutations[config.bn] = permute(
-                self.ids, self.experts.num_local, self.offset, config.bn
-            )
-        p = self._permutations[config.bn]
+        p = self._permutation(config)
         if which == 1:
             static = self._call.mode == "static"
             return launch.gemm1(
                 self._x1, self.experts, p, self.slots, self.top_k, config, fp32=static
             )
         return launch.gemm2(self._x2, self.experts, p, self.slots, config)
+
+    def _permutation(self, config: Config) -> Permutation:
+        if config.bn not in self._permutations:
+            self._permutations[config.bn] = permute(
+                self.ids, self.experts.num_local, self.offset, config.bn
+            )
+        return self._permutations[config.bn]
 
     def call(self, configs: Configs) -> torch.Tensor:
         """Run the whole call: output [T, H] bf16."""
@@ -84,16 +88,21 @@ class Trial:
 
     @functools.cached_property
     def _x1(self) -> launch.Operand:
+        place = self._permutation(self.table[0]).permuted if self._ring else None
+        activations = self._call.activations
         if self._call.mode == "per-token":
-            return launch.quantized(self._call.activations.hidden_states, _RECIPE)
-        return launch.operand(self._call.activations)
+            return launch.quantized(
+                activations.hidden_states, _RECIPE, ring=self._ring, place=place
+            )
+        return launch.operand(activations, ring=self._ring, place=place)
 
     @functools.cached_property
     def _x2(self) -> launch.Operand:
         y = self.gemm(1, self.table[0])
         if self._call.mode == "bf16":
-            return launch.operand(Activations(y))
-        return launch.quantized(y, _RECIPE, per_token=self._call.mode == "per-token")
+            return launch.operand(Activations(y), ring=self._ring)
+        per_token = self._call.mode == "per-token"
+        return launch.quantized(y, _RECIPE, per_token=per_token, ring=self._ring)
 
 
 def microseconds(call: Callable[[], object], replays: int = 20) -> float:

@@ -20,7 +20,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "s.alpha is None else s.alpha",
         "reference _situ: constant: 1.0 if s.beta is None else s.beta -> 1.0000001192092896 if s.beta "
         "is None else s.beta",
-        "kernels _expert_tile: constant: 7.0 / gate_scale -> 7.000000476837158 / gate_scale",
+        "kernels finished: constant: 7.0 / gate_scale -> 7.000000476837158 / gate_scale",
         "kernels sigmoid: constant: tl.where(x < 0, e, 1.0) -> tl.where(x < 0, e, 1.0000001192092896)",
         "kernels sigmoid: constant: 1.0 + e -> 1.0000001192092896 + e",
         "kernels tanh: constant: tl.fma(z, 0.016437575221061707, -0.05267181247472763) -> tl.fma(z, "
@@ -259,9 +259,6 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels count_kernel: operator: (bins < E) & (counts > 0) -> (bins < E) | (counts > 0)",
     ),
     "Bins before an expert alone are summed, and none behind the last expert is read.": (
-        "kernels write_tiles: comparison: bins < E -> bins <= E",
-        "kernels write_tiles: constant: tl.where(bins < E, (counts + TILE - 1) // TILE, 0) -> "
-        "tl.where(bins < E, (counts + TILE - 1) // TILE, 1)",
         "kernels permute_kernel: comparison: local < E -> local <= E",
         "kernels count_kernel: comparison: local < E -> local <= E",
     ),

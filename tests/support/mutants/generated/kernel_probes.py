@@ -27,6 +27,7 @@ from .part_calls import (
     DecodeCall,
     DecodeWeightsCall,
     FinalizeCall,
+    FragmentsCall,
     MaskedRowsCall,
     PermuteCall,
 )
@@ -107,6 +108,8 @@ def _parts() -> Named:
     yield "decode", DecodeCall
     yield "decode, indexed", lambda: DecodeCall(indexed=True)
     yield "decode weights", DecodeWeightsCall
+    for kind in ("codes", "bf16", "quantized"):
+        yield f"fragments, {kind}", functools.partial(FragmentsCall, kind)
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
     yield "finalize, groups", lambda: FinalizeCall(torch.float32, "flashinfer", top_k=9)
     yield "finalize, fp16", lambda: FinalizeCall(torch.float16, weights=torch.float32, top_k=1)
@@ -201,13 +204,17 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         "saturated routers", "undecided routers", "every routing method", *_named("routers"),
         "far, route",
     ),
-    "kernels/quantize/kernel.py": _BLOCKS,
+    "kernels/quantize/kernel.py": (*_BLOCKS, "fragments, quantized"),
     "kernels/quantize/block.py": _BLOCKS,
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
     "kernels/jit/arithmetic.py": _LIBRARY,
-    "kernels/jit/decode.py": (*_named("decode", "far, decode"), "dense", "qwen", "bf16", "grid"),
+    "kernels/jit/decode.py": (
+        *_named("decode", "far, decode", "fragments, codes"), "dense", "qwen", "bf16", "grid",
+    ),
+    "kernels/jit/fragments.py": _named("fragments"),
+    "kernels/moe/hopper/rows.py": ("fragments, bf16",),
     "kernels/jit/e2m1.py": _BLOCKS,
     "kernels/jit/e4m3.py": _LIBRARY,
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),

@@ -12,11 +12,13 @@ from nvfp4_moe.differential.verdict import unequal
 from nvfp4_moe.kernels.decode import decode
 from nvfp4_moe.kernels.moe import permute
 from nvfp4_moe.kernels.moe.finalize import finalize as triton_finalize
+from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked.rows import copy_rows, masked_rows
+from nvfp4_moe.kernels.quantize.launch import quantize_to_fragments
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe.finalize import FinalizeOrder, finalize
-from nvfp4_moe.reference.quantize import dequantize
-from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
+from nvfp4_moe.reference.quantize import dequantize, quantize_per_token
+from nvfp4_moe.reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 
 from ..calls import Answered
 from .answers import digest
@@ -54,7 +56,8 @@ class PermuteCall:
             p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
         used_rows = int(p.end[-1])
         used = p.tiles[0] >= 0
-        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end
+        count = p.tiles.as_strided((1,), (1,), p.tiles.numel())
+        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end, count
         return [t.cpu() for t in found]
 
     def judge(self) -> Answered:
@@ -62,15 +65,18 @@ class PermuteCall:
         of = [[i for i, e in enumerate(local) if e == expert] for expert in range(self.local)]
         expanded = [i for some in of for i in some]
         row = {i: n for n, i in enumerate(expanded)}
-        experts, firsts, end = [], [], [0]
+        whole, last, end = [], [], [0]
         for expert, some in enumerate(of):
-            count = -(-len(some) // self.tile)
-            experts += [expert] * count
-            firsts += [end[-1] + i * self.tile for i in range(count)]
+            count, rest = divmod(len(some), self.tile)
+            whole += [(expert, end[-1] + i * self.tile) for i in range(count)]
+            last += [(-rest, expert, end[-1] + count * self.tile)] if rest else []
             end.append(end[-1] + len(some))
+        used = whole + [tile[1:] for tile in sorted(last)]  # the fullest of the last ones first
         tiles = min(self.slots, self.local) + self.slots // self.tile
-        experts += [-1] * (tiles - len(experts))
-        want = expanded, [row.get(i, -1) for i in range(self.slots)], experts, firsts, end[1:]
+        experts = [tile[0] for tile in used] + [-1] * (tiles - len(used))
+        firsts = [tile[1] for tile in used]
+        permuted = [row.get(i, -1) for i in range(self.slots)]
+        want = expanded, permuted, experts, firsts, end[1:], [len(used)]
         return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
 
 
@@ -156,6 +162,54 @@ class DecodeCall:
 
     def judge(self) -> Answered:
         return exactly(fours(dequantize(*_codes(1, self.rows, self.columns), 1.0)))
+
+
+def in_places(values: Tensor) -> Tensor:
+    """Put each 128 columns into the order of `jit/fragments.py`: [R, K rounded up to 128]."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 128))
+    bits = padded.unflatten(1, (-1, 2, 2, 2, 2, 2, 2, 2))  # c1 c0 j1 j0 b i1 i0
+    return bits.permute(0, 1, 4, 5, 7, 8, 2, 3, 6).flatten(1).bfloat16()
+
+
+@dataclass(frozen=True)
+class FragmentsCall:
+    """Rows for the GEMM of sm_90, each at two places, some at none; as codes, as they are, quantized."""
+
+    kind: str
+    columns: int = 1216
+
+    def _states(self) -> Tensor:
+        g = torch.Generator().manual_seed(3)
+        return torch.randn(
+            3, self.columns, dtype=torch.float32, device="cpu", generator=g
+        ).bfloat16()
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        place = _PLACES.to(device)
+        if self.kind == "codes":
+            codes, scales = (t.to(device) for t in _codes(1, 3, self.columns))
+            layout = SfLayout.layout_linear
+            rows = decode(codes, scales, layout, fragments=True, place=place)
+        elif self.kind == "bf16":
+            rows = in_fragments(self._states().to(device), place)
+        else:
+            x = self._states().to(device)
+            rows = quantize_to_fragments(x, Recipe("exact"), per_token=True, place=place)[0]
+        return rows.cpu()[_PLACES[_PLACES >= 0].long()]
+
+    def judge(self) -> Answered:
+        if self.kind == "codes":
+            values = dequantize(*_codes(1, 3, self.columns), 1.0)
+        elif self.kind == "bf16":
+            values = self._states()
+        else:
+            q = quantize_per_token(self._states(), Recipe("exact").base_scale_inv, Recipe("exact"))
+            values = dequantize(q.codes, q.block_scales, 1.0)
+        source = torch.arange(3, dtype=torch.int64, device="cpu")[:, None].expand(-1, 2)
+        return exactly(in_places(values)[source[_PLACES >= 0]])
+
+
+_PLACES = torch.tensor([[2, 5], [-1, 0], [3, -1]], dtype=torch.int32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""The tiles of the grouped GEMM for sm_90, and which Triton compiles it."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+_VERSIONS = ((3, 6), (3, 7))
+"""The versions of Triton whose Gluon compiles the kernel as `tests/hopper` asks; 3.6 ran it on a GPU."""
+
+
+@dataclass(frozen=True)
+class RingConfig:
+    """The tiles of `grouped_gemm.expert_gemm_kernel`, and how it is launched."""
+
+    widths: tuple[int, ...]  # tokens of a tile, from the widest: an expert's last tile is narrower
+    stages: int  # of the ring in shared memory
+    groups: int  # of 128 columns, in a stage
+    programs: int  # on a multiprocessor at a time
+
+    @property
+    def bn(self) -> int:
+        """Return the tokens of the widest tile, for which the permutation is made."""
+        return self.widths[0]
+
+    @property
+    def registers(self) -> int:
+        """Return a thread's registers at launch: 12 warps share 65,536.
+
+        The producer gives most of its own away.
+        """
+        return 168 if self.programs == 1 else 80
+
+
+_BY_ROWS = (
+    (8, RingConfig((8,), 5, 2, 2)),
+    (16, RingConfig((16,), 4, 2, 2)),
+    (32, RingConfig((32, 16), 3, 2, 2)),
+    (96, RingConfig((64,), 4, 1, 2)),
+)
+_WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1)
+CONFIGS = (*(config for _, config in _BY_ROWS), _WIDE)
+"""Every configuration that `ring_config` chooses."""
+
+
+def ring_config(slots: int, num_experts: int) -> RingConfig:
+    """Return the tiles for as many slots of as many local experts, by the rows that an expert has."""
+    each = -(-slots // num_experts)
+    return next((config for most, config in _BY_ROWS if each <= most), _WIDE)
+
+
+def refusal(arch: int, weights: Sequence[torch.Tensor] = ()) -> str | None:
+    """Return why the kernel does not serve these weights on a GPU of this ARCH here, or None."""
+    if arch != 90:
+        return f"the GPU is sm_{arch}, and the kernel is for sm_90"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version not in _VERSIONS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in _VERSIONS)
+        return f"Triton is {triton.__version__}, and Gluon's kernel was tested with {known}"
+    if any(w.data_ptr() % 16 for w in weights):
+        return "the weights do not begin at a multiple of 16 bytes, which TMA needs"
+    return None

@@ -1,0 +1,92 @@
+"""How the grouped GEMM for sm_90 is launched: TMA descriptors, and the programs that stay."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ....reference.weights.experts import Experts
+from ...triton_target import arch, launch_options
+from ..activation import NONE
+from ..permute import Permutation
+from .config import RingConfig
+from .fragments import ROWS, WORDS
+from .gluon import TensorDescriptor, gl
+from .grouped_gemm import expert_gemm_kernel
+
+_ROWS, _WORDS = ROWS.value, WORDS.value
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The part of a tensor that a descriptor needs; it keeps no tensor alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptor(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], box: tuple[int, ...], swizzle: int
+) -> TensorDescriptor:
+    """Describe a contiguous tensor; nothing but the arguments counts."""
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * shape[i]
+    layout = gl.NVMMASharedLayout(swizzle, dtype.itemsize * 8, rank=len(shape))
+    return TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), layout)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def expert_gemm(
+    values: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_sf: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    p: Permutation,
+    config: RingConfig,
+    x_divisor: int,
+    experts: Experts | None,
+    *,
+    fragments: bool = False,
+) -> None:
+    """Multiply rows, already in their permuted order, by their experts' weights.
+
+    Args:
+        values: [rows, K rounded up to 128] bf16 in the order of `jit/fragments.py`, zeros beyond K.
+        token_scale: fp32, of row expanded index / `x_divisor`, or of the permuted row if that is 0.
+        experts: of the first GEMM, whose activation is applied; None: of the second.
+        fragments: write the columns of `out` in that order too.
+    """
+    local, m, k = w.shape[0], w.shape[1], w.shape[2] * 2
+    tiles, strips = p.tiles.shape[1], m // _ROWS
+    x_desc = _descriptor(
+        values.data_ptr(), values.dtype, tuple(values.shape), (config.widths[-1], 64), 128
+    )
+    words = (local * m, k // 8)
+    w_desc = _descriptor(w.data_ptr(), torch.int32, words, (_ROWS, _WORDS), 64)
+    tiled = (local * m // 128, k // 64, 128)
+    sf_desc = _descriptor(w_sf.data_ptr(), torch.int32, tiled, (1, 2, 128), 0)
+    programs = min(tiles * strips, config.programs * _multiprocessors(w.device))
+    expert_gemm_kernel[(programs,)](
+        x_desc, w_desc, sf_desc, token_scale, bias, scale,
+        experts.output1_scale_gate_scalar if experts else None,
+        experts.gemm1_alpha if experts else None,
+        experts.gemm1_beta if experts else None,
+        experts.gemm1_clamp_limit if experts else None,
+        out, p.expanded if x_divisor else None, p.tiles, p.end, tiles, strips, m, k, x_divisor,
+        ACT=int(experts.activation) if experts else NONE.value,
+        FRAGMENTS=fragments, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
+        ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
+    )  # fmt: skip

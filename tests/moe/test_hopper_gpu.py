@@ -1,0 +1,107 @@
+"""The grouped GEMM for sm_90 on that GPU, against the reference."""
+
+# SPDX-License-Identifier: Apache-2.0
+import moe_triton_cases
+import pytest
+import torch
+from assertions import assert_bitwise
+from moe_cases import Shape, make
+from moe_triton_cases import coarse, to
+
+from nvfp4_moe.kernels.moe import launch
+from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, refusal, ring_config
+from nvfp4_moe.kernels.triton_target import arch
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.hidden_states import Activations
+
+
+def _refusal() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    return refusal(arch(torch.device("cuda")))
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_refusal() is not None, reason=str(_refusal()))]
+
+
+def test_the_table_is_the_shipped_one():
+    assert {ring_config(slots, 8) for slots in range(1, 4096)} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
+def test_case(case):
+    case("cuda", CONFIGS[1])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(33, 2048, 768, 8, 4),
+        Shape(150, 1024, 2688, 8, 3),
+        Shape(700, 2880, 704, 4, 2),
+        Shape(5, 464, 464, 4, 2),
+    ],
+    ids=str,
+)
+def test_real_widths(shape, config):
+    """Each configuration: bitwise, and near with a gate and biases, whose epilogue is another."""
+    case = coarse(shape, ActivationType.Relu2)
+    assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "sums that are exact")
+    g = torch.Generator().manual_seed(3)
+    biases = {
+        "w13_bias": torch.randn(shape.num_local, 2 * shape.intermediate, generator=g),
+        "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
+    }
+    moe_triton_cases.close(make(shape, **biases), "cuda", config=config)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_all_that_is_read_is_written(config, unwritten_memory_is_nan):
+    """Intermediates and the output: the sums are exact, so that the reference has the same bits."""
+    case = coarse(Shape(150, 512, 256, 8, 3), ActivationType.Relu2)
+    assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "among NaN")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 300, 2000])
+@pytest.mark.parametrize("hidden,intermediate", [(2048, 768), (7168, 256), (2880, 2880)])
+def test_every_tile_has_the_same_bits(hidden, intermediate, tokens):
+    """Sums of random terms, rounded at every step: another order would show."""
+    case = make(Shape(tokens, hidden, intermediate, 8, 4))
+    want, *others = (moe_triton_cases.output_of(case, "cuda", config=c) for c in CONFIGS)
+    for config, got in zip(CONFIGS[1:], others, strict=True):
+        assert_bitwise(got, want, str(config))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_run_has_the_same_bits(config):
+    case = to("cuda", make(Shape(600, 2048, 768, 16, 4)))
+    call = KernelCall(case.activations, case.experts, case.experts.num_local)
+    want = launch.fused_moe(call, case.ids, case.weights, config=config)[0]
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        got = launch.fused_moe(call, case.ids, case.weights, config=config)[0]
+        different += (got != want).any()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("width,intermediate", [(2048, 768), (7168, 256)])
+def test_batch_invariant(width, intermediate):
+    """One token alone, and at some place of batches up to 16,384, with ever other neighbours."""
+    case = to("cuda", make(Shape(16384, width, intermediate, 16, 4)))
+    a, ids, w = case.activations, case.ids, case.weights
+
+    def run(rows):
+        part = Activations(a.hidden_states[rows], a.block_scales[rows], a.per_token_scale[rows])
+        call = KernelCall(part, case.experts, case.experts.num_local, finalize_order="slot")
+        return launch.fused_moe(call, ids[rows].contiguous(), w[rows].contiguous())[0]
+
+    token = 1234
+    alone = run(torch.tensor([token], device="cuda"))[0]
+    for tokens in (2, 3, 16, 33, 64, 147, 148, 300, 1024, 4096, 16384):
+        others = torch.randperm(16384, device="cuda")[:tokens]
+        place = tokens // 3
+        others[others == token] = 7
+        others[place] = token
+        assert_bitwise(run(others)[place], alone, f"among {tokens}")

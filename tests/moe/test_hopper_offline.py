@@ -1,0 +1,87 @@
+"""The grouped GEMM for sm_90 compiles, offline, to overlapping wgmma that stay in registers."""
+
+# SPDX-License-Identifier: Apache-2.0
+import re
+
+import pytest
+from offline import assembler_log, compile_kernel, resources
+
+from nvfp4_moe.kernels.moe.activation import NONE
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal, ring_config
+from nvfp4_moe.kernels.triton_target import shared_memory
+from nvfp4_moe.reference.activation import ActivationType
+
+pytestmark = pytest.mark.compile
+
+ARCH = 90
+SWIGLU = int(ActivationType.Swiglu)
+serves = pytest.mark.skipif(refusal(ARCH) is not None, reason=str(refusal(ARCH)))
+
+
+def test_other_gpus_are_refused():
+    for arch in (80, 89, 100, 120):
+        assert f"sm_{arch}" in refusal(arch)
+
+
+def test_the_table_has_every_configuration():
+    """Each is chosen for some count of rows, and a wider one for more rows."""
+    chosen = [ring_config(slots, 8) for slots in range(1, 8192)]
+    assert set(chosen) == set(CONFIGS)
+    assert [c.bn for c in chosen] == sorted(c.bn for c in chosen)
+
+
+def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
+    from nvfp4_moe.kernels.moe.hopper.gluon import gl
+    from nvfp4_moe.kernels.moe.hopper.grouped_gemm import expert_gemm_kernel
+
+    def descriptor(dtype: str, box: tuple[int, ...], swizzle: int) -> str:
+        layout = gl.NVMMASharedLayout(swizzle, {"bf16": 16, "i32": 32}[dtype], rank=len(box))
+        return f"tensordesc<{dtype}{list(box)},{layout!r}>"
+
+    none = [] if biased else ["bias_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
+    if activation == NONE.value:
+        none += ["expanded_ptr", "gate_scale_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
+    constants = dict.fromkeys(none) | {
+        "ACT": activation, "FRAGMENTS": False, "WIDTHS": config.widths, "STAGES": config.stages,
+        "GROUPS": config.groups, "ARCH": ARCH,
+    }  # fmt: skip
+    floats = (
+        "token_scale_ptr", "bias_ptr", "scale_ptr", "gate_scale_ptr", "alpha_ptr", "beta_ptr",
+        "limit_ptr",
+    )  # fmt: skip
+    types = dict.fromkeys(floats, "*fp32") | {
+        "x_desc": descriptor("bf16", (config.widths[-1], 64), 128),
+        "w_desc": descriptor("i32", (128, 16), 64),
+        "sf_desc": descriptor("i32", (1, 2, 128), 0),
+        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
+        "tiles": "i32", "strips": "i32", "M": "i32", "K": "i32",
+        "x_divisor": "i32",
+    }  # fmt: skip
+    aligned = [n for n in types if n not in constants and (n.endswith("_ptr") or n in "MK")]
+    return compile_kernel(
+        expert_gemm_kernel, ARCH, types, constants, aligned, num_warps=8,
+        maxnreg=config.registers, launch_pdl=True,
+    )  # fmt: skip
+
+
+@serves
+@pytest.mark.parametrize("activation", [SWIGLU, NONE.value], ids=["first", "second"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_compiled(config, activation, tmp_path):
+    """No warning that wgmma are serialized, nothing in local memory, the multiprocessor shared."""
+    kernel = compile_ring(config, activation, biased=True)
+    log = assembler_log(kernel, tmp_path, "sm_90a")
+    assert "C75" not in log, log
+    used = re.search(r"Used (\d+) registers", log)
+    assert used, log
+    assert int(used[1]) <= config.registers
+    assert resources(kernel, tmp_path) == (0, 0)
+    # Each turn of a loop over K releases the stage before it, which the loop has to carry.
+    released = re.findall(r"memdesc_index %empty\[(%(?!c\d)[\w#]+)\]", kernel.asm["ttgir"])
+    assert len(released) == 2 * len(config.widths)
+    assert not any(name.startswith("%stage") for name in released), released
+    for width in config.widths:
+        assert f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16" in kernel.asm["ptx"]
+    # A program leaves the driver 1 KiB of a multiprocessor's 228.
+    each = kernel.metadata.shared + 1024
+    assert each * config.programs <= (shared_memory(ARCH) + 1) * 1024
