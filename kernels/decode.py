@@ -2,12 +2,12 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
-import triton
 
 from ..reference.layouts import padded_shape
 from ..reference.recipe import BLOCK_SIZE, SfLayout
 from .jit.decode import decode_kernel
 from .jit.fragments import padded_to_fragments
+from .launcher import cdiv, launch, next_power_of_2
 from .triton_target import arch, launch_options
 
 
@@ -20,8 +20,6 @@ def decode(
     operand: bool = False,
     row_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    fragments: bool = False,
-    place: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Code times block scale, exact; columns 0, 4, 8 ... of a row together, then 1, 5, 9 ....
 
@@ -32,25 +30,56 @@ def decode(
         operand: values times 2^-8, as `jit.mma.decoded_sums` takes the weights.
         row_index: [R] int32, a row itself, or -1 for a row that is neither read nor written.
         out: [>= R, 4, columns / 4] bf16, written up to R; new by default.
-        fragments: in the order of `jit/fragments.py`, [R * S, columns rounded up to 128].
-        place: with `fragments` int32, S for each row, where its values go; -1: nowhere.
     """
     rows, half = codes.shape
-    blocks, columns = half * 2 // BLOCK_SIZE, columns or half * 2
-    if fragments:
-        size = (rows if place is None else place.numel(), padded_to_fragments(columns))
-        out = torch.empty(size, dtype=torch.bfloat16, device=codes.device)
-    elif out is None:
-        out = torch.empty((rows, 4, columns // 4), dtype=torch.bfloat16, device=codes.device)
-    padded = columns // BLOCK_SIZE
-    at_once = min(64, triton.next_power_of_2(max(padded, 8) if fragments else padded))
+    padded = (columns or half * 2) // BLOCK_SIZE
+    if out is None:
+        out = torch.empty((rows, 4, padded * 4), dtype=torch.bfloat16, device=codes.device)
+    at_once = min(64, next_power_of_2(padded))
     tile = 128 if layout == SfLayout.layout_128x4 else 8
-    programs = triton.cdiv(rows, tile) * (tile // 8)
-    decode_kernel[(programs, triton.cdiv(padded, at_once))](
-        codes.view(torch.uint16), block_scales.view(torch.uint8), row_index, out, place, rows, blocks,
-        padded,
-        padded_shape(rows, blocks, layout)[1], OPERAND=operand, LAYOUT=int(layout), BLOCKS=at_once,
-        FRAGMENTS=fragments, SLOTS=0 if place is None else place.numel() // rows,
+    blocks = half * 2 // BLOCK_SIZE
+    launch(decode_kernel, (cdiv(rows, tile) * (tile // 8), cdiv(padded, at_once)),
+        codes.view(torch.uint16), block_scales.view(torch.uint8), row_index, out, None, None, None,
+        rows, blocks, padded, padded_shape(rows, blocks, layout)[1],
+        OPERAND=operand, LAYOUT=int(layout), BLOCKS=at_once, FRAGMENTS=False, SLOTS=0,
         ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
     )  # fmt: skip
     return out
+
+
+def decode_to_fragments(
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    *,
+    row_index: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Code times block scale in the order of `jit/fragments.py`, at the rows where they are wanted.
+
+    Args:
+        codes: [R, K/2] uint8, contiguous.
+        block_scales: linear, a byte each.
+        token_scale: [R] fp32, or None.
+        row_index: as for `decode`.
+        place: int32, S for each row, where its values and its scale go; -1: nowhere. None: to its own
+            row.
+
+    Returns:
+        ([R * S, K rounded up to 128] bf16, zeros beyond K; [R * S] fp32 or None). Rows that no place
+        names are not written.
+    """
+    rows, half = codes.shape
+    wanted = rows if place is None else place.numel()
+    blocks, columns = half * 2 // BLOCK_SIZE, padded_to_fragments(half * 2)
+    out = torch.empty((wanted, columns), dtype=torch.bfloat16, device=codes.device)
+    token = None if token_scale is None else token_scale.new_empty(wanted)
+    at_once = min(64, next_power_of_2(max(blocks, 8)))
+    launch(decode_kernel, (cdiv(rows, 8), cdiv(blocks, at_once)),
+        codes.view(torch.uint16), block_scales.view(torch.uint8), row_index, out, place, token_scale,
+        token, rows, blocks, blocks, blocks,
+        OPERAND=False, LAYOUT=int(SfLayout.layout_linear), BLOCKS=at_once, FRAGMENTS=True,
+        SLOTS=0 if place is None else place.numel() // rows,
+        ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
+    )  # fmt: skip
+    return out, token

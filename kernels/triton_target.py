@@ -63,7 +63,7 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 def native_mma(arch: int) -> bool:
     """Return True if the installed Triton multiplies NVFP4 codes by the block-scaled MMA of ARCH."""
     since = _NATIVE_SINCE.get(arch)
-    return since is not None and _triton_version() >= since
+    return since is not None and triton_version() >= since
 
 
 def shared_memory(arch: int) -> int:
@@ -74,5 +74,6 @@ def shared_memory(arch: int) -> int:
 
 
 @functools.cache
-def _triton_version() -> tuple[int, ...]:
+def triton_version() -> tuple[int, ...]:
+    """Return (major, minor) of the installed Triton."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2])

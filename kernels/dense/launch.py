@@ -13,6 +13,7 @@ from ...reference.dense import a_layout
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned
 from ..decode import decode
+from ..launcher import launch
 from ..tiles import GemmConfig
 from ..triton_target import arch, launch_options, native_mma, shared_memory
 from .call import KernelCall
@@ -64,7 +65,7 @@ def mm_fp4(call: KernelCall, out: torch.Tensor, config: GemmConfig | None = None
         w, w_sf = decode(w, call.b_scales, layout, columns=columns, operand=True), None
     if not native:
         x, x_sf = decode(x, call.a_scales, a_layout(call.use_8x4), columns=columns), None
-    dense_gemm_kernel[(triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),)](
+    launch(dense_gemm_kernel, (triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),),
         x, x_sf, w, w_sf, call.alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
         BY_ROW=call.by_row, X_TILE=8 if call.use_8x4 else 128,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,

@@ -12,6 +12,7 @@ from ...reference.layouts import padded_shape
 from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned, allocate
+from ..launcher import launch
 from ..op_schema import two_arguments
 from ..quantize.launch import BLOCKS_IN_REGISTERS, DTYPES, quantize_per_token
 from ..quantize.ops import Triple
@@ -55,7 +56,9 @@ def _launch(
     if tensor is not None:
         tensor = tensor.to(device=x.device, dtype=torch.float32).reshape(-1)
     codes, sf, token = outputs or (None, None, None)
-    k.producer_kernel[(programs,)](
+    launch(
+        k.producer_kernel,
+        (programs,),
         aligned(x).view(torch.int32),
         residual,
         weight,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .e4m3 import e4m3_decode
 from .formats import LAYOUT_128X4
-from .fragments import join_fourths, store_fragments
+from .fragments import join_fourths, store_at_places, store_fragments
 from .layouts import scale_offset
 from .pdl import await_previous
 
@@ -98,6 +98,8 @@ def decode_kernel(
     row_index_ptr,  # [R] int32, a row itself, or -1: it is not read or written; or None: every row is
     out_ptr,  # bf16 [R, 4, P/4]: columns 0, 4, 8 ..., columns 1, 5, 9 ...; or of FRAGMENTS
     place_ptr,  # [R, SLOTS] int32, with SLOTS: the rows of `out_ptr` that a row goes to, -1: none
+    token_ptr,  # [R] fp32, with FRAGMENTS, or None
+    placed_token_ptr,  # [rows] fp32, which go to the same rows
     R,
     NB,  # K / 16
     padded,  # P / 16 >= K / 16; what is more is zero
@@ -138,6 +140,10 @@ def decode_kernel(
         first = tl.program_id(1) * BLOCKS * 16
         x = (x * 256.0).to(tl.bfloat16)
         store_fragments(x, out_ptr, place_ptr, row, live, first, padded * 16, SLOTS)
+        if token_ptr is not None:
+            token = tl.load(token_ptr + row, live, other=0.0)
+            once = live & (tl.program_id(1) == 0)
+            store_at_places(token, placed_token_ptr, place_ptr, row, once, 1, SLOTS)
     else:
         written = (live & (block < padded))[:, :, None]
         for j in tl.static_range(4):

@@ -41,9 +41,15 @@ def store_fragments(x, out_ptr, place_ptr, row, live, first, K, SLOTS: tl.conste
     x = fragment_order(tl.where(column < K, x, 0.0).to(x.dtype))
     P = (K + 127) // 128 * 128
     inside = live & (column < P)
+    store_at_places(x, out_ptr + column, place_ptr, row, inside, P, SLOTS)
+
+
+@triton.jit
+def store_at_places(x, ptr, place_ptr, row, live, width, SLOTS: tl.constexpr):
+    """Write x to rows of `width` that begin at `ptr`, where live: to rows r or `place_ptr`[r, SLOTS]."""
     if SLOTS == 0:
-        tl.store(out_ptr + row * P + column, x, inside)
+        tl.store(ptr + row * width, x, live)
     else:
         for slot in tl.static_range(SLOTS):
             place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
-            tl.store(out_ptr + place * P + column, x, inside & (place >= 0))
+            tl.store(ptr + place * width, x, live & (place >= 0))

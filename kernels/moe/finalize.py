@@ -8,6 +8,7 @@ import triton.language as tl
 from ...reference.moe.finalize import FinalizeOrder, split_k_groups
 from ..jit.arithmetic import add, flush, to_bf16
 from ..jit.pdl import await_previous
+from ..launcher import cdiv, launch, next_power_of_2
 from ..triton_target import arch, launch_options
 
 
@@ -28,8 +29,8 @@ def finalize(
     """
     (tokens, top_k), width = weights.shape, output.shape[1]
     groups = split_k_groups(tokens, top_k, width) if order == "flashinfer" else 1
-    columns = min(1024, triton.next_power_of_2(width))
-    finalize_kernel[(tokens, triton.cdiv(width, columns))](
+    columns = min(1024, next_power_of_2(width))
+    launch(finalize_kernel, (tokens, cdiv(width, columns)),
         rows, permuted, weights.contiguous(), output, rows.shape[1], width,
         K=top_k, GROUPS=groups, MULTIPLIES_FIRST=order == "slot-multiply", COLUMNS=columns,
         ARCH=arch(output.device), num_warps=4, **launch_options(output.device),

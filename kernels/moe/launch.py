@@ -15,7 +15,8 @@ from ...reference.activation import ActivationType
 from ...reference.moe.hidden_states import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
-from ..decode import decode
+from ..decode import decode, decode_to_fragments
+from ..launcher import launch
 from ..quantize.launch import (
     quantize_global_scale,
     quantize_per_token,
@@ -141,11 +142,10 @@ def operand(
         if a.is_bf16:
             return Operand(in_fragments(a.hidden_states, place, row_index), None, None)
         assert a.block_scales is not None
-        values = decode(
-            a.hidden_states, a.block_scales, SfLayout.layout_linear, row_index=row_index,
-            fragments=True, place=place,
-        )  # fmt: skip
-        return Operand(values, None, a.per_token_scale)
+        values, token = decode_to_fragments(
+            a.hidden_states, a.block_scales, a.per_token_scale, row_index=row_index, place=place
+        )
+        return Operand(values, None, token)
     if a.is_bf16:
         if row_index is not None:
             return Operand(copy_rows(a.hidden_states, row_index, fourths=True), None, None)
@@ -254,7 +254,7 @@ def _launch_gemm(
         from .hopper.launch import expert_gemm  # Gluon, which other GPUs do not need
 
         expert_gemm(
-            x.values, x.token_scale, w, w_sf, bias, scale, out, p, config, x_divisor,
+            x.values, x.token_scale, w, w_sf, bias, scale, out, p, config,
             experts if first else None, fragments=fragments,
         )  # fmt: skip
         return
@@ -275,7 +275,7 @@ def _launch_gemm(
                 operand=True,
                 out=weights.flatten(0, 1),
             )
-        expert_gemm_kernel[(rows // bm, tiles)](
+        launch(expert_gemm_kernel, (rows // bm, tiles),
             x.values, x.block_scales, weights, w_sf.view(torch.uint8),
             x.token_scale, bias, scale,
             experts.output1_scale_gate_scalar if first else None,

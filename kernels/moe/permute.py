@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..jit.pdl import await_previous
+from ..launcher import cdiv, launch, next_power_of_2
 from ..triton_target import arch, launch_options
 
 _ONE_LAUNCH_SLOTS = 4096
@@ -41,27 +42,39 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     table = empty(2 * tiles + 1)[: 2 * tiles].view(2, tiles)
     p = Permutation(empty(slots), empty(slots), table, empty(num_local))
     ids = ids.contiguous()
-    bins = max(16, triton.next_power_of_2(num_local + 1))
+    bins = max(16, next_power_of_2(num_local + 1))
     options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
     if slots <= _ONE_LAUNCH_SLOTS:
-        chunk = max(16, triton.next_power_of_2(slots))
-        permute_kernel[(num_local,)](
+        chunk = max(16, next_power_of_2(slots))
+        launch(permute_kernel, (num_local,),
             ids, p.expanded, p.permuted, p.tiles, p.end,
             slots, tiles, local_expert_offset, num_local,
             BINS=bins, CHUNK=chunk, TILE=tile, num_warps=4 if chunk <= 2048 else 8, **options,
         )  # fmt: skip
         return p
     chunk = 128
-    chunks = triton.cdiv(slots, chunk)
+    chunks = cdiv(slots, chunk)
     total, counts = empty(bins).zero_(), empty(num_local, chunks)
-    count_kernel[(chunks,)](
-        ids, total, counts, slots, local_expert_offset, num_local, BINS=bins, CHUNK=chunk, **options
+    launch(
+        count_kernel,
+        (chunks,),
+        ids,
+        total,
+        counts,
+        slots,
+        local_expert_offset,
+        num_local,
+        BINS=bins,
+        CHUNK=chunk,
+        **options,
     )
-    offset_kernel[(num_local,)](
+    launch(offset_kernel, (num_local,),
         total, counts, p.tiles, p.end, chunks, tiles, num_local,
         BINS=bins, STEP=1024, TILE=tile, **options,
     )  # fmt: skip
-    place_kernel[(chunks,)](
+    launch(
+        place_kernel,
+        (chunks,),
         ids,
         counts,
         p.expanded,

@@ -13,6 +13,7 @@ import triton.language as tl
 from ...reference.moe.routing import METHODS, Routing, RoutingMethodType
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, to_bf16
 from ..jit.pdl import await_previous
+from ..launcher import launch, next_power_of_2
 from ..triton_target import arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
@@ -153,10 +154,10 @@ def _op(
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((tokens, top_k), dtype=torch.bfloat16, device=logits.device)
     if tokens:
-        width = max(16, triton.next_power_of_2(experts))
-        route_kernel[(tokens,)](
+        width = max(16, next_power_of_2(experts))
+        launch(route_kernel, (tokens,),
             logits.contiguous(), bias, ids, weights, scale, experts, K=top_k, METHOD=method,
-            NORM=norm, WIDTH=width, SLOTS=triton.next_power_of_2(top_k),
+            NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
             ARCH=arch(logits.device), num_warps=1 if width <= 256 else 4,
             **launch_options(logits.device),
         )  # fmt: skip

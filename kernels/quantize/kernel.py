@@ -14,7 +14,7 @@ from ..jit.arithmetic import flush, larger, mul, rcp, reciprocal
 from ..jit.decode import decode_values
 from ..jit.e4m3 import e4m3_decode
 from ..jit.formats import E4M3, FP32, LAYOUT_LINEAR, PER_TOKEN, ROW_SCALES
-from ..jit.fragments import join_fourths, store_fragments
+from ..jit.fragments import join_fourths, store_at_places, store_fragments
 from ..jit.load import block_maxima, block_values, load_blocks
 from ..jit.pdl import await_previous
 from ..jit.recipe import flushes, is_exact
@@ -118,8 +118,8 @@ def quantize_kernel(
     codes_ptr,  # [M, 2 NB] int32; None with values
     sf_ptr,  # [padded_rows, padded_columns] uint8; None with values
     values_ptr,  # bf16, or None: [M, 4, 4 NB]; with FRAGMENTS [rows, 16 NB rounded up to 128]
-    place_ptr,  # [M, SLOTS] int32, with SLOTS: the rows of values that a row goes to, -1: none
-    token_ptr,  # [M] fp32, with MODE PER_TOKEN
+    place_ptr,  # [M, SLOTS] int32, with SLOTS: the rows that values and scales go to, -1: none
+    token_ptr,  # [M or rows] fp32, with MODE PER_TOKEN
     scale_value,  # fp32, without HAS_SCALE_TENSOR
     M,
     NB,
@@ -194,7 +194,7 @@ def quantize_kernel(
         if HAS_OUT_SCALE:
             shown = mul(token, tl.load(out_scale_ptr), FTZ, ARCH)
         if tl.program_id(1) == 0:
-            tl.store(token_ptr + row, shown, live)
+            store_at_places(shown, token_ptr, place_ptr, row, live, 1, SLOTS)
     else:
         row_amax = given
         encode = given

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ...reference.layouts import padded_shape
 from ...reference.numerics.fp32 import rcp_delta
@@ -18,6 +17,7 @@ from ...reference.recipe import BLOCK_SIZE, FOUR_OVER_SIX, Recipe, SfLayout
 from ..allocate import aligned, allocate
 from ..jit import formats
 from ..jit.fragments import padded_to_fragments
+from ..launcher import cdiv, launch, next_power_of_2
 from ..op_schema import two_arguments
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
@@ -49,16 +49,16 @@ def launch_config(
     m: int, num_blocks: int, *, four_over_six: bool = False, interpreted: bool = False
 ) -> LaunchConfig:
     """Choose the shipped configuration of the per-token quantizer for [m, 16 * num_blocks]."""
-    wide = max(4, triton.next_power_of_2(num_blocks))
+    wide = max(4, next_power_of_2(num_blocks))
     read = min(wide, BLOCKS_IN_REGISTERS)
     if interpreted:  # a program costs milliseconds there, whatever its size
-        rows = min(64, triton.next_power_of_2(max(m, 1)))
+        rows = min(64, next_power_of_2(max(m, 1)))
         return LaunchConfig(rows, read, 0 if wide == read else read, 1, 4)
     one_read = wide == read
     if one_read and wide >= 256 and (m <= 32 or (four_over_six and m <= 128)):
         # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
         blocks = 128 if four_over_six else wide // 4
-        return LaunchConfig(1, blocks, wide, triton.cdiv(num_blocks, blocks), blocks // 32)
+        return LaunchConfig(1, blocks, wide, cdiv(num_blocks, blocks), blocks // 32)
     if four_over_six and (not one_read or (m > 128 and wide >= 128)):
         # Arithmetic limits: small programs, many at a time; the second read hits the cache.
         blocks = 128 if wide > 256 and num_blocks % 128 == 0 else 64
@@ -74,16 +74,16 @@ def launch_config(
     # Three or four parts follow the row's length more closely than a power of two does, and few
     # threads with much each wait less at the row's maximum than many.
     blocks = wide // 4
-    return LaunchConfig(1, blocks, 0, 1, blocks // 32, triton.cdiv(num_blocks, blocks))
+    return LaunchConfig(1, blocks, 0, 1, blocks // 32, cdiv(num_blocks, blocks))
 
 
 def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
     """Choose the configuration of the global-scale quantizer, whose rows need no maximum."""
-    wide = max(4, triton.next_power_of_2(num_blocks))
+    wide = max(4, next_power_of_2(num_blocks))
     blocks = min(wide, BLOCKS_IN_REGISTERS if interpreted else 256)
     rows = max(1, 256 // blocks)
     if interpreted:
-        rows = min(64, triton.next_power_of_2(max(m, 1)))
+        rows = min(64, next_power_of_2(max(m, 1)))
     elif m <= 128:
         rows = 1
     return LaunchConfig(rows, blocks, 0, wide // blocks, max(1, rows * blocks // 64))
@@ -137,12 +137,14 @@ def _launch(
             )
         else:
             config = global_launch_config(m, cut, interpreted=INTERPRETING)
-    programs = triton.cdiv(m, config.rows)
+    programs = cdiv(m, config.rows)
     if padded_rows != m and row_index is None:
         # Padding rows are in the last row tile only: programs of their own fill it, words of four.
         tile = padded_columns // 4 * (128 if layout == SfLayout.layout_128x4 else 8)
-        programs += triton.cdiv(tile, config.rows * config.blocks * config.splits)
-    k.quantize_kernel[(programs, config.splits)](
+        programs += cdiv(tile, config.rows * config.blocks * config.splits)
+    launch(
+        k.quantize_kernel,
+        (programs, config.splits),
         x.view(torch.int32),
         row_index,
         scale,
@@ -236,15 +238,16 @@ def quantize_to_fragments(
     Args:
         x: [M, K].
         row_index: as for `quantize_to_values`.
-        place: int32, S for each row, where its values go; -1: nowhere. None: to their own row.
+        place: int32, S for each row, where its values and its scale go; -1: nowhere. None: to their own
+            row.
 
     Returns:
-        (values [M * S, K rounded up to 128] bf16, per-token scales [M] fp32 or None). Columns beyond K
-        are zero. Rows that no place names are not written.
+        (values [M * S, K rounded up to 128] bf16, per-token scales [M * S] fp32 or None). Columns beyond
+        K are zero. Rows that no place names are not written.
     """
     rows, columns = x.shape
-    token = x.new_empty(rows, dtype=torch.float32) if per_token else None
     wanted = rows if place is None else place.numel()
+    token = x.new_empty(wanted, dtype=torch.float32) if per_token else None
     values = x.new_empty((wanted, padded_to_fragments(columns)), dtype=torch.bfloat16)
     mode = formats.PER_TOKEN if per_token else formats.GLOBAL_SCALE
     scale = recipe.base_scale_inv if per_token else 1.0

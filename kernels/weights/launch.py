@@ -14,6 +14,7 @@ import triton
 from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, Recipe
 from ...reference.weights.update import Job
+from ..launcher import launch
 from ..quantize.launch import DTYPES
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
@@ -73,8 +74,16 @@ def _launch_amax(w: torch.Tensor, bits: torch.Tensor) -> None:
     programs = triton.cdiv(size, _WORDS)
     # Longer programs where there are enough of them: fewer atomic operations.
     steps = 4 if programs * n >= 4096 else 1
-    k.amax_kernel[(triton.cdiv(programs, steps), n)](
-        w.view(torch.int32), bits, size, WORDS=_WORDS, STEPS=steps, num_warps=8, **_options(w)
+    launch(
+        k.amax_kernel,
+        (triton.cdiv(programs, steps), n),
+        w.view(torch.int32),
+        bits,
+        size,
+        WORDS=_WORDS,
+        STEPS=steps,
+        num_warps=8,
+        **_options(w),
     )
 
 
@@ -91,7 +100,9 @@ def _launch_quantize(job: Job, amax: torch.Tensor, recipe: Recipe) -> None:
     n, rows, columns = job.w.shape
     blocks = columns // BLOCK_SIZE
     _zero_padding(job)
-    k.load_weights_kernel[(triton.cdiv(rows * blocks, _BLOCKS), n)](
+    launch(
+        k.load_weights_kernel,
+        (triton.cdiv(rows * blocks, _BLOCKS), n),
         job.w.view(torch.int32),
         amax,
         job.added,

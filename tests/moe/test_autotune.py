@@ -21,7 +21,8 @@ from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.autotune import cache, search
 from nvfp4_moe.kernels.moe.autotune.search import Measured, autotune, candidates, difference
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS
+from nvfp4_moe.kernels.moe.tile_table import Config, gemm_config, local_slots, ring_serves
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.hidden_states import Activations
@@ -45,14 +46,14 @@ def few(monkeypatch):
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[GemmConfig]:
+def launched(monkeypatch) -> list[Config]:
     """The configuration of every GEMM that is launched."""
     found = []
     launch_gemm = launch._launch_gemm
 
-    def spy(*args):
-        found.append(next(a for a in args if isinstance(a, GemmConfig)))
-        launch_gemm(*args)
+    def spy(*args, **options):
+        found.append(next(a for a in args if isinstance(a, Config)))
+        launch_gemm(*args, **options)
 
     monkeypatch.setattr(launch, "_launch_gemm", spy)
     return found
@@ -349,9 +350,11 @@ def test_the_entry_is_read_while_a_graph_is_captured():
 def test_a_kernel_that_writes_nothing_is_dropped(monkeypatch):
     """Right rows of the candidate before may still lie in the memory."""
     launch_gemm = launch._launch_gemm
-    idle = GemmConfig(64, 32, 128, 4, 4)
-    monkeypatch.setattr(search, "candidates", lambda table, *_, **__: [table, idle])
-    monkeypatch.setattr(launch, "_launch_gemm", lambda *a: None if idle in a else launch_gemm(*a))
     experts = to("cuda", make(Shape(1, 1024, 512, 8, 4)).experts)
+    idle = CONFIGS[-1] if ring_serves(experts) else GemmConfig(64, 32, 128, 4, 4)
+    monkeypatch.setattr(search, "candidates", lambda table, *_, **__: [table, idle])
+    monkeypatch.setattr(
+        launch, "_launch_gemm", lambda *a, **k: None if idle in a else launch_gemm(*a, **k)
+    )
     (tuned,) = nvfp4_moe.autotune_fused_moe(experts, 8, 4)
     assert [bool(m.dropped) for m in tuned.measured] == [False, True] * 2

@@ -1,6 +1,7 @@
 """The grouped GEMM for sm_90 on that GPU, against the reference."""
 
 # SPDX-License-Identifier: Apache-2.0
+import masked_cases
 import moe_triton_cases
 import pytest
 import torch
@@ -32,6 +33,12 @@ def test_the_table_is_the_shipped_one():
 @pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
 def test_case(case):
     case("cuda", CONFIGS[1])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_masked_input(config):
+    masked_cases.exact_sums("cuda", config)
+    masked_cases.the_rows_of_the_layer("cuda", config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

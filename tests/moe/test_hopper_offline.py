@@ -40,7 +40,7 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
 
     none = [] if biased else ["bias_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     if activation == NONE.value:
-        none += ["expanded_ptr", "gate_scale_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
+        none += ["gate_scale_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     constants = dict.fromkeys(none) | {
         "ACT": activation, "FRAGMENTS": False, "WIDTHS": config.widths, "STAGES": config.stages,
         "GROUPS": config.groups, "ARCH": ARCH,
@@ -53,9 +53,8 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
         "x_desc": descriptor("bf16", (config.widths[-1], 64), 128),
         "w_desc": descriptor("i32", (128, 16), 64),
         "sf_desc": descriptor("i32", (1, 2, 128), 0),
-        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
+        "out_ptr": "*bf16", "tile_ptr": "*i32", "end_ptr": "*i32",
         "tiles": "i32", "strips": "i32", "M": "i32", "K": "i32",
-        "x_divisor": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in constants and (n.endswith("_ptr") or n in "MK")]
     return compile_kernel(

@@ -35,10 +35,11 @@ class RingConfig:
 
 
 _BY_ROWS = (
-    (8, RingConfig((8,), 5, 2, 2)),
-    (16, RingConfig((16,), 4, 2, 2)),
-    (32, RingConfig((32, 16), 3, 2, 2)),
-    (96, RingConfig((64,), 4, 1, 2)),
+    (2, RingConfig((8,), 5, 2, 2)),
+    (12, RingConfig((16, 8), 4, 2, 2)),
+    (24, RingConfig((32, 16), 3, 2, 2)),
+    (48, RingConfig((64, 32, 16), 4, 2, 1)),
+    (160, RingConfig((128, 64, 32), 4, 1, 1)),
 )
 _WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1)
 CONFIGS = (*(config for _, config in _BY_ROWS), _WIDE)

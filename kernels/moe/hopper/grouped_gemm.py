@@ -13,7 +13,17 @@ each 128. So the bits of a token's result are the same in every tile and every b
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from ..activation import finished, is_gated
-from .fragments import ROWS, WARPS, WORDS, fragment, load_codes, place_of
+from .fragments import (
+    ROWS,
+    WARPS,
+    WORDS,
+    fragment,
+    gated_columns,
+    load_codes,
+    memory_row,
+    natural_columns,
+    place_of,
+)
 from .gluon import (
     fence_async_shared,
     gl,
@@ -158,7 +168,7 @@ def _sums(
 @gluon.jit
 def _store(
     acc, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr,
-    out_ptr, expanded_ptr, expert, strip, first, end, M, x_divisor,
+    out_ptr, expert, strip, first, end, M,
     ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     """Finish sums as `moe/grouped_gemm.py` does, and store those of rows from `first` up to `end`."""
@@ -168,35 +178,32 @@ def _store(
         low, high = gl.split(halves)
         _store(
             low, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-            limit_ptr, out_ptr, expanded_ptr, expert, strip, first, end, M, x_divisor, ACT,
+            limit_ptr, out_ptr, expert, strip, first, end, M, ACT,
             FRAGMENTS, ARCH,
         )  # fmt: skip
         _store(
             high, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-            limit_ptr, out_ptr, expanded_ptr, expert, strip, first + N // 2, end, M, x_divisor,
+            limit_ptr, out_ptr, expert, strip, first + N // 2, end, M,
             ACT, FRAGMENTS, ARCH,
         )  # fmt: skip
     else:
         L: gl.constexpr = acc.type.layout
-        acc = acc * 256.0
-        n = first + gl.arange(0, N, layout=gl.SliceLayout(0, L))
-        if token_scale_ptr is not None:
-            source = n
-            if expanded_ptr is not None:
-                source = gl.load(expanded_ptr + n, n < end, other=0) // x_divisor
-            token_scale = gl.load(token_scale_ptr + source, n < end, other=0.0)
+        if token_scale_ptr is None:
+            acc = acc * 256.0
+        else:
+            n = first + gl.arange(0, N, layout=gl.SliceLayout(0, L))
+            token_scale = gl.load(token_scale_ptr + n, n < end, other=0.0) * 256.0
             acc = acc * gl.expand_dims(token_scale, 0)
         if bias_ptr is not None:
-            m = strip * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+            m = memory_row(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))) + strip * ROWS
             acc = acc + gl.expand_dims(gl.load(bias_ptr + expert.to(gl.int64) * M + m), 1)
-        G: gl.constexpr = ROWS // 32
-        R: gl.constexpr = ROWS // 2 if is_gated(ACT) else ROWS
         if is_gated(ACT):
-            pairs = gl.permute(gl.reshape(acc, (G, 2, 2, 8, N)), (0, 3, 1, 4, 2))
-            up, gate = gl.split(gl.reshape(pairs, (R, N, 2)))
+            R: gl.constexpr = ROWS // 2
+            up, gate = gated_columns(acc)
             width = M // 2
         else:
-            gate = gl.reshape(gl.permute(gl.reshape(acc, (G, 4, 8, N)), (0, 2, 1, 3)), (ROWS, N))
+            R: gl.constexpr = ROWS
+            gate = natural_columns(acc)
             up = gate
             width = M
         y = finished(
@@ -210,15 +217,15 @@ def _store(
         if FRAGMENTS:
             column = place_of(column)
         out = out_ptr + gl.expand_dims(row.to(gl.int64) * width, 0) + gl.expand_dims(column, 1)
-        live = gl.expand_dims(row < end, 0) & gl.expand_dims(column >= 0, 1)
+        live, out = gl.broadcast(gl.expand_dims(row < end, 0), out)
         gl.store(out, y, live)
 
 
 @gluon.jit
 def _consume(
     x_bufs, w_bufs, sf_bufs, full, empty, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr,
-    alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr, end_ptr, tiles, strips, M,
-    steps, x_divisor, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
+    alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr, end_ptr, tiles, strips, M,
+    steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
     WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     total = gl.load(tile_ptr + 2 * tiles) * strips
@@ -237,34 +244,31 @@ def _consume(
                 )  # fmt: skip
                 _store(
                     acc, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-                    limit_ptr, out_ptr, expanded_ptr, expert, t % strips, first, first + rows, M,
-                    x_divisor, ACT, FRAGMENTS, ARCH,
+                    limit_ptr, out_ptr, expert, t % strips, first, first + rows, M,
+                    ACT, FRAGMENTS, ARCH,
                 )  # fmt: skip
         expert = ahead
         first = ahead_first
         rows = ahead_rows
 
 
-@gluon.jit(do_not_specialize=["tiles", "strips", "x_divisor"])
+@gluon.jit(do_not_specialize=["tiles", "strips"])
 def expert_gemm_kernel(
     x_desc,  # [rows, >= K] bf16 by permuted row, columns in the order of `fragments.py`; box [<= N, 64]
     w_desc,  # [E * M, K / 8] int32, words of 8 codes; box [ROWS, WORDS]
     sf_desc,  # [E * M / 128, K / 64, 128] int32, 128x4; box [1, 2, 128], which gives 0 beyond K
-    token_scale_ptr,  # [N] fp32, or None
+    token_scale_ptr,  # [rows] fp32 by permuted row, or None
     bias_ptr,  # [E, M] fp32, or None
     scale_ptr,  # [E] fp32: of up, or of the result
     gate_scale_ptr,  # [E] fp32, with an activation
     alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
     out_ptr,  # [rows, M / 2 or M] bf16 or fp32, by permuted row
-    expanded_ptr,  # [rows] int32: the expanded index, token * top_k + slot, of a permuted row; None: the
-    # row of `token_scale_ptr` is the permuted row
     tile_ptr,  # [2, tiles] int32: expert and first permuted row of a tile; then how many are used
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     tiles,
     strips,  # M / ROWS
     M,
     K,
-    x_divisor,  # the row of `token_scale_ptr` is the expanded index / x_divisor
     ACT: gl.constexpr,
     FRAGMENTS: gl.constexpr,  # the result's columns in the order of `fragments.py`
     WIDTHS: gl.constexpr,  # tokens of a tile, from the widest, for which `tile_ptr` was made
@@ -291,8 +295,8 @@ def expert_gemm_kernel(
                 _consume,
                 (
                     x_bufs, w_bufs, sf_bufs, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
-                    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, x_divisor, ACT, FRAGMENTS, WIDTHS, STAGES,
+                    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr,
+                    end_ptr, tiles, strips, M, steps, ACT, FRAGMENTS, WIDTHS, STAGES,
                     GROUPS, ARCH,
                 ),
             ),

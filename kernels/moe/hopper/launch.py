@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ....reference.weights.experts import Experts
+from ...launcher import launch
 from ...triton_target import arch, launch_options
 from ..activation import NONE
 from ..permute import Permutation
@@ -38,7 +39,9 @@ def _descriptor(
     for i in range(len(shape) - 1, 0, -1):
         strides[i - 1] = strides[i] * shape[i]
     layout = gl.NVMMASharedLayout(swizzle, dtype.itemsize * 8, rank=len(shape))
-    return TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), layout)
+    found = TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), layout)
+    found.kind = dtype, box, swizzle  # for `launcher.py`
+    return found
 
 
 @functools.cache
@@ -56,7 +59,6 @@ def expert_gemm(
     out: torch.Tensor,
     p: Permutation,
     config: RingConfig,
-    x_divisor: int,
     experts: Experts | None,
     *,
     fragments: bool = False,
@@ -65,7 +67,7 @@ def expert_gemm(
 
     Args:
         values: [rows, K rounded up to 128] bf16 in the order of `jit/fragments.py`, zeros beyond K.
-        token_scale: fp32, of row expanded index / `x_divisor`, or of the permuted row if that is 0.
+        token_scale: [rows] fp32, or None.
         experts: of the first GEMM, whose activation is applied; None: of the second.
         fragments: write the columns of `out` in that order too.
     """
@@ -79,13 +81,13 @@ def expert_gemm(
     tiled = (local * m // 128, k // 64, 128)
     sf_desc = _descriptor(w_sf.data_ptr(), torch.int32, tiled, (1, 2, 128), 0)
     programs = min(tiles * strips, config.programs * _multiprocessors(w.device))
-    expert_gemm_kernel[(programs,)](
+    launch(expert_gemm_kernel, (programs,),
         x_desc, w_desc, sf_desc, token_scale, bias, scale,
         experts.output1_scale_gate_scalar if experts else None,
         experts.gemm1_alpha if experts else None,
         experts.gemm1_beta if experts else None,
         experts.gemm1_clamp_limit if experts else None,
-        out, p.expanded if x_divisor else None, p.tiles, p.end, tiles, strips, m, k, x_divisor,
+        out, p.tiles, p.end, tiles, strips, m, k,
         ACT=int(experts.activation) if experts else NONE.value,
         FRAGMENTS=fragments, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
         ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ...jit.fragments import padded_to_fragments, store_fragments
 from ...jit.pdl import await_previous
+from ...launcher import cdiv, launch, next_power_of_2
 from ...triton_target import arch, launch_options
 
 
@@ -26,8 +27,8 @@ def in_fragments(
     rows, columns = x.shape
     wanted = rows if place is None else place.numel()
     out = x.new_empty((wanted, padded_to_fragments(columns)))
-    at_once = min(1024, max(128, triton.next_power_of_2(columns)))
-    rows_kernel[(rows, triton.cdiv(columns, at_once))](
+    at_once = min(1024, max(128, next_power_of_2(columns)))
+    launch(rows_kernel, (rows, cdiv(columns, at_once)),
         x, row_index, out, place, columns,
         COLUMNS=at_once, SLOTS=0 if place is None else place.numel() // rows, ARCH=arch(x.device),
         num_warps=4, **launch_options(x.device),

@@ -9,14 +9,14 @@ CUDA graph can be replayed with another `masked_m`.
 import torch
 
 from ....reference.moe.hidden_states import Activations
-from ...tiles import GemmConfig
+from ..hopper.config import RingConfig
 from ..launch import gemm1, gemm2, operand, quantized
-from ..tile_table import table_configs
+from ..tile_table import Config, table_configs
 from .call import MaskedKernelCall, register
 from .rows import copy_rows, masked_rows
 
 
-def fused_moe_masked(call: MaskedKernelCall, *, config: GemmConfig | None = None) -> torch.Tensor:
+def fused_moe_masked(call: MaskedKernelCall, *, config: Config | None = None) -> torch.Tensor:
     """Launch the kernels of the layer, as an `Implementation` of `call.py`.
 
     Args:
@@ -33,18 +33,18 @@ def fused_moe_masked(call: MaskedKernelCall, *, config: GemmConfig | None = None
             else table_configs(experts, expected, batch_invariant=call.batch_invariant)
         )
         p = masked_rows(call.masked_m, call.max_m, first.bn)
-        live, static = p.permuted, call.is_static
+        live, static, ring = p.permuted, call.is_static, isinstance(first, RingConfig)
         if a.is_bf16 and a.hidden_states.shape[1] != experts.padded_hidden_size:
             a = Activations(copy_rows(a.hidden_states, live, columns=experts.padded_hidden_size))
         if call.quantize:
-            x1 = quantized(a.hidden_states, recipe, row_index=live)
+            x1 = quantized(a.hidden_states, recipe, row_index=live, ring=ring)
         else:
-            x1 = operand(a, live)
+            x1 = operand(a, live, ring=ring)
         intermediate = gemm1(x1, experts, p, rows, 0, first, fp32=static)
         if call.is_w4a16:
-            x2 = operand(Activations(intermediate), live)
+            x2 = operand(Activations(intermediate), live, ring=ring)
         else:
-            x2 = quantized(intermediate, recipe, per_token=not static, row_index=live)
+            x2 = quantized(intermediate, recipe, per_token=not static, row_index=live, ring=ring)
         gemm2(x2, experts, p, rows, second, out=out)
     return out[:, : experts.hidden_size].contiguous().view(call.output_shape)
 

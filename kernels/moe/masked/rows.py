@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ...jit.pdl import await_previous
+from ...launcher import launch
 from ...triton_target import arch, launch_options
 from ..permute import Permutation, write_tiles
 
@@ -26,7 +27,7 @@ def masked_rows(masked_m: torch.Tensor, max_m: int, tile: int) -> Permutation:
 
     rows, end = empty(experts * max_m), empty(experts)
     table = empty(2 * tiles + 1)[: 2 * tiles].view(2, tiles)
-    masked_rows_kernel[(experts,)](
+    launch(masked_rows_kernel, (experts,),
         masked_m.contiguous(), rows, table, end, max_m, tiles, experts,
         BINS=max(16, triton.next_power_of_2(experts)), CHUNK=1024, TILE=tile,
         ARCH=arch(masked_m.device), **launch_options(masked_m.device),
@@ -47,7 +48,7 @@ def copy_rows(
     (rows, given), columns = x.shape, columns or x.shape[1]
     out = x.new_empty((rows, 4, columns // 4) if fourths else (rows, columns))
     block = min(1024, triton.next_power_of_2(columns // 4))
-    copy_rows_kernel[(rows, triton.cdiv(columns // 4, block))](
+    launch(copy_rows_kernel, (rows, triton.cdiv(columns // 4, block)),
         x, row_index, out, given // 4, columns // 4, FOURTHS=fourths, BLOCK=block,
         ARCH=arch(x.device), num_warps=4, **launch_options(x.device),
     )  # fmt: skip
