@@ -42,7 +42,7 @@ def _clamped(x, limit):
 
 
 @triton.jit
-def _per_expert(ptr, expert):
+def of_expert(ptr, expert):
     """Load one fp32 for the expert; None if there is no tensor."""
     if ptr is None:
         value = None
@@ -52,32 +52,37 @@ def _per_expert(ptr, expert):
 
 
 @triton.jit
+def limit_of_expert(limit_ptr, gate_scale, expert, ACT: tl.constexpr):
+    """Load the expert's limit, which SwigluStep has without a tensor too; or None."""
+    if ACT == SWIGLU_STEP and limit_ptr is None:
+        limit = 7.0 / gate_scale  # reference.activation.STEP_LIMIT
+    else:
+        limit = of_expert(limit_ptr, expert)
+    return limit
+
+
+@triton.jit
 def finished(
     up, gate, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, expert, ACT: tl.constexpr
 ):
     """Apply the expert's scales to sums: the activation, or with NONE `gate` times the scale."""
-    scale = tl.load(scale_ptr + expert)
-    if ACT == NONE:
-        y = gate * scale
-    else:
-        gate_scale = tl.load(gate_scale_ptr + expert)
-        alpha = _per_expert(alpha_ptr, expert)
-        beta = _per_expert(beta_ptr, expert)
-        if ACT == SWIGLU_STEP and limit_ptr is None:
-            limit = 7.0 / gate_scale  # reference.activation.STEP_LIMIT
-        else:
-            limit = _per_expert(limit_ptr, expert)
-        y = activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT)
-    return y
+    gate_scale = of_expert(gate_scale_ptr, expert)
+    return activated(
+        up, gate, of_expert(scale_ptr, expert), gate_scale, of_expert(alpha_ptr, expert),
+        of_expert(beta_ptr, expert), limit_of_expert(limit_ptr, gate_scale, expert, ACT), ACT,
+    )  # fmt: skip
 
 
 @triton.jit
 def activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT: tl.constexpr):
     """`reference.activation.activate`; of activations without a gate, `gate` is the argument.
 
-    Contract: NaN in gives NaN out. alpha, beta and limit may be None.
+    With NONE it is `gate` times the scale. Contract: NaN in gives NaN out. alpha, beta and limit may be
+    None.
     """
-    if ACT == SWIGLU_STEP:
+    if ACT == NONE:
+        y = gate * scale
+    elif ACT == SWIGLU_STEP:
         g = gate * gate_scale
         y = _at_most(g * sigmoid(g), limit * gate_scale) * (_clamped(up, limit) * scale)
     elif ACT == SWIGLU:

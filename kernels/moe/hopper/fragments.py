@@ -20,11 +20,11 @@ WORDS = gl.constexpr(16)
 
 @gluon.constexpr_function
 def word_layout():
-    """Lay out int32 [ROWS, WORDS] of memory: a thread reads 4 successive words of rows r and r + 8."""
+    """Lay out int32 [ROWS, WORDS]: a thread reads 4 successive words of rows r and r + 8."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0]],
-        lane_bases=[[0, 4], [0, 8], [1, 0], [16, 0], [2, 0]],
-        warp_bases=[[4, 0], [32, 0], [64, 0]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]],
         block_bases=[],
         shape=[ROWS.value, WORDS.value],
     )
@@ -35,8 +35,8 @@ def scale_layout():
     """Lay out uint16 [ROWS, 4]: a thread reads the two scales of its 32 codes of rows r and r + 8."""
     return gl.DistributedLinearLayout(
         reg_bases=[[8, 0]],
-        lane_bases=[[0, 1], [0, 2], [1, 0], [16, 0], [2, 0]],
-        warp_bases=[[4, 0], [32, 0], [64, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]],
         block_bases=[],
         shape=[ROWS.value, 4],
     )
@@ -50,61 +50,6 @@ def scale_memory():
     """
     rows = [[32, 0], [64, 0], [1, 0], [2, 0], [4, 0], [8, 0], [16, 0]]
     return gl.SharedLinearLayout(offset_bases=[[0, 1], *rows, [0, 2]])
-
-
-@gluon.jit
-def multiplied_rows(x):
-    """Put [ROWS, C] of memory rows into the order in which the MMA has them.
-
-    Of a row's number in memory, bits 2 and 4 change places with others, from 6543210 to 6523140. So a
-    warp's results are 8 or 16 successive columns of the output, and memory is written in whole sectors.
-    """
-    bits = gl.reshape(x, (4, 2, 2, 2, 2, 2, x.shape[1]))  # 65 4 3 2 1 0
-    return gl.reshape(gl.permute(bits, (0, 3, 2, 4, 1, 5, 6)), (x.shape[0], x.shape[1]))
-
-
-@gluon.jit
-def memory_row(row):
-    """Return the row in memory that the MMA has as `row`."""
-    moved = (row >> 4 & 1) << 2 | (row >> 2 & 1) << 1 | (row >> 1 & 1) << 4
-    return (row & 0x69) | moved
-
-
-@gluon.jit
-def gated_columns(acc):
-    """Return (up, gate), [ROWS / 2, N] each, of rows [ROWS, N] of the MMA."""
-    N: gl.constexpr = acc.shape[1]
-    bits = gl.reshape(acc, (4, 2, 2, 2, 2, 2, N))  # 65 2 3 1 4 0 of the row in memory
-    pairs = gl.permute(bits, (0, 1, 3, 5, 4, 6, 2))
-    return gl.split(gl.reshape(pairs, (ROWS // 2, N, 2)))
-
-
-@gluon.jit
-def natural_columns(acc):
-    """Return the output's columns [ROWS, N] of rows of the MMA, two successive ones in a thread."""
-    N: gl.constexpr = acc.shape[1]
-    bits = gl.reshape(acc, (4, 2, 2, 2, 2, 2, N))  # 65 2 3 1 4 0 of the row in memory
-    columns = gl.reshape(gl.permute(bits, (0, 1, 3, 5, 4, 2, 6)), (ROWS, N))
-    return gl.convert_layout(columns, column_layout(N))
-
-
-@gluon.constexpr_function
-def column_layout(n):
-    """Lay out [ROWS, n] of `natural_columns`: first the pair of successive columns."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[1, 0], [0, 1], *([0, 8 << i] for i in range((n // 8).bit_length() - 1))],
-        lane_bases=[[0, 2], [0, 4], [4, 0], [2, 0], [8, 0]],
-        warp_bases=[[16, 0], [32, 0], [64, 0]],
-        block_bases=[],
-        shape=[ROWS.value, n],
-    )
-
-
-@gluon.jit
-def place_of(column):
-    """Return where a column is multiplied, in the order above."""
-    within = (column >> 2 & 1) | (column >> 5 & 3) << 1 | (column & 3) << 3 | (column >> 3 & 3) << 5
-    return column // 128 * 128 + within
 
 
 @gluon.jit
@@ -156,11 +101,10 @@ def load_codes(words, scales):
 
     `words` is int32 [ROWS, WORDS] in shared memory, `scales` int32 [1, 2, 128] there.
     """
-    w = multiplied_rows(words.load(word_layout()))
-    w = gl.reshape(w, (ROWS, 4, 2, 2))  # [R, c, j1, j0]
+    w = gl.reshape(words.load(word_layout()), (ROWS, 4, 2, 2))  # [R, c, j1, j0]
     w0, w1 = gl.split(gl.permute(w, (0, 1, 3, 2)))
     view = reinterpreted(scales, gl.uint16, [ROWS, 4], scale_memory())
-    s0, s1 = _scale_pairs(multiplied_rows(view.load(scale_layout())))
+    s0, s1 = _scale_pairs(view.load(scale_layout()))
     OF_PAIR: gl.constexpr = gl.SliceLayout(2, w0.type.layout)
     s0 = gl.expand_dims(gl.convert_layout(s0, OF_PAIR, assert_trivial=True), 2)
     s1 = gl.expand_dims(gl.convert_layout(s1, OF_PAIR, assert_trivial=True), 2)

@@ -12,18 +12,8 @@ each 128. So the bits of a token's result are the same in every tile and every b
 # SPDX-License-Identifier: Apache-2.0
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
-from ..activation import finished, is_gated
-from .fragments import (
-    ROWS,
-    WARPS,
-    WORDS,
-    fragment,
-    gated_columns,
-    load_codes,
-    memory_row,
-    natural_columns,
-    place_of,
-)
+from ..activation import activated, is_gated, limit_of_expert, of_expert
+from .fragments import ROWS, WARPS, WORDS, fragment, load_codes
 from .gluon import (
     fence_async_shared,
     gl,
@@ -33,9 +23,6 @@ from .gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-_STORED_AT_ONCE = gl.constexpr(32)
-"""Tokens whose results are finished at a time, which bounds the registers of the epilogue."""
 
 
 @gluon.constexpr_function
@@ -129,15 +116,21 @@ def _produce(
         rows = ahead_rows
 
 
+@gluon.constexpr_function
+def sums_layout(tokens):
+    """Lay out sums [ROWS, tokens] as wgmma has them."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, tokens, 16]
+    )
+
+
 @gluon.jit
 def _sums(
     x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
     N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Return sums [ROWS, N] fp32, times 2^-8, and the ring's next stage and phase."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 16]
-    )
+    MMA: gl.constexpr = sums_layout(N)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     acc = gl.zeros((ROWS, N), gl.float32, layout=MMA)
     odd = gl.zeros((ROWS, 64), gl.bfloat16, layout=A)
@@ -165,69 +158,99 @@ def _sums(
     return acc, stage, phase
 
 
+@gluon.constexpr_function
+def _at_once(columns, bits, tokens):
+    """Return the tokens whose results are finished at a time: 4 KiB of results."""
+    return min(tokens, 4096 * 8 // (columns * bits))
+
+
+@gluon.constexpr_function
+def _tokens_first(columns):
+    """Lay out results [columns, tokens]: a thread has eight successive columns of a token."""
+    lanes = columns // 8
+    return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, WARPS.value], [0, 1])
+
+
 @gluon.jit
-def _store(
-    acc, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr,
-    out_ptr, expert, strip, first, end, M,
-    ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ARCH: gl.constexpr,
+def _in_fragments(y):
+    """Put the columns [R, N] of one strip into the order of `fragments.py` among themselves."""
+    N: gl.constexpr = y.shape[1]
+    if y.shape[0] == ROWS:
+        bits = gl.reshape(y, (2, 2, 2, 2, 2, 4, N))  # c1 c0 j1 j0 b i
+        y = gl.reshape(gl.permute(bits, (2, 3, 5, 0, 1, 4, 6)), (ROWS, N))
+    else:  # half of 128 columns, all with the same c1
+        bits = gl.reshape(y, (2, 2, 2, 2, 4, N))
+        y = gl.reshape(gl.permute(bits, (1, 2, 4, 0, 3, 5)), (ROWS // 2, N))
+    return y
+
+
+@gluon.jit
+def _finish(
+    acc, scales_buf, bias, scale, gate_scale, alpha, beta, limit, out_ptr, strip, first, end, width,
+    FROM: gl.constexpr, SCALED: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
+    ARCH: gl.constexpr,
 ):  # fmt: skip
-    """Finish sums as `moe/grouped_gemm.py` does, and store those of rows from `first` up to `end`."""
+    """Finish sums [ROWS, N], of tokens from FROM of the tile, as `moe/grouped_gemm.py` does; store them.
+
+    Only rows from `first` up to `end` are stored.
+    """
     N: gl.constexpr = acc.shape[1]
-    if N > _STORED_AT_ONCE:
+    R: gl.constexpr = ROWS // 2 if is_gated(ACT) else ROWS
+    AT_ONCE: gl.constexpr = _at_once(R, out_ptr.dtype.element_ty.primitive_bitwidth, N)
+    if N > AT_ONCE:
         halves = gl.permute(gl.reshape(acc, (ROWS, 2, N // 2)), (0, 2, 1))
         low, high = gl.split(halves)
-        _store(
-            low, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-            limit_ptr, out_ptr, expert, strip, first, end, M, ACT,
-            FRAGMENTS, ARCH,
+        _finish(
+            low, scales_buf, bias, scale, gate_scale, alpha, beta, limit, out_ptr, strip, first,
+            end, width, FROM, SCALED, ACT, FRAGMENTS, ARCH,
         )  # fmt: skip
-        _store(
-            high, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-            limit_ptr, out_ptr, expert, strip, first + N // 2, end, M,
-            ACT, FRAGMENTS, ARCH,
+        _finish(
+            high, scales_buf, bias, scale, gate_scale, alpha, beta, limit, out_ptr, strip, first,
+            end, width, FROM + N // 2, SCALED, ACT, FRAGMENTS, ARCH,
         )  # fmt: skip
     else:
         L: gl.constexpr = acc.type.layout
-        if token_scale_ptr is None:
-            acc = acc * 256.0
-        else:
-            n = first + gl.arange(0, N, layout=gl.SliceLayout(0, L))
-            token_scale = gl.load(token_scale_ptr + n, n < end, other=0.0) * 256.0
+        acc = acc * 256.0
+        if SCALED:
+            token_scale = scales_buf.slice(FROM, N).load(gl.SliceLayout(0, L))
             acc = acc * gl.expand_dims(token_scale, 0)
-        if bias_ptr is not None:
-            m = memory_row(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))) + strip * ROWS
-            acc = acc + gl.expand_dims(gl.load(bias_ptr + expert.to(gl.int64) * M + m), 1)
+        if bias is not None:
+            bias = gl.convert_layout(bias, gl.SliceLayout(1, L), assert_trivial=True)
+            acc = acc + gl.expand_dims(bias, 1)
+        G: gl.constexpr = ROWS // 32
         if is_gated(ACT):
-            R: gl.constexpr = ROWS // 2
-            up, gate = gated_columns(acc)
-            width = M // 2
+            pairs = gl.permute(gl.reshape(acc, (G, 2, 2, 8, N)), (0, 3, 1, 4, 2))
+            up, gate = gl.split(gl.reshape(pairs, (R, N, 2)))
         else:
-            R: gl.constexpr = ROWS
-            gate = natural_columns(acc)
+            gate = gl.reshape(gl.permute(gl.reshape(acc, (G, 4, 8, N)), (0, 2, 1, 3)), (ROWS, N))
             up = gate
-            width = M
-        y = finished(
-            up, gate, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, expert, ACT
-        )
+        y = activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT)
         if out_ptr.dtype.element_ty == gl.bfloat16:
             y = to_bf16(y, ARCH)
-        OUT: gl.constexpr = y.type.layout
-        row = first + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
-        column = strip * R + gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
         if FRAGMENTS:
-            column = place_of(column)
+            y = _in_fragments(y)
+        OUT: gl.constexpr = _tokens_first(R)
+        y = gl.convert_layout(y, OUT)
+        row = first + FROM + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+        column = gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
+        if FRAGMENTS and R != ROWS:
+            column = column // 4 * 8 + column % 4 + strip // 2 * ROWS + strip % 2 * 4
+        else:
+            column = strip * R + column
         out = out_ptr + gl.expand_dims(row.to(gl.int64) * width, 0) + gl.expand_dims(column, 1)
-        live, out = gl.broadcast(gl.expand_dims(row < end, 0), out)
+        live = gl.expand_dims(row < end, 0) & gl.expand_dims(column >= 0, 1)
         gl.store(out, y, live)
 
 
 @gluon.jit
 def _consume(
-    x_bufs, w_bufs, sf_bufs, full, empty, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr,
-    alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr, end_ptr, tiles, strips, M,
-    steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
-    WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
+    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr, end_ptr, tiles, strips, M,
+    steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
+    N: gl.constexpr = width_of(WIDTHS, 0)
+    width = M // 2 if is_gated(ACT) else M
     total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
     phase = 0
@@ -236,16 +259,34 @@ def _consume(
         ahead, ahead_first, ahead_rows = _tile(
             t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
         )
+        strip = t % strips
+        # What the results need is on its way while the sums are made.
+        scale = of_expert(scale_ptr, expert)
+        gate_scale = of_expert(gate_scale_ptr, expert)
+        alpha = of_expert(alpha_ptr, expert)
+        beta = of_expert(beta_ptr, expert)
+        limit = limit_of_expert(limit_ptr, gate_scale, expert, ACT)
+        if bias_ptr is None:
+            bias = None
+        else:
+            m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout(16)))
+            bias = gl.load(bias_ptr + expert.to(gl.int64) * M + strip * ROWS + m)
+        if token_scale_ptr is None:
+            token_scale = None
+        else:
+            n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
+            token_scale = gl.load(token_scale_ptr + first + n, n < rows, other=0.0)
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
                 acc, stage, phase = _sums(
                     x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
                     width_of(WIDTHS, i), STAGES, GROUPS,
                 )  # fmt: skip
-                _store(
-                    acc, token_scale_ptr, bias_ptr, scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr,
-                    limit_ptr, out_ptr, expert, t % strips, first, first + rows, M,
-                    ACT, FRAGMENTS, ARCH,
+                if token_scale_ptr is not None:
+                    scales_buf.store(token_scale)
+                _finish(
+                    acc, scales_buf, bias, scale, gate_scale, alpha, beta, limit, out_ptr, strip,
+                    first, first + rows, width, 0, token_scale_ptr is not None, ACT, FRAGMENTS, ARCH,
                 )  # fmt: skip
         expert = ahead
         first = ahead_first
@@ -280,6 +321,7 @@ def expert_gemm_kernel(
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * GROUPS * 2, N, 64], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, ROWS, WORDS], w_desc.layout)
     sf_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, 1, 2, 128], sf_desc.layout)
+    scales_buf = gl.allocate_shared_memory(gl.float32, [N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -294,10 +336,9 @@ def expert_gemm_kernel(
             (
                 _consume,
                 (
-                    x_bufs, w_bufs, sf_bufs, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
-                    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, ACT, FRAGMENTS, WIDTHS, STAGES,
-                    GROUPS, ARCH,
+                    x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr,
+                    scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr,
+                    end_ptr, tiles, strips, M, steps, ACT, FRAGMENTS, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
