@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .e4m3 import e4m3_decode
 from .formats import LAYOUT_128X4
-from .fragments import join_fourths, store_at_places, store_fragments
+from .fragments import join_fourths, load_places, store_at_places, store_fragments
 from .layouts import scale_offset
 from .pdl import await_previous
 
@@ -139,11 +139,11 @@ def decode_kernel(
         )
         first = tl.program_id(1) * BLOCKS * 16
         x = (x * 256.0).to(tl.bfloat16)
-        store_fragments(x, out_ptr, place_ptr, row, live, first, padded * 16, SLOTS)
+        places = load_places(place_ptr, row, live, SLOTS)
         if token_ptr is not None:
             token = tl.load(token_ptr + row, live, other=0.0)
-            once = live & (tl.program_id(1) == 0)
-            store_at_places(token, placed_token_ptr, place_ptr, row, once, 1, SLOTS)
+            store_at_places(token, placed_token_ptr, places, tl.program_id(1) == 0, 1, SLOTS)
+        store_fragments(x, out_ptr, places, first, padded * 16, SLOTS)
     else:
         written = (live & (block < padded))[:, :, None]
         for j in tl.static_range(4):

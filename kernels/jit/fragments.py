@@ -31,25 +31,35 @@ def join_fourths(v0, v1, v2, v3):
 
 
 @triton.jit
-def store_fragments(x, out_ptr, place_ptr, row, live, first, K, SLOTS: tl.constexpr):
-    """Write columns from `first` of rows [R, 1], natural, to out [rows, P], zeros beyond K.
+def load_places(place_ptr, row, live, SLOTS: tl.constexpr):
+    """Load the rows to which rows [R, 1] go, a tuple: `place_ptr`[r, SLOTS], or r without SLOTS; -1: none.
 
-    P is K rounded up to 128. Row r goes to the rows `place_ptr`[r, SLOTS] that are not negative; without
-    SLOTS to row r.
+    A kernel does it before it needs them: no load may pass a store.
+    """
+    if SLOTS == 0:
+        places = (tl.where(live, row, -1),)
+    else:
+        places = ()  # type: tuple
+        for slot in tl.static_range(SLOTS):
+            place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
+            places = places + (place,)  # noqa: RUF005, Triton has no star
+    return places
+
+
+@triton.jit
+def store_fragments(x, out_ptr, places, first, K, SLOTS: tl.constexpr):
+    """Write columns from `first` of rows, natural, to `places` of out [rows, P], zeros beyond K.
+
+    P is K rounded up to 128.
     """
     column = first + tl.arange(0, x.shape[1])[None, :]
     x = fragment_order(tl.where(column < K, x, 0.0).to(x.dtype))
     P = (K + 127) // 128 * 128
-    inside = live & (column < P)
-    store_at_places(x, out_ptr + column, place_ptr, row, inside, P, SLOTS)
+    store_at_places(x, out_ptr + column, places, column < P, P, SLOTS)
 
 
 @triton.jit
-def store_at_places(x, ptr, place_ptr, row, live, width, SLOTS: tl.constexpr):
-    """Write x to rows of `width` that begin at `ptr`, where live: to rows r or `place_ptr`[r, SLOTS]."""
-    if SLOTS == 0:
-        tl.store(ptr + row * width, x, live)
-    else:
-        for slot in tl.static_range(SLOTS):
-            place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
-            tl.store(ptr + place * width, x, live & (place >= 0))
+def store_at_places(x, ptr, places, live, width, SLOTS: tl.constexpr):
+    """Write x, where live, to the rows `places` of `width` elements that begin at `ptr`."""
+    for slot in tl.static_range(SLOTS if SLOTS > 0 else 1):
+        tl.store(ptr + places[slot] * width, x, live & (places[slot] >= 0))

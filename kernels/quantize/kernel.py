@@ -14,7 +14,7 @@ from ..jit.arithmetic import flush, larger, mul, rcp, reciprocal
 from ..jit.decode import decode_values
 from ..jit.e4m3 import e4m3_decode
 from ..jit.formats import E4M3, FP32, LAYOUT_LINEAR, PER_TOKEN, ROW_SCALES
-from ..jit.fragments import join_fourths, store_at_places, store_fragments
+from ..jit.fragments import join_fourths, load_places, store_at_places, store_fragments
 from ..jit.load import block_maxima, block_values, load_blocks
 from ..jit.pdl import await_previous
 from ..jit.recipe import flushes, is_exact
@@ -55,7 +55,7 @@ def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.co
 @triton.jit
 def _quantize_and_store(
     words, amax, encode, token, row_amax, row, first, live, codes_ptr, sf_ptr, values_ptr,
-    place_ptr, rcp_delta_ptr, NB, padded_columns,
+    places, rcp_delta_ptr, NB, padded_columns,
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCKS: tl.constexpr, FRAGMENTS: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def _quantize_and_store(
         )
     if FRAGMENTS:
         x = _values(codes, byte, ARCH)
-        store_fragments(x, values_ptr, place_ptr, row, live, first * 16, NB * 16, SLOTS)
+        store_fragments(x, values_ptr, places, first * 16, NB * 16, SLOTS)
     elif values_ptr is not None:
         _store_values(values_ptr, codes, byte, row, column, live & (column < NB), NB, ARCH)
     else:
@@ -164,6 +164,7 @@ def quantize_kernel(
     first = tl.program_id(1) * BLOCKS
     block = first + tl.arange(0, BLOCKS)[None, :]
 
+    places = load_places(place_ptr, row, live, SLOTS)
     if MODE == ROW_SCALES:
         given = tl.load(scale_ptr + row, live, other=1.0)
     elif HAS_SCALE_TENSOR:
@@ -194,7 +195,7 @@ def quantize_kernel(
         if HAS_OUT_SCALE:
             shown = mul(token, tl.load(out_scale_ptr), FTZ, ARCH)
         if tl.program_id(1) == 0:
-            store_at_places(shown, token_ptr, place_ptr, row, live, 1, SLOTS)
+            store_at_places(shown, token_ptr, places, True, 1, SLOTS)
     else:
         row_amax = given
         encode = given
@@ -213,13 +214,13 @@ def quantize_kernel(
             words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
             _quantize_and_store(
                 words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, start, live,
-                codes_ptr, sf_ptr, values_ptr, place_ptr, rcp_delta_ptr, NB, padded_columns,
+                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
                 RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
     else:
         for i in tl.static_range(PARTS):
             _quantize_and_store(
                 parts[i], maxima[i], encode, token, row_amax, row, first + i * BLOCKS, live,
-                codes_ptr, sf_ptr, values_ptr, place_ptr, rcp_delta_ptr, NB, padded_columns,
+                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
                 RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip

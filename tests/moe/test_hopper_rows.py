@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nvfp4_moe.kernels.decode import decode
+from nvfp4_moe.kernels.decode import decode, decode_to_fragments
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.quantize.launch import (
     quantize_per_token,
@@ -65,7 +65,7 @@ def test_quantized(recipe, columns, place):
     x = states(columns)
     want, scale = quantize_to_values(x, recipe, per_token=True)
     got, token_scale = quantize_to_fragments(x, recipe, per_token=True, place=place)
-    assert torch.equal(token_scale, scale)
+    assert_placed(token_scale[:, None], scale[:, None], place)
     assert_placed(got, ordered(natural(want)), place)
 
 
@@ -80,9 +80,10 @@ def test_quantized_with_static_scales():
 @pytest.mark.parametrize("place", [None, PLACED], ids=["own", "placed"])
 @pytest.mark.parametrize("columns", [128, 1216])
 def test_decoded(columns, place):
-    codes, scales, _ = quantize_per_token(states(columns), 1 / 2688, Recipe())
+    codes, scales, token_scale = quantize_per_token(states(columns), 1 / 2688, Recipe())
     want = decode(codes, scales, SfLayout.layout_linear)
-    got = decode(codes, scales, SfLayout.layout_linear, fragments=True, place=place)
+    got, placed_scale = decode_to_fragments(codes, scales, token_scale, place=place)
+    assert_placed(placed_scale[:, None], token_scale[:, None], place)
     assert_placed(got, ordered(natural(want)), place)
 
 

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...jit.fragments import padded_to_fragments, store_fragments
+from ...jit.fragments import load_places, padded_to_fragments, store_fragments
 from ...jit.pdl import await_previous
 from ...launcher import cdiv, launch, next_power_of_2
 from ...triton_target import arch, launch_options
@@ -55,4 +55,4 @@ def rows_kernel(
     if row_index_ptr is not None:
         live = tl.load(row_index_ptr + row) == row
     x = tl.load(x_ptr + row * K + column, live & (column < K), other=0.0)
-    store_fragments(x, out_ptr, place_ptr, row, live, first, K, SLOTS)
+    store_fragments(x, out_ptr, load_places(place_ptr, row, live, SLOTS), first, K, SLOTS)
