@@ -24,7 +24,7 @@ from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes,
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
 from nvfp4_moe.kernels.moe import launch
-from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots
+from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots, ring_serves
 from nvfp4_moe.kernels.triton_target import arch, native_mma
 
 DEVICE = torch.device("cuda")
@@ -233,7 +233,7 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     for w, config in zip(matrices, configs, strict=True):
         expert = w[0].numel() * 4  # bf16 of two codes a byte
         at_once = max(1, min(s.experts, launch._DECODED_BYTES // expert))
-        decoded.append(at_once * expert if config.decoded else 0)
+        decoded.append(at_once * expert if config.decoded and not ring_serves(experts) else 0)
     # All that the call keeps is alive in the second GEMM: there the peak is.
     used = peak_bytes(call) - decoded[1]
     bound = workspace_bound(s, tokens, configs[0].bn)
