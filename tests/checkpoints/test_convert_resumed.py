@@ -163,7 +163,7 @@ def test_a_destination_that_is_not_ours_is_left_alone(three_shards, tmp_path):
     with pytest.raises(CheckpointError, match="neither empty nor an unfinished conversion"):
         convert(given, tmp_path / "other")
     for inside in (given, given / "dst"):
-        with pytest.raises(CheckpointError, match="it lies in the source"):
+        with pytest.raises(CheckpointError, match="it is inside the source"):
             convert(given, inside)
 
 
