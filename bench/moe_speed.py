@@ -1,4 +1,4 @@
-"""Speed of the fused mixture of experts on this machine's GPU: `python bench/moe_speed.py [--json FILE]`.
+"""Speed of the fused mixture of experts on this GPU: `python bench/moe_speed.py [--json FILE]`.
 
 Whole calls, bf16 hidden states and router logits to bf16 output, inside CUDA graphs. Beside them, in
 the same run: the layer in bf16, made of `torch._grouped_mm` and as Triton kernels whose tiles are tuned

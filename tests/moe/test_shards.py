@@ -178,7 +178,9 @@ def test_the_sum_of_shards_is_inside_in_any_order(shards, reduce_dtype):
     assert_inside(wide, allowed, "added in a wider type")
     # What the intervals are for.
     twice = replace(shard_experts(case.experts, 1, shards), gemm2_bias=case.experts.gemm2_bias)
-    extra = fused_moe(case.activations, twice, case.ids, case.weights, output_dtype=reduce_dtype).output
+    extra = fused_moe(
+        case.activations, twice, case.ids, case.weights, output_dtype=reduce_dtype
+    ).output
     rest = sum(s.output.double() for r, s in enumerate(result.shards) if r != 1)
     for name, wrong in {
         "bias twice": (rest + extra.double()).bfloat16(),
@@ -203,7 +205,9 @@ def test_all_reduce_of_experts_is_inside():
             ).output
             for e in range(3)
         ]
-        allowed = expert_parallel_bounds(*arguments(case), counts, reduce_dtype=reduce_dtype, **given)
+        allowed = expert_parallel_bounds(
+            *arguments(case), counts, reduce_dtype=reduce_dtype, **given
+        )
         for order in itertools.permutations(parts):
             assert_inside((order[0] + order[1]) + order[2], allowed, f"{reduce_dtype}")
         assert not allowed.contains(parts[0] + parts[1]).all()
