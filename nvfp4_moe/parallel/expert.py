@@ -99,7 +99,7 @@ def fused_moe_ep(
             _check_quantized(r)
             if reduce_dtype is not None:
                 raise ValueError(
-                    'reduce_dtype is given; dispatch "all-to-all" adds at home, in fp32'
+                    'reduce_dtype is given; dispatch "all-to-all" adds on the rank of the token, in fp32'
                 )
         if not check:
             _check_even(r, dist.get_rank(group), dist.get_world_size(group))

@@ -1,4 +1,4 @@
-"""A conversion that died in any operation is resumed to the same bytes; the folders of others stay."""
+"""A conversion that ended in any operation is resumed to the same bytes; other folders stay."""
 
 # SPDX-License-Identifier: Apache-2.0
 import errno
@@ -31,7 +31,7 @@ class Killed(BaseException):
 
 
 def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:
-    """Die at the `at`-th call of a function of the workspace, or (half) in the middle of it."""
+    """End at the `at`-th call of a function of the workspace, or (half) in the middle of it."""
     original, calls = getattr(resumable_writer, name), iter(range(10**6))
 
     def dying(*arguments):
