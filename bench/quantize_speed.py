@@ -1,4 +1,4 @@
-"""Speed of the Triton quantizer on the GPU at hand: `python bench/quantize_speed.py [--json FILE]`.
+"""Speed of the Triton quantizer on this GPU: `python bench/quantize_speed.py [--json FILE]`.
 
 Needs PyTorch and Triton, no installation and no network. Large matrices: bytes moved (input, codes,
 block scales, per-token scales) over time, as a share of the rate of a device copy (read and written)

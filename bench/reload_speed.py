@@ -1,4 +1,4 @@
-"""Speed of a reload on the GPU at hand: `python bench/reload_speed.py [--json FILE]`.
+"""Speed of a reload on this GPU: `python bench/reload_speed.py [--json FILE]`.
 
 Needs PyTorch and Triton, no installation and no network. bf16 weights of a layer into its NVFP4
 experts, in place, inside a CUDA graph: bytes moved (the weights twice, since the maxima come first, once

@@ -84,7 +84,7 @@ def check_file(argument: str, path: str | Path, room: int = ROOM) -> None:
         if file.is_dir():
             raise CommandError(f"{said}, a folder; it must be a file")
         if not file.parent.is_dir():
-            raise CommandError(f"{said}; it must lie in a folder, and {file.parent} is none")
+            raise CommandError(f"{said}; it must be in a folder, and {file.parent} is none")
         if not file.exists():
             _check_room(said, file.parent, room)
             with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".nvfp4-moe-"):

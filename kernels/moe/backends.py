@@ -14,6 +14,7 @@ import torch
 from ...reference.moe.hidden_states import Activations
 from ...reference.moe.layer import fused_moe as reference_fused_moe
 from ...reference.recipe import SfLayout
+from ...reference.weights.experts import Experts
 from .. import backends
 from ..backends import Backend, Operation
 from ..flashinfer import trtllm
@@ -158,23 +159,23 @@ def _left_open(call: MoECall) -> list[str]:
     return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
 
 
-def _gemm_on_hopper(call: MoECall) -> list[str]:
-    """Say which of its grouped GEMMs Triton takes on a Hopper GPU."""
-    if call.capability != (9, 0) or not backends.HAS_TRITON:
+def gemm_notes(capability: tuple[int, int] | None, experts: Experts) -> list[str]:
+    """Say on an sm_90 which of its grouped GEMMs Triton takes, and what bits it has."""
+    if capability != (9, 0) or not backends.HAS_TRITON:
         return []
-    from .hopper import config
+    from .hopper.config import refusal_of
 
-    reason = config.refusal(90)
+    reason = refusal_of(90, experts)
     if reason is None:
         return [
-            "triton multiplies by its grouped GEMM for sm_90: its bits are those of "
-            "batch_invariant=True, whatever is asked"
+            "triton multiplies by its grouped GEMM for sm_90: a token's bits depend on no other token, "
+            "with batch_invariant=False, too"
         ]
-    return [f"triton multiplies by its grouped GEMM for every GPU, not that for sm_90: {reason}"]
+    return [f"triton multiplies by its grouped GEMM for every GPU, not by that for sm_90: {reason}"]
 
 
 def _notes(call: MoECall) -> list[str]:
-    return _left_open(call) + _gemm_on_hopper(call)
+    return _left_open(call) + gemm_notes(call.capability, call.experts)
 
 
 FUSED_MOE: Operation[MoECall, Results] = Operation(

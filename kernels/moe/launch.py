@@ -92,6 +92,7 @@ def fused_moe(
     # An operand as it is written, where it needs no padding and nobody else reads it.
     direct = ring and plain and observe is None and experts.padded_intermediate_size % 128 == 0
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
+    del x1  # its memory serves the steps that follow
     if observe is not None:
         observe(ids, intermediate, p.permuted)
     if direct:
@@ -100,6 +101,7 @@ def fused_moe(
         x2 = operand(Activations(intermediate), ring=ring)
     else:
         x2 = quantized(intermediate, recipe, per_token=not static, ring=ring)
+    del intermediate
     rows = gemm2(x2, experts, p, slots, configs[1])
     output = results[0]
     if not call.do_finalize:

@@ -21,8 +21,7 @@ class Permutation:
 
     expanded: torch.Tensor  # [T * K] int32: expanded index of a permuted row
     permuted: torch.Tensor  # [T * K] int32: permuted row of an expanded index, -1: not on this rank
-    tiles: torch.Tensor  # [2, tiles] int32: expert (-1: none), first permuted row; in memory, the
-    # number of tiles that are used comes after them
+    tiles: torch.Tensor  # [3, tiles] int32: expert (-1: none), first permuted row, tiles in use [0]
     end: torch.Tensor  # [E] int32
 
 
@@ -39,7 +38,7 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    table = empty(2 * tiles + 1)[: 2 * tiles].view(2, tiles)
+    table = empty(3, tiles)
     p = Permutation(empty(slots), empty(slots), table, empty(num_local))
     ids = ids.contiguous()
     bins = max(16, next_power_of_2(num_local + 1))
@@ -142,7 +141,7 @@ def permute_kernel(
     ids_ptr,  # [N] int32 global expert ids, by expanded index
     expanded_ptr,  # [N] int32: the expanded index of a permuted row
     permuted_ptr,  # [N] int32: the permuted row of an expanded index, -1: not on this rank
-    tile_ptr,  # [2, tiles] int32: a tile's expert (-1: none), its first permuted row
+    tile_ptr,  # [3, tiles] int32: a tile's expert (-1: none), its first permuted row, tiles in use [0]
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     N,
     tiles,

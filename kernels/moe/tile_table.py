@@ -4,7 +4,7 @@
 from ...reference.weights.experts import Experts
 from ..tiles import GemmConfig
 from ..triton_target import arch, native_mma, shared_memory
-from .hopper.config import RingConfig, refusal, ring_config
+from .hopper.config import RingConfig, refusal_of, ring_config
 
 Config = GemmConfig | RingConfig
 Configs = tuple[Config, Config]
@@ -53,11 +53,7 @@ def local_slots(slots: int, experts: Experts, num_experts: int | None) -> int:
 
 def ring_serves(experts: Experts) -> bool:
     """Return True if the GEMM of `hopper/` multiplies these weights; its bits are batch-invariant."""
-    weights = (
-        experts.gemm1_weights, experts.gemm1_weights_scale,
-        experts.gemm2_weights, experts.gemm2_weights_scale,
-    )  # fmt: skip
-    return refusal(arch(experts.gemm1_weights.device), weights) is None
+    return refusal_of(arch(experts.gemm1_weights.device), experts) is None
 
 
 def table_configs(experts: Experts, slots: int, *, batch_invariant: bool = False) -> Configs:

@@ -113,7 +113,7 @@ class Headers:
         used = {place.name for place in places if place is not None}
         for (of, _, kind), name in layer.names.items():
             if kind in kinds and (of or 0) < count and name not in used:
-                self.add(f"{name}: extra: other tensors stand for it")
+                self.add(f"{name}: extra: other tensors have its values")
 
     def _vote(self, kind: str, packed: int) -> tuple[int, int]:
         """Return (H, I) of most matrices; (0, 0) if no header can be read."""

@@ -83,7 +83,7 @@ def convert(
     recipe = recipe or Recipe("exact")
     given, target = Path(source), Path(destination)
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(given)):
-        raise CheckpointError(target, [f"it lies in the source {given}; give another folder"])
+        raise CheckpointError(target, [f"it is inside the source {given}; give another folder"])
     plan = open_source(Folder(given), exclude)
     converter = _Converter(plan, recipe, input_scale, where, progress or silent)
     check_room(plan, target)

@@ -86,7 +86,7 @@ def group_refusal(groups: Sequence[Group], names: Sequence[str]) -> str | None:
         return None
     if not ranks:
         every = ", ".join(group.name for group in groups)
-        return f"{names[0]}: no targets of the config_groups ({every}) mean it"
+        return f"{names[0]}: no targets of the config_groups ({every}) match it"
     nearest = [g for g in groups if ranks.get(g.name) == min(ranks.values())]
     if any(group.is_nvfp4 for group in nearest):
         return None

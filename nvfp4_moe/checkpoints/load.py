@@ -133,7 +133,7 @@ class _Reader:
         self._folder, self._layer, self._form, self._device = folder, layer, form, device
 
     def check_scales(self, experts: range, function: Function) -> None:
-        """Refuse gate and up with scales of their own where the activation has room for one alone.
+        """Refuse gate and up with scales of their own where the activation has one scale for both.
 
         A tensor of limits is the caller's, which `assemble_experts` checks.
         """

@@ -38,7 +38,7 @@ _SWIGLU, _STEP, _SITU = ActivationType.Swiglu, ActivationType.SwigluStep, Activa
 PARAMETER_FIELDS = {
     # DeepSeek-V4, GLM-5.3, GigaChat-3.5, Hunyuan-V4, GPT-OSS, MiniMax-M3: before the SiLU.
     "swiglu_limit": ParameterField("clamp_limit", _SWIGLU),
-    # Bailing-MoE-V3: SGLang hands it over as gemm1_clamp_limit, which clamps before the SiLU.
+    # Bailing-MoE-V3: SGLang passes it as gemm1_clamp_limit, which clamps before the SiLU.
     "expert_swiglu_limit_list": ParameterField("clamp_limit", _SWIGLU, per_layer=True),
     # Step-3.5 and Step-3.7: the SiLU's result is clamped.
     "swiglu_limits": ParameterField("clamp_limit", _STEP, per_layer=True),

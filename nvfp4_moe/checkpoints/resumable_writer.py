@@ -4,7 +4,7 @@ Every file is written under a temporary name, synced and renamed. A record in th
 identity of the conversion (sources and settings), the names of all files that it writes, and of each
 finished shard the SHA-256. A shard is taken as finished only if that and the identity still hold. The
 index is written after everything else, and the record is removed after that: a folder with an index and
-no record is complete, and is not written to again. So a process may die before or in any operation:
+no record is complete, and is not written to again. So a process may end before or in any operation:
 
     nothing, or the temporary name alone    begun anew
     a record                                resumed; an index beside it is removed first

@@ -161,8 +161,8 @@ def _parallel(case: MoECase, d: Draw) -> Iterator[JudgedRun]:
     offset = options.pop("local_expert_offset")
     ids, weights = case.routed
     ids = torch.where(ids < offset, -1, ids - offset)
-    travels = d.choice((None, torch.float32))
-    options["reduce_dtype"] = travels
+    reduce_dtype = d.choice((None, torch.float32))
+    options["reduce_dtype"] = reduce_dtype
     a, e = case.activations, case.experts
     if e.intermediate_size >= 32:
         got = shards.fused_moe_shards(a, e, ids, weights, tp_shards=2, **options)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Status = Literal["identical", "inside", "different", "outside", "crashed", "withheld", "skipped"]
 """The verdicts of a cell, best first: the same bits; in the proved intervals; other bits; out of an
-interval; the backend raised or its process died; not judged, since it adds
+interval; the backend raised or its process ended; not judged, since it adds
 otherwise than assumed; not run."""
 FAILED: tuple[Status, ...] = ("different", "outside", "crashed")
 UNJUDGED: tuple[Status, ...] = ("withheld", "skipped")

@@ -1,7 +1,7 @@
 """Functions called in child processes: compilation and Triton's interpreter are slow.
 
 No child outlives the call that it works for. An exception in this process, an interrupt included, ends
-every child, and a child ends itself when this process has died.
+every child, and a child ends itself when this process has ended.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -215,7 +215,7 @@ def _moe(failure: MoEFailure, path: str) -> tuple[str, list[str], list[str]]:
         return f"{backend} raises: {case.name}", call, _raised(backend, failure.origin.note)
     outside = Allowed(case, failure.accumulation, backend=backend).first(failure.output)
     if outside is None:
-        raise ValueError(f"the output of {backend} is what it may be")
+        raise ValueError(f"the output of {backend} is inside its interval")
     return (
         f"{backend}: wrong output of the fused call, {case.name}",
         call,

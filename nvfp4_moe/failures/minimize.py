@@ -74,7 +74,7 @@ class Search(Generic[T]):
         """
         self._end, end = float("inf"), self._end
         if not self(candidate):
-            raise ValueError("the case to shrink does not fail")
+            raise ValueError("the case to minimize does not fail")
         self._end = end
 
 

@@ -11,17 +11,17 @@ from ..reference.moe.layer import OUTPUT_DTYPES
 from .rank_check import Group
 
 
-def travelling(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(reduce_dtype: torch.dtype | None, output_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which outputs are sent and added.
 
     Raises:
         ValueError: it, or the output's, is none that a layer writes.
     """
-    travels = output_dtype if reduce_dtype is None else reduce_dtype
-    for name, dtype in (("output_dtype", output_dtype), ("reduce_dtype", travels)):
+    chosen = output_dtype if reduce_dtype is None else reduce_dtype
+    for name, dtype in (("output_dtype", output_dtype), ("reduce_dtype", chosen)):
         if dtype not in OUTPUT_DTYPES:
             checks.wrong_value(name, dtype, checks.any_of(map(str, OUTPUT_DTYPES)))
-    return travels
+    return chosen
 
 
 def all_reduced(r: MoECall, backend: str, group: Group, output_dtype: torch.dtype) -> torch.Tensor:

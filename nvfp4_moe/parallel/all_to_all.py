@@ -5,8 +5,8 @@ A token goes once to each rank that holds one of its experts, already quantized:
     H/2 bytes of codes, H/16 of block scales, 4 of its per-token scale, 4 K of its expert ids
 
 0.5625 bytes an element, where bf16 takes 2. Routing weights stay: the row of each (token, slot) comes
-back unweighted, bf16, and is finalized at home in the order of one process. On both sides slots are
-sorted by (home rank, token, slot), so that rows need no labels.
+back unweighted, bf16, and the token's own rank finalizes it in the order of one process. On both sides
+slots are sorted by (the token's rank, token, slot), so that rows need no labels.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -27,13 +27,13 @@ def packed_bytes(hidden_size: int, top_k: int, per_token: bool = True) -> int:
 
 @dataclass(frozen=True)
 class Arrived:
-    """The tokens of every rank that have a local expert, by home rank."""
+    """The tokens of every rank that have a local expert, by the token's rank."""
 
     activations: Activations  # of the padded hidden size
     ids: torch.Tensor  # [N, K] int32, global
     token: torch.Tensor  # [S], slot [S]: the slots of local experts
     slot: torch.Tensor
-    slots_of: list[int]  # how many of them each home rank has
+    slots_of: list[int]  # how many of them each rank's tokens have
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..reference.moe.finalize import FinalizeOrder, finalize
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
 from ..reference.weights.experts import Experts
-from .all_reduce import all_reduced, travelling
+from .all_reduce import all_reduced, sum_dtype
 from .all_to_all import Arrived, Exchange
 from .rank_check import AgreementError, Fields, Group, described, prepare
 
@@ -56,10 +56,10 @@ def fused_moe_ep(
         experts: the local ones, `select_experts(experts, offset, count)`: ranges in rank order that
             leave none out.
         num_experts: of all ranks; omitted, the logits' columns, or as many for each rank as are local.
-        dispatch: "all-to-all", whose tokens travel quantized (not activation="bf16"), or "all-reduce".
+        dispatch: "all-to-all", whose tokens are sent quantized (not activation="bf16"), or "all-reduce".
         group: whose ranks hold the experts; None: the default one.
         finalize_order: of this rank's tokens; "flashinfer" depends on their number.
-        reduce_dtype: all-reduce: in which outputs travel and are added; None: output_dtype. FlashInfer
+        reduce_dtype: all-reduce: in which outputs are sent and added; None: output_dtype. FlashInfer
             writes bfloat16 alone.
         check: compare the ranks' arguments first, which waits for the GPU. Without it ranks must hold
             equally many experts, and a mismatch may end in the group's timeout; an all-reduce over NCCL
@@ -83,7 +83,7 @@ def fused_moe_ep(
         everywhere = num_experts
         if everywhere is None and not isinstance(how, Routing):  # logits have a column for each
             everywhere = experts.num_local * dist.get_world_size(group)
-        travels = travelling(reduce_dtype, output_dtype)
+        partial_dtype = sum_dtype(reduce_dtype, output_dtype)
         if experts.first_expert not in (None, local_expert_offset):
             raise ValueError(
                 f"local_expert_offset is {local_expert_offset}; the local experts are those from "
@@ -93,20 +93,20 @@ def fused_moe_ep(
             hidden_states, experts, routing, activation=activation, routing_bias=routing_bias,
             num_experts=everywhere, local_expert_offset=local_expert_offset, backend=backend,
             fast_math=fast_math, build=build, nvfp4_4over6=nvfp4_4over6,
-            finalize_order=finalize_order, batch_invariant=batch_invariant, output_dtype=travels,
+            finalize_order=finalize_order, batch_invariant=batch_invariant, output_dtype=partial_dtype,
         )  # fmt: skip
         if dispatch == "all-to-all":
             _check_quantized(r)
             if reduce_dtype is not None:
                 raise ValueError(
-                    'reduce_dtype is given; dispatch "all-to-all" adds at home, in fp32'
+                    'reduce_dtype is given; dispatch "all-to-all" adds on the rank of the token, in fp32'
                 )
         if not check:
             _check_even(r, dist.get_rank(group), dist.get_world_size(group))
             return r, {}
         fields = described(_unfinalized(r) if dispatch == "all-to-all" else r, name) | {
             "output_dtype": str(output_dtype),
-            "reduce_dtype": str(travels),
+            "reduce_dtype": str(partial_dtype),
             _OFFSET: local_expert_offset,
             _HELD: experts.num_local,
         }

@@ -1,8 +1,8 @@
 """Compares the arguments of all ranks of a call, before any data is exchanged.
 
 Each rank says in a header what it was called with, or why it cannot take part: a rank with bad input
-takes part in this exchange too, so that the others learn of it. The sizes of the headers travel first.
-Whoever sees a difference sees the same headers as everyone else, so that all raise.
+takes part in this exchange too, so that the others learn of it. The sizes of the headers are sent first.
+All ranks compare the same headers, so all of them raise, or none.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -42,7 +42,7 @@ def prepare(
     Args:
         call: what is called, which the ranks must agree on, too.
         make: checks this rank's arguments; (what it needs of them, what the others must know).
-        check: False: nothing travels; errors of this rank are raised here alone.
+        check: False: nothing is sent; errors of this rank are raised here alone.
         may_differ: fields that every rank has its own value of.
 
     Returns:

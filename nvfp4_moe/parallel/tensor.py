@@ -14,7 +14,7 @@ from ..reference.moe.finalize import FinalizeOrder
 from ..reference.moe.routing import Routing
 from ..reference.recipe import LayerBuild
 from ..reference.weights.experts import Experts
-from .all_reduce import all_reduced, travelling
+from .all_reduce import all_reduced, sum_dtype
 from .rank_check import AgreementError, Fields, described, prepare
 
 _BIAS = "gemm2_bias"
@@ -50,7 +50,7 @@ def fused_moe_tp(
         hidden_states: [T, hidden size] bf16, the same on every rank, as is the routing.
         experts: `shard_experts(experts, rank, ranks)`.
         group: whose ranks hold the shards, in rank order; None: the default one.
-        reduce_dtype: in which outputs travel and are added; None: output_dtype. FlashInfer writes
+        reduce_dtype: in which outputs are sent and added; None: output_dtype. FlashInfer writes
             bfloat16 alone.
         check: compare the ranks' arguments first, which waits for the GPU. Without it a mismatch may
             end in the group's timeout; with NCCL the call can then be captured in a CUDA graph.
@@ -78,7 +78,7 @@ def fused_moe_tp(
             nvfp4_4over6=nvfp4_4over6,
             finalize_order=finalize_order,
             batch_invariant=batch_invariant,
-            output_dtype=travelling(reduce_dtype, output_dtype),
+            output_dtype=sum_dtype(reduce_dtype, output_dtype),
         )
         if not check:
             return r, {}

@@ -15,9 +15,9 @@ from .tables import copyable, count_of, counts, details_key, section_table, tell
 LEGEND: dict[Status, str] = {
     "identical": "the same bits",
     "inside": "every output in its proved interval",
-    "different": "other bits where the same are due",
+    "different": "bits that differ where they must be the same",
     "outside": "an output that no conforming kernel can give",
-    "crashed": "the backend raised, or its process died",
+    "crashed": "the backend raised, or its process ended",
     "withheld": "run but not judged: it does not add as the intervals assume",
     "skipped": "not run here",
 }
@@ -87,7 +87,7 @@ def _verdict(report: dict[str, Any]) -> str:
     parts = []
     if report["failed"]:
         parts.append(f"{report['failed']:,} of {count_of(compared, 'comparison')} failed")
-    if uncounted:  # a process that died before it compared anything
+    if uncounted:  # a process that ended before it compared anything
         parts.append(f"{count_of(uncounted, 'cell')} failed without a count")
     if not parts:
         every = f"nothing failed in {count_of(compared, 'comparison')}"

@@ -1,6 +1,6 @@
 """The activation policy: static or per-token scales, for each MoE backend that serves NVFP4 experts.
 
-The same loader feeds many backends, and some of them take static activation scales alone. Where
+The same loader serves many backends, and some of them take static activation scales alone. Where
 per-token activations are asked for and the loader replaces the scales by ones, such a backend would go
 on, and quantize everything with the scale 1. Here every combination has an answer or an error.
 
@@ -61,7 +61,7 @@ SERVERS = {
             "flashinfer_cutedsl": _EITHER,
             "flashinfer_cutedsl+deepep": Backend("static", _STATIC),
             "flashinfer_cutlass": Backend(
-                "static", f"{_STATIC}; sglang 0.5.23 hands it ones, and it runs"
+                "static", f"{_STATIC}; sglang 0.5.23 gives it scales of one, and it runs"
             ),
             "flashinfer_megamoe": Backend("static", _STATIC),
             "marlin": Backend("bf16", _W4A16),

@@ -62,7 +62,8 @@ CONTIGUOUS = replace(
     name="contiguous",
     source=ANY_ORDER.source
     + "; tiles of at most 256 of K, ascending or split, as our kernels' are; "
-    "within a tile those decode every second or fourth column first",
+    "within a tile those decode every second or fourth column first, and on sm_90 a step has "
+    "four columns of each 32 of 128",
     chunk=256,
 )
 

@@ -268,7 +268,7 @@ GROUPS = {
         None,
     ),
     "everybody's": ([{"weights": NVFP4_WEIGHTS}], None),
-    "nobody's": ([nv("re:.*self_attn.*")], "no targets of the config_groups .group_0. mean it"),
+    "nobody's": ([nv("re:.*self_attn.*")], "no targets of the config_groups .group_0. match it"),
     "MX alone": ([{**MX, "targets": ["Linear"]}], "none of its config_groups has 4-bit float"),
 }
 

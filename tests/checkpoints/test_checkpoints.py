@@ -277,7 +277,7 @@ CORRUPT = {
         _add(
             "0.gate_up_proj.weight", torch.zeros(2 * INTERMEDIATE, HIDDEN // 2, dtype=torch.uint8)
         ),
-        [f"{BASE}.0.gate_up_proj.weight: extra: other tensors stand for it"],
+        [f"{BASE}.0.gate_up_proj.weight: extra: other tensors have its values"],
     ),
     "codes of one dimension": (
         _set("3.down_proj.weight", lambda t: t.flatten()),

@@ -1,4 +1,4 @@
-"""A conversion that died in any operation is resumed to the same bytes; the folders of others stay."""
+"""A conversion that ended in any operation is resumed to the same bytes; other folders stay."""
 
 # SPDX-License-Identifier: Apache-2.0
 import errno
@@ -31,7 +31,7 @@ class Killed(BaseException):
 
 
 def kill(monkeypatch, name: str, at: int, half: bool = False) -> None:
-    """Die at the `at`-th call of a function of the workspace, or (half) in the middle of it."""
+    """End at the `at`-th call of a function of the workspace, or (half) in the middle of it."""
     original, calls = getattr(resumable_writer, name), iter(range(10**6))
 
     def dying(*arguments):
@@ -163,7 +163,7 @@ def test_a_destination_that_is_not_ours_is_left_alone(three_shards, tmp_path):
     with pytest.raises(CheckpointError, match="neither empty nor an unfinished conversion"):
         convert(given, tmp_path / "other")
     for inside in (given, given / "dst"):
-        with pytest.raises(CheckpointError, match="it lies in the source"):
+        with pytest.raises(CheckpointError, match="it is inside the source"):
             convert(given, inside)
 
 

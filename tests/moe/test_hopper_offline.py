@@ -63,9 +63,17 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
     )  # fmt: skip
 
 
+QUICK = CONFIGS[1]
+"""Its kernels compile in 20 s; those of the others take up to a minute each, and are slow tests."""
+
+
 @serves
 @pytest.mark.parametrize("activation", [SWIGLU, NONE.value], ids=["first", "second"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=() if c == QUICK else pytest.mark.slow) for c in CONFIGS],
+    ids=str,
+)
 def test_compiled(config, activation, tmp_path):
     """No warning that wgmma are serialized, nothing in local memory, the multiprocessor shared."""
     kernel = compile_ring(config, activation, biased=True)

@@ -80,10 +80,10 @@ def test_quantized_with_static_scales():
 @pytest.mark.parametrize("place", [None, PLACED], ids=["own", "placed"])
 @pytest.mark.parametrize("columns", [128, 1216])
 def test_decoded(columns, place):
-    codes, scales, token_scale = quantize_per_token(states(columns), 1 / 2688, Recipe())
+    codes, scales, token = quantize_per_token(states(columns), 1 / 2688, Recipe())
     want = decode(codes, scales, SfLayout.layout_linear)
-    got, placed_scale = decode_to_fragments(codes, scales, token_scale, place=place)
-    assert_placed(placed_scale[:, None], token_scale[:, None], place)
+    got, token_scale = decode_to_fragments(codes, scales, token, place=place)
+    assert_placed(token_scale[:, None], token[:, None], place)
     assert_placed(got, ordered(natural(want)), place)
 
 
@@ -92,3 +92,16 @@ def test_decoded(columns, place):
 def test_as_they_are(columns, place):
     x = states(columns)
     assert_placed(in_fragments(x, place), ordered(x), place)
+
+
+def test_rows_that_are_not_there_are_neither_read_nor_written():
+    """By an index, as of masked input: three functions, the second of three rows left out."""
+    index = torch.tensor([0, -1, 2], dtype=torch.int32)
+    x = states(256)
+    x[1] = torch.nan
+    codes, scales, token = quantize_per_token(x, 1 / 2688, Recipe(), row_index=index)
+    decoded, _ = decode_to_fragments(codes, scales, token, row_index=index)
+    quantized, scale = quantize_to_fragments(x, Recipe(), per_token=True, row_index=index)
+    for live in (0, 2):
+        assert torch.equal(decoded[live], quantized[live]) and scale[live] == token[live]
+        assert torch.equal(in_fragments(x, None, index)[live], ordered(x)[live])

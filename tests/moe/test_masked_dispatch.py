@@ -70,6 +70,7 @@ def test_who_serves(capability):
     assert quantizer.backend == layer.backend == want
     assert quantizer.reason("flashinfer:cuda") is not None
     assert "no fused layer of masked input" in str(layer)
+    assert ("GEMM for sm_90" in str(layer)) == (capability == (9, 0))
 
 
 def test_flashinfer_refuses_by_the_mask(monkeypatch):

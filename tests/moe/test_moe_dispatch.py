@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import moe_cases
 import pytest
 import torch
+import triton
 from assertions import assert_bitwise
 from installations import pretend
 from moe_cases import Shape
@@ -355,6 +356,20 @@ class TestExplain:
         assert "no experts" in note
         sigmoid = Routing(RoutingMethodType.Sigmoid, 2)
         assert not explained(case, routing=(logits, sigmoid)).notes
+
+    def test_which_gemm_multiplies_on_hopper_is_noted(self, monkeypatch):
+        case = moe_cases.make(replace(SHAPE, tokens=17))
+        assert not explained(case).notes and not explained(case, capability=(8, 9)).notes
+        (note,) = explained(case, capability=(9, 0)).notes
+        assert "GEMM for sm_90" in note and "batch_invariant=False, too" in note
+        moved = torch.zeros(case.experts.gemm1_weights.numel() + 8, dtype=torch.uint8)[8:]
+        weights = moved.view_as(case.experts.gemm1_weights)
+        experts = replace(case.experts, gemm1_weights=weights)
+        (note,) = explained(replace(case, experts=experts), capability=(9, 0)).notes
+        assert "not by that for sm_90" in note and "multiple of 16 bytes" in note
+        monkeypatch.setattr(triton, "__version__", "3.99.0")
+        (note,) = explained(case, capability=(9, 0)).notes
+        assert "not by that for sm_90" in note and "Triton is 3.99.0" in note
 
     def test_static_scales(self):
         case = moe_cases.make(SHAPE, mode="static")

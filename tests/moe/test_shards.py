@@ -161,11 +161,11 @@ def test_weights_cut_before_they_are_quantized_have_other_scalars():
     assert all(any(found) for found in differ.values())
 
 
-@pytest.mark.parametrize("travels", DTYPES, ids=str)
+@pytest.mark.parametrize("reduce_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shards", [2, 4])
-def test_the_sum_of_shards_is_inside_in_any_order(shards, travels):
+def test_the_sum_of_shards_is_inside_in_any_order(shards, reduce_dtype):
     case = biased(ActivationType.Swiglu)
-    given = {"reduce_dtype": travels, "output_dtype": torch.bfloat16}
+    given = {"reduce_dtype": reduce_dtype, "output_dtype": torch.bfloat16}
     result = fused_moe_shards(*arguments(case), tp_shards=shards, **given)
     allowed = tensor_parallel_bounds(*arguments(case), shards, **given)
     assert_inside(result.output, allowed, "rank order")
@@ -174,11 +174,13 @@ def test_the_sum_of_shards_is_inside_in_any_order(shards, travels):
         for part in order[1:]:
             total = total + part
         assert_inside(total.bfloat16(), allowed, "another order")
-    wide = sum(s.output.double() for s in result.shards).to(travels).bfloat16()
+    wide = sum(s.output.double() for s in result.shards).to(reduce_dtype).bfloat16()
     assert_inside(wide, allowed, "added in a wider type")
     # What the intervals are for.
     twice = replace(shard_experts(case.experts, 1, shards), gemm2_bias=case.experts.gemm2_bias)
-    extra = fused_moe(case.activations, twice, case.ids, case.weights, output_dtype=travels).output
+    extra = fused_moe(
+        case.activations, twice, case.ids, case.weights, output_dtype=reduce_dtype
+    ).output
     rest = sum(s.output.double() for r, s in enumerate(result.shards) if r != 1)
     for name, wrong in {
         "bias twice": (rest + extra.double()).bfloat16(),
@@ -190,8 +192,8 @@ def test_the_sum_of_shards_is_inside_in_any_order(shards, travels):
 
 def test_all_reduce_of_experts_is_inside():
     case, counts = biased(ActivationType.Swiglu), (1, 1, 1)
-    for travels in DTYPES:
-        given = {"output_dtype": travels, "finalize_order": "slot"}
+    for reduce_dtype in DTYPES:
+        given = {"output_dtype": reduce_dtype, "finalize_order": "slot"}
         parts = [
             fused_moe(
                 case.activations,
@@ -203,9 +205,11 @@ def test_all_reduce_of_experts_is_inside():
             ).output
             for e in range(3)
         ]
-        allowed = expert_parallel_bounds(*arguments(case), counts, reduce_dtype=travels, **given)
+        allowed = expert_parallel_bounds(
+            *arguments(case), counts, reduce_dtype=reduce_dtype, **given
+        )
         for order in itertools.permutations(parts):
-            assert_inside((order[0] + order[1]) + order[2], allowed, f"{travels}")
+            assert_inside((order[0] + order[1]) + order[2], allowed, f"{reduce_dtype}")
         assert not allowed.contains(parts[0] + parts[1]).all()
 
 

@@ -72,7 +72,7 @@ def test_encode_special_values():
         (negative_nan, 7),
     ):
         assert e2m1.encode(torch.tensor([float(x)])).item() == code, float(x)
-    assert e2m1.encode(negative_nan).item() == 7  # a float's journey may lose the sign of a NaN
+    assert e2m1.encode(negative_nan).item() == 7  # as a float, its sign may be lost
 
 
 def test_decode_every_code_and_back():

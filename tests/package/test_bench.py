@@ -175,6 +175,7 @@ def test_weights_decoded_ahead_are_no_workspace(stopped_clock, monkeypatch):
     monkeypatch.setattr(moe_speed, "peak_bytes", lambda call: 10**6)
     monkeypatch.setattr(moe_speed, "native_mma", lambda arch: False)
     monkeypatch.setattr(moe_speed, "arch", lambda device: 90)
+    monkeypatch.setattr(moe_speed, "ring_serves", lambda experts: False)
     c = moe_speed.workspace(s, 8, experts, lambda: None)
     assert c["workspace_bytes"] == 10**6 and c["decoded_bytes"] == 0
     # From 1024 tokens an expert: three experts' [512, 256] at most, then all of [256, 256], bf16.

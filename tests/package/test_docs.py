@@ -12,6 +12,7 @@ from convert_cases import QWEN
 from paths import ROOT
 from torch import distributed
 
+import nvfp4_moe
 from nvfp4_moe import (
     Recipe,
     Routing,
@@ -22,7 +23,8 @@ from nvfp4_moe import (
 )
 from nvfp4_moe.reference.moe.routing import route
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 
@@ -49,6 +51,20 @@ def test_links_lead_to_files(page):
 def test_the_readme_names_every_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if page.name not in text] == []
+
+
+def test_the_site_has_every_page():
+    """`make docs` would say so, but it needs packages that the tests do without."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = re.findall(r"^ +- (?:\w+: )?(\w+\.md)$", text, re.M)
+    outside = {"index.md", "contributing.md", "changelog.md"}
+    assert sorted(nav) == sorted(outside | {page.name for page in PAGES[len(OUTSIDE) :]})
+
+
+def test_the_reference_of_the_api_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?:^::: |`)nvfp4_moe\.(\w+)", text, re.M)
+    assert sorted(set(nvfp4_moe.__all__) - set(named)) == ["__version__"]
 
 
 @pytest.fixture

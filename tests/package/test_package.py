@@ -145,11 +145,12 @@ def test_the_guides_name_files_that_exist(document):
         assert (ROOT / name).exists(), name
 
 
-def test_the_hooks_use_the_pinned_linter():
+@pytest.mark.parametrize("tool", ["ruff", "codespell"])
+def test_the_hooks_use_the_pinned_linters(tool):
     """Two versions of a formatter undo each other's work."""
-    pinned = re.search(r"^(ruff==\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = re.search(rf"^({tool}==\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned
-    hooks = re.findall(r"ruff==[^\s\"]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = re.findall(rf"{tool}==[^\s\"]+", (ROOT / ".pre-commit-config.yaml").read_text())
     assert set(hooks) == {pinned[1]}
 
 

@@ -204,7 +204,7 @@ def another_ranks_experts_show(r: Rank) -> None:
 
 
 @case
-def what_travels(r: Rank) -> None:
+def what_is_sent(r: Rank) -> None:
     """Bytes between ranks: 0.5625 an element, a scale and the ids of a token; rows back in bf16."""
     layer, sent = moe_cases.make(SHAPE), []
     original = dist.all_to_all_single
@@ -237,8 +237,8 @@ def what_travels(r: Rank) -> None:
 @case
 def all_reduce_of_experts(r: Rank) -> None:
     layer, counts = biased(), r.counts(SHAPE.experts)
-    for travels in DTYPES:
-        given = {"reduce_dtype": travels, "output_dtype": torch.float16}
+    for dtype in DTYPES:
+        given = {"reduce_dtype": dtype, "output_dtype": torch.float16}
         got = r.ep(layer, "all-reduce", **given).cpu()
         allowed = expert_parallel_bounds(
             layer.activations,
@@ -249,10 +249,10 @@ def all_reduce_of_experts(r: Rank) -> None:
             finalize_order="slot",
             **given,
         )
-        assert_inside(got, allowed, f"{travels}")
+        assert_inside(got, allowed, f"{dtype}")
         if r.ranks == 2 and r.backend == "reference":  # two outputs have one sum
-            assert_bitwise(got, sum_of_parts(layer, counts, travels).half(), f"{travels}")
-        without = sum_of_parts(layer, counts[:-1], travels).half()
+            assert_bitwise(got, sum_of_parts(layer, counts, dtype).half(), f"{dtype}")
+        without = sum_of_parts(layer, counts[:-1], dtype).half()
         assert not allowed.contains(without).all(), "a rank's part may be missing"
 
 
@@ -282,20 +282,20 @@ def shards(r: Rank) -> None:
     for kind in (ActivationType.Swiglu, ActivationType.Relu2):
         layer = biased(kind)
         routed = (layer.activations, layer.experts, layer.ids, layer.weights)
-        for travels in DTYPES:
-            given = {"reduce_dtype": travels, "output_dtype": torch.bfloat16}
+        for dtype in DTYPES:
+            given = {"reduce_dtype": dtype, "output_dtype": torch.bfloat16}
             want = fused_moe_shards(*routed, tp_shards=r.ranks, finalize_order="slot", **given)
             allowed = tensor_parallel_bounds(*routed, r.ranks, finalize_order="slot", **given)
             got = r.tp(layer, **given).cpu()
-            assert_inside(got, allowed, f"{kind.name} {travels}")
+            assert_inside(got, allowed, f"{kind.name} {dtype}")
             if r.backend != "reference":
                 continue
             own = r.one_process(
-                layer, experts=shard(layer.experts, r.rank, r.ranks), output_dtype=travels
+                layer, experts=shard(layer.experts, r.rank, r.ranks), output_dtype=dtype
             )
-            assert_bitwise(own, want.shards[r.rank].output, f"{kind.name} {travels}: this shard")
+            assert_bitwise(own, want.shards[r.rank].output, f"{kind.name} {dtype}: this shard")
             if r.ranks == 2:
-                assert_bitwise(got, want.output, f"{kind.name} {travels}: the sum")
+                assert_bitwise(got, want.output, f"{kind.name} {dtype}: the sum")
         unsharded = r.one_process(layer).cpu()
         assert not allowed.contains(unsharded).all(), "several shards are not one"
 
@@ -388,7 +388,7 @@ def one_rank_differs(r: Rank) -> None:
 
 
 @case
-def bf16_tokens_do_not_travel(r: Rank) -> None:
+def bf16_tokens_are_not_sent(r: Rank) -> None:
     layer = moe_cases.make(SHAPE)
     agree_on_refusing(r, "activation must be", lambda: r.ep(layer, "all-to-all", activation="bf16"))
     agree_on_refusing(
@@ -398,7 +398,7 @@ def bf16_tokens_do_not_travel(r: Rank) -> None:
 
 @case
 def unchecked(r: Rank) -> None:
-    """Nothing but the data travels; the result is the same."""
+    """Nothing but the data is sent; the result is the same."""
     layer = moe_cases.make(Shape(6, 128, 64, 8, 2))
     headers: list[int] = []
     with pytest.MonkeyPatch.context() as patch:

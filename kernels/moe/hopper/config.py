@@ -1,14 +1,15 @@
 """The tiles of the grouped GEMM for sm_90, and which Triton compiles it."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton
 
+from ....reference.weights.experts import Experts
+
 _VERSIONS = ((3, 6), (3, 7))
-"""The versions of Triton whose Gluon compiles the kernel as `tests/hopper` asks; 3.6 ran it on a GPU."""
+"""The versions of Triton whose Gluon compiles the kernel as `tests/moe/test_hopper_offline.py` asks; 3.6
+ran it on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,24 @@ def ring_config(slots: int, num_experts: int) -> RingConfig:
     return next((config for most, config in _BY_ROWS if each <= most), _WIDE)
 
 
-def refusal(arch: int, weights: Sequence[torch.Tensor] = ()) -> str | None:
-    """Return why the kernel does not serve these weights on a GPU of this ARCH here, or None."""
+def refusal(arch: int) -> str | None:
+    """Return why the kernel does not serve on a GPU of this ARCH here, or None."""
     if arch != 90:
         return f"the GPU is sm_{arch}, and the kernel is for sm_90"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version not in _VERSIONS:
         known = ", ".join(f"{major}.{minor}" for major, minor in _VERSIONS)
         return f"Triton is {triton.__version__}, and Gluon's kernel was tested with {known}"
-    if any(w.data_ptr() % 16 for w in weights):
-        return "the weights do not begin at a multiple of 16 bytes, which TMA needs"
     return None
+
+
+def refusal_of(arch: int, experts: Experts) -> str | None:
+    """Return why the kernel does not multiply these weights on a GPU of this ARCH here, or None."""
+    weights = (
+        experts.gemm1_weights, experts.gemm1_weights_scale,
+        experts.gemm2_weights, experts.gemm2_weights_scale,
+    )  # fmt: skip
+    # Meta tensors, of which `explain` is asked, have no addresses.
+    if any(not w.is_meta and w.data_ptr() % 16 for w in weights):
+        return "the weights do not begin at a multiple of 16 bytes, which TMA needs"
+    return refusal(arch)

@@ -304,7 +304,7 @@ def expert_gemm_kernel(
     gate_scale_ptr,  # [E] fp32, with an activation
     alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
     out_ptr,  # [rows, M / 2 or M] bf16 or fp32, by permuted row
-    tile_ptr,  # [2, tiles] int32: expert and first permuted row of a tile; then how many are used
+    tile_ptr,  # [3, tiles] int32: a tile's expert, its first permuted row, tiles in use [0]
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     tiles,
     strips,  # M / ROWS

@@ -16,6 +16,7 @@ from ...backends import Asked, Backend, Operation
 from ...device import capability_of
 from ...quantize.call import check_optional_flags, four_over_six_of, math_of
 from ...quantize.masked import check_masked_m, nvfp4_quantize_masked
+from ..backends import gemm_notes
 from ..call import Mode, activation_mode, check_experts, padded_columns
 from .call import REFERENCE, MaskedMoECall
 
@@ -71,6 +72,7 @@ def _adopt(
 
 def _notes(call: MaskedMoECall) -> Sequence[str]:
     return (
+        *gemm_notes(call.capability, call.experts),
         "FlashInfer (0.7.2, 0.7.4) has no fused layer of masked input: grouped_gemm_nt_masked and "
         "scaled_fp4_grouped_quantize are parts of one, of static scales",
     )

@@ -41,6 +41,7 @@ def fused_moe_masked(call: MaskedKernelCall, *, config: Config | None = None) ->
         else:
             x1 = operand(a, live, ring=ring)
         intermediate = gemm1(x1, experts, p, rows, 0, first, fp32=static)
+        del x1
         if call.is_w4a16:
             x2 = operand(Activations(intermediate), live, ring=ring)
         else:

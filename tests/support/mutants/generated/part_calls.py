@@ -9,7 +9,7 @@ import torch
 
 from nvfp4_moe import host
 from nvfp4_moe.differential.verdict import unequal
-from nvfp4_moe.kernels.decode import decode
+from nvfp4_moe.kernels.decode import decode, decode_to_fragments
 from nvfp4_moe.kernels.moe import permute
 from nvfp4_moe.kernels.moe.finalize import finalize as triton_finalize
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
@@ -65,19 +65,25 @@ class PermuteCall:
         of = [[i for i, e in enumerate(local) if e == expert] for expert in range(self.local)]
         expanded = [i for some in of for i in some]
         row = {i: n for n, i in enumerate(expanded)}
-        whole, last, end = [], [], [0]
-        for expert, some in enumerate(of):
-            count, rest = divmod(len(some), self.tile)
-            whole += [(expert, end[-1] + i * self.tile) for i in range(count)]
-            last += [(-rest, expert, end[-1] + count * self.tile)] if rest else []
+        end = [0]
+        for some in of:
             end.append(end[-1] + len(some))
-        used = whole + [tile[1:] for tile in sorted(last)]  # the fullest of the last ones first
+        used = tiles_in_order(end[:-1], [len(some) for some in of], self.tile)
         tiles = min(self.slots, self.local) + self.slots // self.tile
         experts = [tile[0] for tile in used] + [-1] * (tiles - len(used))
         firsts = [tile[1] for tile in used]
         permuted = [row.get(i, -1) for i in range(self.slots)]
         want = expanded, permuted, experts, firsts, end[1:], [len(used)]
         return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
+
+
+def tiles_in_order(first: list[int], counts: list[int], tile: int) -> list[tuple[int, int]]:
+    """Return (expert, first row) of whole tiles, then of each expert's last one, the fullest first."""
+    whole, last = [], []
+    for expert, (row, count) in enumerate(zip(first, counts, strict=True)):
+        whole += [(expert, row + i * tile) for i in range(count // tile)]
+        last += [(-(count % tile), expert, row + count // tile * tile)] if count % tile else []
+    return whole + [found[1:] for found in sorted(last)]
 
 
 @dataclass(frozen=True)
@@ -92,21 +98,22 @@ class MaskedRowsCall:
         masked = torch.tensor(self.masked, dtype=torch.int32, device=device)
         p = masked_rows(masked, self.max_m, self.tile)
         used = p.tiles[0] >= 0
-        return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end)]
+        count = p.tiles.as_strided((1,), (1,), p.tiles.numel())
+        return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end, count)]
 
     def judge(self) -> Answered:
         counts = [min(max(m, 0), self.max_m) for m in self.masked]
-        rows, experts, firsts, end = [], [], [], []
-        for e, count in enumerate(counts):
-            first = e * self.max_m
-            rows += [first + i if i < count else -1 for i in range(self.max_m)]
-            own = range(first, first + count, self.tile)
-            experts += [e] * len(own)
-            firsts += own
-            end.append(first + count)
+        first = [e * self.max_m for e in range(len(counts))]
+        rows = [
+            f + i if i < c else -1
+            for f, c in zip(first, counts, strict=True)
+            for i in range(self.max_m)
+        ]
+        used = tiles_in_order(first, counts, self.tile)
         tiles = len(counts) * -(-self.max_m // self.tile)
-        experts += [-1] * (tiles - len(experts))
-        want = rows, experts, firsts, end
+        experts = [tile[0] for tile in used] + [-1] * (tiles - len(used))
+        end = [f + c for f, c in zip(first, counts, strict=True)]
+        want = rows, experts, [tile[1] for tile in used], end, [len(used)]
         return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
 
 
@@ -184,32 +191,35 @@ class FragmentsCall:
             3, self.columns, dtype=torch.float32, device="cpu", generator=g
         ).bfloat16()
 
-    def answer(self, device: str = "cpu") -> Tensor:
-        place = _PLACES.to(device)
+    def answer(self, device: str = "cpu") -> list[Tensor]:
+        place, token = _PLACES.to(device), None
         if self.kind == "codes":
             codes, scales = (t.to(device) for t in _codes(1, 3, self.columns))
-            layout = SfLayout.layout_linear
-            rows = decode(codes, scales, layout, fragments=True, place=place)
+            given = _TOKEN.to(device)
+            rows, token = decode_to_fragments(codes, scales, given, place=place)
         elif self.kind == "bf16":
             rows = in_fragments(self._states().to(device), place)
         else:
             x = self._states().to(device)
-            rows = quantize_to_fragments(x, Recipe("exact"), per_token=True, place=place)[0]
-        return rows.cpu()[_PLACES[_PLACES >= 0].long()]
+            rows, token = quantize_to_fragments(x, Recipe("exact"), per_token=True, place=place)
+        found = [rows] if token is None else [rows, token]
+        return [t.cpu()[_PLACES[_PLACES >= 0].long()] for t in found]
 
     def judge(self) -> Answered:
         if self.kind == "codes":
-            values = dequantize(*_codes(1, 3, self.columns), 1.0)
+            values, token = dequantize(*_codes(1, 3, self.columns), 1.0), _TOKEN
         elif self.kind == "bf16":
-            values = self._states()
+            values, token = self._states(), None
         else:
             q = quantize_per_token(self._states(), Recipe("exact").base_scale_inv, Recipe("exact"))
-            values = dequantize(q.codes, q.block_scales, 1.0)
+            values, token = dequantize(q.codes, q.block_scales, 1.0), q.per_token_scale
         source = torch.arange(3, dtype=torch.int64, device="cpu")[:, None].expand(-1, 2)
-        return exactly(in_places(values)[source[_PLACES >= 0]])
+        want = [in_places(values)] if token is None else [in_places(values), token]
+        return exactly([t[source[_PLACES >= 0]] for t in want])
 
 
 _PLACES = torch.tensor([[2, 5], [-1, 0], [3, -1]], dtype=torch.int32, device="cpu")
+_TOKEN = torch.tensor([0.5, 3.0, 0.125], dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
