@@ -20,13 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 REPORT = Path(__file__).with_name("hopper_report.json")
-_HOPPER = ROOT / "kernels/moe/hopper"
+_KERNEL = ROOT / "kernels/moe/hopper/grouped_gemm.py"
 
 
 def modules() -> list[Path]:
-    """Return the files of `kernels/` with the kernel's tiles, and with what it is compiled from."""
+    """Return the files of `kernels/` that the kernel is compiled from: what it imports, and so on."""
     found: dict[Path, None] = {}
-    waiting = [_HOPPER / "grouped_gemm.py", _HOPPER / "config.py"]
+    waiting = [_KERNEL]
     while waiting:
         path = waiting.pop()
         if path not in found:
