@@ -38,8 +38,7 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    table = empty(3, tiles)
-    p = Permutation(empty(slots), empty(slots), table, empty(num_local))
+    p = Permutation(empty(slots), empty(slots), empty(3, tiles), empty(num_local))
     ids = ids.contiguous()
     bins = max(16, next_power_of_2(num_local + 1))
     options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
