@@ -32,7 +32,7 @@ def join_fourths(v0, v1, v2, v3):
 
 @triton.jit
 def load_places(place_ptr, row, live, SLOTS: tl.constexpr):
-    """Load the rows to which rows [R, 1] go, a tuple: `place_ptr`[r, SLOTS], or r without SLOTS; -1: none.
+    """Load where rows [R, 1] go, a tuple: `place_ptr`[r, SLOTS], or r without SLOTS; -1: nowhere.
 
     A kernel does it before it needs them: no load may pass a store.
     """
