@@ -433,7 +433,7 @@ def permutation(device, tokens: int, experts: int, top_k: int, offset: int, num_
         last += [(-(rows % 16), expert, first + rows // 16 * 16)] if rows % 16 else []
     tiles = whole + [tile[1:] for tile in sorted(last)]
     unused = p.tiles.shape[1] - len(tiles)
-    got = p.tiles.T.tolist()
+    got = p.tiles[:2].T.tolist()
     assert [tuple(t) for t in got[: len(tiles)]] == tiles
     assert [t[0] for t in got[len(tiles) :]] == [-1] * unused
-    assert p.tiles.as_strided((1,), (1,), p.tiles.numel()).tolist() == [len(tiles)]
+    assert p.tiles[2, 0] == len(tiles)

@@ -56,8 +56,7 @@ class PermuteCall:
             p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
         used_rows = int(p.end[-1])
         used = p.tiles[0] >= 0
-        count = p.tiles.as_strided((1,), (1,), p.tiles.numel())
-        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end, count
+        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1]
         return [t.cpu() for t in found]
 
     def judge(self) -> Answered:
@@ -98,8 +97,7 @@ class MaskedRowsCall:
         masked = torch.tensor(self.masked, dtype=torch.int32, device=device)
         p = masked_rows(masked, self.max_m, self.tile)
         used = p.tiles[0] >= 0
-        count = p.tiles.as_strided((1,), (1,), p.tiles.numel())
-        return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end, count)]
+        return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1])]
 
     def judge(self) -> Answered:
         counts = [min(max(m, 0), self.max_m) for m in self.masked]
