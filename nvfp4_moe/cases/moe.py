@@ -1,8 +1,9 @@
 """The calls of the fused mixture of experts that `nvfp4-moe diff` compares."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ TENSOR = "layer0.ffn_in"
 TOKENS, INTERMEDIATE, EXPERTS, TOP_K = 24, 128, 4, 2
 _M = RoutingMethodType
 _GIVEN = Routing(_M.Renormalize, TOP_K)
+Plan = tuple[str, Callable[[], MoECase]]
+"""The name of a case, and the function that makes it: most of the time goes into the weights."""
 
 
 def cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
@@ -35,14 +38,32 @@ def cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
     4over6 are those that the environment asks of FlashInfer, so that its backends serve; the layers'
     own orders are those of a version.
     """
-    return [
-        *_activations(),
-        *_ways(),
-        *_routed(),
-        *_of_other_builds(flashinfer),
-        *exact_cases(),
-        *moe_edges.cases(_recipe()),
-    ]
+    return [make() for _, make in _plans(flashinfer)]
+
+
+def chosen_cases(names: Sequence[str], flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
+    """Make the cases of these names alone, in the order of the names."""
+    found: dict[str, MoECase] = {}
+    for name, make in _plans(flashinfer):
+        if name in names:
+            found[name] = make()
+            if len(found) == len(names):  # those that follow are not even planned
+                break
+    return [found[name] for name in names]
+
+
+def _plans(flashinfer: FlashInferVersion) -> Iterator[Plan]:
+    yield from _activations()
+    yield from _ways()
+    yield from _routed()
+    yield from _of_other_builds(flashinfer)
+    for make in (exact_cases, partial(moe_edges.cases, _recipe())):
+        for case in make():
+            yield case.name, partial(_itself, case)
+
+
+def _itself(case: MoECase) -> MoECase:
+    return case
 
 
 def few_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
@@ -57,8 +78,7 @@ def few_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
         "Geglu, build cutlass",
         "Relu2, sums exact",
     )
-    every = {case.name: case for case in cases(flashinfer)}
-    return [every[name] for name in names]
+    return chosen_cases(names, flashinfer)
 
 
 def large_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
@@ -123,7 +143,13 @@ def _width() -> int:
     return inputs.activations()[TENSOR].shape[1]
 
 
-def _case(
+def _case(name: str, kind: ActivationType, *arguments: Any, **options: Any) -> Plan:
+    """Plan a case of an activation; `_make` takes the arguments."""
+    whole = f"{kind.name}, {name}"
+    return whole, partial(_make, whole, kind, *arguments, **options)
+
+
+def _make(
     name: str,
     kind: ActivationType,
     mode: str = "per-token",
@@ -139,15 +165,15 @@ def _case(
     if "logits" not in changes:
         given["ids"], given["weights"] = choice()
     states = _states(prepared, replace(recipe, build="cuda"), mode)
-    return MoECase(f"{kind.name}, {name}", states, prepared, **given | changes)
+    return MoECase(name, states, prepared, **given | changes)
 
 
-def _activations() -> Iterator[MoECase]:
+def _activations() -> Iterator[Plan]:
     for kind in IMPLEMENTED:
         yield _case("per token", kind)
 
 
-def _ways() -> Iterator[MoECase]:
+def _ways() -> Iterator[Plan]:
     """Make cases of the contract's options, one at a time."""
     swiglu = ActivationType.Swiglu
     yield _case("bf16", swiglu, "bf16")
@@ -183,7 +209,7 @@ def _ways() -> Iterator[MoECase]:
     )
 
 
-def _routed() -> Iterator[MoECase]:
+def _routed() -> Iterator[Plan]:
     """Make cases that route from logits, by each method."""
     logits = _logits(TOKENS, EXPERTS)
     bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
@@ -199,17 +225,17 @@ def _routed() -> Iterator[MoECase]:
     yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
 
 
-def _of_other_builds(flashinfer: FlashInferVersion) -> Iterator[MoECase]:
+def _of_other_builds(flashinfer: FlashInferVersion) -> Iterator[Plan]:
     for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in kind.row.flashinfer):
         yield _of_build("cute-dsl", kind, flashinfer)
     for kind in (ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Relu2):
         yield _of_build("cutlass", kind, flashinfer)
 
 
-def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVersion) -> MoECase:
+def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVersion) -> Plan:
     variant = VARIANTS[build]
     mode = "static" if variant.static_only else "per-token"
-    case = _case(
+    name, make = _case(
         f"build {build}",
         kind,
         mode,
@@ -217,7 +243,12 @@ def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVer
         recipe=_recipe(build),
         finalize_order=variant.order(flashinfer),
     )
-    return replace(case, experts=variant.prepared(case.experts))
+
+    def laid_out() -> MoECase:
+        case = make()
+        return replace(case, experts=variant.prepared(case.experts))
+
+    return name, laid_out
 
 
 def exact_cases() -> Iterator[MoECase]:
