@@ -2,6 +2,7 @@
 # its packages as they are, and install nothing.
 BASE_PYTHON ?= python3
 ifdef PYTHON
+BASE_PYTHON := $(PYTHON)
 SETUP :=
 else
 PYTHON := .venv/bin/python
@@ -13,7 +14,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types docs wheel check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -34,7 +35,7 @@ test-flashinfer: $(SETUP) $(OTHER_FOLDER)
 		tests/differential/test_tactics.py tests/moe/test_moe_dispatch.py tests/moe/test_moe_trace.py \
 		tests/moe/test_moe_cute_dsl.py tests/moe/test_moe_cutlass.py
 
-$(OTHER_FOLDER):
+$(OTHER_FOLDER): | $(SETUP)
 	rm -rf $@.part
 	$(PYTHON) -m pip install --quiet --no-deps --target $@.part flashinfer-python==$(OTHER_FLASHINFER)
 	mv $@.part $@
@@ -106,6 +107,9 @@ bench:
 embeddings: $(SETUP) $(MODEL)
 	$(PYTHON) examples/embeddings.py
 
+# All but the tests; `.ci/run` makes them side by side.
+checks: lint types check-wheel faulty-report $(OTHER_FOLDER)
+
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -123,14 +127,16 @@ docs: $(SETUP) $(MKDOCS)
 # A file list left by an earlier build would hide data that pyproject.toml has forgotten.
 wheel: $(SETUP)
 	rm -rf dist build/lib build/bdist.* src/*.egg-info
-	$(PYTHON) -m build --wheel --outdir dist .
+	$(PYTHON) -m build --wheel --no-isolation --outdir dist .
 	$(PYTHON) -m zipfile -l dist/*.whl > build/contents
 	! grep -vE '^(File Name|nvfp4_moe/|nvfp4_moe-[^/]*\.dist-info/)' build/contents
 	for file in $(DATA); do grep -q "^$$file " build/contents || { echo "not in the wheel: $$file"; exit 1; }; done
 
-check-wheel: wheel
-	$(PYTHON) -m venv --clear build/empty
+empty:
+	$(BASE_PYTHON) -m venv --clear build/empty
 	build/empty/bin/python -m pip install --quiet -c constraints.txt torch
+
+check-wheel: empty wheel
 	build/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd / && PYTHONSAFEPATH=1 $(CURDIR)/build/empty/bin/python $(CURDIR)/tests/support/installed_wheel.py
 
