@@ -144,8 +144,8 @@ ADDITIONS = (
     Addition(
         "pad_trtllm_moe_weights",
         "not called, and not equal to ours: it pads H to multiples of 512 and I to multiples of 128, "
-        "`prepare_experts` H to 128 and a gated I to 64. FlashInfer says that an H of no multiple of "
-        "256 is rejected or gives wrong results; its kernels are closed, so a Blackwell must show it",
+        "`prepare_experts` H to 128 and a gated I to 64. An H that is then no multiple of 256 is "
+        "refused for FlashInfer of both versions, whose kernels reject it or give wrong results",
         "fused_moe/core.py:489",
     ),
     Addition(

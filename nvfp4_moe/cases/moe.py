@@ -23,7 +23,7 @@ from . import inputs, moe_edges
 from .moe_case import MoECase
 
 TENSOR = "layer0.ffn_in"
-TOKENS, INTERMEDIATE, EXPERTS, TOP_K = 24, 128, 4, 2
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 24, 512, 128, 4, 2
 _M = RoutingMethodType
 _GIVEN = Routing(_M.Renormalize, TOP_K)
 Plan = tuple[str, Callable[[], MoECase]]
@@ -121,10 +121,15 @@ def _logits(tokens: int, experts: int) -> torch.Tensor:
     return host.normal(torch.Generator().manual_seed(7), tokens, experts)
 
 
+def real_states(hidden: int) -> torch.Tensor:
+    """Return real hidden states [TOKENS, hidden] bf16; their columns begin anew after the last one."""
+    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
+    return x[:, host.arange(hidden) % x.shape[1]]
+
+
 def _states(experts: Experts, recipe: Recipe, mode: str = "per-token") -> Activations:
     """Return real hidden states in the form that the layer takes."""
-    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
-    x = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - x.shape[1]))
+    x = real_states(experts.hidden_size)
     if mode == "bf16":
         return Activations(x)
     if mode == "static":
@@ -139,10 +144,6 @@ def _recipe(build: LayerBuild = "cuda") -> Recipe:
     return Recipe(environment.math(quantizers), environment.four_over_six(), quantizers)
 
 
-def _width() -> int:
-    return inputs.activations()[TENSOR].shape[1]
-
-
 def _case(name: str, kind: ActivationType, *arguments: Any, **options: Any) -> Plan:
     """Plan a case of an activation; `_make` takes the arguments."""
     whole = f"{kind.name}, {name}"
@@ -155,12 +156,13 @@ def _make(
     mode: str = "per-token",
     recipe: Recipe | None = None,
     experts: dict[str, Any] | None = None,
+    hidden: int = HIDDEN,
     **changes: Any,
 ) -> MoECase:
     options = experts or {}
     if mode == "static":
         options = options | {"input_amax": 20.0, "intermediate_amax": 20.0}
-    recipe, prepared = recipe or _recipe(), layer(kind, _width(), **options)
+    recipe, prepared = recipe or _recipe(), layer(kind, hidden, **options)
     given: dict[str, Any] = {"routing": _GIVEN, "num_experts": EXPERTS, "recipe": recipe}
     if "logits" not in changes:
         given["ids"], given["weights"] = choice()
@@ -179,6 +181,8 @@ def _ways() -> Iterator[Plan]:
     yield _case("bf16", swiglu, "bf16")
     yield _case("static", swiglu, "static")
     yield _case("static", ActivationType.Relu2, "static")
+    # FlashInfer's TRT-LLM layer refuses it.
+    yield _case("H = 384", swiglu, hidden=384)
     g = torch.Generator().manual_seed(3)
     yield _case(
         "alpha, beta, limit, biases",
@@ -188,7 +192,7 @@ def _ways() -> Iterator[Plan]:
             "beta": 1.0,
             "clamp_limit": 1.5,
             "w13_bias": host.normal(g, EXPERTS, 2 * INTERMEDIATE),
-            "w2_bias": host.normal(g, EXPERTS, _width()),
+            "w2_bias": host.normal(g, EXPERTS, HIDDEN),
         },
     )
     ids, weights = choice()

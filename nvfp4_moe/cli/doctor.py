@@ -96,11 +96,11 @@ def _flashinfer() -> dict:
 
 def _fused_moe(device: torch.device) -> dict:
     """The backend that would serve a layer of two experts, whose values nothing reads."""
-    w13 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
-    w2 = torch.zeros(2, 128, 128, dtype=torch.bfloat16, device=device)
+    w13 = torch.zeros(2, 256, 256, dtype=torch.bfloat16, device=device)
+    w2 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
     explanation = explain_fused_moe(
-        w2[0, :1],
+        w13[0, :1],
         prepare_experts(w13, w2),
         (ids, torch.ones(1, 1, dtype=torch.float32, device=device)),
     )
