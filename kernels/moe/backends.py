@@ -151,11 +151,18 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
 
 
 def _notes(call: MoECall) -> list[str]:
-    """Say where FlashInfer's layer, which could serve the call, leaves open what ours determine."""
-    if trtllm.LAYER.refusal(call) is not None:
-        return []
-    texts = every_text(trtllm.LEFT_OPEN, call)
-    return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
+    """Say where FlashInfer's layer leaves open what ours determine, and where Triton does not route."""
+    notes = []
+    if trtllm.LAYER.refusal(call) is None:
+        texts = every_text(trtllm.LEFT_OPEN, call)
+        notes += [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
+    named = call.logits is not None and call.routing.functions != "exact"
+    if named and _triton_refusal(call) is None:
+        from .routing import refusal
+
+        if reason := refusal(call.routing, call.device):
+            notes.append(f"triton's layer routes by the reference, to the same bits: {reason}")
+    return notes
 
 
 FUSED_MOE: Operation[MoECall, Results] = Operation(

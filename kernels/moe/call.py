@@ -23,6 +23,7 @@ from ...reference.moe.variants import VARIANTS, Variant
 from ...reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from .. import environment
+from ..backends import log_fallback
 from ..device import capability_of
 from ..op_schema import reader
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
@@ -159,8 +160,11 @@ class MoECall(KernelCall):
         if backend == "triton":
             from . import routing as ours
 
-            if ours.refusal(self.routing) is None:
+            reason = ours.refusal(self.routing, self.logits.device)
+            if reason is None:
                 return ours.route(self.logits, self.routing, self.routing_bias)
+            if not torch.compiler.is_compiling():
+                log_fallback("the routing", backend, reason)
         result = route(self.logits, self.routing, self.routing_bias)
         result = append_shared_experts(result, self.shared_experts, self.num_experts)
         return result.ids, result.weights_bf16

@@ -12,11 +12,13 @@ from installations import pretend
 from moe_cases import Shape
 
 import nvfp4_moe
+from nvfp4_moe.kernels.backends import log_fallback
 from nvfp4_moe.kernels.flashinfer import trtllm, version
 from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.kernels.moe import ops as moe_ops
+from nvfp4_moe.kernels.moe import routing as triton_routing
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
-from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.call import KernelCall, make_moe_call
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
@@ -363,6 +365,31 @@ class TestExplain:
         routing = Routing(RoutingMethodType.Default, 2, functions="hopper")
         e = explained(routing=(torch.zeros(5, 8), routing))
         assert e.backend == "triton" and "functions='hopper'" in e.reason("flashinfer:trtllm")
+
+    def test_routing_by_functions_that_are_not_the_gpus(self, monkeypatch, caplog):
+        """Triton's layer then routes by the reference, says so, and names what differs."""
+        hopper = Routing(RoutingMethodType.Sigmoid, 2, functions="hopper")
+        logits, gpu = logits_of(), torch.device("cuda")
+        (note,) = explained(routing=(logits, hopper), capability=(9, 0)).notes
+        assert note.startswith(
+            "triton's layer routes by the reference, to the same bits: functions="
+        )
+        for wrong, reason in ((0, None), (7, "whose instructions differ for 7 arguments")):
+            monkeypatch.setattr(triton_routing, "functions_that_differ", lambda _, n=wrong: n)
+            said = triton_routing.refusal(hopper, gpu)
+            assert said is reason is None or reason in said
+        assert triton_routing.refusal(replace(hopper, functions="exact"), gpu) is None
+        case = moe_cases.make(SHAPE)
+        call = make_moe_call(
+            case.activations, case.experts, num_experts=8, routing=hopper, logits=logits
+        )
+        log_fallback.cache_clear()
+        with caplog.at_level("INFO", logger="nvfp4_moe"):
+            ids, weights = call.routed("triton")
+        want = route(logits, hopper)
+        assert torch.equal(ids, want.ids) and torch.equal(weights, want.weights_bf16)
+        (line,) = caplog.messages
+        assert line.startswith("the routing: triton cannot serve, falling back: functions='hopper'")
 
     def test_what_flashinfer_leaves_open_is_noted(self):
         case = moe_cases.make(SERVED)
