@@ -23,7 +23,6 @@ from ...reference.moe.variants import VARIANTS, Variant
 from ...reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from .. import environment
-from ..backends import log_fallback
 from ..device import capability_of
 from ..op_schema import reader
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
@@ -158,13 +157,10 @@ class MoECall(KernelCall):
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
         if backend == "triton":
-            from . import routing as ours
+            from .routing import try_route
 
-            reason = ours.refusal(self.routing, self.logits.device)
-            if reason is None:
-                return ours.route(self.logits, self.routing, self.routing_bias)
-            if not torch.compiler.is_compiling():
-                log_fallback("the routing", backend, reason)
+            if (routed := try_route(self.logits, self.routing, self.routing_bias)) is not None:
+                return routed
         result = route(self.logits, self.routing, self.routing_bias)
         result = append_shared_experts(result, self.shared_experts, self.num_experts)
         return result.ids, result.weights_bf16

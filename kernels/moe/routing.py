@@ -15,6 +15,7 @@ import triton.language as tl
 from ...reference.moe.routing import METHODS, Routing, RoutingMethodType, _one_block_a_token
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
+from ..backends import log_fallback
 from ..instruction_probe import functions_that_differ
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, rcp, to_bf16
 from ..jit.instructions import LOG2E, ex2, tanh
@@ -187,6 +188,18 @@ def refusal(routing: Routing, device: torch.device) -> str | None:
         return f"{named} are measured on a GPU, and the tensors are on the {device.type}"
     if wrong := functions_that_differ(device):
         return f"{named} are not those of this GPU, whose instructions differ for {wrong} arguments"
+    return None
+
+
+def try_route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what `route` does, or None where it is refused; the reason is logged, once."""
+    reason = refusal(routing, logits.device)
+    if reason is None:
+        return route(logits, routing, bias)
+    if not torch.compiler.is_compiling():
+        log_fallback("the routing", "triton", reason)
     return None
 
 

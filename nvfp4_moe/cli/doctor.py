@@ -11,6 +11,7 @@ from ..kernels.moe.api import explain_fused_moe
 from ..kernels.moe.backends import ORDER
 from ..kernels.quantize.api import auto_order, explain
 from ..machine import machine
+from ..reference.fingerprint import steps
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.prepare import prepare_experts
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
         + ", ".join(f"{k} {v or '(not installed)'}" for k, v in examined["versions"].items())
     )
     print(f"commit: {examined['commit'] or '(no checkout)'}")
+    print(f"contract: {examined['contract']}")
     for gpu in examined["gpus"] or ["none"]:
         print(f"GPU: {gpu}")
     print(f"NVIDIA driver: {examined['driver'] or 'none'}")
@@ -71,6 +73,7 @@ def examine() -> dict:
         }
     return {
         **machine(),
+        "contract_steps": steps(),
         "rcp_table": _rcp_table() if on_gpu else None,
         "routing_functions": _routing_functions() if on_gpu else None,
         "flashinfer": _flashinfer(),

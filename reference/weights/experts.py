@@ -186,7 +186,8 @@ class Experts:
         """Return 64 hexadecimal digits over every bit of the layer, the same on every device.
 
         Of the weights, scales, scalars and sizes; not of copies for other kernels (`with_cute_dsl`).
-        `checksum.py` has the formula. It waits for the GPU.
+        `checksum.py` has the formula. It waits for the GPU. Equal bits are computed with equally where
+        `nvfp4_moe.fingerprint` is equal, too.
 
         Args:
             flashinfer: whose bits the holder's calls ask for, so that others disagree with it.

@@ -54,7 +54,7 @@ MOST_FRAGMENTS = 20
 """Docstrings that may begin with a fragment: write what the thing is or does, in a sentence."""
 REFERENCE = (
     "environment", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
-    "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
+    "fused_quantize", "dense", "weights", "moe", "statistics", "bounds", "fingerprint",
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (
