@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -38,6 +38,25 @@ $(OTHER_FOLDER): | $(SETUP)
 	rm -rf $@.part
 	$(PYTHON) -m pip install --quiet --no-deps --target $@.part flashinfer-python==$(OTHER_FLASHINFER)
 	mv $@.part $@
+
+# Real models of transformers with our experts, the table of its classes, and the example of the docs.
+# `--transformers` fails where that version is not found. About 4 minutes, after a download of 200 MB.
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints-transformers.txt)
+TRANSFORMERS_FOLDER := build/transformers-$(TRANSFORMERS)
+test-transformers: $(SETUP) $(TRANSFORMERS_FOLDER)
+	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTEST) -n 2 --transformers $(TRANSFORMERS) \
+		tests/serving/test_transformers.py tests/serving/test_experts_modules.py \
+		tests/package/test_docs.py -k "test_transformers or test_experts_modules or transformers.md"
+
+$(TRANSFORMERS_FOLDER): constraints-transformers.txt
+	rm -rf $@.part $@
+	$(PYTHON) -m pip install --quiet --target $@.part -c constraints.txt -c $< transformers psutil
+	mv $@.part $@
+
+# The table of docs/transformers_classes.md, of the version that the tests take.
+transformers-table: $(SETUP) $(TRANSFORMERS_FOLDER)
+	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTHON) -m nvfp4_moe.serving.transformers \
+		> docs/transformers_classes.md
 
 test-full: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter"

@@ -38,7 +38,7 @@ FOLDERS: dict[str, set[str]] = {
     "checkpoints": set(),
     "parallel": set(),
     "training": set(),
-    "serving": {"checkpoints"},
+    "serving": {"checkpoints", "training"},
     "differential": {"cases"},
     "report": {"cases", "differential"},
     "failures": {"cases", "differential", "report"},
