@@ -128,18 +128,17 @@ def _configurations(modeling: Any) -> Iterator[Any]:
     """Default configurations of the models in a file, the parts of a multimodal one too."""
     from transformers import PreTrainedModel
 
-    classes = {
-        value.config_class: None
+    models: list[Any] = [
+        value
         for value in vars(modeling).values()
         if inspect.isclass(value)
         and issubclass(value, PreTrainedModel)
         and value.__module__ == modeling.__name__
-        and value.config_class is not None
-    }
-    for configuration in classes:
+    ]
+    for configuration in dict.fromkeys(model.config_class for model in models):
         try:
             config = configuration()
-        except Exception:  # it has no default; another may
+        except Exception:  # there is none, or it has no default; another may
             continue
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             if part is not None:

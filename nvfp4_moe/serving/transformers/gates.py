@@ -35,7 +35,7 @@ class Gate:
     clamp_limit: float | None = None
 
     @property
-    def parameters(self) -> dict[str, float | None]:
+    def parameters(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "beta": self.beta, "clamp_limit": self.clamp_limit}
 
     def __str__(self) -> str:

@@ -67,7 +67,7 @@ def quantize(module: Any) -> Packed:
     check_weights(module)
     w13, w2, *biases = (None if t is None else _half(t) for t in projections(module))
     assert w13 is not None and w2 is not None
-    options = {"w13_bias": biases[0], "w2_bias": biases[1], **gate.parameters}
+    options: dict[str, Any] = {"w13_bias": biases[0], "w2_bias": biases[1], **gate.parameters}
     if before is not None and before.gate == gate and _fits(before.experts, w13, w2):
         before.experts.load_(w13, w2, **options)
         before.held = held
