@@ -20,6 +20,14 @@ def _near() -> Tensor:
     return centers + host.uniform(seeded(1), 6, 100) * 2.0**-14 * centers.abs().clamp_min(0.1)
 
 
+def _dense() -> Tensor:
+    """[4, 256]: scores an ulp apart behind a larger one, in any order."""
+    order = [torch.randperm(256, generator=seeded(row), device="cpu") for row in range(4)]
+    x = torch.stack(order).float() * host.fp32([[2.0**-24], [3 * 2.0**-24]] * 2)
+    x[:, 77] += host.fp32([0.25, 0.5, 0.75, 1.5])
+    return x
+
+
 def _large() -> Tensor:
     return host.normal(seeded(2), 4, 100) * 4 + host.fp32([[300.0], [-300.0], [80.0], [-88.0]])
 
@@ -45,6 +53,13 @@ def _no_numbers() -> Tensor:
     return x
 
 
+def _subnormal_bias() -> RoutingCall:
+    """Scores of 0, to which a negative bias that counts as -0 adds nothing."""
+    how = Routing(RoutingMethodType.MiniMax2, 3)
+    bias = host.fp32([-1e-39, 0.0, 1e-39, 0.0] * 3)
+    return RoutingCall(((how, host.full((2, 12), -120.0), bias),))
+
+
 def _by_each_method(logits: Tensor, bias: Tensor | None = None) -> RoutingCall:
     found = []
     for method in METHODS:
@@ -58,6 +73,16 @@ def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
     bias = host.normal(seeded(6), 100) / 64
     yield "routers, near", lambda: _by_each_method(_near())
     yield "routers, near, bias", lambda: _by_each_method(_near(), bias * 2.0**-16)
+    softmax = Routing(RoutingMethodType.Default, 24)
+    sigmoid = Routing(RoutingMethodType.SigmoidRenorm, 24)
+    order_of_the_sum = softmax, _near()[1:2], None  # decides it, as a search has found
+    yield (
+        "routers, dense",
+        lambda: RoutingCall(
+            ((softmax, _dense(), None), (sigmoid, _dense(), None), order_of_the_sum)
+        ),
+    )
+    yield "routers, subnormal bias", _subnormal_bias
     yield "routers, large", lambda: _by_each_method(_large())
     yield "routers, ties of bf16", lambda: _by_each_method(_ties_of_bf16(), bias.bfloat16())
     yield "routers, no numbers", lambda: _by_each_method(_no_numbers())
