@@ -5,6 +5,8 @@ implementations in bf16, and ours. Microseconds of device time, with routes that
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import torch
 import transformers
 from measure import arguments, microseconds, save, start
@@ -45,7 +47,7 @@ def main() -> None:
             weights, ids = logits.softmax(1).topk(8)
             routing = ids, weights.bfloat16()
             too_many = tokens > THEIRS.get(name, tokens)
-            cells[tokens] = None if too_many else microseconds(lambda: module(x, *routing), 10)  # noqa: B023
+            cells[tokens] = None if too_many else microseconds(partial(module, x, *routing), 10)
         results[name] = cells
         print(name, *("-" if c is None else round(c) for c in cells.values()), sep=" | ")
     save(options.json, results)
