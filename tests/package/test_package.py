@@ -42,7 +42,7 @@ FOLDERS: dict[str, set[str]] = {
     "differential": {"cases"},
     "report": {"cases", "differential"},
     "failures": {"cases", "differential", "report"},
-    "cli": {"cases", "checkpoints", "differential", "failures", "report"},
+    "cli": {"cases", "checkpoints", "differential", "failures", "report", "serving"},
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
 reference. `cli` runs commands by the functions of the others, and nothing imports `cli` but
