@@ -16,7 +16,7 @@ LOG2E = tl.constexpr(functions.LOG2E)
 _FIRST = tl.constexpr(min(functions.LEADING_BITS))
 _LAST = tl.constexpr(max(functions.LEADING_BITS))
 _LEADING_BITS = tl.constexpr(tuple(functions.LEADING_BITS.values()))
-_MIN_NORMAL = tl.constexpr(2.0**-126)
+_LEAST = tl.constexpr(2.0**-126)
 _TOO_LARGE = tl.constexpr(2.0**128)
 
 
@@ -32,7 +32,7 @@ def start_of(exponent):
 
 
 @triton.jit
-def ex2(x, table_ptr, ARCH: tl.constexpr):
+def ex2_approx(x, table_ptr, ARCH: tl.constexpr):
     """The instruction `ex2.approx.ftz.f32`."""
     if ARCH == 0:
         x = flush(x, True, ARCH)
@@ -41,13 +41,13 @@ def ex2(x, table_ptr, ARCH: tl.constexpr):
         steps = tl.where(x < 0, tl.where((steps & 0x7FFFFF) != 0, ~steps, -steps), steps)
         significand = tl.load(table_ptr + (steps & 0x7FFFFF)).to(tl.float64)
         y = significand * (((steps >> 23) + 1023) << 52).to(tl.float64, bitcast=True)
-        y = tl.where(y < _MIN_NORMAL, 0.0, tl.where(y < _TOO_LARGE, y, float("inf")))
+        y = tl.where(y < _LEAST, 0.0, tl.where(y < _TOO_LARGE, y, float("inf")))
         return tl.where(x == x, y.to(tl.float32), x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
-def tanh(x, table_ptr, ARCH: tl.constexpr):
+def tanh_approx(x, table_ptr, ARCH: tl.constexpr):
     """The instruction `tanh.approx.f32`."""
     if ARCH == 0:
         bits = x.to(tl.int32, bitcast=True)

@@ -18,7 +18,7 @@ from ...reference.numerics.fp32 import rcp_delta
 from ..backends import log_fallback
 from ..instruction_probe import functions_that_differ
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, rcp, to_bf16
-from ..jit.instructions import LOG2E, ex2, tanh
+from ..jit.instructions import LOG2E, ex2_approx, tanh_approx
 from ..jit.pdl import await_previous
 from ..triton_target import INTERPRETING, arch, launch_options
 
@@ -46,7 +46,7 @@ def is_biased(method):
 def _sigmoid(x, table_ptr, APPROXIMATE: tl.constexpr, ARCH: tl.constexpr):
     """Return 0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
     if APPROXIMATE:
-        return 0.5 * tanh(mul(x, tl.zeros_like(x) + 0.5, True, ARCH), table_ptr, ARCH) + 0.5
+        return 0.5 * tanh_approx(mul(x, tl.zeros_like(x) + 0.5, True, ARCH), table_ptr, ARCH) + 0.5
     e = tl.exp(-tl.abs(x.to(tl.float64)))
     half = ((1.0 - e) / (1.0 + e)).to(tl.float32)
     return 0.5 * tl.where(x < 0, -half, half) + 0.5
@@ -55,7 +55,7 @@ def _sigmoid(x, table_ptr, APPROXIMATE: tl.constexpr, ARCH: tl.constexpr):
 @triton.jit
 def _exp(x, table_ptr, APPROXIMATE: tl.constexpr, ARCH: tl.constexpr):
     if APPROXIMATE:
-        return ex2(mul(x, tl.zeros_like(x) + LOG2E, True, ARCH), table_ptr, ARCH)
+        return ex2_approx(mul(x, tl.zeros_like(x) + LOG2E, True, ARCH), table_ptr, ARCH)
     return flush(tl.exp(x.to(tl.float64)).to(tl.float32), True, ARCH)
 
 

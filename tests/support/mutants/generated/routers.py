@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -69,6 +70,21 @@ def _by_each_method(logits: Tensor, bias: Tensor | None = None) -> RoutingCall:
     return RoutingCall(tuple(found))
 
 
+def _of_a_gpu(bias: Tensor) -> RoutingCall:
+    """By an H200's functions: of every size, of no numbers, and Default's sum by blocks."""
+    special = host.fp32(
+        [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -3e38, 88.5, -87.4, 16.1]
+    )
+    rows = torch.cat(
+        [host.normal(seeded(7), 3, 100) * host.fp32([[0.02], [1.0], [30.0]]), _large()[:2]]
+    )
+    rows[0, :10] = special
+    whole = _by_each_method(rows, bias).routers
+    blocks = host.normal(seeded(8), 65, 160) * 4, host.normal(seeded(9), 2, 256) * 4
+    found = [*whole, *((Routing(RoutingMethodType.Default, 2), logits, None) for logits in blocks)]
+    return RoutingCall(tuple((replace(how, functions="hopper"), x, b) for how, x, b in found))
+
+
 def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
     bias = host.normal(seeded(6), 100) / 64
     yield "routers, near", lambda: _by_each_method(_near())
@@ -85,4 +101,5 @@ def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
     yield "routers, subnormal bias", _subnormal_bias
     yield "routers, large", lambda: _by_each_method(_large())
     yield "routers, ties of bf16", lambda: _by_each_method(_ties_of_bf16(), bias.bfloat16())
+    yield "routers, of a GPU", lambda: _of_a_gpu(bias)
     yield "routers, no numbers", lambda: _by_each_method(_no_numbers())
