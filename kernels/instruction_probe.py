@@ -1,11 +1,14 @@
 """Measure the approximate instructions of the GPU in this machine: of rcp, ex2 and tanh."""
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ..reference.numerics import functions
+from ..reference.numerics import fp32
+from ..reference.numerics import functions as known
 from .jit.arithmetic import rcp, reciprocal
 from .triton_target import arch
 
@@ -49,14 +52,30 @@ def apply_instruction(name: str, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+@torch.compiler.assume_constant_result
 def functions_that_differ(device: torch.device | str) -> int:
-    """Count the arguments for which the GPU's ex2.approx and tanh.approx are not the "hopper" ones."""
-    device = torch.device(device)
+    """Count the arguments for which the GPU's ex2, tanh and rcp are not those of functions="hopper".
+
+    It waits for the GPU, once in a process. A compiler takes the number for a constant.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and nobody has measured before.
+    """
+    return _differ(torch.device(device))
+
+
+@functools.cache
+def _differ(device: torch.device) -> int:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the GPU's ex2.approx, tanh.approx and rcp.approx are not measured yet, and cannot be while "
+            "a CUDA graph is captured: make the call once before the capture"
+        )
     steps = torch.arange(2**23, dtype=torch.float64, device=device)
     ex2 = apply_instruction("ex2.approx.ftz.f32", (steps * 2.0**-23).float())
-    pairs = [(ex2, functions.ex2_table(device))]
-    for exponent in functions.LEADING_BITS:
-        x = functions.leading_numbers(exponent).to(device)
+    pairs = [(ex2, known.ex2_table(device)), (measure_rcp_delta(device), fp32.rcp_delta(device))]
+    for exponent in known.LEADING_BITS:
+        x = known.leading_numbers(exponent).to(device)
         tanh = apply_instruction("tanh.approx.f32", x)
-        pairs.append((tanh, functions.tanh_table(exponent, device)))
-    return sum(int((a.view(torch.int32) != b.view(torch.int32)).sum()) for a, b in pairs)
+        pairs.append((tanh, known.tanh_table(exponent, device)))
+    return sum(int((a != b).sum()) for a, b in pairs)  # no NaN, and no zero of another sign

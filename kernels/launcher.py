@@ -6,6 +6,7 @@ specializes arguments by, and the compiled kernel is launched without more ado.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class _Launches:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # kept, so that its id names no other
-        self.fixed = tuple(p.do_not_specialize for p in kernel.params if not p.is_constexpr)
+        first = itertools.takewhile(lambda p: not p.is_constexpr, kernel.params)
+        self.fixed = tuple(p.do_not_specialize for p in first)
         self.constants = (None,) * (len(kernel.params) - len(self.fixed))
         self.compiled: dict[Any, Any] = {}
 
@@ -35,9 +37,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
     Args:
         grid: one or two counts of programs.
-        args: every argument that is no constexpr, in order: tensors, integers, floats, None, or a
+        args: every argument before the first constexpr, in order: tensors, integers, floats, None, or a
             descriptor with an attribute `kind` that has all that the kernel depends on.
-        constants: every constexpr, and Triton's options; hashable.
+        constants: every other argument, which is a constexpr or None, and Triton's options; hashable.
     """
     runtime = triton.knobs.runtime
     watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # by a profiler

@@ -8,6 +8,7 @@ when the module is imported. So they are as fast as code written by hand, and a 
 
 # SPDX-License-Identifier: Apache-2.0
 import enum
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -28,6 +29,8 @@ _SCHEMA = {
 }
 
 
+OPS: dict[str, torch.library.CustomOpDef] = {}
+"""The ops of `register`, by the name that it was given."""
 _SCALE = float | torch.Tensor
 
 
@@ -148,6 +151,10 @@ def register(
 ) -> Callable[Concatenate[T, P], Results]:
     """Register the op `nvfp4_moe::{name}`, and return it as a function with the parameters of `run`.
 
+    The name of an op that mutates an argument ends in a digest of its schema. torch.compile gives such
+    an op its other arguments by name, so inductor's key of compiled code on disk does not see where the
+    mutated one stands. Code compiled by another version of this package would put it somewhere else.
+
     Args:
         run: takes the dataclass, then the tensors beside it.
         fake: allocates the results of `run` without values, for a compiler.
@@ -158,14 +165,19 @@ def register(
     count = len(flat.names)
     arguments = ", ".join(filter(None, (flat.schema, tensors)))
     schema = f"({arguments}) -> {returns}"
+    digest = f"_{hashlib.sha256(schema.encode()).hexdigest()[:8]}" if mutates else ""
 
-    @torch.library.custom_op(f"nvfp4_moe::{name}", mutates_args=tuple(mutates), schema=schema)
+    @torch.library.custom_op(
+        f"nvfp4_moe::{name}{digest}", mutates_args=tuple(mutates), schema=schema
+    )
     def op(*given: Any) -> Any:
         return run(flat.build(given), *given[count:])  # type: ignore[call-arg]
 
     @op.register_fake
     def _(*given: Any) -> Any:
         return fake(flat.build(given), *given[count:])  # type: ignore[call-arg]
+
+    OPS[name] = op
 
     def function(call: T, *args: P.args, **kwargs: P.kwargs) -> Results:
         result: Results = op(*flat.flatten(call), *args, **kwargs)

@@ -47,6 +47,7 @@ __all__ = [
     "explain_mm_fp4",
     "explain_nvfp4_quantize_masked",
     "fake_quantized_moe",
+    "fingerprint",
     "fused_moe",
     "fused_moe_masked",
     "mm_fp4",

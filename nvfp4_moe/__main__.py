@@ -1,4 +1,4 @@
-"""The command line: `nvfp4-moe diff`, `blackwell`, `replay`, `doctor`, `fuzz-bounds`, `convert`."""
+"""The command line of `nvfp4-moe`: `diff`, `blackwell`, `replay`, `doctor`, `convert` and others."""
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": (".cli.doctor", "say what is here, and which backend would serve"),
     "fuzz-bounds": (".cli.fuzz_bounds", "judge random runs that keep the contract"),
     "convert": (".cli.convert", "quantize the experts of a Hugging Face checkpoint"),
+    "solutions": (".cli.solutions", "write our layer for FlashInfer's own substitution hook"),
 }
 """The module of each command, which is imported only to run it, and its line in `--help`."""
 

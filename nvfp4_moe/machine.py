@@ -1,4 +1,4 @@
-"""The machine that a result depends on: versions, commit, GPUs, driver, environment variables."""
+"""What a result depends on: versions, commit, contract, GPUs, driver, environment variables."""
 
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 
 from .kernels import environment
+from .reference.fingerprint import fingerprint
 
 PACKAGES = ("nvfp4-moe", "torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
 
 
 def machine() -> dict:
-    """Return the versions, GPUs, driver and environment variables that a result depends on."""
+    """Return the versions, contract, GPUs, driver and environment that a result depends on."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "commit": _commit(),
+        "contract": fingerprint(),
         "gpus": [_gpu(i) for i in range(count)],
         "driver": _driver(),
         "environment": environment.snapshot(),

@@ -26,6 +26,7 @@ from .kernels.quantize.api import nvfp4_quantize as nvfp4_quantize
 from .kernels.quantize.masked import explain_nvfp4_quantize_masked as explain_nvfp4_quantize_masked
 from .kernels.quantize.masked import nvfp4_quantize_masked as nvfp4_quantize_masked
 from .reference.activation import ActivationType as ActivationType
+from .reference.fingerprint import fingerprint as fingerprint
 from .reference.moe.routing import Routing as Routing
 from .reference.moe.routing import RoutingMethodType as RoutingMethodType
 from .reference.recipe import NVFP44Over6Config as NVFP44Over6Config

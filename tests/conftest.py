@@ -17,12 +17,17 @@ hypothesis.settings.register_profile("nvfp4", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("nvfp4")
 
 
+PACKAGES = {"--flashinfer": "flashinfer-python", "--transformers": "transformers"}
+"""Packages of which a run may need one version, by the option that names it."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--flashinfer",
-        metavar="VERSION",
-        help="fail at once unless this version of flashinfer-python is the first on sys.path",
-    )
+    for option, package in PACKAGES.items():
+        parser.addoption(
+            option,
+            metavar="VERSION",
+            help=f"fail at once unless this version of {package} is the first on sys.path",
+        )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, whose default is "load"
@@ -36,9 +41,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = random.SystemRandom().randrange(2**32)
-    wanted = config.getoption("--flashinfer")
-    if wanted is not None and wanted != (here := _flashinfer_version()):
-        raise pytest.UsageError(f"--flashinfer asks for {wanted}; {here} is installed")
+    for option, package in PACKAGES.items():
+        wanted = config.getoption(option)
+        if wanted is not None and wanted != (here := _version(package)):
+            raise pytest.UsageError(f"{option} asks for {wanted}; {here} is installed")
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         session.take_part(
@@ -50,9 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
         quick_interpreter.install()
 
 
-def _flashinfer_version() -> str:
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("flashinfer-python")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
 

@@ -25,7 +25,7 @@ from .description import (
     Argument,
     Function,
 )
-from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu
+from .rules import COMMON, SM10X, Rule, first_reason, no_kernels_beside, on_no_gpu, whole_tiles
 from .version import SINCE_NEW, UNTIL_NEW
 
 NAMES: dict[Format, str] = {
@@ -68,6 +68,7 @@ RULES: tuple[Rule[BaselineCall], ...] = (
         f"the activation is not among {', '.join(kind.name for kind in _FUSED)}",
         "trtllm_fused_moe_runner.cu:114",
     ),
+    whole_tiles(lambda r: r.experts.w2.shape[1] if r.experts.format == "mxfp8" else 0),
 )
 """The rules of the layers, in the order in which they are asked."""
 

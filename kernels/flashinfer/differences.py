@@ -122,8 +122,9 @@ ADDITIONS = (
     ),
     Addition(
         "batch_invariant of the quantizers and of mm_fp4",
-        "refused: other bits, those of neither build in the per-token scale of a row of zeros, and a "
-        "product in steps of 64",
+        'refused: other bits. The quantizers are build="cute-dsl" with exact math, but a row of zeros '
+        "and NaN has the per-token scale 1 / FLT_MAX, not 0 "
+        "(`tests/backends/test_batch_invariant_oracle.py`); the product adds in steps of 64",
         "quantization/fp4_quantization.py:1660",
     ),
     Addition(
@@ -144,8 +145,8 @@ ADDITIONS = (
     Addition(
         "pad_trtllm_moe_weights",
         "not called, and not equal to ours: it pads H to multiples of 512 and I to multiples of 128, "
-        "`prepare_experts` H to 128 and a gated I to 64. FlashInfer says that an H of no multiple of "
-        "256 is rejected or gives wrong results; its kernels are closed, so a Blackwell must show it",
+        "`prepare_experts` H to 128 and a gated I to 64. An H that is then no multiple of 256 is "
+        "refused for FlashInfer of both versions, whose kernels reject it or give wrong results",
         "fused_moe/core.py:489",
     ),
     Addition(

@@ -132,6 +132,27 @@ def no_kernels_beside(capabilities: tuple[Capability, ...], source: str) -> Rule
     )
 
 
+_TILE = 256
+"""The widest tile along K of TRT-LLM's block-scaled GEMMs."""
+
+
+def whole_tiles(hidden_size: Callable[[C], int]) -> Rule[C]:
+    """Hold a layer of TRT-LLM to a hidden size, padded, in whole tiles along K of its first GEMM.
+
+    0.7.4 says that the padded size "must be a multiple of 256 for MxFP8 and NVFP4 (128 is rejected or
+    gives wrong results)", `fused_moe/core.py:582`. 0.7.2 has the same compiled kernels
+    (`artifacts.py:145`) and the same runner, but does not say so.
+    """
+    return Rule(
+        lambda r: hidden_size(r) % _TILE,
+        lambda r: (
+            f"hidden_size is {hidden_size(r)}, padded; it must be a multiple of {_TILE}, of 128 alone "
+            "its kernels reject it or give wrong results"
+        ),
+        "trtllm_fused_moe_runner.cu:80",
+    )
+
+
 def math_of(build: Build, source: str) -> Rule[RecipeCall]:
     """The quantizers of this build read fast or exact math from the environment."""
 

@@ -20,7 +20,7 @@ from .layer_rules import (
     has_activation,
     writes_bf16,
 )
-from .rules import SM10X, Rule, math_of, no_kernels_beside
+from .rules import SM10X, Rule, math_of, no_kernels_beside, whole_tiles
 from .version import SINCE_NEW
 
 NAME = "flashinfer:trtllm"
@@ -156,6 +156,7 @@ RULES: tuple[Rule[MoECall], ...] = (
         "hidden_states are bf16; NVFP4 weights take NVFP4 codes",
         "trtllm_fused_moe_kernel_launcher.cu:5220",
     ),
+    whole_tiles(lambda r: r.experts.padded_hidden_size),
     has_activation("trtllm", "trtllm_fused_moe_runner.cu:114"),
     Rule(
         lambda r: r.experts.activation == ActivationType.Situ and r.capability == (10, 7),

@@ -151,3 +151,35 @@ def to_bf16(x, ARCH: tl.constexpr):
     else:
         y = x.to(tl.bfloat16)
     return y
+
+
+@triton.jit
+def from_bf16(x, ARCH: tl.constexpr):
+    """Widen bf16 to fp32. The interpreter's own cast takes subnormal numbers for zeros."""
+    if ARCH == 0:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        y = bits.to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def fma(a, b, c, ARCH: tl.constexpr):
+    """a * b + c, rounded once, of a that came from bf16.
+
+    The interpreter's own rounds the product, which is exact in fp64. There the sum is made odd where
+    fp64 has lost a part of it, as in `reference.numerics.accumulate.fma`.
+    """
+    if ARCH == 0:
+        product = a.to(tl.float64) * b
+        total = product + c
+        virtual = total - product
+        error = (product - (total - virtual)) + (c - virtual)
+        bits = total.to(tl.int64, bitcast=True)
+        step = tl.where((error > 0) == (total > 0), 1, -1)
+        lost = ((error > 0) | (error < 0)) & (bits & 1 == 0)  # not where the sum is no number
+        y = tl.where(lost, bits + step, bits).to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        y = tl.fma(a, tl.zeros_like(a) + b, c)
+    return y

@@ -327,7 +327,7 @@ def fused_moe(
         stats: also report what both quantizations did, by expert; not by FlashInfer, nor compiled. The
             output has the bits of the same backend without.
         The rest: as for `trtllm_fp4_block_scale_moe`; 4over6 is off unless given, for both
-        quantizations.
+            quantizations.
 
     Returns:
         [T, hidden size] of output_dtype; with stats (that, a `MoEStatistics`).

@@ -151,12 +151,19 @@ def _adopt(name: str, run: Callable[[MoECall], Any]) -> _Run:
     return adopted
 
 
-def _left_open(call: MoECall) -> list[str]:
-    """Say where FlashInfer's layer, which could serve the call, leaves open what ours determine."""
-    if trtllm.LAYER.refusal(call) is not None:
-        return []
-    texts = every_text(trtllm.LEFT_OPEN, call)
-    return [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
+def _notes(call: MoECall) -> list[str]:
+    """Say where FlashInfer's layer leaves open what ours determine, and how Triton serves the call."""
+    notes = []
+    if trtllm.LAYER.refusal(call) is None:
+        texts = every_text(trtllm.LEFT_OPEN, call)
+        notes += [f"{trtllm.NAME} differs for some values: {text}" for text in texts]
+    named = call.logits is not None and call.routing.functions != "exact"
+    if named and _triton_refusal(call) is None:
+        from .routing import refusal
+
+        if reason := refusal(call.routing, call.device):
+            notes.append(f"triton's layer routes by the reference, to the same bits: {reason}")
+    return notes + gemm_notes(call.capability, call.experts)
 
 
 def gemm_notes(capability: tuple[int, int] | None, experts: Experts) -> list[str]:
@@ -172,10 +179,6 @@ def gemm_notes(capability: tuple[int, int] | None, experts: Experts) -> list[str
             "with batch_invariant=False, too"
         ]
     return [f"triton multiplies by its grouped GEMM for every GPU, not by that for sm_90: {reason}"]
-
-
-def _notes(call: MoECall) -> list[str]:
-    return _left_open(call) + gemm_notes(call.capability, call.experts)
 
 
 FUSED_MOE: Operation[MoECall, Results] = Operation(

@@ -157,10 +157,10 @@ class MoECall(KernelCall):
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
         if backend == "triton":
-            from . import routing as ours
+            from .routing import try_route
 
-            if ours.refusal(self.routing) is None:
-                return ours.route(self.logits, self.routing, self.routing_bias)
+            if (routed := try_route(self.logits, self.routing, self.routing_bias)) is not None:
+                return routed
         result = route(self.logits, self.routing, self.routing_bias)
         result = append_shared_experts(result, self.shared_experts, self.num_experts)
         return result.ids, result.weights_bf16

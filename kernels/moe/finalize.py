@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...reference.moe.finalize import FinalizeOrder, split_k_groups
-from ..jit.arithmetic import add, flush, to_bf16
+from ..jit.arithmetic import add, flush, fma, from_bf16, to_bf16
 from ..jit.pdl import await_previous
 from ..launcher import cdiv, launch, next_power_of_2
 from ..triton_target import arch, launch_options
@@ -65,17 +65,14 @@ def finalize_kernel(
             weight = flush(tl.load(weights_ptr + token * K + k).to(tl.float32), FTZ, ARCH)
             is_local = tl.where(inside, row, -1) >= 0
             stored = tl.load(rows_ptr + row.to(tl.int64) * H + column, is_local, other=0.0)
-            value = flush(stored.to(tl.float32), FTZ, ARCH)
+            value = flush(from_bf16(stored, ARCH), FTZ, ARCH)
             onto = part
             if MULTIPLIES_FIRST and k == 0:
                 # -0 by its bits: `tl.full` takes -0.0 for 0.
                 onto = tl.full((COLUMNS,), -(2**31), tl.int32).to(tl.float32, bitcast=True)
-            if ARCH == 0:  # the interpreter's tl.fma rounds the product, which is exact in fp64
-                added = (value.to(tl.float64) * weight + onto).to(tl.float32)
-            else:
-                added = tl.fma(value, tl.zeros_like(part) + weight, onto)
+            added = flush(fma(value, weight, onto, ARCH), FTZ, ARCH)
             # The weight of a slot of no expert may be NaN.
-            part = tl.where(is_local, flush(added, FTZ, ARCH), part)
+            part = tl.where(is_local, added, part)
         total = part if j == 0 else add(total, part, FTZ, ARCH)
     out = out_ptr + token.to(tl.int64) * width + column
     if out_ptr.dtype.element_ty == tl.bfloat16:

@@ -1,20 +1,27 @@
 """Route in one Triton kernel, a program for each token: `reference.moe.routing` without groups.
 
-Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, exp and
-tanh are rounded from fp64, sums have the reference's order. Only an fp64 value that lies next to an fp32
-rounding border may round to the other side.
+Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, and sums
+have the reference's order. Exact functions are rounded from fp64: only an fp64 value that lies next to
+an fp32 rounding border may round to the other side. A GPU's functions are its instructions.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ...reference.moe.routing import METHODS, Routing, RoutingMethodType
-from ..jit.arithmetic import add, div, flush, larger, log2, mul, to_bf16
+from ...reference.moe.routing import METHODS, Routing, RoutingMethodType, _one_block_a_token
+from ...reference.numerics import functions
+from ...reference.numerics.fp32 import rcp_delta
+from ..backends import log_fallback
+from ..instruction_probe import functions_that_differ
+from ..jit.arithmetic import add, div, flush, larger, log2, mul, rcp, to_bf16
+from ..jit.instructions import LOG2E, ex2_approx, tanh_approx
 from ..jit.pdl import await_previous
 from ..launcher import launch, next_power_of_2
-from ..triton_target import arch, launch_options
+from ..triton_target import INTERPRETING, arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
 RENORMALIZE_NAIVE = tl.constexpr(int(RoutingMethodType.RenormalizeNaive))
@@ -37,16 +44,45 @@ def is_biased(method):
 
 
 @triton.jit
-def _sigmoid(x):
+def _sigmoid(x, table_ptr, APPROXIMATE: tl.constexpr, ARCH: tl.constexpr):
     """Return 0.5 * tanh(0.5 * x) + 0.5, so that scores near 0 tie at multiples of 2^-25."""
+    if APPROXIMATE:
+        return 0.5 * tanh_approx(mul(x, tl.zeros_like(x) + 0.5, True, ARCH), table_ptr, ARCH) + 0.5
     e = tl.exp(-tl.abs(x.to(tl.float64)))
-    tanh = ((1.0 - e) / (1.0 + e)).to(tl.float32)
-    return 0.5 * tl.where(x < 0, -tanh, tanh) + 0.5
+    half = ((1.0 - e) / (1.0 + e)).to(tl.float32)
+    return 0.5 * tl.where(x < 0, -half, half) + 0.5
 
 
 @triton.jit
-def _exp(x, ARCH: tl.constexpr):
+def _exp(x, table_ptr, APPROXIMATE: tl.constexpr, ARCH: tl.constexpr):
+    if APPROXIMATE:
+        return ex2_approx(mul(x, tl.zeros_like(x) + LOG2E, True, ARCH), table_ptr, ARCH)
     return flush(tl.exp(x.to(tl.float64)).to(tl.float32), True, ARCH)
+
+
+@triton.jit
+def _share(x, total, rcp_delta_ptr, APPROXIMATE: tl.constexpr, ARCH: tl.constexpr):
+    """Return x / total, of a scalar."""
+    total = tl.zeros_like(x) + total
+    if APPROXIMATE:
+        return mul(x, rcp(total, rcp_delta_ptr, ARCH), True, ARCH)
+    return div(x, total, True, ARCH)
+
+
+@triton.jit
+def _sum_of_all(x, BY_BLOCKS: tl.constexpr, ARCH: tl.constexpr):
+    """Sum numbers of no sign in the order of FlashInfer's kernels of Default (`_softmax_of_all`)."""
+    LANES: tl.constexpr = 32 if x.shape[0] > 32 else x.shape[0]
+    WARPS: tl.constexpr = x.shape[0] // LANES
+    x = tl.reshape(x, (WARPS, LANES))
+    if BY_BLOCKS:
+        for _ in tl.static_range(log2(LANES)):
+            x = tl.sum(tl.reshape(x, (WARPS, x.shape[1] // 2, 2)), 2)
+    warp = tl.arange(0, WARPS)[:, None]
+    total = tl.sum(tl.where(warp == 0, x, 0.0), 0)
+    for i in tl.static_range(1, WARPS):
+        total = add(total, tl.sum(tl.where(warp == i, x, 0.0), 0), True, ARCH)
+    return _warp_sum(total)
 
 
 @triton.jit
@@ -72,6 +108,10 @@ def route_kernel(
     WIDTH: tl.constexpr,  # a power of two >= E
     SLOTS: tl.constexpr,  # a power of two >= K
     ARCH: tl.constexpr,
+    APPROXIMATE: tl.constexpr = False,  # by the instructions of the GPU
+    BY_BLOCKS: tl.constexpr = False,  # the order of Default's sum, where APPROXIMATE
+    table_ptr=None,  # in the interpreter, of `jit.instructions`
+    rcp_delta_ptr=None,  # in the interpreter, int8 [2^23]
 ):
     await_previous(ARCH)
     token = tl.program_id(0).to(tl.int64)
@@ -86,11 +126,12 @@ def route_kernel(
             value = tl.where(x == x, x, float("-inf"))
         score = value
     elif METHOD == DEFAULT:
-        e = _exp(x - tl.max(x, 0), ARCH)
-        value = div(e, tl.zeros_like(e) + _warp_sum(e), True, ARCH)
+        e = _exp(x - tl.max(x, 0), table_ptr, APPROXIMATE, ARCH)
+        total = _sum_of_all(e, BY_BLOCKS, ARCH) if APPROXIMATE else _warp_sum(e)
+        value = _share(e, total, rcp_delta_ptr, APPROXIMATE, ARCH)
         score = value
     else:
-        value = _sigmoid(x)
+        value = _sigmoid(x, table_ptr, APPROXIMATE, ARCH)
         score = value
         if BIASED and bias_ptr is not None:
             bias = tl.load(bias_ptr + expert, inside, other=0.0).to(tl.float32)
@@ -117,28 +158,57 @@ def route_kernel(
     live = slot < K
     if METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE:
         top = tl.max(tl.where(live, chosen, float("-inf")), 0)
-        e = tl.where(live, _exp(chosen - top, ARCH), 0.0)
-        weight = div(e, tl.zeros_like(e) + _warp_sum(e), True, ARCH)
+        e = tl.where(live, _exp(chosen - top, table_ptr, APPROXIMATE, ARCH), 0.0)
+        weight = _share(e, _warp_sum(e), rcp_delta_ptr, APPROXIMATE, ARCH)
     elif METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID:
-        weight = _sigmoid(chosen)
+        weight = _sigmoid(chosen, table_ptr, APPROXIMATE, ARCH)
     elif BIASED:
         total = _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20
         scaled = mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)
-        weight = div(scaled, tl.zeros_like(chosen) + total, True, ARCH)
+        weight = _share(scaled, total, rcp_delta_ptr, APPROXIMATE, ARCH)
     elif METHOD == SIGMOID_RENORM and NORM:
         total = larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH)
-        weight = div(chosen, tl.zeros_like(chosen) + total, True, ARCH)
+        weight = _share(chosen, total, rcp_delta_ptr, APPROXIMATE, ARCH)
     else:
         weight = chosen
     tl.store(ids_ptr + token * K + slot, ids, live)
     tl.store(weights_ptr + token * K + slot, to_bf16(weight, ARCH), live)
 
 
-def refusal(routing: Routing) -> str | None:
-    """Return why the kernel does not route so; the reference then does."""
-    if routing.functions != "exact":
-        return f"functions={routing.functions!r} are the reference's"
-    return "groups are the reference's" if routing.grouped else None
+def refusal(routing: Routing, device: torch.device) -> str | None:
+    """Return why the kernel does not route so on the device; the reference then does, to the same bits.
+
+    The functions of a GPU are measured on the device, once in a process.
+    """
+    if routing.grouped:
+        return "groups are the reference's"
+    if routing.functions == "exact" or INTERPRETING:
+        return None
+    named = f"functions={routing.functions!r}"
+    if device.type != "cuda":
+        return f"{named} are measured on a GPU, and the tensors are on the {device.type}"
+    if wrong := functions_that_differ(device):
+        return f"{named} are not those of this GPU, whose instructions differ for {wrong} arguments"
+    return None
+
+
+def try_route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what `route` does, or None where it is refused; the reason is logged, once."""
+    reason = refusal(routing, logits.device)
+    if reason is None:
+        return route(logits, routing, bias)
+    if not torch.compiler.is_compiling():
+        log_fallback("the routing", "triton", reason)
+    return None
+
+
+@functools.cache
+def _table(device: torch.device) -> torch.Tensor:
+    """Return what the interpreter reads in place of the instructions (`jit.instructions`)."""
+    tanh = (functions.tanh_table(exponent, device) for exponent in functions.LEADING_BITS)
+    return torch.cat([functions.ex2_table(device), *tanh])
 
 
 @torch.library.custom_op("nvfp4_moe::triton_route", mutates_args=())
@@ -149,23 +219,28 @@ def _op(
     top_k: int,
     scale: float,
     norm: bool,
+    approximate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, experts = logits.shape
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((tokens, top_k), dtype=torch.bfloat16, device=logits.device)
     if tokens:
         width = max(16, next_power_of_2(experts))
+        reads = approximate and INTERPRETING
         launch(route_kernel, (tokens,),
             logits.contiguous(), bias, ids, weights, scale, experts, K=top_k, METHOD=method,
             NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
-            ARCH=arch(logits.device), num_warps=1 if width <= 256 else 4,
-            **launch_options(logits.device),
+            ARCH=arch(logits.device), APPROXIMATE=approximate,
+            BY_BLOCKS=approximate and _one_block_a_token(logits, top_k),
+            table_ptr=_table(logits.device) if reads else None,
+            rcp_delta_ptr=rcp_delta(logits.device) if reads else None,
+            num_warps=1 if width <= 256 else 4, **launch_options(logits.device),
         )  # fmt: skip
     return ids, weights
 
 
 @_op.register_fake
-def _(logits, bias, method, top_k, scale, norm):  # type: ignore[no-untyped-def]
+def _(logits, bias, method, top_k, scale, norm, approximate):  # type: ignore[no-untyped-def]
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.bfloat16)
 
@@ -173,7 +248,7 @@ def _(logits, bias, method, top_k, scale, norm):  # type: ignore[no-untyped-def]
 def route(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids int32 [T, K] and weights bf16 [T, K]; `refusal` names the methods without a kernel.
+    """Return ids int32 [T, K] and weights bf16 [T, K]; `refusal` names what has no kernel.
 
     Raises:
         ValueError: K > E, or a bias that the method does not read.
@@ -183,5 +258,11 @@ def route(
     if bias is not None and not routing.method.biased:
         raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
     return _op(
-        logits, bias, int(routing.method), routing.top_k, routing.scale, routing.norm_topk_prob
+        logits,
+        bias,
+        int(routing.method),
+        routing.top_k,
+        routing.scale,
+        routing.norm_topk_prob,
+        routing.functions != "exact",
     )

@@ -42,9 +42,9 @@ def _routed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, weights), by the kernel if there is a GPU."""
     if logits.is_cuda:
-        from . import routing as ours
+        from .routing import try_route
 
-        if ours.refusal(routing) is None:
-            return ours.route(logits, routing, bias)
+        if (routed := try_route(logits, routing, bias)) is not None:
+            return routed
     result = route(logits, routing, bias)
     return result.ids, result.weights_bf16

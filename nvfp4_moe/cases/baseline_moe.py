@@ -22,9 +22,8 @@ from ..reference.moe.baseline_moe import (
 )
 from ..reference.moe.fp8 import BLOCK, MX_BLOCK
 from ..reference.moe.routing import Routing, RoutingMethodType
-from . import inputs
 from . import moe as moe_cases
-from .moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
+from .moe import EXPERTS, INTERMEDIATE, TOKENS, TOP_K
 from .moe_case import to_device
 
 SWIGLU = ActivationType.Swiglu
@@ -78,7 +77,7 @@ def cases(format: Format) -> list[BaselineCase]:
 
 def real_case(format: Format) -> BaselineCase:
     """Make calls of real hidden states and normal weights."""
-    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
+    x = moe_cases.real_states(moe_cases.HIDDEN)
     w13, w2 = moe_cases.layer_weights(SWIGLU, x.shape[1])
     ids, weights = moe_cases.choice()
     maxima = {}

@@ -1,8 +1,9 @@
 """The calls of the fused mixture of experts that `nvfp4-moe diff` compares."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from . import inputs, moe_edges
 from .moe_case import MoECase
 
 TENSOR = "layer0.ffn_in"
-TOKENS, INTERMEDIATE, EXPERTS, TOP_K = 24, 128, 4, 2
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 24, 512, 128, 4, 2
 _M = RoutingMethodType
 _GIVEN = Routing(_M.Renormalize, TOP_K)
+Plan = tuple[str, Callable[[], MoECase]]
+"""The name of a case, and the function that makes it: most of the time goes into the weights."""
 
 
 def cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
@@ -35,14 +38,32 @@ def cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
     4over6 are those that the environment asks of FlashInfer, so that its backends serve; the layers'
     own orders are those of a version.
     """
-    return [
-        *_activations(),
-        *_ways(),
-        *_routed(),
-        *_of_other_builds(flashinfer),
-        *exact_cases(),
-        *moe_edges.cases(_recipe()),
-    ]
+    return [make() for _, make in _plans(flashinfer)]
+
+
+def chosen_cases(names: Sequence[str], flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
+    """Make the cases of these names alone, in the order of the names."""
+    found: dict[str, MoECase] = {}
+    for name, make in _plans(flashinfer):
+        if name in names:
+            found[name] = make()
+            if len(found) == len(names):  # those that follow are not even planned
+                break
+    return [found[name] for name in names]
+
+
+def _plans(flashinfer: FlashInferVersion) -> Iterator[Plan]:
+    yield from _activations()
+    yield from _ways()
+    yield from _routed()
+    yield from _of_other_builds(flashinfer)
+    for make in (exact_cases, partial(moe_edges.cases, _recipe())):
+        for case in make():
+            yield case.name, partial(_itself, case)
+
+
+def _itself(case: MoECase) -> MoECase:
+    return case
 
 
 def few_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
@@ -57,8 +78,7 @@ def few_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
         "Geglu, build cutlass",
         "Relu2, sums exact",
     )
-    every = {case.name: case for case in cases(flashinfer)}
-    return [every[name] for name in names]
+    return chosen_cases(names, flashinfer)
 
 
 def large_cases(flashinfer: FlashInferVersion = FLASHINFER) -> list[MoECase]:
@@ -101,10 +121,15 @@ def _logits(tokens: int, experts: int) -> torch.Tensor:
     return host.normal(torch.Generator().manual_seed(7), tokens, experts)
 
 
+def real_states(hidden: int) -> torch.Tensor:
+    """Return real hidden states [TOKENS, hidden] bf16; their columns begin anew after the last one."""
+    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
+    return x[:, host.arange(hidden) % x.shape[1]]
+
+
 def _states(experts: Experts, recipe: Recipe, mode: str = "per-token") -> Activations:
     """Return real hidden states in the form that the layer takes."""
-    x = inputs.activations()[TENSOR][:TOKENS].bfloat16()
-    x = torch.nn.functional.pad(x, (0, experts.padded_hidden_size - x.shape[1]))
+    x = real_states(experts.hidden_size)
     if mode == "bf16":
         return Activations(x)
     if mode == "static":
@@ -119,40 +144,45 @@ def _recipe(build: LayerBuild = "cuda") -> Recipe:
     return Recipe(environment.math(quantizers), environment.four_over_six(), quantizers)
 
 
-def _width() -> int:
-    return inputs.activations()[TENSOR].shape[1]
+def _case(name: str, kind: ActivationType, *arguments: Any, **options: Any) -> Plan:
+    """Plan a case of an activation; `_make` takes the arguments."""
+    whole = f"{kind.name}, {name}"
+    return whole, partial(_make, whole, kind, *arguments, **options)
 
 
-def _case(
+def _make(
     name: str,
     kind: ActivationType,
     mode: str = "per-token",
     recipe: Recipe | None = None,
     experts: dict[str, Any] | None = None,
+    hidden: int = HIDDEN,
     **changes: Any,
 ) -> MoECase:
     options = experts or {}
     if mode == "static":
         options = options | {"input_amax": 20.0, "intermediate_amax": 20.0}
-    recipe, prepared = recipe or _recipe(), layer(kind, _width(), **options)
+    recipe, prepared = recipe or _recipe(), layer(kind, hidden, **options)
     given: dict[str, Any] = {"routing": _GIVEN, "num_experts": EXPERTS, "recipe": recipe}
     if "logits" not in changes:
         given["ids"], given["weights"] = choice()
     states = _states(prepared, replace(recipe, build="cuda"), mode)
-    return MoECase(f"{kind.name}, {name}", states, prepared, **given | changes)
+    return MoECase(name, states, prepared, **given | changes)
 
 
-def _activations() -> Iterator[MoECase]:
+def _activations() -> Iterator[Plan]:
     for kind in IMPLEMENTED:
         yield _case("per token", kind)
 
 
-def _ways() -> Iterator[MoECase]:
+def _ways() -> Iterator[Plan]:
     """Make cases of the contract's options, one at a time."""
     swiglu = ActivationType.Swiglu
     yield _case("bf16", swiglu, "bf16")
     yield _case("static", swiglu, "static")
     yield _case("static", ActivationType.Relu2, "static")
+    # FlashInfer's TRT-LLM layer refuses it.
+    yield _case("H = 384", swiglu, hidden=384)
     g = torch.Generator().manual_seed(3)
     yield _case(
         "alpha, beta, limit, biases",
@@ -162,7 +192,7 @@ def _ways() -> Iterator[MoECase]:
             "beta": 1.0,
             "clamp_limit": 1.5,
             "w13_bias": host.normal(g, EXPERTS, 2 * INTERMEDIATE),
-            "w2_bias": host.normal(g, EXPERTS, _width()),
+            "w2_bias": host.normal(g, EXPERTS, HIDDEN),
         },
     )
     ids, weights = choice()
@@ -183,7 +213,7 @@ def _ways() -> Iterator[MoECase]:
     )
 
 
-def _routed() -> Iterator[MoECase]:
+def _routed() -> Iterator[Plan]:
     """Make cases that route from logits, by each method."""
     logits = _logits(TOKENS, EXPERTS)
     bias = torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float32, device="cpu")
@@ -199,17 +229,17 @@ def _routed() -> Iterator[MoECase]:
     yield _case("routed by Renormalize, ties", ActivationType.Swiglu, logits=logits.round())
 
 
-def _of_other_builds(flashinfer: FlashInferVersion) -> Iterator[MoECase]:
+def _of_other_builds(flashinfer: FlashInferVersion) -> Iterator[Plan]:
     for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in kind.row.flashinfer):
         yield _of_build("cute-dsl", kind, flashinfer)
     for kind in (ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Relu2):
         yield _of_build("cutlass", kind, flashinfer)
 
 
-def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVersion) -> MoECase:
+def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVersion) -> Plan:
     variant = VARIANTS[build]
     mode = "static" if variant.static_only else "per-token"
-    case = _case(
+    name, make = _case(
         f"build {build}",
         kind,
         mode,
@@ -217,7 +247,12 @@ def _of_build(build: LayerBuild, kind: ActivationType, flashinfer: FlashInferVer
         recipe=_recipe(build),
         finalize_order=variant.order(flashinfer),
     )
-    return replace(case, experts=variant.prepared(case.experts))
+
+    def laid_out() -> MoECase:
+        case = make()
+        return replace(case, experts=variant.prepared(case.experts))
+
+    return name, laid_out
 
 
 def exact_cases() -> Iterator[MoECase]:

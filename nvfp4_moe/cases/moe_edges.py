@@ -14,29 +14,52 @@ import torch
 
 from .. import host
 from ..reference.activation import IMPLEMENTED, ActivationType
+from ..reference.layouts import from_linear, to_linear
 from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.numerics import e2m1
 from ..reference.quantize import quantize_global_scale
-from ..reference.recipe import BLOCK_SIZE, Recipe
+from ..reference.recipe import BLOCK_SIZE, Recipe, SfLayout
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_experts, prepare_experts
 from .moe_case import MoECase
 
 SIZE, TOKENS = 128, 16
-"""The H and I, and the T, of most cases."""
+"""The H (`cases` doubles it) and I, and the T, of most cases."""
+_128X4 = SfLayout.layout_128x4
 _A, _M = ActivationType, RoutingMethodType
 _ONE = 0x38  # 1.0 in e4m3
 PARAMETERS = {"alpha": 1.3, "beta": 0.8, "clamp_limit": 2.5}
 
 
 def cases(recipe: Recipe) -> Iterator[MoECase]:
-    """Make all edge cases; `recipe` is the intermediate's."""
-    yield from far_below(recipe)
-    yield from activations(recipe)
-    yield from static(recipe)
-    yield from routed(recipe)
-    yield from sizes(recipe)
+    """Make all edge cases as wide as FlashInfer's layers need; `recipe` is the intermediate's."""
+    for part in (far_below, activations, static, routed, sizes):
+        yield from map(_widened, part(recipe))
+
+
+def _widened(case: MoECase) -> MoECase:
+    """Add as many columns of zeros to H of a case as it has; outputs of the others stay as they are."""
+    e, a = case.experts, case.activations
+    h = e.hidden_size
+
+    def behind(t: torch.Tensor, dim: int) -> torch.Tensor:
+        bytes_ = t.view(torch.uint8)
+        return torch.cat([bytes_, torch.zeros_like(bytes_)], dim).view(t.dtype)
+
+    linear = to_linear(e.gemm1_weights_scale, e.gemm1_weights.shape[1], h // BLOCK_SIZE, _128X4)
+    experts = replace(
+        e,
+        gemm1_weights=behind(e.gemm1_weights, 2),
+        gemm1_weights_scale=from_linear(behind(linear, 2), _128X4),
+        gemm2_weights=behind(e.gemm2_weights, 1),
+        gemm2_weights_scale=behind(e.gemm2_weights_scale, 1),
+        gemm2_bias=None if e.gemm2_bias is None else behind(e.gemm2_bias, 1),
+        hidden_size=2 * h,
+    )
+    scales = None if a.block_scales is None else behind(a.block_scales, 1)
+    states = replace(a, hidden_states=behind(a.hidden_states, 1), block_scales=scales)
+    return replace(case, experts=experts, activations=states)
 
 
 def _g(seed: int) -> torch.Generator:

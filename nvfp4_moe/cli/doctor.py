@@ -11,6 +11,7 @@ from ..kernels.moe.api import explain_fused_moe
 from ..kernels.moe.backends import ORDER
 from ..kernels.quantize.api import auto_order, explain
 from ..machine import machine
+from ..reference.fingerprint import steps
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.prepare import prepare_experts
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
         + ", ".join(f"{k} {v or '(not installed)'}" for k, v in examined["versions"].items())
     )
     print(f"commit: {examined['commit'] or '(no checkout)'}")
+    print(f"contract: {examined['contract']}")
     for gpu in examined["gpus"] or ["none"]:
         print(f"GPU: {gpu}")
     print(f"NVIDIA driver: {examined['driver'] or 'none'}")
@@ -71,6 +73,7 @@ def examine() -> dict:
         }
     return {
         **machine(),
+        "contract_steps": steps(),
         "rcp_table": _rcp_table() if on_gpu else None,
         "routing_functions": _routing_functions() if on_gpu else None,
         "flashinfer": _flashinfer(),
@@ -96,11 +99,11 @@ def _flashinfer() -> dict:
 
 def _fused_moe(device: torch.device) -> dict:
     """The backend that would serve a layer of two experts, whose values nothing reads."""
-    w13 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
-    w2 = torch.zeros(2, 128, 128, dtype=torch.bfloat16, device=device)
+    w13 = torch.zeros(2, 256, 256, dtype=torch.bfloat16, device=device)
+    w2 = torch.zeros(2, 256, 128, dtype=torch.bfloat16, device=device)
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
     explanation = explain_fused_moe(
-        w2[0, :1],
+        w13[0, :1],
         prepare_experts(w13, w2),
         (ids, torch.ones(1, 1, dtype=torch.float32, device=device)),
     )

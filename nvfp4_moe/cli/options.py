@@ -175,6 +175,26 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to quantize; default: %(default)s")
 
 
+def _solutions(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write definitions and solutions of the fused layer, as flashinfer-bench has them. FlashInfer's "
+        "hook (flashinfer.trace_apply) then calls ours for calls of these shapes, in any server. The "
+        "installed flashinfer-python names the definitions."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        required=True,
+        metavar="H,I,E,K[,LOCAL]",
+        help="of the weights, padding included: hidden and intermediate size, experts, top k, and the "
+        "experts of a rank; again for another layer",
+    )
+    parser.add_argument("--activation", default="Swiglu", help="default: %(default)s")
+    parser.add_argument("--routing", help="methods, comma-separated, or given; default: all")
+    parser.add_argument("--groups", metavar="N,TOP", help="of DeepSeekV3's routing")
+
+
 ADD: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "diff": _diff,
     "blackwell": _blackwell,
@@ -182,5 +202,6 @@ ADD: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "doctor": _doctor,
     "fuzz-bounds": _fuzz_bounds,
     "convert": _convert,
+    "solutions": _solutions,
 }
 """By subcommand: what gives its parser a description and options."""

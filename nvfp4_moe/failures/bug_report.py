@@ -55,6 +55,8 @@ def _versions(machine: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in machine.get("versions", {}).items() if v)
     gpus = machine.get("gpus") or ["none"]
     lines = [f"- {versions}", *(f"- GPU: {gpu}" for gpu in gpus)]
+    if contract := machine.get("contract"):
+        lines.append(f"- contract of nvfp4-moe: {contract}")
     lines += [f"- {k}={v}" for k, v in machine.get("environment", {}).items() if v is not None]
     return ["\n".join(lines)]
 

@@ -109,6 +109,7 @@ def _header(report: dict[str, Any], verdict: str) -> Markup:
         "GPU": _lines(machine["gpus"] or ["none"]),
         "NVIDIA driver": machine.get("driver") or "none",
         "Commit": machine.get("commit") or "none: no checkout",
+        "Contract": element("code", machine.get("contract") or "not recorded"),
         "Bits asked for": f"FlashInfer {report['flashinfer']}",
         "Versions": element("span", ", ".join(versions)),
         "Environment": _lines(variables, "code") if variables else "none of its variables is set",

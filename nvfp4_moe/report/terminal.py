@@ -136,9 +136,10 @@ def _made(whole: Report) -> str:
     machine = whole.machine
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    contract = f", contract {machine['contract'][:12]}" if machine.get("contract") else ""
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
-    return f"{whole.date}: {versions}{commit}; {gpus}{driver}"
+    return f"{whole.date}: {versions}{commit}{contract}; {gpus}{driver}"
 
 
 def print_end(whole: Report, stream: TextIO) -> None:

@@ -421,8 +421,7 @@ def _softmax_of_all(
     if name == "exact":
         return _softmax(values, f)
     exp = f.exp(_CUDA.sub(values, values.amax(dim=-1, keepdim=True)))
-    width = 128 if values.shape[1] <= 128 and not by_blocks else 256
-    lanes = torch.nn.functional.pad(exp, (0, width - values.shape[1])).unflatten(1, (-1, 32))
+    lanes = torch.nn.functional.pad(exp, (0, -values.shape[1] % 32)).unflatten(1, (-1, 32))
     if by_blocks:
         for step in (1, 2, 4, 8, 16):
             behind = torch.nn.functional.pad(lanes[..., step:], (0, step))

@@ -8,7 +8,8 @@ zeros. For each of two seeds s:
 with the finalizer of splitmix64 as mix (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", 2014). The sum has no order, so that every device gives the same digests at the speed of its
 memory. SHA-256 then runs over names, dtypes, shapes, digests and the sizes, after the version of
-FlashInfer that is asked for where that is not the default. It finds accidents, not forgeries.
+FlashInfer and the functions of the routing where those are not the defaults. It finds accidents, not
+forgeries.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -18,6 +19,9 @@ from dataclasses import fields
 
 import torch
 
+from .. import checks
+from ..numerics.functions import FUNCTIONS, FunctionsName
+from ..numerics.functions import checksum as checksum_of_functions
 from ..recipe import FLASHINFER, FlashInferVersion, check_flashinfer
 from .copies import LAYOUTS
 from .experts import Experts
@@ -28,12 +32,19 @@ _LEFT_OUT = (*(layout.field for layout in LAYOUTS), "shard", "first_expert")
 """Copies of the weights for other kernels, which follow from the rest, and where these are from."""
 
 
-def checksum(experts: Experts, flashinfer: FlashInferVersion = FLASHINFER) -> str:
+def checksum(
+    experts: Experts,
+    flashinfer: FlashInferVersion = FLASHINFER,
+    functions: FunctionsName = "exact",
+) -> str:
     """`Experts.checksum`."""
     check_flashinfer(flashinfer)
+    checks.one_of("functions", functions, FUNCTIONS)
     total = hashlib.sha256()
     if flashinfer != FLASHINFER:
         total.update(f"flashinfer: {flashinfer}\n".encode())
+    if functions != "exact":
+        total.update(f"functions: {functions} {checksum_of_functions(functions)}\n".encode())
     for name, value in _state(experts):
         if isinstance(value, torch.Tensor):
             shape = "x".join(map(str, value.shape))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..activation import ActivationType
+from ..numerics.functions import FunctionsName
 from ..recipe import FLASHINFER, FlashInferVersion, Recipe
 from .arguments import Options
 from .summary import dtype_and_shape, one_line
@@ -179,18 +180,22 @@ class Experts:
             self, w13, w2, first=first, amax=amax, recipe=recipe, options=options, backend=backend
         )
 
-    def checksum(self, flashinfer: FlashInferVersion = FLASHINFER) -> str:
+    def checksum(
+        self, flashinfer: FlashInferVersion = FLASHINFER, functions: FunctionsName = "exact"
+    ) -> str:
         """Return 64 hexadecimal digits over every bit of the layer, the same on every device.
 
         Of the weights, scales, scalars and sizes; not of copies for other kernels (`with_cute_dsl`).
-        `checksum.py` has the formula. It waits for the GPU.
+        `checksum.py` has the formula. It waits for the GPU. Equal bits are computed with equally where
+        `nvfp4_moe.fingerprint` is equal, too.
 
         Args:
             flashinfer: whose bits the holder's calls ask for, so that others disagree with it.
+            functions: those of the holder's `Routing`; their table enters, unless they are "exact".
 
         Raises:
-            ValueError: another version.
+            ValueError: another version, or other functions.
         """
         from .checksum import checksum
 
-        return checksum(self, flashinfer)
+        return checksum(self, flashinfer, functions)

@@ -18,7 +18,7 @@ from nvfp4_moe.kernels.backends import Backend, Operation
 from nvfp4_moe.kernels.dense.api import MM_FP4
 from nvfp4_moe.kernels.fused_quantize.api import FUSED_QUANTIZE
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
-from nvfp4_moe.kernels.op_schema import Flat
+from nvfp4_moe.kernels.op_schema import OPS, Flat, register
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
 from nvfp4_moe.reference.moe.routing import RoutingMethodType
 from nvfp4_moe.reference.recipe import Recipe
@@ -293,3 +293,20 @@ def test_a_missing_kernel_falls_back_under_auto_alone():
     with pytest.raises(RuntimeError, match="no kernel"):
         operation.serve(Asked(), "first")
     assert not refused and operation.serve(Asked(), "auto") == 2 and refused == ["no kernel"]
+
+
+def test_the_name_of_an_op_that_mutates_tells_its_schema():
+    """Inductor's key of compiled code has the op's name, and not where the mutated argument stands."""
+
+    @dataclass(frozen=True)
+    class Call:
+        x: torch.Tensor
+
+    names = set()
+    for tensors in ("Tensor y, Tensor(a!) out", "Tensor(a!) out, Tensor y"):
+        register(
+            "mutating", Flat(Call), lambda *_: None, lambda *_: None, "()",
+            tensors=tensors, mutates=("out",),
+        )  # fmt: skip
+        names.add(OPS["mutating"]._qualname)
+    assert len(names) == 2

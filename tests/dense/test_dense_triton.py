@@ -15,6 +15,7 @@ from mutants.generated.strict import codes_multiplied
 
 import nvfp4_moe
 from nvfp4_moe.kernels.dense.launch import dense_config
+from nvfp4_moe.kernels.op_schema import OPS
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference import dense as reference
@@ -198,7 +199,7 @@ def test_compiles_into_one_graph(backend, alpha):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_opcheck(name):
-    op = getattr(torch.ops.nvfp4_moe, f"{name}_mm_fp4").default
+    op = OPS[f"{name}_mm_fp4"]
     for alpha, use_8x4 in (("none", False), ("rows", True)):
         c = dense_cases.coarse(7, 40, 64, alpha=alpha, use_8x4=use_8x4)
         out = torch.zeros(7, 40, dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 from assertions import assert_bitwise, assert_quantized
 
 import nvfp4_moe
+from nvfp4_moe.kernels.op_schema import OPS
 from nvfp4_moe.reference import fused_quantize as reference
 from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
@@ -85,7 +86,7 @@ def test_compiles_into_one_graph(backend):
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_opcheck(name):
     x, weight = producer_cases.matrix(3, 64), producer_cases.matrix(1, 64)[0]
-    op = getattr(torch.ops.nvfp4_moe, f"{name}_fused_quantize").default
+    op = OPS[f"{name}_fused_quantize"]
     gated = torch.cat((x, x.flip(0)), 1)
     torch.library.opcheck(op, (gated, None, 0.0, None, 1 / 2688, 0, 2, None))
     torch.library.opcheck(op, (gated, None, 0.0, torch.full((1,), 1 / 2688), 0.0, 0, 0, None))

@@ -8,6 +8,8 @@ from oracle import cutlass, finalize, quantizers, routing
 from oracle.cases import Golden, Outcome, load
 from oracle.implementations import REFERENCE, triton
 
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+
 EVERY = 4
 """One case in so many runs; they take half a minute."""
 
@@ -30,7 +32,7 @@ def test_reference_routes_as_the_kernels(golden):
 
 def test_reference_routes_to_the_bit(golden):
     """With the functions of the GPU that the kernels ran on."""
-    assert_equal(routing.compare_exactly(golden, EVERY), 180)
+    assert_equal(routing.compare_exactly(golden, REFERENCE, EVERY), 180)
 
 
 def test_reference_finalizes_as_the_kernels(golden):
@@ -53,6 +55,20 @@ def test_order_of_the_sum_of_errors(golden):
 @pytest.mark.interpreter
 def test_triton_routes_as_the_kernels(golden):
     assert_equal(routing.compare(golden, triton("cpu"), 15, most_tokens=16), 15)
+
+
+@pytest.mark.interpreter
+def test_triton_routes_to_the_bit(golden):
+    assert_equal(routing.compare_exactly(golden, triton("cpu"), 25, most_tokens=8), 7)
+
+
+@pytest.mark.gpu
+def test_triton_routes_to_the_bit_on_a_gpu(golden):
+    """By the instructions of the GPU at hand, where they are those of FlashInfer's."""
+    ours, hopper = triton("cuda"), Routing(RoutingMethodType.Sigmoid, 1, functions="hopper")
+    if reason := ours.routing_refusal(hopper):
+        pytest.skip(reason)
+    assert_equal(routing.compare_exactly(golden, ours, EVERY), 150)
 
 
 @pytest.mark.interpreter

@@ -5,6 +5,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 
+from nvfp4_moe.kernels.moe.finalize import finalize as finalize_triton
 from nvfp4_moe.reference.moe.finalize import finalize
 
 TINY = 2.0**-140
@@ -59,3 +60,17 @@ def test_each_slot_rounds_once():
         assert fused.item() == 0.0, order
         kept = summed([-1.0, odd], [1 + 2.0**-6, 1 + 2.0**-23], order)
         assert kept.item() == odd * (1 + 2.0**-23) - (1 + 2.0**-6), order
+
+
+def test_the_kernel_rounds_once_and_keeps_subnormal_rows(device):
+    """A product on a tie of fp32, which 2^-80 decides, behind the last bit of fp64; rows of 2^-130."""
+    rows = torch.tensor([[2.0**-80], [1 + 2.0**-7], [2.0**-130], [2.0**-130]]).bfloat16()
+    weights = torch.tensor([[1.0, 1 + 2.0**-17], [1.0, 1.0]])
+    decided = 1 + 2.0**-7 + 2.0**-17 + 2.0**-23
+    for order, kept in (("slot", 0.0), ("slot-multiply", 2.0**-129)):
+        want = torch.tensor([[decided], [kept]])
+        assert_bitwise(finalize(rows.float().view(2, 2, 1), weights, order), want, order)
+        output = torch.empty(2, 1, device=device)
+        slots = torch.arange(4, dtype=torch.int32, device=device)
+        finalize_triton(rows.to(device), slots, weights.to(device), output, order)
+        assert_bitwise(output.cpu(), want, f"{order}, the kernel")

@@ -13,11 +13,13 @@ from installations import pretend
 from moe_cases import Shape
 
 import nvfp4_moe
+from nvfp4_moe.kernels.backends import log_fallback
 from nvfp4_moe.kernels.flashinfer import trtllm, version
 from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.kernels.moe import ops as moe_ops
+from nvfp4_moe.kernels.moe import routing as triton_routing
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
-from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.call import KernelCall, make_moe_call
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
@@ -270,10 +272,12 @@ def test_output_dtypes():
 
 
 CAPABLE = {"capability": (10, 0)}
+SERVED = replace(SHAPE, hidden=256)
+"""A shape that FlashInfer's TRT-LLM layer has kernels for."""
 
 
 def explained(case=None, **changes):
-    case = case or moe_cases.make(SHAPE)
+    case = case or moe_cases.make(SERVED)
     given = {"routing": (case.ids, case.weights)} | CAPABLE | changes
     return nvfp4_moe.explain_fused_moe(case.x, case.experts, **given)
 
@@ -308,17 +312,40 @@ class TestExplain:
         e = explained(**changes)
         assert e.backend == "triton" and reason in e.reason("flashinfer:trtllm")
 
+    @pytest.mark.parametrize("version_", [version.CITED, version.NEW])
+    @pytest.mark.parametrize("mode", ["per-token", "static"])
+    @pytest.mark.parametrize(
+        ("hidden", "padded", "serves"),
+        [
+            (128, 128, False),
+            (240, 256, True),
+            (384, 384, False),
+            (2880, 2944, False),
+            (512, 512, True),
+        ],
+    )
+    def test_a_hidden_size_of_whole_tiles(
+        self, monkeypatch, hidden, padded, serves, mode, version_
+    ):
+        """Both versions have the same kernels, which read K of the first GEMM in tiles of 256."""
+        pretend(monkeypatch, version=version_)
+        case = moe_cases.make(Shape(2, hidden, 64, 2, 1), mode=mode)
+        e = explained(case, activation=mode)
+        reason = e.reason("flashinfer:trtllm")
+        assert e.backend == ("flashinfer:trtllm" if serves else "triton")
+        assert serves or f"hidden_size is {padded}, padded; it must be a multiple of 256" in reason
+
     def test_more_refusals(self, monkeypatch):
-        shape = replace(SHAPE, tokens=0)
+        shape = replace(SERVED, tokens=0)
         assert "no tokens" in explained(moe_cases.make(shape)).reason("flashinfer:trtllm")
-        case = moe_cases.make(SHAPE, ActivationType.GegluTanh)
+        case = moe_cases.make(SERVED, ActivationType.GegluTanh)
         assert "GegluTanh has no kernels" in explained(case).reason("flashinfer:trtllm")
-        case = moe_cases.make(SHAPE, ActivationType.Situ)
+        case = moe_cases.make(SERVED, ActivationType.Situ)
         reason = explained(case, capability=(10, 7)).reason("flashinfer:trtllm")
         assert "Situ has no kernels on sm_107" in reason
         routing = (torch.zeros(5, 300), Routing(RoutingMethodType.Default, 2))
         assert "256 experts" in explained(routing=routing).reason("flashinfer:trtllm")
-        case = moe_cases.make(SHAPE)
+        case = moe_cases.make(SERVED)
         given = explained(num_experts=3000).reason("flashinfer:trtllm")
         assert "2048 experts" in given
         pretend(monkeypatch, version=(0, 6, 18))
@@ -329,7 +356,7 @@ class TestExplain:
     def test_llama4_over_ranks_with_few_tokens(self):
         """FlashInfer's kernel for up to three tokens has global experts in its map of tiles."""
         for tokens, experts, refused in ((3, 16, True), (4, 16, False), (3, 8, False)):
-            case = moe_cases.make(replace(SHAPE, tokens=tokens))
+            case = moe_cases.make(replace(SERVED, tokens=tokens))
             given = torch.zeros(tokens, experts), Routing(RoutingMethodType.Llama4, 1)
             e = explained(case, routing=given, num_experts=experts)
             assert (e.backend == "triton") == refused
@@ -340,15 +367,40 @@ class TestExplain:
         e = explained(routing=(torch.zeros(5, 8), routing))
         assert e.backend == "triton" and "functions='hopper'" in e.reason("flashinfer:trtllm")
 
-    def test_what_flashinfer_leaves_open_is_noted(self):
+    def test_routing_by_functions_that_are_not_the_gpus(self, monkeypatch, caplog):
+        """Triton's layer then routes by the reference, says so, and names what differs."""
+        hopper = Routing(RoutingMethodType.Sigmoid, 2, functions="hopper")
+        logits, gpu = logits_of(), torch.device("cuda")
+        (note,) = explained(routing=(logits, hopper), capability=(9, 0)).notes
+        assert note.startswith(
+            "triton's layer routes by the reference, to the same bits: functions="
+        )
+        for wrong, reason in ((0, None), (7, "whose instructions differ for 7 arguments")):
+            monkeypatch.setattr(triton_routing, "functions_that_differ", lambda _, n=wrong: n)
+            said = triton_routing.refusal(hopper, gpu)
+            assert said is reason is None or reason in said
+        assert triton_routing.refusal(replace(hopper, functions="exact"), gpu) is None
         case = moe_cases.make(SHAPE)
+        call = make_moe_call(
+            case.activations, case.experts, num_experts=8, routing=hopper, logits=logits
+        )
+        log_fallback.cache_clear()
+        with caplog.at_level("INFO", logger="nvfp4_moe"):
+            ids, weights = call.routed("triton")
+        want = route(logits, hopper)
+        assert torch.equal(ids, want.ids) and torch.equal(weights, want.weights_bf16)
+        (line,) = caplog.messages
+        assert line.startswith("the routing: triton cannot serve, falling back: functions='hopper'")
+
+    def test_what_flashinfer_leaves_open_is_noted(self):
+        case = moe_cases.make(SERVED)
         (note,) = explained(case).notes
         assert "one of two equal ids" in note
-        many = moe_cases.make(replace(SHAPE, tokens=17))
+        many = moe_cases.make(replace(SERVED, tokens=17))
         assert not explained(many).notes and not explained(case, build="cute-dsl").notes
         (note,) = explained(case, capability=(9, 0)).notes
         assert "one of two equal ids" not in note
-        logits = torch.zeros(SHAPE.tokens, SHAPE.experts)
+        logits = torch.zeros(SERVED.tokens, SERVED.experts)
         groups = Routing(RoutingMethodType.DeepSeekV3, 2, 2, 1)
         (note,) = explained(case, routing=(logits, groups)).notes
         assert "topk_group" in note
@@ -372,7 +424,7 @@ class TestExplain:
         assert "not by that for sm_90" in note and "Triton is 3.99.0" in note
 
     def test_static_scales(self):
-        case = moe_cases.make(SHAPE, mode="static")
+        case = moe_cases.make(SERVED, mode="static")
         assert explained(case, activation="static").backend == "flashinfer:trtllm"
         assert explained(case, activation="static", capability=(9, 0)).backend == "triton"
 

@@ -11,9 +11,11 @@ from nvfp4_moe.reference.moe.routing import RoutingMethodType
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 121])
+@pytest.mark.parametrize(
+    "arch,approximate", [(80, False), (90, False), (90, True), (100, False), (121, False)]
+)
 @pytest.mark.parametrize("method", [RoutingMethodType.Default, RoutingMethodType.DeepSeekV3])
-def test_compiles_without_a_stack(arch, method, tmp_path):
+def test_compiles_without_a_stack(arch, method, approximate, tmp_path):
     types = {
         "logits_ptr": "*bf16",
         "bias_ptr": "*fp32",
@@ -29,10 +31,16 @@ def test_compiles_without_a_stack(arch, method, tmp_path):
         "WIDTH": 256,
         "SLOTS": 8,
         "ARCH": arch,
+        "APPROXIMATE": approximate,
+        "BY_BLOCKS": True,
+        "table_ptr": None,
+        "rcp_delta_ptr": None,
     }
     kernel = compile_kernel(route_kernel, arch, types, constants, ["logits_ptr"], num_warps=1)
     stack, spills = resources(kernel, tmp_path)
     assert stack <= 64 and not spills
+    mine = "ex2.approx.ftz.f32" if method == RoutingMethodType.Default else "tanh.approx.f32"
+    assert approximate == (mine in kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize("name", ["ex2.approx.ftz.f32", "tanh.approx.f32"])

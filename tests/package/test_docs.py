@@ -26,6 +26,8 @@ from nvfp4_moe.reference.moe.routing import route
 OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OPTIONAL = {"transformers": "make test-transformers"}
+"""Packages that the tests' environment may lack, and what runs the pages that import them."""
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -133,7 +135,11 @@ def test_python_blocks_run(page, introduced, capsys):
     """In order, in one namespace; what a README block prints is what the page shows."""
     if page.name == "masked_input.md":
         introduced |= _masked()
-    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    for package, how in OPTIONAL.items():
+        if any(re.search(rf"^(import|from) {package}\b", block, re.MULTILINE) for block in blocks):
+            pytest.importorskip(package, reason=f"the page needs {package} ({how})")
+    for block in blocks:
         exec(compile(block, page.name, "exec"), introduced)
     if page.name == "README.md":
         printed = capsys.readouterr().out.splitlines()

@@ -38,11 +38,11 @@ FOLDERS: dict[str, set[str]] = {
     "checkpoints": set(),
     "parallel": set(),
     "training": set(),
-    "serving": {"checkpoints"},
+    "serving": {"checkpoints", "training"},
     "differential": {"cases"},
     "report": {"cases", "differential"},
     "failures": {"cases", "differential", "report"},
-    "cli": {"cases", "checkpoints", "differential", "failures", "report"},
+    "cli": {"cases", "checkpoints", "differential", "failures", "report", "serving"},
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
 reference. `cli` runs commands by the functions of the others, and nothing imports `cli` but
@@ -54,7 +54,7 @@ MOST_FRAGMENTS = 20
 """Docstrings that may begin with a fragment: write what the thing is or does, in a sentence."""
 REFERENCE = (
     "environment", "checks", "numerics", "recipe", "activation", "layouts", "quantize",
-    "fused_quantize", "dense", "weights", "moe", "statistics", "bounds",
+    "fused_quantize", "dense", "weights", "moe", "statistics", "bounds", "fingerprint",
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (

@@ -82,7 +82,7 @@ def faulty_backends() -> Iterator[None]:
 
 def write(where: Path) -> Report:
     start = time.monotonic()
-    few = [c for c in moe_cases.cases() if c.name in ("Swiglu, per token", "Swiglu, bf16")]
+    few = moe_cases.chosen_cases(("Swiglu, per token", "Swiglu, bf16"))
     with faulty_backends(), mock.patch.object(moe_cases, "cases", lambda: few):
         backends = ["reference", workers.INTERPRETER]
         compared = diff_quantize.run(InputSelection(kind="normal", recipes="plain"), backends)

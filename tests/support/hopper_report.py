@@ -6,12 +6,13 @@ On an H100 or H200, at the root of the repository:
     PYTHONPATH=.:tests/support python -m hopper_report build/hopper.xml
 
 The second command writes `hopper_report.json` beside this file: counts of tests, the GPU, versions, and
-a digest of the source that the kernel is compiled from. A test compares the digest with the source.
+a digest of the definitions that the kernel is compiled from. A test compares the digest with the source.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import ast
 import datetime
+import functools
 import hashlib
 import json
 import sys
@@ -23,34 +24,44 @@ REPORT = Path(__file__).with_name("hopper_report.json")
 _KERNEL = ROOT / "kernels/moe/hopper/grouped_gemm.py"
 
 
-def modules() -> list[Path]:
-    """Return the files of `kernels/` that the kernel is compiled from: what it imports, and so on."""
-    found: dict[Path, None] = {}
-    waiting = [_KERNEL]
+def definitions() -> dict[str, ast.AST]:
+    """Return what the kernel is compiled from, by module and name: what it names, and so on."""
+    found: dict[str, ast.AST] = {}
+    waiting = [(_KERNEL, "expert_gemm_kernel")]
     while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found[path] = None
-            waiting += _imported(path)
-    return sorted(found)
+        path, name = waiting.pop()
+        here, imported = _names(path)
+        key = f"{path.relative_to(ROOT)} {name}"
+        if name in imported:
+            waiting.append(imported[name])
+        elif name in here and key not in found:
+            found[key] = here[name]
+            used = {n.id for n in ast.walk(here[name]) if isinstance(n, ast.Name)}
+            waiting += [(path, each) for each in sorted(used)]
+    return dict(sorted(found.items()))
 
 
-def _imported(path: Path) -> list[Path]:
-    nodes = [n for n in ast.walk(_tree(path)) if isinstance(n, ast.ImportFrom) and n.level]
-    files = [
-        path.parents[n.level - 1].joinpath(*(n.module or "").split(".")).with_suffix(".py")
-        for n in nodes
-    ]
-    return [f for f in files if f.is_file() and f.is_relative_to(ROOT / "kernels")]
-
-
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def _names(path: Path) -> tuple[dict[str, ast.AST], dict[str, tuple[Path, str]]]:
+    """Return the definitions of a module, and what its names are that it imports from `kernels/`."""
+    here: dict[str, ast.AST] = {}
+    imported = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            here[node.name] = node
+        elif isinstance(node, ast.Assign):
+            here.update({n.id: node for n in node.targets if isinstance(n, ast.Name)})
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1]
+            source = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            if source.is_file() and source.is_relative_to(ROOT / "kernels"):
+                imported.update({a.asname or a.name: (source, a.name) for a in node.names})
+    return here, imported
 
 
 def digest() -> str:
-    """Hash the syntax trees of `modules`, docstrings and comments apart."""
-    trees = [f"{path.relative_to(ROOT)} {_text(_tree(path))}" for path in modules()]
+    """Hash the syntax trees of `definitions`, docstrings and comments apart."""
+    trees = [f"{name} {_text(node)}" for name, node in definitions().items()]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
 
 
@@ -73,18 +84,14 @@ def _is_docstring(node: object) -> bool:
 
 
 def counts(junit: Path) -> dict[str, int]:
-    """Return how many tests of a JUnit file passed, failed and were skipped."""
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
-    number = {
-        name: sum(int(s.get(name, 0)) for s in suites)
-        for name in ("tests", "failures", "errors", "skipped")
-    }
-    failed = number["failures"] + number["errors"]
-    return {
-        "passed": number["tests"] - failed - number["skipped"],
-        "failed": failed,
-        "skipped": number["skipped"],
-    }
+    """Return how many of the kernel's tests in a JUnit file passed, failed and were skipped."""
+    found = {"passed": 0, "failed": 0, "skipped": 0}
+    for test in ElementTree.parse(junit).getroot().iter("testcase"):
+        if test.get("classname", "").endswith("test_hopper_gpu"):
+            kinds = {child.tag for child in test}
+            failed = kinds & {"failure", "error"}
+            found["failed" if failed else "skipped" if "skipped" in kinds else "passed"] += 1
+    return found
 
 
 def main(junit: str) -> None:

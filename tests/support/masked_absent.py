@@ -12,6 +12,7 @@ import sys
 
 import masked_cases
 import moe_cases
+import quick_interpreter
 import torch
 from mutants.generated.strict import strict
 
@@ -40,6 +41,7 @@ def without_the_rest(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
+    quick_interpreter.install()
     case = moe_cases.make(moe_cases.Shape(24, HIDDEN, 64, 3, 1))
     parts = (case.x, case.activations.hidden_states, case.activations.block_scales)
     x, codes, scales = (without_the_rest(masked_cases.spread(t, MASKED, MOST)) for t in parts)

@@ -5,6 +5,7 @@ import dataclasses
 from typing import get_args
 
 import moe_cases
+import pytest
 import torch
 from assertions import assert_bitwise, assert_inside
 from moe_cases import GATED, PLAIN, Case, Shape
@@ -351,10 +352,28 @@ def _routed_alike(device, logits, routing, bias, what):
         logits.to(device), routing, None if bias is None else bias.to(device)
     )
     want = reference_routing.route(logits, routing, bias)
+    what = f"{what}, {routing.functions}"
     assert_bitwise(ids, want.ids, f"{what}: ids")
     weights, right = weights.cpu(), want.weights_bf16
     assert torch.equal(weights.isnan(), right.isnan()), what
     assert_bitwise(weights.nan_to_num(), right.nan_to_num(), f"{what}: weights")
+
+
+def routing_of_a_gpu(device, config=None):
+    """By its instructions: both orders of Default's sum, more experts than FlashInfer's kernels have."""
+    hopper = Routing(RoutingMethodType.Default, 2, functions="hopper")
+    if reason := triton_routing.refusal(hopper, torch.device(device)):
+        pytest.skip(reason)
+    g = torch.Generator().manual_seed(12)
+    for tokens, experts in ((3, 100), (3, 256), (65, 160), (2, 300)):
+        logits = torch.randn(tokens, experts, generator=g) * 4
+        _routed_alike(device, logits, hopper, None, f"{tokens} tokens, {experts} experts")
+    for method in METHODS:
+        top_k = 1 if method == RoutingMethodType.Llama4 else 5
+        r = dataclasses.replace(hopper, method=method, top_k=top_k)
+        bias = torch.randn(16, generator=g) / 4 if method.biased else None
+        for what, logits in strange_logits(1 if device == "cpu" else 64).items():
+            _routed_alike(device, logits, r, bias, f"{method.name} {what}")
 
 
 def strange_logits(rows: int) -> dict[str, torch.Tensor]:
@@ -396,6 +415,7 @@ def routing_of_strange_logits(device, config=None):
 CASES = [
     routing,
     routing_of_strange_logits,
+    routing_of_a_gpu,
     activations_bitwise_or_close,
     odd_sizes,
     expert_parallel,

@@ -6,13 +6,14 @@ from typing import Any
 import moe_cases
 import numpy as np
 import pytest
+import torch
 from assertions import assert_bitwise
 from parallel_cases import SHAPE, Rank, agree_on_refusing, case
 
 from nvfp4_moe import Routing, RoutingMethodType
 from nvfp4_moe.cases.moe_case import to_device
 from nvfp4_moe.kernels.moe import api as moe_api
-from nvfp4_moe.parallel import AgreementError, fused_moe_ep
+from nvfp4_moe.parallel import AgreementError, fused_moe_ep, rank_check
 from nvfp4_moe.parallel import select_experts as select
 from nvfp4_moe.parallel import shard_experts as shard
 
@@ -62,6 +63,21 @@ def each_rank_has_its_own_shard(r: Rank) -> None:
     agree_on_refusing(r, "rank 0 holds shard 0 of 1", lambda: r.tp(layer, e))
     swapped = shard(e, r.ranks - 1 - r.rank, r.ranks)
     agree_on_refusing(r, "rank 0 holds shard", lambda: r.tp(layer, swapped))
+
+
+@case
+def each_rank_has_the_same_table_of_functions(r: Rank) -> None:
+    layer = moe_cases.make(SHAPE)
+    logits = torch.zeros(SHAPE.tokens, SHAPE.experts, device=r.device)
+    routing = logits, Routing(RoutingMethodType.Sigmoid, 2, functions="hopper")
+    with pytest.MonkeyPatch.context() as patch:
+        if r.rank == 1:
+            patch.setattr(rank_check, "checksum", lambda name: f"another table of {name}")
+        agree_on_refusing(
+            r,
+            r"the ranks' calls differ: functions is \w{64} on .*another table of hopper on 1",
+            lambda: r.ep(layer, "all-reduce", routing=routing),
+        )
 
 
 @case

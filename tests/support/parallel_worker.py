@@ -15,6 +15,7 @@ from pathlib import Path
 
 import moe_cases
 import parallel_agreement_cases  # noqa: F401  more of CASES
+import session
 import torch
 import torch.distributed as dist
 from parallel_cases import CASES, SHAPE, Rank
@@ -38,7 +39,11 @@ def main() -> None:
     )
     seconds = TIMEOUT if scenario in LOSSES else 60
     group = dist.new_group(timeout=timedelta(seconds=seconds))
-    triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if session.interpreting():
+        import quick_interpreter
+
+        quick_interpreter.install()
+    triton = device.type == "cuda" or session.interpreting()
     me = Rank(int(rank), int(ranks), group, device, "triton" if triton else "reference")
     if scenario in LOSSES:  # what is slow the first time, before the clock of the group runs
         me.one_process(moe_cases.make(SHAPE))

@@ -17,6 +17,7 @@ from paths import ROOT, SUPPORT
 
 from nvfp4_moe import ActivationType, fused_moe
 from nvfp4_moe.reference.moe.shards import select_experts, shard_experts
+from nvfp4_moe.reference.weights import checksum as checksum_module
 from nvfp4_moe.reference.weights.checksum import digests
 from nvfp4_moe.reference.weights.prepare import prepare_experts
 from nvfp4_moe.reference.weights.versions import tensors_of
@@ -148,6 +149,16 @@ def test_the_checksum_names_the_version_where_it_is_not_the_default():
     assert experts.checksum() == experts.checksum("0.7.2") != experts.checksum("0.7.4")
     with pytest.raises(ValueError, match=r"flashinfer is '0.7.3'; it must be one of"):
         experts.checksum("0.7.3")
+
+
+def test_the_checksum_has_the_table_of_the_functions(monkeypatch):
+    experts = layer()
+    hopper = experts.checksum(functions="hopper")
+    assert experts.checksum() == experts.checksum(functions="exact") != hopper
+    monkeypatch.setattr(checksum_module, "checksum_of_functions", lambda name: "another table")
+    assert experts.checksum(functions="hopper") not in (hopper, experts.checksum())
+    with pytest.raises(ValueError, match="functions is 'ada'; it must be one of exact, hopper"):
+        experts.checksum(functions="ada")
 
 
 def test_bad_options_leave_the_experts_alone():

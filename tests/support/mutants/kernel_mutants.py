@@ -238,7 +238,7 @@ _SMALL: tuple[Entry, ...] = (
     ),
     (
         "finalize: product rounded",
-        "(value.to(tl.float64) * weight + onto).to(tl.float32)",
+        "fma(value, weight, onto, ARCH)",
         "value * weight + onto",
         "cancelling",
     ),

@@ -17,10 +17,10 @@ from .implementations import REFERENCE, Implementation
 def compare_all(golden: Golden, ours: Implementation, every: int = 1) -> Iterator[Outcome]:
     """Every n-th case of every kind."""
     yield from routing.compare(golden, ours, every)
+    yield from routing.compare_exactly(golden, ours, every)
     yield from finalize.compare(golden, ours, every)
     yield from quantizers.compare(golden, ours, every)
     if ours is REFERENCE:
-        yield from routing.compare_exactly(golden, every)
         yield from finalize.compare_activation(golden)
         yield from cutlass.compare(golden, every)
         yield from cutlass.compare_sums(golden)

@@ -20,6 +20,8 @@ class Implementation:
     """The functions of one backend, and where it wants its tensors."""
 
     device: str
+    routing_refusal: Callable[[Routing], str | None]
+    """Returns why there is no `route` for a routing; None if there is."""
     route: Callable[[torch.Tensor, Routing, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
     finalize: Callable[..., torch.Tensor]
     """Takes rows [P, padded width], the row of each slot [T, K], weights [T, K], width and order."""
@@ -64,14 +66,19 @@ def _finalize(
 
 
 REFERENCE = Implementation(
-    "cpu", _route, _finalize, quantize.reference_per_token, quantize.reference_global_scale
+    "cpu",
+    lambda routing: None,
+    _route,
+    _finalize,
+    quantize.reference_per_token,
+    quantize.reference_global_scale,
 )
 
 
 def triton(device: str) -> Implementation:
     """On a GPU, or in the interpreter on the CPU."""
+    from nvfp4_moe.kernels.moe import routing as ours
     from nvfp4_moe.kernels.moe.finalize import finalize
-    from nvfp4_moe.kernels.moe.routing import route as routed
     from nvfp4_moe.kernels.quantize import launch
 
     def finalized(
@@ -86,5 +93,10 @@ def triton(device: str) -> Implementation:
         return output
 
     return Implementation(
-        device, routed, finalized, launch.quantize_per_token, launch.quantize_global_scale
+        device,
+        lambda routing: ours.refusal(routing, torch.device(device)),
+        ours.route,
+        finalized,
+        launch.quantize_per_token,
+        launch.quantize_global_scale,
     )

@@ -44,10 +44,12 @@ def applied(mutant: Generated) -> Iterator[None]:
     for f in dependent:
         f.hash, f.used_global_vals = None, {}
         f.device_caches = type(f.device_caches)(f.device_caches.default_factory)
+    _forget([module])  # what the function has made is of the unchanged one
     try:
         yield
     finally:
         restore()
+        _forget([module])
         for f, before in zip(dependent, compiled, strict=True):
             f.__dict__.update(before)
         del linecache.cache[name]
@@ -90,19 +92,19 @@ def _exchange_constants(module: ModuleType, made: dict[str, Any]) -> Callable[[]
             for where, key in found:
                 where[key] = new
                 places.append((where, key, old))
-    _forget()
+    _forget(_modules())
 
     def restore() -> None:
         for where, key, old in places:
             where[key] = old
-        _forget()
+        _forget(_modules())
 
     return restore
 
 
-def _forget() -> None:
-    """Empty every cache, since what is in it may be made of a constant."""
-    for module in _modules():
+def _forget(modules: list[ModuleType]) -> None:
+    """Empty the caches of modules, since what is in them may be made of what is exchanged."""
+    for module in modules:
         for kept in list(module.__dict__.values()):
             if hasattr(kept, "cache_clear"):
                 kept.cache_clear()

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import quick_interpreter
 import torch
 
 from nvfp4_moe.kernels.triton_target import INTERPRETING
@@ -113,6 +114,8 @@ def run(options: argparse.Namespace) -> int:
         return subprocess.run(
             [sys.executable, "-m", "mutants", *sys.argv[1:]], env=variables
         ).returncode
+    if _is_interpreted(options):
+        quick_interpreter.install()
     mutants = [m for m in both[options.generated] if any(text in m.shown for text in options.only)]
     wrong = _try(mutants, results, options)
     text, still = summary(mutants, results)

@@ -4,6 +4,7 @@
 
 HARMLESS: dict[str, tuple[str, ...]] = {
     "The tensor is a matrix there: its last dimension is the dimension 1.": (
+        "reference _softmax_of_all: operator: -1 -> 1",
         "reference activate: operator: -1 -> 1",
         "reference _values: operator: -1 -> 1",
         "reference hidden_values: operator: -1 -> 1",
@@ -259,6 +260,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels count_kernel: operator: (bins < E) & (counts > 0) -> (bins < E) | (counts > 0)",
     ),
     "Bins before an expert alone are summed, and none behind the last expert is read.": (
+        "kernels masked_rows_kernel: constant: 0 -> 1",
         "kernels permute_kernel: comparison: local < E -> local <= E",
         "kernels count_kernel: comparison: local < E -> local <= E",
     ),
@@ -372,6 +374,9 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels block_maxima: constant: ARCH < 86 -> ARCH < 87",
     ),
     "The store converts to the type of its elements.": (
+        "kernels masked_rows_kernel: rounding: tl.minimum(tl.maximum(given, 0), max_m).to(tl.int32) -> "
+        "tl.minimum(tl.maximum(given, 0), max_m)",
+        "kernels dense_gemm_kernel: rounding: acc.to(out_ptr.dtype.element_ty) -> acc",
         "kernels store_codes: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> tl.where(mask, byte, "
         "0)",
     ),
@@ -410,6 +415,33 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference ex2_approx_ftz: comparison: y >= 2.0 ** 128 -> y > 2.0 ** 128",
         "reference ex2_approx_ftz: constant: 2.0 ** 128 -> 2.000000238418579 ** 128",
         "reference ex2_approx_ftz: constant: 2.0 ** 128 -> 2.0 ** 129",
+    ),
+    "No fp32 gate has the argument -8: it passes from one side to the other near -4.86.": (
+        "reference _geglu_tanh: comparison: _inner(gate) <= -8 -> _inner(gate) < -8",
+    ),
+    "Zeros behind the last expert change no sum of a lane or of the warps.": (
+        "reference _softmax_of_all: comparison: values.shape[1] <= 128 -> values.shape[1] < 128",
+        "reference _softmax_of_all: operator: not by_blocks -> by_blocks",
+    ),
+    "Triton takes the maximum of truth values as int32.": (
+        "kernels quantize_kernel: rounding: live.to(tl.int32) -> live",
+        "kernels quantize_block: rounding: far.to(tl.int32) -> far",
+    ),
+    "rcp.approx.ftz gives nothing subnormal; the flush keeps the assembler from cancelling two of it.": (
+        "kernels quantize_kernel: rounding: flush(rcp(given, rcp_delta_ptr, ARCH), True, ARCH) -> "
+        "rcp(given, rcp_delta_ptr, ARCH)",
+    ),
+    "The minuend is flushed before; a subnormal magnitude has code 0; the sum flushes the errors.": (
+        "kernels sub: rounding: flush(flush(a, FTZ, ARCH) - flush(b, FTZ, ARCH), FTZ, ARCH) -> "
+        "flush(a, FTZ, ARCH) - flush(b, FTZ, ARCH)",
+        "kernels sub: rounding: flush(a, FTZ, ARCH) -> a",
+        "kernels sub: rounding: flush(b, FTZ, ARCH) -> b",
+    ),
+    "The first operand of every sum has been flushed, or is a sigmoid, which is 0 or at least 2^-25.": (
+        "kernels add: rounding: flush(a, FTZ, ARCH) -> a",
+    ),
+    "A dividend has been flushed, or its divisor is at least 1, so that the quotient is flushed.": (
+        "kernels div: rounding: flush(a, FTZ, ARCH) -> a",
     ),
 }
 """Keys of `rules.Generated`, by reason."""

@@ -67,6 +67,12 @@ def _products() -> Named:
     yield "dense, long tiles", lambda: ProductCall(GemmConfig(128, 16, 256, 1, 4), k=336)
     yield "dense, 8x4 by row", lambda: ProductCall(wide, use_8x4=True, by_row=True, m=41)
     yield "dense, exact, fp16", lambda: ProductCall(small, exact=True, out_dtype=half, k=256)
+    tile = GemmConfig(128, 16, 64, 1, 4)
+    for m, n in ((1, 1), (18, 128), (2, 129)):
+        yield (
+            f"dense, {m} by {n}",
+            functools.partial(ProductCall, tile, exact=True, m=m, n=n, k=64),
+        )
     decoded = GemmConfig(128, 32, 64, 1, 4, decoded=True)
     yield "dense, decoded", lambda: ProductCall(decoded, m=40)
     yield "dense, decoded, exact", lambda: ProductCall(decoded, exact=True, k=4160)
@@ -102,6 +108,7 @@ def _parts() -> Named:
     yield "permute, 1025 chunks", lambda: PermuteCall(131200, 2, one_launch=False)
     yield "masked rows", MaskedRowsCall
     yield "masked rows, one expert", lambda: MaskedRowsCall(7, 2, (5,))
+    yield "masked rows, counts of 64 bits", lambda: MaskedRowsCall(dtype=torch.int64)
     yield "masked rows, 16 experts", lambda: MaskedRowsCall(7, 4, (7, 2) * 8)
     yield "copied rows", lambda: CopyRowsCall(False)
     yield "copied rows, fourths", lambda: CopyRowsCall(True)
@@ -112,6 +119,13 @@ def _parts() -> Named:
         yield f"fragments, {kind}", functools.partial(FragmentsCall, kind)
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
     yield "finalize, groups", lambda: FinalizeCall(torch.float32, "flashinfer", top_k=9)
+    single = torch.float32
+    for order, top_k in (("slot", 6), ("slot-multiply", 6), ("flashinfer", 9)):
+        yield (
+            f"finalize, tiny, {order}",
+            functools.partial(FinalizeCall, single, order, single, top_k, tiny=True),
+        )
+    yield "finalize, first multiplied", lambda: FinalizeCall(torch.bfloat16, "slot-multiply")
     yield "finalize, fp16", lambda: FinalizeCall(torch.float16, weights=torch.float32, top_k=1)
 
 
@@ -176,7 +190,8 @@ _BLOCKS = (
 )
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
-    "bf16", "grid", "saturated routers", "every routing method",
+    "bf16", "grid", "saturated routers", "every routing method", *_named("finalize, tiny"),
+    "routers, subnormal bias",
 )  # fmt: skip
 _EXPERTS = (
     *_ACTIVATIONS,
@@ -194,7 +209,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     ),
     "kernels/moe/activation.py": _EXPERTS,
     "kernels/moe/grouped_gemm.py": _EXPERTS,
-    "kernels/moe/masked/rows.py": _named("masked rows", "copied rows"),
+    "kernels/moe/masked/rows.py": _named("masked rows", "copied rows", "far, copied"),
     "kernels/moe/permute.py": (*_named("permute", "masked rows"), *_TILES, "three launches"),
     "kernels/moe/finalize.py": (
         *_named("finalize"), *_TILES, "cancelling", "any size, to fp32", "far rows",
@@ -221,6 +236,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/pdl.py": ("decode",),
     "kernels/jit/recipe.py": _BLOCKS,
     "kernels/jit/approximations.py": _ACTIVATIONS,
+    "kernels/jit/instructions.py": ("routers, of a GPU",),
     "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
     "kernels/fused_quantize/kernel.py": _PRODUCERS,
     "kernels/weights/kernel.py": _RELOAD,

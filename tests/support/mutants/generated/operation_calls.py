@@ -129,17 +129,21 @@ class ProductCall:
     exact: bool = False
     m: int = 19
     k: int = 208
+    n: int = 136
 
     def _given(self) -> tuple[tuple[Tensor, ...], Tensor]:
         g = torch.Generator().manual_seed(self.m)
         mask = 0xAA if self.exact else 0xFF
         a, b = (
-            host.integers(g, 0, 256, (n, self.k // 2)).to(torch.uint8) & mask for n in (self.m, 136)
+            host.integers(g, 0, 256, (rows, self.k // 2)).to(torch.uint8) & mask
+            for rows in (self.m, self.n)
         )
         high = 0x38 if self.exact else 0x3A
         sa, sb = (
-            host.integers(g, high if self.exact else 1, high + 1, (n, self.k // 16)).to(torch.uint8)
-            for n in (self.m, 136)
+            host.integers(g, high if self.exact else 1, high + 1, (rows, self.k // 16)).to(
+                torch.uint8
+            )
+            for rows in (self.m, self.n)
         )
         if not self.exact:
             sa[1, 0] = sb[2, -1] = _NAN

@@ -56,7 +56,14 @@ class PermuteCall:
             p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
         used_rows = int(p.end[-1])
         used = p.tiles[0] >= 0
-        found = p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1]
+        found = (
+            p.expanded[:used_rows],
+            p.permuted,
+            p.tiles[0],
+            p.tiles[1][used],
+            p.end,
+            p.tiles[2, :1],
+        )
         return [t.cpu() for t in found]
 
     def judge(self) -> Answered:
@@ -92,9 +99,10 @@ class MaskedRowsCall:
     max_m: int = 1030
     tile: int = 64
     masked: tuple[int, ...] = (3, 0, 1030, 64, 65, -2, 2000, 0)
+    dtype: torch.dtype = torch.int32
 
     def answer(self, device: str = "cpu") -> Any:
-        masked = torch.tensor(self.masked, dtype=torch.int32, device=device)
+        masked = torch.tensor(self.masked, dtype=self.dtype, device=device)
         p = masked_rows(masked, self.max_m, self.tile)
         used = p.tiles[0] >= 0
         return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1])]
@@ -253,6 +261,7 @@ class FinalizeCall:
     width: int = 1040
     padded: int = 1088
     tokens: int = 5
+    tiny: bool = False  # subnormal rows, weights and sums; sums of -0
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(self.top_k)
@@ -260,6 +269,12 @@ class FinalizeCall:
         rows = host.normal(g, slots, self.padded) * host.powers(host.arange(slots) % 9)[:, None]
         permuted = torch.randperm(slots, generator=g, dtype=torch.int64, device="cpu")
         weights = host.normal(g, self.tokens, self.top_k)
+        if self.tiny:
+            first, second, third, fourth, _ = permuted.view(self.tokens, self.top_k)
+            rows[first] *= 2.0**-126
+            rows[second], weights[1] = rows[second] * 2.0**-130, weights[1] * 16
+            rows[third], weights[2] = rows[third] * 2.0**60, weights[2] * 2.0**-127
+            rows[fourth], weights[3] = -0.0, weights[3].abs()
         nowhere = host.uniform(g, slots) < 0.3
         weights[nowhere.view_as(weights)] = torch.nan
         permuted[nowhere] = -1

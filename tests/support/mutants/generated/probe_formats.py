@@ -84,7 +84,8 @@ def _of_row_orders() -> Answers:
 def of_recipe() -> Answers:
     yield "block size", recipes.BLOCK_SIZE
     for recipe in all_recipes():
-        yield "recipe", (recipe.code, recipe.base_scale_inv, recipe.e4m3_max, str(recipe))
+        numbers = recipe.code, recipe.base_scale_inv, recipe.e4m3_max
+        yield "recipe", (*numbers, recipe.is_fast_alone, str(recipe))
         for version in get_args(recipes.FlashInferVersion):
             of = replace(recipe, flashinfer=version)
             yield "version", (of.code, of.tests_rounded_scale, str(of.earliest))

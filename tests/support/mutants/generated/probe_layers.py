@@ -45,6 +45,10 @@ def of_moe() -> Answers:
         weights = host.normal(g, tokens, top_k)
         for order in ("flashinfer", "slot", "slot-multiply"):
             yield f"finalize, {top_k}", finalize(rows, weights, order)
+            tiny = 2.0**-126
+            yield f"finalize of subnormals, {top_k}", finalize(rows * tiny, weights, order)
+            yield f"finalize by subnormals, {top_k}", finalize(rows, weights * tiny, order)
+            yield f"finalize of -0, {top_k}", finalize(rows * -0.0, weights.abs(), order)
     for tokens, top_k, hidden in itertools.product(
         (1, 8, 16, 18, 19, 1183, 1184, 8192, 9000),
         (1, 4, 5, 8, 9, 16, 17, 33, 64, 65),
@@ -170,6 +174,7 @@ def of_activation() -> Probe:
         [
             host.normal(g, 64, 64) * host.powers(host.arange(64)[:, None] // 4 - 8),
             specials().repeat(2)[:128].view(2, 64),
+            host.normal(g, 4, 64) * 2.0**-23,  # where a sigmoid of 2 x becomes 1/2
         ]
     )
 

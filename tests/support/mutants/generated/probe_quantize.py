@@ -58,6 +58,12 @@ def of_quantize() -> Answers:
     for math, mode in itertools.product(("fast", "exact"), ("MAE", "MSE")):
         recipe = Recipe(math, NVFP44Over6Config(448, mode))
         yield "near", quantize.quantize_global_scale(near, 37.0, recipe)
+        yield (
+            "by halves",
+            quantize.quantize_global_scale(
+                near, 37.0, recipe, error_by_halves=True, keep_steps=True
+            ),
+        )
     for y, scale in itertools.product((_matrices()[3], _ones()), (1.0, 1e-36, 1e-3)):
         yield (
             "fp32",

@@ -48,12 +48,15 @@ class ChosenCall:
     x: Tensor
     recipe: Recipe
     layout: SfLayout
+    base: float | None = None  # None: the recipe's
+    shown: float = 0.3
 
     def _given(self, device: str) -> tuple[Tensor, ...]:
         rows = len(self.x)
         index = host.arange(rows).flip(0).int()  # ends in row 0
         index[1], index[3] = -1, rows
-        scales = host.fp32([self.recipe.base_scale_inv]), host.fp32([0.3])
+        base = self.recipe.base_scale_inv if self.base is None else self.base
+        scales = host.fp32([base]), host.fp32([self.shown])
         return tuple(t.to(device) for t in (self.x, scales[0], index, scales[1]))
 
     def answer(self, device: str = "cpu") -> Any:

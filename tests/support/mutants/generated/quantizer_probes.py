@@ -15,6 +15,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 from ..calls import Call, QuantizerCall
 from ..kernel_calls import rows_at_edges
+from .numbers import seeded
 from .quantizer_calls import ChosenCall, CutCall, GivenScaleCall, ValuesCall
 
 Named = Iterator[tuple[str, Callable[[], Call]]]
@@ -31,7 +32,8 @@ def _every_recipe() -> Named:
     far[:, 16:] *= 2.0 ** -(host.arange(64).float() / 3)
     near = rows_at_edges().float() * 2.0**-118
     edge = inputs.synthetic("edge", 40, 80)
-    edge[20], edge[21] = edge[20] / edge[20].abs().max(), edge[21] / edge[21].abs().max() * 2688
+    for row, largest in ((22, 1.0), (23, 2688.0)):  # ordinary ones but for a block of zeros
+        edge[row] = edge[row].float() / edge[row].float().abs().max() * largest
     half = moe_edges.half_rows()
     recipes = {
         "cute-dsl, fast": Recipe(build="cute-dsl"),
@@ -59,15 +61,38 @@ def _every_recipe() -> Named:
                 )
 
     case = quantize_cases.Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
-    for kind in ("edge", "sparse"):
-        x = inputs.synthetic(kind, 40, 80, torch.float32)
+    of_fp32 = {kind: inputs.synthetic(kind, 40, 80, torch.float32) for kind in ("edge", "sparse")}
+    for kind, x in (of_fp32 | {"steps": _steps_of_fp32()}).items():
         yield f"quantizer, fp32, {kind}", functools.partial(QuantizerCall, x, case)
+
+    # Blocks whose errors are subnormal, in rows whose scale is not.
+    below = inputs.synthetic("normal", 8, 80) * host.powers(-3 * host.arange(5)).repeat_interleave(
+        16
+    )
+    for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
+        case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+        yield (
+            f"quantizer, subnormal errors, {recipe}",
+            functools.partial(QuantizerCall, (below * 2.0**-112).bfloat16(), case),
+        )
+
+
+def _steps_of_fp32() -> torch.Tensor:
+    """[6, 48] fp32: a maximum of a row of 2688, of blocks of 6, 1, 0 and of the largest subnormal."""
+    x = host.normal(seeded(9), 6, 48).clamp(-1, 1)
+    x[:, 0], x[0, 16], x[1, 16:32], x[2, 16] = 2688, 6, 0, 1
+    subnormal = torch.tensor([0x007FFFFF], dtype=torch.int32, device="cpu").view(torch.float32)
+    x[3, 32:], x[4, 32:] = subnormal, -subnormal
+    x[5, 32:] = torch.nan
+    return x
 
 
 def _cuts() -> Named:
     """Every way in which a launch cuts a matrix: rows of 5 blocks, of which a program has 4."""
     x = rows_at_edges()[::13]
-    x[:3, -1] = 2 * x[:3].abs().amax(1)  # the maximum is in what is read last
+    x[:4, -1] = 2 * x[:4].abs().amax(1)  # the maximum is in what is read last
+    x[4, 0] = 2 * x[4].abs().max()
+    x[3, :16], x[4, -16:] = torch.nan, torch.nan
     for name, config in {
         "parts": LaunchConfig(1, 4, 0, 1, 1, 2),
         "programs a row": LaunchConfig(1, 4, 8, 2, 1),
@@ -79,6 +104,11 @@ def _cuts() -> Named:
                 f"quantizer, {name}, {recipe}",
                 functools.partial(CutCall, x, case, config),
             )
+    wide = inputs.synthetic("normal", 5, 176)  # 11 blocks; maxima in each that is read later
+    for row, block in enumerate((5, 6, 7, 8, 10)):
+        wide[row, 16 * block] = 9
+    case = quantize_cases.Case("per-token", Recipe(), SfLayout.layout_linear)
+    yield "quantizer, reads", lambda: CutCall(wide, case, LaunchConfig(2, 4, 4, 1, 1))
     case = quantize_cases.Case(
         "global-scale", Recipe(), SfLayout.layout_128x4, quantize_cases.global_scale(x, Recipe())
     )
@@ -98,6 +128,20 @@ def _cuts() -> Named:
             f"quantizer, chosen rows, {recipe}",
             functools.partial(ChosenCall, x, recipe, SfLayout.layout_128x4),
         )
+    sizes = host.powers(host.fp32([0, 60, 100, 120, -60]))[:, None]
+    for recipe in (Recipe(), Recipe("exact"), Recipe("exact", build="cute-dsl")):
+        for base, shown in ((2.0**-127, 1.0), (2.0**30, 2.0**-127)):
+            yield (
+                f"quantizer, base scale {base}, {recipe}",
+                functools.partial(
+                    ChosenCall,
+                    rows_at_edges()[::13] * sizes.bfloat16(),
+                    recipe,
+                    SfLayout.layout_linear,
+                    base,
+                    shown,
+                ),
+            )
 
 
 def _given_scales() -> Named:
@@ -105,27 +149,41 @@ def _given_scales() -> Named:
     x = rows_at_edges()[20:43]
     rows = (host.arange(len(x)) % 11 - 4).float()
     by_row = host.powers(2 * rows) * (448 * 6 / 3 + rows)
-    by_row[5:9] = host.fp32([0.0, 2.0**-127, 2.0**126, torch.inf])
+    by_row[5:10] = host.fp32([0.0, 2.0**-127, 2.0**126, torch.inf, 2.0**127])
+    decode_by_row = 1 / by_row
+    for scales in (by_row, decode_by_row):
+        scales.view(torch.int32)[10] = 0x7F800001  # the first of the NaN
     # What reads the words of an e4m3 element sees every byte of them.
     bytes_ = host.arange(256).to(torch.uint8).view(16, 16).repeat(2, 5)
     bytes_[16:] = bytes_[16:].roll(3, 1) & 0x9F  # blocks of small numbers
     eight = bytes_[:23].view(torch.float8_e4m3fn)
     fast, exact = Recipe(), Recipe("exact")
-    for name, recipe in {
+    recipes = {
         "fast": fast,
         "exact": exact,
         "fast, cute-dsl": Recipe(build="cute-dsl"),
         "exact, cute-dsl": Recipe("exact", build="cute-dsl"),
-    }.items():
+    }
+    for name, recipe in recipes.items():
         layout = SfLayout.layout_8x4
         given = functools.partial(GivenScaleCall, x, recipe, by_row)
         yield f"quantizer, by row, {name}", functools.partial(given, layout)
-        decode = functools.partial(GivenScaleCall, x, recipe, 1 / by_row, inverse=True)
+        decode = functools.partial(GivenScaleCall, x, recipe, decode_by_row, inverse=True)
         yield f"quantizer, decode scales, {name}", decode
         yield f"quantizer, e4m3, {name}", functools.partial(GivenScaleCall, eight, recipe, by_row)
-    yield "quantizer, e4m3, near ties of fp16", lambda: GivenScaleCall(*_ties_of_prescales())
+    for name, recipe in recipes.items():
+        yield (
+            f"quantizer, e4m3, near ties of fp16, {name}",
+            functools.partial(_near_ties_of_prescales, recipe),
+        )
     one = host.fp32([0.25])
     yield "quantizer, e4m3, one scale", lambda: GivenScaleCall(eight, fast, one)
+    # An output scale that is subnormal but for the rounding of a reciprocal to 0, of an infinity.
+    infinite = x[:4].clone()
+    infinite[:, ::20], infinite[:, 7::20] = -torch.inf, torch.inf
+    small = host.fp32([2.0**-118])
+    dsl = Recipe(build="cute-dsl")
+    yield "quantizer, infinite, cute-dsl", lambda: GivenScaleCall(infinite, dsl, small)
     four_over_six = Recipe("exact", NVFP44Over6Config())
     yield "quantizer, by row, 4over6", lambda: GivenScaleCall(x, four_over_six, by_row)
     for recipe in (fast, exact):
@@ -136,12 +194,15 @@ def _given_scales() -> Named:
         )
 
 
-def _ties_of_prescales() -> tuple[torch.Tensor, Recipe, torch.Tensor]:
-    """Ones of e4m3; scales whose reciprocals, rounded or approximate, become two numbers of fp16."""
+def _near_ties_of_prescales(recipe: Recipe) -> GivenScaleCall:
+    """Scales whose reciprocals, rounded or approximate, become two numbers of fp16.
+
+    So do products with powers of two, which every second element is: some are next to ties of codes.
+    """
     prescale = 1 + (2 * host.arange(1 << 10).float() + 1) / (1 << 11)
     scales = torch.cat([6 / prescale, torch.nextafter(6 / prescale, host.zeros(1))])
     exact, fast = (6 * decode for decode in (1 / scales, rcp_approx_ftz(scales)))
     scales = scales[exact.half() != fast.half()]
-    assert len(scales) > 8
-    x = host.ones(len(scales), 16).to(torch.float8_e4m3fn)
-    return x, Recipe("exact", build="cute-dsl"), scales
+    x = host.normal(seeded(12), len(scales), 48)
+    x[:, ::2] = x[:, ::2].sign() * host.powers(host.integers(seeded(13), -3, 2, (len(scales), 24)))
+    return GivenScaleCall(x.to(torch.float8_e4m3fn), recipe, scales)

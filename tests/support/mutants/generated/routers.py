@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -18,6 +19,14 @@ def _near() -> Tensor:
     """[6, 100]: scores that are equal, or apart by an ulp."""
     centers = host.fp32([0.0, 0.5, -1.5, 3.0, -9.0, 30.0])[:, None]
     return centers + host.uniform(seeded(1), 6, 100) * 2.0**-14 * centers.abs().clamp_min(0.1)
+
+
+def _dense() -> Tensor:
+    """[4, 256]: scores an ulp apart behind a larger one, in any order."""
+    order = [torch.randperm(256, generator=seeded(row), device="cpu") for row in range(4)]
+    x = torch.stack(order).float() * host.fp32([[2.0**-24], [3 * 2.0**-24]] * 2)
+    x[:, 77] += host.fp32([0.25, 0.5, 0.75, 1.5])
+    return x
 
 
 def _large() -> Tensor:
@@ -45,6 +54,13 @@ def _no_numbers() -> Tensor:
     return x
 
 
+def _subnormal_bias() -> RoutingCall:
+    """Scores of 0, to which a negative bias that counts as -0 adds nothing."""
+    how = Routing(RoutingMethodType.MiniMax2, 3)
+    bias = host.fp32([-1e-39, 0.0, 1e-39, 0.0] * 3)
+    return RoutingCall(((how, host.full((2, 12), -120.0), bias),))
+
+
 def _by_each_method(logits: Tensor, bias: Tensor | None = None) -> RoutingCall:
     found = []
     for method in METHODS:
@@ -54,10 +70,36 @@ def _by_each_method(logits: Tensor, bias: Tensor | None = None) -> RoutingCall:
     return RoutingCall(tuple(found))
 
 
+def _of_a_gpu(bias: Tensor) -> RoutingCall:
+    """By an H200's functions: of every size, of no numbers, and Default's sum by blocks."""
+    special = host.fp32(
+        [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -3e38, 88.5, -87.4, 16.1]
+    )
+    rows = torch.cat(
+        [host.normal(seeded(7), 3, 100) * host.fp32([[0.02], [1.0], [30.0]]), _large()[:2]]
+    )
+    rows[0, :10] = special
+    whole = _by_each_method(rows, bias).routers
+    blocks = host.normal(seeded(8), 65, 160) * 4, host.normal(seeded(9), 2, 256) * 4
+    found = [*whole, *((Routing(RoutingMethodType.Default, 2), logits, None) for logits in blocks)]
+    return RoutingCall(tuple((replace(how, functions="hopper"), x, b) for how, x, b in found))
+
+
 def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
     bias = host.normal(seeded(6), 100) / 64
     yield "routers, near", lambda: _by_each_method(_near())
     yield "routers, near, bias", lambda: _by_each_method(_near(), bias * 2.0**-16)
+    softmax = Routing(RoutingMethodType.Default, 24)
+    sigmoid = Routing(RoutingMethodType.SigmoidRenorm, 24)
+    order_of_the_sum = softmax, _near()[1:2], None  # decides it, as a search has found
+    yield (
+        "routers, dense",
+        lambda: RoutingCall(
+            ((softmax, _dense(), None), (sigmoid, _dense(), None), order_of_the_sum)
+        ),
+    )
+    yield "routers, subnormal bias", _subnormal_bias
     yield "routers, large", lambda: _by_each_method(_large())
     yield "routers, ties of bf16", lambda: _by_each_method(_ties_of_bf16(), bias.bfloat16())
+    yield "routers, of a GPU", lambda: _of_a_gpu(bias)
     yield "routers, no numbers", lambda: _by_each_method(_no_numbers())

@@ -1,0 +1,133 @@
+"""The experts functions that transformers calls, and their registration.
+
+`fn(module, hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])` returns [T, H]: transformers
+5.17 and 5.24, `integrations/moe.py`, `ExpertsInterface`.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ...kernels.backends import UnsupportedError
+from ...kernels.moe.api import fused_moe
+from ...kernels.moe.call import Mode
+from ...training.layer import fake_quantized_moe
+from .module import FLAGS, projections, sources
+from .packed import packed_of, quantize
+
+
+class Implementation(NamedTuple):
+    """The arithmetic of one name."""
+
+    activation: Mode
+    batch_invariant: bool
+
+
+IMPLEMENTATIONS = {
+    "nvfp4_moe": Implementation("per-token", False),
+    "nvfp4_moe_batch_invariant": Implementation("per-token", True),
+    "nvfp4_moe_w4a16": Implementation("bf16", False),
+    "nvfp4_moe_w4a16_batch_invariant": Implementation("bf16", True),
+}
+"""By the names that `register` gives them: values of `experts_implementation`."""
+
+
+def register() -> None:
+    """Add `IMPLEMENTATIONS` to transformers' experts functions, in this process.
+
+    Then `from_pretrained(..., experts_implementation="nvfp4_moe")` and
+    `model.set_experts_implementation("nvfp4_moe")` take them. It may be called again.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed, or older than 5.
+    """
+    from transformers.integrations.moe import ExpertsInterface
+
+    for name, implementation in IMPLEMENTATIONS.items():
+        ExpertsInterface.register(name, partial(experts_forward, implementation))
+
+
+def prepare(model: torch.nn.Module) -> int:
+    """Quantize the experts of every layer now, and return how many layers there are.
+
+    It is needed before `torch.compile` of a model that has not run, after weights were written through
+    `.data`, and before the replay of a CUDA graph over new weights; else the layers' first calls do it.
+
+    Raises:
+        UnsupportedError: a layer is not modelled, and why.
+    """
+    layers = [m for m in model.modules() if all(hasattr(m, flag) for flag in FLAGS)]
+    for layer in layers:
+        quantize(layer)
+    return len(layers)
+
+
+def experts_forward(
+    implementation: Implementation,
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Run a module's experts in NVFP4.
+
+    Where a gradient is asked for, `fake_quantized_moe` runs: it has the same bits and a straight-through
+    gradient.
+
+    Args:
+        implementation: the first parameter, which `register` binds.
+        module: the experts module, which holds the weights.
+        hidden_states: [T, H] bf16.
+        top_k_index: [T, K] int32 or int64; an id that is no expert's of this rank, as expert parallelism
+            leaves them, adds nothing.
+        top_k_weights: [T, K] bf16 or fp32.
+
+    Returns:
+        [T, H] bf16.
+
+    Raises:
+        UnsupportedError: a module that is not modelled; hidden states of another dtype; a gradient with
+            activations in bf16.
+        ValueError, TypeError: as `prepare_experts` and `fused_moe`.
+    """
+    if hidden_states.dtype != torch.bfloat16:
+        raise UnsupportedError(
+            f"{type(module).__name__} was given hidden states of {hidden_states.dtype}; they must be "
+            "torch.bfloat16: load the model with dtype=torch.bfloat16"
+        )
+    packed = packed_of(module)
+    local = packed.experts.num_local
+    ids = torch.where(top_k_index < local, top_k_index, -1).to(torch.int32)
+    routing = ids.contiguous(), top_k_weights.contiguous()
+    states = hidden_states.contiguous()
+    if not _needs_gradient(hidden_states, top_k_weights, *sources(module)):
+        return fused_moe(
+            states,
+            packed.experts,
+            routing,
+            activation=implementation.activation,
+            batch_invariant=implementation.batch_invariant,
+        )
+    if implementation.activation != "per-token":
+        raise UnsupportedError(
+            "a gradient is asked for, and there is none with activations in bf16: run under "
+            "torch.no_grad(), or take a per-token implementation"
+        )
+    w13, w2, w13_bias, w2_bias = projections(module)
+    return fake_quantized_moe(
+        states,
+        w13,
+        w2,
+        routing,
+        packed.gate.activation,
+        experts=packed.experts,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        batch_invariant=implementation.batch_invariant,
+    )
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,0 +1,206 @@
+"""Our layer as a solution of FlashInfer's hook: the installed FlashInfer calls it and counts hits."""
+
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import moe_cases
+import pytest
+import torch
+from assertions import assert_bitwise
+from moe_cases import Shape
+
+import nvfp4_moe
+from nvfp4_moe.__main__ import main
+from nvfp4_moe.kernels.flashinfer import version
+from nvfp4_moe.reference.moe.routing import pack_topk
+from nvfp4_moe.serving import substitution
+
+SHAPE = Shape(5, 256, 64, 8, 2)
+GIVEN, FROM_LOGITS = (
+    "flashinfer.fused_moe.core.trtllm_fp4_block_scale_routed_moe",
+    "flashinfer.fused_moe.core.trtllm_fp4_block_scale_moe",
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder of one shape, by the command."""
+    reason = "flashinfer-python is not installed (pip install 'nvfp4-moe[flashinfer]')"
+    pytest.importorskip("flashinfer", reason=reason)
+    folder = tmp_path_factory.mktemp("solutions")
+    assert main(["solutions", str(folder), "--shape", "256,64,8,2", "--groups", "4,2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def hook(written, tmp_path, monkeypatch):
+    """FlashInfer's hook with these solutions, by the environment as a server has it."""
+    from flashinfer import trace_apply
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # where it writes the sources of solutions
+    monkeypatch.setenv("FLASHINFER_TRACE_APPLY_PATH", str(written))
+    # It asks for each name that is new, and a torch without CUDA cannot say.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert trace_apply.enable_apply() > 0
+    yield trace_apply
+    trace_apply.disable_apply()
+
+
+@pytest.fixture
+def fused(flashinfer, hook):
+    from flashinfer import fused_moe
+
+    return fused_moe
+
+
+def call(shape=SHAPE, **changes):
+    """A call of FlashInfer's function from logits."""
+    case = moe_cases.make(shape)
+    e, a = case.experts, case.activations
+    names = (
+        "gemm1_weights", "gemm1_weights_scale", "gemm1_bias", "gemm1_alpha", "gemm1_beta",
+        "gemm1_clamp_limit", "gemm2_weights", "gemm2_weights_scale", "gemm2_bias",
+        "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar",
+    )  # fmt: skip
+    assert a.block_scales is not None
+    g = torch.Generator().manual_seed(3)
+    given = {name: getattr(e, name) for name in names} | {
+        "routing_logits": torch.randn(shape.tokens, shape.experts, generator=g),
+        "routing_bias": None,
+        "hidden_states": a.hidden_states,
+        "hidden_states_scale": a.block_scales.view(torch.float8_e4m3fn),
+        "per_token_scale": a.per_token_scale,
+        "num_experts": shape.experts,
+        "top_k": shape.top_k,
+        "n_group": None,
+        "topk_group": None,
+        "intermediate_size": shape.intermediate,
+        "local_expert_offset": 0,
+        "local_num_experts": shape.experts,
+        "routed_scaling_factor": None,
+        "routing_method_type": 1,
+    }
+    return given | changes
+
+
+def routed(shape=SHAPE, **changes):
+    given = call(shape, **changes)
+    del given["routing_logits"]
+    return given
+
+
+def ours(**given):
+    return nvfp4_moe.trtllm_fp4_block_scale_moe(**given, backend="reference")
+
+
+def test_from_logits(hook, fused):
+    """FlashInfer's list of one, its output tensor, and a count of hits."""
+    groups = {"routing_method_type": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+    for changes in ({}, groups, {"routing_method_type": 0}):
+        given = call(**changes)
+        (got,) = fused.trtllm_fp4_block_scale_moe(**given)
+        assert_bitwise(got, ours(**given)[0], str(changes))
+    given, output = call(), torch.full((5, 256), torch.nan, dtype=torch.bfloat16)
+    (got,) = fused.trtllm_fp4_block_scale_moe(**given, output=output)
+    assert got is output
+    assert_bitwise(output, ours(**given)[0], "output")
+    assert hook.stats() == {FROM_LOGITS: {"hit": 4}}
+
+
+def test_given_routing(hook, fused):
+    case = moe_cases.make(SHAPE)
+    packed = pack_topk(case.ids, case.weights)
+    for topk in (packed, (case.ids, case.weights.float() / 3)):
+        given = routed(topk_ids=topk)
+        want = nvfp4_moe.trtllm_fp4_block_scale_routed_moe(**given, backend="reference")
+        (got,) = fused.trtllm_fp4_block_scale_routed_moe(**given)
+        assert_bitwise(got, want[0], "given")
+    assert hook.stats() == {GIVEN: {"hit": 2}}
+
+
+def test_without_finalize(hook, fused):
+    """The hook drops do_finalize, and the solution reads it."""
+    given = call(do_finalize=False)
+    got, want = fused.trtllm_fp4_block_scale_moe(**given), ours(**given)
+    assert len(got) == len(want) == 3
+    for g, w in zip(got, want, strict=True):
+        assert_bitwise(g, w, "do_finalize=False")
+
+
+def test_arguments_that_the_hook_drops_are_kept(hook, fused):
+    """Each changes the result, so that a solution of the definition's inputs alone would be wrong."""
+    plain = ours(**call())[0]
+    replay = torch.zeros(5, 2, dtype=torch.int16)
+    (got,) = fused.trtllm_fp4_block_scale_moe(
+        **call(valid_hidden_size=240, routing_replay_out=replay)
+    )
+    assert got.shape == (5, 240) and replay.any()
+    assert_bitwise(got, plain[:, :240].contiguous(), "valid_hidden_size")
+
+
+def test_what_cannot_be_right_is_an_error(hook, fused):
+    case = moe_cases.make(SHAPE)
+    given = routed(topk_ids=(case.ids, case.weights))
+    delta = torch.zeros(5, 2, 128, dtype=torch.bfloat16)
+    with pytest.raises(nvfp4_moe.UnsupportedError, match="gemm1_lora_delta"):
+        fused.trtllm_fp4_block_scale_routed_moe(**given, gemm1_lora_delta=delta)
+    mxfp4 = torch.ones(8, 128, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="gemm1_weights_scale is uint8"):
+        fused.trtllm_fp4_block_scale_moe(**call(gemm1_weights_scale=mxfp4))
+    assert {s: n for c in hook.stats().values() for s, n in c.items()} == {"error": 1}
+
+
+def test_another_shape_stays_flashinfers(hook, fused):
+    with pytest.raises(Exception) as raised:
+        fused.trtllm_fp4_block_scale_moe(**call(Shape(5, 512, 64, 8, 2)))
+    assert not isinstance(raised.value, nvfp4_moe.UnsupportedError)
+    assert hook.stats() == {FROM_LOGITS: {"fallback_no_candidate": 1}}
+
+
+def test_a_hook_that_is_not_known_is_an_error():
+    with pytest.raises(nvfp4_moe.UnsupportedError, match="holds no 'namespace'"):
+        substitution._whole({"other": {}}, {})
+    space = {"hidden_states": 1, "workspace_buffer": 2, "later": None}
+    assert substitution._whole({"namespace": space}, {"hidden_states": 0}) == {"hidden_states": 1}
+    with pytest.raises(nvfp4_moe.UnsupportedError, match="later is given"):
+        substitution._whole({"namespace": space | {"later": 3}}, {"hidden_states": 0})
+
+
+def test_flashinfer_bench_calls_it_by_the_inputs(written):
+    """A solution is what FlashInfer's schema says, and returns the definition's one output."""
+    from flashinfer.trace.solution import Solution
+
+    files = {p.parent.name: p for p in written.rglob("nvfp4_moe.json")}
+    assert {p.stem for p in (written / "definitions").rglob("*.json")} == set(files)
+    name = "moe_fp4_block_scale_ds_routing_topk2_e8_h256_i64_act3_ng4_kg2"
+    solution = Solution.from_dict(json.loads(files[name].read_text()))
+    assert solution.definition == name
+    space: dict = {}
+    exec(solution.entry_source().content, space)
+    definition = json.loads((written / "definitions/moe" / f"{name}.json").read_text())
+    given = call(routing_method_type=2, n_group=4, topk_group=2)
+    inputs = {n: given[n] for n in definition["inputs"] if given.get(n) is not None}
+    got = space[solution.entry_symbol()](**inputs)
+    assert_bitwise(got, ours(**given)[0], "by the inputs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "256,64,8"], "--shape is '256,64,8'; it must be H,I,E,K"),
+        (["--shape", "200,64,8,2"], "H must be a multiple of 128 and I of 64"),
+        (["--shape", "256,64,8,9"], "K and LOCAL from 1 to E"),
+        (["--shape", "256,64,8,2", "--routing", "best"], "--routing has 'best'; it must be among"),
+        (["--shape", "256,64,8,2", "--groups", "3,1"], "--groups is '3,1'; it must be N,TOP"),
+        (["--shape", "256,64,8,2", "--activation", "Mish"], "--activation is 'Mish'; it must be"),
+    ],
+)
+def test_bad_usage(arguments, message, tmp_path, capsys):
+    assert main(["solutions", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_flashinfer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(version, "HERE", version.Installation(None))
+    assert main(["solutions", str(tmp_path), "--shape", "256,64,8,2"]) == 2
+    assert "which names the definitions" in capsys.readouterr().err
