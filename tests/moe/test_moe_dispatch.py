@@ -371,7 +371,8 @@ class TestExplain:
         """Triton's layer then routes by the reference, says so, and names what differs."""
         hopper = Routing(RoutingMethodType.Sigmoid, 2, functions="hopper")
         logits, gpu = logits_of(), torch.device("cuda")
-        (note,) = explained(routing=(logits, hopper), capability=(9, 0)).notes
+        note, gemm = explained(routing=(logits, hopper), capability=(9, 0)).notes
+        assert "GEMM for sm_90" in gemm
         assert note.startswith(
             "triton's layer routes by the reference, to the same bits: functions="
         )
