@@ -36,13 +36,12 @@ def load_places(place_ptr, row, live, SLOTS: tl.constexpr):
 
     A kernel does it before it needs them: no load may pass a store.
     """
+    places = ()  # type: tuple
     if SLOTS == 0:
         places = (tl.where(live, row, -1),)
-    else:
-        places = ()  # type: tuple
-        for slot in tl.static_range(SLOTS):
-            place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
-            places = places + (place,)  # noqa: RUF005, Triton has no star
+    for slot in tl.static_range(SLOTS):
+        place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
+        places = places + (place,)  # noqa: RUF005, Triton has no star
     return places
 
 
