@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell hopper mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -78,6 +78,12 @@ gpu:
 # The whole matrix through every backend, tactic and math of this machine; docs/blackwell.md has what to install.
 blackwell:
 	$(PYTHON) -m nvfp4_moe blackwell --report build/blackwell
+
+# On sm_90, where FlashInfer's NVFP4 functions do not run: Triton through the code and the report of
+# `blackwell`, then against the arrays that FlashInfer's own kernels wrote on such a GPU.
+hopper:
+	$(PYTHON) -m nvfp4_moe blackwell --backends triton --report build/hopper
+	PYTHONPATH=.:tests/support $(PYTHON) -m oracle --triton
 
 # Random runs that keep the contract, judged by the intervals: no false alarm. About 20 minutes; --seed
 # and --runs take a part of them.

@@ -23,5 +23,5 @@ def allocate(
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
     """Return the tensor if it is contiguous at a multiple of 16 bytes, as kernels load it, or a copy."""
-    t = t.contiguous()
+    t = t.contiguous().flatten().view(t.shape)  # the stride of a dimension of 1 may be any number
     return t.clone() if t.data_ptr() % 16 else t

@@ -38,10 +38,10 @@ def load_places(place_ptr, row, live, SLOTS: tl.constexpr):
     """
     places = ()  # type: tuple
     if SLOTS == 0:
-        places = places + (tl.where(live, row, -1),)  # noqa: RUF005, Triton has no star
+        places = (tl.where(live, row, -1),)
     for slot in tl.static_range(SLOTS):
         place = tl.load(place_ptr + row * SLOTS + slot, live, other=-1).to(tl.int64)
-        places = places + (place,)  # noqa: RUF005
+        places = places + (place,)  # noqa: RUF005, Triton has no star
     return places
 
 

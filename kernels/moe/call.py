@@ -157,9 +157,10 @@ class MoECall(KernelCall):
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
         if backend == "triton":
-            from .routing import try_route
+            from . import routing as ours
 
-            if (routed := try_route(self.logits, self.routing, self.routing_bias)) is not None:
+            routed = ours.try_route(self.logits, self.routing, self.routing_bias)
+            if routed is not None:
                 return routed
         result = route(self.logits, self.routing, self.routing_bias)
         result = append_shared_experts(result, self.shared_experts, self.num_experts)

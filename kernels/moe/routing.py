@@ -102,6 +102,8 @@ def route_kernel(
     weights_ptr,  # [T, K] bf16
     scale,  # routed_scaling_factor
     E,
+    table_ptr,  # with APPROXIMATE in the interpreter, of `jit.instructions`
+    rcp_delta_ptr,  # with APPROXIMATE in the interpreter, int8 [2^23]
     K: tl.constexpr,
     METHOD: tl.constexpr,
     NORM: tl.constexpr,  # norm_topk_prob
@@ -110,8 +112,6 @@ def route_kernel(
     ARCH: tl.constexpr,
     APPROXIMATE: tl.constexpr = False,  # by the instructions of the GPU
     BY_BLOCKS: tl.constexpr = False,  # the order of Default's sum, where APPROXIMATE
-    table_ptr=None,  # in the interpreter, of `jit.instructions`
-    rcp_delta_ptr=None,  # in the interpreter, int8 [2^23]
 ):
     await_previous(ARCH)
     token = tl.program_id(0).to(tl.int64)
@@ -228,12 +228,11 @@ def _op(
         width = max(16, next_power_of_2(experts))
         reads = approximate and INTERPRETING
         launch(route_kernel, (tokens,),
-            logits.contiguous(), bias, ids, weights, scale, experts, K=top_k, METHOD=method,
-            NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
+            logits.contiguous(), bias, ids, weights, scale, experts,
+            _table(logits.device) if reads else None, rcp_delta(logits.device) if reads else None,
+            K=top_k, METHOD=method, NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
             ARCH=arch(logits.device), APPROXIMATE=approximate,
             BY_BLOCKS=approximate and _one_block_a_token(logits, top_k),
-            table_ptr=_table(logits.device) if reads else None,
-            rcp_delta_ptr=rcp_delta(logits.device) if reads else None,
             num_warps=1 if width <= 256 else 4, **launch_options(logits.device),
         )  # fmt: skip
     return ids, weights

@@ -159,16 +159,17 @@ def _run_all(planned: list[BackendJob], options: argparse.Namespace, out: Path) 
     def run_one(job: BackendJob) -> JobResult:
         gpu = gpus.get()
         try:
-            return _run_one(job, gpu, max(1, (os.cpu_count() or 1) // len(names)), options, out)
+            return run_job(job, gpu, max(1, (os.cpu_count() or 1) // len(names)), options, out)
         finally:
             gpus.put(gpu)
 
     return workers.side_by_side(run_one, planned, len(names))
 
 
-def _run_one(
+def run_job(
     job: BackendJob, gpu: str | None, threads: int, options: argparse.Namespace, out: Path
 ) -> JobResult:
+    """Run a job in its own process, on the GPU of this name in CUDA_VISIBLE_DEVICES; None: as it is."""
     where = out / job.folder
     chosen = {*environment.EXACT_VARIABLES["cuda"], *environment.FOUR_OVER_SIX_VARIABLES}
     inherited = {k: v for k, v in os.environ.items() if k not in chosen}
@@ -196,11 +197,12 @@ def _verdicts(results: list[JobResult]) -> Section:
     section = Section("verdicts", summary=True)
     for result in results:
         row = result.job.title
-        section.put(row, result.job.backend, _verdict(result))
+        section.put(row, result.job.backend, verdict(result))
     return section
 
 
-def _verdict(result: JobResult) -> Cell:
+def verdict(result: JobResult) -> Cell:
+    """Return a job's one outcome; skipped where its backend cannot serve, with the reason."""
     last = (result.printed.strip().splitlines() or ["nothing was printed"])[-1]
     if result.report is None and result.status == Exit.NOT_RUN:  # refused before any work
         return Cell("skipped", note=last.split(CANNOT, 1)[-1])
@@ -235,7 +237,7 @@ def _tables(results: list[JobResult]) -> Iterator[Section]:
         title = result.job.title
         table = merged.setdefault(title, Section(title))
         if result.report is None:
-            table.put("the whole process", result.job.backend, _verdict(result))
+            table.put("the whole process", result.job.backend, verdict(result))
         for section in result.report.sections if result.report else []:
             table.notes += [note for note in section.notes if note not in table.notes]
             for name, row in section.rows.items():

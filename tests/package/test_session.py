@@ -64,6 +64,7 @@ def test_the_summary_is_by_backend_with_the_reasons():
         ({"compile"}, None, False, None),
         ({"gpu"}, None, False, "no NVIDIA GPU of compute capability 8.0 or later"),
         ({"gpu"}, None, True, None),
+        ({"blackwell"}, None, False, "no NVIDIA GPU of compute capability 8.0 or later"),
     ],
 )
 def test_a_test_that_needs_another_process_or_machine_is_skipped(

@@ -10,6 +10,7 @@ import torch
 
 BACKENDS = {
     "gpu": "Triton on a GPU",
+    "blackwell": "every backend on a GPU",
     "interpreter": "Triton in its interpreter",
     "compile": "Triton, compiled offline",
 }
@@ -46,7 +47,7 @@ def misplaced(marks: set[str]) -> str | None:
         return "set TRITON_INTERPRET=1 to run the interpreter"
     if "compile" in marks and interpreting():
         return "Triton was imported under its interpreter"
-    if "gpu" in marks and not has_gpu():
+    if marks & {"gpu", "blackwell"} and not has_gpu():
         return "no NVIDIA GPU of compute capability 8.0 or later here"
     return None
 
