@@ -229,7 +229,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/pdl.py": ("decode",),
     "kernels/jit/recipe.py": _BLOCKS,
     "kernels/jit/approximations.py": _ACTIVATIONS,
-    "kernels/jit/instructions.py": ("routers, of a GPU",),
+    "kernels/jit/instructions.py": _named("routers, of a GPU"),
     "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
     "kernels/fused_quantize/kernel.py": _PRODUCERS,
     "kernels/weights/kernel.py": _RELOAD,
