@@ -122,6 +122,10 @@ def _parts() -> Named:
             f"finalize, tiny, {order}",
             functools.partial(FinalizeCall, single, order, single, top_k, tiny=True),
         )
+    yield (
+        "finalize, rows far apart",
+        lambda: FinalizeCall(single, "slot-multiply", single, tokens=9, apart=True),
+    )
     yield "finalize, first multiplied", lambda: FinalizeCall(torch.bfloat16, "slot-multiply")
     yield "finalize, fp16", lambda: FinalizeCall(torch.float16, weights=torch.float32, top_k=1)
 
@@ -187,8 +191,8 @@ _BLOCKS = (
 )
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
-    "bf16", "grid", "saturated routers", "every routing method", *_named("finalize, tiny"),
-    "routers, subnormal bias",
+    "bf16", "grid", "saturated routers", "every routing method", "routers, subnormal bias",
+    *_named("finalize, tiny", "finalize, rows"),
 )  # fmt: skip
 _EXPERTS = (
     *_ACTIVATIONS,
