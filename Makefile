@@ -40,7 +40,8 @@ $(OTHER_FOLDER): | $(SETUP)
 	mv $@.part $@
 
 # Real models of transformers with our experts, the table of its classes, and the example of the docs.
-# `--transformers` fails where that version is not found. About 4 minutes, after a download of 200 MB.
+# `--transformers` fails where that version is not found. Under 5 minutes on an idle machine, after a
+# download of 200 MB.
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints-transformers.txt)
 TRANSFORMERS_FOLDER := build/transformers-$(TRANSFORMERS)
 test-transformers: $(SETUP) $(TRANSFORMERS_FOLDER)

@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import pickle
+import sys
+from types import ModuleType, SimpleNamespace
 
 import experts_model
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from assertions import assert_bitwise
 
 from nvfp4_moe import ActivationType, UnsupportedError, fake_quantized_moe
-from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, prepare
+from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, prepare, register
 from nvfp4_moe.serving.transformers.forward import experts_forward
 from nvfp4_moe.serving.transformers.gates import Gate, gate_of
 from nvfp4_moe.serving.transformers.packed import ATTRIBUTE
@@ -294,6 +296,28 @@ def test_gradients_are_those_of_the_fake_quantized_layer():
     assert_bitwise(ours(module.gate_up_proj.grad).mT.contiguous(), w13.grad, "w13")
     assert_bitwise(ours(module.gate_up_proj_bias.grad), bias.grad, "bias")
     assert module.down_proj.grad.abs().sum() > 0 < module.down_proj_bias.grad.abs().sum()
+
+
+def test_registration_gives_transformers_every_name(monkeypatch):
+    """On a stand-in for transformers, whose real one need not be here."""
+    registered = {}
+    package, integrations = ModuleType("transformers"), ModuleType("transformers.integrations.moe")
+    integrations.ExpertsInterface = SimpleNamespace(register=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "transformers", package)
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", integrations)
+    package.__version__ = "5.6.2"
+    with pytest.raises(UnsupportedError, match=r"transformers 5.6.2 is installed; .* 5.7 or later"):
+        register()
+    assert registered == {}
+    package.__version__ = "5.10.0.dev0"
+    register()
+    assert set(registered) == set(IMPLEMENTATIONS)
+    module, arguments = Module(), inputs()
+    with torch.no_grad():
+        for name, function in registered.items():
+            assert_bitwise(
+                function(module, *arguments), forward(module, *arguments, name=name), name
+            )
 
 
 def test_bf16_activations_have_no_gradient():

@@ -34,6 +34,10 @@ IMPLEMENTATIONS = {
 """By the names that `register` gives them: values of `experts_implementation`."""
 
 
+OLDEST = (5, 7)
+"""The first version of transformers that accepts registered names; 5.6 has a fixed list."""
+
+
 def register() -> None:
     """Add `IMPLEMENTATIONS` to transformers' experts functions, in this process.
 
@@ -41,8 +45,16 @@ def register() -> None:
     `model.set_experts_implementation("nvfp4_moe")` take them. It may be called again.
 
     Raises:
-        ModuleNotFoundError: transformers is not installed, or older than 5.
+        ModuleNotFoundError: transformers is not installed.
+        UnsupportedError: it is older than 5.7.
     """
+    import transformers
+
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} is installed; it must be 5.7 or later, which "
+            "accepts experts implementations of other packages"
+        )
     from transformers.integrations.moe import ExpertsInterface
 
     for name, implementation in IMPLEMENTATIONS.items():

@@ -125,6 +125,10 @@ def _parts() -> Named:
             f"finalize, tiny, {order}",
             functools.partial(FinalizeCall, single, order, single, top_k, tiny=True),
         )
+    yield (
+        "finalize, rows far apart",
+        lambda: FinalizeCall(single, "slot-multiply", single, tokens=9, apart=True),
+    )
     yield "finalize, first multiplied", lambda: FinalizeCall(torch.bfloat16, "slot-multiply")
     yield "finalize, fp16", lambda: FinalizeCall(torch.float16, weights=torch.float32, top_k=1)
 
@@ -190,8 +194,8 @@ _BLOCKS = (
 )
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
-    "bf16", "grid", "saturated routers", "every routing method", *_named("finalize, tiny"),
-    "routers, subnormal bias",
+    "bf16", "grid", "saturated routers", "every routing method", "routers, subnormal bias",
+    *_named("finalize, tiny", "finalize, rows"),
 )  # fmt: skip
 _EXPERTS = (
     *_ACTIVATIONS,
@@ -236,7 +240,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/pdl.py": ("decode",),
     "kernels/jit/recipe.py": _BLOCKS,
     "kernels/jit/approximations.py": _ACTIVATIONS,
-    "kernels/jit/instructions.py": ("routers, of a GPU",),
+    "kernels/jit/instructions.py": _named("routers, of a GPU"),
     "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
     "kernels/fused_quantize/kernel.py": _PRODUCERS,
     "kernels/weights/kernel.py": _RELOAD,

@@ -262,6 +262,7 @@ class FinalizeCall:
     padded: int = 1088
     tokens: int = 5
     tiny: bool = False  # subnormal rows, weights and sums; sums of -0
+    apart: bool = False  # rows beside which others are less than fp64's last bit
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(self.top_k)
@@ -269,6 +270,8 @@ class FinalizeCall:
         rows = host.normal(g, slots, self.padded) * host.powers(host.arange(slots) % 9)[:, None]
         permuted = torch.randperm(slots, generator=g, dtype=torch.int64, device="cpu")
         weights = host.normal(g, self.tokens, self.top_k)
+        if self.apart:
+            rows *= host.powers(host.integers(g, -1, 2, (slots, 1)) * 60)
         if self.tiny:
             first, second, third, fourth, _ = permuted.view(self.tokens, self.top_k)
             rows[first] *= 2.0**-126

@@ -85,6 +85,13 @@ def _of_a_gpu(bias: Tensor) -> RoutingCall:
     return RoutingCall(tuple((replace(how, functions="hopper"), x, b) for how, x, b in found))
 
 
+def _dense_of_a_gpu() -> RoutingCall:
+    """By an H200's functions: Default's near scores, and those of more experts than a block has."""
+    how = Routing(RoutingMethodType.Default, 24, functions="hopper")
+    many = host.normal(seeded(9), 2, 300)
+    return RoutingCall(tuple((how, logits, None) for logits in (_near(), _dense(), many)))
+
+
 def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
     bias = host.normal(seeded(6), 100) / 64
     yield "routers, near", lambda: _by_each_method(_near())
@@ -102,4 +109,5 @@ def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
     yield "routers, large", lambda: _by_each_method(_large())
     yield "routers, ties of bf16", lambda: _by_each_method(_ties_of_bf16(), bias.bfloat16())
     yield "routers, of a GPU", lambda: _of_a_gpu(bias)
+    yield "routers, of a GPU, dense", _dense_of_a_gpu
     yield "routers, no numbers", lambda: _by_each_method(_no_numbers())
