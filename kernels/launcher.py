@@ -1,7 +1,7 @@
-"""Launching a kernel: as Triton does the first time, then directly, in a tenth of the host's time.
+"""Launching a kernel: as Triton does the first time, then directly.
 
 Triton finds a compiled kernel by the text of its options, and checks every global variable that its
-source names: 50 to 130 us of the host for each launch. Here the key has the constants and what Triton
+source names, at each launch. Here the key has the constants and what Triton
 specializes arguments by, and the compiled kernel is launched without more ado.
 """
 
@@ -85,7 +85,7 @@ def _kind(value: int, fixed: bool) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up; Triton's own function takes 5 us of the host."""
+    """Return a / b, rounded up; Triton's own function is slower on the host."""
     return -(-a // b)
 
 
