@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ..kernels.moe.backends import FUSED_MOE
 from ..kernels.moe.call import MoECall
 from ..reference import checks
+from ..reference.fingerprint import fingerprint
 from ..reference.numerics.functions import checksum
 
 REASON = 1000
@@ -83,6 +84,7 @@ def described(r: MoECall, backend: str) -> Fields:
         "activation": r.quantize or "bf16",
         "input_scale": e.input_scale.item() if r.is_static and e.input_scale is not None else None,
         "routing": str(r.routing) if r.logits is not None else "ids and weights",
+        "contract": fingerprint(),
         "functions": checksum(r.routing.functions) if r.logits is not None else "none",
         "routing weights": _dtype(r.weights) if r.logits is None else "from logits",
         "recipe": str(r.recipe),

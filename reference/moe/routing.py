@@ -117,7 +117,9 @@ class Routing:
         routed_scaling_factor: factor of the weights, DeepSeekV3 and MiniMax2 only; None is 1.
         norm_topk_prob: whether SigmoidRenorm divides by the sum; no other method reads it.
         functions: "exact", or the GPU whose exp, tanh and reciprocal the routing has to the bit
-            (`numerics/functions.py`). Ids and weights are then FlashInfer's on that GPU.
+            (`numerics/functions.py`). Ids and weights are then FlashInfer's on that GPU. Default's sum
+            has the order of the kernel that FlashInfer takes for the number of tokens, so that its last
+            bits depend on that number.
 
     Raises:
         ValueError: naming the field.

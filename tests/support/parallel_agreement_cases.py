@@ -66,18 +66,19 @@ def each_rank_has_its_own_shard(r: Rank) -> None:
 
 
 @case
-def each_rank_has_the_same_table_of_functions(r: Rank) -> None:
+def each_rank_has_the_same_functions_and_contract(r: Rank) -> None:
     layer = moe_cases.make(SHAPE)
     logits = torch.zeros(SHAPE.tokens, SHAPE.experts, device=r.device)
     routing = logits, Routing(RoutingMethodType.Sigmoid, 2, functions="hopper")
-    with pytest.MonkeyPatch.context() as patch:
-        if r.rank == 1:
-            patch.setattr(rank_check, "checksum", lambda name: f"another table of {name}")
-        agree_on_refusing(
-            r,
-            r"the ranks' calls differ: functions is \w{64} on .*another table of hopper on 1",
-            lambda: r.ep(layer, "all-reduce", routing=routing),
-        )
+    for patched, field in (("checksum", "functions"), ("fingerprint", "contract")):
+        with pytest.MonkeyPatch.context() as patch:
+            if r.rank == 1:
+                patch.setattr(rank_check, patched, lambda *_: "another")
+            agree_on_refusing(
+                r,
+                rf"the ranks' calls differ: {field} is \w{{64}} on .*another on 1",
+                lambda: r.ep(layer, "all-reduce", routing=routing),
+            )
 
 
 @case

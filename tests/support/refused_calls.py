@@ -60,7 +60,8 @@ class Refused:
         installed: changes to a complete installation of FlashInfer.
         environment: variables to set.
         patch: what else to change, of a call.
-        runs: False for a call whose tensors are too large: it is chosen and not run.
+        runs: False for a call that is chosen and not run: its tensors are too large, or another call
+            of the table runs the same kernels.
         served: False if no backend of ours has what the call asks for.
         logged: False if a choice is not logged: beside Blackwell, and while torch compiles.
     """
@@ -99,9 +100,10 @@ def _with_other_functions(monkeypatch: pytest.MonkeyPatch, _: Any) -> None:
 def _everywhere(make: Callable[..., Any], served_compiled: bool = True) -> Iterator[Refused]:
     """Calls for the rules that every table has; `make` takes the capability."""
     yield Refused(make, installed={"version": None})
-    yield Refused(make, installed={"version": (0, 7, 3)}, patch=_with_other_functions)
+    unknown = {"version": (0, 7, 3)}
+    yield Refused(make, installed=unknown, patch=_with_other_functions, runs=False)
     yield Refused(make, patch=_compiling, runs=False, served=served_compiled, logged=False)
-    yield Refused(functools.partial(make, capability=None), logged=False)
+    yield Refused(functools.partial(make, capability=None), runs=False, logged=False)
 
 
 # The quantizers
@@ -322,13 +324,13 @@ def _in_no_layer(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
 def _layers(build: str, column: str, home: tuple[int, int], mode: str) -> Iterator[Refused]:
     make = functools.partial(_refused_layer, build, mode=mode)
     compiled = {"patch": _compiling, "runs": False, "logged": False, "served": build != "cutlass"}
-    nobody = {"served": False}
+    nobody = {"served": False, "runs": False}
     none = Shape(0, 256, 128, 2, 1)
     yield make(home, circumstances={"installed": {"version": None}})
     unknown = {"installed": {"version": (0, 7, 3)}, "patch": _with_other_functions}
-    yield make(home, circumstances=unknown)
+    yield make(home, circumstances=unknown | {"runs": False})
     yield make(home, circumstances=compiled)
-    yield make(None, circumstances={"logged": False})
+    yield make(None, circumstances={"runs": False, "logged": False})
     yield make(home, shape=none)
     yield make((10, 1))
     kind, how = _without(column)

@@ -30,6 +30,7 @@ from .part_calls import (
     FragmentsCall,
     MaskedRowsCall,
     PermuteCall,
+    SumsNearTiesCall,
 )
 from .strict import strict
 from .trial import Probe
@@ -129,6 +130,7 @@ def _parts() -> Named:
         "finalize, rows far apart",
         lambda: FinalizeCall(single, "slot-multiply", single, tokens=9, apart=True),
     )
+    yield "finalize, near ties", SumsNearTiesCall
     yield "finalize, first multiplied", lambda: FinalizeCall(torch.bfloat16, "slot-multiply")
     yield "finalize, fp16", lambda: FinalizeCall(torch.float16, weights=torch.float32, top_k=1)
 
@@ -195,7 +197,7 @@ _BLOCKS = (
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
     "bf16", "grid", "saturated routers", "every routing method", "routers, subnormal bias",
-    *_named("finalize, tiny", "finalize, rows"),
+    *_named("finalize, tiny", "finalize, rows", "finalize, near"),
 )  # fmt: skip
 _EXPERTS = (
     *_ACTIVATIONS,

@@ -271,7 +271,7 @@ class FinalizeCall:
         permuted = torch.randperm(slots, generator=g, dtype=torch.int64, device="cpu")
         weights = host.normal(g, self.tokens, self.top_k)
         if self.apart:
-            rows *= host.powers(host.integers(g, -1, 2, (slots, 1)) * 60)
+            rows *= host.powers(host.integers(g, -2, 1, (slots, 1)) * 60)
         if self.tiny:
             first, second, third, fourth, _ = permuted.view(self.tokens, self.top_k)
             rows[first] *= 2.0**-126
@@ -298,3 +298,27 @@ class FinalizeCall:
         return Answered(
             lambda got: not unequal(got, want).any(), torch.Tensor.double, want.double()
         )
+
+
+@dataclass(frozen=True)
+class SumsNearTiesCall:
+    """Products of 25 bits, which are ties of fp32, after slots that move a sum to next to one."""
+
+    def _given(self) -> tuple[Tensor, Tensor]:
+        odd = host.arange(3, 255, 16).float()
+        tie = ((2.0**24 / odd).ceil().long() // 2 * 2 + 1).float()
+        ulp = 2.0**-28 * (1 - 2.0**-23)  # nearly one of fp64 there
+        before = host.fp32([-2 * ulp, -ulp, ulp, 2 * ulp]).repeat_interleave(2 * len(odd))
+        rows = torch.stack([torch.ones_like(before), torch.cat([odd, -odd]).repeat(4)], 1)
+        return rows, torch.stack([before, tie.repeat(8)], 1)
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        rows, weights = (t.to(device) for t in self._given())
+        permuted = torch.arange(rows.numel(), dtype=torch.int32, device=device)
+        out = torch.empty(len(rows), 1, dtype=torch.float32, device=device)
+        triton_finalize(rows.view(-1, 1).bfloat16(), permuted, weights, out, "slot")
+        return out.cpu()
+
+    def judge(self) -> Answered:
+        rows, weights = self._given()
+        return exactly(finalize(rows[:, :, None], weights, "slot"))
