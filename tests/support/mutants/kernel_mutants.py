@@ -115,7 +115,14 @@ _GEMM: tuple[Entry, ...] = (
         "tl.load(bias_ptr + m)",
         "gpt-oss",
     ),
-    ("scalar of the first expert", "tl.load(scale_ptr + expert)", "tl.load(scale_ptr)", "qwen"),
+    (
+        "scalar of the first expert",
+        "activated(up, gate, of_expert(scale_ptr, expert), gate_scale, of_expert(alpha_ptr, expert), "
+        "of_expert(beta_ptr, expert), limit_of_expert(limit_ptr, gate_scale, expert, ACT), ACT)",
+        "activated(up, gate, of_expert(scale_ptr, 0), gate_scale, of_expert(alpha_ptr, expert), "
+        "of_expert(beta_ptr, expert), limit_of_expert(limit_ptr, gate_scale, expert, ACT), ACT)",
+        "qwen",
+    ),
     (
         "gated rows not put back",
         "tl.permute(tl.reshape(acc, (G, 2, 2, 8, BN)), (0, 3, 1, 4, 2))",
@@ -180,7 +187,12 @@ _SMALL: tuple[Entry, ...] = (
         "tl.load(weights_ptr + token * K + k).to(tl.float16).to(tl.float32)",
         "any size, to fp32",
     ),
-    ("an expert's last tile dropped", "(count + TILE - 1) // TILE", "count // TILE", "tiles of 16"),
+    (
+        "an expert's last tile dropped",
+        "tl.store(tile_ptr + place, expert, rest > 0)",
+        "tl.store(tile_ptr + place, -1, rest > 0)",
+        "tiles of 16",
+    ),
     (
         "an expert's end one row early",
         "tl.store(end_ptr + expert, first_row + count)",
@@ -374,6 +386,7 @@ _QUANTIZER: tuple[Entry, ...] = (
         "scale = e4m3_decode(byte)[:, :, None]",
         "scale = e4m3_decode(tl.flip(byte, 1))[:, :, None]",
         "qwen",
+        "_store_values",
     ),
 )
 
@@ -479,6 +492,7 @@ _LAUNCHES: tuple[Entry, ...] = (
         "recipe.base_scale_inv if per_token else 1.0",
         "1.0",
         "qwen",
+        "quantize_to_values",
     ),
     (
         "base scale of e4m3_max 448 whatever the recipe",
