@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell hopper mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell hopper frost frost-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -85,6 +85,15 @@ blackwell:
 hopper:
 	$(PYTHON) -m nvfp4_moe blackwell --backends triton --report build/hopper
 	PYTHONPATH=.:tests/support $(PYTHON) -m oracle --triton
+
+# FlashInfer's own W4A16 kernels for sm_90 (docs/hopper.md): compiled on any machine, 20 s after a download;
+# then run on an H100 or H200 with torch alone, after build/frost has been copied there.
+frost-kernels: $(SETUP) $(OTHER_FOLDER)
+	mkdir -p build/frost/dump
+	CUTE_DSL_DUMP_DIR=build/frost/dump PYTHONPATH=$(abspath $(OTHER_FOLDER)):tests/support $(PYTHON) -m frost.make build/frost
+
+frost:
+	PYTHONPATH=tests/support $(PYTHON) -m frost.run build/frost
 
 # Random runs that keep the contract, judged by the intervals: no false alarm. About 20 minutes; --seed
 # and --runs take a part of them.
