@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -99,7 +99,8 @@ class KernelCall(LayerMode):
     num_experts: int  # of all ranks, over which the slots are spread; without shared experts
     shared_experts: int = 0
     local_expert_offset: int = 0
-    recipe: Recipe = Recipe()  # noqa: RUF009 (frozen); of the intermediate
+    # Of the intermediate. Dynamo of torch 2.11 refuses a default that is an object, used or not.
+    recipe: Recipe = field(default_factory=Recipe)
     do_finalize: bool = True
     finalize_order: FinalizeOrder = "flashinfer"
     batch_invariant: bool = False

@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,7 +24,8 @@ class MaskedKernelCall(LayerMode):
     masked_m: torch.Tensor  # [E] int32 or int64
     experts: Experts
     expected_m: int  # rows of an expert on average, by which tiles are chosen
-    recipe: Recipe = Recipe()  # noqa: RUF009 (frozen); of the intermediate
+    # Of the intermediate. Dynamo of torch 2.11 refuses a default that is an object, used or not.
+    recipe: Recipe = field(default_factory=Recipe)
     batch_invariant: bool = False
     quantize: Quantize | None = None
 
