@@ -81,9 +81,24 @@ class Decode:
 
     def step(self) -> torch.Tensor:
         """Write the next token over the last, and return its logits [B, vocabulary]."""
-        logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        logits = self.model(
+            self.token, attention_mask=self.mask(), past_key_values=self.cache, use_cache=True
+        ).logits[:, -1]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         return logits
+
+    def mask(self) -> torch.Tensor | None:
+        """Return the mask [B, 1, 1, 64] that is added to the scores of eager attention.
+
+        None leaves the mask to transformers. Its own for eager attention, which GPT-OSS alone has here,
+        copies a zero from the CPU (5.17, `masking_utils.py`, `eager_mask`); no graph captures that.
+        """
+        if self.model.config._attn_implementation != "eager":
+            return None
+        device = self.token.device
+        later = torch.arange(64, device=device) > self.cache.get_seq_length()
+        mask = torch.zeros(len(self.token), 1, 1, 64, dtype=torch.bfloat16, device=device)
+        return mask.masked_fill(later, torch.finfo(mask.dtype).min)
 
 
 @pytest.mark.parametrize("name", NAMES)
