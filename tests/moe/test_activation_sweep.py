@@ -14,8 +14,7 @@ import triton.language as tl
 from moe_cases import GATED, PLAIN
 
 from nvfp4_moe.kernels.jit import approximations
-from nvfp4_moe.kernels.moe.activation import activated
-from nvfp4_moe.kernels.moe.grouped_gemm import _per_expert
+from nvfp4_moe.kernels.moe.activation import activated, limit_of_expert, of_expert
 from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import activation as reference
 from nvfp4_moe.reference.activation import ActivationType, activate
@@ -59,12 +58,9 @@ def activation_kernel(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     up, gate = tl.load(up_ptr + i), tl.load(gate_ptr + i)
-    alpha = _per_expert(alpha_ptr, 0)  # Triton 3.6 has no tuple of None
-    beta = _per_expert(beta_ptr, 0)
-    if ACT == 7 and limit_ptr is None:  # noqa: SIM108, a branch on constants
-        limit = 7.0 / gate_scale
-    else:
-        limit = _per_expert(limit_ptr, 0)
+    alpha = of_expert(alpha_ptr, 0)  # Triton 3.6 has no tuple of None
+    beta = of_expert(beta_ptr, 0)
+    limit = limit_of_expert(limit_ptr, gate_scale, 0, ACT)
     tl.store(y_ptr + i, activated(up, gate, scale, gate_scale, alpha, beta, limit, ACT))
 
 

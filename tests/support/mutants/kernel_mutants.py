@@ -301,7 +301,12 @@ _ROUTING: tuple[Entry, ...] = (
         "chosen",
         "no groups",
     ),
-    ("weights not normalized", "weight = div(e, S_, True, ARCH)", "weight = e", "qwen"),
+    (
+        "weights not normalized",
+        "weight = _share(e, _warp_sum(e), rcp_delta_ptr, APPROXIMATE, ARCH)",
+        "weight = e",
+        "qwen",
+    ),
     ("weights truncated to bf16", "to_bf16(weight, ARCH)", "weight.to(tl.bfloat16)", "qwen"),
     (
         "bits of negative scores compared unturned",

@@ -150,10 +150,10 @@ def _padding(rows: int) -> Tensor:
     sf = _behind(torch.full((128, columns), 7, dtype=torch.uint8, device="cpu"), padded_rows)
     nothing = torch.zeros(1, dtype=torch.int32, device="cpu")
     k.quantize_kernel[(-(-rows // 64) + 1, 1)](
-        nothing, None, None, None, nothing, nothing, sf, None, nothing.float(), 1.0, rows, 8,
+        nothing, None, None, None, nothing, nothing, sf, None, None, nothing.float(), 1.0, rows, 8,
         padded_rows, columns, RECIPE=Recipe().code, MODE=0, DTYPE=0, LAYOUT=int(layout),
         INVERSE=False, HAS_ROW_INDEX=False, HAS_SCALE_TENSOR=False, HAS_OUT_SCALE=False, ROWS=64,
-        BLOCKS=8, PARTS=1, READ=0, SPLITS=1, ARCH=0,
+        BLOCKS=8, PARTS=1, READ=0, SPLITS=1, FRAGMENTS=False, SLOTS=0, ARCH=0,
     )  # fmt: skip
     return sf[-128:]
 
