@@ -117,8 +117,8 @@ def test_edges(arch, tmp_path):
 def test_decoding(arch, layout, operand, some_rows, tmp_path):
     constants = {} if some_rows else {"row_index_ptr": None}
     constants |= {
-        "place_ptr": None, "OPERAND": operand, "LAYOUT": int(layout), "BLOCKS": 64,
-        "FRAGMENTS": False, "SLOTS": 0, "ARCH": arch,
+        "place_ptr": None, "token_ptr": None, "placed_token_ptr": None, "OPERAND": operand,
+        "LAYOUT": int(layout), "BLOCKS": 64, "FRAGMENTS": False, "SLOTS": 0, "ARCH": arch,
     }  # fmt: skip
     types = {
         "codes_ptr": "*u16",

@@ -15,6 +15,7 @@ from nvfp4_moe.kernels.moe import launch, tile_table
 from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import make_moe_call
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 
@@ -197,7 +198,29 @@ def an_h100(monkeypatch, tmp_path):
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
 
 
-def test_tiles_of_triton(an_h100):
+@pytest.fixture
+def without_gluon(an_h100, monkeypatch):
+    """As on an H100 whose Triton does not compile the GEMM for sm_90."""
+    monkeypatch.setattr(tile_table, "ring_serves", lambda experts: False)
+
+
+def test_tiles_of_the_gemm_for_sm_90(an_h100, monkeypatch):
+    monkeypatch.setattr(tile_table, "ring_serves", lambda experts: True)
+    request = request_of()
+    found = flashinfer_tactics.configurations("triton", request)
+    slots = tile_table.local_slots(10, request.experts, 4)
+    table = launch._configs(request.experts, slots, 2, "per-token", False)
+    assert found[0].name == "default" and table[0] == table[1]
+    widths = set()
+    for c in found[1:]:
+        with c.forced():
+            first, second = launch._configs(request.experts, slots, 2, "per-token", False)
+        assert first == second != table[0] and c.name == f"tiles of {first.bn} tokens"
+        widths.add(first.bn)
+    assert widths | {table[0].bn} == {config.bn for config in CONFIGS}
+
+
+def test_tiles_of_triton(without_gluon):
     request = request_of()
     found = flashinfer_tactics.configurations("triton", request)
     assert found[0].name == "default" and len({c.name for c in found}) == len(found) >= 6
@@ -217,7 +240,7 @@ def test_tiles_of_triton(an_h100):
     assert launch._configs(request.experts, slots, 2, "per-token", False) == table
 
 
-def test_tiles_that_the_kernel_refuses_are_left_out(an_h100, monkeypatch):
+def test_tiles_that_the_kernel_refuses_are_left_out(without_gluon, monkeypatch):
     monkeypatch.setattr(cache, "refusal", lambda c, columns, native: c.decoded or None)
     found = flashinfer_tactics.configurations("triton", request_of())
     assert len(found) >= 4 and not any("decoded" in c.name for c in found)

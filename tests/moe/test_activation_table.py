@@ -38,7 +38,8 @@ def branches():
         for node in ast.walk(function)
         if isinstance(node, ast.Compare) and getattr(node.left, "id", "") == "ACT"
     ]
-    return {ActivationType(getattr(kernel_activation, name).value) for name in names}
+    # NONE is no activation: the second GEMM's results.
+    return {ActivationType(getattr(kernel_activation, n).value) for n in names if n != "NONE"}
 
 
 def documented():

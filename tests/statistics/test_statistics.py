@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import re
+from dataclasses import replace
 
 import moe_cases
 import pytest
@@ -338,7 +339,8 @@ class TestBackends:
         monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
     def explained(self, **changes):
-        case = moe_cases.make(SHAPE, mode=changes.get("activation", "per-token"))
+        shape = replace(SHAPE, hidden=256)  # which FlashInfer serves
+        case = moe_cases.make(shape, mode=changes.get("activation", "per-token"))
         return nvfp4_moe.explain_fused_moe(
             case.x, case.experts, (case.ids, case.weights), capability=(10, 0), **changes
         )

@@ -21,7 +21,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "s.alpha is None else s.alpha",
         "reference _situ: constant: 1.0 if s.beta is None else s.beta -> 1.0000001192092896 if s.beta "
         "is None else s.beta",
-        "kernels finished: constant: 7.0 / gate_scale -> 7.000000476837158 / gate_scale",
+        "kernels limit_of_expert: constant: 7.0 / gate_scale -> 7.000000476837158 / gate_scale",
         "kernels sigmoid: constant: tl.where(x < 0, e, 1.0) -> tl.where(x < 0, e, 1.0000001192092896)",
         "kernels sigmoid: constant: 1.0 + e -> 1.0000001192092896 + e",
         "kernels tanh: constant: tl.fma(z, 0.016437575221061707, -0.05267181247472763) -> tl.fma(z, "
