@@ -155,8 +155,8 @@ def to_bf16(x, ARCH: tl.constexpr):
 
 @triton.jit
 def from_bf16(x, ARCH: tl.constexpr):
-    """Widen bf16 to fp32. The interpreter's own cast takes subnormal numbers for zeros."""
-    if ARCH == 0:
+    """Widen bf16 or fp16 to fp32. The interpreter's own cast takes subnormal bf16 for zeros."""
+    if ARCH == 0 and x.dtype == tl.bfloat16:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
         y = bits.to(tl.float32, bitcast=True)
     else:

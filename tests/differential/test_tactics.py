@@ -265,9 +265,9 @@ def test_forced_tiles_are_launched(monkeypatch, tmp_path, mode):
     monkeypatch.setattr(cache, "_known", {})
     launched, launch_gemm = [], launch._launch_gemm
 
-    def spy(*args):
+    def spy(*args, **options):
         launched.extend(a for a in args if isinstance(a, GemmConfig))
-        launch_gemm(*args)
+        launch_gemm(*args, **options)
 
     monkeypatch.setattr(launch, "_launch_gemm", spy)
     shape = replace(SHAPE, offset=1, local=2) if mode == "shares" else SHAPE

@@ -213,8 +213,8 @@ class TestInTheInterpreter:
         """One row of a thousand, one configuration, in the first GEMM alone and without a word."""
         launch_gemm = launch._launch_gemm
 
-        def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest):
-            launch_gemm(x, w, w_sf, bias, scale, out, p, config, *rest)
+        def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest, **options):
+            launch_gemm(x, w, w_sf, bias, scale, out, p, config, *rest, **options)
             if config == WIDE and rest[0]:
                 out[2] *= 1.01
 
@@ -230,8 +230,8 @@ class TestInTheInterpreter:
         """Random tokens do not fill a tile; others of the same bucket may."""
         launch_gemm = launch._launch_gemm
 
-        def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest):
-            launch_gemm(x, w, w_sf, bias, scale, out, p, config, *rest)
+        def miscompiled(x, w, w_sf, bias, scale, out, p, config, *rest, **options):
+            launch_gemm(x, w, w_sf, bias, scale, out, p, config, *rest, **options)
             if config == WIDE and int(p.end[1]) == 64:
                 out[0] = 0
 
@@ -244,10 +244,10 @@ class TestInTheInterpreter:
     def test_what_does_not_launch_is_dropped(self, few, monkeypatch):
         launch_gemm = launch._launch_gemm
 
-        def refused(*args):
+        def refused(*args, **options):
             if WIDE in args:
                 raise OutOfResources(300_000, 232_448, "shared memory")
-            launch_gemm(*args)
+            launch_gemm(*args, **options)
 
         monkeypatch.setattr(launch, "_launch_gemm", refused)
         case = make(Shape(5, 128, 128, 4, 2))
