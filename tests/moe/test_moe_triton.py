@@ -66,15 +66,7 @@ def test_case(case, device):
     ids=str,
 )
 def test_real_widths(shape, config):
-    """Each configuration: bitwise, and near with a gate and biases, whose epilogue is another."""
-    case = coarse(shape, ActivationType.Relu2)
-    assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "sums that are exact")
-    g = torch.Generator().manual_seed(3)
-    biases = {
-        "w13_bias": torch.randn(shape.num_local, 2 * shape.intermediate, generator=g),
-        "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
-    }
-    moe_triton_cases.close(make(shape, **biases), "cuda", config=config)
+    moe_triton_cases.real_widths(shape, config)
 
 
 @pytest.mark.parametrize("device,tokens,experts,top_k,offset,num_local", PERMUTATIONS)

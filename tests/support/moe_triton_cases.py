@@ -147,6 +147,18 @@ def coarse(
     return case
 
 
+def real_widths(shape: Shape, config) -> None:
+    """Judge a configuration: bitwise, and near with a gate and biases, whose epilogue is another."""
+    case = coarse(shape, ActivationType.Relu2)
+    assert_bitwise(*both(case, "cuda", config=config), "sums that are exact")
+    g = torch.Generator().manual_seed(3)
+    biases = {
+        "w13_bias": torch.randn(shape.num_local, 2 * shape.intermediate, generator=g),
+        "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
+    }
+    close(moe_cases.make(shape, **biases), "cuda", config=config)
+
+
 def assert_second_sums_are_exact(case: Case, shape: Shape) -> None:
     """Integers of fewer than 24 bits, counted in units of the row's smallest step."""
     steps = reference.fused_moe(
