@@ -20,6 +20,7 @@ from nvfp4_moe.kernels.moe import ops as moe_ops
 from nvfp4_moe.kernels.moe import routing as triton_routing
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import KernelCall, make_moe_call
+from nvfp4_moe.kernels.moe.hopper import config as hopper_config
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
@@ -421,6 +422,7 @@ class TestExplain:
         (note,) = explained(replace(case, experts=experts), capability=(9, 0)).notes
         assert "not by that for sm_90" in note and "multiple of 16 bytes" in note
         monkeypatch.setattr(triton, "__version__", "3.99.0")
+        monkeypatch.setattr(hopper_config, "triton_version", lambda: (3, 99))
         (note,) = explained(case, capability=(9, 0)).notes
         assert "not by that for sm_90" in note and "Triton is 3.99.0" in note
 

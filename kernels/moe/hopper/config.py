@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import triton
 
 from ....reference.weights.experts import Experts
+from ...triton_target import triton_version
 
 _VERSIONS = ((3, 6), (3, 7))
 """The versions of Triton whose Gluon compiles the kernel as `tests/moe/test_hopper_offline.py` asks; 3.6
@@ -57,8 +58,7 @@ def refusal(arch: int) -> str | None:
     """Return why the kernel does not serve on a GPU of this ARCH here, or None."""
     if arch != 90:
         return f"the GPU is sm_{arch}, and the kernel is for sm_90"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version not in _VERSIONS:
+    if triton_version() not in _VERSIONS:
         known = ", ".join(f"{major}.{minor}" for major, minor in _VERSIONS)
         return f"Triton is {triton.__version__}, and Gluon's kernel was tested with {known}"
     return None
