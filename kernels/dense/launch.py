@@ -7,13 +7,12 @@ CUDA graph.
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
-import triton
 
 from ...reference.dense import a_layout
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned
 from ..decode import decode
-from ..launcher import launch
+from ..launcher import cdiv, launch
 from ..tiles import GemmConfig
 from ..triton_target import arch, launch_options, native_mma, shared_memory
 from .call import KernelCall
@@ -36,14 +35,14 @@ def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
         if m <= 16:
             return GemmConfig(128, 16, 128, 4, 4)
         return GemmConfig(128, 64, 128, 3, 4) if m <= 64 else GemmConfig(128, 128, 128, 3, 8)
-    strips = triton.cdiv(n, 128)
+    strips = cdiv(n, 128)
     if m <= 16:
         long = k >= 4096 and strips >= _WAVE
         return GemmConfig(128, 16, 256, 3, 4) if long else GemmConfig(64, 16, 128, 4, 4)
     if m <= 32:
         return GemmConfig(64, 32, 128, 4, 4)
     if m < 1024:
-        if strips * triton.cdiv(m, 64) < _WAVE:
+        if strips * cdiv(m, 64) < _WAVE:
             return GemmConfig(64, 64, 128, 4, 4)
         return GemmConfig(128, 64, 128, 3, 8, registers=128)
     if shared_memory(arch) < 160:
@@ -60,13 +59,13 @@ def mm_fp4(call: KernelCall, out: torch.Tensor, config: GemmConfig | None = None
     x_sf: torch.Tensor | None = aligned(call.a_scales)
     w_sf: torch.Tensor | None = aligned(call.b_scales)
     if config.decoded:
-        columns = triton.cdiv(k, config.bk) * config.bk
+        columns = cdiv(k, config.bk) * config.bk
         layout = SfLayout.layout_128x4
         w, w_sf = decode(w, call.b_scales, layout, columns=columns, operand=True), None
     if not native:
         x, x_sf = decode(x, call.a_scales, a_layout(call.use_8x4), columns=columns), None
-    launch(dense_gemm_kernel, (triton.cdiv(n, config.bm) * triton.cdiv(m, config.bn),),
-        x, x_sf, w, w_sf, call.alpha, out, m, n, columns // 4, triton.cdiv(k, 4 * BLOCK_SIZE),
+    launch(dense_gemm_kernel, (cdiv(n, config.bm) * cdiv(m, config.bn),),
+        x, x_sf, w, w_sf, call.alpha, out, m, n, columns // 4, cdiv(k, 4 * BLOCK_SIZE),
         BY_ROW=call.by_row, X_TILE=8 if call.use_8x4 else 128,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages,
         EVEN=k % config.bk == 0, NATIVE=native, ARCH=here, num_warps=config.warps,

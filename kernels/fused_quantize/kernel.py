@@ -9,7 +9,7 @@ the dtype that a kernel of its own would have written. Names are those of `quant
 import triton
 import triton.language as tl
 
-from ..jit.arithmetic import div, flush, log2, mul, reciprocal, to_bf16
+from ..jit.arithmetic import div, flush, log2, mul, reciprocal, to_bf16, widened_bits
 from ..jit.formats import BF16, LAYOUT_LINEAR, PER_TOKEN
 from ..jit.load import block_values, load_blocks
 from ..jit.pdl import await_previous
@@ -68,10 +68,9 @@ def _rounded(y, DTYPE: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def _widened(z, DTYPE: tl.constexpr):
-    """To fp32; of bf16 by its bits, since the interpreter's cast loses subnormals."""
+    """Widen to fp32, bf16 by its bits."""
     if DTYPE == BF16:
-        bits = z.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        x = bits.to(tl.float32, bitcast=True)
+        x = widened_bits(z)
     else:
         x = z.to(tl.float32)
     return x

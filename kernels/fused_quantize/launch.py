@@ -6,13 +6,12 @@ same bits. Nothing waits for the GPU.
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
-import triton
 
 from ...reference.layouts import padded_shape
 from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned, allocate
-from ..launcher import launch
+from ..launcher import cdiv, launch, next_power_of_2
 from ..op_schema import two_arguments
 from ..quantize.launch import BLOCKS_IN_REGISTERS, DTYPES, quantize_per_token
 from ..quantize.ops import Triple
@@ -24,7 +23,7 @@ from .ops import register
 
 def launch_config(num_blocks: int) -> tuple[int, int, int]:
     """(rows of a program, blocks of a row, warps): 32 elements a thread."""
-    blocks = max(4, triton.next_power_of_2(num_blocks))
+    blocks = max(4, next_power_of_2(num_blocks))
     rows = max(1, 256 // blocks)
     return rows, blocks, min(16, max(1, rows * blocks // 64))
 
@@ -48,10 +47,10 @@ def _launch(
         weight = aligned(call.weight).view(torch.int32)
     padded_rows, padded_columns = padded_shape(m, num_blocks, layout)
     rows, blocks, warps = launch_config(num_blocks)
-    programs = triton.cdiv(m, rows)
+    programs = cdiv(m, rows)
     if padded_rows != m and outputs is not None:
         tile = padded_columns // 4 * (128 if layout == SfLayout.layout_128x4 else 8)
-        programs += triton.cdiv(tile, rows * blocks)
+        programs += cdiv(tile, rows * blocks)
     tensor, number = two_arguments(call.scale)
     if tensor is not None:
         tensor = tensor.to(device=x.device, dtype=torch.float32).reshape(-1)

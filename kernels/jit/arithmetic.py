@@ -154,11 +154,17 @@ def to_bf16(x, ARCH: tl.constexpr):
 
 
 @triton.jit
+def widened_bits(x):
+    """Widen bf16 to fp32 by its bits. The interpreter's own cast takes subnormal numbers for zeros."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def from_bf16(x, ARCH: tl.constexpr):
-    """Widen bf16 or fp16 to fp32. The interpreter's own cast takes subnormal bf16 for zeros."""
+    """Widen bf16 or fp16 to fp32: on a GPU by its cast, bf16 in the interpreter by its bits."""
     if ARCH == 0 and x.dtype == tl.bfloat16:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        y = bits.to(tl.float32, bitcast=True)
+        y = widened_bits(x)
     else:
         y = x.to(tl.float32)
     return y

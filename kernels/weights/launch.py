@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import triton
 
 from ...reference.numerics.fp32 import rcp_delta
 from ...reference.recipe import BLOCK_SIZE, Recipe
 from ...reference.weights.update import Job
-from ..launcher import launch
+from ..launcher import cdiv, launch
 from ..quantize.launch import DTYPES
 from ..triton_target import INTERPRETING, arch, launch_options
 from . import kernel as k
@@ -71,12 +70,12 @@ def _options(w: torch.Tensor) -> dict[str, int]:
 
 def _launch_amax(w: torch.Tensor, bits: torch.Tensor) -> None:
     n, size = w.shape[0], w[0].numel() // 2
-    programs = triton.cdiv(size, _WORDS)
+    programs = cdiv(size, _WORDS)
     # Longer programs where there are enough of them: fewer atomic operations.
     steps = 4 if programs * n >= 4096 else 1
     launch(
         k.amax_kernel,
-        (triton.cdiv(programs, steps), n),
+        (cdiv(programs, steps), n),
         w.view(torch.int32),
         bits,
         size,
@@ -102,7 +101,7 @@ def _launch_quantize(job: Job, amax: torch.Tensor, recipe: Recipe) -> None:
     _zero_padding(job)
     launch(
         k.load_weights_kernel,
-        (triton.cdiv(rows * blocks, _BLOCKS), n),
+        (cdiv(rows * blocks, _BLOCKS), n),
         job.w.view(torch.int32),
         amax,
         job.added,

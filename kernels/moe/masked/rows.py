@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...jit.pdl import await_previous
-from ...launcher import launch
+from ...launcher import cdiv, launch, next_power_of_2
 from ...triton_target import arch, launch_options
 from ..permute import Permutation, write_tiles
 
@@ -20,7 +20,7 @@ def masked_rows(masked_m: torch.Tensor, max_m: int, tile: int) -> Permutation:
         tile: rows of a tile of the GEMM.
     """
     experts = masked_m.shape[0]
-    tiles = experts * triton.cdiv(max_m, tile)
+    tiles = experts * cdiv(max_m, tile)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=masked_m.device)
@@ -28,7 +28,7 @@ def masked_rows(masked_m: torch.Tensor, max_m: int, tile: int) -> Permutation:
     rows, table, end = empty(experts * max_m), empty(3, tiles), empty(experts)
     launch(masked_rows_kernel, (experts,),
         masked_m.contiguous(), rows, table, end, max_m, tiles, experts,
-        BINS=max(16, triton.next_power_of_2(experts)), CHUNK=1024, TILE=tile,
+        BINS=max(16, next_power_of_2(experts)), CHUNK=1024, TILE=tile,
         ARCH=arch(masked_m.device), **launch_options(masked_m.device),
     )  # fmt: skip
     return Permutation(rows, rows, table, end)
@@ -46,8 +46,8 @@ def copy_rows(
     """
     (rows, given), columns = x.shape, columns or x.shape[1]
     out = x.new_empty((rows, 4, columns // 4) if fourths else (rows, columns))
-    block = min(1024, triton.next_power_of_2(columns // 4))
-    launch(copy_rows_kernel, (rows, triton.cdiv(columns // 4, block)),
+    block = min(1024, next_power_of_2(columns // 4))
+    launch(copy_rows_kernel, (rows, cdiv(columns // 4, block)),
         x, row_index, out, given // 4, columns // 4, FOURTHS=fourths, BLOCK=block,
         ARCH=arch(x.device), num_warps=4, **launch_options(x.device),
     )  # fmt: skip
