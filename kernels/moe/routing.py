@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.moe.routing import METHODS, Routing, RoutingMethodType, _one_block_a_token
+from ...reference.moe.routing import METHODS, Routing, RoutingMethodType, one_block_a_token
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
 from ..backends import log_fallback
@@ -232,7 +232,7 @@ def _op(
             _table(logits.device) if reads else None, rcp_delta(logits.device) if reads else None,
             K=top_k, METHOD=method, NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
             ARCH=arch(logits.device), APPROXIMATE=approximate,
-            BY_BLOCKS=approximate and _one_block_a_token(logits, top_k),
+            BY_BLOCKS=approximate and one_block_a_token(logits, top_k),
             num_warps=1 if width <= 256 else 4, **launch_options(logits.device),
         )  # fmt: skip
     return ids, weights

@@ -223,7 +223,7 @@ def route(
         else:
             weights = f.sigmoid(chosen)
     elif method == RoutingMethodType.Default:
-        by_blocks = routing.functions != "exact" and _one_block_a_token(values, k)
+        by_blocks = routing.functions != "exact" and one_block_a_token(values, k)
         scores = _softmax_of_all(values, f, routing.functions, by_blocks)
         ids = _order(_key(scores))[:, :k]
         weights = scores.gather(1, ids)
@@ -442,7 +442,7 @@ def _in_order(parts: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _one_block_a_token(values: torch.Tensor, top_k: int) -> bool:
+def one_block_a_token(values: torch.Tensor, top_k: int) -> bool:
     """Return True if FlashInfer's kernel of Default has a block for each token.
 
     `routing_custom.cuh:1575-1829`, for at most 256 experts.

@@ -40,7 +40,7 @@ def of_routing() -> Answers:
         (16, 17, 64, 65, 191, 192, 193, 256, 257, 1024, 1025), (8, 159, 160, 255, 256)
     ):
         logits = torch.empty(tokens, experts, dtype=torch.float32, device="meta")
-        yield "blocks", [routing._one_block_a_token(logits, k) for k in (6, 7, 8, 9, 96)]
+        yield "blocks", [routing.one_block_a_token(logits, k) for k in (6, 7, 8, 9, 96)]
     for _, how, logits, bias in moe_edges.routers():
         yield f"router, {how.method.name}", routing.route(logits, how, bias)
     nine = special[:, :9].contiguous()
