@@ -1,4 +1,4 @@
-"""What a result depends on: versions, commit, contract, GPUs, driver, environment variables."""
+"""The environment of a result: versions, commit, contract, GPUs, driver, environment variables."""
 
 # SPDX-License-Identifier: Apache-2.0
 import ctypes

@@ -19,7 +19,7 @@ def kernel(x_ptr, bias_ptr, rows, columns, scale, SIZE: tl.constexpr, KIND: tl.c
 
 
 class Compiled:
-    """What Triton compiles: it notes its launches."""
+    """A compiled kernel of Triton that notes its launches."""
 
     function, packed_metadata = 7, (4, 1, 0)
 

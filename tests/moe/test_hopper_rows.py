@@ -16,7 +16,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 pytestmark = pytest.mark.interpreter
 
 BITS = {"i0": 0, "i1": 1, "b": 2, "j0": 3, "j1": 4, "c0": 5, "c1": 6}
-"""Of a column's number within 128."""
+"""The bits of a column's number within 128."""
 PLACES = ("b", "c0", "c1", "i0", "i1", "j0", "j1")
 """The column's bit that each bit of its place is, from the lowest."""
 

@@ -30,7 +30,7 @@ def _mutants(name: str) -> list[Generated]:
 
 
 def _symbol(mutant: Generated) -> Symbol:
-    """What a module defines that holds the mutant: a class, not its method."""
+    """Return the definition of a module that holds the mutant: a class, not its method."""
     return mutant.file, mutant.function.split(".")[0].strip("()").split(",")[0]
 
 

@@ -1,4 +1,4 @@
-"""What a GPU said of Hopper's grouped GEMM: CI has no GPU, so a run's outcome is committed.
+"""The outcome of a GPU run of Hopper's grouped GEMM: CI has no GPU, so a run's outcome is committed.
 
 On an H100 or H200, at the root of the repository:
 

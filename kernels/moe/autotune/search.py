@@ -145,7 +145,7 @@ def candidates(table: Config, rows: int, columns: int, *, native: bool) -> list[
 
 
 def _order(c: Config) -> tuple[int, bool] | None:
-    """What the order of a sum depends on, beside K."""
+    """Return all but K that the order of a sum depends on."""
     return None if isinstance(c, RingConfig) else (c.bk, c.decoded)
 
 
