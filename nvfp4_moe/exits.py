@@ -29,11 +29,6 @@ _MEANINGS = {
 }
 
 
-def table() -> str:
-    """The statuses and their meanings, for `--help`."""
-    return "Exit status: " + "; ".join(f"{s.value} {s.meaning}" for s in Exit) + "."
-
-
 class CommandError(Exception):
     """Ends a command; the message is the one line that is printed.
 

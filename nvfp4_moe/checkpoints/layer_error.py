@@ -31,6 +31,17 @@ class LayerError:
         relative = self.relative(*projections)
         return -20.0 * math.log10(relative) if relative else math.inf
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the module, and each GEMM's relative error and SNR in dB, None without an error."""
+        gemms = {}
+        for name, side in _SIDES.items():
+            snr = self.snr(*side)
+            gemms[name] = {
+                "error": self.relative(*side),
+                "snr_db": snr if math.isfinite(snr) else None,
+            }
+        return {"module": self.module, **gemms}
+
 
 def merge(facts: Iterable[dict[str, Any]]) -> dict[str, LayerError]:
     """Add the sums that shards recorded, by module."""

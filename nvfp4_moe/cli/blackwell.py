@@ -5,7 +5,6 @@ variables, and a kernel that fails may take its process along. With several GPUs
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import os
 import queue
 import re
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -30,6 +30,7 @@ from ..report import data as report
 from ..report import terminal
 from ..report.data import Report
 from ..report.parts import PARTS, Part
+from .output import Result
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
 """The command line in another process."""
@@ -56,7 +57,7 @@ class BackendJob:
         """The title of its table in the report."""
         return f"{self.part.title}, {self.math}"
 
-    def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
+    def arguments(self, options: SimpleNamespace, out: Path) -> list[str]:
         chosen = self.part.arguments(self.backend, options.small)
         here = ("--flashinfer", version.HERE.contract)
         return ["diff", "--only", self.part.name, *chosen, *here, "--report", str(out)]
@@ -95,7 +96,7 @@ def jobs(chosen: str | None) -> Iterator[BackendJob]:
                     yield BackendJob(part, backend, math)
 
 
-def run(options: argparse.Namespace) -> Exit:
+def run(options: SimpleNamespace) -> Result:
     start = time.monotonic()
     out = Path(options.report)
     planned = list(jobs(options.backends))
@@ -117,10 +118,10 @@ def run(options: argparse.Namespace) -> Exit:
     write.write(whole, out)
     _print(verdicts, out)
     terminal.print_end(whole, sys.stdout)
-    return whole.status
+    return Result(whole.status, whole.as_dict())
 
 
-def left(options: argparse.Namespace) -> str:
+def left(options: SimpleNamespace) -> str:
     """The state that an interrupt leaves."""
     return (
         f"what finished is below {options.report}, a folder a process, without the page of all; the "
@@ -145,7 +146,7 @@ def _why(verdicts: Section, backends: list[str]) -> str:
     return notes.most_common(1)[0][0] if notes else "nothing was run"
 
 
-def _run_all(planned: list[BackendJob], options: argparse.Namespace, out: Path) -> list[JobResult]:
+def _run_all(planned: list[BackendJob], options: SimpleNamespace, out: Path) -> list[JobResult]:
     """Run every job, one at a time on each GPU; without a GPU, two at a time."""
     names: list[str | None] = [None, None]
     if torch.cuda.is_available():
@@ -167,7 +168,7 @@ def _run_all(planned: list[BackendJob], options: argparse.Namespace, out: Path) 
 
 
 def run_job(
-    job: BackendJob, gpu: str | None, threads: int, options: argparse.Namespace, out: Path
+    job: BackendJob, gpu: str | None, threads: int, options: SimpleNamespace, out: Path
 ) -> JobResult:
     """Run a job in its own process, on the GPU of this name in CUDA_VISIBLE_DEVICES; None: as it is."""
     where = out / job.folder

@@ -1,10 +1,11 @@
 """`nvfp4-moe convert`: the experts of a Hugging Face checkpoint to NVFP4, as ModelOpt writes it."""
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import json
 import sys
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
@@ -17,6 +18,7 @@ from ..checkpoints.resumable_writer import RECORD
 from ..exits import CommandError, Exit
 from ..reference import checks
 from ..reference.recipe import Recipe, all_recipes
+from .output import Result
 
 RECIPES: dict[str, Recipe] = {
     str(r).removesuffix("-cuda"): r
@@ -25,7 +27,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def run(options: argparse.Namespace) -> Exit:
+def run(options: SimpleNamespace) -> Result:
     files.check_folder("DST", options.destination)
     try:
         checks.device("--device", options.device)
@@ -45,14 +47,14 @@ def run(options: argparse.Namespace) -> Exit:
         broke_off = isinstance(e.__cause__, OSError | SafetensorError)
         raise CommandError(e.for_a_terminal(), Exit.BROKEN if broke_off else Exit.USAGE) from None
     print_errors(errors, sys.stdout)
-    return Exit.DONE
+    return Result(Exit.DONE, {"layers": [error.as_dict() for error in errors]})
 
 
-def left(options: argparse.Namespace) -> str:
+def left(options: SimpleNamespace) -> str:
     """The state that an interrupt leaves, and how to continue."""
     done = 0
     with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((options.destination / RECORD).read_bytes())
+        record = json.loads((Path(options.destination) / RECORD).read_bytes())
         done = len(record["shards"])
     shards = f"{done} shard{'' if done == 1 else 's'}"
     return f"{shards} finished in {options.destination}, and the same command goes on from there"

@@ -1,13 +1,12 @@
 """`nvfp4-moe diff`: the same tensors through every backend here, compared to the bit."""
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import json
 import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 from .. import files
 from ..cases import quantize as quantize_cases
@@ -16,14 +15,15 @@ from ..differential.calls import RunOptions
 from ..differential.format_error import format_errors
 from ..differential.quantize import InputSelection
 from ..differential.results import PartResult
-from ..exits import CommandError, Exit
+from ..exits import CommandError
 from ..failures import write
 from ..report import terminal
 from ..report.data import Report
 from ..report.parts import MOE, PARTS, QUANTIZERS, Part, Settings
+from .output import Result
 
 
-def run(options: argparse.Namespace) -> Exit:
+def run(options: SimpleNamespace) -> Result:
     parts = _parts(options)
     with ExitStack() as stack:
         for address in options.backend:
@@ -31,20 +31,18 @@ def run(options: argparse.Namespace) -> Exit:
         return _compare(options, parts, _names(options))
 
 
-def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | None) -> Exit:
+def _compare(options: SimpleNamespace, parts: tuple[Part, ...], names: str | None) -> Result:
     start = time.monotonic()
     sides = {part.name: part.sides(names) for part in parts}
     if options.input is not None:
         quantize_cases.check_file(options.input)
     if options.report is not None:
         files.check_folder("--report", options.report)
-    if options.json not in (None, "-"):
-        files.check_file("--json", options.json)
     if options.rows is not None and options.rows < 1:
         raise CommandError(f"--rows is {options.rows}; it must be at least 1")
     if not 0 <= options.seed < 2**63:
         raise CommandError(f"--seed is {options.seed}; it must be at least 0 and below 2^63")
-    stream = sys.stderr if options.json == "-" else sys.stdout
+    stream = sys.stdout
     settings = Settings(
         InputSelection(
             options.input,
@@ -81,23 +79,18 @@ def _compare(options: argparse.Namespace, parts: tuple[Part, ...], names: str | 
         write.write_failures(results, Path(options.report))
         write.write(whole, Path(options.report))
         print(f"the report is in {options.report}", file=stream)
-    if options.json:
-        printed = json.dumps(whole.as_dict(), indent=1)
-        print(printed) if options.json == "-" else Path(options.json).write_text(
-            printed + "\n", "utf-8"
-        )
     terminal.print_end(whole, stream)
-    return whole.status
+    return Result(whole.status, whole.as_dict())
 
 
-def _names(options: argparse.Namespace) -> str | None:
+def _names(options: SimpleNamespace) -> str | None:
     """The backends to compare, comma-separated; None: all. One's own are compared with the reference."""
     if not options.backend:
         return options.backends  # type: ignore[no-any-return]
     return ",".join([options.backends or "reference", *options.backend])
 
 
-def _parts(options: argparse.Namespace) -> tuple[Part, ...]:
+def _parts(options: SimpleNamespace) -> tuple[Part, ...]:
     """The parts to compare. A file or a kind of input belongs to the quantizers."""
     about_quantizers = options.input is not None or options.kind
     if options.only not in (None, QUANTIZERS.name) and about_quantizers:

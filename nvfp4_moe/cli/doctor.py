@@ -1,11 +1,11 @@
 """`nvfp4-moe doctor`: what is here, and which backend would serve."""
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import json
+from types import SimpleNamespace
 
 import torch
 
+from ..exits import Exit
 from ..kernels.flashinfer import version
 from ..kernels.moe.api import explain_fused_moe
 from ..kernels.moe.backends import ORDER
@@ -15,13 +15,11 @@ from ..reference.fingerprint import steps
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.prepare import prepare_experts
+from .output import Result
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: SimpleNamespace) -> Result:
     examined = examine()
-    if options.json:
-        print(json.dumps(examined, indent=1))
-        return 0
     print(
         "versions: "
         + ", ".join(f"{k} {v or '(not installed)'}" for k, v in examined["versions"].items())
@@ -48,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     print("\nenvironment:")
     for name, value in examined["environment"].items():
         print(f"  {name} = {'(unset)' if value is None else value}")
-    return 0
+    return Result(Exit.DONE, examined)
 
 
 def examine() -> dict:

@@ -4,13 +4,13 @@ Each seed is a call (`cases.fuzz`), run in some ways that keep the contract (`di
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import math
 import shlex
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..differential import workers
 from ..differential.fuzz import JudgedRun, judged
 from ..exits import Exit
 from ..report import invocation
+from .output import Result
 
 _SHOWN = 20
 
@@ -120,7 +121,7 @@ def replay_command(seed: int, settings: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: SimpleNamespace) -> Result:
     names = ("tokens", "ways", "kinds", "device", "triton")
     settings = {name: getattr(options, name) for name in names}
     count, tally = max(1, options.processes), Tally()
@@ -139,4 +140,5 @@ def run(options: argparse.Namespace) -> int:
         missing = True
     if missing:
         print(f"fewer runs than the {options.runs} that were asked for")
-    return Exit.DIFFERENCE if tally.alarms else Exit.NOT_RUN if missing else Exit.DONE
+    status = Exit.DIFFERENCE if tally.alarms else Exit.NOT_RUN if missing else Exit.DONE
+    return Result(status, asdict(tally))

@@ -1,20 +1,21 @@
 """`nvfp4-moe solutions`: definitions and solutions of our layer for FlashInfer's substitution hook."""
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .. import files
-from ..exits import CommandError
+from ..exits import CommandError, Exit
 from ..kernels.flashinfer import version
 from ..reference.activation import IMPLEMENTED
 from ..reference.moe.routing import RoutingMethodType
 from ..serving.substitution import LayerShape, routings, solutions
+from .output import Result
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: SimpleNamespace) -> Result:
     folder = Path(options.folder)
     shapes = [_shape(text, options) for text in options.shape]
     chosen = _routings(options)
@@ -24,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
             "pip install 'nvfp4-moe[flashinfer]'"
         )
     files.check_folder("DIR", folder)
+    written: list[str] = []
     for shape in shapes:
         for routing in chosen:
             if routing == RoutingMethodType.Llama4.name and shape.top_k != 1:
@@ -35,12 +37,13 @@ def run(options: argparse.Namespace) -> int:
                 name = definition["name"]
                 _write(folder / "definitions" / "moe" / f"{name}.json", definition)
                 _write(folder / "solutions" / "moe" / name / "nvfp4_moe.json", solution)
+                written.append(name)
                 print(name)
     print(f"FLASHINFER_TRACE_APPLY=1 FLASHINFER_TRACE_APPLY_PATH={folder} lets FlashInfer use them")
-    return 0
+    return Result(Exit.DONE, {"folder": str(folder), "written": written})
 
 
-def _shape(text: str, options: argparse.Namespace) -> LayerShape:
+def _shape(text: str, options: SimpleNamespace) -> LayerShape:
     given = f"--shape is {text!r}"
     try:
         hidden, intermediate, experts, top_k, *local = map(int, text.split(","))
@@ -76,7 +79,7 @@ def _groups(text: str, experts: int) -> tuple[int, int]:
     return count, top
 
 
-def _routings(options: argparse.Namespace) -> list[str]:
+def _routings(options: SimpleNamespace) -> list[str]:
     names = options.routing.split(",") if options.routing else [*routings()]
     for name in names:
         if name not in routings():

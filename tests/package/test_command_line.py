@@ -1,7 +1,6 @@
 """A command that cannot do its work says why in one line, and exits with a status."""
 
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import errno
 import os
 import resource
@@ -20,8 +19,8 @@ from checkpoint_cases import NAMINGS, ordinary, weights, write
 from paths import ROOT
 from safetensors.torch import save_file
 
-from nvfp4_moe import exits, files, interrupts
-from nvfp4_moe.__main__ import COMMANDS, main
+from nvfp4_moe import files, interrupts
+from nvfp4_moe.__main__ import main
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases import moe as moe_cases
 from nvfp4_moe.cases import quantize as quantize_cases
@@ -29,6 +28,7 @@ from nvfp4_moe.checkpoints import resumable_writer
 from nvfp4_moe.cli import blackwell, doctor, options
 from nvfp4_moe.cli import convert as convert_command
 from nvfp4_moe.cli.exit_status import guarded
+from nvfp4_moe.cli.options import COMMANDS
 from nvfp4_moe.differential import quantize as diff_quantize
 from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
@@ -304,31 +304,20 @@ def test_an_output_that_takes_nothing(to, told, capsys, monkeypatch):
     assert line.startswith("nvfp4-moe try: ") and told in line
 
 
-def test_every_status_is_in_every_help(capsys):
-    for arguments in ([], *([command] for command in COMMANDS)):
-        with pytest.raises(SystemExit) as end:
-            main([*arguments, "--help"])
-        assert end.value.code == 0
-        shown = " ".join(capsys.readouterr().out.split())
-        for status in Exit:
-            assert f"{status.value} {status.meaning}" in shown
-    assert len({status.value for status in Exit}) == len(Exit)
-    assert exits.table().count(";") == len(Exit) - 1
-
-
 LIGHT = """
 import sys
 from nvfp4_moe.__main__ import main
 try:
-    main(sys.argv[1:])
+    status = main(sys.argv[1:])
 finally:
     assert not {"torch", "triton", "numpy"} & set(sys.modules)
+sys.exit(status)
 """
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], *([c, "--help"] for c in COMMANDS)])
 def test_help_needs_no_torch(words):
-    """It takes 0.1 s of a processor; the limit leaves room for a slow machine."""
+    """It takes 0.3 s of a processor; the limit leaves room for a slow machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = subprocess.run(
         [sys.executable, "-c", LIGHT, *words], cwd=ROOT, capture_output=True, text=True, timeout=100
@@ -347,7 +336,7 @@ def test_a_misspelt_option_needs_no_torch():
         text=True,
         timeout=100,
     )
-    assert child.returncode == Exit.USAGE and "unrecognized arguments: --oops" in child.stderr
+    assert child.returncode == Exit.USAGE and "--oops" in child.stderr
     assert "AssertionError" not in child.stderr
 
 
@@ -359,17 +348,7 @@ def test_the_choices_of_options_are_the_keys_of_their_tables():
     assert get_args(FlashInferVersion) == options.FLASHINFER_VERSIONS
     assert options.FLASHINFER_VERSIONS[0] == FLASHINFER
     assert tuple(convert_command.RECIPES) == options.CONVERSIONS
-    assert set(options.ADD) == set(COMMANDS)
     assert set(options.RENAMED_PARTS.values()) <= set(options.PARTS)
-
-
-def test_a_renamed_part_is_still_known(capsys):
-    parser = argparse.ArgumentParser()
-    options.ADD["diff"](parser)
-    assert parser.parse_args(["--only", "siblings"]).only == "baselines"
-    assert "--only siblings is now --only baselines" in capsys.readouterr().err
-    assert parser.parse_args(["--only", "baselines"]).only == "baselines"
-    assert capsys.readouterr().err == ""
 
 
 WITHOUT_TRITON = """
@@ -377,10 +356,7 @@ import sys
 sys.modules["triton"] = None
 from nvfp4_moe.__main__ import main
 for command in ("doctor", "convert", "replay", "diff", "blackwell"):
-    try:
-        main([command, "--help"])
-    except SystemExit as end:
-        assert not end.code, command
+    assert main([command, "--help"]) == 0
 assert main(["doctor"]) == 0
 assert main(["diff", "--kind", "grid"]) == 3
 assert main(["diff", "--backends", "reference,triton"]) == 3

@@ -1,0 +1,30 @@
+"""Parses the arguments of the process: by typer, or plainly where typer is not installed."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from ..exits import CommandError
+from .declaration import json_made_whole, settle
+from .options import COMMANDS
+
+ABOUT = (
+    "NVFP4 mixture-of-experts: compare backends to the bit, convert checkpoints, examine a machine."
+)
+
+
+def parse(words: Sequence[str], version: str) -> SimpleNamespace | int:
+    """Return the options of the command that the words call, or an exit status if help was printed.
+
+    Raises:
+        CommandError: an unknown command or option, a missing one, or a bad value.
+    """
+    try:
+        from .typer_parser import split
+    except ImportError:
+        from .plain_parser import split
+    try:
+        found = split(json_made_whole(words), COMMANDS, ABOUT, version)
+    except CommandError as error:
+        raise CommandError(f"{str(error).rstrip('.')}; --help shows what is allowed") from None
+    return found if isinstance(found, int) else settle(COMMANDS[found[0]], found[1])
