@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell hopper frost frost-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell hopper frost frost-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -94,6 +94,14 @@ frost-kernels: $(SETUP) $(OTHER_FOLDER)
 
 frost:
 	PYTHONPATH=tests/support $(PYTHON) -m frost.run build/frost
+
+# FlashInfer's fused rmsnorm and NVFP4 quantizer in the same way, by way of build/rmsnorm.
+rmsnorm-kernels: $(SETUP) $(OTHER_FOLDER)
+	mkdir -p build/rmsnorm/dump
+	CUTE_DSL_DUMP_DIR=build/rmsnorm/dump PYTHONPATH=$(abspath $(OTHER_FOLDER)):tests/support $(PYTHON) -m rmsnorm.make build/rmsnorm
+
+rmsnorm:
+	PYTHONPATH=.:tests/support $(PYTHON) -m rmsnorm.run build/rmsnorm
 
 # Random runs that keep the contract, judged by the intervals: no false alarm. About 20 minutes; --seed
 # and --runs take a part of them.

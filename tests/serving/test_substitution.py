@@ -6,16 +6,18 @@ import json
 import moe_cases
 import pytest
 import torch
-from assertions import assert_bitwise
+from assertions import assert_bitwise, assert_inside
 from moe_cases import Shape
 
 import nvfp4_moe
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.kernels.flashinfer import version
-from nvfp4_moe.reference.moe.routing import pack_topk
+from nvfp4_moe.reference.bounds.moe import fused_moe_bounds
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, pack_topk, route
 from nvfp4_moe.serving import substitution
 
 SHAPE = Shape(5, 256, 64, 8, 2)
+GROUPS = {"routing_method_type": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 GIVEN, FROM_LOGITS = (
     "flashinfer.fused_moe.core.trtllm_fp4_block_scale_routed_moe",
     "flashinfer.fused_moe.core.trtllm_fp4_block_scale_moe",
@@ -39,8 +41,10 @@ def hook(written, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HOME", str(tmp_path))  # where it writes the sources of solutions
     monkeypatch.setenv("FLASHINFER_TRACE_APPLY_PATH", str(written))
-    # It asks for each name that is new, and a torch without CUDA cannot say.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    if (
+        not torch.cuda.is_available()
+    ):  # it asks for each new name, and torch without CUDA cannot say
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert trace_apply.enable_apply() > 0
     yield trace_apply
     trace_apply.disable_apply()
@@ -95,8 +99,7 @@ def ours(**given):
 
 def test_from_logits(hook, fused):
     """FlashInfer's list of one, its output tensor, and a count of hits."""
-    groups = {"routing_method_type": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
-    for changes in ({}, groups, {"routing_method_type": 0}):
+    for changes in ({}, GROUPS, {"routing_method_type": 0}):
         given = call(**changes)
         (got,) = fused.trtllm_fp4_block_scale_moe(**given)
         assert_bitwise(got, ours(**given)[0], str(changes))
@@ -155,6 +158,57 @@ def test_another_shape_stays_flashinfers(hook, fused):
         fused.trtllm_fp4_block_scale_moe(**call(Shape(5, 512, 64, 8, 2)))
     assert not isinstance(raised.value, nvfp4_moe.UnsupportedError)
     assert hook.stats() == {FROM_LOGITS: {"fallback_no_candidate": 1}}
+
+
+def interval(given):
+    """The outputs that keep the contract, of the call on a CPU."""
+    case = moe_cases.make(SHAPE)
+    names = ("n_group", "topk_group", "routed_scaling_factor")
+    method = RoutingMethodType(given["routing_method_type"])
+    routing = Routing(method, given["top_k"], **{name: given[name] for name in names})
+    chosen = route(given["routing_logits"], routing)
+    return fused_moe_bounds(
+        case.activations, case.experts, chosen.ids, chosen.weights.bfloat16()
+    ).output
+
+
+def on_gpu(given):
+    return {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_flashinfer_does_not_serve(hook, fused):
+    """FlashInfer compiles this function for no such GPU; its hook calls ours, eagerly and in a graph."""
+    compute_capability = torch.cuda.get_device_capability()
+    if compute_capability[0] in (10, 12):
+        pytest.skip(f"FlashInfer serves a GPU of compute capability {compute_capability}")
+    from flashinfer.jit.core import current_compilation_context
+
+    with pytest.raises(RuntimeError, match="No supported CUDA architectures found"):
+        # As its generator of this layer asks (0.7.4, jit/fused_moe.py).
+        current_compilation_context.get_nvcc_flags_list(supported_major_versions=[10, 12])
+    for changes in ({}, GROUPS):
+        given = on_gpu(call(**changes))
+        output = torch.full((5, 256), torch.nan, dtype=torch.bfloat16, device="cuda")
+        want = nvfp4_moe.trtllm_fp4_block_scale_moe(**given, backend="triton")[0]
+        (got,) = fused.trtllm_fp4_block_scale_moe(**given, output=output)
+        assert got is output
+        assert_bitwise(got, want, str(changes))
+        assert_inside(got.cpu(), interval(call(**changes)), str(changes))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (captured,) = fused.trtllm_fp4_block_scale_moe(**given)
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert_bitwise(captured, want, f"{changes} in a graph")
+    case = moe_cases.make(SHAPE)
+    packed = pack_topk(case.ids, case.weights).cuda()
+    given = on_gpu(routed(topk_ids=packed))
+    want = nvfp4_moe.trtllm_fp4_block_scale_routed_moe(**given, backend="triton")[0]
+    (got,) = fused.trtllm_fp4_block_scale_routed_moe(**given)
+    assert_bitwise(got, want, "given")
+    print(torch.cuda.get_device_name(), hook.stats())
+    assert hook.stats() == {FROM_LOGITS: {"hit": 4}, GIVEN: {"hit": 1}}
 
 
 def test_a_hook_that_is_not_known_is_an_error():

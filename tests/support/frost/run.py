@@ -14,52 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
+from cuda_driver import Driver
 from frost.intervals import bounds, decode
 
 SEEDS = 4
-
-
-class Driver:
-    """The functions of the CUDA driver that load and launch; a failure ends the run with its name."""
-
-    def __init__(self) -> None:
-        self._cuda = ctypes.CDLL("libcuda.so.1")
-
-    def _check(self, code: int, action: str) -> None:
-        if code:
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorString(code, ctypes.byref(text))
-            sys.exit(f"{action}: {code} {(text.value or b'').decode()}")
-
-    def load(self, cubin: Path) -> ctypes.c_void_p:
-        """Load a cubin. If the driver refuses it, load the PTX beside it as version 9.0."""
-        module = ctypes.c_void_p()
-        code = self._cuda.cuModuleLoadData(ctypes.byref(module), cubin.read_bytes())
-        if code:
-            print(f"{cubin.name}: error {code}; its PTX is loaded as version 9.0")
-            text = cubin.with_suffix(".ptx").read_text()
-            version = next(line for line in text.splitlines() if line.startswith(".version"))
-            ptx = text.replace(version, ".version 9.0").encode() + b"\0"
-            self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), ptx), "load the PTX")
-        return module
-
-    def launch(
-        self, module: ctypes.c_void_p, entry: str, grid: int, threads: int, *tensors: torch.Tensor
-    ) -> None:
-        """Launch an entry on the pointers of CUDA tensors, and wait for it."""
-        function = ctypes.c_void_p()
-        found = self._cuda.cuModuleGetFunction(ctypes.byref(function), module, entry.encode())
-        self._check(found, entry)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        places = [ctypes.cast(ctypes.byref(pointer), ctypes.c_void_p) for pointer in pointers]
-        arguments = (ctypes.c_void_p * len(places))(*places)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        shared = 1024  # bytes
-        started = self._cuda.cuLaunchKernel(
-            function, grid, 1, 1, threads, 1, 1, shared, stream, arguments, None
-        )
-        self._check(started, f"launch {entry}")
-        torch.cuda.synchronize()
+SHARED = 1024  # bytes
 
 
 def draw(shape: dict, exact: bool, seed: int) -> tuple[torch.Tensor, ...]:
@@ -110,11 +69,10 @@ def outputs(
     rows = shape["tokens"] * shape["top_k"]
     middle = torch.full((rows, shape["inner"]), torch.nan, dtype=torch.bfloat16, device="cuda")
     out = torch.full_like(x, torch.nan)
-    driver.launch(module, shape["fc1"], shape["grid1"], 256, x, w1, ids, middle, scales1, s1)
-    driver.launch(
-        *(module, shape["fc2"], shape["grid2"], 32 * shape["top_k"]),
-        *(middle, w2, ids, weights, out, scales2, s2),
-    )
+    first = (module, shape["fc1"], shape["grid1"], 256, SHARED)
+    driver.launch(*first, x, w1, ids, middle, scales1, s1)
+    second = (module, shape["fc2"], shape["grid2"], 32 * shape["top_k"], SHARED)
+    driver.launch(*second, middle, w2, ids, weights, out, scales2, s2)
     return out.cpu().double()
 
 
@@ -133,7 +91,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run FlashInfer's Frost kernels on sm_90.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    torch.zeros(1, dtype=torch.float32, device="cuda")  # makes the context that the driver needs
     print(torch.cuda.get_device_name(), torch.__version__)
     driver, outside = Driver(), 0
     for shape in json.loads((folder / "index.json").read_text()):
