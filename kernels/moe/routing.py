@@ -1,4 +1,4 @@
-"""Route in one Triton kernel, a program for each token: `reference.moe.routing` without groups.
+"""Route in one Triton kernel, a program for each token: `reference.moe.routing`.
 
 Experts, ties and weights are the reference's, to the bit: scores are compared by integer keys, and sums
 have the reference's order. Exact functions are rounded from fp64: only an fp64 value that lies next to
@@ -12,7 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.moe.routing import METHODS, Routing, RoutingMethodType, one_block_a_token
+from ...reference.moe.routing import (
+    METHODS,
+    Routing,
+    RoutingMethodType,
+    indivisible,
+    one_block_a_token,
+)
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
 from ..backends import log_fallback
@@ -30,6 +36,10 @@ LLAMA4 = tl.constexpr(int(RoutingMethodType.Llama4))
 DEFAULT = tl.constexpr(int(RoutingMethodType.Default))
 SIGMOID_RENORM = tl.constexpr(int(RoutingMethodType.SigmoidRenorm))
 RAW_METHODS = tl.constexpr(tuple(int(method) for method in METHODS if method.raw))
+NOTHING = tl.constexpr(-(2**31))
+"""Below the key of every expert."""
+MOST_GROUPS = 32
+"""The kernel unrolls a step for each chosen group. FlashInfer's has at most 8 groups."""
 BIASED_METHODS = tl.constexpr(tuple(int(method) for method in METHODS if method.biased))
 
 
@@ -95,6 +105,49 @@ def _warp_sum(x):
 
 
 @triton.jit
+def _key(x, COMPUTED: tl.constexpr, ARCH: tl.constexpr):
+    """Return sign-magnitude integers, as the kernels of FlashInfer compare."""
+    bits = x.to(tl.int32, bitcast=True)
+    if COMPUTED and ARCH == 0:  # a GPU's arithmetic makes positive NaN only; the host's does not
+        bits = tl.where(x == x, bits, 0x7FC00000)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _in_best_groups(
+    key, score, GROUPS: tl.constexpr, TOP: tl.constexpr, LANES: tl.constexpr, ARCH: tl.constexpr
+):
+    """Return where the TOP groups are whose two best scores have the largest sums.
+
+    `key` int32 and `score` fp32 hold LANES of each group, one group after another.
+    """
+    ROWS: tl.constexpr = key.shape[0] // LANES
+    key = tl.reshape(key, (ROWS, LANES))
+    score = tl.reshape(score.to(tl.int32, bitcast=True), (ROWS, LANES))
+    lane = tl.arange(0, LANES)[None, :]
+    first = _first_of_best(key, lane, LANES)
+    second = _first_of_best(tl.where(lane == first, NOTHING, key), lane, LANES)
+    best = tl.sum(tl.where(lane == first, score, 0), 1).to(tl.float32, bitcast=True)
+    next_best = tl.sum(tl.where(lane == second, score, 0), 1).to(tl.float32, bitcast=True)
+    group = tl.arange(0, ROWS)
+    sums = _key(add(best, next_best, True, ARCH), True, ARCH)
+    sums = tl.where(group < GROUPS, sums, NOTHING)
+    chosen = tl.zeros((ROWS,), tl.int32)
+    for _ in tl.static_range(TOP):
+        largest = tl.min(tl.where(sums == tl.max(sums, 0), group, ROWS), 0)
+        chosen = tl.where(group == largest, 1, chosen)
+        sums = tl.where(group == largest, NOTHING, sums)
+    return tl.reshape(tl.broadcast_to(chosen[:, None], (ROWS, LANES)), (ROWS * LANES,)) != 0
+
+
+@triton.jit
+def _first_of_best(key, lane, LANES: tl.constexpr):
+    """Return the lane of each row's largest key, the smallest of several: [rows, 1]."""
+    best = tl.max(key, 1, keep_dims=True)
+    return tl.min(tl.where(key == best, lane, LANES), 1, keep_dims=True)
+
+
+@triton.jit
 def route_kernel(
     logits_ptr,  # [T, E] fp32 or bf16
     bias_ptr,  # [E] fp32 or bf16, or None
@@ -107,16 +160,20 @@ def route_kernel(
     K: tl.constexpr,
     METHOD: tl.constexpr,
     NORM: tl.constexpr,  # norm_topk_prob
-    WIDTH: tl.constexpr,  # a power of two >= E
+    WIDTH: tl.constexpr,  # a power of two: LANES for each of GROUPS, or more
+    LANES: tl.constexpr,  # a power of two >= E / GROUPS
     SLOTS: tl.constexpr,  # a power of two >= K
     ARCH: tl.constexpr,
     APPROXIMATE: tl.constexpr = False,  # by the instructions of the GPU
     BY_BLOCKS: tl.constexpr = False,  # the order of Default's sum, where APPROXIMATE
+    GROUPS: tl.constexpr = 1,  # which divides E
+    TOP_GROUPS: tl.constexpr = 1,
 ):
     await_previous(ARCH)
     token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, WIDTH)
-    inside = expert < E
+    lane = tl.arange(0, WIDTH)
+    expert = lane // LANES * (E // GROUPS) + lane % LANES
+    inside = (lane % LANES < E // GROUPS) & (expert < E)
     x = tl.load(logits_ptr + token * E + expert, inside, other=float("-inf")).to(tl.float32)
     BIASED: tl.constexpr = is_biased(METHOD)
     RAW: tl.constexpr = is_raw(METHOD)
@@ -135,12 +192,13 @@ def route_kernel(
         score = value
         if BIASED and bias_ptr is not None:
             bias = tl.load(bias_ptr + expert, inside, other=0.0).to(tl.float32)
+            if GROUPS > 1:
+                bias = to_bf16(bias, ARCH).to(tl.float32)
             score = add(score, bias, True, ARCH)
-    # Sign-magnitude integers, as the kernels of FlashInfer compare; nothing is below an expert.
-    bits = score.to(tl.int32, bitcast=True)
-    if not RAW and ARCH == 0:  # a GPU's arithmetic makes positive NaN only; the host's does not
-        bits = tl.where(score == score, bits, 0x7FC00000)
-    key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+    key = tl.where(inside, _key(score, not RAW, ARCH), NOTHING)
+    if GROUPS > 1:
+        inside = inside & _in_best_groups(key, score, GROUPS, TOP_GROUPS, LANES, ARCH)
+        key = tl.where(inside, key, NOTHING)
 
     slot = tl.arange(0, SLOTS)
     ids = tl.zeros((SLOTS,), tl.int32)
@@ -152,7 +210,7 @@ def route_kernel(
         ids = tl.where(slot == i, first, ids)
         chosen = tl.where(slot == i, tl.sum(tl.where(expert == first, value, 0), 0), chosen)
         inside = inside & (expert != first)
-        key = tl.where(expert == first, -2147483648, key)
+        key = tl.where(expert == first, NOTHING, key)
 
     chosen = chosen.to(tl.float32, bitcast=True)
     live = slot < K
@@ -180,8 +238,8 @@ def refusal(routing: Routing, device: torch.device) -> str | None:
 
     The functions of a GPU are measured on the device, once in a process.
     """
-    if routing.grouped:
-        return "groups are the reference's"
+    if routing.grouped and (routing.n_group or 0) > MOST_GROUPS:
+        return f"n_group is {routing.n_group}; the kernel has at most {MOST_GROUPS} groups"
     if routing.functions == "exact" or INTERPRETING:
         return None
     named = f"functions={routing.functions!r}"
@@ -219,13 +277,17 @@ def _op(
     top_k: int,
     scale: float,
     norm: bool,
+    groups: int,
+    top_groups: int,
     approximate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, experts = logits.shape
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((tokens, top_k), dtype=torch.bfloat16, device=logits.device)
     if tokens:
-        width = max(16, next_power_of_2(experts))
+        lanes = next_power_of_2(experts // groups)
+        width = max(16, lanes * next_power_of_2(groups))
+        lanes = lanes if groups > 1 else width
         reads = approximate and INTERPRETING
         launch(route_kernel, (tokens,),
             logits.contiguous(), bias, ids, weights, scale, experts,
@@ -233,13 +295,14 @@ def _op(
             K=top_k, METHOD=method, NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
             ARCH=arch(logits.device), APPROXIMATE=approximate,
             BY_BLOCKS=approximate and one_block_a_token(logits, top_k),
+            GROUPS=groups, TOP_GROUPS=top_groups, LANES=lanes,
             num_warps=1 if width <= 256 else 4, **launch_options(logits.device),
         )  # fmt: skip
     return ids, weights
 
 
 @_op.register_fake
-def _(logits, bias, method, top_k, scale, norm, approximate):  # type: ignore[no-untyped-def]
+def _(logits, bias, method, top_k, scale, norm, groups, top_groups, approximate):  # type: ignore[no-untyped-def]
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.bfloat16)
 
@@ -250,12 +313,15 @@ def route(
     """Return ids int32 [T, K] and weights bf16 [T, K]; `refusal` names what has no kernel.
 
     Raises:
-        ValueError: K > E, or a bias that the method does not read.
+        ValueError: K > E, a bias that the method does not read, or groups that do not divide E, are of
+            one expert or have fewer than K in those chosen.
     """
     if routing.top_k > logits.shape[1]:
         raise ValueError(f"top_k is {routing.top_k}; logits has only {logits.shape[1]} experts")
     if bias is not None and not routing.method.biased:
         raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
+    if routing.grouped and (reason := indivisible(routing, logits.shape[1])):
+        raise ValueError(reason)
     return _op(
         logits,
         bias,
@@ -263,5 +329,7 @@ def route(
         routing.top_k,
         routing.scale,
         routing.norm_topk_prob,
+        (routing.n_group or 1) if routing.grouped else 1,
+        (routing.topk_group or 1) if routing.grouped else 1,
         routing.functions != "exact",
     )

@@ -344,11 +344,12 @@ def _check(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) ->
             allowed = f"None with {routing.method.name}, which has none"
             checks.wrong_value("bias", bias, allowed)
         checks.tensor("bias", bias, floats, (experts,), like=("logits", logits))
-    if routing.grouped and (reason := _indivisible(routing, experts)):
+    if routing.grouped and (reason := indivisible(routing, experts)):
         raise ValueError(reason)
 
 
-def _indivisible(routing: Routing, num_experts: int) -> str | None:
+def indivisible(routing: Routing, num_experts: int) -> str | None:
+    """Return why the experts do not divide into the groups of a routing that has some."""
     groups, chosen = routing.n_group or 1, routing.topk_group or 1
     if num_experts % groups or num_experts // groups < 2:
         return (
@@ -363,7 +364,7 @@ def _indivisible(routing: Routing, num_experts: int) -> str | None:
 def _grouped_refusal(routing: Routing, num_experts: int) -> str | None:
     """`trtllm_fused_moe_routing_runner.cu:160-161`, `trtllm_fused_moe_routing_deepseek.cu:513-546`."""
     groups, chosen = routing.n_group or 1, routing.topk_group or 1
-    if reason := _indivisible(routing, num_experts):
+    if reason := indivisible(routing, num_experts):
         return reason
     limits = (
         ("top_k", routing.top_k, 22),

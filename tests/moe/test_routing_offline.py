@@ -14,8 +14,15 @@ pytestmark = pytest.mark.compile
 @pytest.mark.parametrize(
     "arch,approximate", [(80, False), (90, False), (90, True), (100, False), (121, False)]
 )
-@pytest.mark.parametrize("method", [RoutingMethodType.Default, RoutingMethodType.DeepSeekV3])
-def test_compiles_without_a_stack(arch, method, approximate, tmp_path):
+@pytest.mark.parametrize(
+    "method,groups",
+    [
+        (RoutingMethodType.Default, 1),
+        (RoutingMethodType.DeepSeekV3, 1),
+        (RoutingMethodType.DeepSeekV3, 8),
+    ],
+)
+def test_compiles_without_a_stack(arch, method, groups, approximate, tmp_path):
     types = {
         "logits_ptr": "*bf16",
         "bias_ptr": "*fp32",
@@ -29,6 +36,9 @@ def test_compiles_without_a_stack(arch, method, approximate, tmp_path):
         "METHOD": int(method),
         "NORM": True,
         "WIDTH": 256,
+        "LANES": 256 // groups,
+        "GROUPS": groups,
+        "TOP_GROUPS": groups // 2 or 1,
         "SLOTS": 8,
         "ARCH": arch,
         "APPROXIMATE": approximate,

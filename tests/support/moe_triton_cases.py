@@ -424,8 +424,28 @@ def routing_of_strange_logits(device, config=None):
                 _routed_alike(device, logits.bfloat16(), r, bias, f"{method.name} {what}, bf16")
 
 
+def routing_by_groups(device, config=None):
+    """Groups of any size, a bias whose rounding to bf16 decides, sums of scores that are no numbers."""
+    g = torch.Generator().manual_seed(19)
+    exact = Routing(RoutingMethodType.DeepSeekV3, 5, n_group=4, topk_group=2)
+    hopper = dataclasses.replace(exact, functions="hopper")
+    both = [exact] if triton_routing.refusal(hopper, torch.device(device)) else [exact, hopper]
+    sizes = ((60, 3, 1), (96, 4, 2), (256, 8, 4), (22, 11, 11), (16, 4, 2))
+    for r in both:
+        for experts, groups, top in sizes:
+            some = dataclasses.replace(r, n_group=groups, topk_group=top, routed_scaling_factor=2.5)
+            logits = torch.randn(7, experts, generator=g) / 8
+            bias = 1 + torch.randn(experts, generator=g) / 64
+            for b in (None, bias, bias.bfloat16()):
+                _routed_alike(device, logits, some, b, f"{experts} experts, {top} of {groups} groups")
+        bias = torch.tensor([1e-38, -1e-39, 0.0, -0.0, 2e-39, -3.0, 1e-9, -torch.inf] * 2)
+        for what, logits in strange_logits(2 if device == "cpu" else 64).items():
+            _routed_alike(device, logits, r, bias, f"groups, {what}")
+
+
 CASES = [
     routing,
+    routing_by_groups,
     routing_of_strange_logits,
     routing_of_a_gpu,
     activations_bitwise_or_close,

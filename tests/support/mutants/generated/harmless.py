@@ -138,8 +138,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "reference Routing.grouped: constant: self.n_group or 0 -> self.n_group or 1",
     ),
     "Only routings with groups come here, which have both numbers.": (
-        "reference _indivisible: constant: routing.n_group or 1 -> routing.n_group or 2",
-        "reference _indivisible: constant: routing.topk_group or 1 -> routing.topk_group or 2",
+        "reference indivisible: constant: routing.n_group or 1 -> routing.n_group or 2",
+        "reference indivisible: constant: routing.topk_group or 1 -> routing.topk_group or 2",
         "reference _grouped_refusal: constant: routing.n_group or 1 -> routing.n_group or 2",
         "reference _grouped_refusal: constant: routing.topk_group or 1 -> routing.topk_group or 2",
         "reference _limit_to_groups: constant: routing.n_group or 1 -> routing.n_group or 2",
@@ -292,8 +292,8 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "kernels route_kernel: constant: 0.0 -> 1.0",
     ),
     "All NaN have one key, above that of infinity, with either pattern.": (
-        "kernels route_kernel: constant: tl.where(score == score, bits, 2143289344) -> tl.where(score "
-        "== score, bits, 2143289345)",
+        "kernels _key: constant: tl.where(x == x, bits, 2143289344) -> tl.where(x == x, bits, "
+        "2143289345)",
     ),
     "Slots behind K are not stored.": (
         "kernels route_kernel: index: tl.static_range(K) -> tl.static_range(K + 1)",
