@@ -437,7 +437,9 @@ def routing_by_groups(device, config=None):
             logits = torch.randn(7, experts, generator=g) / 8
             bias = 1 + torch.randn(experts, generator=g) / 64
             for b in (None, bias, bias.bfloat16()):
-                _routed_alike(device, logits, some, b, f"{experts} experts, {top} of {groups} groups")
+                _routed_alike(
+                    device, logits, some, b, f"{experts} experts, {top} of {groups} groups"
+                )
         bias = torch.tensor([1e-38, -1e-39, 0.0, -0.0, 2e-39, -3.0, 1e-9, -torch.inf] * 2)
         for what, logits in strange_logits(2 if device == "cpu" else 64).items():
             _routed_alike(device, logits, r, bias, f"groups, {what}")
