@@ -34,12 +34,18 @@ SWITCH_VARIABLES = (
 )
 CACHE_VARIABLES = ("NVFP4_MOE_CACHE", "XDG_CACHE_HOME")
 TRACEBACK_VARIABLE = "NVFP4_MOE_TRACEBACK"
+CANARY_VARIABLES = (
+    "NVFP4_MOE_CANARY",
+    "NVFP4_MOE_CANARY_FOLDER",
+    "NVFP4_MOE_CANARY_FATAL",
+)
 VARIABLES = (
     *EXACT_VARIABLES["cuda"],
     *FOUR_OVER_SIX_VARIABLES,
     *SWITCH_VARIABLES,
     *CACHE_VARIABLES,
     TRACEBACK_VARIABLE,
+    *CANARY_VARIABLES,
     VALUES_VARIABLE,
 )
 """Every variable that this library reads; `reference/checks.py` reads the last one."""
@@ -139,6 +145,40 @@ def cache_folder() -> Path | None:
 def traceback_wanted() -> bool:
     """True if the command line prints the traceback of a crash; else it writes it to a file."""
     return _on(TRACEBACK_VARIABLE)
+
+
+def canary_steps() -> int | None:
+    """Return the steps between two samples of the canary; None: it is off (unset, empty or 0).
+
+    Raises:
+        ValueError: the variable is no whole number, or a negative one.
+    """
+    name = CANARY_VARIABLES[0]
+    value = os.environ.get(name, "")
+    if value and not (value.isascii() and value.isdecimal()):
+        raise ValueError(f"{name} is {value!r}; it must be a number of steps, or 0 for none")
+    return int(value or 0) or None
+
+
+def canary_folder() -> Path | None:
+    """Return the folder of the canary's replay files; None for a user without a home directory.
+
+    Without the variable it is `canary` in the folder of tuned configurations.
+    """
+    given, cache = os.environ.get(CANARY_VARIABLES[1], ""), cache_folder()
+    if given:
+        return Path(given)
+    return None if cache is None else cache / "canary"
+
+
+def canary_fatal() -> bool:
+    """True if an alarm of the canary ends the process.
+
+    Raises:
+        ValueError: a value that is no boolean.
+    """
+    name = CANARY_VARIABLES[2]
+    return bool(os.environ.get(name)) and _boolean(name)
 
 
 def snapshot() -> dict[str, str | None]:

@@ -38,10 +38,11 @@ FOLDERS: dict[str, set[str]] = {
     "checkpoints": set(),
     "parallel": set(),
     "training": set(),
-    "serving": {"checkpoints", "training"},
+    "serving": {"canary", "checkpoints", "training"},
     "differential": {"cases"},
     "report": {"cases", "differential"},
     "failures": {"cases", "differential", "report"},
+    "canary": {"cases", "differential", "failures"},
     "cli": {"cases", "checkpoints", "differential", "failures", "report", "serving"},
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and

@@ -1,14 +1,19 @@
 """Real generation of transformers' models with our experts, beside a model of them in plain torch."""
 
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
 from functools import partial
 
 import experts_model
+import own_backends
 import pytest
 import torch
 import transformers_models
 from paths import ROOT
 
+from nvfp4_moe import register_backend
+from nvfp4_moe.canary import Canary
 from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, classes, prepare, register
 from nvfp4_moe.serving.transformers.packed import ATTRIBUTE
 
@@ -132,6 +137,35 @@ def test_a_step_of_an_optimizer_changes_what_is_served():
             delattr(layer, ATTRIBUTE)
         assert torch.equal(model(PROMPTS).logits, served)
     assert len(layers) == 2
+
+
+def test_a_canary_changes_no_token_and_catches_a_wrong_kernel(tmp_path):
+    from transformers.integrations.moe import ExpertsInterface
+
+    model = transformers_models.model(transformers, "qwen3")
+    want = generated(model, "nvfp4_moe", tokens=4)
+    canary = Canary(2, folder=tmp_path)
+    register(canary)
+    assert torch.equal(generated(model, "nvfp4_moe", tokens=4), want)
+    canary.wait()
+    assert canary.counts.inside == canary.counts.taken >= 2 and not list(tmp_path.iterdir())
+    with register_backend(
+        "fused_moe", "wrong", own_backends.layer_without_a_tile, before="reference"
+    ):
+        generated(model, "nvfp4_moe", tokens=8)
+        canary.wait()
+    assert canary.counts.outside and list(tmp_path.iterdir())
+    register()
+    assert ExpertsInterface._global_mapping["nvfp4_moe"].keywords == {"canary": None}
+
+
+def test_without_a_canary_none_is_imported():
+    program = (
+        "import sys; from nvfp4_moe.serving.transformers import register; register();"
+        "print([name for name in sys.modules if 'canary' in name or 'differential' in name])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout == "[]\n", ran.stderr
 
 
 ROWS = classes.rows()

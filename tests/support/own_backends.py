@@ -1,6 +1,8 @@
 """Backends that a user might have written: right ones, wrong ones, and one that raises."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import torch
 
 from nvfp4_moe.kernels.baseline_moe.backends import BASELINE_MOE
@@ -41,6 +43,13 @@ def layer_wrongly(call):
     output = layer(call)
     output[0] *= 2
     return output
+
+
+def layer_without_a_tile(call):
+    """The first product leaves out a tile of 32 columns of K."""
+    states = call.activations.hidden_states.clone()
+    states[:, : 16 if states.dtype == torch.uint8 else 32] = 0
+    return layer(replace(call, activations=replace(call.activations, hidden_states=states)))
 
 
 def baseline(call):

@@ -6,16 +6,20 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...kernels import environment
 from ...kernels.backends import UnsupportedError
 from ...kernels.moe.api import fused_moe
 from ...kernels.moe.call import Mode
 from ...training.layer import fake_quantized_moe
 from .module import FLAGS, projections, sources
 from .packed import packed_of, quantize
+
+if TYPE_CHECKING:
+    from ...canary import Canary
 
 
 class Implementation(NamedTuple):
@@ -38,15 +42,19 @@ OLDEST = (5, 7)
 """The first version of transformers that accepts registered names; 5.6 has a fixed list."""
 
 
-def register() -> None:
+def register(canary: "Canary | None" = None) -> None:
     """Add `IMPLEMENTATIONS` to transformers' experts functions, in this process.
 
     Then `from_pretrained(..., experts_implementation="nvfp4_moe")` and
     `model.set_experts_implementation("nvfp4_moe")` take them. It may be called again.
 
+    Args:
+        canary: watches the layers; omitted, the one that NVFP4_MOE_CANARY asks for, or none.
+
     Raises:
         ModuleNotFoundError: transformers is not installed.
         UnsupportedError: it is older than 5.7.
+        ValueError: a variable of the canary.
     """
     import transformers
 
@@ -57,8 +65,12 @@ def register() -> None:
         )
     from transformers.integrations.moe import ExpertsInterface
 
+    if canary is None and environment.canary_steps() is not None:
+        from ...canary import from_environment
+
+        canary = from_environment()
     for name, implementation in IMPLEMENTATIONS.items():
-        ExpertsInterface.register(name, partial(experts_forward, implementation))
+        ExpertsInterface.register(name, partial(experts_forward, implementation, canary=canary))
 
 
 def prepare(model: torch.nn.Module) -> int:
@@ -82,6 +94,7 @@ def experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    canary: "Canary | None" = None,
 ) -> torch.Tensor:
     """Run a module's experts in NVFP4.
 
@@ -95,6 +108,7 @@ def experts_forward(
         top_k_index: [T, K] int32 or int64; an id that is no expert's of this rank, as expert parallelism
             leaves them, adds nothing.
         top_k_weights: [T, K] bf16 or fp32.
+        canary: watches calls without a gradient; the last parameter, which `register` binds.
 
     Returns:
         [T, H] bf16.
@@ -115,7 +129,8 @@ def experts_forward(
     routing = ids.contiguous(), top_k_weights.contiguous()
     states = hidden_states.contiguous()
     if not _needs_gradient(hidden_states, top_k_weights, *sources(module)):
-        return fused_moe(
+        layer = fused_moe if canary is None else canary.fused_moe
+        return layer(
             states,
             packed.experts,
             routing,
