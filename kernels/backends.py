@@ -17,6 +17,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from ..reference import checks
+from . import records
 from .device import check_capability
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -73,6 +74,8 @@ class Backend(Generic[C, R]):
     """Runs a call that `refusal` let pass. NotImplementedError: it finds only now that it cannot."""
     automatic: Callable[[C], bool] = always
     """Returns True if "auto" may take the backend for a call."""
+    launches: bool = False
+    """True if `run` does nothing on the GPU but launch kernels by `launcher.launch`, for `records`."""
     remembers: Callable[[C, RuntimeError], bool] | None = None
     """Returns True if this error of `run` means that no kernel was built for the call. `refusal` then
     refuses such calls from now on, and "auto" goes on to the next backend."""
@@ -196,8 +199,11 @@ class Operation(Generic[C, R]):
         Raises:
             UnsupportedError: the backend found only now that it cannot serve the call.
         """
+        row = self._table[backend]
+        if not row.launches:
+            records.refuse(f"backend {backend} runs")
         try:
-            return self._table[backend].run(call)
+            return row.run(call)
         except NotImplementedError as error:
             raise _cannot_serve(backend, error) from error
 
@@ -245,11 +251,16 @@ class Operation(Generic[C, R]):
         """
 
         def decorate(prepare: Callable[P, Asked[C]]) -> Callable[P, Any]:
-            @functools.wraps(prepare)
-            def function(*args: P.args, **kwargs: P.kwargs) -> Any:
+            def run(*args: P.args, **kwargs: P.kwargs) -> Any:
                 call, backend = prepare(*args, **kwargs)
                 result = self.serve(call, backend)
                 return result if finish is None else finish(call, result)
+
+            @functools.wraps(prepare)
+            def function(*args: P.args, **kwargs: P.kwargs) -> Any:
+                if torch.compiler.is_compiling() or not records.serve():
+                    return run(*args, **kwargs)
+                return records.repeat(run, args, kwargs)
 
             signature = inspect.signature(prepare)
             function.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -308,10 +319,12 @@ class Operation(Generic[C, R]):
         place = len(self._table) if before is None else list(self._table).index(before)
         rows = list(self._table.items())
         self._table = dict([*rows[:place], (name, adopted), *rows[place:]])
+        records.forget()
 
     def remove(self, name: str) -> None:
         """Remove a user's backend; nothing happens where there is none of the name."""
         self._table.pop(name, None)
+        records.forget()
 
 
 def prepared(function: Callable[..., Any]) -> Callable[..., Asked[Any]]:

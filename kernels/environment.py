@@ -117,6 +117,17 @@ def _boolean(name: str) -> bool:
         ) from None
 
 
+_OF_CALLS = (*EXACT_VARIABLES["cuda"], VALUES_VARIABLE, FOUR_OVER_SIX_VARIABLES[0])
+
+
+def of_calls() -> list[str | None]:
+    """Return what the variables say that a call may read."""
+    values = list(map(os.environ.get, _OF_CALLS))
+    if values[-1] is not None:  # the others are read only then
+        values += map(os.environ.get, FOUR_OVER_SIX_VARIABLES[1:])
+    return values
+
+
 def sources(recipe: "Recipe", *, math: bool, config: bool) -> str:
     """The variables that made a recipe what it is, where the named parts of it come from them."""
     names = [name for name in EXACT_VARIABLES[recipe.build] if math and _on(name)]

@@ -6,12 +6,16 @@ specializes arguments by, and the compiled kernel is launched without more ado.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import itertools
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat, takewhile
 from typing import Any
 
 import torch
 import triton
 
+from . import records
 from .triton_target import INTERPRETING, triton_version
 
 _DIRECT = not INTERPRETING and triton_version() == (3, 6)
@@ -23,7 +27,7 @@ class _Launches:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # kept, so that its id names no other
-        first = itertools.takewhile(lambda p: not p.is_constexpr, kernel.params)
+        first = takewhile(lambda p: not p.is_constexpr, kernel.params)
         self.fixed = tuple(p.do_not_specialize for p in first)
         self.constants = (None,) * (len(kernel.params) - len(self.fixed))
         self.compiled: dict[Any, Any] = {}
@@ -32,18 +36,27 @@ class _Launches:
 _LAUNCHES: dict[int, _Launches] = {}
 
 
+def directly() -> bool:
+    """Return True if compiled kernels are launched without Triton's own code, which a profiler needs."""
+    runtime = triton.knobs.runtime
+    return _DIRECT and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+records.can_launch(directly)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launch `kernel[grid](*args, **constants)` on the current stream.
 
     Args:
         grid: one or two counts of programs.
         args: every argument before the first constexpr, in order: tensors, integers, floats, None, or a
-            descriptor with an attribute `kind` that has all that the kernel depends on.
+            descriptor with an attribute `kind`, which has all that the kernel depends on, and a function
+            `at`, which describes the same at another address.
         constants: every other argument, which is a constexpr or None, and Triton's options; hashable.
     """
-    runtime = triton.knobs.runtime
-    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # by a profiler
-    if not _DIRECT or watched or not isinstance(kernel, triton.JITFunction):
+    if not directly() or not isinstance(kernel, triton.JITFunction):
+        records.refuse("Triton launches a kernel")
         kernel[grid](*args, **constants)
         return
     launches = _LAUNCHES.get(id(kernel))
@@ -65,6 +78,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         values.append(value)
     found = launches.compiled.get(tuple(key))
     if found is None:
+        records.refuse("a kernel is compiled")
         launches.compiled[tuple(key)] = kernel[grid](*args, **constants)
         return
     y = grid[1] if len(grid) == 2 else 1
@@ -74,6 +88,58 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         grid[0], y, 1, stream, found.function, found.packed_metadata, None, None, None,
         *values, *launches.constants,
     )  # fmt: skip
+    if (recorder := records.current()) is not None:
+        call, before, expand = _entry(found)
+        made = [_moved(value, expand) for value in args]
+        recorder.launched(call, (grid[0], y), device, before, made, len(launches.constants))
+
+
+_Expand = Iterator[Callable[[Any], Sequence[Any]]]
+
+
+def _entry(found: Any) -> tuple[Callable[..., None], tuple[Any, ...], _Expand]:
+    """Return how a compiled kernel of Triton 3.6 is launched with the least Python.
+
+    `CudaLauncher.__call__` adds arguments that never change, and looks for scratch memory. What wraps
+    its launch encodes every descriptor anew, whose code for the driver depends on its address alone.
+
+    Returns:
+        (function, what it takes between the stream and the kernel's arguments, and for each descriptor
+        in order a function that returns what the function takes in its place).
+    """
+    launcher = found.run
+    whole = launcher, (found.function, found.packed_metadata, None, None, None), repeat(_itself)
+    if type(launcher).__name__ != "CudaLauncher":
+        return whole
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return whole
+    before = (
+        found.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
+        found.packed_metadata, None, None, None,
+    )  # fmt: skip
+    if not inspect.isfunction(launcher.launch):  # no descriptors
+        return launcher.launch, before, repeat(_itself)
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    wrapped = inspect.getclosurevars(launcher.launch).nonlocals
+    expand = (
+        functools.partial(lambda meta, value: make_tensordesc_arg(value, meta), meta)
+        for meta in wrapped["tensordesc_meta"]
+    )
+    return wrapped["launcher"], before, expand
+
+
+def _itself(value: Any) -> tuple[Any]:
+    return (value,)
+
+
+def _moved(value: Any, expand: _Expand) -> Any:
+    """Return an argument as `records.Recorder.launched` takes it."""
+    if not hasattr(value, "at"):
+        return value
+    one = next(expand)
+    at = functools.lru_cache(64)(lambda address: one(value.at(address)))
+    return records.Described(value.base.data_ptr(), at)
 
 
 def _kind(value: int, fixed: bool) -> int:

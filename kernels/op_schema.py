@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_a
 import torch
 
 from ..reference.recipe import Recipe
+from . import records
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -32,14 +33,6 @@ _SCHEMA = {
 OPS: dict[str, torch.library.CustomOpDef] = {}
 """The ops of `register`, by the name that it was given."""
 _SCALE = float | torch.Tensor
-
-
-def reader(*paths: str) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that reads attributes, such as `experts.gemm1_bias`, of a value into a tuple."""
-    read: Callable[[Any], tuple[Any, ...]] = eval(
-        f"lambda value: ({', '.join(f'value.{path}' for path in paths)},)"
-    )
-    return read
 
 
 def two_arguments(scale: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
@@ -167,11 +160,13 @@ def register(
     schema = f"({arguments}) -> {returns}"
     digest = f"_{hashlib.sha256(schema.encode()).hexdigest()[:8]}" if mutates else ""
 
-    @torch.library.custom_op(
-        f"nvfp4_moe::{name}{digest}", mutates_args=tuple(mutates), schema=schema
-    )
-    def op(*given: Any) -> Any:
+    def body(*given: Any) -> Any:
         return run(flat.build(given), *given[count:])  # type: ignore[call-arg]
+
+    op = torch.library.custom_op(
+        f"nvfp4_moe::{name}{digest}", body, mutates_args=tuple(mutates), schema=schema
+    )
+    op.register_torch_dispatch(records.Recorder, records.inside(body))
 
     @op.register_fake
     def _(*given: Any) -> Any:

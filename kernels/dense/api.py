@@ -77,7 +77,7 @@ MM_FP4: Operation[DenseCall, torch.Tensor] = Operation(
     "mm_fp4",
     [
         *map(_on_flashinfer, fi.RULES),
-        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu, launches=True),
         Backend("reference", backends.serves_all, _in_reference),
     ],
     aliases={name.removeprefix("flashinfer:"): name for name in fi.RULES},

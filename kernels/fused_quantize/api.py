@@ -72,7 +72,7 @@ def _adopt(
 FUSED_QUANTIZE: Operation[FusedQuantizeCall, Triple] = Operation(
     "fused_quantize",
     [
-        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu, launches=True),
         Backend("reference", backends.serves_all, _in_reference),
     ],
     adopt=_adopt,

@@ -185,7 +185,7 @@ FUSED_MOE: Operation[MoECall, Results] = Operation(
     "fused_moe",
     [
         *map(on_flashinfer, LAYERS.values()),
-        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu, launches=True),
         Backend("reference", _reference_refusal, _in_reference),
     ],
     notes=_notes,

@@ -24,8 +24,8 @@ from ...reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from .. import environment
 from ..device import capability_of
-from ..op_schema import reader
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
+from ..records import reader
 
 Quantize = Literal["per-token", "static"]
 """The quantization that bf16 hidden states still need; Triton does "per-token" within its kernels."""

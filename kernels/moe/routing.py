@@ -21,6 +21,7 @@ from ...reference.moe.routing import (
 )
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
+from .. import records
 from ..backends import log_fallback
 from ..instruction_probe import functions_that_differ
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, rcp, to_bf16
@@ -269,8 +270,7 @@ def _table(device: torch.device) -> torch.Tensor:
     return torch.cat([functions.ex2_table(device), *tanh])
 
 
-@torch.library.custom_op("nvfp4_moe::triton_route", mutates_args=())
-def _op(
+def _launched(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
     method: int,
@@ -299,6 +299,10 @@ def _op(
             num_warps=1 if width <= 256 else 4, **launch_options(logits.device),
         )  # fmt: skip
     return ids, weights
+
+
+_op = torch.library.custom_op("nvfp4_moe::triton_route", _launched, mutates_args=())
+_op.register_torch_dispatch(records.Recorder, records.inside(_launched))
 
 
 @_op.register_fake

@@ -115,7 +115,7 @@ QUANTIZE: Operation[QuantizeCall, Result] = Operation(
     "nvfp4_quantize",
     [
         *map(_on_flashinfer, fi.RULES),
-        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu, launches=True),
         Backend("reference", backends.serves_all, _in_reference),
     ],
     aliases={

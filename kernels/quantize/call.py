@@ -18,7 +18,7 @@ from ...reference.recipe import (
     Recipe,
     SfLayout,
 )
-from .. import environment
+from .. import environment, records
 from ..device import capability_of
 
 
@@ -27,6 +27,7 @@ class _Unset:
         return "<omitted: FLASHINFER_NVFP4_4OVER6*>"
 
 
+records.PLAIN.add(_Unset)
 UNSET: Any = _Unset()
 """The default of `nvfp4_4over6`: the environment decides."""
 

@@ -8,7 +8,9 @@ from importlib.util import find_spec
 import bf16_layer
 import dense_speed
 import fake_flashinfer
+import host_time
 import moe_speed
+import pretend_gpu
 import pytest
 import reload_speed
 import test_speed
@@ -321,3 +323,20 @@ def test_reload_speed(monkeypatch, capsys):
     monkeypatch.setattr(reload_speed, "microseconds", lambda call, _: 2.0)  # nothing is loaded
     with pytest.raises(SystemExit, match="wrong bits: gemm1_weights"):
         reload_speed.measure("small", 1.0)
+
+
+def test_host_time_measures_every_call(monkeypatch):
+    """On a pretended GPU, so the times are of no account."""
+    monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(host_time, "ROUNDS", 3)
+    small = replace(moe_speed.SHAPES[0], hidden=256, intermediate=128, experts=8)
+    with pretend_gpu.present(), torch.no_grad():
+        cells = {name: host_time.measure(*asked) for name, asked in host_time.calls(small).items()}
+    assert {name: c["launches"] for name, c in cells.items()} == {
+        "fused_moe": 7, "fused_moe, auto": 7, "trtllm_fp4_block_scale_moe": 7,
+        "nvfp4_quantize": 1, "nvfp4_quantize, auto": 1, "mm_fp4": 2, "mm_fp4, auto": 2,
+    }  # fmt: skip
+    for name, cell in cells.items():
+        assert all(value > 0 for value in cell.values()), name
+        assert host_time.line(name, cell)

@@ -23,7 +23,7 @@ import triton
 
 from ....reference.activation import ActivationType
 from ....reference.weights.experts import Experts
-from ... import environment, jit
+from ... import environment, jit, records
 from ...tiles import GemmConfig
 from ...triton_target import arch, gpu_name, native_mma
 from .. import activation, grouped_gemm, hopper
@@ -137,6 +137,7 @@ def store(key: Key, configs: Configs) -> Path | None:
     The file is replaced as a whole, so processes may write and read it at the same time.
     """
     _known[key] = configs
+    records.forget()
     if (path := path_of(key)) is None:
         _log.warning("tuned configurations are not kept: no NVFP4_MOE_CACHE and no home directory")
         return None

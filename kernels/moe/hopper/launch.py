@@ -40,7 +40,8 @@ def _descriptor(
         strides[i - 1] = strides[i] * shape[i]
     layout = gl.NVMMASharedLayout(swizzle, dtype.itemsize * 8, rank=len(shape))
     found = TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), layout)
-    found.kind = dtype, box, swizzle  # for `launcher.py`
+    found.kind = dtype, box, swizzle  # for `launcher.py`, as `at` is
+    found.at = lambda address: _descriptor(address, dtype, shape, box, swizzle)
     return found
 
 

@@ -81,7 +81,7 @@ def _notes(call: MaskedMoECall) -> Sequence[str]:
 FUSED_MOE_MASKED: Operation[MaskedMoECall, torch.Tensor] = Operation(
     "fused_moe_masked",
     [
-        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu),
+        Backend("triton", _triton_refusal, _in_triton, backends.on_gpu, launches=True),
         Backend("reference", backends.serves_all, _in_reference),
     ],
     notes=_notes,

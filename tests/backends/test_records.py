@@ -1,0 +1,339 @@
+"""A call that repeats is launched from its record: the same launches, for the tensors that are given."""
+
+# SPDX-License-Identifier: Apache-2.0
+import ctypes
+import gc
+import sys
+import weakref
+
+import pretend_gpu
+import pytest
+import torch
+import triton
+from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, layer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nvfp4_moe
+from nvfp4_moe import Routing, RoutingMethodType
+from nvfp4_moe.kernels import backends, launcher, records
+from nvfp4_moe.kernels.moe.autotune import cache
+from nvfp4_moe.kernels.moe.tile_table import table_configs
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture
+def launches():
+    with pretend_gpu.present() as noted, torch.no_grad():
+        yield noted
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """Every recorder that has made a record, or could not."""
+    made = []
+
+    def spy(recorder, result, of=records.Recorder.made):
+        made.append(recorder)
+        return of(recorder, result)
+
+    monkeypatch.setattr(records.Recorder, "made", spy)
+    return made
+
+
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
+def test_a_record_has_the_launches_of_the_whole_call(launches, recorders, make):
+    """Two calls of a form, of different tensors, write one record, and it launches for a third one."""
+    calls = [make("cpu") for _ in range(3)]
+    calls[0]()  # compiles
+    counts = []
+    for call in calls:
+        before = len(launches)
+        records.forget()
+        call()
+        call()
+        counts.append(len(launches) - before)
+    first, second, third = recorders
+    assert first.refusal is None
+    assert first.launches == second.launches == third.launches != []
+    assert counts == [2 * len(third.launches)] * 3
+    for _ in range(2):
+        del launches[:]
+        result = calls[2]()
+        assert len(recorders) == 3, "another record"
+        assert_launched(third, launches, result)
+
+
+def assert_launched(recorder, launches, result):
+    """The launches have the addresses of the given tensors, and the results' and no other's."""
+    results = [result] if isinstance(result, torch.Tensor) else result
+    written = {t.data_ptr() for t in results}
+    seen = set()
+    assert len(launches) == len(recorder.launches)
+    for arguments, (_, *texts) in zip(launches, recorder.launches, strict=True):
+        for value, text in zip(arguments, texts, strict=True):
+            if text.startswith("g"):
+                name, _, offset = text.partition(" + ")
+                assert value == recorder.tensors[int(name[1:])].data_ptr() + int(offset or 0)
+            elif text.startswith("a"):
+                seen.add(value)
+            elif text.startswith("*"):
+                assert hasattr(value, "base")
+    given = {t.data_ptr() for t in recorder.tensors}
+    assert written <= seen | given and not seen & given
+
+
+def test_a_repeated_call_runs_little_python(launches):
+    """It enters 30 functions that are written in Python, of which 12 read the environment; once 460."""
+    call = layer()
+
+    def entered() -> list[str]:
+        names = []
+        sys.setprofile(
+            lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None
+        )
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        return names
+
+    counts = [len(entered()) for _ in range(9)]
+    assert counts[0] > 400
+    assert min(counts) <= 45, entered()
+
+
+class Toy:
+    """A GPU that runs one kernel, on bytes: step 0 adds 1, step 1 doubles."""
+
+    def __init__(self):
+        self.launched = 0
+
+    def kernel(self, *args):
+        self.launched += 1
+        source, target, count, step = args[9:13]
+        for i in range(count):
+            value = ctypes.c_uint8.from_address(source + i)
+            ctypes.c_uint8.from_address(target + i).value = (
+                value.value + 1 if step == 0 else value.value * 2
+            )
+
+
+@triton.jit(do_not_specialize=["step"])
+def toy_kernel(x_ptr, out_ptr, count, step, SIZE: triton.language.constexpr):
+    pass
+
+
+@pytest.fixture
+def toy(launches, monkeypatch):
+    made = Toy()
+    compiled = pretend_gpu.Compiled(launches)
+    compiled.run = made.kernel
+
+    def first(*args, grid, warmup, **options):
+        made.kernel(*[0] * 9, *(a.data_ptr() if hasattr(a, "data_ptr") else a for a in args))
+        return compiled
+
+    monkeypatch.setattr(toy_kernel, "run", first)
+    return made
+
+
+def test_a_record_computes(toy):
+    def run(x):
+        between, out = x.new_empty(x.shape), x.new_empty(x.shape)
+        for source, target, step in ((x, between, 0), (between, out, 1)):
+            launcher.launch(toy_kernel, (1,), source, target, x.numel(), step, SIZE=1)
+        return out
+
+    results = []
+    for i in range(5):
+        x = torch.full((7,), i, dtype=torch.uint8)
+        results.append(records.repeat(run, (x,), {}))
+    assert [r.tolist() for r in results] == [[(i + 1) * 2] * 7 for i in range(5)]
+    assert toy.launched == 10
+
+
+def test_tensors_that_shared_memory_are_told_apart(toy):
+    """A record of f(x, x) does not serve f(x, y): its launches may have read either."""
+
+    def run(x, y):
+        out = x.new_empty(x.shape)
+        launcher.launch(toy_kernel, (1,), y, out, x.numel(), 0, SIZE=1)
+        return out
+
+    same, other = torch.zeros(4, dtype=torch.uint8), torch.full((4,), 9, dtype=torch.uint8)
+    for _ in range(3):
+        assert records.repeat(run, (same, same), {}).tolist() == [1] * 4
+    assert records.repeat(run, (same, other), {}).tolist() == [10] * 4
+
+
+def test_a_call_of_other_operations_is_not_recorded(launches, recorders):
+    def run(x):
+        return x + 1
+
+    for i in range(4):
+        assert records.repeat(run, (torch.full((2,), i),), {}).tolist() == [i + 1] * 2
+    (recorder,) = recorders
+    assert "aten.add" in recorder.refusal
+
+
+def test_memory_that_was_written_by_torch_is_not_recorded(launches, recorders):
+    def run(x):
+        out = x.new_empty(x.shape)
+        launcher.launch(toy_kernel, (1,), x, out, x.numel(), 0, SIZE=1)
+        return out.zero_()
+
+    for _ in range(3):
+        records.repeat(run, (torch.zeros(2),), {})
+    assert "zero_" in recorders[-1].refusal
+
+
+def test_no_tensor_is_kept(launches):
+    call = layer()
+    for _ in range(4):
+        call()
+    x = inputs()[0]
+    e, logits = experts(), torch.randn(1, E)
+    for _ in range(4):
+        nvfp4_moe.fused_moe(x, e, (logits, ROUTING), backend="triton")
+    weak = [weakref.ref(t) for t in (x, logits, e.gemm1_weights)]
+    del x, e, logits
+    gc.collect()
+    assert [w() for w in weak] == [None] * 3
+
+
+def is_whole(call) -> bool:
+    """Return True if a call goes its whole way, where it would be repeated before a change."""
+    ran = []
+    serve = backends.Operation.serve
+
+    def spy(self, *args):
+        ran.append(self.name)
+        return serve(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.Operation, "serve", spy)
+        call()
+    return bool(ran)
+
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_call_depends_on_is_asked_each_time(launches, monkeypatch):
+    x, logits = inputs(2)
+    e = experts()
+
+    def call(x=x, logits=logits, e=e, routing=ROUTING, **options):
+        options = {"backend": "triton"} | options
+        return nvfp4_moe.fused_moe(x, e, (logits, routing), **options)
+
+    def whole(**options) -> bool:
+        return is_whole(lambda: call(**options))
+
+    for _ in range(3):
+        call()
+    assert not whole()
+    assert not whole(x=x.clone()) and not whole(e=experts()), "other tensors of the form"
+    wide = torch.zeros(2, 2 * H, dtype=torch.bfloat16)
+    assert whole(x=inputs(3)[0], logits=inputs(3)[1])
+    for changed in (
+        {"routing": Routing(RoutingMethodType.Renormalize, 1)},
+        {"logits": logits.bfloat16()},
+        {"e": experts(biased=True)},
+        {"fast_math": True},
+        {"backend": "auto"},
+        {"x": torch.zeros(2 * H + 8, dtype=torch.bfloat16)[8:].view(2, H)},
+        {"num_experts": E},
+    ):
+        assert whole(**changed), changed
+    with pytest.raises(ValueError, match="strides"):
+        call(x=wide[:, :H])
+    e.gemm1_weights.set_(torch.zeros(E, 2 * I, H // 2 + 64, dtype=torch.uint8)[:, :, : H // 2])
+    with pytest.raises(ValueError, match="gemm1_weights has strides"):
+        call()
+    e.gemm1_weights.set_(experts().gemm1_weights)
+    assert not whole()
+
+    with Seeing():
+        assert whole()
+    monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
+    assert whole()
+    monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH")
+    monkeypatch.setenv("NVFP4_MOE_CHECK_VALUES", "1")
+    assert whole()
+    monkeypatch.delenv("NVFP4_MOE_CHECK_VALUES")
+    assert not whole()
+    needs = logits.clone().requires_grad_()
+    with torch.enable_grad():
+        assert all(whole(logits=needs) for _ in range(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        assert whole()
+    with monkeypatch.context() as patch:
+        hooks = type("Hooks", (), {"calls": [print]})
+        patch.setattr(triton.knobs.runtime, "launch_enter_hook", hooks)
+        assert whole()
+    assert not whole()
+
+
+@pytest.mark.parametrize("change", ["backend", "tiles"])
+def test_a_change_of_choices_drops_the_records(launches, monkeypatch, tmp_path, change):
+    monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
+    call = layer()
+    for _ in range(3):
+        call()
+    assert not is_whole(call)
+    if change == "backend":
+        handle = nvfp4_moe.register_backend("fused_moe", "own", lambda call: None)
+        assert is_whole(call)
+        for _ in range(2):
+            call()
+        handle.remove()
+    else:
+        monkeypatch.setattr(cache, "_known", {})
+        e = experts()
+        cache.store(cache.key_of(e, 2, 2, "per-token"), table_configs(e, 2))
+    assert is_whole(call)
+
+
+WRONG = {
+    "a bool for a number": {"num_experts": True},
+    "a float for a number": {"local_expert_offset": 0.0},
+    "a number for a flag": {"batch_invariant": 0},
+    "no name": {"finalize_order": "none"},
+    "a list": {"build": ["cuda"]},
+    "no backend": {"backend": "nobody"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_bad_input_is_still_refused(launches, wrong):
+    """Also what Python calls equal to the argument of a record: True and 1, 0.0 and 0."""
+    x, logits = inputs()
+    e = experts()
+    good = {"num_experts": E, "local_expert_offset": 0, "batch_invariant": False}
+    good |= {"finalize_order": "flashinfer", "build": "cuda", "backend": "triton"}
+    for _ in range(4):
+        nvfp4_moe.fused_moe(x, e, (logits, ROUTING), **good)
+    for _ in range(4):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))} is "):
+            nvfp4_moe.fused_moe(x, e, (logits, ROUTING), **good | wrong)
+
+
+def test_a_large_call_gives_memory_back_between_its_steps(launches, recorders, monkeypatch):
+    monkeypatch.setattr(records, "MOST_BYTES", 1000)
+    call = layer()
+    for _ in range(3):
+        call()
+    assert is_whole(call)
+    assert len(recorders) == 1, "tried again"
+
+
+def test_the_number_of_records_is_bounded(launches, monkeypatch):
+    monkeypatch.setattr(records, "_MOST_KEPT", 3)
+    for i in range(10):
+        records.repeat(lambda x, i: x, (torch.zeros(1), i), {})
+    assert len(records._kept) <= 3
