@@ -111,6 +111,7 @@ def introduced(tmp_path, monkeypatch):
             **{
                 "trainers": prepare_experts(w13 / 2, w2).checksum(),
                 "ids": chosen.ids,
+                "weights": chosen.weights_bf16,
                 "scale": torch.tensor(1.0),
             },
             "received": torch.randn(4, 8, 128).bfloat16(),
