@@ -16,6 +16,7 @@ from nvfp4_moe.differential.compare import compare, run_reference
 from nvfp4_moe.differential.verdict import Allowed
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.moe.tile_table import Config
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.quantize import Quantized, dequantize
 
@@ -36,8 +37,8 @@ class FusedCall:
     """The fused mixture of experts, in few programs, by the paths that small layers take or others."""
 
     case: MoECase
-    config: GemmConfig = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
-    limits: dict[str, int] = field(default_factory=dict)  # in `kernels.moe`, by module and name
+    config: Config = GemmConfig(128, 16, 128, 1, 4)  # noqa: RUF009 (frozen); of both GEMMs
+    limits: dict[str, Any] = field(default_factory=dict)  # in `kernels.moe`, by module and name
 
     def answer(self, device: str = "cpu") -> Tensor:
         with ExitStack() as stack:

@@ -20,7 +20,7 @@ from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from ..calls import Call, FusedCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of
-from . import far_calls, quantizer_probes, routers
+from . import far_calls, quantizer_probes, ring_probes, routers
 from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import (
     CopyRowsCall,
@@ -118,6 +118,7 @@ def _parts() -> Named:
     yield "decode weights", DecodeWeightsCall
     for kind in ("codes", "bf16", "quantized"):
         yield f"fragments, {kind}", functools.partial(FragmentsCall, kind)
+        yield f"fragments, {kind}, indexed", functools.partial(FragmentsCall, kind, indexed=True)
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
     yield "finalize, groups", lambda: FinalizeCall(torch.float32, "flashinfer", top_k=9)
     single = torch.float32
@@ -163,6 +164,7 @@ _MORE: dict[str, Callable[[], Call]] = {
         _rest(),
         _native(),
         far_calls.calls(),
+        ring_probes.named(),
     )
     for name, call in some
 }
@@ -225,7 +227,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         "saturated routers", "undecided routers", "every routing method", *_named("routers"),
         "far, route",
     ),
-    "kernels/quantize/kernel.py": (*_BLOCKS, "fragments, quantized"),
+    "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized")),
     "kernels/quantize/block.py": _BLOCKS,
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
@@ -235,7 +237,9 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_named("decode", "far, decode", "fragments, codes"), "dense", "qwen", "bf16", "grid",
     ),
     "kernels/jit/fragments.py": _named("fragments"),
-    "kernels/moe/hopper/rows.py": ("fragments, bf16",),
+    "kernels/moe/hopper/rows.py": _named("fragments, bf16"),
+    "kernels/moe/hopper/grouped_gemm.py": _named("ring"),
+    "kernels/moe/hopper/fragments.py": _named("ring"),
     "kernels/jit/e2m1.py": _BLOCKS,
     "kernels/jit/e4m3.py": _LIBRARY,
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),
@@ -251,9 +255,9 @@ OF_FILE: dict[str, tuple[str, ...]] = {
 
 
 def asked(file: str, device: str) -> list[str]:
-    """Names of the calls of a module on a device: some are in the interpreter alone."""
-    names = dict.fromkeys(OF_FILE[file])
-    return [n for n in names if device == "cpu" or not n.startswith(("far", "native"))]
+    """Names of the calls of a module on a device: some are in the interpreter alone, or on a GPU."""
+    other = "ring" if device == "cpu" else ("far", "native")
+    return [n for n in dict.fromkeys(OF_FILE[file]) if not n.startswith(other)]
 
 
 @functools.cache

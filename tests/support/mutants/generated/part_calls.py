@@ -190,6 +190,9 @@ class FragmentsCall:
 
     kind: str
     columns: int = 1216
+    indexed: bool = (
+        False  # by a row index that leaves the middle row out, each other in its own place
+    )
 
     def _states(self) -> Tensor:
         g = torch.Generator().manual_seed(3)
@@ -198,18 +201,19 @@ class FragmentsCall:
         ).bfloat16()
 
     def answer(self, device: str = "cpu") -> list[Tensor]:
-        place, token = _PLACES.to(device), None
+        given = {"row_index": _INDEX} if self.indexed else {"place": _PLACES}
+        where, token = {name: t.to(device) for name, t in given.items()}, None
         if self.kind == "codes":
             codes, scales = (t.to(device) for t in _codes(1, 3, self.columns))
-            given = _TOKEN.to(device)
-            rows, token = decode_to_fragments(codes, scales, given, place=place)
+            rows, token = decode_to_fragments(codes, scales, _TOKEN.to(device), **where)
         elif self.kind == "bf16":
-            rows = in_fragments(self._states().to(device), place)
+            rows = in_fragments(self._states().to(device), **where)
         else:
             x = self._states().to(device)
-            rows, token = quantize_to_fragments(x, Recipe("exact"), per_token=True, place=place)
+            rows, token = quantize_to_fragments(x, Recipe("exact"), per_token=True, **where)
         found = [rows] if token is None else [rows, token]
-        return [t.cpu()[_PLACES[_PLACES >= 0].long()] for t in found]
+        (places,) = given.values()
+        return [t.cpu()[places[places >= 0].long()] for t in found]
 
     def judge(self) -> Answered:
         if self.kind == "codes":
@@ -220,11 +224,13 @@ class FragmentsCall:
             q = quantize_per_token(self._states(), Recipe("exact").base_scale_inv, Recipe("exact"))
             values, token = dequantize(q.codes, q.block_scales, 1.0), q.per_token_scale
         source = torch.arange(3, dtype=torch.int64, device="cpu")[:, None].expand(-1, 2)
+        source = _INDEX[_INDEX >= 0].long() if self.indexed else source[_PLACES >= 0]
         want = [in_places(values)] if token is None else [in_places(values), token]
-        return exactly([t[source[_PLACES >= 0]] for t in want])
+        return exactly([t[source] for t in want])
 
 
 _PLACES = torch.tensor([[2, 5], [-1, 0], [3, -1]], dtype=torch.int32, device="cpu")
+_INDEX = torch.tensor([0, -1, 2], dtype=torch.int32, device="cpu")
 _TOKEN = torch.tensor([0.5, 3.0, 0.125], dtype=torch.float32, device="cpu")
 
 

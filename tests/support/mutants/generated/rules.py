@@ -46,7 +46,10 @@ _OTHER_NAMES = {
 }  # fmt: skip
 _CONVERSIONS = ("bfloat16", "half", "float", "double", "to", "flush")
 _ROUNDINGS = ("flush", "_flushed", "to_bf16", "_rounded", "rounded", "flush")
+_MODULES = ("tl", "gl", "torch")
 _ADDRESSED = ("load", "store", "atomic_add", "atomic_max")
+_DECORATORS = tuple(f"{m}.{n}" for m in ("triton", "gluon") for n in ("jit", "constexpr_function"))
+_CONSTANTS = ("tl.constexpr", "gl.constexpr")
 _LEFT_ALONE = ("num_stages", "num_warps", "device", "sem", "dtype", "generator")
 
 
@@ -90,8 +93,8 @@ def generate(file: str, source: str, *, jitted: bool = False) -> list[Generated]
     """All of a module, in order.
 
     Args:
-        jitted: only of what Triton compiles: functions with `triton.jit` or
-            `triton.constexpr_function`, and constants that are `tl.constexpr`.
+        jitted: only of what Triton compiles: functions with `jit` or `constexpr_function` of triton or
+            of gluon, and constants that are `tl.constexpr` or `gl.constexpr`.
     """
     seen: Counter[tuple[str, ...]] = Counter()
     found = []
@@ -118,13 +121,13 @@ def _roots(tree: ast.Module, jitted: bool) -> Iterator[tuple[str, ast.stmt]]:
         elif (
             isinstance(node, ast.Assign)
             and any(isinstance(n, ast.Constant) and _is_number(n.value) for n in ast.walk(node))
-            and (not jitted or "tl.constexpr" in ast.unparse(node.value))
+            and (not jitted or any(c in ast.unparse(node.value) for c in _CONSTANTS))
         ):
             yield ", ".join(ast.unparse(t) for t in node.targets), node
 
 
 def _is_compiled(decorator: ast.expr) -> bool:
-    return ast.unparse(decorator).startswith(("triton.jit", "triton.constexpr_function"))
+    return ast.unparse(decorator).startswith(_DECORATORS)
 
 
 def _bare(root: ast.stmt) -> ast.stmt:
@@ -245,10 +248,7 @@ def _variants(node: ast.AST, parent: ast.AST, field: str) -> Iterator[tuple[str,
 def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     cast = any(k.arg == "bitcast" for k in node.keywords) or "device" in ast.unparse(node)
-    of_module = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in (
-        "tl",
-        "torch",
-    )
+    of_module = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in _MODULES
     if isinstance(node.func, ast.Attribute) and name in _CONVERSIONS and not cast and not of_module:
         yield "rounding", node.args[0] if name == "flush" and node.args else node.func.value
     if isinstance(node.func, ast.Name) and name in _ROUNDINGS and node.args:

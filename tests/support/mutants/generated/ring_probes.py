@@ -1,0 +1,281 @@
+"""Probes of sm_90's grouped GEMM in Gluon, which runs on a GPU of that capability alone."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nvfp4_moe import host
+from nvfp4_moe.cases import moe_edges
+from nvfp4_moe.cases.moe_case import MoECase, to_device
+from nvfp4_moe.differential.conforming import Setting
+from nvfp4_moe.differential.verdict import Allowed
+from nvfp4_moe.kernels.moe import launch
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal
+from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
+from nvfp4_moe.kernels.moe.masked import launch as masked_launch
+from nvfp4_moe.kernels.moe.masked.call import MaskedKernelCall
+from nvfp4_moe.kernels.moe.permute import permute
+from nvfp4_moe.kernels.moe.tile_table import Config
+from nvfp4_moe.kernels.triton_target import arch
+from nvfp4_moe.reference.activation import ActivationType
+from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
+from nvfp4_moe.reference.numerics import e2m1
+from nvfp4_moe.reference.quantize import dequantize
+from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.layout import gemm2_values
+from nvfp4_moe.reference.weights.prepare import assemble_experts
+
+from ..calls import Answered, Call, FusedCall
+from ..edge_calls import ActivationCall
+from ..kernel_calls import case_of
+from .numbers import seeded
+from .part_calls import exactly
+
+Tensor = torch.Tensor
+Named = Iterator[tuple[str, Callable[[], Call]]]
+_A = ActivationType
+ROWS = (3, 1, 0, 17, 8, 33, 16, 9)
+"""Rows of each expert: none, one, whole tiles, and few behind which a fuller tile begins."""
+SMALL = RingConfig((16, 8), 2, 1, 2)
+NARROW = RingConfig((8,), 2, 1, 2)
+_FEW_PROGRAMS: dict[str, Any] = {"hopper.launch._multiprocessors": lambda device: 1}
+
+
+@contextmanager
+def few_programs() -> Iterator[None]:
+    """Launch the programs of one multiprocessor, which have several tiles each."""
+    ((name, value),) = _FEW_PROGRAMS.items()
+    with mock.patch(f"{launch.__package__}.{name}", value):
+        yield
+
+
+def refused() -> str | None:
+    """Return why this process cannot run the kernel, or None; it starts the GPU."""
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    return refusal(arch(torch.device("cuda")))
+
+
+def case(
+    kind: ActivationType,
+    hidden: int,
+    intermediate: int,
+    rows: tuple[int, ...] = ROWS,
+    *,
+    bf16: bool = False,
+    parameters: bool = False,
+) -> MoECase:
+    """One slot a token, in any order, as many for each expert as `rows` says."""
+    one = Routing(RoutingMethodType.Renormalize, 1)
+    setting = Setting(
+        "ring", sum(rows), hidden, intermediate, len(rows), one, kind, parameters=parameters
+    )
+    weights = 0.2 + host.uniform(seeded(4), sum(rows), 1)
+    return replace(
+        case_of(setting, bf16=bf16), ids=_ids(rows), weights=weights.bfloat16(), logits=None
+    )
+
+
+def _ids(rows: tuple[int, ...]) -> Tensor:
+    """[T, 1] int32, in any order."""
+    ids = torch.repeat_interleave(host.arange(len(rows)), torch.tensor(rows, device="cpu"))
+    return ids[torch.randperm(len(ids), generator=seeded(3), device="cpu"), None].int()
+
+
+def exact(
+    kind: ActivationType,
+    hidden: int,
+    intermediate: int,
+    rows: tuple[int, ...] = ROWS,
+    *,
+    bf16: bool = False,
+) -> MoECase:
+    """A case of -1, 0 and 1 under powers of two, whose sums never round: one output alone is right."""
+    e, tokens, g = len(rows), sum(rows), seeded(hidden)
+
+    def codes(*size: int, density: float) -> Tensor:
+        value = host.integers(g, 0, 2, size) * 8 + 2  # the codes of 1 and -1
+        return e2m1.pack(torch.where(host.uniform(g, *size) < density, value, 0).to(torch.uint8))
+
+    def ones(*size: int) -> Tensor:
+        return torch.full(size, 0x38, dtype=torch.uint8, device="cpu")  # 1.0 in e4m3
+
+    power = host.powers(host.arange(e).remainder(3))
+    experts = assemble_experts(
+        codes(e, intermediate, hidden, density=0.2),
+        ones(e, intermediate, hidden // 16),
+        power,
+        codes(e, hidden, intermediate, density=0.1),
+        ones(e, hidden, intermediate // 16),
+        1 / power,
+        kind,
+    )
+    behind = experts.padded_hidden_size - hidden
+    x = torch.nn.functional.pad(codes(tokens, hidden, density=0.3), (0, behind // 2))
+    scales = torch.nn.functional.pad(ones(tokens, hidden // 16), (0, behind // 16))
+    of_token = host.powers(host.arange(tokens).remainder(5).sub(2))
+    states = Activations(x, scales, of_token)
+    if bf16:
+        states = Activations((dequantize(x, scales, 1.0) * of_token[:, None]).bfloat16())
+    weights = host.powers(-host.arange(tokens).remainder(3))[:, None].bfloat16()
+    one = Routing(RoutingMethodType.Renormalize, 1)
+    return MoECase(
+        "ring, exact", states, experts, one, e, ids=_ids(rows), weights=weights, exact=True
+    )
+
+
+@dataclass(frozen=True)
+class MaskedCall:
+    """The tokens of a case as masked input: each expert's behind one another, then NaN."""
+
+    case: MoECase
+    given: Activations  # the case's, or in bf16 what the call quantizes
+    rows: tuple[int, ...]
+    config: Config = SMALL
+
+    def _place(self) -> Tensor:
+        """Return bool [E, max_m], and more rows than any expert has."""
+        return host.arange(max(self.rows) + 1) < torch.tensor(self.rows, device="cpu")[:, None]
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        place, ids = self._place(), self.case.ids
+        assert ids is not None
+        order = ids[:, 0].argsort(stable=True)
+
+        def spread(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            raw = t.view(torch.uint8) if t.element_size() == 1 else t
+            out = raw.new_full(
+                (*place.shape, *t.shape[1:]), 0x7F if raw.element_size() == 1 else torch.nan
+            )
+            out[place] = raw[order]
+            return out.view(t.dtype).flatten(0, 1)
+
+        a, case = self.given, self.case
+        call = MaskedKernelCall(
+            Activations(*(spread(t) for t in (a.hidden_states, a.block_scales, a.per_token_scale))),
+            torch.tensor(self.rows, dtype=torch.int32, device="cpu"),
+            case.experts,
+            8,
+            recipe=case.recipe,
+            quantize="per-token" if a.is_bf16 and not case.activations.is_bf16 else None,
+        )
+        with few_programs():
+            got = masked_launch.fused_moe_masked(to_device(call, device), config=self.config).cpu()
+        out = torch.empty(len(order), got.shape[2], dtype=got.dtype, device="cpu")
+        out[order] = got[place]
+        return out
+
+    def judge(self) -> Answered:
+        """As the layer, whose weights are 1."""
+        ones = host.ones(sum(self.rows), 1).bfloat16()
+        allowed = Allowed(replace(self.case, weights=ones))
+        right = allowed.expected.double()
+        return Answered(lambda got: not allowed.wrong(got).any(), torch.Tensor.double, right)
+
+
+@dataclass(frozen=True)
+class FarRowsCall:
+    """A product whose last rows are 2^31 elements behind the first: x is ones, scaled row by row."""
+
+    config: RingConfig
+    width: int = 65536
+
+    def _experts(self) -> Any:
+        g = seeded(5)
+        codes = host.integers(g, 0, 2, (1, self.width, 128)) * 8 + 2  # the codes of 1 and -1
+        ones = torch.full((1, self.width, 8), 0x38, dtype=torch.uint8, device="cpu")
+        w2 = e2m1.pack(codes.to(torch.uint8))
+        w13, s13 = w2[:, :128, :].repeat(1, 1, self.width // 128), ones[:, :128]
+        s13 = s13.repeat(1, 1, self.width // 128)
+        one = host.ones(1)
+        return assemble_experts(w13, s13, one, w2, ones, one, _A.Relu2)
+
+    def _scales(self) -> Tensor:
+        rows = 2**31 // self.width + 24
+        return host.powers(host.arange(rows) % 9 - 4)
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        scales, experts = self._scales().to(device), to_device(self._experts(), device)
+        rows = len(scales)
+        x = in_fragments(torch.ones(rows, 128, dtype=torch.bfloat16, device=device))
+        p = permute(torch.zeros(rows, 1, dtype=torch.int32, device=device), 1, 0, self.config.bn)
+        out = launch.gemm2(launch.Operand(x, None, scales), experts, p, rows, self.config)
+        found = out[-32:].cpu()
+        del out
+        torch.cuda.empty_cache()
+        return found
+
+    def judge(self) -> Answered:
+        sums = gemm2_values(self._experts(), 0).float().sum(1)
+        return exactly((self._scales()[-32:, None] * sums).bfloat16())
+
+
+def named() -> Named:
+    """The quickest to compile first; the programs of a call are fewer than its tiles, and more."""
+    few, alone = _FEW_PROGRAMS, RingConfig((16, 8), 2, 2, 1)
+    yield "ring, exact", lambda: FusedCall(exact(_A.Relu2, 384, 128), SMALL, few)
+    yield "ring, codes", lambda: _of(_A.Swiglu, 384, 192)
+    yield "ring, exact, one program", lambda: FusedCall(exact(_A.Identity, 640, 256), alone, few)
+    yield (
+        "ring, exact, bf16",
+        lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), SMALL, few),
+    )
+    yield "ring, bf16", lambda: _of(_A.Swiglu, 144, 384, bf16=True)
+    yield "ring, biases", lambda: _of(_A.Swiglu, 176, 112, parameters=True)
+    yield "ring, biases, bf16", lambda: _of(_A.Swiglu, 144, 128, bf16=True, parameters=True)
+    yield "ring, one token", lambda: FusedCall(exact(_A.Relu2, 384, 128, (0, 1)), CONFIGS[0])
+    yield "ring, no token", lambda: FusedCall(_elsewhere(), SMALL)
+    for config in CONFIGS[1:]:
+        rows = (3, config.bn + 1, 0, config.bn // 2 + 1, 2 * config.bn)
+        yield (
+            f"ring, tiles of {config.bn}",
+            functools.partial(_exact_of, config, rows),
+        )
+    yield "ring, tiles of 64, gated", lambda: _of(_A.Swiglu, 144, 64, (40, 9), CONFIGS[3])
+    for static in moe_edges.static(Recipe()):
+        if static.name.startswith(("Swiglu,", "Relu2,")):
+            yield f"ring, {static.name}", functools.partial(FusedCall, static, SMALL)
+    for mode in ("codes", "bf16", "quantized"):
+        yield f"ring, masked, {mode}", functools.partial(_masked, mode, (3, 0, 17, 8))
+    for one in moe_edges.activations(Recipe()):
+        yield f"ring, {one.name}", functools.partial(ActivationCall, one, NARROW)
+    yield "ring, far rows", lambda: FarRowsCall(SMALL)
+
+
+def _exact_of(config: RingConfig, rows: tuple[int, ...]) -> FusedCall:
+    wide = 128 * config.groups * (config.stages + 1)
+    return FusedCall(exact(_A.Relu2, wide, 128, rows), config, _FEW_PROGRAMS)
+
+
+def _of(
+    kind: ActivationType,
+    hidden: int,
+    intermediate: int,
+    rows: tuple[int, ...] = (3, 1, 0, 17, 8),
+    config: RingConfig = SMALL,
+    **options: bool,
+) -> FusedCall:
+    return FusedCall(case(kind, hidden, intermediate, rows, **options), config, _FEW_PROGRAMS)
+
+
+def _elsewhere() -> MoECase:
+    """All slots are of another rank's experts."""
+    found = case(_A.Swiglu, 128, 128, (2, 3))
+    assert found.ids is not None
+    return replace(found, ids=found.ids + 2, num_experts=4)
+
+
+def _masked(mode: str, rows: tuple[int, ...]) -> MaskedCall:
+    kind = _A.Relu2 if mode == "codes" else _A.Swiglu
+    of_codes, of_bf16 = (case(kind, 272, 96, rows, bf16=bf16) for bf16 in (False, True))
+    judged = of_bf16 if mode == "bf16" else of_codes
+    return MaskedCall(judged, (of_codes if mode == "codes" else of_bf16).activations, rows)
