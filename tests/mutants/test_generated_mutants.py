@@ -25,8 +25,10 @@ from mutants.generated.results import KEPT, Results
 from mutants.generated.rules import Generated, generate
 from triton.runtime.errors import InterpreterError
 
+from nvfp4_moe.kernels import launcher
 from nvfp4_moe.kernels.jit.decode import decode_kernel
 from nvfp4_moe.kernels.moe import grouped_gemm, permute
+from nvfp4_moe.kernels.moe.hopper import grouped_gemm as grouped
 
 _SOURCE = '''
 LIMIT = 4.0
@@ -90,7 +92,7 @@ def test_a_sample_is_caught(of_reference):
     some = cheap[::12]
     left = [m for m in some if not harmless.reason(m.key)]
     first = [(m, list(command.probes_of(m, "cpu").values())[:1]) for m in left]
-    tried = list(trial.run(first, jobs=1, seconds=60))
+    tried = list(trial.run(first, jobs=1, seconds=lambda _: 60.0))
     assert {r.mutant.key for r in tried} == {m.key for m in left}
     assert [r.mutant.key for r in tried if r.status == "survived"] == []
 
@@ -100,7 +102,7 @@ def test_a_sample_of_the_kernels_is_caught():
     every = [m for m in command.every("kernels") if m.file == "kernels/moe/routing.py"]
     some = [m for m in every if m.function == "route_kernel" and m.rule == "operator"][:3]
     given = [(m, list(command.probes_of(m, "cpu").values())) for m in some]
-    tried = list(trial.run(given, jobs=1, seconds=200))
+    tried = list(trial.run(given, jobs=1, seconds=lambda _: 200.0))
     assert len(some) == 3 and {r.mutant.key for r in tried} == {m.key for m in some}
     assert [r.mutant.key for r in tried if r.status == "survived"] == []
 
@@ -117,7 +119,9 @@ def test_what_changes_nothing_survives_and_a_loop_without_an_end_times_out(of_re
     endless = replace(made, build=lambda: "def pack(code):\n    while True:\n        pass")
     dies = replace(made, build=lambda: "def pack(code):\n    import os\n    os._exit(3)")
     probe = reference_probes.probe("e2m1")
-    tried = trial.run([(m, [probe]) for m in (nothing, endless, dies)], jobs=3, seconds=5.0)
+    tried = trial.run(
+        [(m, [probe]) for m in (nothing, endless, dies)], jobs=3, seconds=lambda _: 5.0
+    )
     found = {r.mutant.source: (r.status, r.by) for r in tried}
     assert found[nothing.source] == ("survived", "")
     assert found[endless.source][0] == "timed out"
@@ -129,7 +133,7 @@ def test_those_behind_a_child_that_ends_are_tried_by_another(of_reference):
     dies = replace(made[0], build=lambda: "def pack(code):\n    import os\n    os._exit(3)")
     probe = reference_probes.probe("e2m1")
     some = [(m, [probe]) for m in (*made[:2], dies, *made[2:])]
-    found = list(trial.run(some, jobs=1, seconds=60, at_once=len(some)))
+    found = list(trial.run(some, jobs=1, seconds=lambda _: 60.0, at_once=len(some)))
     assert [r.mutant for r in found] == [m for m, _ in some]
     assert {r.status for r in found} == {"killed"}
     assert [r.by for r in found].count("the process ended") == 1
@@ -145,14 +149,29 @@ def test_a_mutant_is_taken_out_again(of_reference):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["NONE", "to_bf16"])
-def test_kernels_that_use_a_mutant_are_compiled_anew_and_no_others(name):
+def test_kernels_that_use_a_mutant_are_compiled_anew_and_no_others(name, monkeypatch):
     uses, other = grouped_gemm.expert_gemm_kernel, permute.permute_kernel
     other.device_caches[0] = compiled = object()
     key = uses.cache_key
+    kept = {id(uses): object(), id(other): object()}
+    monkeypatch.setattr(launcher, "_LAUNCHES", launches := dict(kept))
     with applied(next(m for m in command.every("kernels") if m.function == name)):
         assert uses.cache_key != key
         assert other.device_caches.pop(0) is compiled
+        assert launches == {id(other): kept[id(other)]}  # what the launcher has compiled
+        launches[id(uses)] = object()  # of the mutant
     assert uses.cache_key == key
+    assert launches == {id(other): kept[id(other)]}
+
+
+@pytest.mark.compile
+def test_a_kernel_that_uses_a_mutant_through_a_constant_function_is_compiled_anew():
+    """WARPS is a constant of `sums_layout`, which `_sums` calls."""
+    key = grouped._sums.cache_key, grouped._next.cache_key
+    with applied(next(m for m in command.every("kernels") if m.function == "WARPS")):
+        assert grouped._sums.cache_key != key[0]
+        assert grouped._next.cache_key == key[1]
+    assert (grouped._sums.cache_key, grouped._next.cache_key) == key
 
 
 @pytest.mark.interpreter
@@ -190,7 +209,7 @@ def test_a_constant_is_exchanged_where_it_was_imported(of_reference):
     tried = trial.run(
         [(block, [reference_probes.probe("dense")]), (values, [reference_probes.probe("e2m1")])],
         jobs=1,
-        seconds=60,
+        seconds=lambda _: 60.0,
     )
     assert [r.status for r in tried] == ["killed", "killed"]
 
@@ -294,11 +313,20 @@ def test_the_results_of_the_repository_are_of_mutants_that_are_made(of_reference
 
 def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(command, "probes_of", lambda mutant, device: {})
+    probes = {"accepts": lambda: iter(())}
+    monkeypatch.setattr(command, "probes_of", lambda mutant, device: probes)
     results = tmp_path / "results.txt"
     ask = of_pack(results)
     assert main(ask) == 1
     assert "SURVIVED reference/numerics/e2m1.py pack: " in capsys.readouterr().out
+
+
+def test_one_without_a_probe_on_the_device_is_not_tried(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(command, "probes_of", lambda mutant, device: {})
+    assert main(of_pack(tmp_path / "results.txt")) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("0 tried") and "SURVIVED" not in said
 
 
 def test_a_probe_that_finds_fault_with_unchanged_code_fails_the_command(
@@ -340,7 +368,7 @@ def test_a_probe_is_not_shown_what_it_does_not_execute(tmp_path):
 def test_a_mutant_has_its_time_for_each_probe(of_reference):
     made = _mutant(of_reference, "pack")
     slow = [lambda: time.sleep(0.4) or iter(())] * 4
-    (found,) = trial.run([(made, slow)], jobs=1, seconds=1.0)
+    (found,) = trial.run([(made, slow)], jobs=1, seconds=lambda _: 1.0)
     assert (found.status, len(found.passed)) == ("survived", 4)
 
 

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
+from triton.runtime.jit import JITCallable
+
+from nvfp4_moe.kernels import launcher
+
 from .rules import Generated
 
 _CHANGED = "nvfp4_moe"
@@ -43,7 +47,9 @@ def applied(mutant: Generated) -> Iterator[None]:
         restore = _exchange(owner.__dict__[last], made[last], text)
     for f in dependent:
         f.hash, f.used_global_vals = None, {}
-        f.device_caches = type(f.device_caches)(f.device_caches.default_factory)
+        if hasattr(f, "device_caches"):
+            f.device_caches = type(f.device_caches)(f.device_caches.default_factory)
+    _forget_launches(dependent)
     _forget([module])  # what the function has made is of the unchanged one
     try:
         yield
@@ -52,6 +58,7 @@ def applied(mutant: Generated) -> Iterator[None]:
         _forget([module])
         for f, before in zip(dependent, compiled, strict=True):
             f.__dict__.update(before)
+        _forget_launches(dependent)
         del linecache.cache[name]
 
 
@@ -66,7 +73,7 @@ def _modules() -> list[ModuleType]:
 def _that_use(names: set[str]) -> list[Any]:
     """The functions that Triton compiles into which these names go, directly or through others."""
     functions = {
-        id(f): f for m in _modules() for f in m.__dict__.values() if hasattr(f, "device_caches")
+        id(f): f for m in _modules() for f in m.__dict__.values() if isinstance(f, JITCallable)
     }
     reads = {
         i: {n.id for n in ast.walk(f.parse()) if isinstance(n, ast.Name)} | {f.__name__}
@@ -77,6 +84,12 @@ def _that_use(names: set[str]) -> list[Any]:
         found |= {i: functions[i] for i in more}
         names = names | {functions[i].__name__ for i in more}
     return list(found.values())
+
+
+def _forget_launches(kernels: list[Any]) -> None:
+    """Let the launcher ask Triton for these kernels again: it keeps what it has compiled itself."""
+    for kernel in kernels:
+        launcher._LAUNCHES.pop(id(kernel), None)
 
 
 def _exchange_constants(module: ModuleType, made: dict[str, Any]) -> Callable[[], None]:

@@ -26,7 +26,9 @@ from .rules import Generated, generate
 
 REFERENCE = Path(recipe.__file__).resolve().parent
 SECONDS = {"reference": 60.0, "cpu": 150.0, "cuda": 90.0}
-"""After which a mutant has timed out, of each probe."""
+"""After which a mutant has timed out, of each probe, at most."""
+LEAST_SECONDS, TIMES = 20.0, 5
+"""A probe has these, and as many times as long as it takes on unchanged code."""
 AT_ONCE = {"cpu": 1, "cuda": 16}
 """Mutants that a process tries one after the other: it takes seconds to start a GPU."""
 
@@ -128,7 +130,7 @@ def _is_interpreted(options: argparse.Namespace) -> bool:
 
 
 def _try(mutants: Sequence[Generated], results: Results, options: argparse.Namespace) -> list[str]:
-    """Try those that wait; what wrong probes say."""
+    """Try those that wait and have a probe that runs on the device; what wrong probes say."""
     torch.set_num_threads(1)  # a child of a process with threads would wait for them
     first, count = (int(part) for part in options.shard.split("/"))
     waiting = [
@@ -152,12 +154,14 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
         order = Order(took, {name: executed.read(paths[name]) for name in took if name in paths})
     for said in wrong:
         print(f"WRONG PROBE {said}", flush=True)
+    waiting = [m for m in waiting if took.keys() & probes_of(m, options.device).keys()]
     given = (
         (m, order.probes(m, options.device))
         for m in itertools.takewhile(lambda _: time.monotonic() < end, waiting)
     )
+    limits = {probes[name]: min(limit, LEAST_SECONDS + TIMES * t) for name, t in took.items()}
     tried = 0
-    for result in trial.run(given, seconds=limit, **children):
+    for result in trial.run(given, seconds=limits.__getitem__, **children):
         order.learn(result)
         results.add(result.mutant, options.device, result.status)
         tried += 1

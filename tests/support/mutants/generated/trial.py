@@ -34,6 +34,8 @@ class Result:
 
 
 Given = tuple[Generated, Sequence[Probe]]
+_WITHOUT_PROBES = 60.0
+"""Seconds of a mutant that has none."""
 
 
 @dataclass
@@ -65,6 +67,12 @@ class _Child:
         before, self.start = self.start, time.monotonic()
         return self.start - before
 
+    def limit(self, seconds: Callable[[Probe], float]) -> float:
+        """Return the seconds of the probe that is running; those of the last one include its end."""
+        probes = self.left[0][1]
+        running = probes[len(self.passed) :] or probes[-1:]
+        return seconds(running[0]) if running else _WITHOUT_PROBES
+
     def wait(self, *, kill: bool = False) -> None:
         if kill:
             os.kill(self.pid, signal.SIGKILL)
@@ -73,12 +81,12 @@ class _Child:
 
 
 def run(
-    mutants: Iterable[Given], *, jobs: int, seconds: float, at_once: int = 1
+    mutants: Iterable[Given], *, jobs: int, seconds: Callable[[Probe], float], at_once: int = 1
 ) -> Iterator[Result]:
     """The results, as they come.
 
     Args:
-        seconds: a mutant under which a probe takes longer has timed out.
+        seconds: of a probe; a mutant under which it takes longer has timed out.
         at_once: mutants that a child tries one after the other.
     """
     again: deque[Given] = deque()  # of children that ended before
@@ -109,7 +117,7 @@ def run(
                     yield child.end("killed", "the process ended")
                 again += child.left
         for child in list(children.values()):
-            if child.left and time.monotonic() - child.start > seconds:
+            if child.left and time.monotonic() - child.start > child.limit(seconds):
                 del children[child.pipe]
                 child.wait(kill=True)
                 yield child.end("timed out")
@@ -126,7 +134,7 @@ def check(
     """
     unchanged = ((Generated("", "", "", name, 1, lambda: ""), [probe]) for name, probe in probes)
     took, wrong = {}, []
-    for result in run(unchanged, jobs=jobs, seconds=seconds, at_once=at_once):
+    for result in run(unchanged, jobs=jobs, seconds=lambda _: seconds, at_once=at_once):
         name = result.mutant.change
         if result.status == "survived":
             (took[name],) = result.passed
