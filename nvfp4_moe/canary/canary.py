@@ -200,15 +200,20 @@ class Canary:
         self._start()
 
     def poll(self) -> None:
-        """Read what replays have copied since the last time, and judge it, in this thread."""
+        """Read what replays have copied since the last time, and judge it, in this thread.
+
+        It does not wait for replays that still run.
+        """
         for watch in list(self._watches.values()):
             if watch.template is not None:
                 with self._judging:
                     self._poll(watch)
 
     def wait(self) -> None:
-        """Wait until every sample has been judged, also those of replays that have ended."""
+        """Wait until every sample has been judged, also those of replays that still run."""
         self._queue.join()
+        if any(watch.template is not None for watch in self._watches.values()):
+            torch.cuda.synchronize()
         self.poll()
 
     def _watch(self, call: MoECall, layer: str) -> _Watch:
@@ -308,6 +313,7 @@ class Canary:
                 self._rest()
                 self._judge(sample, event)
             finally:
+                del sample, event  # or the layer would live until the next one
                 self._queue.task_done()
 
     def _rest(self) -> None:

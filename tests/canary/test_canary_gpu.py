@@ -34,11 +34,22 @@ def call(tokens: int):
     return x, (ids.int(), weights)
 
 
+def canary_of(*arguments, **options) -> Canary:
+    """Its thread does not look at what replays copy: the tests do."""
+    return Canary(*arguments, poll_seconds=1000.0, **options)
+
+
 def captured(step):
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step()
     return graph, output
+
+
+def look(canary: Canary) -> None:
+    torch.cuda.synchronize()
+    canary.poll()
 
 
 def renew(x, routing) -> None:
@@ -51,22 +62,22 @@ def renew(x, routing) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 @pytest.mark.parametrize("mode", ["per-token", "bf16"])
 def test_replays_of_a_right_layer_give_no_alarm(tokens, mode):
-    canary, layers = Canary(2, rows=3, layers_per_graph=2), [experts(0), experts(1)]
+    canary, layers = canary_of(2, rows=3, layers_per_graph=2), [experts(0), experts(1)]
     x, routing = call(tokens)
 
     def step():
         return [canary.fused_moe(x, e, routing, activation=mode) for e in layers]
 
     step()
+    canary.wait()
     graph, outputs = captured(step)
     for n in range(20):
         renew(x, routing)
         graph.replay()
         if n % 4 == 3:
-            torch.cuda.synchronize()
             for e, got in zip(layers, outputs, strict=True):
                 assert torch.equal(got, fused_moe(x, e, routing, activation=mode))
-        canary.poll()
+        look(canary)
     canary.wait()
     # Two at the start; of replays the first two, then one layer every two steps.
     assert canary.counts.taken == canary.counts.inside == 2 + 2 + 9, canary.counts
@@ -86,7 +97,7 @@ def test_a_fault_that_begins_between_replays_is_caught_and_replayed(tmp_path):
         right, other = (FUSED_MOE.run("triton", c)[0] for c in (call, wrong))
         return torch.where(flag > 0, other, right)
 
-    canary, layer = Canary(4, folder=tmp_path), experts()
+    canary, layer = canary_of(4, folder=tmp_path), experts()
     x, routing = call(3)
 
     def step():
@@ -94,12 +105,13 @@ def test_a_fault_that_begins_between_replays_is_caught_and_replayed(tmp_path):
 
     with register_backend("fused_moe", "faulty", faulty):
         step()
+        canary.wait()
         graph, _ = captured(step)
         for n in range(9):
             flag.fill_(n >= 5)
             renew(x, routing)
             graph.replay()
-            canary.poll()
+            look(canary)
         canary.wait()
         assert (canary.counts.inside, canary.counts.outside) == (3, 1), canary.counts
         failing = load(next(tmp_path.iterdir()))
@@ -111,15 +123,15 @@ def test_a_fault_that_begins_between_replays_is_caught_and_replayed(tmp_path):
 
 
 def test_new_weights_between_replays_are_no_alarm():
-    canary, layer = Canary(1), experts()
+    canary, layer = canary_of(1), experts()
     x, routing = call(3)
 
     def step():
         return canary.fused_moe(x, layer, routing)
 
     step()
-    graph, _ = captured(step)
     canary.wait()
+    graph, _ = captured(step)
     for n in range(4):
         graph.replay()
         torch.cuda.synchronize()
@@ -127,15 +139,15 @@ def test_new_weights_between_replays_are_no_alarm():
         options = {"device": "cuda", "dtype": torch.bfloat16}
         w13 = torch.randn(E, 2 * INTERMEDIATE, H, **options)
         layer.load_(w13, torch.randn(E, H, INTERMEDIATE, **options))
-        canary.poll()
+        look(canary)
         assert (canary.counts.overtaken, canary.counts.outside) == (n + 1, 0)
         graph.replay()
-        canary.poll()
+        look(canary)
     assert canary.counts.inside == 1 + 4
 
 
 def test_graphs_watch_different_layers():
-    canary, layers = Canary(1, layers_per_graph=1), [experts(n) for n in range(3)]
+    canary, layers = canary_of(1, layers_per_graph=1), [experts(n) for n in range(3)]
     x, routing = call(2)
 
     def step():
@@ -146,19 +158,20 @@ def test_graphs_watch_different_layers():
     graphs = [captured(step)[0] for _ in layers]
     for n, graph in enumerate(graphs):
         graph.replay()
-        canary.poll()
+        look(canary)
         assert canary.counts.inside == 3 + n + 1
     assert [w.seen for w in canary._watches.values()] == [1, 1, 1]
 
 
 def test_a_layer_is_not_kept_alive():
-    canary, layers = Canary(1), [experts()]
+    canary, layers = canary_of(1), [experts()]
     x, routing = call(2)
 
     def step():
         return canary.fused_moe(x, layers[0], routing)
 
     step()
+    canary.wait()
     graph, _ = captured(step)
     graph.replay()
     canary.wait()

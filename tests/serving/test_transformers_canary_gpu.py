@@ -24,6 +24,8 @@ def decoded(canary: Canary | None, steps: int, between=None) -> list[torch.Tenso
     decode = Decode(made("qwen3"))
     start = [(t, t.clone()) for t in state(decode)]
     decode.step()  # warms up
+    if canary is not None:
+        canary.wait()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = decode.step()
@@ -36,6 +38,7 @@ def decoded(canary: Canary | None, steps: int, between=None) -> list[torch.Tenso
         graph.replay()
         found.append(logits.clone())
         if canary is not None:
+            torch.cuda.synchronize()
             canary.poll()
     if canary is not None:
         canary.wait()
@@ -44,7 +47,7 @@ def decoded(canary: Canary | None, steps: int, between=None) -> list[torch.Tenso
 
 
 def test_a_captured_decode_is_watched_and_has_the_same_bits():
-    canary = Canary(5)
+    canary = Canary(5, poll_seconds=1000.0)
     got, want = decoded(canary, 20), decoded(None, 20)
     assert all(map(torch.equal, got, want))
     # The prompt, and the first replay of both layers; then a layer every five steps.
@@ -57,7 +60,7 @@ def test_a_fault_in_a_captured_decode_is_caught(tmp_path):
     def faulty(call):
         return FUSED_MOE.run("triton", call)[0] * flag
 
-    canary = Canary(5, folder=tmp_path)
+    canary = Canary(5, poll_seconds=1000.0, folder=tmp_path)
     with register_backend("fused_moe", "faulty", faulty, before="triton"):
         decoded(canary, 12, lambda n: flag.fill_(1.25 if n > 6 else 1))
         assert canary.counts.outside == 1, canary.counts
