@@ -6,9 +6,10 @@ tensor (dtype, shape, strides, device, alignment), every other argument with its
 variables that a call reads, and the current GPU. The second call of a key is recorded. Later ones take
 their addresses from their own tensors, allocate, and launch. Nothing is kept of a tensor but its form.
 
-Recorded is a call that does nothing on the GPU but launch kernels by `launcher.launch`. One that runs an
-operation of torch besides is never recorded, nor one under `torch.compile`, a dispatch mode or a
-transform of torch.func, nor one that needs a gradient, nor one whose launches a profiler watches.
+Recorded is a call that does nothing on the GPU but launch kernels by `launcher.launch`, copy a given
+tensor, and write a result into one. One that runs another operation of torch is never recorded, nor one
+under `torch.compile`, a dispatch mode or a transform of torch.func, nor one that needs a gradient, nor
+one whose launches a profiler watches.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -40,6 +41,12 @@ _ALLOCATING = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.new_empty.default,
 }
+_COPYING = {
+    torch.ops.aten.constant_pad_nd.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten._to_copy.default,
+}
+"""Operations that make a new tensor of one, and are run again."""
 
 enabled = True
 """False: no call is recorded or repeated."""
@@ -220,8 +227,14 @@ class Recorder(TorchDispatchMode):
             _Memory(f"g{i}", t.data_ptr(), _extent(t), t.device) for i, t in enumerate(tensors)
         ]
         self.allocated: list[_Memory] = []
+        self.copies: set[str] = set()
+        """The names of memory that holds copies of given tensors."""
+        self.returned: dict[str, torch.Tensor] = {}
+        """The memory that is a tensor of its own, in the form of these: results."""
         self.launches: list[list[str]] = []
-        """The arguments of each launch, as text."""
+        """The function and the arguments of each launch, as text."""
+        self.lines: list[str] = []
+        """The launches and copies in order, as text."""
         self.scope: dict[str, Any] = {}
         """What the text names."""
         self.read: set[str] = set()
@@ -234,8 +247,15 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATING:
-            name = f"a{len(self.allocated)}"
-            self.allocated.append(_Memory(name, result.data_ptr(), result.nbytes, result.device))
+            self._allocate(result)
+        elif func in _COPYING and (source := self._given(args[0])) is not None:
+            copy = self._allocate(result)
+            rest = [f"*{self._named(args[1:])}", f"**{self._named(kwargs or {})}"]
+            self.lines.append(f"r{copy} = {self._named(func)}({', '.join([source, *rest])})")
+            self.lines.append(f"{copy} = r{copy}.data_ptr()")
+            self.copies.add(copy)
+        elif func is torch.ops.aten.copy_.default and (target := self._given(args[0])) is not None:
+            self.lines.append(f"{target}.copy_({self._result(args[1])})")
         elif not func.is_view:
             self.refuse(f"it runs {func}")
         return result
@@ -265,6 +285,18 @@ class Recorder(TorchDispatchMode):
             *map(self._text, (*before, *values)),
         ]
         self.launches.append([self._named(call), *arguments, *["None"] * rest])
+        function, *arguments = self.launches[-1]
+        self.lines.append(f"{function}({', '.join(arguments)})")
+
+    def _allocate(self, t: torch.Tensor) -> str:
+        """Note new memory; return the name of its address."""
+        name = f"a{len(self.allocated)}"
+        self.allocated.append(_Memory(name, t.data_ptr(), t.nbytes, t.device))
+        return name
+
+    def _given(self, value: Any) -> str | None:
+        """Return the text of a tensor that the call was given, or None."""
+        return next((f"t[{i}]" for i, t in enumerate(self.tensors) if value is t), None)
 
     def refuse(self, reason: str) -> None:
         """Note why the call cannot be repeated; the first reason is kept."""
@@ -298,10 +330,10 @@ class Recorder(TorchDispatchMode):
         Args:
             result: the result of the call.
         """
-        returned: dict[str, torch.Tensor] = {}
-        text = self._result(result, returned)
+        text = self._result(result)
         sizes = [-(-m.nbytes // _ALIGNMENT) * _ALIGNMENT for m in self.allocated]
-        own = [m for m in self.allocated if m.name not in returned]
+        tensors = self.returned.keys() | self.copies
+        own = [m for m in self.allocated if m.name not in tensors]
         total = sum(size for m, size in zip(self.allocated, sizes, strict=True) if m in own)
         devices = {m.device for m in self.allocated}
         if self.refusal is not None or not self.launches or total > MOST_BYTES or len(devices) > 1:
@@ -315,7 +347,7 @@ class Recorder(TorchDispatchMode):
             apart = second.address - first.address
             lines.append(f"if {second.name} - {first.name} != {apart}: return None")
         self.scope |= {"empty": torch.empty, "stream_of": torch._C._cuda_getCurrentRawStream}
-        for name, t in returned.items():
+        for name, t in self.returned.items():
             like = (tuple(t.shape), t.dtype, t.device)
             shape, dtype, where = (self._named(value) for value in like)
             lines.append(f"r{name} = empty({shape}, dtype={dtype}, device={where})")
@@ -330,8 +362,7 @@ class Recorder(TorchDispatchMode):
                 lines.append(f"{m.name} = start + {offset}")
                 offset += size
         lines.append("stream = stream_of(device)")
-        lines += [f"{run}({', '.join(arguments)})" for run, *arguments in self.launches]
-        body = "\n    ".join([*lines, f"return {text}"])
+        body = "\n    ".join([*lines, *self.lines, f"return {text}"])
         exec(f"def record(t):\n    {body}\n", self.scope)
         record: Callable[[list[torch.Tensor]], Any] = self.scope["record"]
         return record
@@ -346,18 +377,18 @@ class Recorder(TorchDispatchMode):
             and second.address < first.address + first.nbytes
         ]
 
-    def _result(self, result: Any, returned: dict[str, torch.Tensor]) -> str:
-        """Return the text of a result, and add the memory that it is in to `returned`."""
+    def _result(self, result: Any) -> str:
+        """Return the text of a result; memory that it is in becomes a tensor of its own."""
         if isinstance(result, tuple | list):
-            parts = "".join(f"{self._result(part, returned)}, " for part in result)
+            parts = "".join(f"{self._result(part)}, " for part in result)
             return f"({parts})" if isinstance(result, tuple) else f"[{parts}]"
-        for i, t in enumerate(self.tensors):
-            if result is t:
-                return f"t[{i}]"
+        if (given := self._given(result)) is not None:
+            return given
         if isinstance(result, torch.Tensor) and result.is_contiguous():
             for m in reversed(self.allocated):
                 if m.address == result.data_ptr() and m.nbytes == result.nbytes > 0:
-                    returned[m.name] = result
+                    if m.name not in self.copies:
+                        self.returned[m.name] = result
                     return f"r{m.name}"
         self.refuse("its result is no memory that it allocated")
         return "None"

@@ -153,6 +153,26 @@ def test_a_record_computes(toy):
     assert toy.launched == 10
 
 
+def test_a_record_copies(toy, recorders):
+    """A copy of a given tensor, made between launches that write it, and a result in a given tensor."""
+
+    def add_one(source, target):
+        launcher.launch(toy_kernel, (1,), source, target, source.numel(), 0, SIZE=1)
+
+    def run(x, out):
+        add_one(x, x)
+        copy, last = x.clone(), x.new_empty(x.shape)
+        add_one(x, x)
+        add_one(copy, last)
+        return out.copy_(last)
+
+    for i in range(5):
+        x, out = (torch.full((7,), value, dtype=torch.uint8) for value in (i, 99))
+        assert records.repeat(run, (x, out), {}) is out
+        assert (x.tolist(), out.tolist()) == ([i + 2] * 7, [i + 2] * 7)
+    assert [r.refusal for r in recorders] == [None]
+
+
 def test_tensors_that_shared_memory_are_told_apart(toy):
     """A record of f(x, x) does not serve f(x, y): its launches may have read either."""
 

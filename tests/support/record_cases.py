@@ -1,6 +1,7 @@
 """Calls of every kind that is repeated from a record."""
 
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ def given_ids(device: str) -> Call:
     return lambda: nvfp4_moe.fused_moe(x, e, (ids, weights))
 
 
-def signature(device: str, do_finalize: bool = True) -> Call:
+def signature(device: str, **options: Any) -> Call:
     e, (_, logits) = experts(device), inputs(1, device)
     codes, scales, token = quantized(1, device, SfLayout.layout_linear)
     scales = scales.view(torch.float8_e4m3fn)
@@ -63,8 +64,20 @@ def signature(device: str, do_finalize: bool = True) -> Call:
         logits, None, codes, scales, e.gemm1_weights, e.gemm1_weights_scale, None, None, None, None,
         e.gemm2_weights, e.gemm2_weights_scale, None, e.output1_scale_scalar,
         e.output1_scale_gate_scalar, e.output2_scale_scalar, E, 2, None, None, I, 0, E, None, 1,
-        do_finalize, per_token_scale=token, backend="triton",
+        per_token_scale=token, backend="triton", **options,
     )  # fmt: skip
+
+
+def padded(device: str) -> Call:
+    """Return a call of a layer whose hidden states are padded: 240 columns of 256."""
+    e = dataclasses.replace(experts(device), hidden_size=H - 16)
+    x, logits = inputs(2, device)
+    x = x[:, : H - 16].contiguous()
+    return lambda: nvfp4_moe.fused_moe(x, e, (logits, ROUTING), backend="triton")
+
+
+def into_output(device: str) -> Call:
+    return signature(device, output=torch.zeros(1, H, dtype=torch.bfloat16, device=device))
 
 
 def quantized(rows: int, device: str, layout: SfLayout) -> tuple[torch.Tensor, ...]:
@@ -104,7 +117,9 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "fp32": lambda device: layer(device, output_dtype=torch.float32),
     "ids": given_ids,
     "FlashInfer's signature": signature,
-    "rows": lambda device: signature(device, False),
+    "rows": lambda device: signature(device, do_finalize=False),
+    "output": into_output,
+    "padded": padded,
     "quantize": quantize,
     "global scale": global_scale,
     "4over6": lambda device: quantize(device, nvfp4_4over6=NVFP44Over6Config()),
