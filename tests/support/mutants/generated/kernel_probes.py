@@ -20,7 +20,7 @@ from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from ..calls import Call, FusedCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of
-from . import far_calls, quantizer_probes, ring_probes, routers
+from . import far_calls, jit_calls, quantizer_probes, ring_probes, routers
 from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import (
     CopyRowsCall,
@@ -165,6 +165,7 @@ _MORE: dict[str, Callable[[], Call]] = {
         _native(),
         far_calls.calls(),
         ring_probes.named(),
+        jit_calls.named(),
     )
     for name, call in some
 }
@@ -201,6 +202,11 @@ _LIBRARY = (
     "bf16", "grid", "saturated routers", "every routing method", "routers, subnormal bias",
     *_named("finalize, tiny", "finalize, rows", "finalize, near"),
 )  # fmt: skip
+_FUNCTIONS = tuple(n for n in _named("function") if not n.startswith("function, decode"))
+_ALONE = tuple(
+    f"kernels/jit/{name}.py" for name in ("arithmetic", "decode", "e2m1", "e4m3", "instructions")
+)
+"""On a GPU, where each probe compiles its kernels anew, their functions are called directly alone."""
 _EXPERTS = (
     *_ACTIVATIONS,
     "gpt-oss",
@@ -232,21 +238,22 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
-    "kernels/jit/arithmetic.py": _LIBRARY,
+    "kernels/jit/arithmetic.py": (*_FUNCTIONS, *_LIBRARY),
     "kernels/jit/decode.py": (
-        *_named("decode", "far, decode", "fragments, codes"), "dense", "qwen", "bf16", "grid",
+        *_named("function, decode", "decode", "far, decode", "fragments, codes"),
+        "dense", "qwen", "bf16", "grid",
     ),
     "kernels/jit/fragments.py": _named("fragments"),
     "kernels/moe/hopper/rows.py": _named("fragments, bf16"),
     "kernels/moe/hopper/grouped_gemm.py": _named("ring"),
     "kernels/moe/hopper/fragments.py": _named("ring"),
-    "kernels/jit/e2m1.py": _BLOCKS,
-    "kernels/jit/e4m3.py": _LIBRARY,
+    "kernels/jit/e2m1.py": (*_named("function, e2m1", "compiled, e2m1"), *_BLOCKS),
+    "kernels/jit/e4m3.py": (*_named("function, e4m3", "function, decode"), *_LIBRARY),
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),
-    "kernels/jit/pdl.py": ("decode",),
+    "kernels/jit/pdl.py": ("decode", "compiled, wait"),
     "kernels/jit/recipe.py": _BLOCKS,
     "kernels/jit/approximations.py": _ACTIVATIONS,
-    "kernels/jit/instructions.py": _named("routers, of a GPU"),
+    "kernels/jit/instructions.py": _named("function, ex2", "function, tanh", "routers, of a GPU"),
     "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
     "kernels/fused_quantize/kernel.py": _PRODUCERS,
     "kernels/weights/kernel.py": _RELOAD,
@@ -256,8 +263,11 @@ OF_FILE: dict[str, tuple[str, ...]] = {
 
 def asked(file: str, device: str) -> list[str]:
     """Names of the calls of a module on a device: some are in the interpreter alone, or on a GPU."""
-    other = "ring" if device == "cpu" else ("far", "native")
-    return [n for n in dict.fromkeys(OF_FILE[file]) if not n.startswith(other)]
+    names = list(dict.fromkeys(OF_FILE[file]))
+    if device == "cuda" and file in _ALONE:
+        return [n for n in names if n.startswith(("function", "compiled", "decode", "fragments"))]
+    other = ("ring", "compiled") if device == "cpu" else ("far", "native")
+    return [n for n in names if not n.startswith(other)]
 
 
 @functools.cache
