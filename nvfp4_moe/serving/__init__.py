@@ -1,4 +1,4 @@
-"""NVFP4 experts in a serving stack: the switch, SGLang's and vLLM's scalars, and drop-ins for both."""
+"""NVFP4 experts in a serving stack: the switch, the servers' scalars, and what each server calls."""
 
 # SPDX-License-Identifier: Apache-2.0
 from .activation_policy import SERVERS, activation_of

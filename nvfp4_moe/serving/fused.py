@@ -1,6 +1,6 @@
 """The fused experts of a serving stack, from its tensors: quantize the hidden states, then the call.
 
-Names are SGLang's (0.5.23, `moe_runner/flashinfer_trtllm.py`); vLLM's adapter calls it too.
+Names are SGLang's (0.5.23, `moe_runner/flashinfer_trtllm.py`).
 """
 
 # SPDX-License-Identifier: Apache-2.0

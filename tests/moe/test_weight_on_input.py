@@ -2,7 +2,6 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from nvfp4_moe import Routing, RoutingMethodType, explain_fused_moe, fused_moe, 
 from nvfp4_moe.kernels.backends import UnsupportedError
 from nvfp4_moe.reference.moe.routing import pack_topk, route
 from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values
-from nvfp4_moe.serving import vllm
 from nvfp4_moe.serving.fused import fused_experts_fp4
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 8, 128, 64, 6
@@ -131,29 +129,6 @@ def test_codes_cannot_be_weighed(experts, x, logits):
         fused_experts_fp4(codes, **tensors(experts), topk=(ids, weights))
     with pytest.raises(UnsupportedError, match="top_k is 2"):
         fused_experts_fp4(x, **tensors(experts), router_logits=logits, top_k=2)
-
-
-@pytest.mark.parametrize("method", [3, 8])
-def test_vllm_with_logits(method, experts, x, logits):
-    e = experts
-    server = SimpleNamespace(
-        quant_config=SimpleNamespace(
-            w1_scale=e.gemm1_weights_scale, w2_scale=e.gemm2_weights_scale,
-            a1_gscale=torch.ones(EXPERTS), g1_alphas=e.output1_scale_gate_scalar,
-            g2_alphas=e.output2_scale_scalar,
-        ),
-        moe_config=SimpleNamespace(should_defer_moe_finalize=lambda tokens: False),
-        g1_scale_c=e.output1_scale_scalar, per_token_activation=True, gemm1_alpha=None,
-        gemm1_beta=None, gemm1_clamp_limit=None, routing_method_type=method, topk=1,
-        intermediate_size_per_partition=INTERMEDIATE, local_num_experts=EXPERTS, ep_rank=0,
-        _uses_post_gemm2_hook=lambda tokens: False,
-    )  # fmt: skip
-    silu, weights = SimpleNamespace(value="silu"), (e.gemm1_weights, e.gemm2_weights)
-    arguments = (server, x, *weights, logits, silu, EXPERTS, None, None, True)
-    assert_is_the_layer(vllm.apply_monolithic(*arguments), e, x, logits)
-    server.topk = 2
-    with pytest.raises(UnsupportedError, match="top_k is 2"):
-        vllm.apply_monolithic(*arguments)
 
 
 @pytest.mark.gpu

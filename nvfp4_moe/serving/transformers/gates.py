@@ -11,38 +11,18 @@ the module is refused.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...kernels.backends import UnsupportedError
-from ...reference.activation import IMPLEMENTED, ActivationType, activate
+from ...reference.activation import IMPLEMENTED, activate
+from ..gate import Gate
 
 ATTRIBUTES = {"alpha": ("alpha", "swiglu_alpha"), "clamp_limit": ("limit", "swiglu_limit")}
 """Attributes of modules, by the parameter that they hold (transformers 5.17 and 5.24)."""
 _BETAS = (None, 1.0)  # of `up + 1`, a number in the functions themselves
 _POINTS = (0.0, 0.01, 0.1, 0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 8.0, 15.0, 100.0, 3e3, 1e5)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """An activation and its parameters, in physical units, by their names in `prepare_experts`."""
-
-    activation: ActivationType
-    alpha: float | None = None
-    beta: float | None = None
-    clamp_limit: float | None = None
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "beta": self.beta, "clamp_limit": self.clamp_limit}
-
-    def __str__(self) -> str:
-        given = (
-            f"{name} {value:g}" for name, value in self.parameters.items() if value is not None
-        )
-        return " ".join([self.activation.name, *given])
 
 
 def gate_of(module: Any) -> Gate:

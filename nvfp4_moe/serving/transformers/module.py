@@ -13,7 +13,8 @@ import torch
 
 from ...kernels.backends import UnsupportedError
 from ...reference.recipe import BLOCK_SIZE
-from .gates import Gate, gate_of
+from ..gate import Gate, up_then_gate
+from .gates import gate_of
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -87,5 +88,4 @@ def _ordered(module: Any, t: torch.Tensor) -> torch.Tensor:
     """Rows, dimension 1, as [up; gate]."""
     if not module.has_gate:
         return t
-    gate, up = t.chunk(2, 1) if module.is_concatenated else (t[:, ::2], t[:, 1::2])
-    return torch.cat([up, gate], 1)
+    return up_then_gate(t, interleaved=not module.is_concatenated)

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...kernels.backends import UnsupportedError
 from ...reference.weights.experts import Experts
 from ...reference.weights.prepare import prepare_experts
-from .gates import Gate
+from ..gate import Gate
 from .module import check_weights, projections, read_gate, sources
 
 ATTRIBUTE = "_nvfp4_moe"

@@ -1,0 +1,120 @@
+"""vLLM's own configurations of NVFP4 checkpoints, with experts of this library.
+
+They know which modules of a checkpoint are quantized, under vLLM's names of them, and they serve every
+layer but the experts: ModelOpt's NVFP4 and MIXED_PRECISION, and compressed-tensors.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.modelopt import (
+    ModelOptMixedPrecisionConfig,
+    ModelOptNvFp4Config,
+)
+
+from ...checkpoints.formats import MIXED, NVFP4
+from ...checkpoints.groups import read_groups
+from ...kernels.moe.call import Mode
+from .config import LOWEST_CAPABILITY
+from .method import CompressedTensorsNvfp4MoE, ModelOptNvfp4MoE
+
+
+class _OfCheckpoint:
+    """The rules that the three share; `activation` is set by `configuration_of`."""
+
+    activation: Mode
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return LOWEST_CAPABILITY
+
+
+class _OfModelOpt(_OfCheckpoint):
+    """ModelOpt's list of modules that are not quantized, with vLLM's fused matrices."""
+
+    packed_modules_mapping: dict[str, list[str]]
+
+    def is_layer_excluded(self, prefix: str) -> bool:
+        """Return True for a fused matrix, too, if patterns exclude all of which it is made.
+
+        vLLM's own looks such parts up by their exact names alone: `model.layers.*.self_attn.q_proj`, as
+        `nvfp4-moe convert` writes it, does not mean its `qkv_proj`.
+        """
+        excluded = super().is_layer_excluded  # type: ignore[misc]
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, ())
+        return excluded(prefix) or (bool(parts) and all(excluded(f"{parent}.{p}") for p in parts))
+
+
+class ModelOpt(_OfModelOpt, ModelOptNvFp4Config):
+    """ModelOpt's NVFP4; excluded experts stay vLLM's."""
+
+    FusedMoEMethodCls = ModelOptNvfp4MoE
+
+
+class ModelOptMixed(_OfModelOpt, ModelOptMixedPrecisionConfig):
+    """ModelOpt's MIXED_PRECISION; experts of another algorithm stay vLLM's."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if (
+            isinstance(layer, RoutedExperts)
+            and not self.is_layer_excluded(prefix)
+            and self._resolve_quant_algo(prefix) in NVFP4
+        ):
+            self.nvfp4_config.activation = self.activation
+            return ModelOptNvfp4MoE(self.nvfp4_config, layer.moe_config)
+        return super().get_quant_method(layer, prefix)
+
+
+class CompressedTensors(_OfCheckpoint, CompressedTensorsConfig):
+    """compressed-tensors; experts that are ignored, or of another format, stay vLLM's."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            self._add_fused_moe_to_target_scheme_map()
+            projections = (
+                layer.ckpt_gate_proj_name,
+                layer.ckpt_up_proj_name,
+                layer.ckpt_down_proj_name,
+            )
+            schemes = [self.get_scheme_dict(layer, f"{prefix}.0.{p}") for p in projections if p]
+            if all(s is not None and self._is_nvfp4_format(s.get("weights")) for s in schemes):
+                return CompressedTensorsNvfp4MoE(self, layer.moe_config)
+        return super().get_quant_method(layer, prefix)
+
+
+def configuration_of(config: dict[str, Any], activation: Mode) -> QuantizationConfig:
+    """Return the configuration of a checkpoint's format.
+
+    Args:
+        config: `quantization_config` of its config.json, or its hf_quant_config.json.
+
+    Raises:
+        ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
+    """
+    method = str(config.get("quant_method") or "modelopt").lower().replace("_", "-")
+    inner = config.get("quantization") or config
+    algorithm = str(inner.get("quant_algo")).upper()
+    made: Any = None
+    if method == "compressed-tensors":
+        if any(group.is_nvfp4 for group in read_groups(config)):
+            made = CompressedTensors.from_config(config)
+    elif method.startswith("modelopt") and algorithm in (*NVFP4, MIXED):
+        made = (ModelOptMixed if algorithm == MIXED else ModelOpt).from_config(config)
+    if made is None:
+        raise ValueError(
+            f"the checkpoint's quant_method is {config.get('quant_method')!r}, its quant_algo "
+            f"{inner.get('quant_algo')!r}; nvfp4-moe serves checkpoints in bf16, and NVFP4 of ModelOpt "
+            "or of compressed-tensors (`nvfp4-moe convert` makes NVFP4 of bf16 and of FP8)"
+        )
+    made.activation = activation
+    return made

@@ -1,0 +1,105 @@
+"""The configurations that vLLM makes for each name of `QUANTIZATIONS`.
+
+They lie at module level, since vLLM sends them to its engine's process. A checkpoint that is quantized
+already gets vLLM's own configuration of its format, with experts of ours (`checkpoint.py`). Other layers
+than experts are vLLM's.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from ...kernels.moe.call import Mode
+from .plugin import QUANTIZATIONS, check_version
+
+LOWEST_CAPABILITY = 80
+"""Of the kernels in Triton, as `README.md` says; vLLM asks for it on a GPU alone."""
+
+
+class Nvfp4MoEConfig(QuantizationConfig):
+    """A model in bf16, whose experts are quantized when they are loaded."""
+
+    name = "nvfp4_moe"
+    modelopt_goes_to: str | None = None  # the name that `install` chose, for every class
+
+    def __init__(self) -> None:
+        check_version()
+        super().__init__()
+
+    @classmethod
+    def activation(cls) -> Mode:
+        """Return the activations that the name asks for."""
+        return QUANTIZATIONS[cls.name]
+
+    def get_name(self) -> str:
+        return self.name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return LOWEST_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take a quantized checkpoint over where the user has named this method."""
+        taken = cls.modelopt_goes_to == cls.name and user_quant in (None, "modelopt_fp4")
+        if user_quant == cls.name or (taken and _is_modelopt_nvfp4(hf_quant_cfg)):
+            return cls.name
+        return None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """Return the configuration of a checkpoint that is quantized already.
+
+        Args:
+            config: `quantization_config` of its config.json, or its hf_quant_config.json.
+
+        Raises:
+            UnsupportedError: this version of vLLM.
+            ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
+        """
+        check_version()
+        from .checkpoint import configuration_of
+
+        return configuration_of(config, cls.activation())
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method of a layer: ours for experts; vLLM's for matrices, which stay in bf16."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from .method import OnlineNvfp4MoE
+
+        if isinstance(layer, RoutedExperts):
+            return OnlineNvfp4MoE(layer.moe_config, self.activation())
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+class Nvfp4MoEStaticConfig(Nvfp4MoEConfig):
+    """Experts with the static activation scales of an NVFP4 checkpoint."""
+
+    name = "nvfp4_moe_static"
+
+
+class Nvfp4MoEW4A16Config(Nvfp4MoEConfig):
+    """Experts whose weights alone are quantized."""
+
+    name = "nvfp4_moe_w4a16"
+
+
+def _is_modelopt_nvfp4(config: dict[str, Any]) -> bool:
+    method, inner = str(config.get("quant_method")), config.get("quantization") or config
+    return method.lower().startswith("modelopt") and "NVFP4" in str(inner.get("quant_algo")).upper()
+
+
+CONFIGURATIONS = (Nvfp4MoEConfig, Nvfp4MoEStaticConfig, Nvfp4MoEW4A16Config)
