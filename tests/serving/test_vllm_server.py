@@ -25,7 +25,7 @@ from nvfp4_moe.checkpoints.convert import convert
 from nvfp4_moe.serving.vllm import QUANTIZATIONS
 
 pytest.importorskip("vllm", reason="vllm is not installed (make server-test)")
-from vllm.platforms import current_platform  # noqa: E402
+from vllm.platforms import current_platform
 
 if not current_platform.is_cpu():
     pytest.skip("this vllm is no CPU build (make server-test)", allow_module_level=True)
