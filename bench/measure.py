@@ -28,8 +28,8 @@ def captured(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(call: Callable[[], object], calls: int, replays: int = 9) -> float:
-    """Median time of one call, `calls` of them in a CUDA graph."""
+def samples(call: Callable[[], object], calls: int, replays: int = 9) -> list[float]:
+    """Return the microseconds of one call, for each replay of a CUDA graph of `calls` of them."""
     graph = captured(call, calls)
     times = []
     for i in range(replays + 2):
@@ -40,7 +40,12 @@ def microseconds(call: Callable[[], object], calls: int, replays: int = 9) -> fl
         end.synchronize()
         if i >= 2:  # warm
             times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+    return times
+
+
+def microseconds(call: Callable[[], object], calls: int, replays: int = 9) -> float:
+    """Median time of one call, `calls` of them in a CUDA graph."""
+    return statistics.median(samples(call, calls, replays))
 
 
 def peak_bytes(call: Callable[[], torch.Tensor]) -> int:

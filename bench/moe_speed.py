@@ -13,13 +13,16 @@ ours before; what was tuned here earlier is used in any case.
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import statistics
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
+import benchmark_json
 import bf16_layer
 import torch
 from bf16_layer import Weights
-from measure import arguments, copy_rate, cublas_rate, microseconds, peak_bytes, save, start
+from measure import arguments, copy_rate, cublas_rate, peak_bytes, samples, save, start
 
 import nvfp4_moe
 from nvfp4_moe import ActivationType, Experts, Routing, RoutingMethodType
@@ -70,6 +73,14 @@ SHAPES = (
     Shape("Nemotron-3-Super latent", 1024, 2688, 512, 22, ActivationType.Relu2),
     Shape("GPT-OSS", 2880, 2880, 128, 4, biased=True),
 )
+LAYERS = {
+    "us": "triton",
+    "invariant_us": "triton, batch-invariant",
+    "w4a16_us": "triton, W4A16",
+    "grouped_mm_us": "torch._grouped_mm, bf16",
+    "bf16_triton_us": "triton, bf16",
+}
+"""The layers that are measured here, by the names of their times; `test_speed.py` has others, too."""
 COLUMNS = (
     ("T", 6), ("local slots", 11), ("ours", 9), ("of floor", 9), ("TFLOP/s", 8), ("invariant", 10),
     ("W4A16", 9), ("workspace", 10), ("decoded MiB", 12), ("grouped_mm", 11), ("speedup", 8),
@@ -138,6 +149,20 @@ def inputs(s: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     if s.ranks > 1:
         logits[0, 0] = 10.0
     return x, logits
+
+
+def work(s: Shape, slots: torch.Tensor) -> dict[str, float]:
+    """Return the FLOPs of a call, and the bytes of the codes and block scales that it reads once.
+
+    Args:
+        slots: `experts_of_local_slots`.
+    """
+    matrices = 3 if s.activation.gated else 2
+    weights = matrices * s.hidden * s.intermediate
+    return {
+        "flop": 2 * weights * slots.numel(),
+        "bytes": weights * slots.unique().numel() * 9 / 16,
+    }
 
 
 def experts_of_local_slots(s: Shape, logits: torch.Tensor) -> torch.Tensor:
@@ -257,24 +282,26 @@ def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) ->
             x, experts, (logits, routing), backend="triton", fast_math=True, **options
         )
 
-    def us(call: Callable[[], object]) -> float:
-        return microseconds(call, calls, 5)
+    replays: dict[str, list[float]] = {}
 
-    matrices = 3 if s.activation.gated else 2
-    cell = {"shape": s.name, "tokens": tokens, "local_slots": slots_here, "us": us(ours)}
-    cell["floor_us"] = (
-        slots.unique().numel() * matrices * s.hidden * s.intermediate * 9 / 16 / copy / 1e3
-    )
-    cell["invariant_us"] = us(lambda: ours(batch_invariant=True))
-    cell["w4a16_us"] = us(lambda: ours(activation="bf16"))
-    cell["grouped_mm_us"] = us(lambda: grouped_mm_layer(x, logits, w, s.top_k, slots_here))
+    def us(name: str, call: Callable[[], object]) -> None:
+        replays[name] = samples(call, calls, 5)
+        cell[name] = statistics.median(replays[name])
+
+    done = work(s, slots)
+    cell = {"shape": s.name, "tokens": tokens, "local_slots": slots_here, "samples_us": replays}
+    us("us", ours)
+    cell["floor_us"] = done["bytes"] / copy / 1e3
+    us("invariant_us", lambda: ours(batch_invariant=True))
+    us("w4a16_us", lambda: ours(activation="bf16"))
+    us("grouped_mm_us", lambda: grouped_mm_layer(x, logits, w, s.top_k, slots_here))
     tiles = bf16_layer.tune(x, logits, w, s.top_k, calls)
     check_bf16(s, bf16_layer.layer(x, logits, w, s.top_k, tiles), x, logits, w)
-    cell["bf16_triton_us"] = us(lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
+    us("bf16_triton_us", lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
     cell["bf16_triton_tiles"] = [astuple(t) for t in tiles]
     cell["tuned_once_us"] = dict(zip(TOKENS, s.tuned_once, strict=False)).get(tokens) or None
-    cell["tflops"] = 2 * matrices * slots_here * s.hidden * s.intermediate / cell["us"] / 1e6
-    return cell | workspace(s, tokens, experts, ours)
+    cell["tflops"] = done["flop"] / cell["us"] / 1e6
+    return cell | done | workspace(s, tokens, experts, ours)
 
 
 def heading() -> str:
@@ -295,6 +322,32 @@ def line(c: dict) -> str:
     return "".join(f"{v:>{width}}" for v, (_, width) in zip(values, COLUMNS, strict=True))
 
 
+def benchmarks(cells: list[dict], rates: dict[str, float]) -> list[dict]:
+    """Return the times of all layers as pytest-benchmark keeps them.
+
+    Args:
+        rates: `copy_gb_s` and `cublas_tflops` of the run.
+    """
+    return [
+        benchmark_json.benchmark(
+            c["shape"],
+            c["tokens"],
+            layer,
+            [us / 1e6 for us in c["samples_us"][name]],
+            case_info(c["shape"], c["tokens"], layer)
+            | {n: c[n] for n in ("flop", "bytes")}
+            | rates,
+        )
+        for c in cells
+        for name, layer in LAYERS.items()
+    ]
+
+
+def case_info(shape: str, tokens: int, layer: str) -> dict[str, object]:
+    """Return the facts by which `plots.py` finds a benchmark."""
+    return {"shape": shape, "tokens": tokens, "layer": layer}
+
+
 def count(text: str) -> int:
     """An argument that is an integer from 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -306,10 +359,17 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shape", choices=[s.name for s in SHAPES], help="this one only")
     parser.add_argument("--tokens", type=count, help="this number only")
+    parser.add_argument(
+        "--benchmark-json",
+        type=Path,
+        help="write every time as pytest-benchmark does, for plots.py",
+    )
     parser.add_argument("--tune", action="store_true", help="autotune ours before")
     options, where = start(parser)
-    copy = copy_rate()
-    print(f"device copy {copy:.0f} GB/s, cuBLAS bf16 {cublas_rate():.0f} TFLOP/s")
+    if options.benchmark_json:
+        benchmark_json.check_installed()
+    copy, cublas = copy_rate(), cublas_rate()
+    print(f"device copy {copy:.0f} GB/s, cuBLAS bf16 {cublas:.0f} TFLOP/s")
     cells: list[dict] = []
     key, experts, w = None, None, None
     for s in SHAPES:
@@ -334,6 +394,9 @@ def main() -> None:
             cells.append(measure(s, tokens, experts, w, copy))
             print(line(cells[-1]), flush=True)
     save(options.json, {**where, "copy": copy, "cells": cells})
+    if options.benchmark_json:
+        rates = {"copy_gb_s": copy, "cublas_tflops": cublas}
+        benchmark_json.write(options.benchmark_json, where, benchmarks(cells, rates))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ FlashInfer's own of BF16, FP8 and MXFP8, from bf16 hidden states and logits as o
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import functools
 from dataclasses import replace
 
+import benchmark_json
 import bf16_layer
 import measure
 import moe_speed
@@ -85,6 +87,7 @@ LAYERS = {
     "triton, W4A16": {"backend": "triton", "activation": "bf16"},
     "flashinfer:trtllm": {"backend": "flashinfer:trtllm"},
 }
+BF16 = ("torch._grouped_mm, bf16", "triton, bf16")
 
 
 BASELINES = {name: format for format, name in baseline_moe.NAMES.items()}
@@ -125,33 +128,47 @@ def baseline_call(s: Shape, backend: str, x, logits):
     return call
 
 
-@pytest.fixture(scope="module", params=moe_speed.SHAPES, ids=lambda s: s.name)
-def shape_and_experts(request):
-    return request.param, moe_speed.random_experts(request.param)
+@functools.cache
+def rates() -> dict[str, float]:
+    """The rates of this GPU, for the roofline."""
+    return {"copy_gb_s": measure.copy_rate(), "cublas_tflops": measure.cublas_rate()}
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 1024])
-@pytest.mark.parametrize("layer", [*LAYERS, "torch._grouped_mm, bf16", "triton, bf16", *BASELINES])
-def test_moe(benchmark, shape_and_experts, tokens, layer):
-    s, experts = shape_and_experts
-    benchmark.group = f"{s.name}, {tokens} tokens"
+@functools.lru_cache(maxsize=1)
+def experts_of(s: Shape) -> nvfp4_moe.Experts:
+    return moe_speed.random_experts(s)
+
+
+CASES = [
+    pytest.param(s, tokens, layer, id=benchmark_json.case(s.name, tokens, layer))
+    for s in moe_speed.SHAPES
+    for tokens in moe_speed.TOKENS
+    for layer in (*LAYERS, *BF16, *BASELINES)
+]
+
+
+@pytest.mark.parametrize("s,tokens,layer", CASES)
+def test_moe(benchmark, s, tokens, layer):
+    benchmark.group = benchmark_json.group(s.name, tokens)
     x, logits = moe_speed.inputs(s, tokens)
+    slots = moe_speed.experts_of_local_slots(s, logits)
+    benchmark.extra_info |= moe_speed.case_info(s.name, tokens, layer)
+    benchmark.extra_info |= moe_speed.work(s, slots) | rates()
+    device_time(benchmark, layer_call(s, x, logits, layer, slots.numel()))
+
+
+def layer_call(s: Shape, x: torch.Tensor, logits: torch.Tensor, layer: str, slots_here: int):
+    """A call of one layer; or skip, where it does not run here."""
     if layer in BASELINES:
-        device_time(benchmark, baseline_call(s, layer, x, logits))
-        return
-    if layer not in LAYERS:
+        return baseline_call(s, layer, x, logits)
+    if layer in BF16:
         w = moe_speed.bf16_weights(s)
         if layer == "triton, bf16":
             tiles = bf16_layer.tune(x, logits, w, s.top_k, CALLS)
-            device_time(benchmark, lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles))
-        else:
-            slots_here = moe_speed.experts_of_local_slots(s, logits).numel()
-            device_time(
-                benchmark, lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
-            )
-        return
-    routing = (logits, Routing(RoutingMethodType.Renormalize, s.top_k))
+            return lambda: bf16_layer.layer(x, logits, w, s.top_k, tiles)
+        return lambda: moe_speed.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
+    experts, routing = experts_of(s), (logits, Routing(RoutingMethodType.Renormalize, s.top_k))
     options = LAYERS[layer] | {"fast_math": True}
     explanation = nvfp4_moe.explain_fused_moe(x, experts, routing, **options)
     skip_unless_it_serves(explanation, options["backend"])
-    device_time(benchmark, lambda: nvfp4_moe.fused_moe(x, experts, routing, **options))
+    return lambda: nvfp4_moe.fused_moe(x, experts, routing, **options)

@@ -2,14 +2,18 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
+import benchmark_json
 import bf16_layer
 import dense_speed
 import fake_flashinfer
 import host_time
 import moe_speed
+import plots
 import pretend_gpu
 import pytest
 import reload_speed
@@ -21,6 +25,9 @@ from offline import compile_kernel, resources
 
 from nvfp4_moe.reference.activation import ActivationType
 
+needs_pytest_benchmark = pytest.mark.skipif(
+    find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
+)
 SMALL = (Tiles(16, 64, 64, 2, 1, 4), Tiles(16, 128, 64, 1, 1, 4))
 SHAPES = {
     "Swiglu": Shape("Swiglu", 96, 64, 4, 2),
@@ -124,8 +131,8 @@ def stopped_clock(monkeypatch):
         call()
         return 2.0
 
-    for module in (moe_speed, bf16_layer):
-        monkeypatch.setattr(module, "microseconds", timed)
+    monkeypatch.setattr(bf16_layer, "microseconds", timed)
+    monkeypatch.setattr(moe_speed, "samples", lambda call, *_: [1.0, timed(call), 5.0])
     monkeypatch.setattr(bf16_layer, "candidates", lambda each: list(SMALL))
     monkeypatch.setattr(moe_speed, "peak_bytes", lambda call: call().nbytes)
     monkeypatch.setattr(moe_speed, "copy_rate", lambda: 1000.0)
@@ -136,6 +143,7 @@ def stopped_clock(monkeypatch):
 
 
 @pytest.mark.interpreter
+@needs_pytest_benchmark
 def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
     shapes = (
         Shape("all", 128, 64, 2, 2, tuned_once=(7,)),
@@ -150,8 +158,13 @@ def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(moe_speed, "SHAPES", shapes)
     monkeypatch.setattr(moe_speed, "bf16_weights", bf16_weights)
     path = tmp_path / "cells.json"
-    monkeypatch.setattr("sys.argv", ["moe_speed.py", "--tokens", "1", "--json", str(path)])
+    other = tmp_path / "benchmarks.json"
+    options = ["--tokens", "1", "--json", str(path), "--benchmark-json", str(other)]
+    monkeypatch.setattr("sys.argv", ["moe_speed.py", *options])
     moe_speed.main()
+    cells = plots.read(other)
+    assert cells["EP"][1]["seconds"] == dict.fromkeys(moe_speed.LAYERS.values(), 2e-6)
+    assert plots.points(cells["all"]) == [(32 / 9 * 1, 2 * 2 * 3 * 128 * 64 / 2e-6)]
     assert made == ["all"]
     results = json.loads(path.read_text())
     assert results["gpu"] == "none" and results["copy"] == 1000.0
@@ -340,3 +353,71 @@ def test_host_time_measures_every_call(monkeypatch):
     for name, cell in cells.items():
         assert all(value > 0 for value in cell.values()), name
         assert host_time.line(name, cell)
+
+
+def results(path, layers=("triton", "triton, W4A16", "triton, bf16", "torch._grouped_mm, bf16")):
+    """Write a file of benchmarks whose layers take 1, 2, 3 ... times ours, at two numbers of tokens."""
+    made = [
+        benchmark_json.benchmark(
+            "Qwen3", t, layer, [i * t * 1e-6],
+            moe_speed.case_info("Qwen3", t, layer)
+            | {"flop": 1e9 * t, "bytes": 1e6, "copy_gb_s": 4000.0, "cublas_tflops": 800.0},
+        )
+        for t in (8, 1)
+        for i, layer in enumerate(layers, 1)
+    ]  # fmt: skip
+    benchmark_json.write(path, {"gpu": "none"}, made)
+    return path
+
+
+@needs_pytest_benchmark
+def test_benchmarks_have_the_names_of_the_tests():
+    ids = {f"test_moe[{case.id}]" for case in test_speed.CASES}
+    for s in moe_speed.SHAPES:
+        for layer in moe_speed.LAYERS.values():
+            assert benchmark_json.benchmark(s.name, 128, layer, [2e-6], {})["name"] in ids
+    assert len(ids) == len(test_speed.CASES)
+
+
+@needs_pytest_benchmark
+def test_pytest_benchmark_reads_the_file(tmp_path):
+    """As a run to compare with, its own test of the same name beside it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", results(tmp_path / "0001_r.json")],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Qwen3, 8 tokens" in done.stdout and "test_moe[Qwen3-8-triton" in done.stdout
+
+
+@needs_pytest_benchmark
+def test_speedups_leave_out_our_own_variants(tmp_path):
+    by = plots.read(results(tmp_path / "r.json"))["Qwen3"]
+    assert plots.speedups(by) == {
+        "triton, bf16": [(1, pytest.approx(3)), (8, pytest.approx(3))],
+        "torch._grouped_mm, bf16": [(1, pytest.approx(4)), (8, pytest.approx(4))],
+    }
+    assert plots.points(by) == [(1e3, pytest.approx(1e15)), (8e3, pytest.approx(1e15))]
+
+
+@needs_pytest_benchmark
+def test_plots(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = results(tmp_path / "r.json")
+    plots.main([str(path), "--to", str(tmp_path / "new")])
+    assert capsys.readouterr().out.count("new") == 2
+    for name in ("speedup.svg", "roofline.svg"):
+        text = (tmp_path / "new" / name).read_text("utf-8")
+        assert "Qwen3" in text
+        assert "#000000" not in text and "#ffffff" not in text, "unreadable on a dark or light page"
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"benchmarks": []}', "[]"])
+def test_plots_of_no_results(tmp_path, text):
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text, "utf-8")
+    with pytest.raises(
+        SystemExit, match=r"r\.json (is no file of pytest-benchmark|has no time of)"
+    ):
+        plots.main([str(path)])
