@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import torch
 
 from .. import files
+from ..console import progress
+from ..console.table import print_table
 from ..differential import workers
 from ..differential.quantize import CANNOT
 from ..differential.results import FAILED, Cell, Failure, Section, worst
@@ -163,8 +165,10 @@ def _run_all(planned: list[BackendJob], options: SimpleNamespace, out: Path) -> 
             return run_job(job, gpu, max(1, (os.cpu_count() or 1) // len(names)), options, out)
         finally:
             gpus.put(gpu)
+            progress.step()
 
-    return workers.side_by_side(run_one, planned, len(names))
+    with progress.bar("processes", len(planned)):
+        return workers.side_by_side(run_one, planned, len(names))
 
 
 def run_job(
@@ -178,7 +182,7 @@ def run_job(
     variables["OMP_NUM_THREADS"] = str(threads)
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
-    print(f"running {job.part.name}, {job.backend}, {job.math}", flush=True)
+    progress.note(f"running {job.part.name}, {job.backend}, {job.math}")
     for name in ("report.json", "report.html", PRINTED):
         (where / name).unlink(missing_ok=True)
     command = [*CHILD, *job.arguments(options, where)]
@@ -252,13 +256,17 @@ def _tables(results: list[JobResult]) -> Iterator[Section]:
 
 def _print(verdicts: Section, out: Path) -> None:
     print(f"\nverdicts (the report is in {out}):")
-    for row, cells in verdicts.rows.items():
-        print(f"  {row}")
-        for backend, cell in cells.items():
-            if cell.status in FAILED:
-                what = f"FAIL: {cell.failed} of {cell.compared} {cell.status}"
-            elif cell.status == "skipped":
-                what = f"not run: {cell.note}"
-            else:
-                what = f"{cell.status} ({cell.compared})"
-            print(f"    {backend:<22}{what}")
+    rows = [
+        (row, backend, _outcome(cell))
+        for row, cells in verdicts.rows.items()
+        for backend, cell in cells.items()
+    ]
+    print_table(["comparison", "backend", "verdict"], rows, sys.stdout, terminal.style)
+
+
+def _outcome(cell: Cell) -> str:
+    if cell.status in FAILED:
+        return f"FAIL: {cell.failed} of {cell.compared} {cell.status}"
+    return (
+        f"not run: {cell.note}" if cell.status == "skipped" else f"{cell.status} ({cell.compared})"
+    )

@@ -13,8 +13,8 @@ from .. import files
 from ..checkpoints.convert import convert
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.layer_error import print_errors
-from ..checkpoints.progress import Bar
 from ..checkpoints.resumable_writer import RECORD
+from ..console import progress
 from ..exits import CommandError, Exit
 from ..reference import checks
 from ..reference.recipe import Recipe, all_recipes
@@ -34,15 +34,16 @@ def run(options: SimpleNamespace) -> Result:
     except ValueError as e:
         raise CommandError(str(e)) from None
     try:
-        errors = convert(
-            options.source,
-            options.destination,
-            recipe=RECIPES[options.recipe],
-            exclude=options.exclude,
-            input_scale=not options.no_input_scale,
-            device=options.device,
-            progress=Bar(),
-        )
+        with progress.bar("converting", 0):
+            errors = convert(
+                options.source,
+                options.destination,
+                recipe=RECIPES[options.recipe],
+                exclude=options.exclude,
+                input_scale=not options.no_input_scale,
+                device=options.device,
+                progress=progress.update,
+            )
     except CheckpointError as e:
         broke_off = isinstance(e.__cause__, OSError | SafetensorError)
         raise CommandError(e.for_a_terminal(), Exit.BROKEN if broke_off else Exit.USAGE) from None

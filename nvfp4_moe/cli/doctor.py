@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ..console import progress
 from ..exits import Exit
 from ..kernels.flashinfer import version
 from ..kernels.moe.api import explain_fused_moe
@@ -19,7 +20,8 @@ from .output import Result
 
 
 def run(options: SimpleNamespace) -> Result:
-    examined = examine()
+    with progress.bar("examining this machine"):
+        examined = examine()
     print(
         "versions: "
         + ", ".join(f"{k} {v or '(not installed)'}" for k, v in examined["versions"].items())

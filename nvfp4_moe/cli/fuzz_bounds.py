@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..console import progress
 from ..differential import workers
 from ..differential.fuzz import JudgedRun, judged
 from ..exits import Exit
@@ -56,6 +57,7 @@ class Tally:
         self.values += got.numel()
         if one.stage == "output":
             self.runs[one.way] += 1
+            progress.step()
             self.outputs += got.numel()
         if bad:
             at = tuple(wrong.nonzero()[0].tolist())
@@ -128,8 +130,9 @@ def run(options: SimpleNamespace) -> Result:
     each = -(-options.runs // count)
     jobs = [(options.seed + i, count, each, options.seconds, settings) for i in range(count)]
     start = time.monotonic()
-    for done in [part(*jobs[0])] if count == 1 else workers.call(part, jobs):
-        tally.merge(done)
+    with progress.bar("runs", options.runs):
+        for done in [part(*jobs[0])] if count == 1 else workers.call(part, jobs):
+            tally.merge(done)
     print(tally)
     print(f"{time.monotonic() - start:.0f} seconds; seeds from {options.seed} on")
     for alarm in tally.alarms[:_SHOWN]:

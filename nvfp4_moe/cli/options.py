@@ -22,6 +22,21 @@ LAYERS = ("few", "small", "large")
 """The keys of `cases/moe.py`, SETS."""
 FLASHINFER_VERSIONS = ("0.7.2", "0.7.4")
 """Those of `reference/recipe.py`; the first is its default."""
+ROUTINGS = (
+    "Default",
+    "Renormalize",
+    "DeepSeekV3",
+    "Llama4",
+    "RenormalizeNaive",
+    "TopK",
+    "SigmoidRenorm",
+    "MiniMax2",
+    "Sigmoid",
+    "TopKSigmoid",
+)
+"""The methods of `reference/moe/routing.py`."""
+BUILDS = ("cuda", "cute-dsl", "cutlass")
+"""Those of `reference/recipe.py`, LayerBuild."""
 CONVERSIONS = (
     "exact",
     *(
@@ -134,6 +149,44 @@ _DOCTOR = Command(
         ("doctor --json", "the same for a bug report"),
     ),
 )
+_EXPLAIN = Command(
+    "explain",
+    ".cli.explain",
+    "say which backend would serve a layer of a shape, and why",
+    "Say which backend would serve a fused layer and its quantizer on a GPU, and why each other would "
+    "not. Nothing is computed, and the GPU need not be here. Without --gpu it is this machine's; a "
+    "machine without one gets a table of all.",
+    (
+        Option("--gpu", "a compute capability, as sm_90 or sm_100", metavar="SM"),
+        Option("--tokens", "rows of the input", int, 16),
+        Option("--hidden", "the hidden size", int, 2048),
+        Option("--intermediate", "the intermediate size of an expert", int, 768),
+        Option("--experts", "the number of experts", int, 128),
+        Option("--top-k", "experts of a token", int, 8),
+        Option("--activation", "of the experts", default="Swiglu"),
+        Option("--routing", "the routing method", default="Renormalize", choices=ROUTINGS),
+        Option(
+            "--build",
+            "the kernels of FlashInfer's whose bits are wanted",
+            default="cuda",
+            choices=BUILDS,
+        ),
+        Option(
+            "--math",
+            "of the quantizers; as the environment says if not given",
+            choices=("fast", "exact"),
+        ),
+        Option("--four-over-six", "with 4over6", bool),
+        Option("--batch-invariant", "a token's bits depend on no other token", bool),
+    ),
+    (
+        ("explain", "Qwen3-30B-A3B's layer on this GPU, or on every kind of GPU"),
+        (
+            "explain --gpu sm_100 --hidden 7168 --intermediate 2048 --experts 32",
+            "a rank of DeepSeek-V3's on Blackwell",
+        ),
+    ),
+)
 _FUZZ_BOUNDS = Command(
     "fuzz-bounds",
     ".cli.fuzz_bounds",
@@ -225,6 +278,15 @@ _SOLUTIONS = Command(
 )
 COMMANDS = {
     command.name: command
-    for command in (_DIFF, _BLACKWELL, _REPLAY, _DOCTOR, _FUZZ_BOUNDS, _CONVERT, _SOLUTIONS)
+    for command in (
+        _DIFF,
+        _BLACKWELL,
+        _REPLAY,
+        _DOCTOR,
+        _EXPLAIN,
+        _FUZZ_BOUNDS,
+        _CONVERT,
+        _SOLUTIONS,
+    )
 }
 """Every subcommand by its name, in the order of `--help`."""

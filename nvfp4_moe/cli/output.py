@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import files
+from ..console import progress
 from ..exits import Exit
 from .declaration import STDOUT
 
@@ -24,21 +25,22 @@ class Result:
 
 
 def run(command: Callable[[SimpleNamespace], Result], options: SimpleNamespace) -> int:
-    """Run a command and write its document where `--json` says.
+    """Run a command, with progress on stderr, and write its document where `--json` says.
 
     With the document on standard output, all that the command prints goes to stderr.
 
     Raises:
         CommandError: the file cannot be written; the command was not begun.
     """
-    if options.json is None:
-        return command(options).status
-    if options.json != STDOUT:
+    if options.json not in (None, STDOUT):
         files.check_file("--json", options.json)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(progress.shown_on(sys.stderr))
         if options.json == STDOUT:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         result = command(options)
+    if options.json is None:
+        return result.status
     text = json.dumps(result.document, indent=1) + "\n"
     if options.json == STDOUT:
         sys.stdout.write(text)

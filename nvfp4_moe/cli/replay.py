@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 from .. import files
+from ..console import progress
 from ..differential import own_backend
 from ..exits import CommandError, Exit
 from ..failures import replay
@@ -16,7 +17,10 @@ from .output import Result
 def run(options: SimpleNamespace) -> Result:
     files.check_safetensors("FILE", options.file)
     try:
-        with _own_backend(failure := load(options.file), options.backend):
+        with (
+            _own_backend(failure := load(options.file), options.backend),
+            progress.bar("running the case again"),
+        ):
             result = replay.replay(failure, options.backend)
     except (ReplayFileError, replay.UnknownBackendError) as error:
         raise CommandError(str(error)) from None

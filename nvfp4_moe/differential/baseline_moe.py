@@ -13,6 +13,7 @@ import torch
 from ..cases import baseline_moe as matrix
 from ..cases import inputs
 from ..cases.baseline_moe import BaselineCase
+from ..console import progress
 from ..exits import CommandError
 from ..kernels.baseline_moe.backends import BASELINE_MOE
 from ..kernels.baseline_moe.call import BaselineCall
@@ -59,7 +60,7 @@ def run(names: list[str] | None = None, options: RunOptions = ONCE) -> PartResul
             if reason is not None and names is None:
                 idle.setdefault(reason, []).append(name)
                 continue
-            for case in every:
+            for case in progress.track(every, f"{TITLE}: {name}"):
                 section.put(case.name, name, _skipped(reason) or _judged(case, name, options))
             if name == NAMES["mxfp8"]:  # the one with a kernel for it, whose bits are determined
                 cell = _skipped(reason) or _of_quantizer(every[0].experts)

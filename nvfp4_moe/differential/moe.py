@@ -15,6 +15,7 @@ import torch
 from ..cases import moe as moe_cases
 from ..cases.moe import EXPERTS, INTERMEDIATE, TENSOR, TOKENS, TOP_K
 from ..cases.moe_case import MoECase
+from ..console import progress
 from ..exits import CommandError
 from ..kernels.moe.backends import FUSED_MOE
 from . import accumulation, difference_map, flashinfer_tactics, workers
@@ -63,7 +64,7 @@ def run(
     interpreted = _interpret(every) if workers.INTERPRETER in names else []
     if options.every_configuration and "triton" in names and on_gpu:
         _compile_ahead(every, options)
-    for i, case in enumerate(on_device):
+    for i, case in enumerate(progress.track(on_device, TITLE)):
         allowed: dict[tuple[bool, bool], Allowed] = {}
         for name in names:
             if name == workers.INTERPRETER:
@@ -186,7 +187,8 @@ def _failures(allowed: Allowed, output: Output, title: str) -> Iterator[tuple[St
 
 def _compile_ahead(every: list[MoECase], options: RunOptions) -> None:
     """Compile the GEMMs of every configuration side by side, into Triton's cache."""
-    workers.call(_compile, [(case, options) for case in every])
+    with progress.bar("compiling layers", len(every)):
+        workers.call(_compile, [(case, options) for case in every])
 
 
 def _compile(case: MoECase, options: RunOptions) -> None:
@@ -205,4 +207,5 @@ def _interpret(every: list[MoECase]) -> list[dict[str, Output] | str]:
     """The outputs of the Triton kernels in the interpreter, or the reason why they do not serve."""
     if reason := workers.interpreter_refusal():
         return [reason] * len(every)
-    return workers.call_interpreted(_serve_in_triton, [(case,) for case in every])
+    with progress.bar("layers in Triton's interpreter", len(every)):
+        return workers.call_interpreted(_serve_in_triton, [(case,) for case in every])

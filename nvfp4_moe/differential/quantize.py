@@ -10,6 +10,7 @@ import torch
 from ..cases import inputs
 from ..cases import quantize as quantize_cases
 from ..cases.quantize import Case, Input
+from ..console import progress
 from ..exits import CommandError, Exit
 from ..kernels import environment
 from ..kernels.backends import UnsupportedError
@@ -81,7 +82,7 @@ def run(selection: InputSelection, backends: list[str]) -> PartResult:
     if "triton" in backends and len(jobs) > FEW:
         quantizers.compile_ahead(jobs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for i, item in enumerate(items):
+    for i, item in enumerate(progress.track(items, "quantizers")):
         x = item.x.to(device)
         for case in item.cases:
             known = {GOLDEN: item.golden, workers.INTERPRETER: interpreted.get(i, {})}

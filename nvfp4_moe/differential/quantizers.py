@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..cases.quantize import Case
+from ..console import progress
 from ..kernels.quantize.api import QUANTIZE
 from ..kernels.quantize.call import QuantizeCall, make_quantize_call
 from ..reference.quantize import Quantized
@@ -50,7 +51,8 @@ def refusal(backend: str, x: torch.Tensor, case: Case) -> str | None:
 
 def interpret(jobs: list[Job]) -> list[Quantized]:
     """The Triton kernels' answers from their interpreter."""
-    return workers.call_interpreted(run, [("triton", x, case) for x, case in jobs])
+    with progress.bar("quantizers in Triton's interpreter", len(jobs)):
+        return workers.call_interpreted(run, [("triton", x, case) for x, case in jobs])
 
 
 def compile_ahead(jobs: list[Job]) -> None:
@@ -63,7 +65,8 @@ def compile_ahead(jobs: list[Job]) -> None:
     for x, case in jobs:
         kernel = replace(case, global_scale=case.global_scale and 1.0)
         shapes.setdefault(kernel, {})[x.shape, x.dtype] = None
-    workers.call(_compile, [(list(of), case) for case, of in shapes.items()])
+    with progress.bar("compiling quantizers", len(shapes)):
+        workers.call(_compile, [(list(of), case) for case, of in shapes.items()])
 
 
 def _compile(shapes: list[tuple[torch.Size, torch.dtype]], case: Case) -> None:

@@ -19,12 +19,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..console import progress
+
 INTERPRETER = "triton (interpreter)"
 """The name of the Triton kernels that run in Triton's interpreter, as a backend of comparisons."""
 MAX_WORKERS = 16
 """Child processes at a time, each of which imports torch."""
 GRACE_SECONDS = 20.0
 """Seconds that a terminated child may take to end before it is killed."""
+_POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parents[2]
 _running: set[subprocess.Popen] = set()
 T = TypeVar("T")
@@ -36,14 +39,23 @@ def at_a_time(jobs: int) -> int:
     return min(os.cpu_count() or 1, MAX_WORKERS, max(1, jobs))
 
 
-def side_by_side(function: Callable[[T], R], items: Iterable[T], count: int) -> list[R]:
+def side_by_side(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    count: int,
+    poll: Callable[[], None] = lambda: None,
+) -> list[R]:
     """Call `function` with each item, in `count` threads that each wait for processes of their own.
 
-    An exception ends every process that runs, and is raised.
+    An exception ends every process that runs, and is raised. `poll` is called twice a second.
     """
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
+            for future in futures:
+                while wait([future], _POLL_SECONDS).not_done:
+                    poll()
+                future.result()
             return [future.result() for future in futures]
         except BaseException:
             for future in futures:
@@ -105,6 +117,8 @@ def call(
 ) -> list[R]:
     """Call `function` with the arguments of each job, in one process for each processor.
 
+    Each job that is done is a step of the bar that is open (`console.progress`).
+
     Args:
         function: a function at the top of a module, which a child imports by its name.
         environment: variables that the children have besides those of this process.
@@ -114,24 +128,45 @@ def call(
     """
     count = at_a_time(len(jobs))
     results: list[Any] = [None] * len(jobs)
-    shares = side_by_side(
-        lambda i: call_in_one(function, jobs[i::count], _ROOT, **environment), range(count), count
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        steps = Steps([Path(folder) / str(i) for i in range(count)])
+        shares = side_by_side(
+            lambda i: call_in_one(function, jobs[i::count], _ROOT, steps.files[i], **environment),
+            range(count),
+            count,
+            steps.poll,
+        )
     for i, share in enumerate(shares):
         results[i::count] = share
     return results
+
+
+class Steps:
+    """The progress of child processes: each adds a byte to its file for each job that it has done."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self._seen = 0
+
+    def poll(self) -> None:
+        """Count what is new as steps of this process's bar."""
+        done = sum(file.stat().st_size for file in self.files if file.exists())
+        progress.step(done - self._seen)
+        self._seen = done
 
 
 def call_in_one(
     function: Callable[..., R],
     jobs: Sequence[tuple[Any, ...]],
     root: Path = _ROOT,
+    steps: Path | None = None,
     **environment: str,
 ) -> list[R]:
     """Call `function` with the arguments of each job, in one process.
 
     Args:
         root: the folder that has the package, or the copy of it whose `function` is called.
+        steps: a file that gets a byte for each job that is done.
 
     Raises:
         RuntimeError: as for `call`.
@@ -143,6 +178,7 @@ def call_in_one(
         file = Path(folder) / "jobs.pt"
         torch.save((function, list(jobs)), file)  # the function as its module's and its own name
         command = [sys.executable, "-m", __name__, str(file), str(os.getpid())]
+        command += [] if steps is None else [str(steps)]
         status, printed = run(command, cwd=root, env=variables)  # `-m` looks in cwd first
         if status:
             name = f"{function.__module__}.{function.__qualname__}"
@@ -173,4 +209,10 @@ if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     file = Path(sys.argv[1])
     function, jobs = torch.load(file, weights_only=False)
-    torch.save([function(*job) for job in jobs], file)
+    if sys.argv[3:]:
+        progress.count_into(Path(sys.argv[3]))
+    results = []
+    for job in jobs:
+        results.append(function(*job))
+        progress.step()
+    torch.save(results, file)

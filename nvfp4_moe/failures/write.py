@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cases.moe_case import to_device
+from ..console import progress
 from ..differential.flashinfer_tactics import DEFAULT
 from ..differential.moe import WrongOutput
 from ..differential.quantize import GOLDEN, QuantizerDifference
@@ -67,7 +68,7 @@ def write_failures(results: Iterable[PartResult], folder: Path) -> None:
     files = 0
     for result in results:
         first = {id(c.failures[0]) for c in result.section.cells if c.failures}
-        for case in result.failures:
+        for case in progress.track(result.failures, "writing failing cases"):
             write_one = _WRITERS.get(type(case))
             if write_one and id(case.failure) in first and files < MOST_FILES:
                 files += 1

@@ -1,16 +1,28 @@
 """Prints the results of `nvfp4-moe diff` on a terminal."""
 
 # SPDX-License-Identifier: Apache-2.0
+import re
 from collections import Counter
 from typing import Any, TextIO
 
 import torch
 
+from ..console.table import print_table
 from ..differential.results import FAILED, Cell, PartResult, Section
 from ..exits import Exit
 from .data import Report
 
 _SHOWN = 10
+_STYLES = {
+    r"\b(DIFFER|FAIL)|\d differ\b": "bold red",
+    r"\b(identical|inside)\b": "green",
+    r"^(not run|not judged|skipped)|^-$": "dim",
+}
+
+
+def style(cell: str) -> str:
+    """Return the style of an outcome in a table."""
+    return next((found for pattern, found in _STYLES.items() if re.search(pattern, cell)), "")
 
 
 def print_quantizers(
@@ -67,10 +79,12 @@ def print_layers(
     if not section.rows:
         return
     print(f"\n{section.title}: {section.notes[0]}", file=stream)
-    width = max(map(len, section.rows), default=0)
-    for row, cells in section.rows.items():
-        for backend, cell in cells.items():
-            print(f"  {row:<{width}}  {backend:<22}{_verdict(cell)}", file=stream)
+    rows = [
+        (row, backend, _verdict(cell))
+        for row, cells in section.rows.items()
+        for backend, cell in cells.items()
+    ]
+    print_table(["case", "backend", "verdict"], rows, stream, style)
     _failures(result, stream)
 
 
@@ -82,16 +96,11 @@ def print_format_errors(errors_by_group: dict[str, dict[str, float]], stream: Te
 
 
 def _table(section: Section, stream: TextIO) -> None:
-    widths = [max(len(column), 14) for column in section.columns]
-    first = max(map(len, section.rows), default=10)
-    head = "  ".join(f"{c:<{w}}" for c, w in zip(section.columns, widths, strict=True))
-    print(f"{'input, mode':<{first}}  {head}".rstrip(), file=stream)
-    for name, row in section.rows.items():
-        cells = (
-            f"{_pair(row.get(column)):<{width}}"
-            for column, width in zip(section.columns, widths, strict=True)
-        )
-        print(f"{name:<{first}}  {'  '.join(cells)}".rstrip(), file=stream)
+    rows = [
+        [name, *(_pair(row.get(column)) for column in section.columns)]
+        for name, row in section.rows.items()
+    ]
+    print_table(["input, mode", *section.columns], rows, stream, style)
 
 
 def _pair(cell: Cell | None) -> str:

@@ -1,7 +1,6 @@
 """NVFP4 checkpoints are read to the bit, in every naming and format, and refused with a list."""
 
 # SPDX-License-Identifier: Apache-2.0
-import io
 import json
 from dataclasses import replace
 
@@ -27,7 +26,6 @@ from checkpoint_cases import (
 from safetensors.torch import load_file, save_file
 
 from nvfp4_moe.checkpoints import CheckpointError, Folder, find_layers, load_experts
-from nvfp4_moe.checkpoints.progress import Bar
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.prepare import assemble_experts
@@ -493,15 +491,3 @@ def test_progress_counts_experts_twice(tmp_path, capsys):
     load_experts(folder, 3, progress=lambda *step: seen.append(step))
     assert [s[:2] for s in seen] == [(i, EXPERTS) for i in range(1, EXPERTS + 1)] * 2
     assert seen[0][2].startswith("checked expert 0") and seen[-1][2].startswith("read expert 3")
-
-
-def test_the_bar_shows_on_a_terminal_only(tmp_path):
-    stream = io.StringIO()
-    Bar(stream)(1, 2, "x")
-    assert stream.getvalue() == ""
-    stream.isatty = lambda: True
-    bar = Bar(stream)
-    bar(1, 2, "half")
-    bar(2, 2, "all")
-    assert stream.getvalue().endswith("#" * 30 + "] 2/2 all\n")
-    assert "#" * 15 + "." * 15 + "] 1/2 half" in stream.getvalue()

@@ -33,7 +33,8 @@ from nvfp4_moe.differential import quantize as diff_quantize
 from nvfp4_moe.differential import workers
 from nvfp4_moe.exits import Exit
 from nvfp4_moe.failures.replay_file import save_quantizer
-from nvfp4_moe.reference.recipe import FLASHINFER, FlashInferVersion
+from nvfp4_moe.reference.moe.routing import RoutingMethodType
+from nvfp4_moe.reference.recipe import FLASHINFER, FlashInferVersion, LayerBuild
 from nvfp4_moe.report import parts
 
 
@@ -348,6 +349,9 @@ def test_the_choices_of_options_are_the_keys_of_their_tables():
     assert get_args(FlashInferVersion) == options.FLASHINFER_VERSIONS
     assert options.FLASHINFER_VERSIONS[0] == FLASHINFER
     assert tuple(convert_command.RECIPES) == options.CONVERSIONS
+    methods = [m.name for m in RoutingMethodType if m is not RoutingMethodType.Unspecified]
+    assert tuple(methods) == options.ROUTINGS
+    assert get_args(LayerBuild) == options.BUILDS
     assert set(options.RENAMED_PARTS.values()) <= set(options.PARTS)
 
 

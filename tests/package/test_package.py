@@ -35,15 +35,16 @@ LINKS = {
 }
 FOLDERS: dict[str, set[str]] = {
     "cases": set(),
+    "console": set(),
     "checkpoints": set(),
     "parallel": set(),
     "training": set(),
     "serving": {"canary", "checkpoints", "training"},
-    "differential": {"cases"},
-    "report": {"cases", "differential"},
-    "failures": {"cases", "differential", "report"},
+    "differential": {"cases", "console"},
+    "report": {"cases", "console", "differential"},
+    "failures": {"cases", "console", "differential", "report"},
     "canary": {"cases", "differential", "failures"},
-    "cli": {"cases", "checkpoints", "differential", "failures", "report", "serving"},
+    "cli": {"cases", "checkpoints", "console", "differential", "failures", "report", "serving"},
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
 reference. `cli` runs commands by the functions of the others, and nothing imports `cli` but
