@@ -21,6 +21,7 @@ from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
 from nvfp4_moe.kernels.moe import launch, routing
 from nvfp4_moe.kernels.moe.finalize import finalize
+from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked.rows import copy_rows
 from nvfp4_moe.kernels.moe.permute import Permutation
 from nvfp4_moe.kernels.quantize import kernel as k
@@ -113,6 +114,11 @@ def _finalize(tokens: int) -> Tensor:
 def _copied(rows: int) -> Tensor:
     x, index = _behind(_values(4, 64), rows), _behind(host.arange(rows - 4, rows).int(), rows)
     return copy_rows(x, index)[-4:]
+
+
+def _in_fragments(rows: int) -> Tensor:
+    x = _behind(_values(4, 16384), rows)
+    return in_fragments(x, host.arange(rows).int()[:, None])[-4:]
 
 
 def _route(tokens: int) -> Any:
@@ -219,6 +225,7 @@ def calls() -> Iterator[tuple[str, Callable[[], FarCall]]]:
     yield "far, decode weights", lambda: FarCall(_decode_weights, 128, k64 + 128)
     yield "far, finalize", lambda: FarCall(_finalize, 4, k64 + 4, 4)
     yield "far, copied rows", lambda: FarCall(_copied, 4, k64 + 4, 4)
+    yield "far, fragments", lambda: FarCall(_in_fragments, 4, FAR // 16384 + 4)
     yield "far, route", lambda: FarCall(_route, 4, k64 + 4, 4)
     yield "far, quantize", lambda: FarCall(_quantize, 4, 2 * k64 + 4, 1)
     yield "far, quantize chosen rows", lambda: FarCall(_quantize_chosen, 4, 2 * k64 + 4, 1)

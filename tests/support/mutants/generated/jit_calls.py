@@ -157,6 +157,11 @@ def _of_two(name: str, ftz: bool) -> tuple[list[Tensor], Tensor]:
     """(arguments, results)"""
     if name in ("flush", "reciprocal", "rcp", "to_bf16", "ex2", "tanh"):
         x = _many()
+        if name == "ex2":
+            steps = host.arange(-8, 9)
+            ends = host.fp32([126.0, 127.0, 128.0, 149.0]).view(torch.int32)
+            ends = (ends[:, None] + steps.int()).view(torch.float32).flatten()
+            x = torch.cat([x, ends, -ends])
         if name == "to_bf16":
             half = (_patterns(torch.bfloat16).float().view(torch.int32) | 0x8000).view(
                 torch.float32

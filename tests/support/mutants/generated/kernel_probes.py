@@ -119,6 +119,9 @@ def _parts() -> Named:
     for kind in ("codes", "bf16", "quantized"):
         yield f"fragments, {kind}", functools.partial(FragmentsCall, kind)
         yield f"fragments, {kind}, indexed", functools.partial(FragmentsCall, kind, indexed=True)
+        yield f"fragments, {kind}, whole", functools.partial(FragmentsCall, kind, 1280)
+    tiny = functools.partial(FragmentsCall, recipe=Recipe(build="cute-dsl"), tiny=True)
+    yield "fragments, quantized, tiny", lambda: tiny("quantized")
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
     yield "finalize, groups", lambda: FinalizeCall(torch.float32, "flashinfer", top_k=9)
     single = torch.float32
@@ -243,8 +246,8 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_named("function, decode", "decode", "far, decode", "fragments, codes"),
         "dense", "qwen", "bf16", "grid",
     ),
-    "kernels/jit/fragments.py": _named("fragments"),
-    "kernels/moe/hopper/rows.py": _named("fragments, bf16"),
+    "kernels/jit/fragments.py": _named("fragments", "far, fragments"),
+    "kernels/moe/hopper/rows.py": _named("fragments, bf16", "far, fragments"),
     "kernels/moe/hopper/grouped_gemm.py": _named("ring"),
     "kernels/moe/hopper/fragments.py": _named("ring"),
     "kernels/jit/e2m1.py": (*_named("function, e2m1", "compiled, e2m1"), *_BLOCKS),

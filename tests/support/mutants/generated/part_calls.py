@@ -190,15 +190,15 @@ class FragmentsCall:
 
     kind: str
     columns: int = 1216
-    indexed: bool = (
-        False  # by a row index that leaves the middle row out, each other in its own place
-    )
+    indexed: bool = False  # by a row index that leaves out the last row
+    recipe: Recipe = Recipe("exact")  # noqa: RUF009 (frozen)
+    tiny: bool = False  # a row whose scale is subnormal
 
     def _states(self) -> Tensor:
-        g = torch.Generator().manual_seed(3)
-        return torch.randn(
-            3, self.columns, dtype=torch.float32, device="cpu", generator=g
-        ).bfloat16()
+        x = host.normal(torch.Generator().manual_seed(3), 3, self.columns)
+        if self.tiny:
+            x[2] *= 2.0**-120
+        return x.bfloat16()
 
     def answer(self, device: str = "cpu") -> list[Tensor]:
         given = {"row_index": _INDEX} if self.indexed else {"place": _PLACES}
@@ -210,7 +210,7 @@ class FragmentsCall:
             rows = in_fragments(self._states().to(device), **where)
         else:
             x = self._states().to(device)
-            rows, token = quantize_to_fragments(x, Recipe("exact"), per_token=True, **where)
+            rows, token = quantize_to_fragments(x, self.recipe, per_token=True, **where)
         found = [rows] if token is None else [rows, token]
         (places,) = given.values()
         return [t.cpu()[places[places >= 0].long()] for t in found]
@@ -221,7 +221,7 @@ class FragmentsCall:
         elif self.kind == "bf16":
             values, token = self._states(), None
         else:
-            q = quantize_per_token(self._states(), Recipe("exact").base_scale_inv, Recipe("exact"))
+            q = quantize_per_token(self._states(), self.recipe.base_scale_inv, self.recipe)
             values, token = dequantize(q.codes, q.block_scales, 1.0), q.per_token_scale
         source = torch.arange(3, dtype=torch.int64, device="cpu")[:, None].expand(-1, 2)
         source = _INDEX[_INDEX >= 0].long() if self.indexed else source[_PLACES >= 0]
@@ -229,8 +229,8 @@ class FragmentsCall:
         return exactly([t[source] for t in want])
 
 
-_PLACES = torch.tensor([[2, 5], [-1, 0], [3, -1]], dtype=torch.int32, device="cpu")
-_INDEX = torch.tensor([0, -1, 2], dtype=torch.int32, device="cpu")
+_PLACES = torch.tensor([[2, 5], [-1, 1], [3, -1]], dtype=torch.int32, device="cpu")
+_INDEX = torch.tensor([0, 1, -1], dtype=torch.int32, device="cpu")
 _TOKEN = torch.tensor([0.5, 3.0, 0.125], dtype=torch.float32, device="cpu")
 
 

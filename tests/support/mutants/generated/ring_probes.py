@@ -240,6 +240,7 @@ def named() -> Named:
             f"ring, tiles of {config.bn}",
             functools.partial(_exact_of, config, rows),
         )
+    yield "ring, 128 steps", lambda: FusedCall(exact(_A.Relu2, 16384, 128, (3,)), SMALL)
     yield "ring, tiles of 64, gated", lambda: _of(_A.Swiglu, 144, 64, (40, 9), CONFIGS[3])
     for static in moe_edges.static(Recipe()):
         if static.name.startswith(("Swiglu,", "Relu2,")):
