@@ -284,6 +284,10 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "Columns behind K are made zero, and rows that are not live go nowhere.": (
         "kernels rows_kernel: constant: 0.0 -> 1.0",
     ),
+    "In the end NaN is given back as it came.": (
+        "kernels ex2_approx: constant: tl.where(x == x, tl.where(tl.abs(x) < 1000.0, tl.abs(x), "
+        "1000.0), 0.0) -> tl.where(x == x, tl.where(tl.abs(x) < 1000.0, tl.abs(x), 1000.0), 1.0)",
+    ),
     "It is added to zeros of int64.": (
         "kernels rows_kernel: rounding: tl.program_id(0).to(tl.int64) -> tl.program_id(0)",
     ),
@@ -425,13 +429,20 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "A product with a power of two is exact in fp32 too, so that there is one rounding.": (
         "reference Hopper.sigmoid: rounding: tanh.double() -> tanh",
         "reference ex2_approx_ftz: rounding: x.abs().double() -> x.abs()",
+        "kernels ex2_approx: rounding: size.to(tl.float64) -> size",
     ),
     "Of subnormal numbers and of 0 the steps are 0, with either sign.": (
+        "kernels ex2_approx: rounding: flush(x, True, ARCH) -> x",
+        "kernels ex2_approx: comparison: x < 0 -> x <= 0",
         "reference ex2_approx_ftz: rounding: flush(x) -> x",
         "reference ex2_approx_ftz: comparison: x < 0 -> x <= 0",
     ),
     "Beyond the limit the result is 0 or infinity.": (
         "reference ex2_approx_ftz: constant: 1000.0 -> 1000.0000610351562",
+        "kernels ex2_approx: comparison: tl.abs(x) < 1000.0 -> tl.abs(x) <= 1000.0",
+        "kernels ex2_approx: constant: tl.abs(x) < 1000.0 -> tl.abs(x) < 1000.0000610351562",
+        "kernels ex2_approx: constant: tl.where(tl.abs(x) < 1000.0, tl.abs(x), 1000.0) -> "
+        "tl.where(tl.abs(x) < 1000.0, tl.abs(x), 1000.0000610351562)",
     ),
     "The conversion to fp32 gives infinity too.": (
         "reference ex2_approx_ftz: comparison: y >= 2.0 ** 128 -> y > 2.0 ** 128",
