@@ -33,6 +33,7 @@ SWITCH_VARIABLES = (
     "SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION",
 )
 CACHE_VARIABLES = ("NVFP4_MOE_CACHE", "XDG_CACHE_HOME")
+RECORDS_VARIABLE = "NVFP4_MOE_RECORDS"
 TRACEBACK_VARIABLE = "NVFP4_MOE_TRACEBACK"
 CANARY_VARIABLES = (
     "NVFP4_MOE_CANARY",
@@ -44,6 +45,7 @@ VARIABLES = (
     *FOUR_OVER_SIX_VARIABLES,
     *SWITCH_VARIABLES,
     *CACHE_VARIABLES,
+    RECORDS_VARIABLE,
     TRACEBACK_VARIABLE,
     *CANARY_VARIABLES,
     VALUES_VARIABLE,
@@ -151,6 +153,11 @@ def cache_folder() -> Path | None:
         return Path.home() / ".cache" / "nvfp4-moe"
     except RuntimeError:
         return None
+
+
+def records_wanted() -> bool:
+    """False if no call is to be repeated from a record of its launches: the variable is exactly "0"."""
+    return os.environ.get(RECORDS_VARIABLE) != "0"
 
 
 def traceback_wanted() -> bool:

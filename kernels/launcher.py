@@ -138,7 +138,7 @@ def _moved(value: Any, expand: _Expand) -> Any:
     if not hasattr(value, "at"):
         return value
     one = next(expand)
-    at = functools.lru_cache(64)(lambda address: one(value.at(address)))
+    at = functools.lru_cache(512)(lambda address: one(value.at(address)))
     return records.Described(value.base.data_ptr(), at)
 
 

@@ -48,7 +48,7 @@ _COPYING = {
 }
 """Operations that make a new tensor of one, and are run again."""
 
-enabled = True
+enabled = environment.records_wanted()
 """False: no call is recorded or repeated."""
 _direct: Callable[[], bool] | None = None
 _kept: dict[Any, Any] = {}
@@ -76,6 +76,7 @@ def serve() -> bool:
         enabled
         and _direct is not None
         and _direct()
+        and torch.cuda.is_initialized()  # never in a fork of a process that used the GPU
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
@@ -234,7 +235,7 @@ class Recorder(TorchDispatchMode):
         self.launches: list[list[str]] = []
         """The function and the arguments of each launch, as text."""
         self.lines: list[str] = []
-        """The launches and copies in order, as text."""
+        """The text of the launches and copies, in order."""
         self.scope: dict[str, Any] = {}
         """What the text names."""
         self.read: set[str] = set()
@@ -277,16 +278,11 @@ class Recorder(TorchDispatchMode):
             rest: the number of constants, for each of which None stands.
         """
         self.scope["device"] = device
-        arguments = [
-            str(grid[0]),
-            str(grid[1]),
-            "1",
-            "stream",
-            *map(self._text, (*before, *values)),
-        ]
-        self.launches.append([self._named(call), *arguments, *["None"] * rest])
-        function, *arguments = self.launches[-1]
-        self.lines.append(f"{function}({', '.join(arguments)})")
+        made = [*map(str, grid), "1", "stream", *map(self._text, (*before, *values))]
+        made += ["None"] * rest
+        function = self._named(call)
+        self.launches.append([function, *made])
+        self.lines.append(f"{function}({', '.join(made)})")
 
     def _allocate(self, t: torch.Tensor) -> str:
         """Note new memory; return the name of its address."""

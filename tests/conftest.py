@@ -35,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             help=f"fail at once unless this version of {package} is the first on sys.path",
         )
 
+    parser.addoption(
+        "--records",
+        action="store_true",
+        help="launch calls that repeat from their records; a test that replaces a kernel may then fail",
+    )
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, whose default is "load"
 def pytest_cmdline_main(config: pytest.Config) -> None:
@@ -105,9 +111,9 @@ def no_tuned_configurations(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_call_is_repeated_from_a_record(monkeypatch):
+def no_call_is_repeated_from_a_record(monkeypatch, pytestconfig):
     """Every call goes its whole way, through what a test has put in place of something."""
-    monkeypatch.setattr(records, "enabled", False)
+    monkeypatch.setattr(records, "enabled", pytestconfig.getoption("--records"))
 
 
 @pytest.fixture

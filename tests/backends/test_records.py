@@ -289,6 +289,9 @@ def test_what_a_call_depends_on_is_asked_each_time(launches, monkeypatch):
     needs = logits.clone().requires_grad_()
     with torch.enable_grad():
         assert all(whole(logits=needs) for _ in range(4))
+    with monkeypatch.context() as patch:  # as in a forked process, where CUDA must not be asked
+        patch.setattr(torch.cuda, "is_initialized", lambda: False)
+        assert whole()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: 1)
         assert whole()

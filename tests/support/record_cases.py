@@ -95,6 +95,23 @@ def quantize(device: str, **options: Any) -> Call:
     return lambda: nvfp4_moe.nvfp4_quantize(x, 1 / 2688, per_token_activation=True, **options)
 
 
+def silu(device: str) -> Call:
+    x = inputs(3, device)[0]
+    return lambda: nvfp4_moe.silu_and_mul_nvfp4_quantize(x, backend="triton")
+
+
+def rmsnorm(device: str) -> Call:
+    """Return a call that adds to a residual, which has its first values again each time."""
+    x, residual = (inputs(3, device)[0] for _ in range(2))
+    weight, total = torch.rand(H, device=device).bfloat16(), torch.empty_like(residual)
+
+    def call() -> Any:
+        total.copy_(residual)
+        return *nvfp4_moe.add_rmsnorm_nvfp4_quantize(x, total, weight, backend="triton"), total
+
+    return call
+
+
 def global_scale(device: str) -> Call:
     x, scale = inputs(3, device)[0], torch.rand(1, device=device) + 100
     return lambda: nvfp4_moe.nvfp4_quantize(x, scale, backend="triton")
@@ -123,6 +140,8 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "quantize": quantize,
     "global scale": global_scale,
     "4over6": lambda device: quantize(device, nvfp4_4over6=NVFP44Over6Config()),
+    "silu": silu,
+    "rmsnorm": rmsnorm,
     "dense": dense,
     "dense, out": lambda device: dense(device, True),
 }
