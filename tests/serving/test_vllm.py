@@ -159,6 +159,22 @@ def test_weights_in_bf16(name, batch_invariant, monkeypatch):
     )
 
 
+def test_a_canary_watches_the_layers(config, monkeypatch, tmp_path):
+    from nvfp4_moe.canary import from_environment
+
+    monkeypatch.setenv("NVFP4_MOE_CANARY", "1")
+    monkeypatch.setenv("NVFP4_MOE_CANARY_FOLDER", str(tmp_path))
+    w, (x, weights, ids) = cases.weights(), call()
+    method, layer = online(config, w)
+    got = served(method, layer, x, weights, ids)
+    experts = nvfp4_moe.prepare_experts(w.w13, w.down)
+    assert_bitwise(got, nvfp4_moe.fused_moe(x, experts, (ids.int(), weights)), "output")
+    canary = from_environment()
+    canary.wait()
+    assert canary is method.canary
+    assert canary.counts.taken == canary.counts.inside == 1, canary.counts
+
+
 KIND = ActivationType
 ACTIVATIONS = {
     "silu": (KIND.Swiglu, {}, {}),

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
 
+from ...kernels import environment
 from ...kernels.backends import UnsupportedError
 from ...kernels.moe.api import fused_moe
 from ...kernels.moe.call import Mode
@@ -42,6 +43,11 @@ class Served:
         refuse_a_dropped_switch(activation != "static")
         self.activation = activation
         self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
+        self.canary = None
+        if environment.canary_steps() is not None:
+            from ...canary import from_environment
+
+            self.canary = from_environment()
         self.experts: Experts | None = None
         self._read: list[str] = []
 
@@ -124,13 +130,16 @@ class Served:
             [T, H] bf16; experts of other ranks add nothing.
         """
         assert self.experts is not None, "vLLM has not packed the weights"
-        return fused_moe(
-            x.contiguous(),
-            self.experts,
-            (_local(topk_ids, layer.expert_map), topk_weights.contiguous()),
-            activation=self.activation,
-            batch_invariant=self.batch_invariant,
-        )
+        call: dict[str, Any] = {
+            "hidden_states": x.contiguous(),
+            "experts": self.experts,
+            "routing": (_local(topk_ids, layer.expert_map), topk_weights.contiguous()),
+            "activation": self.activation,
+            "batch_invariant": self.batch_invariant,
+        }
+        if self.canary is not None:
+            return self.canary.fused_moe(layer=layer.layer_name, **call)
+        return fused_moe(**call)
 
 
 class OnlineNvfp4MoE(Served, OnlineMoEMethodBase):
