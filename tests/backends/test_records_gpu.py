@@ -7,7 +7,9 @@ import triton
 from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, random_bytes
 
 import nvfp4_moe
+from nvfp4_moe.cases.moe import cases
 from nvfp4_moe.kernels import launcher, records
+from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,3 +126,23 @@ def test_two_layers_take_turns(recorded):
     for _ in range(5):
         for call, right in zip(layers, want, strict=True):
             assert torch.equal(parts(call())[0], right)
+
+
+def test_every_case_of_diff(recorded):
+    """Three more calls of each case that Triton serves: the whole, its record, and from the record."""
+
+    def served(call):
+        return FUSED_MOE.serve(call, "triton")
+
+    names = []
+    for case in cases():
+        call = case.to("cuda").request()
+        if FUSED_MOE.refusal("triton", call) is not None:
+            continue
+        want = parts(served(call))
+        for _ in range(3):
+            (got,) = parts(records.repeat(served, (call,), {}))
+            assert torch.equal(got, want[0]), case.name
+        if recorded[-1].refusal is None:
+            names.append(case.name)
+    assert len(names) >= 40, names
