@@ -7,7 +7,6 @@ name a folder.
 
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,6 @@ def pretend_hopper() -> None:
     """Let torch and CuTe DSL answer for an H200. `compiled` then returns what they compile."""
     if flashinfer.__version__ != VERSION:
         raise SystemExit(f"flashinfer-python is {flashinfer.__version__}; {VERSION} is needed")
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.cuda.current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
@@ -41,7 +39,11 @@ def pretend_hopper() -> None:
     real, stream = cute.compile, cute.runtime.make_fake_stream
 
     def keep(*args: Any, options: str, **keywords: Any) -> None:
-        raise _Compiled(real(*args, options=f"{options} --keep-ptx --keep-cubin", **keywords))
+        arch = "" if "--gpu-arch" in options else "--gpu-arch sm_90a"
+        kept = real(*args, options=f"{options} {arch} --keep-ptx --keep-cubin", **keywords)
+        if ".target sm_90a" not in kept.__ptx__:
+            raise RuntimeError("the kernel was not compiled for sm_90a")
+        raise _Compiled(kept)
 
     cute.compile = keep
     cute.runtime.make_fake_stream = lambda **_: stream()  # TVM's FFI would look for a GPU's stream
