@@ -1,11 +1,13 @@
 """`nvfp4-moe doctor`: what is here, and which backend would serve."""
 
 # SPDX-License-Identifier: Apache-2.0
+import sys
 from types import SimpleNamespace
 
 import torch
 
 from ..console import progress
+from ..console.table import print_table
 from ..exits import Exit
 from ..kernels.flashinfer import version
 from ..kernels.moe.api import explain_fused_moe
@@ -16,39 +18,35 @@ from ..reference.fingerprint import steps
 from ..reference.numerics import fp32
 from ..reference.recipe import Recipe, SfLayout
 from ..reference.weights.prepare import prepare_experts
+from . import doctor_table
+from .explain import as_dict, print_explanation
 from .output import Result
 
 
 def run(options: SimpleNamespace) -> Result:
     with progress.bar("examining this machine"):
         examined = examine()
-    print(
-        "versions: "
-        + ", ".join(f"{k} {v or '(not installed)'}" for k, v in examined["versions"].items())
-    )
-    print(f"commit: {examined['commit'] or '(no checkout)'}")
-    print(f"contract: {examined['contract']}")
-    for gpu in examined["gpus"] or ["none"]:
-        print(f"GPU: {gpu}")
-    print(f"NVIDIA driver: {examined['driver'] or 'none'}")
-    if examined["rcp_table"] is not None:
-        print(f"rcp.approx table: {examined['rcp_table']}")
-        print(f"functions of the routing: {examined['routing_functions']}")
-    print(f"FlashInfer: {examined['flashinfer']['version']}")
+    columns = ["thing", "here", "what mends it"]
+    print_table(columns, doctor_table.rows(examined), sys.stdout, _style)
     for line in examined["flashinfer"]["differences"]:
-        print(f"  {line}")
+        print(f"FlashInfer differs: {line}")
     for build, facts in examined["builds"].items():
         print(f'\na bf16 matrix per token, build="{build}"; auto tries {", ".join(facts["auto"])}:')
-        print(facts["explanation"])
+        print_explanation(facts)
     layer = examined["fused_moe"]
     print(f"\nthe fused mixture of experts, per token; auto tries {', '.join(layer['auto'])}:")
-    print(layer["explanation"])
-    for backend, how in examined["sums"].items():
-        print(f"sums of {backend}: {how}")
+    print_explanation(layer)
     print("\nenvironment:")
-    for name, value in examined["environment"].items():
-        print(f"  {name} = {'(unset)' if value is None else value}")
+    values = examined["environment"].items()
+    variables = [(name, "(unset)" if value is None else value) for name, value in values]
+    print_table(["variable", "value"], variables, sys.stdout, _style)
     return Result(Exit.DONE, examined)
+
+
+def _style(cell: str) -> str:
+    if cell.startswith("NOT "):
+        return "bold red"
+    return "dim" if cell in ("none", "not installed", "(unset)") else ""
 
 
 def examine() -> dict:
@@ -67,12 +65,12 @@ def examine() -> dict:
         )
         builds[build] = {
             "auto": list(auto_order(build)),
-            "would_run": explanation.backend,
-            "reasons": dict(explanation.reasons),
+            **as_dict(explanation),
             "explanation": str(explanation),
         }
     return {
         **machine(),
+        "system": doctor_table.system(),
         "contract_steps": steps(),
         "rcp_table": _rcp_table() if on_gpu else None,
         "routing_functions": _routing_functions() if on_gpu else None,
@@ -109,8 +107,7 @@ def _fused_moe(device: torch.device) -> dict:
     )
     return {
         "auto": list(ORDER),
-        "would_run": explanation.backend,
-        "reasons": dict(explanation.reasons),
+        **as_dict(explanation),
         "explanation": str(explanation),
     }
 

@@ -47,7 +47,7 @@ def run(options: SimpleNamespace) -> Result:
         ((gpu, of_gpu),) = answers.items()
         for call, explanation in of_gpu.items():
             print(f"\n{call} on {gpu}")
-            print_explanation(explanation)
+            print_explanation(as_dict(explanation))
     document = {
         gpu: {call: as_dict(explanation) for call, explanation in of_gpu.items()}
         for gpu, of_gpu in answers.items()
@@ -55,15 +55,15 @@ def run(options: SimpleNamespace) -> Result:
     return Result(Exit.DONE, {"gpus": document})
 
 
-def print_explanation(explanation: Explanation) -> None:
-    """Print the backend that would run, each backend's reason, and the notes."""
-    print(f"would run: {explanation.backend or 'nothing'}")
+def print_explanation(facts: dict[str, Any]) -> None:
+    """Print what `as_dict` returned: the backend that would run, each one's reason, and the notes."""
+    print(f"would run: {facts['would_run'] or 'nothing'}")
     rows = [
         (name, "can serve" if reason is None else f"no: {reason}")
-        for name, reason in explanation.reasons
+        for name, reason in facts["reasons"].items()
     ]
     print_table(["backend", "verdict"], rows, sys.stdout, terminal.style)
-    for note in explanation.notes:
+    for note in facts["notes"]:
         print(f"note: {note}")
 
 

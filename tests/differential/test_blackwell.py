@@ -1,6 +1,7 @@
 """`nvfp4-moe blackwell`, rehearsed: FlashInfer is fake, without or with a fault."""
 
 # SPDX-License-Identifier: Apache-2.0
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -63,7 +64,7 @@ def test_the_rehearsal(tmp_path):
             assert cell.failed == 0
     layers = verdicts.rows["fused mixture of experts, fast math"]
     assert layers["flashinfer:trtllm"].compared > 60  # every tactic, twice
-    assert "flashinfer:trtllm     inside" in child.stdout
+    assert re.search(r"flashinfer:trtllm +inside", child.stdout)
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
@@ -102,7 +103,7 @@ def test_a_process_that_dies(tmp_path, monkeypatch, capfd):
     )
     arguments = ["blackwell", "--backends", "flashinfer:cake", "--report", str(tmp_path)]
     assert main(arguments) == 1
-    assert "flashinfer:cake       FAIL: 1 of 1 crashed" in capfd.readouterr().out
+    assert re.search(r"flashinfer:cake +FAIL: 1 of 1 crashed", capfd.readouterr().out)
     found = report.read(tmp_path / "report.json")
     cell = found.sections[1].rows["the whole process"]["flashinfer:cake"]
     assert cell.note == "dying" and cell.failures[0].summary == "exit status -6"
