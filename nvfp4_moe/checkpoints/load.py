@@ -1,7 +1,7 @@
 """NVFP4 experts from a checkpoint, as the fused call wants them."""
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ _Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 _E4M3_RANGE = 6.0 * 448.0  # by which ModelOpt's activation scales divide the largest magnitude
 
 
-@kept
 def load_experts(
     folder: Path | str | Folder,
     layer: int | str,
@@ -76,17 +75,89 @@ def load_experts(
         checks.integer("layer", layer, 0)
     if activation is not None:
         check_activation(activation)
-    where = checks.device("device", device)
+    checks.device("device", device)
     checks.flag("static", static)
     checks.function("progress", progress, optional=True)
     if local is not None:
         checks.instance("local", local, range, "a range of experts, as range(0, 4)")
-    source = folder if isinstance(folder, Folder) else Folder(folder)
-    progress = progress or silent
-    found = find_layer(source, layer)
-    settle(source, found)
+    plan = plan_layer(
+        folder if isinstance(folder, Folder) else Folder(folder),
+        layer,
+        activation=activation,
+        static=static,
+        local=local,
+        alpha=alpha,
+        beta=beta,
+        clamp_limit=clamp_limit,
+        progress=progress,
+    )
+    return plan.read(device, progress)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layer of a checkpoint that was checked, and can be read."""
+
+    folder: Folder
+    layer: Layer
+    format: Format
+    function: Function
+    experts: range
+    local: range | None  # as `load_experts` was asked
+    static: bool
+    sizes: tuple[int, int]  # H and I
+
+    @kept
+    def read(self, device: torch.device | str = "cpu", progress: Progress | None = None) -> Experts:
+        """Read the experts, one at a time; `load_experts` has the contract.
+
+        Raises:
+            CheckpointError: gate and up have scales of their own where the activation has one for both;
+                static scales that are all zero.
+        """
+        where, function = checks.device("device", device), self.function
+        reader = _Reader(self.folder, self.layer, self.format, where)
+        reader.check_scales(self.experts, function)
+        weights = reader.weights(self.experts, *self.sizes, progress or silent)
+        biases = reader.biases(self.experts)
+        amax = reader.amax() if self.static else (None, None)
+        made = assemble_experts(
+            *weights,
+            function.activation,
+            w13_bias=biases[0],
+            w2_bias=biases[1],
+            alpha=function.alpha,
+            beta=function.beta,
+            clamp_limit=function.clamp_limit,
+            input_amax=amax[0],
+            intermediate_amax=amax[1],
+        )
+        local = self.local
+        return replace(
+            made,
+            router_weight_on_input=function.router_weight_on_input,
+            first_expert=local.start if local is not None and local.step == 1 else None,
+        )
+
+
+@kept
+def plan_layer(
+    folder: Folder,
+    layer: int | str,
+    *,
+    activation: ActivationType | None = None,
+    static: bool = False,
+    local: range | None = None,
+    alpha: torch.Tensor | float | None = None,
+    beta: torch.Tensor | float | None = None,
+    clamp_limit: torch.Tensor | float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Check a layer; the arguments and errors are those of `load_experts`."""
+    found = find_layer(folder, layer)
+    settle(folder, found)
     function = function_of(
-        source, found, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit
+        folder, found, activation=activation, alpha=alpha, beta=beta, clamp_limit=clamp_limit
     )
     experts = range(found.num_experts) if local is None else local
     for name in ("alpha", "beta", "clamp_limit"):
@@ -94,36 +165,16 @@ def load_experts(
             check_parameter(name, value, function.activation, len(experts))
     if not experts or experts[0] < 0 or experts[-1] >= found.num_experts or experts.step != 1:
         checks.wrong_value("local", local, f"a part of range({found.num_experts})")
-    quantization = read_quantization(source)
+    quantization = read_quantization(folder)
     refusal = quantization.refusal(found, experts)
     if refusal is not None:
-        raise CheckpointError(source.path, [refusal])
+        raise CheckpointError(folder.path, [refusal])
     form = quantization.format
-    check = Check(source, found, form, experts, range(found.num_experts) if static else ())
-    if problems := check.run(progress):
-        raise CheckpointError(source.path, problems)
-
-    reader = _Reader(source, found, form, where)
-    reader.check_scales(experts, function)
-    weights = reader.weights(experts, check.hidden_size, check.intermediate_size, progress)
-    biases = reader.biases(experts)
-    amax = reader.amax() if static else (None, None)
-    made = assemble_experts(
-        *weights,
-        function.activation,
-        w13_bias=biases[0],
-        w2_bias=biases[1],
-        alpha=function.alpha,
-        beta=function.beta,
-        clamp_limit=function.clamp_limit,
-        input_amax=amax[0],
-        intermediate_amax=amax[1],
-    )
-    return replace(
-        made,
-        router_weight_on_input=function.router_weight_on_input,
-        first_expert=local.start if local is not None and local.step == 1 else None,
-    )
+    check = Check(folder, found, form, experts, range(found.num_experts) if static else ())
+    if problems := check.run(progress or silent):
+        raise CheckpointError(folder.path, problems)
+    sizes = check.hidden_size, check.intermediate_size
+    return Plan(folder, found, form, function, experts, local, static, sizes)
 
 
 class _Reader:

@@ -43,7 +43,7 @@ OLDEST = (5, 7)
 
 
 def register(canary: "Canary | None" = None) -> None:
-    """Add `IMPLEMENTATIONS` to transformers' experts functions, in this process.
+    """Add `IMPLEMENTATIONS` to transformers' experts functions, and our quantizer, in this process.
 
     Then `from_pretrained(..., experts_implementation="nvfp4_moe")` and
     `model.set_experts_implementation("nvfp4_moe")` take them. It may be called again.
@@ -65,6 +65,9 @@ def register(canary: "Canary | None" = None) -> None:
         )
     from transformers.integrations.moe import ExpertsInterface
 
+    from . import quantizer
+
+    quantizer.register()
     if canary is None and environment.canary_steps() is not None:
         from ...canary import from_environment
 
@@ -128,7 +131,8 @@ def experts_forward(
     ids = torch.where(top_k_index < local, top_k_index, -1).to(torch.int32)
     routing = ids.contiguous(), top_k_weights.contiguous()
     states = hidden_states.contiguous()
-    if not _needs_gradient(hidden_states, top_k_weights, *sources(module)):
+    own = [] if packed.held is None else sources(module)
+    if not _needs_gradient(hidden_states, top_k_weights, *own):
         layer = fused_moe if canary is None else canary.fused_moe
         return layer(
             states,
@@ -141,6 +145,11 @@ def experts_forward(
         raise UnsupportedError(
             "a gradient is asked for, and there is none with activations in bf16: run under "
             "torch.no_grad(), or take a per-token implementation"
+        )
+    if packed.held is None:
+        raise UnsupportedError(
+            "a gradient is asked for, and the experts were read from an NVFP4 checkpoint: run under "
+            "torch.no_grad()"
         )
     w13, w2, w13_bias, w2_bias = projections(module)
     return fake_quantized_moe(

@@ -27,10 +27,12 @@ class Packed:
 
     gate: Gate
     experts: Experts
-    held: list[tuple[StorageWeakRef, int, int]]
+    held: list[tuple[StorageWeakRef, int, int]] | None  # None: they were read from a checkpoint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the module quantizes weights of its own."""
+        """A copy of the module quantizes weights of its own, if it has any."""
+        if self.held is None:
+            return Packed, (self.gate, self.experts, None)
         return type(None), ()
 
 
@@ -53,15 +55,20 @@ def packed_of(module: Any) -> Packed:
                 "nvfp4_moe.serving.transformers.prepare(model) first"
             )
         return packed
-    if packed is None or not _same(packed.held, sources(module)):
+    if packed is None or not (packed.held is None or _same(packed.held, sources(module))):
         packed = quantize(module)
     return packed
 
 
 @torch.no_grad()
 def quantize(module: Any) -> Packed:
-    """Quantize the module's weights now, whatever has been quantized before."""
+    """Quantize the module's weights now, whatever has been quantized before.
+
+    Experts that were read from a checkpoint stay as they are: the module has no other weights.
+    """
     before: Packed | None = getattr(module, ATTRIBUTE, None)
+    if before is not None and before.held is None:
+        return before
     held = [_identity(t) for t in sources(module)]
     gate = read_gate(module)
     check_weights(module)
