@@ -60,8 +60,14 @@ def shown_on(stream: TextIO) -> Iterator[None]:
 
 
 @contextmanager
-def bar(what: str, total: int | None = None) -> Iterator[None]:
-    """Within, `step` counts towards a total; None: unknown. A bar inside another is not shown."""
+def bar(what: str, total: int | None = None, threads: bool = True) -> Iterator[None]:
+    """Within, `step` counts towards a total. A bar inside another is not shown.
+
+    Args:
+        what: the text beside the bar.
+        total: the number of steps; None: unknown.
+        threads: False for a process that forks: the bar is plain text, and changes at steps alone.
+    """
     global _bar
     before = _bar
     if _stream is None or before is not None:
@@ -71,16 +77,19 @@ def bar(what: str, total: int | None = None) -> Iterator[None]:
         finally:
             _bar = before
         return
-    _bar = shown = _on_terminal(what, total, _stream)
+    shown = _on_terminal(what, total, _stream) if threads else _PlainBar(what, total, _stream, 0.0)
+    _bar = shown
     timer = threading.Timer(DELAY_SECONDS, shown.show)
     timer.daemon = True
-    timer.start()
+    if threads:
+        timer.start()
     try:
         yield
     finally:
         _bar = before
         timer.cancel()
-        timer.join()  # else it could show the bar after its end
+        if threads:
+            timer.join()  # else it could show the bar after its end
         shown.close()
 
 
@@ -174,11 +183,13 @@ class _RichBar:
 class _PlainBar:
     """A line of text, which overwrites itself."""
 
-    def __init__(self, what: str, total: int | None, stream: TextIO):
+    def __init__(
+        self, what: str, total: int | None, stream: TextIO, written: float = math.inf
+    ):  # inf: it waits for `show`
         self._what, self._total, self._stream = what, total, stream
         self._done = 0
         self._begun = time.monotonic()
-        self._written = math.inf  # until it is shown
+        self._written = written
 
     def show(self) -> None:
         self._written = 0.0

@@ -3,6 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from checkpoint_cases import (
     write,
 )
 from convert_cases import LAYERS, QWEN, assert_converted, by_layer, source
+from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from nvfp4_moe import __main__
@@ -423,9 +427,17 @@ def test_the_command(tmp_path, capsys):
     arguments = ["convert", str(tmp_path / "src"), str(tmp_path / "dst")]
     assert __main__.main([*arguments, "--recipe", "exact-4over6-448-mse", "--no-input-scale"]) == 0
     assert_converted(tmp_path / "dst", QWEN, made, "exact-4over6-448-mse")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(LAYERS)
-    assert lines[1].startswith(QWEN.of(0)) and lines[1].endswith(" dB")
+    announced, _, *lines, wrote, following = capsys.readouterr().out.splitlines()
+    assert announced.startswith(f"{len(LAYERS)} layers with ")
+    assert " matrices become NVFP4 on cpu; " in announced
+    assert f"{tmp_path / 'dst'} gets about " in announced and "by the first matrix" in announced
+    assert len(lines) == len(LAYERS)
+    assert lines[0].startswith(QWEN.of(0)) and lines[0].endswith(" dB")
+    assert wrote.startswith(f"wrote {tmp_path / 'dst'}: ") and "of source a second" in wrote
+    python, *words = shlex.split(following.removeprefix("next: "))
+    assert python == "python3"
+    shown = subprocess.check_output([sys.executable, *words], cwd=ROOT, text=True)
+    assert shown.startswith("Experts(")
     assert __main__.main(arguments) == 2
     assert "it is complete" in capsys.readouterr().err
 

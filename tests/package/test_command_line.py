@@ -39,12 +39,13 @@ from nvfp4_moe.reference.recipe import FLASHINFER, FlashInferVersion, LayerBuild
 from nvfp4_moe.report import parts
 
 
-def refused(capsys, arguments, status=Exit.USAGE):
-    """The one line on stderr of a command that does nothing else."""
+def refused(capsys, arguments, status=Exit.USAGE, announced=""):
+    """The one line on stderr of a command that prints nothing else but what it was about to do."""
     assert main([str(a) for a in arguments]) == status
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
-    assert printed.out == "" and line.startswith(f"nvfp4-moe {arguments[0]}: ")
+    assert announced in printed.out and len(printed.out.splitlines()) == bool(announced)
+    assert line.startswith(f"nvfp4-moe {arguments[0]}: ")
     return line
 
 
@@ -169,7 +170,7 @@ def test_a_disk_that_fills_up(checkpoint, capsys, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(resumable_writer, "save_file", full)
-    line = refused(capsys, ["convert", checkpoint, tmp_path / "dst"], Exit.BROKEN)
+    line = refused(capsys, ["convert", checkpoint, tmp_path / "dst"], Exit.BROKEN, "become NVFP4")
     assert "No space left on device" in line and "called again, the conversion is resumed" in line
 
 
@@ -285,7 +286,9 @@ def test_what_an_interrupted_conversion_leaves(checkpoint, capsys, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(resumable_writer.Workspace, "complete", interrupted)
-    line = refused(capsys, ["convert", checkpoint, tmp_path / "dst"], Exit.INTERRUPTED)
+    line = refused(
+        capsys, ["convert", checkpoint, tmp_path / "dst"], Exit.INTERRUPTED, "become NVFP4"
+    )
     assert "interrupted; 1 shard finished in " in line
     monkeypatch.undo()
     assert main(["convert", str(checkpoint), str(tmp_path / "dst")]) == Exit.DONE

@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import quick_interpreter
 import torch
 
+from nvfp4_moe.console import progress
 from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import recipe
 
@@ -161,18 +162,26 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     )
     limits = {probes[name]: min(limit, LEAST_SECONDS + TIMES * t) for name, t in took.items()}
     tried = 0
-    for result in trial.run(given, seconds=limits.__getitem__, **children):
+    for result in _counted(trial.run(given, seconds=limits.__getitem__, **children), len(waiting)):
         order.learn(result)
         results.add(result.mutant, options.device, result.status)
         tried += 1
         if result.status == "survived" and harmless.reason(result.mutant.key) is None:
-            print(f"SURVIVED {result.mutant.shown}", flush=True)
+            progress.note(f"SURVIVED {result.mutant.shown}")
         if time.monotonic() - written > 20:
             results.write()
             written = time.monotonic()
     results.write()
     print(f"{tried} tried in {time.monotonic() - start:.0f} s, {len(waiting) - tried} left")
     return wrong
+
+
+def _counted(results: Iterable[trial.Result], total: int) -> Iterator[trial.Result]:
+    """Show the progress on a terminal, without a thread: a trial is a fork of this process."""
+    with progress.shown_on(sys.stderr), progress.bar("mutants", total, threads=False):
+        for result in results:
+            yield result
+            progress.step()
 
 
 def _waits(mutant: Generated, results: Results, device: str, again: bool) -> bool:
