@@ -152,3 +152,33 @@ def decode_kernel(
                 value = value * 256.0
             out = out_ptr + ((row * 4 + j) * padded + block)[:, :, None] * 4 + four
             tl.store(out, value, written)
+
+
+@triton.jit
+def decode_row_to_places(
+    codes_ptr, sf_ptr, given_ptr, row, first, places, values_ptr, token_ptr, NB,
+    BLOCKS: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Write what `decode_kernel` does with FRAGMENTS, of BLOCKS blocks of one row from block `first`.
+
+    Args:
+        codes_ptr: [M, 4 NB] uint16, four codes each.
+        sf_ptr: [M, NB] uint8.
+        given_ptr: [M] fp32, or None.
+        row: [1, 1] int64.
+    """
+    block = first + tl.arange(0, BLOCKS)[None, :]
+    inside = block < NB
+    word = (row * NB + block)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    words = tl.load(codes_ptr + word, inside[:, :, None], other=0)
+    sf = tl.load(sf_ptr + row * NB + block, inside, other=0)
+    scale = operand_scale(sf)[:, :, None]
+    x = join_fourths(
+        scaled(decode_fourth(words, 0, ARCH), scale, ARCH),
+        scaled(decode_fourth(words, 1, ARCH), scale, ARCH),
+        scaled(decode_fourth(words, 2, ARCH), scale, ARCH),
+        scaled(decode_fourth(words, 3, ARCH), scale, ARCH),
+    )
+    if given_ptr is not None:
+        store_at_places(tl.load(given_ptr + row), token_ptr, places, first == 0, 1, SLOTS)
+    store_fragments((x * 256.0).to(tl.bfloat16), values_ptr, places, first * 16, NB * 16, SLOTS)

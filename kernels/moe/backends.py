@@ -163,7 +163,22 @@ def _notes(call: MoECall) -> list[str]:
 
         if reason := refusal(call.routing, call.device):
             notes.append(f"triton's layer routes by the reference, to the same bits: {reason}")
-    return notes + gemm_notes(call.capability, call.experts)
+    gemm = gemm_notes(call.capability, call.experts)
+    if _in_fewer_launches(call):
+        gemm = [gemm[0] + "; it sorts the slots and writes the rows of so few tokens in one launch"]
+    return notes + gemm
+
+
+def _in_fewer_launches(call: MoECall) -> bool:
+    """Return True on an sm_90 where few tokens take the launch of `hopper/prologue.py`."""
+    if call.capability != (9, 0) or not backends.HAS_TRITON:
+        return False
+    from .hopper import prologue
+    from .hopper.config import refusal_of
+
+    columns = call.experts.padded_hidden_size
+    few = prologue.serves(call.tokens, call.routing.top_k, columns)
+    return few and refusal_of(90, call.experts) is None
 
 
 def gemm_notes(capability: tuple[int, int] | None, experts: Experts) -> list[str]:

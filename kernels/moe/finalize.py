@@ -29,7 +29,9 @@ def finalize(
     """
     (tokens, top_k), width = weights.shape, output.shape[1]
     groups = split_k_groups(tokens, top_k, width) if order == "flashinfer" else 1
-    columns = min(1024, next_power_of_2(width))
+    # With two columns a thread has the rows of all slots on their way at once, for which it has no
+    # registers with eight. Many tokens hide that wait by their number.
+    columns = min(256 if tokens <= 16 else 1024, next_power_of_2(width))
     launch(finalize_kernel, (tokens, cdiv(width, columns)),
         rows, permuted, weights.contiguous(), output, rows.shape[1], width,
         K=top_k, GROUPS=groups, MULTIPLIES_FIRST=order == "slot-multiply", COLUMNS=columns,

@@ -29,6 +29,7 @@ from .autotune import cache
 from .call import KernelCall, Mode, Observe
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
+from .hopper import prologue
 from .hopper.config import RingConfig
 from .hopper.rows import in_fragments
 from .masked.rows import copy_rows
@@ -80,15 +81,8 @@ def fused_moe(
         if config
         else _configs(experts, local, top_k, call.mode, call.batch_invariant)
     )
-    p = permute(ids, experts.num_local, call.local_expert_offset, configs[0].bn)
-
-    activations = call.activations
     ring = isinstance(configs[0], RingConfig)
-    place = p.permuted if ring else None
-    if call.quantize:
-        x1 = quantized(activations.hidden_states, recipe, ring=ring, place=place)
-    else:
-        x1 = operand(activations, ring=ring, place=place)
+    p, x1 = _sorted_rows(call, ids, configs[0].bn, ring=ring)
     # An operand as it is written, where it needs no padding and nobody else reads it.
     direct = ring and plain and observe is None and experts.padded_intermediate_size % 128 == 0
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
@@ -109,6 +103,23 @@ def fused_moe(
 
     finalize(rows, p.permuted, weights, output, call.finalize_order)
     return results
+
+
+def _sorted_rows(
+    call: KernelCall, ids: torch.Tensor, tile: int, *, ring: bool
+) -> tuple[Permutation, "Operand"]:
+    """Sort the slots by expert, and return the first GEMM's operand: one launch for few tokens."""
+    a, local, offset = call.activations, call.experts.num_local, call.local_expert_offset
+    tokens, top_k = ids.shape
+    if ring and prologue.serves(tokens, top_k, call.experts.padded_hidden_size):
+        recipe = call.recipe if call.quantize else None
+        p, values, scale = prologue.sort_and_place(a, ids, local, offset, tile, recipe)
+        return p, Operand(values, None, scale)
+    p = permute(ids, local, offset, tile)
+    place = p.permuted if ring else None
+    if call.quantize:
+        return p, quantized(a.hidden_states, call.recipe, ring=ring, place=place)
+    return p, operand(a, ring=ring, place=place)
 
 
 OP = register("triton", fused_moe)

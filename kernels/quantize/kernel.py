@@ -224,3 +224,36 @@ def quantize_kernel(
                 codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
                 RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
+
+
+@triton.jit
+def quantize_row_to_places(
+    words, x_ptr, row, first, places, values_ptr, token_ptr, base_scale_inv, rcp_delta_ptr, NB,
+    RECIPE: tl.constexpr, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, READ: tl.constexpr,
+    SLOTS: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Quantize BLOCKS blocks of one row per token, from block `first`: values in fragments, at `places`.
+
+    Args:
+        words: of the BLOCKS blocks, by `load_blocks`.
+        x_ptr: [M, 16 NB] as int32 words.
+        row: [1, 1] int64.
+        READ: a power of two >= NB, where the BLOCKS are a part of the row; 0: they are the row.
+    """
+    FTZ: tl.constexpr = flushes(RECIPE)
+    live = row >= 0
+    maxima = block_maxima(words, DTYPE, ARCH)
+    if READ == 0:
+        row_amax = or_zero(tl.max(maxima, 1))
+    else:
+        row_amax = _read_maximum(x_ptr, row, tl.arange(0, READ)[None, :], live, NB, DTYPE, ARCH)
+    row_amax = flush(row_amax, FTZ, ARCH)[:, None]
+    given = tl.zeros((1, 1), tl.float32) + base_scale_inv
+    encode, token = row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
+    if first == 0:
+        store_at_places(token, token_ptr, places, True, 1, SLOTS)
+    _quantize_and_store(
+        words, maxima, encode, token, row_amax, row, first, live, None, None, values_ptr,
+        places, rcp_delta_ptr, NB, NB, RECIPE, PER_TOKEN, DTYPE, LAYOUT_LINEAR, BLOCKS, True, SLOTS,
+        ARCH,
+    )  # fmt: skip

@@ -416,6 +416,9 @@ class TestExplain:
         assert not explained(case).notes and not explained(case, capability=(8, 9)).notes
         (note,) = explained(case, capability=(9, 0)).notes
         assert "GEMM for sm_90" in note and "batch_invariant=False, too" in note
+        few = moe_cases.make(replace(SHAPE, tokens=16), mode="bf16")
+        (fewer,) = explained(few, capability=(9, 0)).notes
+        assert fewer.startswith(note) and fewer.endswith("in one launch")
         moved = torch.zeros(case.experts.gemm1_weights.numel() + 8, dtype=torch.uint8)[8:]
         weights = moved.view_as(case.experts.gemm1_weights)
         experts = replace(case.experts, gemm1_weights=weights)
