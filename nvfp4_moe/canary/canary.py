@@ -23,7 +23,7 @@ import torch
 
 from ..exits import Exit
 from ..kernels import environment
-from ..kernels.moe.api import layer_call
+from ..kernels.moe.api import fused_moe, layer_call
 from ..kernels.moe.backends import FUSED_MOE
 from ..kernels.moe.call import MoECall
 from ..kernels.moe.row_buffer import (
@@ -153,51 +153,22 @@ class Canary:
         """
         if options.get("stats"):
             checks.wrong_value("stats", True, "False in a layer that is watched")
-        call, backend = layer_call(hidden_states, experts, routing, **options)
-        output = FUSED_MOE.serve(call, backend)[0]
-        self.after(call, backend, output, layer)
+        output = fused_moe(hidden_states, experts, routing, **options)
+        if torch.compiler.is_compiling() or len(hidden_states) == 0:
+            return output
+        watch = self._watch(experts, layer)
+        captured = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._captures(watch) if captured else self._is_due(watch):
+            # Checked again, for the few calls of which rows are taken: the others may be repeated
+            # from a record.
+            call, backend = layer_call(hidden_states, experts, routing, **options)
+            if (reason := refusal(call)) is not None:
+                _warn(watch.layer, reason)
+            elif captured:
+                self._capture(watch, call, backend, output)
+            else:
+                self._take(watch, call, backend, output)
         return output
-
-    def after(
-        self, call: MoECall, backend: str, output: torch.Tensor, layer: str = "layer"
-    ) -> None:
-        """Count a call that was made, and take rows of it if it is due.
-
-        What `torch.compile` traces is not watched: the traced program does not call Python again.
-
-        Args:
-            call, backend: as `kernels.moe.api.layer_call` gives them.
-            output: [T, H].
-            layer: as for `fused_moe`.
-        """
-        if torch.compiler.is_compiling() or call.tokens == 0:
-            return
-        if (reason := refusal(call)) is not None:
-            _warn(layer, reason)
-            return
-        watch = self._watch(call, layer)
-        if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._capture(watch, call, backend, output)
-            return
-        due = watch.calls == 0 or self._is_turn(watch)
-        watch.calls += 1
-        if not due:
-            return
-        if watch.buffer is None and call.device.type == "cuda":
-            watch.buffer = self._allocate(call, output)
-        if self._queue.qsize() >= len(self._watches):
-            self.counts.missed += 1
-            return
-        name = FUSED_MOE.resolve(call, backend)
-        sample = taken_now(watch.layer, call, name, output, watch.taken, self.rows)
-        watch.taken += 1
-        event = None
-        if call.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self.counts.taken += 1
-        self._queue.put((sample, event))
-        self._start()
 
     def poll(self) -> None:
         """Read what replays have copied since the last time, and judge it, in this thread.
@@ -216,20 +187,49 @@ class Canary:
             torch.cuda.synchronize()
         self.poll()
 
-    def _watch(self, call: MoECall, layer: str) -> _Watch:
-        key = id(call.experts)
+    def _watch(self, experts: Experts, layer: str) -> _Watch:
+        key = id(experts)
         watch = self._watches.get(key)
-        if watch is None or watch.experts() is not call.experts:
+        if watch is None or watch.experts() is not experts:
             number = len(self._watches)
             name = layer if layer != "layer" else f"layer {number}"
-            reference = weakref.ref(call.experts, lambda _: self._watches.pop(key, None))
+            reference = weakref.ref(experts, lambda _: self._watches.pop(key, None))
             watch = self._watches[key] = _Watch(name, number, reference)
         return watch
 
-    def _is_turn(self, watch: _Watch) -> bool:
-        """True once in as many samples as there are layers."""
-        layers = len(self._watches)
-        return watch.calls % (self.every * layers) == self.every * (watch.number % layers)
+    def _is_due(self, watch: _Watch) -> bool:
+        """Count a call; True for the first, and once in as many samples as there are layers."""
+        layers, calls = len(self._watches), watch.calls
+        watch.calls += 1
+        return not calls or calls % (self.every * layers) == self.every * (watch.number % layers)
+
+    def _captures(self, watch: _Watch) -> bool:
+        """Count a captured call; True if this graph watches the layer."""
+        self._captured_at = time.monotonic()
+        watch.captures += 1
+        return (watch.number + watch.captures - 1) % self._apart() == 0
+
+    def _apart(self) -> int:
+        """Return the layers from one that a graph watches to the next."""
+        return -(-len(self._watches) // self.layers_per_graph)
+
+    def _take(self, watch: _Watch, call: MoECall, backend: str, output: torch.Tensor) -> None:
+        """Copy rows of a call that was made outside a graph, for the thread to judge."""
+        if watch.buffer is None and call.device.type == "cuda":
+            watch.buffer = self._allocate(call, output)
+        if self._queue.qsize() >= len(self._watches):
+            self.counts.missed += 1
+            return
+        name = FUSED_MOE.resolve(call, backend)
+        sample = taken_now(watch.layer, call, name, output, watch.taken, self.rows)
+        watch.taken += 1
+        event = None
+        if call.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self.counts.taken += 1
+        self._queue.put((sample, event))
+        self._start()
 
     def _allocate(self, call: MoECall, output: torch.Tensor) -> RowBuffer:
         """Allocate memory for the layer's replays, and compile the kernel that fills it."""
@@ -240,13 +240,7 @@ class Canary:
         return buffer
 
     def _capture(self, watch: _Watch, call: MoECall, backend: str, output: torch.Tensor) -> None:
-        """Put the kernel behind the captured call, if this graph watches the layer."""
-        self._captured_at = time.monotonic()
-        graph = watch.captures
-        watch.captures += 1
-        apart = -(-len(self._watches) // self.layers_per_graph)
-        if (watch.number + graph) % apart:
-            return
+        """Put the kernel behind the captured call."""
         tensors = _tensors(call, output)
         if watch.buffer is None or any(
             a.shape[1] != b.shape[1] or a.dtype != b.dtype
@@ -254,6 +248,7 @@ class Canary:
         ):
             _warn(watch.layer, "it was captured before a call like it outside a graph")
             return
+        apart = self._apart()
         period = self.every * -(-len(self._watches) // apart)
         take_rows(watch.buffer, tensors, period, self.every * (watch.number // apart) % period)
         # Without the graph's own tensors, whose memory would otherwise be kept.

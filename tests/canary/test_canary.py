@@ -131,7 +131,7 @@ def test_a_call_that_cannot_be_watched_is_said_once(caplog):
     for _ in range(2):
         canary.fused_moe(call(4, 0)[0], layer, routing)
     assert [r.getMessage() for r in caplog.records] == [
-        "layer is not watched: it routes from logits; give it ids and weights"
+        "layer 0 is not watched: it routes from logits; give it ids and weights"
     ]
 
 

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from transformers_decode import Decode, made, state
 
 from nvfp4_moe import register_backend
 from nvfp4_moe.canary import Canary
@@ -12,7 +13,6 @@ from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.serving.transformers import register
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from test_transformers_gpu import Decode, made, state
 
 pytestmark = pytest.mark.gpu
 

@@ -7,6 +7,7 @@ import experts_model
 import pytest
 import torch
 import transformers_models
+from transformers_decode import PROMPTS, Decode, made, prompts, state
 
 from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, prepare, register
 from nvfp4_moe.serving.transformers.forward import experts_forward
@@ -14,7 +15,6 @@ from nvfp4_moe.serving.transformers.forward import experts_forward
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.gpu
 
-PROMPTS = [[5, 9, 17, 33, 65], [1, 2, 3, 4, 5]]
 NAMES = list(transformers_models.CONFIGURATIONS)
 
 
@@ -23,16 +23,6 @@ def registered(monkeypatch):
     monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")  # the plain experts' math
     transformers.logging.set_verbosity_error()
     register()
-
-
-def made(name: str, implementation: str = "nvfp4_moe"):
-    model = transformers_models.model(transformers, name).to("cuda")
-    model.set_experts_implementation(implementation)
-    return model
-
-
-def prompts() -> torch.Tensor:
-    return torch.tensor(PROMPTS, device="cuda")
 
 
 def generated(model, tokens: int = 12, **options) -> torch.Tensor:
@@ -70,37 +60,6 @@ def test_each_call_of_a_generation_is_that_of_the_experts_in_plain_torch(name, i
     assert far < 1 / 32
 
 
-class Decode:
-    """Greedy decoding with a static cache, a step at a time."""
-
-    def __init__(self, model):
-        self.model = model
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=64)
-        logits = model(prompts(), past_key_values=self.cache, use_cache=True).logits
-        self.token = logits[:, -1].argmax(-1, keepdim=True)
-
-    def step(self) -> torch.Tensor:
-        """Write the next token over the last, and return its logits [B, vocabulary]."""
-        logits = self.model(
-            self.token, attention_mask=self.mask(), past_key_values=self.cache, use_cache=True
-        ).logits[:, -1]
-        self.token.copy_(logits.argmax(-1, keepdim=True))
-        return logits
-
-    def mask(self) -> torch.Tensor | None:
-        """Return the mask [B, 1, 1, 64] that is added to the scores of eager attention.
-
-        None leaves the mask to transformers. Its own for eager attention, which GPT-OSS alone has here,
-        copies a zero from the CPU (5.17, `masking_utils.py`, `eager_mask`); no graph captures that.
-        """
-        if self.model.config._attn_implementation != "eager":
-            return None
-        device = self.token.device
-        later = torch.arange(64, device=device) > self.cache.get_seq_length()
-        mask = torch.zeros(len(self.token), 1, 1, 64, dtype=torch.bfloat16, device=device)
-        return mask.masked_fill(later, torch.finfo(mask.dtype).min)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_captured_step_has_the_bits_of_an_eager_one(name):
@@ -127,17 +86,6 @@ def test_a_captured_step_has_the_bits_of_an_eager_one(name):
                     layer.mlp.experts.down_proj.mul_(-2)
             assert prepare(model) > 0
     assert not torch.equal(before, logits)
-
-
-def state(decode: Decode) -> list[torch.Tensor]:
-    """Every tensor that a step changes."""
-    layers = [
-        t
-        for layer in decode.cache.layers
-        for t in vars(layer).values()
-        if isinstance(t, torch.Tensor)
-    ]
-    return [decode.token, *layers]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ...kernels import environment
 from ...kernels.backends import UnsupportedError
 from ...kernels.moe.api import fused_moe
 from ...kernels.moe.call import Mode
 from ...training.layer import fake_quantized_moe
+from ..canary import canary_asked_for
 from .module import FLAGS, projections, sources
 from .packed import packed_of, quantize
 
@@ -68,10 +68,8 @@ def register(canary: "Canary | None" = None) -> None:
     from . import quantizer
 
     quantizer.register()
-    if canary is None and environment.canary_steps() is not None:
-        from ...canary import from_environment
-
-        canary = from_environment()
+    if canary is None:
+        canary = canary_asked_for()
     for name, implementation in IMPLEMENTATIONS.items():
         ExpertsInterface.register(name, partial(experts_forward, implementation, canary=canary))
 

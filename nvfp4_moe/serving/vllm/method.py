@@ -18,12 +18,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
 
-from ...kernels import environment
 from ...kernels.backends import UnsupportedError
 from ...kernels.moe.api import fused_moe
 from ...kernels.moe.call import Mode
 from ...reference.recipe import BLOCK_SIZE
 from ...reference.weights.experts import Experts
+from ..canary import canary_asked_for
 from ..fused import refuse_a_dropped_switch
 from .weights import Packed, check_sizes, from_bf16, from_nvfp4, gate_of
 
@@ -43,11 +43,7 @@ class Served:
         refuse_a_dropped_switch(activation != "static")
         self.activation = activation
         self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
-        self.canary = None
-        if environment.canary_steps() is not None:
-            from ...canary import from_environment
-
-            self.canary = from_environment()
+        self.canary = canary_asked_for()
         self.experts: Experts | None = None
         self._read: list[str] = []
 
