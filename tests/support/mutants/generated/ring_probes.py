@@ -16,13 +16,12 @@ from nvfp4_moe.cases.moe_case import MoECase, to_device
 from nvfp4_moe.differential.conforming import Setting
 from nvfp4_moe.differential.verdict import Allowed
 from nvfp4_moe.kernels.moe import launch
-from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal
+from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked import launch as masked_launch
 from nvfp4_moe.kernels.moe.masked.call import MaskedKernelCall
 from nvfp4_moe.kernels.moe.permute import permute
 from nvfp4_moe.kernels.moe.tile_table import Config
-from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -54,13 +53,6 @@ def few_programs() -> Iterator[None]:
     ((name, value),) = _FEW_PROGRAMS.items()
     with mock.patch(f"{launch.__package__}.{name}", value):
         yield
-
-
-def refused() -> str | None:
-    """Return why this process cannot run the kernel, or None; it starts the GPU."""
-    if not torch.cuda.is_available():
-        return "no GPU here"
-    return refusal(arch(torch.device("cuda")))
 
 
 def case(
