@@ -46,7 +46,8 @@ TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints-transformers.t
 TRANSFORMERS_FOLDER := build/transformers-$(TRANSFORMERS)
 test-transformers: $(SETUP) $(TRANSFORMERS_FOLDER)
 	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTEST) -n 2 --transformers $(TRANSFORMERS) \
-		tests/serving/test_transformers.py tests/serving/test_experts_modules.py \
+		tests/serving/test_transformers.py tests/serving/test_transformers_checkpoint.py \
+		tests/serving/test_experts_modules.py \
 		tests/package/test_docs.py -k "test_transformers or test_experts_modules or transformers.md"
 
 $(TRANSFORMERS_FOLDER): constraints-transformers.txt
