@@ -128,6 +128,21 @@ def test_errors_reach_the_user(case, message, offline):
     assert message in offline[case]["error"]
 
 
+def test_the_canary_catches_a_wrong_kernel_in_the_engine(models, tmp_path):
+    """Three tokens between two samples; the second model has the wrong kernel."""
+    right, wrong = runs_of(
+        models,
+        tmp_path,
+        [OFFLINE["ModelOpt"], OFFLINE["ModelOpt"] | {"wrong": True}],
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        NVFP4_MOE_CANARY="3",
+        NVFP4_MOE_CANARY_FOLDER=str(tmp_path / "alarms"),
+    )
+    assert right["canary"]["inside"] > 0 and right["canary"]["outside"] == 0, right
+    assert wrong["canary"]["outside"] > 0, wrong
+    assert any((tmp_path / "alarms").iterdir())
+
+
 @pytest.fixture
 def server(models, tmp_path):
     """The address of a server whose engine is a process of its own."""
