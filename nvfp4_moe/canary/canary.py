@@ -14,7 +14,6 @@ import queue
 import threading
 import time
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +36,7 @@ from ..kernels.moe.row_buffer import (
 from ..reference import checks
 from ..reference.weights.experts import Experts
 from ..reference.weights.versions import versions
+from .copies import beside
 from .judge import Alarm, judge
 from .sample import Sample, refusal, sample_of, taken_now
 
@@ -269,7 +269,7 @@ class Canary:
         experts, buffer, template = watch.experts(), watch.buffer, watch.template
         if experts is None or buffer is None or template is None:
             return
-        with _beside(buffer.counts.device):
+        with beside(buffer.counts.device):
             counts = buffer.counts.tolist()
             done = counts[DONE]
             if done == watch.seen or counts[BEGUN] != done:
@@ -318,7 +318,7 @@ class Canary:
     def _judge(self, sample: Sample, event: Any) -> None:
         with self._judging:
             try:
-                with _beside(sample.call.experts.gemm1_weights.device, event):
+                with beside(sample.call.experts.gemm1_weights.device, event):
                     alarm = judge(sample)
                 # Asked last: a write is counted after its kernels have been launched.
                 if sample.overtaken:
@@ -368,21 +368,6 @@ def from_environment() -> Canary | None:
 def _tensors(call: MoECall, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
     assert call.ids is not None and call.weights is not None, "refused otherwise"
     return call.activations.hidden_states, call.ids, call.weights, output
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _beside(device: torch.device, event: Any = None) -> AbstractContextManager[Any]:
-    """Within, copies go over a stream of their own, behind the event."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = _stream(device)
-    if event is not None:
-        stream.wait_event(event)
-    return torch.cuda.stream(stream)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ import torch
 
 from nvfp4_moe import fused_moe, prepare_experts, register_backend
 from nvfp4_moe.canary import Canary
-from nvfp4_moe.canary.canary import _beside
+from nvfp4_moe.canary.copies import beside
 from nvfp4_moe.failures import replay
 from nvfp4_moe.failures.replay_file import load
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
@@ -187,7 +187,7 @@ def test_copies_of_another_thread_disturb_no_capture():
     def copy():
         try:
             while not stop.is_set():
-                with _beside(x.device):
+                with beside(x.device):
                     layer.gemm1_weights[0].cpu()
         except Exception as e:
             failures.append(e)
