@@ -9,7 +9,8 @@ their addresses from their own tensors, allocate, and launch. Nothing is kept of
 Recorded is a call that does nothing on the GPU but launch kernels by `launcher.launch`, copy a given
 tensor, and write a result into one. One that runs another operation of torch is never recorded, nor one
 under `torch.compile`, a dispatch mode or a transform of torch.func, nor one that needs a gradient, nor
-one whose launches a profiler watches.
+one whose launches a profiler watches, nor one that a CUDA graph captures, which checks no values. A call
+that is captured is launched from a record that was made before.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -35,8 +36,8 @@ _STARTS = 64
 _END = object()
 """The end of a container's parts in a key."""
 
-PLAIN: set[type] = {int, bool, float, str, NoneType, torch.dtype}
-"""The types of arguments that are compared by their value."""
+PLAIN: set[type] = {int, bool, str, NoneType, torch.dtype}
+"""The types of arguments that are compared by their value. A float is not: -0.0 equals 0.0."""
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.new_empty.default,
@@ -66,8 +67,13 @@ def can_launch(directly: Callable[[], bool]) -> None:
 
 
 def forget() -> None:
-    """Drop every record: something was changed that chooses backends or tiles."""
-    _kept.clear()
+    """Drop every record: something was changed that chooses backends or tiles.
+
+    A call that another thread records meanwhile goes into the dictionary that it began with, since it
+    may have made its choices before the change.
+    """
+    global _kept
+    _kept = {}
 
 
 def serve() -> bool:
@@ -92,15 +98,20 @@ def repeat(run: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
         _take(kwargs.values(), tensors, key)
     except (_NotKeptError, RuntimeError):  # a tensor without strides or address
         return run(*args, **kwargs)
-    found = tuple(key)
-    kept = _kept.get(found)
+    found, known = tuple(key), _kept
+    kept = known.get(found)
     if kept is None:
-        if len(_kept) >= _MOST_KEPT:
+        result = run(*args, **kwargs)  # a call that raises leaves no key
+        if len(known) >= _MOST_KEPT:
             forget()
-        _kept[found] = _seen
-        return run(*args, **kwargs)
+        else:
+            known[found] = _seen
+        return result
     if kept is _seen:
-        return _record(found, run, args, kwargs, tensors)
+        if torch.cuda.is_current_stream_capturing():
+            return run(*args, **kwargs)
+        result, known[found] = _record(run, args, kwargs, tensors)
+        return result
     result = kept(tensors)
     return run(*args, **kwargs) if result is None else result
 
@@ -123,6 +134,8 @@ def _take(values: Iterable[Any], tensors: list[torch.Tensor], key: list[Any]) ->
         kind = type(value)
         if kind in PLAIN:
             key += (kind, value)
+        elif kind is float:
+            key += (kind, value or repr(value))  # "0.0" or "-0.0", which are equal as numbers
         elif kind is torch.Tensor or kind is torch.nn.Parameter:
             if value.requires_grad and torch.is_grad_enabled():
                 raise _NotKeptError
@@ -168,20 +181,19 @@ def current() -> "Recorder | None":
 
 
 def _record(
-    key: Any,
     run: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
     tensors: list[torch.Tensor],
-) -> Any:
+) -> tuple[Any, Callable[[list[torch.Tensor]], Any]]:
+    """Return the result of a call, and its record."""
     recorder = _local.recorder = Recorder(tensors)
     try:
         with recorder:
             result = run(*args, **kwargs)
     finally:
         _local.recorder = None
-    _kept[key] = recorder.made(result)
-    return result
+    return result, recorder.made(result)
 
 
 @dataclass(frozen=True)
@@ -283,6 +295,14 @@ class Recorder(TorchDispatchMode):
         function = self._named(call)
         self.launches.append([function, *made])
         self.lines.append(f"{function}({', '.join(made)})")
+
+    def written(self, t: torch.Tensor) -> None:
+        """Note that an op writes a tensor, which torch counts, and autograd asks for."""
+        if (target := self._given(t)) is not None:
+            count = self._named(torch.autograd.graph.increment_version)
+            self.lines.append(f"{count}({target})")
+        elif not any(m.holds(t.data_ptr()) for m in self.allocated):
+            self.refuse("it writes a part of a given tensor")
 
     def _allocate(self, t: torch.Tensor) -> str:
         """Note new memory; return the name of its address."""
@@ -396,6 +416,9 @@ def inside(body: Callable[..., Any]) -> Callable[..., Any]:
     def rule(
         recorder: Recorder, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and value is not None:
+                recorder.written(value)
         with recorder:
             return body(*args, **kwargs)
 

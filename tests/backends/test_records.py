@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
 import gc
+import itertools
+import math
 import sys
 import weakref
 
@@ -18,6 +20,7 @@ from nvfp4_moe import Routing, RoutingMethodType
 from nvfp4_moe.kernels import backends, launcher, records
 from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.tile_table import table_configs
+from nvfp4_moe.reference import checks
 
 pytestmark = pytest.mark.compile
 
@@ -308,7 +311,7 @@ def test_what_a_call_depends_on_is_asked_each_time(launches, monkeypatch):
     assert not whole()
 
 
-@pytest.mark.parametrize("change", ["backend", "tiles"])
+@pytest.mark.parametrize("change", ["backend", "tiles", "tiles for a while"])
 def test_a_change_of_choices_drops_the_records(launches, monkeypatch, tmp_path, change):
     monkeypatch.setenv("NVFP4_MOE_CACHE", str(tmp_path))
     call = layer()
@@ -324,8 +327,95 @@ def test_a_change_of_choices_drops_the_records(launches, monkeypatch, tmp_path, 
     else:
         monkeypatch.setattr(cache, "_known", {})
         e = experts()
-        cache.store(cache.key_of(e, 2, 2, "per-token"), table_configs(e, 2))
+        tiles = cache.key_of(e, 2, 2, "per-token"), table_configs(e, 2)
+        if change == "tiles":
+            cache.store(*tiles)
+        else:
+            with cache.using(*tiles):
+                assert is_whole(call)
+                for _ in range(2):
+                    call()
+                assert not is_whole(call)
     assert is_whole(call)
+
+
+def test_a_change_while_a_call_is_recorded(toy):
+    """The call may have made its choices before the change: its record is dropped, too."""
+    changes = [False, True]
+
+    def run(x):
+        out = x.new_empty(x.shape)
+        launcher.launch(toy_kernel, (1,), x, out, x.numel(), 0, SIZE=1)
+        if changes and changes.pop(0):
+            records.forget()
+        return out
+
+    for _ in range(2):
+        records.repeat(run, (torch.zeros(2, dtype=torch.uint8),), {})
+    assert not changes and not records._kept
+
+
+def test_a_capture_records_nothing(launches, recorders, monkeypatch):
+    """Values are not checked in a capture, so its record would skip the check ever after."""
+    capturing = False
+    monkeypatch.setenv("NVFP4_MOE_CHECK_VALUES", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(checks, "reads_values", lambda *tensors, waits=False: not capturing)
+    x, e, weights = inputs(1)[0], experts(), torch.rand(1, 2)
+    ids = torch.zeros(1, 2, dtype=torch.int32)
+
+    def call():
+        return nvfp4_moe.fused_moe(x, e, (ids, weights), backend="triton")
+
+    call()
+    capturing = True
+    for _ in range(3):
+        call()
+    capturing = False
+    ids.fill_(E)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="routing"):
+            call()
+    assert not recorders
+
+
+@pytest.mark.parametrize("name", ["rmsnorm", "dense, out", "output"])
+def test_a_write_into_a_given_tensor_is_counted(launches, recorders, name):
+    """By its version: autograd then refuses to use a tensor that it saved before the write."""
+    call, versions = CALLS[name]("cpu"), []
+    for _ in range(6):
+        result = call()
+        written = result if isinstance(result, torch.Tensor) else result[-1]
+        versions.append(written._version)
+    assert [r.refusal for r in recorders] == [None]
+    (step,) = {after - before for before, after in itertools.pairwise(versions)}
+    assert step > 0
+
+
+def test_a_negative_zero_is_no_zero(toy):
+    def run(x, number):
+        out = x.new_empty(x.shape)
+        step = int(math.copysign(1, number) < 0)
+        launcher.launch(toy_kernel, (1,), x, out, x.numel(), step, SIZE=1)
+        return out
+
+    x = torch.full((2,), 5, dtype=torch.uint8)
+    for _ in range(3):
+        assert records.repeat(run, (x, 0.0), {}).tolist() == [6, 6]
+    for _ in range(3):
+        assert records.repeat(run, (x, -0.0), {}).tolist() == [10, 10]
+
+
+def test_a_call_that_raises_leaves_no_key(launches):
+    """Or else many bad calls, as with a NaN, which no key equals, would drop every record."""
+
+    def run(x, number):
+        raise ValueError("number is nan")
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="number"):
+            records.repeat(run, (torch.zeros(1), float("nan")), {})
+    assert not records._kept
 
 
 WRONG = {

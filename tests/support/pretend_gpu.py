@@ -43,6 +43,7 @@ def present() -> Iterator[list[tuple[Any, ...]]]:
         put(triton.JITFunction, "run", lambda kernel, *args, **options: Compiled(launches))
         put(torch.cuda, "current_device", lambda: 0)
         put(torch.cuda, "is_initialized", lambda: True)
+        put(torch.cuda, "is_current_stream_capturing", lambda: False)
         put(torch.cuda, "get_device_name", lambda d=None: "a pretended GPU")
         put(torch._C, "_cuda_getCurrentRawStream", lambda d: 11, create=True)
         put(hopper, "_multiprocessors", lambda d: 132)

@@ -159,10 +159,12 @@ def using(key: Key, configs: Configs) -> Iterator[None]:
     """Run calls of this key with these configurations inside the block; write no file."""
     before = lookup(key)
     _known[key] = configs
+    records.forget()
     try:
         yield
     finally:
         _known[key] = before
+        records.forget()
 
 
 def path_of(key: Key) -> Path | None:
