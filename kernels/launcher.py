@@ -37,9 +37,13 @@ _LAUNCHES: dict[int, _Launches] = {}
 
 
 def directly() -> bool:
-    """Return True if compiled kernels are launched without Triton's own code, which a profiler needs."""
+    """Return True if compiled kernels are launched without Triton's own code, which a profiler needs.
+
+    In the place of Triton's chain of hooks there may be a function, or None: Triton takes both.
+    """
     runtime = triton.knobs.runtime
-    return _DIRECT and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return _DIRECT and not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 records.can_launch(directly)

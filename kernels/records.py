@@ -240,8 +240,8 @@ class Recorder(TorchDispatchMode):
             _Memory(f"g{i}", t.data_ptr(), _extent(t), t.device) for i, t in enumerate(tensors)
         ]
         self.allocated: list[_Memory] = []
-        self.copies: set[str] = set()
-        """The names of memory that holds copies of given tensors."""
+        self.copies: dict[str, torch.Tensor] = {}
+        """The memory that holds copies of given tensors, and the copies."""
         self.returned: dict[str, torch.Tensor] = {}
         """The memory that is a tensor of its own, in the form of these: results."""
         self.launches: list[list[str]] = []
@@ -266,7 +266,7 @@ class Recorder(TorchDispatchMode):
             rest = [f"*{self._named(args[1:])}", f"**{self._named(kwargs or {})}"]
             self.lines.append(f"r{copy} = {self._named(func)}({', '.join([source, *rest])})")
             self.lines.append(f"{copy} = r{copy}.data_ptr()")
-            self.copies.add(copy)
+            self.copies[copy] = result
         elif func is torch.ops.aten.copy_.default and (target := self._given(args[0])) is not None:
             self.lines.append(f"{target}.copy_({self._result(args[1])})")
         elif not func.is_view:
@@ -348,7 +348,7 @@ class Recorder(TorchDispatchMode):
         """
         text = self._result(result)
         sizes = [-(-m.nbytes // _ALIGNMENT) * _ALIGNMENT for m in self.allocated]
-        tensors = self.returned.keys() | self.copies
+        tensors = self.returned.keys() | self.copies.keys()
         own = [m for m in self.allocated if m.name not in tensors]
         total = sum(size for m, size in zip(self.allocated, sizes, strict=True) if m in own)
         devices = {m.device for m in self.allocated}
@@ -395,16 +395,18 @@ class Recorder(TorchDispatchMode):
 
     def _result(self, result: Any) -> str:
         """Return the text of a result; memory that it is in becomes a tensor of its own."""
-        if isinstance(result, tuple | list):
+        if type(result) in (tuple, list):
             parts = "".join(f"{self._result(part)}, " for part in result)
-            return f"({parts})" if isinstance(result, tuple) else f"[{parts}]"
+            return f"({parts})" if type(result) is tuple else f"[{parts}]"
         if (given := self._given(result)) is not None:
             return given
         if isinstance(result, torch.Tensor) and result.is_contiguous():
             for m in reversed(self.allocated):
                 if m.address == result.data_ptr() and m.nbytes == result.nbytes > 0:
-                    if m.name not in self.copies:
-                        self.returned[m.name] = result
+                    own = self.copies.get(m.name)
+                    own = self.returned.setdefault(m.name, result) if own is None else own
+                    if (own.dtype, own.shape) != (result.dtype, result.shape):
+                        break  # memory in two forms, of which it becomes a tensor of one
                     return f"r{m.name}"
         self.refuse("its result is no memory that it allocated")
         return "None"

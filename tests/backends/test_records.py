@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 import weakref
+from typing import NamedTuple
 
 import pretend_gpu
 import pytest
@@ -390,6 +391,43 @@ def test_a_write_into_a_given_tensor_is_counted(launches, recorders, name):
     assert [r.refusal for r in recorders] == [None]
     (step,) = {after - before for before, after in itertools.pairwise(versions)}
     assert step > 0
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+RESULTS = {
+    "a copy in another form": lambda x, out: x.clone().view(torch.int8),
+    "memory in two forms": lambda x, out: (out, out.view(2, 2)),
+    "a tuple with names": lambda x, out: Pair(out, x.clone()),
+    "a copy and a list": lambda x, out: (x.clone(), [out]),
+}
+
+
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_a_result_has_the_form_of_the_whole_call(toy, result):
+    def run(x):
+        out = x.new_empty(x.shape)
+        launcher.launch(toy_kernel, (1,), x, out, x.numel(), 0, SIZE=1)
+        return result(x, out)
+
+    def form(value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.shape, value.tolist()
+        return type(value), [form(part) for part in value]
+
+    x = torch.zeros(4, dtype=torch.uint8)
+    first, *others = (form(records.repeat(run, (x,), {})) for _ in range(4))
+    assert others == [first] * 3
+
+
+@pytest.mark.parametrize("hook, direct", [(None, True), (lambda *args: None, False)])
+def test_a_hook_that_is_no_chain(launches, monkeypatch, hook, direct):
+    """Triton takes None and a function in the place of its chain of hooks."""
+    monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hook)
+    assert launcher.directly() == direct
 
 
 def test_a_negative_zero_is_no_zero(toy):
