@@ -17,7 +17,7 @@ from ..reference.moe.hidden_states import Activations
 from ..reference.recipe import SfLayout
 from ..reference.weights.copies import in_layouts_of, without_layouts
 from ..reference.weights.experts import Experts
-from ..reference.weights.versions import versions
+from ..reference.weights.versions import tensors_of, versions
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def refusal(call: MoECall) -> str | None:
         return "its hidden states are quantized already"
     if not call.do_finalize or call.lora_delta is not None:
         return "it has no finalized output of its own (do_finalize=False, or a LoRA delta)"
+    if any(t.is_inference() for t in tensors_of(call.experts)):
+        return "its weights were made in inference mode, where torch counts no writes to them"
     return None
 
 

@@ -135,6 +135,15 @@ def test_a_call_that_cannot_be_watched_is_said_once(caplog):
     ]
 
 
+def test_weights_whose_writes_nobody_counts_are_not_watched(caplog):
+    canary = Canary()
+    with torch.inference_mode():
+        layer = experts()
+        canary.fused_moe(call(4, 0)[0], layer, call(4, 0)[1])
+    canary.wait()
+    assert canary.counts.taken == 0 and "made in inference mode" in caplog.text
+
+
 def test_a_judge_that_raises_ends_nothing(monkeypatch, caplog):
     def broken(sample):
         raise MemoryError("none left")
