@@ -80,7 +80,7 @@ def write(path: Path, where: Mapping[str, Any], benchmarks: Sequence[dict[str, A
 def _git(*arguments: str) -> str:
     try:
         found = subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=_ROOT, capture_output=True, encoding="utf-8", check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

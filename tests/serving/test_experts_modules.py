@@ -300,18 +300,21 @@ def test_gradients_are_those_of_the_fake_quantized_layer():
 
 def test_registration_gives_transformers_every_name(monkeypatch):
     """On a stand-in for transformers, whose real one need not be here."""
-    registered = {}
+    registered, quantizers = {}, []
     package, integrations = ModuleType("transformers"), ModuleType("transformers.integrations.moe")
+    quantizer = ModuleType("quantizer")
+    quantizer.register = lambda: quantizers.append("ours")
     integrations.ExpertsInterface = SimpleNamespace(register=registered.__setitem__)
     monkeypatch.setitem(sys.modules, "transformers", package)
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", integrations)
+    monkeypatch.setitem(sys.modules, "nvfp4_moe.serving.transformers.quantizer", quantizer)
     package.__version__ = "5.6.2"
     with pytest.raises(UnsupportedError, match=r"transformers 5.6.2 is installed; .* 5.7 or later"):
         register()
-    assert registered == {}
+    assert registered == {} and quantizers == []
     package.__version__ = "5.10.0.dev0"
     register()
-    assert set(registered) == set(IMPLEMENTATIONS)
+    assert set(registered) == set(IMPLEMENTATIONS) and quantizers == ["ours"]
     module, arguments = Module(), inputs()
     with torch.no_grad():
         for name, function in registered.items():
