@@ -249,7 +249,7 @@ class Recorder(TorchDispatchMode):
         self.lines: list[str] = []
         """The text of the launches and copies, in order."""
         self.scope: dict[str, Any] = {}
-        """What the text names."""
+        """The values of the names in the text."""
         self.read: set[str] = set()
         """The names of the given memory that the launches read."""
         self.refusal: str | None = None

@@ -13,7 +13,7 @@ import pretend_gpu
 import pytest
 import torch
 import triton
-from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, layer
+from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, layer, recorders_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4_moe
@@ -35,14 +35,7 @@ def launches():
 @pytest.fixture
 def recorders(monkeypatch):
     """Every recorder that has made a record, or could not."""
-    made = []
-
-    def spy(recorder, result, of=records.Recorder.made):
-        made.append(recorder)
-        return of(recorder, result)
-
-    monkeypatch.setattr(records.Recorder, "made", spy)
-    return made
+    return recorders_of(monkeypatch)
 
 
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 import triton
-from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, random_bytes
+from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, random_bytes, recorders_of
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe import cases
@@ -23,13 +23,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
     """Every recorder that has made a record, or could not."""
-    made = []
-
-    def spy(recorder, result, of=records.Recorder.made):
-        made.append(recorder)
-        return of(recorder, result)
-
-    monkeypatch.setattr(records.Recorder, "made", spy)
+    made = recorders_of(monkeypatch)
     monkeypatch.setattr(records, "enabled", True)
     records.forget()
     torch.cuda.init()

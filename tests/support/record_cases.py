@@ -9,6 +9,7 @@ import torch
 
 import nvfp4_moe
 from nvfp4_moe import Experts, NVFP44Over6Config, Routing, RoutingMethodType, SfLayout
+from nvfp4_moe.kernels import records
 
 ROUTING = Routing(RoutingMethodType.Renormalize, 2)
 H, I, E = 256, 128, 4  # noqa: E741
@@ -146,3 +147,15 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "dense, out": lambda device: dense(device, True),
 }
 """By name, a function that returns a call of new tensors on a device, always of the same form."""
+
+
+def recorders_of(monkeypatch):
+    """Return a list to which every recorder is added that makes a record, or cannot."""
+    made = []
+
+    def spy(recorder, result, of=records.Recorder.made):
+        made.append(recorder)
+        return of(recorder, result)
+
+    monkeypatch.setattr(records.Recorder, "made", spy)
+    return made

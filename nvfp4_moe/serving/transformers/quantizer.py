@@ -30,7 +30,7 @@ OWN, MODELOPT = "nvfp4_moe", "modelopt"
 
 
 class Configuration(QuantizationConfigMixin):
-    """What config.json says of the quantization; the checkpoint itself is asked for the rest."""
+    """The entry of config.json about the quantization; the checkpoint itself is asked for the rest."""
 
     def __init__(self, quant_method: str = OWN, **described: Any):
         self.quant_method = quant_method

@@ -15,7 +15,7 @@ from ...kernels.moe.call import Mode
 from .plugin import QUANTIZATIONS, check_version
 
 LOWEST_CAPABILITY = 80
-"""Of the kernels in Triton, as `README.md` says; vLLM asks for it on a GPU alone."""
+"""The lowest that Triton's kernels run on, as `README.md` says; vLLM asks for it on a GPU alone."""
 
 
 class Nvfp4MoEConfig(QuantizationConfig):

@@ -1,4 +1,4 @@
-"""What vLLM calls for a layer of experts: weights made, read, packed, and the layer run.
+"""The methods that vLLM calls for a layer of experts: to make, read and pack weights, and to run it.
 
 Each class has vLLM's own weights of one format, under its base's names, so that every loader of vLLM
 fills them. After loading, `Experts` take their place. vLLM routes; it runs shared experts beside the
