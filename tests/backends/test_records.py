@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4_moe
 from nvfp4_moe import Routing, RoutingMethodType
-from nvfp4_moe.kernels import backends, launcher, records
+from nvfp4_moe.kernels import backends, launcher, records, triton_target
 from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.tile_table import table_configs
 from nvfp4_moe.reference import checks
@@ -27,15 +27,27 @@ pytestmark = pytest.mark.compile
 
 
 @pytest.fixture
-def launches():
-    with pretend_gpu.present() as noted, torch.no_grad():
-        yield noted
+def launches(monkeypatch):
+    with torch.no_grad():
+        yield pretend_gpu.present(monkeypatch)
 
 
 @pytest.fixture
 def recorders(monkeypatch):
     """Every recorder that has made a record, or could not."""
     return recorders_of(monkeypatch)
+
+
+def test_the_pretended_gpu_ends_with_the_test():
+    """Also where the test changes once more what pretending has changed."""
+    owners = {checks: "reads_values", triton_target: "capability", records: "enabled"}
+    before = [getattr(owner, name) for owner, name in owners.items()]
+    patch = pytest.MonkeyPatch()
+    pretend_gpu.present(patch)
+    for owner, name in owners.items():
+        patch.setattr(owner, name, None)
+    patch.undo()
+    assert [getattr(owner, name) for owner, name in owners.items()] == before
 
 
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)

@@ -344,7 +344,8 @@ def test_host_time_measures_every_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(host_time, "ROUNDS", 3)
     small = replace(moe_speed.SHAPES[0], hidden=256, intermediate=128, experts=8)
-    with pretend_gpu.present(), torch.no_grad():
+    pretend_gpu.present(monkeypatch)
+    with torch.no_grad():
         cells = {name: host_time.measure(*asked) for name, asked in host_time.calls(small).items()}
     assert {name: c["launches"] for name, c in cells.items()} == {
         "fused_moe": 6, "fused_moe, auto": 6, "trtllm_fp4_block_scale_moe": 6,

@@ -5,15 +5,14 @@ leaves out the driver, the encoding of TMA descriptors, and the compilation of k
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 import triton
 
 from nvfp4_moe.kernels import device, launcher, records, triton_target
+from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.hopper import launch as hopper
 from nvfp4_moe.reference import checks
 
@@ -27,31 +26,31 @@ class Compiled:
         self.run = lambda *args: launches.append(args)
 
 
-@contextlib.contextmanager
-def present() -> Iterator[list[tuple[Any, ...]]]:
-    """Within, there is this GPU, and calls are recorded; yields the arguments of direct launches."""
+def present(patch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Until `patch` is undone there is this GPU, and calls are recorded.
+
+    It takes the test's own patch: of two, the one that ends last would put back what the other one had
+    set.
+
+    Returns:
+        The list to which the arguments of direct launches are added.
+    """
     launches: list[tuple[Any, ...]] = []
-    with contextlib.ExitStack() as stack:
-
-        def put(target: Any, name: str, value: Any, **options: bool) -> None:
-            stack.enter_context(mock.patch.object(target, name, value, **options))
-
-        put(device, "of_device", lambda d: (9, 0))
-        put(triton_target, "of_device", lambda d: (9, 0))
-        put(launcher, "_DIRECT", True)
-        put(launcher, "_LAUNCHES", {})
-        put(triton.JITFunction, "run", lambda kernel, *args, **options: Compiled(launches))
-        put(torch.cuda, "current_device", lambda: 0)
-        put(torch.cuda, "is_initialized", lambda: True)
-        put(torch.cuda, "is_current_stream_capturing", lambda: False)
-        put(torch.cuda, "get_device_name", lambda d=None: "a pretended GPU")
-        put(torch._C, "_cuda_getCurrentRawStream", lambda d: 11, create=True)
-        put(hopper, "_multiprocessors", lambda d: 132)
-        put(checks, "reads_values", lambda *tensors, waits=False: False)  # as on a GPU
-        put(records, "enabled", True)
-        for cached in (triton_target.capability, triton_target.gpu_name):
-            cached.cache_clear()
-            stack.callback(cached.cache_clear)
-        records.forget()
-        stack.callback(records.forget)
-        yield launches
+    for target, name, value in (
+        (device, "of_device", lambda d: (9, 0)),
+        (triton_target, "capability", lambda d: (9, 0)),
+        (cache, "gpu_name", lambda d: "a pretended GPU"),
+        (launcher, "_DIRECT", True),
+        (launcher, "_LAUNCHES", {}),
+        (triton.JITFunction, "run", lambda kernel, *args, **options: Compiled(launches)),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "is_initialized", lambda: True),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (hopper, "_multiprocessors", lambda d: 132),
+        (checks, "reads_values", lambda *tensors, waits=False: False),  # as on a GPU
+        (records, "enabled", True),
+        (records, "_kept", {}),
+    ):
+        patch.setattr(target, name, value)
+    patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda d: 11, raising=False)
+    return launches
