@@ -9,11 +9,9 @@ model. Writes the tables of `docs/embeddings.md` and the plot
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,49 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 sys.path[:0] = [str(ROOT)]
 
-from embeddings_page import BASELINE, SPLIT, Results, between_marks, tables  # noqa: E402
+from embeddings_page import BASELINE, MARKS, SPLIT, Results, tables  # noqa: E402
+from feed_forward import Layer, Ranges, errors_by_layer, unquantized_layer  # noqa: E402
+from methods import METHODS, nvfp4_layer  # noqa: E402
 from minilm import LAYERS, Dense, MiniLM, packaged  # noqa: E402
+from pages import between_marks  # noqa: E402
 from sentences import origin, sentences  # noqa: E402
 from strips import strips  # noqa: E402
 
-from nvfp4_moe import (  # noqa: E402
-    ActivationType,
-    Experts,
-    NVFP44Over6Config,
-    Recipe,
-    fused_moe,
-    prepare_experts,
-)
+from nvfp4_moe import ActivationType  # noqa: E402
 
 EXPERTS = 6  # of 256 rows each: without a gate, an intermediate size is a multiple of 128
-UNCALIBRATED = 6.0 * 448  # the maximum at which an encode scale is 1
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to prepare and call the experts."""
-
-    calibrated: str | None = None  # on which sentences; None: no static scales
-    factor: float = 1.0  # on the calibrated maxima
-    prepare: Mapping[str, Any] = field(default_factory=dict)
-    call: Mapping[str, Any] = field(default_factory=dict)
-
-
-METHODS = {
-    "NVFP4 weights, bf16 activations": Method(call={"activation": "bf16"}),
-    "static scales of one (never calibrated)": Method("nothing", call={"activation": "static"}),
-    "static scales, maxima 4 times too small": Method(
-        "others", 0.25, call={"activation": "static"}
-    ),
-    "static scales, other sentences": Method("others", call={"activation": "static"}),
-    "static scales, these sentences": Method("these", call={"activation": "static"}),
-    "per-token scales": Method(),
-    "per-token, 4over6": Method(call={"nvfp4_4over6": NVFP44Over6Config()}),
-    "per-token, 4over6, weights too": Method(
-        prepare={"recipe": Recipe("exact", NVFP44Over6Config())},
-        call={"nvfp4_4over6": NVFP44Over6Config()},
-    ),
-}
 
 
 def split(dense: Dense, experts: int) -> dict[str, torch.Tensor]:
@@ -81,73 +47,26 @@ def split(dense: Dense, experts: int) -> dict[str, torch.Tensor]:
     }
 
 
-def nvfp4_layer(experts: Experts, call: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
-    """[T, H] bf16 to the same: every token takes every expert, with weight 1."""
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        ids = torch.arange(experts.num_local, device=x.device, dtype=torch.int32)
-        ids = ids.repeat(x.shape[0], 1)
-        return fused_moe(x, experts, (ids, torch.ones_like(ids, dtype=torch.bfloat16)), **call)
-
-    return layer
-
-
-def unquantized_layer(parts: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return these experts in bf16: the layer rounds each expert's result and their sum to bf16."""
+def experts_of(parts: dict[str, torch.Tensor]) -> list[Dense]:
+    """Return each expert of a split layer as a layer of its own."""
     tensors = zip(*(parts[name] for name in ("w13", "w13_bias", "w2", "w2_bias")), strict=True)
-    experts = [Dense(*each) for each in tensors]
-    return lambda x: torch.stack([expert(x).float() for expert in experts]).sum(0).to(x.dtype)
+    return [Dense(*each) for each in tensors]
 
 
-@dataclass
-class Ranges:
-    """The row maxima of the feed-forward's input and of its intermediate, for each layer, in bf16."""
-
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    row_maxima: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, model: MiniLM, sentences: Sequence[Sequence[int]]) -> "Ranges":
-        found = cls()
-
-        def feed_forward(layer: int, x: torch.Tensor) -> torch.Tensor:
-            dense = model.dense(layer)
-            maxima = (x.abs().amax(1).float(), dense.intermediate(x).abs().amax(1).float())
-            found.inputs.append(x)
-            found.row_maxima.append(maxima)
-            return dense(x)
-
-        model.embed(sentences, feed_forward)
-        return found
-
-    def amax(self, layer: int) -> dict[str, float]:
-        names = ("input_amax", "intermediate_amax")
-        maxima = self.row_maxima[layer]
-        return {name: m.max().item() for name, m in zip(names, maxima, strict=True)}
-
-
-def layers_of(
-    label: str, model: MiniLM, ranges: Mapping[str, Ranges]
-) -> list[Callable[..., torch.Tensor]]:
-    """The feed-forward layers of a method."""
+def layers_of(label: str, model: MiniLM, ranges: Mapping[str, Ranges]) -> list[Layer]:
+    """Make the feed-forward layers of a method."""
+    parts = [split(model.dense(i), EXPERTS) for i in range(LAYERS)]
     if label == SPLIT:
-        return [unquantized_layer(split(model.dense(i), EXPERTS)) for i in range(LAYERS)]
-    layers, method = [], METHODS[label]
-    for layer in range(LAYERS):
-        amax: dict[str, float] = {}
-        if method.calibrated == "nothing":
-            amax = dict.fromkeys(("input_amax", "intermediate_amax"), UNCALIBRATED)
-        elif method.calibrated:
-            found = ranges[method.calibrated].amax(layer)
-            amax = {name: value * method.factor for name, value in found.items()}
-        experts = prepare_experts(
-            **split(model.dense(layer), EXPERTS),
-            activation=ActivationType.Gelu,
-            **amax,
-            **method.prepare,
-        )
-        layers.append(nvfp4_layer(experts, method.call))
-    return layers
+        return [unquantized_layer(experts_of(each)) for each in parts]
+    method = METHODS[label]
+    return [
+        nvfp4_layer(method, each, ActivationType.Gelu, i, ranges) for i, each in enumerate(parts)
+    ]
+
+
+def ranges_of(model: MiniLM, sentences: Sequence[Sequence[int]]) -> Ranges:
+    """Run the model on the sentences, and keep its layers' inputs and row maxima."""
+    return Ranges.of(model.dense, lambda layers: model.embed(sentences, layers))
 
 
 def errors(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -165,10 +84,8 @@ def measure(folder: Path, device: str, texts: tuple[Sequence[str], Sequence[str]
     exact = MiniLM.load(folder, torch.float32, device).embed(these)
     model = MiniLM.load(folder, torch.bfloat16, device)
     wanted = model.embed(these)
-    ranges = {"these": Ranges.of(model, these), "others": Ranges.of(model, others)}
-    results = Results()
-    for inputs, intermediates in ranges["these"].row_maxima:
-        results.spread.append((spread(inputs), spread(intermediates)))
+    ranges = {"these": ranges_of(model, these), "others": ranges_of(model, others)}
+    results = Results(spread=[ranges["these"].spread(i) for i in range(LAYERS)])
     results.to_fp32[BASELINE] = errors(wanted, exact)
 
     def run(label: str) -> None:
@@ -178,10 +95,7 @@ def measure(folder: Path, device: str, texts: tuple[Sequence[str], Sequence[str]
         results.to_fp32[label] = errors(found, exact)
         same = neighbours(found) == neighbours(wanted)
         results.same_nearest[label] = same.double().mean().item()
-        results.by_layer[label] = [
-            relative_error(layers[i](some), model.dense(i)(some))
-            for i, some in enumerate(x[::8].contiguous() for x in ranges["these"].inputs)
-        ]
+        results.by_layer[label] = errors_by_layer(layers, model.dense, ranges["these"].inputs)
         print(f"{label}: median error {results.to_bf16[label].median():.2e}", flush=True)
 
     # PyTorch spends much of a small operation on waking its threads; one each, and two methods at once.
@@ -189,14 +103,6 @@ def measure(folder: Path, device: str, texts: tuple[Sequence[str], Sequence[str]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, (SPLIT, *METHODS)))
     return results
-
-
-def spread(row_maxima: torch.Tensor) -> float:
-    return (row_maxima.max() / row_maxima.min()).item()
-
-
-def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((given.double() - wanted).norm() / wanted.double().norm()).item()
 
 
 def token_ids(folder: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -218,7 +124,7 @@ def main() -> None:
     results = measure(options.model or packaged(), options.device, texts)
     page = DOCS / "embeddings.md"
     content = f"{origin(texts)}, {options.device}.\n\n{tables(results, (SPLIT, *METHODS))}"
-    page.write_text(between_marks(page.read_text("utf-8"), content), "utf-8")
+    page.write_text(between_marks(page.read_text("utf-8"), content, MARKS), "utf-8")
     title = "Error of sentence embeddings by kind of NVFP4"
     plot = strips(
         title,

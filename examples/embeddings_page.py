@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from pages import marks
 
-MARKS = ("<!-- made by examples/embeddings.py -->", "<!-- end -->")
+MARKS = marks("examples/embeddings.py")
 BASELINE, SPLIT = "bf16 model", "bf16 experts, not quantized"
 
 
@@ -45,10 +46,3 @@ def tables(results: Results, labels: Sequence[str]) -> str:
         cells = " | ".join(f"{100 * value:.2f} %" for value in results.by_layer[label])
         lines.append(f"| {label} | {cells} |")
     return "\n".join(lines)
-
-
-def between_marks(page: str, content: str) -> str:
-    """The page with the content in the place of what is between the two marks."""
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return f"{before}{MARKS[0]}\n{content}\n{MARKS[1]}{after}"

@@ -5,7 +5,7 @@ tokens of all sentences at once, as a serving engine gives them.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from feed_forward import FeedForward
 from safetensors.torch import load_file
 
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
-FeedForward = Callable[[int, torch.Tensor], torch.Tensor]
-"""(layer, [T, H]) to [T, H], the residual not added."""
 
 
 @dataclass(frozen=True)

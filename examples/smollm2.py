@@ -6,8 +6,7 @@ left to the caller, as in `minilm.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from feed_forward import FeedForward
 from gguf_file import GGUF, read
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ _LAYER = {
 }
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 _CONTROL = 3  # the type of a token that text cannot spell
-FeedForward = Callable[[int, torch.Tensor], torch.Tensor]
-"""(layer, [T, H]) to [T, H], the residual not added."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,12 @@ class SmolLM2:
 
     @classmethod
     def of(cls, file: GGUF, dtype: torch.dtype, device: str) -> "SmolLM2":
-        tensors = {name: t.to(device, dtype) for name, t in state_dict(file).items()}
-        return cls(config(file), tensors)
+        return cls(config(file), state_dict(file)).to(dtype, device)
+
+    def to(self, dtype: torch.dtype, device: str | None = None) -> "SmolLM2":
+        """Return the model in another dtype, on the same device or on another."""
+        tensors = {n: t.to(device or t.device, dtype) for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def dense(self, layer: int) -> Dense:
         parts = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -187,8 +189,9 @@ class SmolLM2:
         return self._norm("model.norm", x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute [..., V] fp32 of last hidden states [..., H]."""
-        return F.linear(hidden, self.tensors["model.embed_tokens.weight"]).float()
+        """Compute [..., V] fp32 of last hidden states [..., H] of any dtype, in the model's dtype."""
+        weight = self.tensors["model.embed_tokens.weight"]
+        return F.linear(hidden.to(weight.dtype), weight).float()
 
     def _turns(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the rotary embedding's cosines and sines [length, head size]."""

@@ -7,9 +7,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from embeddings import METHODS, Ranges, errors, layers_of, neighbours, split, unquantized_layer
-from embeddings_page import BASELINE, MARKS, SPLIT, Results, between_marks, tables
+from embeddings import errors, experts_of, layers_of, neighbours, ranges_of, split
+from embeddings_page import BASELINE, MARKS, SPLIT, Results, tables
+from feed_forward import unquantized_layer
+from methods import METHODS
 from minilm import EPSILON, HEADS, LAYERS, Dense, MiniLM
+from pages import between_marks
 from paths import ROOT
 from sentences import sentences, sentences_of
 from strips import BINS_A_DECADE, LEFT, WIDTH, histogram, median, strips, ticks
@@ -34,7 +37,7 @@ def test_the_experts_sum_to_the_layer(experts):
     wanted = whole(x(torch.float64))
     # The sum is taken in fp32, as the fused call takes it.
     torch.testing.assert_close(
-        unquantized_layer(parts)(x(torch.float64)),
+        unquantized_layer(experts_of(parts))(x(torch.float64)),
         wanted,
         rtol=1e-6,
         atol=1e-6 * wanted.abs().max(),
@@ -139,7 +142,7 @@ def test_every_method_differs_from_the_others():
     """A method whose settings were dropped would give another's bits."""
     model, ids = tiny_model(), [[5, 6, 7, 1], [8, 9], [3, 3, 2, 1]]
     bf16 = MiniLM({n: t.bfloat16() for n, t in model.tensors.items()})
-    ranges = {"these": Ranges.of(bf16, ids), "others": Ranges.of(bf16, [[1, 2], [2, 1]])}
+    ranges = {"these": ranges_of(bf16, ids), "others": ranges_of(bf16, [[1, 2], [2, 1]])}
     given = ranges["these"].inputs[0]
     found = {label: layers_of(label, bf16, ranges)[0](given) for label in (SPLIT, *METHODS)}
     for label, output in found.items():
@@ -198,7 +201,7 @@ def test_tables_have_each_method_and_its_figures():
 
 def test_only_what_is_between_the_marks_is_replaced():
     page = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
-    assert between_marks(page, "new") == f"before\n{MARKS[0]}\nnew\n{MARKS[1]}\nafter\n"
+    assert between_marks(page, "new", MARKS) == f"before\n{MARKS[0]}\nnew\n{MARKS[1]}\nafter\n"
 
 
 def test_the_plot_draws_every_value_where_it_lies():
