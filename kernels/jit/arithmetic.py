@@ -4,7 +4,7 @@ Every function takes ARCH: 10 * major + minor of the GPU, or 0 in the interprete
 is one instruction of inline assembly, which keeps the compiler from fusing a multiplication into an
 addition. The interpreter has no inline assembly, so NumPy's operation takes its place. With FTZ an
 operation takes subnormal inputs for zeros and gives zeros for subnormal results, as FlashInfer's CUDA
-build does.
+build does; which results are subnormal is decided as `flush_result` of the specification does it.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -14,6 +14,7 @@ import triton.language as tl
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 SIXTH = tl.constexpr(0.16666667163372039794921875)  # fp32 of 1/6, which is also rcp.approx(6)
 _MIN_NORMAL = tl.constexpr(2.0**-126)
+_LEAST_RESULT = tl.constexpr(2.0**-126 * (1 - 2.0**-25))
 
 
 @triton.constexpr_function
@@ -35,6 +36,12 @@ def flush(x, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def _flushed_result(rounded, exact):
+    """The interpreter's fp32 result of an operation, flushed by its value in fp64."""
+    return tl.where(tl.abs(exact) < _LEAST_RESULT, rounded * 0.0, rounded)
+
+
+@triton.jit
 def _instruction(a, b, NAME: tl.constexpr, FTZ: tl.constexpr):
     """The instruction NAME.rn of two fp32 operands, which the compiler fuses with no other."""
     ASM: tl.constexpr = NAME + (".rn.ftz.f32 $0, $1, $2;" if FTZ else ".rn.f32 $0, $1, $2;")
@@ -45,7 +52,10 @@ def _instruction(a, b, NAME: tl.constexpr, FTZ: tl.constexpr):
 def mul(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
     """a * b."""
     if ARCH == 0:
-        return flush(flush(a, FTZ, ARCH) * flush(b, FTZ, ARCH), FTZ, ARCH)
+        if FTZ:
+            a, b = flush(a, FTZ, ARCH), flush(b, FTZ, ARCH)
+            return _flushed_result(a * b, a.to(tl.float64) * b)
+        return a * b
     return _instruction(a, b, "mul", FTZ)
 
 
@@ -82,7 +92,10 @@ def add(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
 def div(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
     """a / b, correctly rounded."""
     if ARCH == 0:
-        return flush(tl.div_rn(flush(a, FTZ, ARCH), flush(b, FTZ, ARCH)), FTZ, ARCH)
+        if FTZ:
+            a, b = flush(a, FTZ, ARCH), flush(b, FTZ, ARCH)
+            return _flushed_result(tl.div_rn(a, b), a.to(tl.float64) / b)
+        return tl.div_rn(a, b)
     return _instruction(a, b, "div", FTZ)
 
 
@@ -171,13 +184,14 @@ def from_bf16(x, ARCH: tl.constexpr):
 
 
 @triton.jit
-def fma(a, b, c, ARCH: tl.constexpr):
-    """a * b + c, rounded once, of a that came from bf16.
+def fma(a, b, c, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """a * b + c, rounded once, of a that came from bf16; b may be a scalar.
 
     The interpreter's own rounds the product, which is exact in fp64. There the sum is made odd where
     fp64 has lost a part of it, as in `reference.numerics.accumulate.fma`.
     """
     if ARCH == 0:
+        a, b, c = flush(a, FTZ, ARCH), flush(b, FTZ, ARCH), flush(c, FTZ, ARCH)
         product = a.to(tl.float64) * b
         total = product + c
         virtual = total - product
@@ -185,7 +199,8 @@ def fma(a, b, c, ARCH: tl.constexpr):
         bits = total.to(tl.int64, bitcast=True)
         step = tl.where((error > 0) == (total > 0), 1, -1)
         lost = ((error > 0) | (error < 0)) & (bits & 1 == 0)  # not where the sum is no number
-        y = tl.where(lost, bits + step, bits).to(tl.float64, bitcast=True).to(tl.float32)
-    else:
-        y = tl.fma(a, tl.zeros_like(a) + b, c)
-    return y
+        total = tl.where(lost, bits + step, bits).to(tl.float64, bitcast=True)
+        y = total.to(tl.float32)
+        return _flushed_result(y, total) if FTZ else y
+    ASM: tl.constexpr = "fma.rn.ftz.f32 $0, $1, $2, $3;" if FTZ else "fma.rn.f32 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(ASM, "=f,f,f,f", [a, b, c], tl.float32, True, 1)

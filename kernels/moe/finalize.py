@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...reference.moe.finalize import FinalizeOrder, split_k_groups
-from ..jit.arithmetic import add, flush, fma, from_bf16, to_bf16
+from ..jit.arithmetic import add, fma, from_bf16, to_bf16
 from ..jit.pdl import await_previous
 from ..launcher import cdiv, launch, next_power_of_2
 from ..triton_target import arch, launch_options
@@ -64,15 +64,15 @@ def finalize_kernel(
         part = tl.zeros((COLUMNS,), tl.float32)
         for k in range(j, K, GROUPS):
             row = tl.load(permuted_ptr + token * K + k)
-            weight = flush(tl.load(weights_ptr + token * K + k).to(tl.float32), FTZ, ARCH)
+            weight = tl.load(weights_ptr + token * K + k).to(tl.float32)
             is_local = tl.where(inside, row, -1) >= 0
             stored = tl.load(rows_ptr + row.to(tl.int64) * H + column, is_local, other=0.0)
-            value = flush(from_bf16(stored, ARCH), FTZ, ARCH)
+            value = from_bf16(stored, ARCH)
             onto = part
             if MULTIPLIES_FIRST and k == 0:
                 # -0 by its bits: `tl.full` takes -0.0 for 0.
                 onto = tl.full((COLUMNS,), -(2**31), tl.int32).to(tl.float32, bitcast=True)
-            added = flush(fma(value, weight, onto, ARCH), FTZ, ARCH)
+            added = fma(value, weight, onto, FTZ, ARCH)
             # The weight of a slot of no expert may be NaN.
             part = tl.where(is_local, added, part)
         total = part if j == 0 else add(total, part, FTZ, ARCH)

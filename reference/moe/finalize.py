@@ -68,7 +68,7 @@ def add_up(
         for k in range(j, top_k, groups):
             # -0 is what an addition leaves as it is, so that slot 0 is only multiplied.
             onto = torch.full_like(part, -0.0) if multiplies_first and k == 0 else part
-            added = flushed(fma(weights[:, k, None], rows[:, k], onto))
+            added = fma(weights[:, k, None], rows[:, k], onto, ftz=not multiplies_first)
             part = added if is_local is None else torch.where(is_local[:, k, None], added, part)
         total = part if total is None else flushed(total + part)
     assert total is not None

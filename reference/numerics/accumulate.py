@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from .fp32 import flush, flush_result
+
 Accumulate = Literal["fp64", "fp32"]
 
 
@@ -23,13 +25,15 @@ def matmul(x: torch.Tensor, w: torch.Tensor, accumulate: Accumulate) -> torch.Te
     return total
 
 
-def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, ftz: bool = False) -> torch.Tensor:
     """Return a * b + c with one rounding to fp32: bf16 b leaves the product exact in fp64.
+
+    With `ftz` subnormal c and results are zeros; subnormal a and b are the caller's to flush.
 
     The fp64 sum may round before the fp32 rounding does; it is made odd where it was not exact, so
     that the second rounding is the only one that shows.
     """
-    product, addend = a.double() * b.double(), c.double()
+    product, addend = a.double() * b.double(), (flush(c) if ftz else c).double()
     total = product + addend
     virtual = total - product
     error = (product - (total - virtual)) + (addend - virtual)
@@ -38,4 +42,5 @@ def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     away = (error > 0) == (total > 0)
     odd = torch.where(away, bits + 1, bits - 1)
     inexact = (error != 0) & (bits & 1 == 0) & total.isfinite()
-    return torch.where(inexact, odd, bits).view(torch.float64).float()
+    total = torch.where(inexact, odd, bits).view(torch.float64)
+    return flush_result(total.float(), total) if ftz else total.float()

@@ -1,7 +1,10 @@
 """fp32 arithmetic as FlashInfer's two builds do it, and MUFU.RCP to the bit.
 
 `build="cuda"` is compiled with -use_fast_math: every fp32 operation flushes subnormal inputs and
-results to zero, the sign kept. `build="cute-dsl"` flushes in `rcp.approx.ftz` alone. Both multiply
+results to zero, the sign kept. A GPU rounds a result to 24 bits as if exponents had no end, and then
+takes what is below 2^-126 for zero: the product 2^-126 (1 - 2^-24), which IEEE 754 rounds to 2^-126, is
+zero. An H200's products and quotients show it; the code that ptxas makes of `div.rn.ftz.f32` compares
+the exponent after its last rounding. `build="cute-dsl"` flushes in `rcp.approx.ftz` alone. Both multiply
 and add without fusing. Everything in here takes and gives fp32 tensors.
 """
 
@@ -14,11 +17,23 @@ import torch
 
 FLT_MAX = torch.finfo(torch.float32).max
 _MIN_NORMAL = torch.finfo(torch.float32).smallest_normal
+_LEAST = _MIN_NORMAL * (1 - 2.0**-25)
+"""fp64: what is at least this large rounds to 24 bits that are at least 2^-126."""
 
 
 def flush(x: torch.Tensor) -> torch.Tensor:
     """Subnormals to zero, the sign kept."""
     return torch.where(x.abs() < _MIN_NORMAL, torch.copysign(torch.zeros_like(x), x), x)
+
+
+def flush_result(rounded: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Flush the fp32 result of an operation as a GPU does, by its value before it was rounded.
+
+    Args:
+        exact: fp64, the result, or a number on its side of every fp32 number and of every tie.
+    """
+    zero = torch.copysign(torch.zeros_like(rounded), rounded)
+    return torch.where(exact.abs() < _LEAST, zero, rounded)
 
 
 @functools.cache
@@ -57,7 +72,11 @@ class Arithmetic:
         return flush(x) if self.ftz else x
 
     def mul(self, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
-        return self.flush(a * b)
+        if not self.ftz:
+            return a * b
+        if not isinstance(b, torch.Tensor):
+            b = torch.full_like(a, b)
+        return flush_result(a * b, a.double() * b.double())
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return self.flush(a + b)
@@ -72,7 +91,7 @@ class Arithmetic:
         if not isinstance(b, torch.Tensor):
             # A 0-dim divisor of a CUDA tensor may become a multiplication; a full tensor divides.
             b = torch.full_like(a, b)
-        return self.flush(a / b)
+        return flush_result(a / b, a.double() / b.double()) if self.ftz else a / b
 
     def min_flt_max(self, x: torch.Tensor) -> torch.Tensor:
         """Return fminf(x, FLT_MAX): a NaN becomes FLT_MAX."""

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -16,6 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nvfp4_moe import host
+from nvfp4_moe.kernels import triton_target as target
+from nvfp4_moe.kernels.fused_quantize.kernel import _exp
+from nvfp4_moe.kernels.jit import e2m1 as e2m1_kernels
 from nvfp4_moe.kernels.jit.arithmetic import (
     add,
     div,
@@ -32,16 +36,16 @@ from nvfp4_moe.kernels.jit.arithmetic import (
     to_bf16,
 )
 from nvfp4_moe.kernels.jit.decode import decode_fourth, decode_values, operand_scale, scaled
-from nvfp4_moe.kernels.jit.e2m1 import e2m1_encode, e2m1_encode_magnitudes
+from nvfp4_moe.kernels.jit.e2m1 import _e2m1_round, _pack, e2m1_encode, e2m1_encode_magnitudes
 from nvfp4_moe.kernels.jit.e4m3 import e4m3_decode, e4m3_encode
 from nvfp4_moe.kernels.jit.instructions import ex2_approx, tanh_approx
 from nvfp4_moe.kernels.jit.pdl import await_previous
-from nvfp4_moe.kernels.moe.routing import _table
-from nvfp4_moe.kernels.triton_target import arch
+from nvfp4_moe.kernels.moe.routing import _sigmoid, _table
+from nvfp4_moe.reference import fused_quantize
 from nvfp4_moe.reference.numerics import accumulate, e2m1, e4m3, fp32, functions
 
 from ..calls import Answered, Call
-from .numbers import around, seeded, specials
+from .numbers import around, factors_of_the_least, seeded, specials
 from .part_calls import exactly
 
 Tensor = torch.Tensor
@@ -72,7 +76,7 @@ def of_two_kernel(
     elif NAME == "larger":
         y = larger(a, b, ARCH)
     elif NAME == "fma":
-        y = fma(a, b, tl.load(c_ptr + i, live, other=0), ARCH)
+        y = fma(a, b, tl.load(c_ptr + i, live, other=0), FTZ, ARCH)
     elif NAME == "flush":
         y = flush(a, FTZ, ARCH)
     elif NAME == "reciprocal":
@@ -80,11 +84,15 @@ def of_two_kernel(
     elif NAME == "rcp":
         y = rcp(a, table_ptr, ARCH)
     elif NAME == "to_bf16":
-        y = to_bf16(a, ARCH)
+        y = from_bf16(to_bf16(a, ARCH), ARCH)
+    elif NAME == "sigmoid":
+        y = _sigmoid(a, table_ptr, True, ARCH)
     elif NAME == "from_bf16":
         y = from_bf16(a, ARCH)
     elif NAME == "ex2":
         y = ex2_approx(a, table_ptr, ARCH)
+    elif NAME == "exp":
+        y = _exp(a)
     elif NAME == "tanh":
         y = tanh_approx(a, table_ptr, ARCH)
     elif NAME == "e4m3_encode":
@@ -153,10 +161,13 @@ def _pairs() -> tuple[Tensor, Tensor]:
     return torch.cat([a.flatten(), near[0]]), torch.cat([b.flatten(), near[1]])
 
 
-def _of_two(name: str, ftz: bool) -> tuple[list[Tensor], Tensor]:
+def _of_two(name: str, ftz: bool, least: bool = False) -> tuple[list[Tensor], Tensor]:
     """(arguments, results)"""
-    if name in ("flush", "reciprocal", "rcp", "to_bf16", "ex2", "tanh"):
+    if name in ("flush", "reciprocal", "rcp", "to_bf16", "exp", "ex2", "tanh", "sigmoid"):
         x = _many()
+        if name == "exp":
+            ends = around(host.fp32([87.0, 89.0]))
+            x = torch.cat([x, ends, host.normal(seeded(27), 1 << 15) * 30])
         if name == "ex2":
             steps = host.arange(-8, 9)
             ends = host.fp32([126.0, 127.0, 128.0, 149.0]).view(torch.int32)
@@ -172,7 +183,9 @@ def _of_two(name: str, ftz: bool) -> tuple[list[Tensor], Tensor]:
             "flush": lambda: kept(x),
             "reciprocal": lambda: kept(1 / kept(x)),
             "rcp": lambda: fp32.rcp_approx_ftz(x),
-            "to_bf16": lambda: x.bfloat16(),
+            "to_bf16": lambda: x.bfloat16().float(),
+            "sigmoid": lambda: functions.Hopper().sigmoid(x),
+            "exp": lambda: fused_quantize.exp(x),
             "ex2": lambda: functions.ex2_approx_ftz(x),
             "tanh": lambda: functions.tanh_approx(x),
         }
@@ -186,28 +199,33 @@ def _of_two(name: str, ftz: bool) -> tuple[list[Tensor], Tensor]:
     if name == "e4m3_encode":
         numbers = e4m3.decode(torch.arange(127, dtype=torch.uint8, device="cpu"))
         between = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2, host.fp32([464.0, 480.0])])
-        x = torch.cat([_many(), around(between)])
+        every_nan = torch.tensor([0x7F800001, 0x7FFFFFFF], dtype=torch.int32, device="cpu")
+        x = torch.cat([_many(), around(between), every_nan.view(torch.float32)])
         x = x[~torch.signbit(x)]
         return [x], e4m3.encode(x).int()
-    a, b = _pairs()
+    a, b = factors_of_the_least() if least else _pairs()
     if name in ("smaller", "larger"):
         a, b = a.abs(), b.abs()
         return [a, b], (torch.fmin if name == "smaller" else torch.fmax)(a, b)
     if name == "fma":
-        a, c = a.bfloat16().float(), b[torch.randperm(len(b), generator=seeded(24), device="cpu")]
+        a, c = (
+            (a if least else a.bfloat16().float()),
+            b[torch.randperm(len(b), generator=seeded(24), device="cpu")],
+        )
         near = -(a * b) * (1 + host.powers(host.integers(seeded(25), -24, -8, a.shape)))
-        c = torch.where(host.arange(len(a)) % 2 == 0, c, near)
-        return [a, b, c], accumulate.fma(a, b, c)
-    kept = fp32.flush if ftz else lambda t: t
-    first, second = kept(a), kept(b)
+        c = host.zeros(len(a)) if least else torch.where(host.arange(len(a)) % 2 == 0, c, near)
+        ar = fp32.Arithmetic(ftz)
+        return [a, b, c], accumulate.fma(ar.flush(a), ar.flush(b), c, ftz=ftz)
+    ar = fp32.Arithmetic(ftz)
+    first, second = ar.flush(a), ar.flush(b)
     result = {
-        "mul": lambda: first * second,
-        "mul_magnitude": lambda: first.abs() * second,
-        "sub": lambda: first - second,
-        "add": lambda: first + second,
-        "div": lambda: first / second,
+        "mul": lambda: ar.mul(first, second),
+        "mul_magnitude": lambda: ar.mul(first.abs(), second),
+        "sub": lambda: ar.sub(first, second),
+        "add": lambda: ar.add(first, second),
+        "div": lambda: ar.div(first, second),
     }[name]()
-    return [a, b], kept(result)
+    return [a, b], result
 
 
 @dataclass(frozen=True)
@@ -216,25 +234,26 @@ class FunctionCall:
 
     name: str
     ftz: bool = False
+    least: bool = False  # results next to 2^-126
 
     def answer(self, device: str = "cpu") -> Tensor:
-        given, want = _of_two(self.name, self.ftz)
+        given, want = _of_two(self.name, self.ftz, self.least)
         a, b, c = (t.to(device) for t in (*given, *[given[-1]] * (3 - len(given))))
         y = torch.empty(want.shape, dtype=want.dtype, device=device)
         table = torch.zeros(1, dtype=torch.int8, device=device)
         if device == "cpu":
             if self.name == "rcp":
                 table = fp32.rcp_delta(a.device)
-            elif self.name in ("ex2", "tanh"):
+            elif self.name in ("ex2", "tanh", "sigmoid"):
                 table = _table(a.device)
         of_two_kernel[(triton.cdiv(len(a), _BLOCK),)](
             a, b, c, table, y, len(a), NAME=self.name, FTZ=self.ftz, BLOCK=_BLOCK,
-            ARCH=arch(a.device), enable_fp_fusion=False,
+            ARCH=target.arch(a.device), enable_fp_fusion=False,
         )  # fmt: skip
         return y.cpu()
 
     def judge(self) -> Answered:
-        return exactly(_of_two(self.name, self.ftz)[1])
+        return exactly(_of_two(self.name, self.ftz, self.least)[1])
 
 
 @dataclass(frozen=True)
@@ -252,13 +271,14 @@ class E2M1Call:
         scales = host.fp32([1.0, 1 / 3, 2.0**-120, 2.0**100, 0.0, 2.5, 2.0**-130, 1.0])
         return (x.abs() if self.magnitudes else x), scales.repeat(x.shape[0], 2)
 
-    def answer(self, device: str = "cpu") -> list[Tensor]:
+    def answer(self, device: str = "cpu", arch: int | None = None) -> list[Tensor]:
         x, scales = (t.contiguous().to(device) for t in self._given())
         words = torch.empty((*scales.shape, 2), dtype=torch.int32, device=device)
         values = torch.empty_like(x) if self.magnitudes else None
         grid = x.shape[0] // 4, x.shape[1] // 8
         e2m1_kernel[grid](
-            x, scales, words, values, x.shape[1], FTZ=self.ftz, ARCH=arch(x.device),
+            x, scales, words, values, x.shape[1], FTZ=self.ftz,
+            ARCH=target.arch(x.device) if arch is None else arch,
             enable_fp_fusion=False,
         )  # fmt: skip
         return [t.cpu() for t in (words, values) if t is not None]
@@ -270,6 +290,23 @@ class E2M1Call:
             return exactly([_words(codes), e2m1.decode(codes) * 2.0**-126])
         kept = fp32.flush if self.ftz else lambda t: t
         return exactly([_words(e2m1.encode(kept(kept(x) * kept(scales)[..., None])))])
+
+
+@dataclass(frozen=True)
+class NativeMagnitudesCall:
+    """`e2m1_encode_magnitudes` of GPUs with the instruction, in the interpreter without it."""
+
+    def answer(self, device: str = "cpu") -> list[Tensor]:
+        with mock.patch.object(e2m1_kernels, "_native_e2m1_words", _words_without_instruction):
+            return E2M1Call(False, True).answer(device, arch=100)
+
+    def judge(self) -> Answered:
+        return E2M1Call(False, True).judge()
+
+
+@triton.jit
+def _words_without_instruction(y):
+    return _pack(_e2m1_round(y))
 
 
 @triton.jit
@@ -287,13 +324,17 @@ class CompiledCall:
     def answer(self, device: str = "cpu") -> list[bool]:
         if self.native:
             types = {"x_ptr": "*fp32", "scale_ptr": "*fp32", "words_ptr": "*i32", "NB": "i32"}
-            ptx = _ptx(e2m1_kernel, 100, types, {"values_ptr": None, "FTZ": True, "ARCH": 100})
-            return ["cvt.rn.satfinite.e2m1x2.f32" in ptx]
+            constants = {"FTZ": True, "ARCH": 100}
+            both = (
+                _ptx(e2m1_kernel, 100, types, constants | {"values_ptr": None}),
+                _ptx(e2m1_kernel, 100, types | {"values_ptr": "*fp32"}, constants),
+            )
+            return ["cvt.rn.satfinite.e2m1x2.f32" in ptx for ptx in both]
         found = [_ptx(wait_kernel, a, {"y_ptr": "*fp32"}, {"ARCH": a}) for a in (80, 90)]
         return ["griddepcontrol.wait" in ptx for ptx in found]
 
     def judge(self) -> Answered:
-        return exactly([True] if self.native else [False, True])
+        return exactly([True, True] if self.native else [False, True])
 
 
 def _ptx(kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any]) -> str:
@@ -324,7 +365,7 @@ class DecodeWordsCall:
         for which in range(4):
             decode_words_kernel[(len(words) // _BLOCK,)](
                 words, scales, out[which], len(words), WHICH=which, BLOCK=_BLOCK,
-                VALUES=self.values, ARCH=arch(words.device),
+                VALUES=self.values, ARCH=target.arch(words.device),
             )  # fmt: skip
         return [out.cpu()]
 
@@ -337,16 +378,29 @@ class DecodeWordsCall:
 
 
 def named() -> Iterator[tuple[str, Callable[[], Call]]]:
-    for name in ("mul", "mul_magnitude", "sub", "add", "div", "flush", "reciprocal", "from_bf16"):
+    for name in (
+        "mul",
+        "mul_magnitude",
+        "sub",
+        "add",
+        "div",
+        "fma",
+        "flush",
+        "reciprocal",
+        "from_bf16",
+    ):
         for ftz in (False, True):
             yield f"function, {name}, {ftz}", functools.partial(FunctionCall, name, ftz)
-    for name in ("smaller", "larger", "fma", "rcp", "to_bf16", "ex2", "tanh"):
+    for name in ("mul", "mul_magnitude", "fma"):
+        yield f"function, {name}, least", functools.partial(FunctionCall, name, True, True)
+    for name in ("smaller", "larger", "rcp", "to_bf16", "exp", "ex2", "tanh", "sigmoid"):
         yield f"function, {name}", functools.partial(FunctionCall, name)
     for name in ("e4m3_encode", "e4m3_decode"):
         yield f"function, {name}", functools.partial(FunctionCall, name)
     for ftz in (False, True):
         yield f"function, e2m1, {ftz}", functools.partial(E2M1Call, ftz)
     yield "function, e2m1, magnitudes", lambda: E2M1Call(False, True)
+    yield "interpreted, e2m1, magnitudes", NativeMagnitudesCall
     for values in (False, True):
         yield f"function, decode, {values}", functools.partial(DecodeWordsCall, values)
     yield "compiled, wait", CompiledCall

@@ -30,3 +30,15 @@ def around(values: torch.Tensor) -> torch.Tensor:
     down = torch.nextafter(values, host.full(values.shape, -torch.inf))
     every = torch.cat([values, up, down])
     return torch.cat([every, -every, specials()])
+
+
+@functools.cache
+def factors_of_the_least() -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 factors, both signs of the first: products 2^-126 (1 - d), d from 2^-34 to 2^-22.
+
+    One d is 2^-25, of which a GPU makes 2^-126 and not 0; one is 2^-24.
+    """
+    step = host.arange(64, 4096, 16).float() * 2.0**-23  # d is its square
+    a = torch.cat([1 + step, host.fp32([31 / 32, 1.0])])
+    b = torch.cat([1 - step, host.fp32([1082401 * 2.0**-20, 1 - 2.0**-24])])
+    return torch.cat([a, -a]) * 2.0**-60, b.repeat(2) * 2.0**-66

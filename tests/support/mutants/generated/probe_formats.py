@@ -16,7 +16,7 @@ from nvfp4_moe.reference.numerics import e2m1, e4m3, fp32, functions
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout, all_recipes
 
 from .answers import Answers, raised
-from .numbers import around, seeded, specials
+from .numbers import around, factors_of_the_least, seeded, specials
 
 _SHAPES = ((1, 1), (5, 3), (8, 4), (9, 5), (127, 4), (128, 4), (130, 7), (257, 9))
 
@@ -46,8 +46,10 @@ def of_fp32() -> Answers:
     y = torch.cat([x.roll(1), specials().flip(0)])[: x.numel()]
     yield "flush", fp32.flush(x)
     yield "rcp", fp32.rcp_approx_ftz(x)
+    least = factors_of_the_least()
     for ftz in (True, False):
         ar = fp32.Arithmetic(ftz)
+        yield f"least products, {ftz}", ar.mul(*least)
         yield f"arithmetic, {ftz}", [
             ar.flush(x), ar.mul(x, y), ar.mul(x, 1e-30), ar.add(x, y), ar.sub(x, y), ar.div(x, y),
             ar.div(1.0, x), ar.div(x, 3.0), ar.min_flt_max(x), ar.add(x, -x), ar.sub(x, x * 1.5),

@@ -22,7 +22,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from nvfp4_moe.reference.weights.prepare import prepare_experts
 
 from .answers import Answers, raised
-from .numbers import around, seeded, specials
+from .numbers import around, factors_of_the_least, seeded, specials
 from .trial import Probe
 
 ACCURACY = 2.0**-21
@@ -77,6 +77,11 @@ def of_moe() -> Answers:
     # 2^-25 + 2^-55 next to 1/2: a tie of fp32 but for what fp64 loses, of a sum below 1.
     low = host.fp32([5237765.0, -5237765.0]) * 2.0**-55
     yield "fma, near ties below 1", fma(host.fp32([205.0]), low, host.fp32([0.5, -0.5]))
+    a, b = factors_of_the_least()
+    for ftz in (True, False):
+        yield "fma, least", fma(a, b, host.zeros(len(a)), ftz=ftz)
+        subnormal = host.full((len(a),), 2.0**-127)
+        yield "fma, subnormal addend", fma(a * 2.0**24, b, subnormal, ftz=ftz)
     yield "fma, special", fma(specials(), specials().flip(0), specials().roll(3))
     yield "finalize, no slots", finalize(host.zeros(2, 0, 5), host.zeros(2, 0), "slot")
     far = [(256 * n + m) for n in (1183, 1184) for m in (0, 8)]
