@@ -12,6 +12,7 @@ import torch
 
 from .. import host
 from ..reference.activation import ActivationType
+from ..reference.bounds.fold import Fold
 from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.layer import Stages, activate_raw, fused_moe
 from ..reference.moe.routing import Routing, RoutingMethodType, route
@@ -189,20 +190,43 @@ def _split_k(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
     return (parts[0] + parts[2]) + (parts[1] + parts[3])
 
 
-def truncating(step: int, extra_bits: int) -> Gemm:
-    """Add like a tensor core: cut terms of a step at the largest's last bit, and their sum to fp32."""
+def cut_step(total: torch.Tensor, products: torch.Tensor, extra_bits: int) -> torch.Tensor:
+    """Add products [..., K] to a sum like a tensor core: cut at the largest's last bit, then to fp32.
 
-    def gemm(x: torch.Tensor, w: torch.Tensor, _: Any) -> torch.Tensor:
+    Args:
+        total: fp64 numbers that fp32 holds.
+        extra_bits: how many bits below fp32's last a term keeps.
+    """
+    terms = torch.cat([total[..., None], products], -1)
+    exponent = torch.frexp(terms.abs().amax(-1, keepdim=True))[1]
+    unit = torch.ldexp(torch.ones_like(terms[..., :1]), exponent - 24 - extra_bits)
+    total = ((terms / unit).trunc() * unit).sum(-1)
+    last = torch.ldexp(torch.ones_like(total), torch.frexp(total)[1] - 24)
+    return (total / last).trunc() * last
+
+
+def truncating(step: int, extra_bits: int) -> Gemm:
+    """Add by `cut_step`, `step` products at a time."""
+
+    def gemm(x: torch.Tensor, w: torch.Tensor, _: Any = None) -> torch.Tensor:
         products = _products(x, w).double()
         total = products.new_zeros(products.shape[:2])
         for k in range(0, products.shape[-1], step):
-            terms = torch.cat([total[..., None], products[..., k : k + step]], -1)
-            exponent = torch.frexp(terms.abs().amax(-1, keepdim=True))[1]
-            unit = torch.ldexp(torch.ones_like(terms[..., :1]), exponent - 24 - extra_bits)
-            total = ((terms / unit).trunc() * unit).sum(-1)
-            last = torch.ldexp(torch.ones_like(total), torch.frexp(total)[1] - 24)
-            total = (total / last).trunc() * last
+            total = cut_step(total, products[..., k : k + step], extra_bits)
         return total.float()
+
+    return gemm
+
+
+def folded(fold: Fold, extra_bits: int) -> Gemm:
+    """Add by steps of a fold, each of them by `cut_step`; fp32 additions add its chunks in order."""
+    of_chunk = truncating(fold.width, extra_bits)
+
+    def gemm(x: torch.Tensor, w: torch.Tensor, _: Any = None) -> torch.Tensor:
+        total = x.new_zeros(x.shape[0], w.shape[0])
+        for a, b in zip(x.chunk(fold.chunks, 1), w.chunk(fold.chunks, 1), strict=True):
+            total = total + of_chunk(a, b)
+        return total
 
     return gemm
 

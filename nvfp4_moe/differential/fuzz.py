@@ -16,7 +16,9 @@ from ..cases.moe_case import MoECase, to_device
 from ..kernels.dense.api import mm_fp4 as dispatched_mm_fp4
 from ..kernels.moe.backends import FUSED_MOE
 from ..reference import dense
+from ..reference.bounds.accumulation import KFOLD
 from ..reference.bounds.dense import mm_fp4_bounds
+from ..reference.bounds.fold import Fold
 from ..reference.bounds.interval import Interval
 from ..reference.bounds.moe import fused_moe_bounds, routed_moe_bounds
 from ..reference.bounds.parallel import expert_parallel_bounds, tensor_parallel_bounds
@@ -27,7 +29,7 @@ from ..reference.moe.variants import VARIANTS
 from ..reference.numerics.accumulate import matmul
 from ..reference.numerics.fp32 import flush
 from ..reference.weights.experts import Experts
-from .conforming import CONFORMING
+from .conforming import CONFORMING, folded
 
 Tensor = torch.Tensor
 
@@ -193,6 +195,13 @@ def _dense(call: DenseCall, triton: bool) -> Iterator[JudgedRun]:
         yield JudgedRun(
             accumulate, "output", dense.mm_fp4(**arguments, accumulate=accumulate), allowed
         )
+    x, w = dense.operands(call.a, call.b, call.a_descale, call.b_descale)
+    for fold in (Fold(), Fold(chunks=2)):
+        total = folded(fold, extra_bits=1)(x, w)
+        if call.alpha is not None:
+            total = total * call.alpha.reshape(-1, 1)
+        narrower = mm_fp4_bounds(**arguments, accumulation=replace(KFOLD, fold=fold))
+        yield JudgedRun(str(fold), "output", total.to(call.out_dtype), narrower)
     if triton:
         yield JudgedRun(
             "triton", "output", dispatched_mm_fp4(**arguments, backend="triton"), allowed

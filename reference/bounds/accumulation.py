@@ -13,6 +13,8 @@ lies in [-N, P], and so do its parts. A part that fp32 cannot hold is infinite, 
 Infinite and NaN operands: inf times 0, NaN times anything and +inf plus -inf are NaN in every order;
 else infinite terms of one sign decide, unless finite ones exceed fp32 towards the other. An interval
 with an infinite end may be times 0: nothing is claimed of sums over it.
+
+A fold adds in a given order, so that its partial sums are known: `fold.py`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -20,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .fold import Fold, Products, chunks_of, error_of_fold, unit_of
 from .interval import LARGEST, Interval, U, choose, fp32_range, unless
 
 _FLUSHED = 2.0**-118
@@ -32,6 +35,7 @@ class Accumulation:
 
     `per_term` for each nonzero term, `per_step` for each `step` of terms. With `chunk` the sum is a
     tree over contiguous ranges of whole chunks of that many terms, each of which may have any order.
+    With `fold` the order of the steps of the fold is given, and that inside each of them is not.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Accumulation:
     step: int
     source: str
     chunk: int | None = None
+    fold: Fold | None = None
 
     def error(self, largest: torch.Tensor, terms: torch.Tensor | int, k: int) -> torch.Tensor:
         """Return an upper bound; `largest` is B, `terms` the number of nonzero products among K."""
@@ -66,6 +71,25 @@ CONTIGUOUS = replace(
     "four columns of each 32 of 128",
     chunk=256,
 )
+KFOLD = replace(
+    ANY_ORDER,
+    name="kfold",
+    source="FlashInfer 0.7.4, `gemm/batch_invariant/spec.py:267`: one step of 64 after another from +0; "
+    "what is inside a step is not stated, so it may be: " + ANY_ORDER.source,
+    fold=Fold(),
+)
+
+
+def kchunk(n: int, k: int) -> Accumulation:
+    """Return the accumulation of a batch-invariant `mm_fp4` of FlashInfer 0.7.4 for b [K, N].
+
+    It is `KFOLD`, or that of equal chunks of K, whose sums are added in order
+    (`gemm/batch_invariant/spec.py:284`). The rule holds on sm_100 and sm_103.
+    """
+    chunks = chunks_of(n, k)
+    if chunks == 1:
+        return KFOLD
+    return replace(KFOLD, name=f"kchunk[{chunks}]", fold=replace(Fold(), chunks=chunks))
 
 
 def sum_of_products(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Interval:
@@ -106,9 +130,13 @@ def _of_finite(x: Interval, w: torch.Tensor, accumulation: Accumulation) -> Inte
     error = accumulation.error(largest, terms, k) + size * k * 2.0**-52  # these sums are fp64
     flushed = terms * _FLUSHED
     if points:  # of an interval's inner values nothing is known: they have no common divisor
-        unit = _unit(x.low.float())[:, None] * _unit(w)[None, :]
+        unit = unit_of(x.low.float())[:, None] * unit_of(w)[None, :]
         error = torch.where(largest <= unit * 2**24, 0.0, error)
         flushed = torch.where(unit >= _FLUSHED, 0.0, flushed)
+    if accumulation.fold is not None:
+        products = Products(centre, radius, magnitude, w64, sizes)
+        of_fold = error_of_fold(accumulation.fold, products, accumulation.error)
+        error = torch.minimum(error, of_fold)
     error = error + flushed
     low, high = low - error, high + error
     high = torch.where((high > LARGEST) | (positive + error > LARGEST), torch.inf, high)
@@ -135,13 +163,3 @@ def _largest_of_ranges(
         inside = torch.maximum(inside, magnitude[:, part] @ sizes[:, part].T)
         least, most = torch.minimum(least, total), torch.maximum(most, total)
     return most - least + spread + inside
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """Return the power of two, fp64, that divides every fp32 number of a row; infinite for zeros."""
-    a = x.abs()
-    bits = a.view(torch.int32)
-    # Without its lowest set bit a number loses its unit, if that bit is one of the significand.
-    rest = (bits & (bits - 1)).view(torch.float32)
-    unit = torch.where(bits & 0x7FFFFF == 0, a, a - rest)
-    return torch.where(a == 0, torch.inf, unit).amin(-1).double()
