@@ -122,12 +122,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Activation:
-    """A row of the table.
-
-    `hugging_face`, `sglang` and `vllm` are names: a configuration's `hidden_act`, the activation of
-    SGLang's `MoeRunnerConfig`, and the value of vLLM's `MoEActivation`, of those that their TRT-LLM
-    experts accept.
-    """
+    """A row of the table: what decides the bits of an activation. The fingerprint hashes it."""
 
     formula: Callable[..., torch.Tensor]  # (x0, x1, Scalars) of a gated one, else of the argument
     gated: bool = False
@@ -135,6 +130,17 @@ class Activation:
     exact: bool = False  # one rounding at most; an implementation approximates nothing
     clamps_result: bool = False  # clamp_limit bounds the curve's result, not its argument
     parameters: Mapping[ParameterName, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An activation in other libraries. No step of the contract reads this, nor does the fingerprint.
+
+    `hugging_face`, `sglang` and `vllm` are names: a configuration's `hidden_act`, the activation of
+    SGLang's `MoeRunnerConfig`, and the value of vLLM's `MoEActivation`, of those that their TRT-LLM
+    experts accept.
+    """
+
     flashinfer: frozenset[FlashInferLayer] = frozenset()  # layers that have kernels for it
     hugging_face: tuple[str, ...] = ()
     sglang: tuple[str, ...] = ()
@@ -285,30 +291,10 @@ def _inner(x: torch.Tensor) -> torch.Tensor:
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
-def _layers(*names: FlashInferLayer) -> frozenset[FlashInferLayer]:
-    return frozenset(names)
-
-
-# FlashInfer's layers: trtllm `trtllm_fused_moe_runner.cu:114-146`, cute-dsl `moe_utils.py:52`
-# (SiTU's constants are numbers there, tensors here), cutlass `cutlass_fused_moe_kernels.cuh`.
 _TABLE: dict[ActivationType, Activation] = {
-    ActivationType.Gelu: Activation(
-        gelu,
-        flashinfer=_layers("cutlass"),
-        hugging_face=("gelu",),
-        sglang=("gelu",),
-        vllm=("gelu_no_mul",),
-    ),
-    ActivationType.Relu: Activation(
-        relu, exact=True, flashinfer=_layers("cutlass"), hugging_face=("relu",)
-    ),
-    ActivationType.Silu: Activation(
-        silu,
-        flashinfer=_layers("cutlass"),
-        hugging_face=("silu", "swish"),
-        sglang=("silu",),
-        vllm=("silu_no_mul",),
-    ),
+    ActivationType.Gelu: Activation(gelu),
+    ActivationType.Relu: Activation(relu, exact=True),
+    ActivationType.Silu: Activation(silu),
     ActivationType.Swiglu: Activation(
         _swiglu,
         gated=True,
@@ -317,44 +303,17 @@ _TABLE: dict[ActivationType, Activation] = {
             "beta": Parameter("raw of up", neutral=0.0),
             "clamp_limit": Parameter("raw of gate", neutral=math.inf),
         },
-        flashinfer=_layers("trtllm", "cute-dsl", "cutlass", "baselines"),
-        hugging_face=("silu", "swish", "swigluoai", "swigluoai_uninterleave"),
-        sglang=("silu",),
-        vllm=("silu", "swigluoai_uninterleave"),
     ),
-    ActivationType.Geglu: Activation(
-        _geglu,
-        gated=True,
-        flashinfer=_layers("trtllm", "cutlass", "baselines"),
-        hugging_face=("gelu",),
-        sglang=("gelu",),
-        vllm=("gelu",),
-    ),
-    ActivationType.Relu2: Activation(
-        relu2,
-        exact=True,
-        flashinfer=_layers("trtllm", "cute-dsl", "cutlass", "baselines"),
-        hugging_face=("relu2",),
-        sglang=("relu2",),
-        vllm=("relu2_no_mul",),
-    ),
+    ActivationType.Geglu: Activation(_geglu, gated=True),
+    ActivationType.Relu2: Activation(relu2, exact=True),
     ActivationType.SwigluStep: Activation(
         _swiglu_step,
         gated=True,
         clamps_result=True,
         parameters={"clamp_limit": Parameter("raw of gate", neutral=None, default=STEP_LIMIT)},
-        flashinfer=_layers("trtllm", "cutlass", "baselines"),
     ),
-    ActivationType.GegluTanh: Activation(
-        _geglu_tanh,
-        gated=True,
-        flashinfer=_layers("cute-dsl", "cutlass"),
-        hugging_face=("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"),
-        vllm=("gelu_tanh",),
-    ),
-    ActivationType.Identity: Activation(
-        identity, exact=True, flashinfer=_layers("trtllm", "cutlass", "baselines")
-    ),
+    ActivationType.GegluTanh: Activation(_geglu_tanh, gated=True),
+    ActivationType.Identity: Activation(identity, exact=True),
     ActivationType.Situ: Activation(
         _situ,
         gated=True,
@@ -364,6 +323,63 @@ _TABLE: dict[ActivationType, Activation] = {
             "beta": Parameter("physical", neutral=None, default=1.0, positive=True),
             "clamp_limit": Parameter("raw of gate", neutral=math.inf),
         },
+    ),
+}
+
+
+def _layers(*names: FlashInferLayer) -> frozenset[FlashInferLayer]:
+    return frozenset(names)
+
+
+# FlashInfer's layers: trtllm `trtllm_fused_moe_runner.cu:114-146`, cute-dsl `moe_utils.py:52`
+# (SiTU's constants are numbers there, tensors here), cutlass `cutlass_fused_moe_kernels.cuh`.
+ELSEWHERE: dict[ActivationType, Elsewhere] = {
+    ActivationType.Gelu: Elsewhere(
+        flashinfer=_layers("cutlass"),
+        hugging_face=("gelu",),
+        sglang=("gelu",),
+        vllm=("gelu_no_mul",),
+    ),
+    ActivationType.Relu: Elsewhere(
+        flashinfer=_layers("cutlass"),
+        hugging_face=("relu",),
+    ),
+    ActivationType.Silu: Elsewhere(
+        flashinfer=_layers("cutlass"),
+        hugging_face=("silu", "swish"),
+        sglang=("silu",),
+        vllm=("silu_no_mul",),
+    ),
+    ActivationType.Swiglu: Elsewhere(
+        flashinfer=_layers("trtllm", "cute-dsl", "cutlass", "baselines"),
+        hugging_face=("silu", "swish", "swigluoai", "swigluoai_uninterleave"),
+        sglang=("silu",),
+        vllm=("silu", "swigluoai_uninterleave"),
+    ),
+    ActivationType.Geglu: Elsewhere(
+        flashinfer=_layers("trtllm", "cutlass", "baselines"),
+        hugging_face=("gelu",),
+        sglang=("gelu",),
+        vllm=("gelu",),
+    ),
+    ActivationType.Relu2: Elsewhere(
+        flashinfer=_layers("trtllm", "cute-dsl", "cutlass", "baselines"),
+        hugging_face=("relu2",),
+        sglang=("relu2",),
+        vllm=("relu2_no_mul",),
+    ),
+    ActivationType.SwigluStep: Elsewhere(
+        flashinfer=_layers("trtllm", "cutlass", "baselines"),
+    ),
+    ActivationType.GegluTanh: Elsewhere(
+        flashinfer=_layers("cute-dsl", "cutlass"),
+        hugging_face=("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"),
+        vllm=("gelu_tanh",),
+    ),
+    ActivationType.Identity: Elsewhere(
+        flashinfer=_layers("trtllm", "cutlass", "baselines"),
+    ),
+    ActivationType.Situ: Elsewhere(
         flashinfer=_layers("trtllm", "cutlass"),
         hugging_face=("situ",),
         sglang=("situ",),
@@ -399,5 +415,7 @@ def activation_of(number: Any, name: str) -> ActivationType:
 def by_name(namespace: Namespace) -> dict[tuple[str, bool], ActivationType]:
     """Activations by their name in another library, and whether there are gate projections."""
     return {
-        (name, row.gated): kind for kind, row in _TABLE.items() for name in getattr(row, namespace)
+        (name, kind.gated): kind
+        for kind, row in ELSEWHERE.items()
+        for name in getattr(row, namespace)
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...reference.activation import IMPLEMENTED, ActivationType
+from ...reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType
 from ...reference.layouts import from_linear
 from ...reference.moe.baseline_moe import BaselineActivations, BaselineExperts, Format, quantize_for
 from ...reference.recipe import SfLayout
@@ -42,7 +42,7 @@ _OPTIONS: dict[Format, dict[str, Any]] = {
     "mxfp8": {"use_shuffled_weight": True, "weight_layout": 0, "fp8_quantization_type": 2},
 }
 _BLOCK_K_BYTES = 128  # of BlockMajorK, prepare.py:1333
-_FUSED = tuple(kind for kind in IMPLEMENTED if "baselines" in kind.row.flashinfer)
+_FUSED = tuple(kind for kind in IMPLEMENTED if "baselines" in ELSEWHERE[kind].flashinfer)
 """Activations; fp8 block has SwiGLU alone, `reference.moe.baseline_moe`."""
 
 

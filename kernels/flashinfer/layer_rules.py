@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...reference.activation import FlashInferLayer
+from ...reference.activation import ELSEWHERE, FlashInferLayer
 from ...reference.moe.finalize import split_k_groups
 from ...reference.recipe import LayerBuild
 from .. import environment
@@ -74,7 +74,7 @@ def four_over_six_of_environment(source: str) -> Rule[MoECall]:
 def has_activation(layer: FlashInferLayer, source: str) -> Rule[MoECall]:
     """A layer has kernels for some activations: a column of the table of `reference.activation`."""
     reason = "activation {r.experts.activation.name} has no kernels"
-    return Rule(lambda r: layer not in r.experts.activation.row.flashinfer, reason, source)
+    return Rule(lambda r: layer not in ELSEWHERE[r.experts.activation].flashinfer, reason, source)
 
 
 def writes_bf16(source: str) -> Rule[MoECall]:

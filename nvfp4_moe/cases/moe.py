@@ -10,7 +10,7 @@ import torch
 
 from .. import host
 from ..kernels import environment
-from ..reference.activation import IMPLEMENTED, ActivationType, activate
+from ..reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType, activate
 from ..reference.moe.hidden_states import Activations, quantize_activations
 from ..reference.moe.routing import METHODS, Routing, RoutingMethodType, route
 from ..reference.moe.variants import VARIANTS
@@ -230,7 +230,7 @@ def _routed() -> Iterator[Plan]:
 
 
 def _of_other_builds(flashinfer: FlashInferVersion) -> Iterator[Plan]:
-    for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in kind.row.flashinfer):
+    for kind in (kind for kind in IMPLEMENTED if "cute-dsl" in ELSEWHERE[kind].flashinfer):
         yield _of_build("cute-dsl", kind, flashinfer)
     for kind in (ActivationType.Swiglu, ActivationType.Geglu, ActivationType.Relu2):
         yield _of_build("cutlass", kind, flashinfer)

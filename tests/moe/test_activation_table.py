@@ -14,6 +14,7 @@ from paths import ROOT
 from nvfp4_moe.kernels.moe import activation as kernel_activation
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
+    ELSEWHERE,
     IMPLEMENTED,
     OWN,
     ActivationType,
@@ -60,6 +61,7 @@ def documented():
         pytest.param(lambda: set(FORMULAS), id="a formula of the tests"),
         pytest.param(lambda: set(RULES), id="a rule of the bounds"),
         pytest.param(branches, id="a branch of the kernel"),
+        pytest.param(lambda: set(ELSEWHERE), id="a row of its names elsewhere"),
     ],
 )
 def test_every_activation_has(entries):
@@ -90,17 +92,18 @@ def test_the_properties_are_the_rows(kind):
             _ = kind.row
         return
     row = kind.row
-    assert row.flashinfer <= set(get_args(FlashInferLayer))
+    layers = ELSEWHERE[kind].flashinfer
+    assert layers <= set(get_args(FlashInferLayer))
     assert set(row.parameters) <= set(get_args(ParameterName))
     assert kind.linear_up == (row.gated and row.linear_up)
-    assert int(kind) < OWN or not row.flashinfer, "FlashInfer has no such number"
+    assert int(kind) < OWN or not layers, "FlashInfer has no such number"
     assert row.gated or not row.parameters, "the formula of one argument reads none"
 
 
 @pytest.mark.parametrize("namespace", get_args(Namespace))
 def test_a_name_is_of_one_activation(namespace):
     names = Counter(
-        (name, kind.gated) for kind in IMPLEMENTED for name in getattr(kind.row, namespace)
+        (name, kind.gated) for kind in IMPLEMENTED for name in getattr(ELSEWHERE[kind], namespace)
     )
     assert set(names.values()) == {1}
     assert set(by_name(namespace)) == set(names)

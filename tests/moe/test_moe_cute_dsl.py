@@ -20,7 +20,7 @@ from nvfp4_moe.kernels.flashinfer import (
 )
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import make_moe_call
-from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
+from nvfp4_moe.reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.layouts import from_linear
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -29,7 +29,7 @@ from nvfp4_moe.reference.quantize import quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 NAME = cute_dsl.NAME
-KINDS = [a for a in IMPLEMENTED if "cute-dsl" in a.row.flashinfer]
+KINDS = [a for a in IMPLEMENTED if "cute-dsl" in ELSEWHERE[a].flashinfer]
 DSL = Recipe(build="cute-dsl")
 SHAPES = [
     Shape(1, 128, 64, 4, 1),

@@ -20,7 +20,7 @@ from nvfp4_moe.kernels.flashinfer import trtllm as trtllm
 from nvfp4_moe.kernels.flashinfer.rules import BLACKWELL
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.moe.call import make_moe_call
-from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType, activate
+from nvfp4_moe.reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType, activate
 from nvfp4_moe.reference.moe import layer as reference
 from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -36,7 +36,7 @@ SHAPES = [
     Shape(5, 384, 64, 8, 8, 2, 2),
     Shape(6, 208, 80, 4, 2),
 ]
-KINDS = [a for a in IMPLEMENTED if "cutlass" in a.row.flashinfer]
+KINDS = [a for a in IMPLEMENTED if "cutlass" in ELSEWHERE[a].flashinfer]
 
 
 def request_of(case, shape, **changes):

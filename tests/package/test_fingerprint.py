@@ -12,6 +12,8 @@ from nvfp4_moe import Recipe, fingerprint
 from nvfp4_moe.reference import fingerprint as module
 from nvfp4_moe.reference.fingerprint import STEPS, Graph, Symbol, sources, steps
 
+SERVER = re.compile("vllm|sglang|hugging|transformers|trtllm", re.IGNORECASE)
+DOCUMENTED = ast.FunctionDef | ast.ClassDef
 EVERY = 40
 """One mutant in so many is tried; there are some thousands."""
 TEXTS = sources()
@@ -98,6 +100,36 @@ def test_renames_change_nothing(graph):
             texts[name], count = re.subn(old, new, texts[name])
             assert count, old
     assert Graph(texts).steps() == graph.steps()
+
+
+def test_no_name_of_a_server_counts(graph):
+    """The names that other libraries have for an activation change with their versions."""
+    texts = dict(TEXTS)
+    tree = ast.parse(texts["activation"])
+    tables = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Elsewhere"
+    ]
+    names = [c for n in tables for c in ast.walk(n) if isinstance(c, ast.Constant)]
+    assert {"swigluoai_uninterleave", "gelu_no_mul", "relu2", "cutlass"} <= {c.value for c in names}
+    for constant in names:
+        constant.value = f"another name of {constant.value}"
+    texts["activation"] = ast.unparse(tree)
+    assert Graph(texts).steps() == graph.steps()
+    texts["activation"] = texts["activation"].replace("STEP_LIMIT = 7.0", "STEP_LIMIT = 8.0")
+    assert Graph(texts).steps()["layer"] != graph.steps()["layer"]
+
+
+def test_no_step_names_a_server(graph):
+    """A name that enters the hash by another way than the table of activations."""
+    found = set()
+    for name, definition in graph.digests:
+        node = graph.names(name)[definition]
+        texts = (c.value for c in ast.walk(node) if isinstance(c, ast.Constant))
+        docs = {
+            ast.get_docstring(n, clean=False) for n in ast.walk(node) if isinstance(n, DOCUMENTED)
+        }
+        found |= {t for t in texts if isinstance(t, str) and t not in docs and SERVER.search(t)}
+    assert not found
 
 
 def test_a_module_may_be_renamed(graph):

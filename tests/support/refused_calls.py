@@ -31,7 +31,7 @@ from nvfp4_moe.kernels.flashinfer.rules import Rule
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
 from nvfp4_moe.kernels.quantize.call import UNSET, make_quantize_call
-from nvfp4_moe.reference.activation import IMPLEMENTED, ActivationType
+from nvfp4_moe.reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType
 from nvfp4_moe.reference.moe.baseline_moe import prepare_baseline, quantize_for
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.moe.variants import VARIANTS
@@ -312,7 +312,7 @@ def _refused_layer(
 
 def _without(column: str) -> tuple[ActivationType, Any]:
     """An activation that a layer of FlashInfer has not, and how that is so: cutlass has all of them."""
-    kinds = [kind for kind in IMPLEMENTED if column not in kind.row.flashinfer]
+    kinds = [kind for kind in IMPLEMENTED if column not in ELSEWHERE[kind].flashinfer]
     return (kinds[0], None) if kinds else (ActivationType.Relu2, _in_no_layer)
 
 
