@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test test-full golden gpu blackwell hopper frost frost-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers server-test test-full golden gpu blackwell hopper frost frost-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -152,6 +152,10 @@ mutants: $(SETUP)
 mutants-table: $(SETUP)
 	$(MUTANTS) --markdown --conforming 2000 --kernels > docs/mutants.md
 	$(MUTANTS) --generated report >> docs/mutants.md
+
+# Replay files of reports to FlashInfer (docs/upstream_reports.md), for a Blackwell GPU.
+upstream-replays: $(SETUP)
+	PYTHONPATH=.:tests/support $(PYTHON) tests/support/upstream_replays.py build/upstream
 
 # What a report looks like: of a run with three injected faults.
 faulty-report: $(SETUP)

@@ -52,7 +52,7 @@ class Origin:
 
     command: str = field(default_factory=invocation.named)
     machine: dict[str, Any] = field(default_factory=machine)
-    note: str = ""  # what a backend said that raised
+    note: str = ""  # what a backend said that raised, or why it was not run
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MoEFailure:
 
     case: MoECase
     backend: str
-    output: torch.Tensor | None  # [T, H] bf16, as it was found; None: it raised
+    output: torch.Tensor | None  # [T, H] bf16, as it was found; None: it raised, or was not run
     configuration: str | None = None
     accumulation: Accumulation = ANY_ORDER
     origin: Origin = field(default_factory=Origin)
