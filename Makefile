@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test test-full golden gpu blackwell hopper frost frost-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers server-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -114,6 +114,18 @@ frost-kernels: $(SETUP) $(OTHER_FOLDER)
 
 frost:
 	PYTHONPATH=tests/support $(PYTHON) -m frost.run build/frost
+
+# FlashInfer's cuTile W4A16 kernels for sm_90, compiled on any machine after a download of 250 MB. No program
+# here launches them.
+CUTILE := cuda-tile==1.7.0 $(addsuffix ==13.4.92,nvidia-cuda-tileiras nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink)
+CUTILE_FOLDER := build/cutile-1.7.0
+cutile-kernels: $(SETUP) $(OTHER_FOLDER) $(CUTILE_FOLDER)
+	PYTHONPATH=$(abspath $(CUTILE_FOLDER)):$(abspath $(OTHER_FOLDER)):tests/support $(PYTHON) -m cutile.make build/cutile
+
+$(CUTILE_FOLDER): | $(SETUP)
+	rm -rf $@.part
+	$(PYTHON) -m pip install --quiet --no-deps --target $@.part $(CUTILE)
+	mv $@.part $@
 
 # FlashInfer's fused rmsnorm and NVFP4 quantizer in the same way, by way of build/rmsnorm.
 rmsnorm-kernels: $(SETUP) $(OTHER_FOLDER)
