@@ -94,6 +94,7 @@ gpu:
 	$(PYTHON) bench/moe_speed.py
 	$(PYTHON) bench/dense_speed.py
 	$(PYTHON) bench/reload_speed.py
+	$(PYTHON) bench/training_speed.py
 	$(PYTHON) bench/host_time.py
 
 # The whole matrix through every backend, tactic and math of this machine; docs/blackwell.md has what to install.
@@ -180,6 +181,7 @@ bench:
 	$(PYTHON) bench/moe_speed.py
 	$(PYTHON) bench/dense_speed.py
 	$(PYTHON) bench/reload_speed.py
+	$(PYTHON) bench/training_speed.py
 	$(PYTHON) bench/host_time.py
 
 # The tables and the plot of docs/embeddings.md, on a CPU.

@@ -1,43 +1,76 @@
 """The autograd function of `fake_quantized_moe`: `fused_moe`'s value, a straight-through gradient.
 
-It is the gradient of the layer at the values that were multiplied, the derivative of every rounding
-taken as 1. For token t and slot k, with e = ids[t, k] and g the gradient of output[t]:
+Every quantization and rounding has the derivative 1 (the straight-through estimator: Bengio, Leonard and
+Courville, arXiv 1308.3432). For token t and slot k, with e = ids[t, k] and g the gradient of output[t],
+the backward computes these values of the forward anew:
 
     x^, W1, W2    x[t] and the weights of e, as their codes and scales say: code * block scale * scale
     raw           x^ W1^T + w13_bias[e]
-    a^            what the codes and scales of bf16(activation(raw)) say
+    a             bf16(activation(raw))
+    a^            what the codes and scales of a say
     row           bf16(a^ W2^T + w2_bias[e])
+
+With `activation_mode` "bf16" x^ is x[t] and a^ is a. The gradients are
 
     d weights[t, k]  = g . row
     d row            = weights[t, k] g
-    d w2[e]         += d row^T a^          d w2_bias[e]  += d row
-    d raw            = activation'(raw) d row W2
-    d w13[e]        += d raw^T x^          d w13_bias[e] += d raw
-    d x[t]          += d raw W1
+    d w2[e]         += d row^T a~         d w2_bias[e]  += d row
+    d raw            = activation'(raw) d row W2~
+    d w13[e]        += d raw^T x~         d w13_bias[e] += d raw
+    d x[t]          += d raw W1~
+
+where x~, W1~, a~ and W2~ are, as NVIDIA's Transformer Engine names the two (pull request 2644,
+NVTE_BACKWARD_OVERRIDE):
+
+    "dequantized"      x^, W1, a^, W2: what the forward multiplied
+    "high_precision"   x[t], bf16(w13[e]), a, bf16(w2[e]): what the quantizers were given
 
 The scales come from maxima, so that nothing saturates in them. A clamp of the activation is part of the
-layer, and no rounding: beyond it the derivative is 0. Gradients are summed in fp32 and are not specified
-to the bit; raw is computed anew for them, so that an a^ next to a border may be its neighbour.
+layer, and no rounding: beyond it the derivative is 0. Sums are fp32; `grouped.py` says what their
+operands are rounded to. Gradients are not specified to the bit. raw is computed anew, so that an a^ next
+to a border may be its neighbour.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..kernels.moe.api import fused_moe
-from ..kernels.quantize.api import nvfp4_quantize
-from ..reference.activation import activate
-from ..reference.moe.hidden_states import Activations, hidden_values
-from ..reference.recipe import Recipe, SfLayout
+from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
-from ..reference.weights.layout import gemm1_values, gemm2_values, unshuffled_bias
 from ..reference.weights.versions import versions
+from .grouped import operand_dtype, outer, sort_slots, times
+from .middle import Incoming, Sums, middle
+from .operands import (
+    Matrices,
+    Rows,
+    by_parts,
+    first_bias,
+    first_matrices,
+    quantized,
+    row_gradient,
+    second_bias,
+    second_matrices,
+    sums_by_expert,
+)
+
+Backward = Literal["dequantized", "high_precision"]
+"""The operands of the gradients' products; see the module."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The arithmetic of a forward and of its backward."""
+
+    quantizer: Recipe | None  # of the activations; None: they stay bf16
+    backward: Backward
 
 
 class StraightThrough(torch.autograd.Function):
-    """The server's value in the forward pass, `_add_gradients` in the backward pass."""
+    """The server's value in the forward pass, the module's gradients in the backward pass."""
 
     @staticmethod
     def forward(
@@ -50,11 +83,12 @@ class StraightThrough(torch.autograd.Function):
         w2_bias: torch.Tensor | None,
         ids: torch.Tensor,
         experts: Experts,
-        recipe: Recipe,
+        arithmetic: Arithmetic,
         call: dict[str, Any],
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weights, ids)
-        ctx.experts, ctx.recipe, ctx.versions = experts, recipe, versions(experts)
+        masters = (w13, w2) if arithmetic.backward == "high_precision" else ()
+        ctx.save_for_backward(x, weights, ids, *masters)
+        ctx.experts, ctx.arithmetic, ctx.versions = experts, arithmetic, versions(experts)
         inputs = (x, w13, w2, weights, w13_bias, w2_bias)
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in inputs]
         routing = ids.contiguous(), weights.contiguous()
@@ -63,127 +97,89 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weights, ids = ctx.saved_tensors
+        x, weights, ids, *masters = ctx.saved_tensors
         if versions(ctx.experts) != ctx.versions:
             raise RuntimeError(
                 "experts were written between this forward and its backward (by `Experts.load_`?); load "
                 "the new weights after the backward, or into experts of their own"
             )
-        into = _Gradients(
-            *(
-                torch.zeros(like[0], dtype=like[1], device=grad.device) if like and wanted else None
-                for like, wanted in zip(ctx.like, ctx.needs_input_grad, strict=False)
-            )
+        wanted = ctx.needs_input_grad[:6]
+        if ids.numel() == 0:
+            found = [None if k is None else grad.new_zeros(k[0], dtype=k[1]) for k in ctx.like]
+        else:
+            with torch.autocast(grad.device.type, enabled=False):  # it would multiply in bf16
+                layer = _Layer(x, weights, ids, ctx.experts, ctx.arithmetic, tuple(masters))
+                found = list(_gradients(layer, grad, wanted))
+        kept = (
+            None if t is None or not want else t.to(k[1])
+            for t, want, k in zip(found, wanted, ctx.like, strict=True)
         )
-        if into.x is not None:
-            into = into._replace(x=into.x.float())  # which several experts add to
-        with torch.autocast(grad.device.type, enabled=False):  # it would multiply in bf16
-            values = _dequantized(x, ctx.recipe)
-            for e in range(ctx.experts.num_local):
-                token, slot = (ids == e).nonzero(as_tuple=True)
-                if token.numel():
-                    some = _Slots(token, slot, values[token], weights[token, slot, None].float())
-                    _add_gradients(into, grad[token].float(), some, ctx.experts, e, ctx.recipe)
-        found = into if into.x is None else into._replace(x=into.x.to(x.dtype))
-        return *found, None, None, None, None
+        return *kept, None, None, None, None
 
 
-class _Gradients(NamedTuple):
-    """The gradients of the differentiable arguments, in order; None for those that need none."""
+class _Layer(NamedTuple):
+    """What a backward is given, besides the gradient."""
 
-    x: torch.Tensor | None  # fp32
-    w13: torch.Tensor | None
-    w2: torch.Tensor | None
-    weights: torch.Tensor | None
-    w13_bias: torch.Tensor | None
-    w2_bias: torch.Tensor | None
-
-
-class _Slots(NamedTuple):
-    """The N slots that one expert serves."""
-
-    token: torch.Tensor  # [N]
-    slot: torch.Tensor  # [N]
-    values: torch.Tensor  # [N, H] fp32, of the quantized tokens
-    weights: torch.Tensor  # [N, 1] fp32
+    x: torch.Tensor  # [T, H] bf16
+    weights: torch.Tensor  # [T, K]
+    ids: torch.Tensor  # [T, K] int32
+    experts: Experts
+    arithmetic: Arithmetic
+    masters: tuple[torch.Tensor, ...]  # w13 and w2, for "high_precision"
 
 
-def _add_gradients(
-    into: _Gradients, grad: torch.Tensor, some: _Slots, experts: Experts, e: int, recipe: Recipe
-) -> None:
-    """Add one expert's gradients; `grad` is [N, H] fp32, the output's at these tokens."""
-    hidden, inner = experts.hidden_size, experts.intermediate_size
-    scales = _row_scales(experts, e)
-    w13 = gemm1_values(experts, e)[:, :hidden] * scales[:, None]
-    w2 = gemm2_values(experts, e)[:hidden, :inner] * experts.output2_scale_scalar[e]
-    raw = some.values @ w13.T
-    if experts.gemm1_bias is not None:
-        raw = raw + unshuffled_bias(experts.gemm1_bias[e], experts.activation.gated) * scales
-    raw.requires_grad_()
-    with torch.enable_grad():
-        activated = _activated(raw, experts, e)[:, :inner]
-    mid = _dequantized(activated.detach().bfloat16(), recipe)
+def _gradients(
+    layer: _Layer, grad: torch.Tensor, wanted: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of x, w13, w2, weights and both biases; None where none is wanted."""
+    experts, recipe = layer.experts, layer.arithmetic.quantizer
+    for_x, for_w13, for_w2, for_weights, for_bias1, for_bias2 = wanted
+    dtype = operand_dtype(grad.device)
+    s = sort_slots(layer.ids, experts.num_local)
+    weights = layer.weights.flatten()[s.slot, None].float()
+    g = grad.to(dtype)[s.token]
 
-    if into.weights is not None:
-        row = mid @ w2.T
-        if experts.gemm2_bias is not None:
-            bias = unshuffled_bias(experts.gemm2_bias[e], gated=False)[:hidden]
-            row = row + bias * experts.output2_scale_scalar[e]
-        products = grad * row.bfloat16().float()
-        into.weights[some.token, some.slot] = products.sum(1).to(into.weights.dtype)
-    d_row = some.weights * grad
-    if into.w2 is not None:
-        into.w2[e] = d_row.T @ mid
-    if into.w2_bias is not None:
-        into.w2_bias[e] = d_row.sum(0)
-
-    (d_padded,) = torch.autograd.grad(activated, raw, d_row @ w2)
-    if into.x is not None:
-        into.x.index_add_(0, some.token, d_padded @ w13)
-    halves = d_padded.chunk(2 if experts.activation.gated else 1, 1)
-    d_raw = torch.cat([half[:, :inner] for half in halves], 1)
-    if into.w13 is not None:
-        into.w13[e] = d_raw.T @ some.values
-    if into.w13_bias is not None:
-        into.w13_bias[e] = d_raw.sum(0)
-
-
-def _row_scales(experts: Experts, e: int) -> torch.Tensor:
-    """Return the factors [M1] fp32 that make each row of the first GEMM physical."""
-    kind, gate = experts.activation, experts.output1_scale_gate_scalar[e]
-    up = experts.output1_scale_scalar[e] if kind.linear_up else gate
-    rows = experts.gemm1_weights.shape[1]
-    return torch.stack([up, gate] if kind.gated else [gate]).repeat_interleave(
-        rows // (2 if kind.gated else 1)
+    first, second = first_matrices(experts, dtype), second_matrices(experts, dtype)
+    tokens = Rows(layer.x.to(dtype)) if recipe is None else quantized(layer.x, recipe, dtype)
+    x = tokens.at(s.token)
+    # In fp32 where raw is quantized: a rounded sum would often have another code.
+    values = x.values if recipe is None else x.values.float()
+    assert first.scale is not None
+    sums = Sums(
+        times(values, first.values.mT, s.ends),
+        x.scale,
+        first_bias(experts),
+        first.scale,
+        s.expert,
     )
+    served = second
+    if layer.masters:
+        first, second = (Matrices(w.bfloat16().to(dtype)) for w in layer.masters)
+        x = Rows(layer.x.to(dtype)[s.token])
+    incoming = None
+    if for_x or for_w13 or for_bias1:
+        factor = weights if second.scale is None else weights * second.scale[s.expert]
+        d = times(g, second.values, s.ends)
+        incoming = Incoming(d, factor, first.scale, x.scale)
+    a, d_raw = middle(sums, experts, incoming)
+    del sums, incoming
+    mid = Rows(a.to(dtype)) if recipe is None else quantized(a, recipe, dtype)
 
-
-def _activated(raw: torch.Tensor, experts: Experts, e: int) -> torch.Tensor:
-    """`moe.activate_raw` in physical units: of the scalars, a gradient through it would leave fp32."""
-    kind, gate = experts.activation, experts.output1_scale_gate_scalar[e]
-    up = experts.output1_scale_scalar[e] if kind.linear_up else 1.0
-
-    def of_expert(value: torch.Tensor | None, unit: torch.Tensor | float) -> torch.Tensor | None:
-        return None if value is None else value[e] * unit
-
-    return activate(
-        raw,
-        kind,
-        alpha=of_expert(experts.gemm1_alpha, 1.0),
-        beta=of_expert(experts.gemm1_beta, up),
-        clamp_limit=of_expert(experts.gemm1_clamp_limit, gate),
-    )
-
-
-def _dequantized(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Return the values [N, K] fp32 of the codes and scales of bf16 rows."""
-    codes, block_scales, per_token_scale = nvfp4_quantize(
-        x,
-        recipe.base_scale_inv,
-        SfLayout.layout_linear,
-        per_token_activation=True,
-        nvfp4_4over6=recipe.four_over_six,
-        fast_math=recipe.math == "fast",
-        build=recipe.build,
-    )
-    return hidden_values(Activations(codes, block_scales)) * per_token_scale[:, None]
+    d_weights = d_w2 = d_bias2 = d_x = d_w13 = d_bias1 = None
+    if for_weights:
+        d_weights = s.by_slot(row_gradient(grad, mid, served, second_bias(experts), s))
+    if for_w2:  # scales go with the narrower factor, and g stays as it is
+        mid = Rows(a.to(dtype)) if layer.masters else mid
+        scaled = weights * mid.values if mid.scale is None else weights * mid.scale * mid.values
+        d_w2 = outer(g, scaled.to(dtype), s.ends)
+    if for_bias2:
+        d_bias2 = sums_by_expert(g, weights, s)
+    if for_x and d_raw:
+        d_x = s.by_slot(times(d_raw.for_x, first.values, s.ends)).sum(1, dtype=torch.float32)
+    if for_w13 and d_raw:
+        d_w13 = outer(d_raw.for_w13, x.values, s.ends)
+    if for_bias1 and d_raw:
+        by_expert = sums_by_expert(d_raw.for_x, torch.ones_like(weights), s).float()
+        each = torch.arange(experts.num_local, dtype=torch.int64, device=grad.device)
+        d_bias1 = by_parts(by_expert, None if first.scale is None else 1 / first.scale, each)
+    return d_x, d_w13, d_w2, d_weights, d_bias1, d_bias2

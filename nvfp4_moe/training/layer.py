@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 
 from ..kernels.moe.backends import MoEBackend
+from ..kernels.moe.call import Mode
 from ..kernels.quantize.call import check_optional_flags, four_over_six_of, math_of
 from ..reference import checks
 from ..reference.activation import ActivationType, check_activation
@@ -19,7 +20,7 @@ from ..reference.recipe import Build, Recipe
 from ..reference.weights.arguments import Options, check_preparation, check_values
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import quantize_experts
-from .gradient import StraightThrough
+from .gradient import Arithmetic, Backward, StraightThrough
 
 
 def fake_quantized_moe(
@@ -29,6 +30,8 @@ def fake_quantized_moe(
     routing: tuple[torch.Tensor, torch.Tensor],
     activation: ActivationType = ActivationType.Swiglu,
     *,
+    activation_mode: Mode = "per-token",
+    backward: Backward = "dequantized",
     experts: Experts | None = None,
     recipe: Recipe | None = None,
     w13_bias: torch.Tensor | None = None,
@@ -43,12 +46,12 @@ def fake_quantized_moe(
     batch_invariant: bool = True,
     output_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """`fused_moe` with per-token scales on the experts of these weights, differentiable.
+    """`fused_moe` on the experts of these weights, differentiable.
 
-    Contract: bitwise `fused_moe(x, experts, routing, batch_invariant=True)` with the same options and
-    experts that hold these weights, with or without gradients and under autocast. Gradients reach x,
-    w13, w2, the routing weights and the biases, straight through the quantizations
-    (`gradient.py` has the formulas); alpha, beta and clamp_limit are constants.
+    Contract: bitwise `fused_moe(x, experts, routing, activation=activation_mode, batch_invariant=True)`
+    with the same options and experts that hold these weights, with or without gradients and under
+    autocast. Gradients reach x, w13, w2, the routing weights and the biases, straight through the
+    quantizations (`gradient.py` has the formulas); alpha, beta and clamp_limit are constants.
 
     Args:
         x: [T, H] bf16.
@@ -56,6 +59,11 @@ def fake_quantized_moe(
             rounded to bf16, which is what a server has to be given: `load_(w13.bfloat16(), ...)`.
         routing: (ids int32 [T, K], weights bf16 or fp32 [T, K]); those of `reference.moe.routing.route`
             are differentiable in its logits. A slot of id -1 adds nothing.
+        activation_mode: how hidden states and intermediate are quantized, as `fused_moe` names it in its
+            `activation`: "per-token", or "bf16", not at all (W4A16). "static" is not supported.
+        backward: the operands of the gradients' products, as Transformer Engine names them:
+            "dequantized", those that the forward multiplied, or "high_precision", those before their
+            quantization: x, w13 and w2 in bf16. The forward has the same bits.
         experts: hold the weights and all options of `prepare_experts` already, by it or by `load_`:
             once a step instead of once a call. Nothing may be loaded into them between a forward and
             its backward. That they hold these weights is the caller's promise.
@@ -74,7 +82,7 @@ def fake_quantized_moe(
         UnsupportedError: the named backend cannot serve the call.
     """
     _check_routing(routing)
-    check_activation(activation)
+    _check_modes(activation, activation_mode, backward)
     checks.flag("batch_invariant", batch_invariant)
     check_optional_flags(fast_math=fast_math)
     checks.one_of("build", build, get_args(Build))
@@ -92,7 +100,9 @@ def fake_quantized_moe(
         fixed = {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit, "recipe": recipe}
         _check_prepared(experts, activation, w13, w2, w13_bias, w2_bias, fixed)
     online = _recipe_of_activations(fast_math, build, nvfp4_4over6)
+    arithmetic = Arithmetic(None if activation_mode == "bf16" else online, backward)
     call = {
+        "activation": activation_mode,
         "backend": backend,
         "batch_invariant": batch_invariant,
         "output_dtype": output_dtype,
@@ -101,7 +111,9 @@ def fake_quantized_moe(
         "nvfp4_4over6": online.four_over_six,
     }
     ids, weights = routing
-    return StraightThrough.apply(x, w13, w2, weights, w13_bias, w2_bias, ids, experts, online, call)
+    return StraightThrough.apply(
+        x, w13, w2, weights, w13_bias, w2_bias, ids, experts, arithmetic, call
+    )
 
 
 def _recipe_of_activations(fast_math: bool | None, build: Build, nvfp4_4over6: Any) -> Recipe:
@@ -123,6 +135,20 @@ def _check_routing(routing: Any) -> None:
     checks.pair("routing", routing, allowed)
     if not all(isinstance(part, torch.Tensor) for part in routing):
         checks.wrong_type("routing", routing, allowed)
+
+
+def _check_modes(activation: Any, activation_mode: Any, backward: Any) -> None:
+    if isinstance(activation, str) and activation in get_args(Mode):
+        checks.wrong_type(
+            "activation",
+            activation,
+            "an ActivationType, the function between the GEMMs; what is quantized is activation_mode",
+        )
+    check_activation(activation)
+    checks.one_of("activation_mode", activation_mode, get_args(Mode))
+    if activation_mode == "static":
+        checks.wrong_value("activation_mode", activation_mode, '"per-token" or "bf16"')
+    checks.one_of("backward", backward, get_args(Backward))
 
 
 def _check_weights(
@@ -158,6 +184,10 @@ def _check_prepared(
     if experts.input_scale is not None or experts.intermediate_scale is not None:
         raise ValueError(
             "experts have static activation scales; training is per token, so they must have none"
+        )
+    if experts.router_weight_on_input:
+        raise ValueError(
+            "experts have the router's weights on the input, through which there is no gradient here"
         )
     n, h, i = experts.num_local, experts.hidden_size, experts.intermediate_size
     rows = i * (2 if activation.gated else 1)

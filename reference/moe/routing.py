@@ -190,7 +190,10 @@ class RoutingResult(NamedTuple):
 
 @kept
 def route(
-    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+    logits: torch.Tensor,
+    routing: Routing,
+    bias: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
 ) -> RoutingResult:
     """Experts and weights of each token; the module's docstring has the arithmetic.
 
@@ -202,19 +205,30 @@ def route(
         bias: [E] fp32 or bf16, added to the scores that select and absent from the weights;
             DeepSeekV3 and MiniMax2 only. With groups it is rounded to bf16 first
             (`trtllm_fused_moe_routing_deepseek.cu:159-162`). None is zero.
+        ids: [T, K] uint8, int16, int32 or int64, experts that were chosen before, by a server, and are
+            taken as they are (rollout routing replay: arXiv 2510.11370). The weights are those of these
+            experts, by the method, of the logits that are given; they have a gradient. None: chosen
+            here.
 
     Raises:
         ValueError: a wrong shape or type, K > E, a bias that the method would not read, or groups
-            that do not divide E, are of one expert or have fewer than K in those chosen.
+            that do not divide E, are of one expert or have fewer than K in those chosen; ids of no
+            expert, where values are read (`NVFP4_MOE_CHECK_VALUES`).
     """
     _check(logits, routing, bias)
+    if ids is not None:
+        _check_ids(ids, logits, routing)
     method, k, f = routing.method, routing.top_k, functions(routing.functions)
     values = logits.float()
+
+    def best(key: torch.Tensor) -> torch.Tensor:
+        return _order(key)[:, :k] if ids is None else ids.long()
+
     if method.raw:
         # Llama4's maximum is a comparison by value, which a NaN loses.
         llama4 = method == RoutingMethodType.Llama4
         scores = values.masked_fill(values.isnan(), -math.inf) if llama4 else values
-        ids = _order(_key(scores))[:, :k]
+        ids = best(_key(scores))
         chosen = scores.gather(1, ids)
         if method in (RoutingMethodType.Renormalize, RoutingMethodType.RenormalizeNaive):
             weights = _softmax(chosen, f)
@@ -225,7 +239,7 @@ def route(
     elif method == RoutingMethodType.Default:
         by_blocks = routing.functions != "exact" and one_block_a_token(values, k)
         scores = _softmax_of_all(values, f, routing.functions, by_blocks)
-        ids = _order(_key(scores))[:, :k]
+        ids = best(_key(scores))
         weights = scores.gather(1, ids)
     elif method.biased:
         unbiased = scores = f.sigmoid(values)
@@ -233,12 +247,12 @@ def route(
             bias = bias.to(torch.bfloat16) if routing.grouped else bias
             scores = positive_nan(_CUDA.add(unbiased, _CUDA.flush(bias.float())))
         key = _key(scores)
-        ids = _order(_limit_to_groups(key, scores, routing) if routing.grouped else key)[:, :k]
+        ids = best(_limit_to_groups(key, scores, routing) if routing.grouped else key)
         chosen = unbiased.gather(1, ids)
         weights = f.div(_CUDA.mul(chosen, routing.scale), _warp_sum(chosen) + 1e-20)
     else:
         scores = f.sigmoid(values)
-        ids = _order(_key(scores))[:, :k]
+        ids = best(_key(scores))
         weights = scores.gather(1, ids)
         if method == RoutingMethodType.SigmoidRenorm and routing.norm_topk_prob:
             # fmaxf, so that a NaN sum counts as 1e-20 (`RoutingCustomPolicy.cuh:373`).
@@ -346,6 +360,14 @@ def _check(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) ->
         checks.tensor("bias", bias, floats, (experts,), like=("logits", logits))
     if routing.grouped and (reason := indivisible(routing, experts)):
         raise ValueError(reason)
+
+
+def _check_ids(ids: torch.Tensor, logits: torch.Tensor, routing: Routing) -> None:
+    tokens, experts = logits.shape
+    integers = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    checks.tensor("ids", ids, integers, (tokens, routing.top_k), like=("logits", logits))
+    if checks.reads_values(ids):
+        checks.values("ids", ids, (ids >= 0) & (ids < experts), f"from 0 to {experts - 1}")
 
 
 def indivisible(routing: Routing, num_experts: int) -> str | None:

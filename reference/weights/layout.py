@@ -53,7 +53,7 @@ def lay_out_bias(bias: torch.Tensor, divisor: torch.Tensor, gated: bool, rows: i
 def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
     """Decode one expert's w13: [M1, H] fp32, code times block scale (exact), rows [up; gate]."""
     codes, scales = experts.gemm1_weights[expert], experts.gemm1_weights_scale[expert]
-    return _values(codes, scales)[
+    return decoded_rows(codes, scales)[
         inverse(row_order(codes.shape[0], experts.activation.gated, codes.device))
     ]
 
@@ -61,7 +61,15 @@ def gemm1_values(experts: Experts, expert: int) -> torch.Tensor:
 def gemm2_values(experts: Experts, expert: int) -> torch.Tensor:
     """Decode one expert's w2: [H, I] fp32, code times block scale (exact)."""
     codes, scales = experts.gemm2_weights[expert], experts.gemm2_weights_scale[expert]
-    return _values(codes, scales)[inverse(row_order(codes.shape[0], False, codes.device))]
+    return decoded_rows(codes, scales)[inverse(row_order(codes.shape[0], False, codes.device))]
+
+
+def decoded_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Decode prepared rows [R, K/2] and their scales in 128x4: [R, K] fp32, in the prepared order."""
+    rows, half = codes.shape
+    linear = to_linear(_bytes(scales), rows, half * 2 // BLOCK_SIZE, _128X4)
+    values = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK_SIZE))
+    return (values * e4m3.decode(linear)[..., None]).flatten(-2)
 
 
 def unshuffled_bias(bias: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -102,10 +110,3 @@ def _pad_columns(t: torch.Tensor, columns: int) -> torch.Tensor:
 
 def _swizzle(scales: torch.Tensor) -> torch.Tensor:
     return from_linear(scales, _128X4).view(torch.float8_e4m3fn)
-
-
-def _values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    rows, half = codes.shape
-    linear = to_linear(_bytes(scales), rows, half * 2 // BLOCK_SIZE, _128X4)
-    values = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK_SIZE))
-    return (values * e4m3.decode(linear)[..., None]).flatten(-2)

@@ -12,6 +12,7 @@ from activation_formulas import FORMULAS
 from paths import ROOT
 
 from nvfp4_moe.kernels.moe import activation as kernel_activation
+from nvfp4_moe.kernels.moe import activation_gradient
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
     ELSEWHERE,
@@ -28,19 +29,17 @@ from nvfp4_moe.reference.bounds.activation import RULES
 UNITS = ROOT / "docs" / "units.md"
 
 
-def branches():
-    """The activations that `activated` compares ACT with."""
-    tree = ast.parse(inspect.getsource(kernel_activation))
-    (function,) = (
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "activated"
-    )
+def branches(module, functions):
+    """The activations that some functions of a module compare ACT with."""
     names = [
         node.comparators[0].id
+        for function in ast.parse(inspect.getsource(module)).body
+        if isinstance(function, ast.FunctionDef) and function.name in functions
         for node in ast.walk(function)
         if isinstance(node, ast.Compare) and getattr(node.left, "id", "") == "ACT"
     ]
     # NONE is no activation: the second GEMM's results.
-    return {ActivationType(getattr(kernel_activation, n).value) for n in names if n != "NONE"}
+    return {ActivationType(getattr(module, n).value) for n in names if n != "NONE"}
 
 
 def documented():
@@ -60,8 +59,13 @@ def documented():
     [
         pytest.param(lambda: set(FORMULAS), id="a formula of the tests"),
         pytest.param(lambda: set(RULES), id="a rule of the bounds"),
-        pytest.param(branches, id="a branch of the kernel"),
         pytest.param(lambda: set(ELSEWHERE), id="a row of its names elsewhere"),
+        pytest.param(
+            lambda: branches(kernel_activation, ["activated"]), id="a branch of the kernel"
+        ),
+        pytest.param(
+            lambda: branches(activation_gradient, ["_of_one", "_of_two"]), id="a derivative"
+        ),
     ],
 )
 def test_every_activation_has(entries):

@@ -264,14 +264,18 @@ def test_an_id_of_no_expert_here_adds_nothing(name):
         assert_bitwise(forward(module, x, more, weighted, name=name), want, f"id {absent}")
 
 
-def test_gradients_are_those_of_the_fake_quantized_layer():
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("nvfp4_moe_batch_invariant", "per-token"), ("nvfp4_moe_w4a16_batch_invariant", "bf16")],
+)
+def test_gradients_are_those_of_the_fake_quantized_layer(name, mode):
     """They reach the module's own weights, and the forward keeps its bits."""
     module = InTurns()
     x, ids, weights = inputs()
     x.requires_grad_()
     with torch.no_grad():
-        served = forward(module, x, ids, weights, name="nvfp4_moe_batch_invariant")
-    got = forward(module, x, ids, weights, name="nvfp4_moe_batch_invariant")
+        served = forward(module, x, ids, weights, name=name)
+    got = forward(module, x, ids, weights, name=name)
     assert_bitwise(got.detach(), served, "with a gradient")
     got.sum().backward()
 
@@ -286,6 +290,7 @@ def test_gradients_are_those_of_the_fake_quantized_layer():
         w13,
         module.down_proj.detach().mT.contiguous(),
         (ids.int(), weights),
+        activation_mode=mode,
         w13_bias=bias,
         w2_bias=module.down_proj_bias.detach(),
         alpha=1.702,
@@ -321,8 +326,3 @@ def test_registration_gives_transformers_every_name(monkeypatch):
             assert_bitwise(
                 function(module, *arguments), forward(module, *arguments, name=name), name
             )
-
-
-def test_bf16_activations_have_no_gradient():
-    with pytest.raises(UnsupportedError, match=r"there is none with activations in bf16.*no_grad"):
-        forward(Module(), *inputs(), name="nvfp4_moe_w4a16")

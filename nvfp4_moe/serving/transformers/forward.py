@@ -116,7 +116,7 @@ def experts_forward(
 
     Raises:
         UnsupportedError: a module that is not modelled; hidden states of another dtype; a gradient with
-            activations in bf16.
+            experts that were read from an NVFP4 checkpoint.
         ValueError, TypeError: as `prepare_experts` and `fused_moe`.
     """
     if hidden_states.dtype != torch.bfloat16:
@@ -139,11 +139,6 @@ def experts_forward(
             activation=implementation.activation,
             batch_invariant=implementation.batch_invariant,
         )
-    if implementation.activation != "per-token":
-        raise UnsupportedError(
-            "a gradient is asked for, and there is none with activations in bf16: run under "
-            "torch.no_grad(), or take a per-token implementation"
-        )
     if packed.held is None:
         raise UnsupportedError(
             "a gradient is asked for, and the experts were read from an NVFP4 checkpoint: run under "
@@ -156,6 +151,7 @@ def experts_forward(
         w2,
         routing,
         packed.gate.activation,
+        activation_mode=implementation.activation,
         experts=packed.experts,
         w13_bias=w13_bias,
         w2_bias=w2_bias,
