@@ -1,9 +1,12 @@
-"""The canary that a server's environment asks for."""
+"""The canary that a server's environment asks for, and a layer's call that it watches."""
 
 # SPDX-License-Identifier: Apache-2.0
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..kernels import environment
+from ..kernels.moe.api import fused_moe
 
 if TYPE_CHECKING:
     from ..canary import Canary
@@ -20,3 +23,18 @@ def canary_asked_for() -> "Canary | None":
     from ..canary import from_environment
 
     return from_environment()
+
+
+def watched_fused_moe(canary: "Canary | None", layer: str, **call: Any) -> torch.Tensor:
+    """`fused_moe` of a server's layer, watched by the canary where there is one.
+
+    Args:
+        layer: the layer's name, for an alarm.
+        call: arguments of `fused_moe`.
+
+    Returns:
+        [T, H] bf16.
+    """
+    if canary is None:
+        return fused_moe(**call)
+    return canary.fused_moe(layer=layer, **call)

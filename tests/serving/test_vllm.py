@@ -21,7 +21,7 @@ from nvfp4_moe.checkpoints.load import load_experts
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.serving import SERVERS
 from nvfp4_moe.serving import vllm as plugin
-from nvfp4_moe.serving.vllm import weights as vllm_weights
+from nvfp4_moe.serving.vllm import gate as vllm_gate
 
 NAMING = cases.NAMINGS["qwen3-moe"]
 PREFIX = NAMING.of(0)
@@ -220,7 +220,7 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 def test_both_gelus_are_vllms(name, config):
     """vLLM's `gelu_and_mul` is exact, its `gelu_tanh_and_mul` is not: 3e-4 apart at the most."""
     x = torch.linspace(-4, 4, 401, dtype=torch.float32, device="cpu")
-    kind = vllm_weights.gate_of(moe_config(name)).activation
+    kind = vllm_gate.gate_of(moe_config(name)).activation
     from nvfp4_moe.reference.activation import activate
 
     ours = activate(torch.stack([torch.ones_like(x), x], 1), kind)[:, 0]
@@ -449,7 +449,7 @@ def test_a_checkpoint_is_taken_over_where_the_user_names_us(config, monkeypatch)
 def test_vllm_has_every_activation_that_is_served():
     path = "model_executor/layers/fused_moe/activation.py"
     values = set(members_of("vllm", path, "MoEActivation").values())
-    assert {*vllm_weights._ACTIVATIONS, vllm_weights.INTERLEAVED} <= values
+    assert {*vllm_gate._ACTIVATIONS, vllm_gate.INTERLEAVED} <= values
 
 
 def test_the_policy_has_every_backend_of_vllm():

@@ -18,10 +18,10 @@ from vllm.model_executor.layers.quantization.modelopt import (
     ModelOptNvFp4Config,
 )
 
-from ...checkpoints.formats import MIXED, NVFP4
-from ...checkpoints.groups import read_groups
+from ...checkpoints.formats import NVFP4
 from ...kernels.moe.call import Mode
-from .config import LOWEST_CAPABILITY
+from ..declared import excludes_parts, kind_of
+from ..quantizations import LOWEST_CAPABILITY
 from .method import CompressedTensorsNvfp4MoE, ModelOptNvfp4MoE
 
 
@@ -44,15 +44,9 @@ class _OfModelOpt(_OfCheckpoint):
     packed_modules_mapping: dict[str, list[str]]
 
     def is_layer_excluded(self, prefix: str) -> bool:
-        """Return True for a fused matrix, too, if patterns exclude all of which it is made.
-
-        vLLM's own looks such parts up by their exact names alone: `model.layers.*.self_attn.q_proj`, as
-        `nvfp4-moe convert` writes it, does not mean its `qkv_proj`.
-        """
+        """Return True for a fused matrix, too, if patterns exclude all of which it is made."""
         excluded = super().is_layer_excluded  # type: ignore[misc]
-        parent, _, name = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(name, ())
-        return excluded(prefix) or (bool(parts) and all(excluded(f"{parent}.{p}") for p in parts))
+        return excludes_parts(excluded, self.packed_modules_mapping, prefix)
 
 
 class ModelOpt(_OfModelOpt, ModelOptNvFp4Config):
@@ -101,20 +95,13 @@ def configuration_of(config: dict[str, Any], activation: Mode) -> QuantizationCo
     Raises:
         ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
     """
-    method = str(config.get("quant_method") or "modelopt").lower().replace("_", "-")
-    inner = config.get("quantization") or config
-    algorithm = str(inner.get("quant_algo")).upper()
-    made: Any = None
-    if method == "compressed-tensors":
-        if any(group.is_nvfp4 for group in read_groups(config)):
-            made = CompressedTensors.from_config(config)
-    elif method.startswith("modelopt") and algorithm in (*NVFP4, MIXED):
-        made = (ModelOptMixed if algorithm == MIXED else ModelOpt).from_config(config)
-    if made is None:
-        raise ValueError(
-            f"the checkpoint's quant_method is {config.get('quant_method')!r}, its quant_algo "
-            f"{inner.get('quant_algo')!r}; nvfp4-moe serves checkpoints in bf16, and NVFP4 of ModelOpt "
-            "or of compressed-tensors (`nvfp4-moe convert` makes NVFP4 of bf16 and of FP8)"
-        )
+    made: Any = _OF_KIND[kind_of(config)].from_config(config)
     made.activation = activation
     return made
+
+
+_OF_KIND: dict[str, Any] = {
+    "modelopt": ModelOpt,
+    "modelopt mixed": ModelOptMixed,
+    "compressed-tensors": CompressedTensors,
+}

@@ -12,10 +12,9 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ...kernels.moe.call import Mode
-from .plugin import QUANTIZATIONS, check_version
-
-LOWEST_CAPABILITY = 80
-"""The lowest that Triton's kernels run on, as `README.md` says; vLLM asks for it on a GPU alone."""
+from ..declared import declares_modelopt_nvfp4
+from ..quantizations import LOWEST_CAPABILITY, QUANTIZATIONS
+from .plugin import check_version
 
 
 class Nvfp4MoEConfig(QuantizationConfig):
@@ -53,7 +52,7 @@ class Nvfp4MoEConfig(QuantizationConfig):
     ) -> str | None:
         """Take a quantized checkpoint over where the user has named this method."""
         taken = cls.modelopt_goes_to == cls.name and user_quant in (None, "modelopt_fp4")
-        if user_quant == cls.name or (taken and _is_modelopt_nvfp4(hf_quant_cfg)):
+        if user_quant == cls.name or (taken and declares_modelopt_nvfp4(hf_quant_cfg)):
             return cls.name
         return None
 
@@ -95,11 +94,6 @@ class Nvfp4MoEW4A16Config(Nvfp4MoEConfig):
     """Experts whose weights alone are quantized."""
 
     name = "nvfp4_moe_w4a16"
-
-
-def _is_modelopt_nvfp4(config: dict[str, Any]) -> bool:
-    method, inner = str(config.get("quant_method")), config.get("quantization") or config
-    return method.lower().startswith("modelopt") and "NVFP4" in str(inner.get("quant_algo")).upper()
 
 
 CONFIGURATIONS = (Nvfp4MoEConfig, Nvfp4MoEStaticConfig, Nvfp4MoEW4A16Config)

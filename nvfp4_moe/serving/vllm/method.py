@@ -6,7 +6,7 @@ layer, sums over ranks and records the routing itself.
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedM
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
 
 from ...kernels.backends import UnsupportedError
-from ...kernels.moe.api import fused_moe
 from ...kernels.moe.call import Mode
 from ...reference.recipe import BLOCK_SIZE
 from ...reference.weights.experts import Experts
-from ..canary import canary_asked_for
+from ..canary import canary_asked_for, watched_fused_moe
 from ..fused import refuse_a_dropped_switch
-from .weights import Packed, check_sizes, from_bf16, from_nvfp4, gate_of
+from ..packing import Packed, check_sizes, from_bf16, from_nvfp4, tensors_of
+from ..quantizations import refuse_static_of_bf16
+from .gate import gate_of, is_interleaved
 
 PROCESSED = "_already_called_process_weights_after_loading"
 """The attribute of a layer by which vLLM's reload asks for its weights to be packed anew."""
@@ -39,7 +40,7 @@ class Served:
     def _serve(self, moe: Any, activation: Mode) -> None:
         """Take the layer's settings; refuse what is not served before any weight is read."""
         self.moe = moe
-        gate_of(moe)
+        self.gate = gate_of(moe)
         refuse_a_dropped_switch(activation != "static")
         self.activation = activation
         self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
@@ -88,6 +89,12 @@ class Served:
         """Return experts of the weights that have been read."""
         raise NotImplementedError
 
+    def _laid_out(self, w13: Packed, w2: Packed, layer: Any) -> Experts:
+        """Return experts of a checkpoint that is quantized already."""
+        static, interleaved = self.activation == "static", is_interleaved(self.moe)
+        experts = from_nvfp4(self.gate, w13, w2, static=static, interleaved=interleaved)
+        return _in_place(experts, layer)
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put `Experts` in the place of the weights that have been read.
 
@@ -99,7 +106,7 @@ class Served:
         experts = self.packed(layer)
         for name in self._read:
             delattr(layer, name)
-        for name, tensor in _tensors(experts).items():
+        for name, tensor in tensors_of(experts).items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"nvfp4_{name}", parameter)
         if self.experts is None:
@@ -126,27 +133,22 @@ class Served:
             [T, H] bf16; experts of other ranks add nothing.
         """
         assert self.experts is not None, "vLLM has not packed the weights"
-        call: dict[str, Any] = {
-            "hidden_states": x.contiguous(),
-            "experts": self.experts,
-            "routing": (_local(topk_ids, layer.expert_map), topk_weights.contiguous()),
-            "activation": self.activation,
-            "batch_invariant": self.batch_invariant,
-        }
-        if self.canary is not None:
-            return self.canary.fused_moe(layer=layer.layer_name, **call)
-        return fused_moe(**call)
+        return watched_fused_moe(
+            self.canary,
+            layer.layer_name,
+            hidden_states=x.contiguous(),
+            experts=self.experts,
+            routing=(_local(topk_ids, layer.expert_map), topk_weights.contiguous()),
+            activation=self.activation,
+            batch_invariant=self.batch_invariant,
+        )
 
 
 class OnlineNvfp4MoE(Served, OnlineMoEMethodBase):
     """Weights in bf16, which are quantized layer by layer while the checkpoint is read."""
 
     def __init__(self, moe: Any, activation: Mode):
-        if activation == "static":
-            raise UnsupportedError(
-                "the checkpoint is in bf16 and has no static activation scales; take nvfp4_moe or "
-                "nvfp4_moe_w4a16"
-            )
+        refuse_static_of_bf16(activation)
         OnlineMoEMethodBase.__init__(self, moe)
         self._serve(moe, activation)
 
@@ -154,11 +156,12 @@ class OnlineNvfp4MoE(Served, OnlineMoEMethodBase):
         self._zero_padding(layer)
         return _in_place(
             from_bf16(
-                self.moe,
+                self.gate,
                 layer.w13_weight.data,
                 layer.w2_weight.data,
                 _data(layer, "w13_bias"),
                 _data(layer, "w2_bias"),
+                interleaved=is_interleaved(self.moe),
             ),
             layer,
         )
@@ -188,7 +191,7 @@ class ModelOptNvfp4MoE(Served, ModelOptNvFp4FusedMoE):
             layer.w2_weight_scale_2.data,
             layer.w2_input_scale.data,
         )
-        return _in_place(from_nvfp4(self.moe, w13, w2, static=self.use_global_sf), layer)
+        return self._laid_out(w13, w2, layer)
 
 
 class CompressedTensorsNvfp4MoE(Served, CompressedTensorsW4A4Nvfp4MoEMethod):
@@ -217,8 +220,7 @@ class CompressedTensorsNvfp4MoE(Served, CompressedTensorsW4A4Nvfp4MoEMethod):
             1.0 / layer.w2_weight_global_scale.data,
             1.0 / layer.w2_input_global_scale.data,
         )
-        static = self.activation == "static"
-        return _in_place(from_nvfp4(self.moe, w13, w2, static=static), layer)
+        return self._laid_out(w13, w2, layer)
 
 
 def _local(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
@@ -236,8 +238,3 @@ def _in_place(experts: Experts, layer: Any) -> Experts:
 def _data(layer: Any, name: str) -> torch.Tensor | None:
     parameter = getattr(layer, name, None)
     return None if parameter is None else parameter.data
-
-
-def _tensors(experts: Experts) -> dict[str, torch.Tensor]:
-    named = ((field.name, getattr(experts, field.name)) for field in fields(experts))
-    return {name: value for name, value in named if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""The names by which vLLM's option `--quantization` asks for this library, and their registration.
+"""The registration with vLLM of the names in `serving/quantizations.py`.
 
 Written against vllm 0.32.0 and 0.33.0: `vllm/plugins/__init__.py`,
 `vllm/model_executor/layers/quantization/__init__.py`.
@@ -9,21 +9,13 @@ import warnings
 
 from ...kernels import environment
 from ...kernels.backends import UnsupportedError
-from ...kernels.moe.call import Mode
 
 VERSIONS = ("0.32", "0.33")
 """Versions of vLLM whose classes the plug-in is written against."""
 
-QUANTIZATIONS: dict[str, Mode] = {
-    "nvfp4_moe": "per-token",
-    "nvfp4_moe_static": "static",
-    "nvfp4_moe_w4a16": "bf16",
-}
-"""The activations of each name. Static ones are the checkpoint's own scales."""
-
 
 def register() -> None:
-    """Add `QUANTIZATIONS` to vLLM's quantization methods, in this process. It may be called again.
+    """Add our names to vLLM's quantization methods, in this process. It may be called again.
 
     vLLM calls it in every process, also where nobody asks for these names, so it refuses no version of
     vLLM: a model that asks for one of them does.

@@ -1,0 +1,56 @@
+"""The declaration of a checkpoint's format, for plug-ins that make a server's own configuration."""
+
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from ..checkpoints.formats import MIXED, NVFP4
+from ..checkpoints.groups import read_groups
+
+Kind = Literal["modelopt", "modelopt mixed", "compressed-tensors"]
+
+
+def kind_of(config: dict[str, Any]) -> Kind:
+    """Return the format of an NVFP4 checkpoint.
+
+    Args:
+        config: `quantization_config` of its config.json, or its hf_quant_config.json.
+
+    Raises:
+        ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
+    """
+    method = str(config.get("quant_method") or "modelopt").lower().replace("_", "-")
+    inner = config.get("quantization") or config
+    algorithm = str(inner.get("quant_algo")).upper()
+    if method == "compressed-tensors" and any(group.is_nvfp4 for group in read_groups(config)):
+        return "compressed-tensors"
+    if method.startswith("modelopt") and algorithm in (*NVFP4, MIXED):
+        return "modelopt mixed" if algorithm == MIXED else "modelopt"
+    raise ValueError(
+        f"the checkpoint's quant_method is {config.get('quant_method')!r}, its quant_algo "
+        f"{inner.get('quant_algo')!r}; nvfp4-moe serves checkpoints in bf16, and NVFP4 of ModelOpt "
+        "or of compressed-tensors (`nvfp4-moe convert` makes NVFP4 of bf16 and of FP8)"
+    )
+
+
+def declares_modelopt_nvfp4(config: dict[str, Any]) -> bool:
+    method, inner = str(config.get("quant_method")), config.get("quantization") or config
+    return method.lower().startswith("modelopt") and "NVFP4" in str(inner.get("quant_algo")).upper()
+
+
+def excludes_parts(
+    excluded: Callable[[str], bool], mapping: Mapping[str, Sequence[str]] | None, prefix: str
+) -> bool:
+    """Return True for a fused matrix if a checkpoint's patterns exclude all of which it is made.
+
+    Servers look such parts up by their exact names alone: `model.layers.*.self_attn.q_proj`, as
+    `nvfp4-moe convert` writes it, does not mean their `qkv_proj`.
+
+    Args:
+        excluded: the server's own answer for the name of a module.
+        mapping: the parts of each fused matrix, by the last parts of their names.
+        prefix: the name of the module.
+    """
+    parent, _, name = prefix.rpartition(".")
+    parts = (mapping or {}).get(name, ())
+    return excluded(prefix) or (bool(parts) and all(excluded(f"{parent}.{p}") for p in parts))
