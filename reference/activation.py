@@ -138,8 +138,7 @@ class Elsewhere:
     """An activation in other libraries. No step of the contract reads this, nor does the fingerprint.
 
     `hugging_face`, `sglang` and `vllm` are names: a configuration's `hidden_act`, the activation of
-    SGLang's `MoeRunnerConfig`, and the value of vLLM's `MoEActivation`, of those that their TRT-LLM
-    experts accept.
+    SGLang's `MoeRunnerConfig`, and the value of vLLM's `MoEActivation`.
     """
 
     flashinfer: frozenset[FlashInferLayer] = frozenset()  # layers that have kernels for it
@@ -375,6 +374,7 @@ ELSEWHERE: dict[ActivationType, Elsewhere] = {
     ActivationType.GegluTanh: Elsewhere(
         flashinfer=_layers("cute-dsl", "cutlass"),
         hugging_face=("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"),
+        sglang=("gelu_tanh",),
         vllm=("gelu_tanh",),
     ),
     ActivationType.Identity: Elsewhere(

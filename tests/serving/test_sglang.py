@@ -1,486 +1,556 @@
-"""The drop-in for SGLang: its results on the reference, and its attributes in SGLang's own sources."""
+"""The plug-in for SGLang, on a fake of what it builds on; `make sglang-test` has the real classes."""
 
 # SPDX-License-Identifier: Apache-2.0
 import ast
 import enum
-import importlib.util
-import inspect
-import sys
-from dataclasses import dataclass, fields
-from types import ModuleType, SimpleNamespace
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import moe_cases
+import checkpoint_cases as cases
+import fake_sglang
 import pytest
 import torch
 from assertions import assert_bitwise
-from moe_cases import Shape
-from server_sources import (
-    VERSIONS,
-    arguments_of,
-    attributes_of,
-    class_of,
-    fields_of,
-    folder_of,
-    members_of,
-    source_of,
-)
+from checkpoint_cases import EXPERTS, HIDDEN, INTERMEDIATE, assert_same_experts
+from fake_sglang import runner_config
+from server_sources import VERSIONS, arguments_of, class_of, members_of, source_of
 
 import nvfp4_moe
-from nvfp4_moe import UnsupportedError, nvfp4_quantize
+from nvfp4_moe import ActivationType, UnsupportedError
+from nvfp4_moe.checkpoints.load import load_experts
 from nvfp4_moe.kernels import environment
-from nvfp4_moe.reference.activation import ActivationType
-from nvfp4_moe.reference.moe.routing import pack_topk
-from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
-from nvfp4_moe.reference.weights.experts import Experts
-from nvfp4_moe.serving import SERVERS, fused_experts_fp4
-from nvfp4_moe.serving import sglang as ours
-from nvfp4_moe.serving.sglang import fused_experts_none_to_flashinfer_trtllm_fp4 as drop_in
+from nvfp4_moe.serving import SERVERS
+from nvfp4_moe.serving import sglang as plugin
+from nvfp4_moe.serving.packing import tensors_of
+from nvfp4_moe.serving.sglang.gate import gate_of
 
-SHAPE = Shape(5, 128, 64, 8, 2, 3, 4)
-TRTLLM = "srt/layers/moe/moe_runner/flashinfer_trtllm.py"
-TOPK = "srt/layers/moe/topk.py"
-STANDARD = "srt/layers/moe/token_dispatcher/standard.py"
+NAMING = cases.NAMINGS["qwen3-moe"]
+PREFIX = NAMING.of(0)
+FORMATS = {"modelopt": cases.MODELOPT_KINDS, "compressed-tensors": cases.COMPRESSED_KINDS}
+TOKENS, TOP_K = 5, 2
+MODELOPT = {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "ignore": []}
 
 
-class Format(enum.IntEnum):
+@pytest.fixture(scope="module", autouse=True)
+def fake():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in environment.SWITCH_VARIABLES:
+            patch.delenv(name, raising=False)
+        fake_sglang.install(patch)
+        plugin.register()
+        yield
+
+
+@pytest.fixture
+def config():
+    return method_class("nvfp4_moe")
+
+
+def method_class(name):
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+
+    return QUANTIZATION_METHODS[name]
+
+
+class Form(enum.Enum):
     STANDARD = 1
-    TRITON_KERNEL = 2
-    BYPASSED = 3
-    PACKED = 4
+    BYPASSED = 2
 
 
 class Dispatched(NamedTuple):
     hidden_states: torch.Tensor
-    hidden_states_scale: torch.Tensor | None
     topk_output: Any
+    hidden_states_scale: torch.Tensor | None = None
 
 
-class Combined(NamedTuple):
-    hidden_states: Any
+def layer_of(moe=None, ep_size=1):
+    return fake_sglang.FusedMoE(moe or runner_config(), EXPERTS, ep_size)
 
 
-@dataclass
-class Deferred:
-    gemm2_out: torch.Tensor
-    expert_weights: torch.Tensor
-    expanded_idx_to_permuted_idx: torch.Tensor
-    top_k: int
-
-
-@dataclass
-class QuantInfo:
-    w13_weight: torch.Tensor
-    w2_weight: torch.Tensor
-    w13_weight_scale: torch.Tensor
-    w2_weight_scale: torch.Tensor
-    g1_scale_c: torch.Tensor
-    g1_alphas: torch.Tensor
-    g2_alphas: torch.Tensor
-    w13_input_scale_quant: torch.Tensor
-    global_num_experts: int
-    local_expert_offset: int
-    local_num_experts: int
-    intermediate_size_per_partition: int
-    routing_method_type: int | None
-    use_per_token_activation: bool = False
-    padded_hidden_size: int | None = None
-    gemm1_alpha: torch.Tensor | None = None
-    gemm1_beta: torch.Tensor | None = None
-    gemm1_clamp_limit: torch.Tensor | None = None
-
-
-def quant_info(experts: Experts, shape: Shape = SHAPE, **more: Any) -> QuantInfo:
-    static = experts.input_scale is not None
-    return QuantInfo(
-        experts.gemm1_weights, experts.gemm2_weights, experts.gemm1_weights_scale,
-        experts.gemm2_weights_scale, experts.output1_scale_scalar,
-        experts.output1_scale_gate_scalar, experts.output2_scale_scalar,
-        experts.input_scale.reshape(()) if static else torch.ones(()),
-        shape.experts, shape.offset, shape.num_local, experts.padded_intermediate_size, 1,
-        use_per_token_activation=not static, gemm1_alpha=experts.gemm1_alpha,
-        gemm1_beta=experts.gemm1_beta, gemm1_clamp_limit=experts.gemm1_clamp_limit, **more,
-    )  # fmt: skip
-
-
-def config(activation: str = "silu", gated: bool = True, scaling: float | None = None):
-    return SimpleNamespace(activation=activation, is_gated=gated, routed_scaling_factor=scaling)
-
-
-def standard(ids, weights):
-    return SimpleNamespace(format=Format.STANDARD, topk_ids=ids, topk_weights=weights)
-
-
-def packed(ids, weights):
-    return SimpleNamespace(format=Format.PACKED, packed_topk_ids=pack_topk(ids, weights))
-
-
-def direct(x, experts, routing, shape=SHAPE, four_over_six=None, **options):
-    """The calls that a user of this library makes: the quantizer, then FlashInfer's function."""
-    static = experts.input_scale is not None
-    recipe = Recipe(four_over_six=four_over_six)
-    codes, scales, *token = nvfp4_quantize(
-        x,
-        experts.input_scale if static else recipe.base_scale_inv,
-        SfLayout.layout_linear,
-        per_token_activation=not static,
-        nvfp4_4over6=four_over_six,
+def made(method, layer, hidden=HIDDEN, intermediate=INTERMEDIATE, with_bias=False):
+    """Weights and a runner of a method, as SGLang asks for them."""
+    method.create_weights(
+        layer=layer,
+        num_experts=layer.num_local_experts,
+        hidden_size=hidden,
+        intermediate_size_per_partition=intermediate,
+        params_dtype=torch.bfloat16,
+        weight_loader="SGLang's loader",
+        **({"with_bias": True} if with_bias else {}),
     )
-    ids = routing[0]
-    return nvfp4_moe.trtllm_fp4_block_scale_routed_moe(
-        routing, None, codes, scales.view(torch.float8_e4m3fn), experts.gemm1_weights,
-        experts.gemm1_weights_scale, None, experts.gemm1_alpha, experts.gemm1_beta,
-        experts.gemm1_clamp_limit, experts.gemm2_weights, experts.gemm2_weights_scale, None,
-        experts.output1_scale_scalar, experts.output1_scale_gate_scalar,
-        experts.output2_scale_scalar, shape.experts, ids.shape[1], None, None,
-        experts.padded_intermediate_size, shape.offset, shape.num_local, None, 1,
-        activation_type=int(experts.activation), per_token_scale=token[0] if token else None,
-        **options,
-    )  # fmt: skip
+    method.create_moe_runner(layer, layer.moe_runner_config)
+    return method
 
 
-@pytest.fixture(autouse=True)
-def sglang(monkeypatch):
-    """Modules of SGLang's names with what the adapter takes from them."""
-    for name in environment.VARIABLES:
-        if name not in environment.CACHE_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
-
-    def module(name: str, **content: Any) -> ModuleType:
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            parent = ".".join(parts[:i])
-            if not isinstance(sys.modules.get(parent), Parent):
-                monkeypatch.setitem(sys.modules, parent, Parent(parent))
-        made = ModuleType(name)
-        vars(made).update(content)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
-
-    buffers: list[tuple] = []
-
-    def buffer(num_tokens, hidden_size, dtype, device, symmetric):
-        buffers.append((num_tokens, hidden_size, dtype, symmetric))
-        return torch.full((num_tokens, hidden_size), torch.nan, dtype=dtype, device=device)
-
-    module(
-        "sglang.srt.layers.moe.token_dispatcher.standard",
-        StandardCombineInput=Combined,
-    )
-    return module(
-        ours.MODULE,
-        is_deferred_finalize_enabled=lambda: False,
-        trtllm_moe_enable_pdl=lambda tokens: None,
-        _get_fp4_moe_output_buffer=buffer,
-        FlashInferTrtllmDeferredFinalizeOutput=Deferred,
-        buffers=buffers,
-        fused_experts_none_to_flashinfer_trtllm_fp4=lambda *_: "SGLang's",
-    )
+def sglangs_rows(gate, up, interleaved=False):
+    """[gate; up], or both in turns."""
+    if gate is None:
+        return up
+    return torch.stack((gate, up), 2).flatten(1, 2) if interleaved else torch.cat((gate, up), 1)
 
 
-class Parent(ModuleType):
-    __path__: list[str] = []  # noqa: RUF012
+def call(seed=3, experts=EXPERTS):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(TOKENS, HIDDEN, generator=g).bfloat16()
+    ids = torch.stack([torch.randperm(experts, generator=g)[:TOP_K] for _ in range(TOKENS)])
+    return x, torch.rand(TOKENS, TOP_K, generator=g), ids.int()
 
 
-@pytest.mark.parametrize("mode", ["per-token", "static"])
-@pytest.mark.parametrize("kind", ["silu", "gelu", "situ", "relu2"])
-@pytest.mark.parametrize("form", [standard, packed])
-def test_the_calls_made_directly(mode, kind, form, sglang):
-    gated = kind != "relu2"
-    activation = {
-        "silu": ActivationType.Swiglu,
-        "gelu": ActivationType.Geglu,
-        "situ": ActivationType.Situ,
-        "relu2": ActivationType.Relu2,
-    }[kind]
-    limit = {"clamp_limit": 2.0, "alpha": 1.25} if kind == "silu" else {}
-    shape = Shape(5, 128, 128, 8, 2, 3, 4)
-    case = moe_cases.make(shape, activation, mode, **limit)
-    got = drop_in(
-        Dispatched(case.x, None, form(case.ids, case.weights)),
-        quant_info(case.experts, shape),
-        config(kind, gated),
-        use_routed_topk=True,
-    )
-    (want,) = direct(case.x, case.experts, (case.ids, case.weights), shape)
-    assert_bitwise(got.hidden_states, want, "output")
-    assert isinstance(got, Combined)
-    assert sglang.buffers == [(5, 128, torch.bfloat16, True)]
-    layer = nvfp4_moe.fused_moe(
-        case.x, case.experts, (case.ids, case.weights), num_experts=8, local_expert_offset=3
-    )
-    assert_bitwise(got.hidden_states, layer, "fused_moe of the same")
+def served(method, layer, x, weights, ids, form=Form.STANDARD, **more):
+    topk = SimpleNamespace(format=form, topk_weights=weights, topk_ids=ids)
+    return method.apply(layer, Dispatched(x, topk, **more)).hidden_states
 
 
-def test_routing_from_logits():
-    case = moe_cases.make(Shape(5, 128, 64, 16, 4))
-    shape = Shape(5, 128, 64, 16, 4)
-    g = torch.Generator().manual_seed(3)
-    logits, bias = torch.randn(5, 16, generator=g), torch.randn(16, generator=g)
-    how = SimpleNamespace(top_k=4, num_expert_group=4, topk_group=2, correction_bias=bias)
-    topk = SimpleNamespace(format=Format.BYPASSED, router_logits=logits, topk_config=how)
-    info = quant_info(case.experts, shape)
-    info.routing_method_type = 2
-    got = drop_in(Dispatched(case.x, None, topk), info, config(scaling=2.5)).hidden_states
+def fill(layer, w, biased=False):
+    moe = layer.moe_runner_config
+    interleaved = moe.activation == "silu" and moe.gemm1_alpha is not None
+    interleaved = interleaved and moe.gate_up_interleaved
+    layer.w13_weight.data.copy_(sglangs_rows(w.gate, w.up, interleaved))
+    layer.w2_weight.data.copy_(w.down)
+    if biased:
+        b = cases.biases()
+        layer.w13_weight_bias.data.copy_(sglangs_rows(b["gate"], b["up"], interleaved))
+        layer.w2_weight_bias.data.copy_(b["down"])
+
+
+def online(config, w, moe=None, ep_size=1, biased=False):
+    """A bf16 layer of SGLang after loading."""
+    layer = layer_of(moe, ep_size)
+    method = made(config().get_quant_method(layer, PREFIX), layer, with_bias=biased)
+    fill(layer, w, biased)
+    method.process_weights_after_loading(layer)
+    return method, layer
+
+
+def test_everything_is_registered_once():
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.layers import quantization
+
+    plugin.register()
+    assert list(plugin.QUANTIZATIONS) == choices.QUANTIZATION_CHOICES[1:]
+    assert choices.MOE_RUNNER_BACKEND_CHOICES == ["auto", plugin.BACKEND]
+    names = list(quantization.QUANTIZATION_METHODS)
+    assert names[-2:] == ["fp8", "modelopt_fp4"] and len(names) == 8
+    assert set(quantization.CPU_QUANTIZATION_METHODS) == {*names[:6], "fp8"}
+    assert list(fake_sglang.RUNNERS) == [plugin.BACKEND]
+
+
+@pytest.mark.parametrize("name", plugin.QUANTIZATIONS)
+def test_the_two_methods_of_a_name(name):
+    """A checkpoint in bf16 has no file that SGLang could read; a quantized one may have it alone."""
+    bf16, quantized = method_class(name), method_class(f"{name}_checkpoint")
+    assert bf16.get_config_filenames() == []
+    assert quantized.get_config_filenames() == ["hf_quant_config.json"]
+    for cls in (bf16, quantized):
+        made = cls()
+        assert made.get_name() == name and made.get_scaled_act_names() == []
+        assert made.get_supported_act_dtypes() == [torch.bfloat16]
+        assert cls.get_min_capability() == 80
+    take = bf16.override_quantization_method
+    assert take(MODELOPT, name) == take(MODELOPT, f"{name}_checkpoint") == f"{name}_checkpoint"
+    assert take(MODELOPT, None) is None and take(MODELOPT, "modelopt_fp4") is None
+    assert quantized.override_quantization_method(MODELOPT, name) is None
+
+
+def test_another_version_is_registered_and_refused_where_it_is_asked_for(config, monkeypatch):
+    import sglang
+
+    monkeypatch.setattr(sglang, "__version__", "0.5.22")
+    plugin.register()
+    for make in (config, lambda: config.from_config(MODELOPT)):
+        with pytest.raises(UnsupportedError, match=r"sglang 0\.5\.22 .* for sglang 0\.5\.23"):
+            make()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4_moe", "nvfp4_moe_w4a16"])
+def test_weights_in_bf16(name, deterministic, monkeypatch):
+    setting = fake_sglang.SETTINGS.deterministic
+    monkeypatch.setattr(setting, "enable_deterministic_inference", deterministic)
+    w = cases.weights()
+    method, layer = online(method_class(name), w)
+    x, weights, ids = call()
     want = nvfp4_moe.fused_moe(
-        case.x,
-        case.experts,
-        (logits, nvfp4_moe.Routing(nvfp4_moe.RoutingMethodType.DeepSeekV3, 4, 4, 2, 2.5)),
-        routing_bias=bias,
+        x,
+        nvfp4_moe.prepare_experts(w.w13, w.down),
+        (ids, weights),
+        activation=plugin.QUANTIZATIONS[name],
+        batch_invariant=deterministic,
     )
-    assert_bitwise(got, want, "output")
-    info.routing_method_type = None
-    how.num_expert_group = how.topk_group = how.correction_bias = None
-    got = drop_in(Dispatched(case.x, None, topk), info, config()).hidden_states
-    plain = nvfp4_moe.Routing(nvfp4_moe.RoutingMethodType.Default, 4)
-    want = nvfp4_moe.fused_moe(case.x, case.experts, (logits, plain))
-    assert_bitwise(got, want, "the default method")
+    assert_bitwise(served(method, layer, x, weights, ids), want, name)
+    assert_bitwise(served(method, layer, x, weights, ids.long()), want, "int64")
+    assert method.batch_invariant is deterministic
+    kept = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("nvfp4_"))
+    assert kept == 0, "bf16 weights are gone"
+    assert method.get_moe_runner_backend(layer).value == plugin.BACKEND
+    assert method.fuse_routed_scaling_factor_in_topk and not method.load_up_proj_weight_first
+    assert served(method, layer, x[:0], weights[:0], ids[:0]).shape == (0, HIDDEN)
 
 
-@pytest.mark.parametrize("use_256", [False, True])
-def test_four_over_six_of_the_environment(use_256, monkeypatch):
-    case = moe_cases.make(SHAPE)
-    dispatched = Dispatched(case.x, None, standard(case.ids, case.weights))
-    plain = drop_in(dispatched, quant_info(case.experts), config()).hidden_states
-    monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6", "1")
-    if use_256:
-        monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6_E4M3_USE_256", "1")
-    got = drop_in(dispatched, quant_info(case.experts), config()).hidden_states
-    recipe = NVFP44Over6Config(256 if use_256 else 448)
-    (want,) = direct(
-        case.x, case.experts, (case.ids, case.weights), four_over_six=recipe, nvfp4_4over6=recipe
+def test_it_says_once_what_it_serves(config, caplog):
+    from nvfp4_moe.serving.sglang.method import _say_once
+
+    _say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            config().get_quant_method(layer_of(), PREFIX)
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("nvfp4_moe")]
+    assert said == ["nvfp4-moe serves this model's experts: activations per-token"]
+
+
+def test_a_canary_watches_the_layers(config, monkeypatch, tmp_path):
+    from nvfp4_moe.canary import from_environment
+
+    monkeypatch.setenv("NVFP4_MOE_CANARY", "1")
+    monkeypatch.setenv("NVFP4_MOE_CANARY_FOLDER", str(tmp_path))
+    w, (x, weights, ids) = cases.weights(), call()
+    method, layer = online(config, w)
+    got = served(method, layer, x, weights, ids)
+    experts = nvfp4_moe.prepare_experts(w.w13, w.down)
+    assert_bitwise(got, nvfp4_moe.fused_moe(x, experts, (ids, weights)), "output")
+    canary = from_environment()
+    canary.wait()
+    assert canary is method.canary
+    assert canary.counts.taken == canary.counts.inside == 1, canary.counts
+
+
+KIND = ActivationType
+OPEN_AI = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}
+ACTIVATIONS = {
+    "silu": (KIND.Swiglu, {}, {}),
+    "silu, V4's limit": (KIND.Swiglu, {"swiglu_limit": 0.5}, {"clamp_limit": 0.5}),
+    "silu, Step's limit": (KIND.SwigluStep, {"gemm1_clamp_limit": 0.5}, {"clamp_limit": 0.5}),
+    "silu, GPT-OSS": (KIND.Swiglu, OPEN_AI, {"alpha": 1.702, "beta": 1.0, "clamp_limit": 7.0}),
+    "silu, MiniMax-M3": (
+        KIND.Swiglu,
+        OPEN_AI | {"gemm1_beta": 0.5, "gate_up_interleaved": False},
+        {"alpha": 1.702, "beta": 0.5, "clamp_limit": 7.0},
+    ),
+    "gelu": (KIND.Geglu, {}, {}),
+    "gelu_tanh": (KIND.GegluTanh, {}, {}),
+    "situ": (
+        KIND.Situ,
+        {"gemm1_alpha": 3.0, "gemm1_clamp_limit": 25.0},
+        {"alpha": 3.0, "beta": 25.0},
+    ),
+    "situ, no alpha": (KIND.Situ, {"gemm1_clamp_limit": 25.0}, {"alpha": 4.0, "beta": 25.0}),
+    "relu2, not gated": (KIND.Relu2, {}, {}),
+    "silu, not gated": (KIND.Silu, {}, {}),
+    "gelu, not gated": (KIND.Gelu, {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_activations(case, config):
+    kind, given, parameters = ACTIVATIONS[case]
+    biased = case == "silu, GPT-OSS"
+    w = cases.weights(kind.gated)
+    moe = runner_config(case.partition(",")[0], kind.gated, **given)
+    method, _ = online(config, w, moe, biased=biased)
+    b = cases.biases()
+    biases = {"w13_bias": torch.cat((b["up"], b["gate"]), 1).float(), "w2_bias": b["down"].float()}
+    want = nvfp4_moe.prepare_experts(
+        w.w13, w.down, kind, **parameters, **(biases if biased else {})
     )
-    assert_bitwise(got, want, "output")
-    assert not torch.equal(got, plain)
+    assert_same_experts(method.experts, want)
 
 
-@pytest.mark.parametrize("mode", ["per-token", "static"])
-def test_no_tokens(mode):
-    case = moe_cases.make(SHAPE, mode=mode)
-    topk = standard(case.ids[:0], case.weights[:0])
-    got = drop_in(Dispatched(case.x[:0], None, topk), quant_info(case.experts), config())
-    assert got.hidden_states.shape == (0, 128) and got.hidden_states.dtype == torch.bfloat16
+def test_a_limit_without_alpha_bounds_the_silu():
+    """As `_swiglu_silu_clamp_mul` of SGLang's Triton runner."""
+    from nvfp4_moe.reference.activation import activate
+
+    gate = gate_of(runner_config(gemm1_clamp_limit=0.5))
+    g = torch.Generator().manual_seed(2)
+    rows = torch.randn(64, 32, generator=g, dtype=torch.float32, device="cpu")
+    up, curve = rows[:, :16], torch.nn.functional.silu(rows[:, 16:])
+    want = curve.clamp(max=0.5) * up.clamp(-0.5, 0.5)
+    ours = activate(rows, gate.activation, clamp_limit=gate.clamp_limit)
+    assert (ours - want).abs().max() < 1e-6
+    assert (curve > 0.5).any() and (rows[:, 16:] > 0.5).sum() != (curve > 0.5).sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("mode", ["per-token", "static"])
-def test_deferred_finalize(mode, dtype, sglang, monkeypatch):
-    monkeypatch.setattr(sglang, "is_deferred_finalize_enabled", lambda: True)
-    case = moe_cases.make(SHAPE, mode=mode, weights_dtype=dtype)
-    routing = case.ids, case.weights
-    got = drop_in(
-        Dispatched(case.x, None, standard(*routing)), quant_info(case.experts), config()
-    ).hidden_states
-    rows, _, permuted = direct(case.x, case.experts, routing, do_finalize=False)
-    assert isinstance(got, Deferred) and got.top_k == 2 and not sglang.buffers
-    assert_bitwise(got.gemm2_out, rows, "rows")
-    assert_bitwise(got.expert_weights, case.weights, "weights, in their own dtype")
-    assert_bitwise(got.expanded_idx_to_permuted_idx, permuted, "rows of slots")
+def test_experts_of_another_rank_add_nothing(config):
+    """SGLang maps ids to this rank's experts, and gives -1 for another's."""
+    w, (x, weights, ids) = cases.weights(), call()
+    part = cases.Weights(w.gate[2:], w.up[2:], w.down[2:])
+    method, layer = online(config, part, ep_size=2)
+    local = torch.where(ids >= 2, ids - 2, -1)
+    assert (local == -1).any() and (local >= 0).any()
+    experts = nvfp4_moe.prepare_experts(part.w13, part.down)
+    want = nvfp4_moe.fused_moe(x, experts, (local, weights))
+    assert_bitwise(served(method, layer, x, weights, local), want, "output")
 
 
-def test_padded_hidden_size(sglang, monkeypatch):
-    """SGLang pads H to 512 of per-token experts without a gate; the scratch is not its buffer."""
-    monkeypatch.setattr(sglang, "is_deferred_finalize_enabled", lambda: True)  # not when padded
-    shape = Shape(5, 512, 128, 4, 2)
-    w13, w2 = moe_cases.weights_of(shape, ActivationType.Relu2)
-    w13[:, :, 384:] = 0
-    w2[:, 384:] = 0
-    experts = nvfp4_moe.prepare_experts(w13, w2, ActivationType.Relu2)
-    x = moe_cases.hidden_states(Shape(5, 384, 128, 4, 2))
-    routing = moe_cases.routing_of(shape)
-    got = drop_in(
-        Dispatched(x, None, standard(*routing)),
-        quant_info(experts, shape, padded_hidden_size=512),
-        config("relu2", False),
-    ).hidden_states
-    (want,) = direct(moe_cases.padded(x, 512), experts, routing, shape)
-    assert_bitwise(got, want[:, :384].contiguous(), "output")
-    sizes = [(width, symmetric) for _, width, _, symmetric in sglang.buffers]
-    assert sizes == [(512, False), (384, True)]
+def test_router_weights_on_the_input(config):
+    w, (x, weights, ids) = cases.weights(), call()
+    method, layer = online(config, w, runner_config(apply_router_weight_on_input=True))
+    experts = replace(nvfp4_moe.prepare_experts(w.w13, w.down), router_weight_on_input=True)
+    one = weights[:, :1].contiguous(), ids[:, :1].contiguous()
+    want = nvfp4_moe.fused_moe(x, experts, (one[1], one[0]))
+    assert_bitwise(served(method, layer, x, *one), want, "output")
 
 
-def test_codes_of_the_dispatcher_pass_through():
-    case = moe_cases.make(SHAPE, mode="static")
-    a = case.activations
-    dispatched = Dispatched(
-        a.hidden_states, a.block_scales.view(torch.uint8), standard(case.ids, case.weights)
+def test_new_weights_run_in_the_memory_of_the_first(config):
+    """As SGLang's update does: restore, load, process."""
+    first, second, (x, weights, ids) = cases.weights(), cases.weights(seed=1), call()
+    method, layer = online(config, first)
+    before = {name: t.data_ptr() for name, t in tensors_of(method.experts).items()}
+    method.process_weights_after_loading(layer)
+    method.restore_weights_before_loading(layer)
+    method.restore_weights_before_loading(layer)
+    assert layer.w13_weight.weight_loader == "SGLang's loader"
+    assert layer.w13_weight.isnan().all()
+    fill(layer, second)
+    method.process_weights_after_loading(layer)
+    assert {name: t.data_ptr() for name, t in tensors_of(method.experts).items()} == before
+    want = nvfp4_moe.prepare_experts(second.w13, second.down)
+    assert_same_experts(method.experts, want)
+    expected = nvfp4_moe.fused_moe(x, want, (ids, weights))
+    assert_bitwise(served(method, layer, x, weights, ids), expected, "the second weights")
+    assert layer.w13_weight.numel() == 0
+
+
+@pytest.mark.parametrize("form", ["bf16", *FORMATS])
+def test_an_update_of_other_layers_keeps_the_weights(form, config):
+    if form == "bf16":
+        method, layer = online(config, cases.weights())
+    else:
+        method, layer, _ = of_checkpoint("nvfp4_moe", form)
+        method.process_weights_after_loading(layer)
+    kept = {name: t.clone() for name, t in tensors_of(method.experts).items()}
+    method.restore_weights_before_loading(layer)
+    method.process_weights_after_loading(layer)
+    for name, tensor in tensors_of(method.experts).items():
+        assert_bitwise(tensor, kept[name], name)
+
+
+@pytest.mark.parametrize("name", ["w13_weight", "w2_weight"])
+def test_weights_that_nobody_has_read_are_refused(name, config):
+    w, layer = cases.weights(), layer_of()
+    method = made(config().get_quant_method(layer, PREFIX), layer)
+    missing = rf"{name} has not been read whole for 1 of 4 experts of this rank, the first is 2"
+    fill(layer, w)
+    getattr(layer, name).data[2, -1] = torch.nan  # as `create_weights` left it
+    with pytest.raises(ValueError, match=missing):
+        method.process_weights_after_loading(layer)
+    fill(layer, w)
+    method.process_weights_after_loading(layer)
+    with pytest.raises(UnsupportedError, match=r"packed for nvfp4-moe; .* begin_weight_update"):
+        layer.w13_weight.weight_loader(layer.w13_weight, w.gate, "x", shard_id="w1", expert_id=0)
+
+
+def test_block_scales_that_nobody_has_read_are_refused():
+    method, layer, _ = of_checkpoint("nvfp4_moe", "modelopt")
+    layer.w2_weight_scale.data[1, 0] = torch.tensor(torch.nan).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="w2_weight_scale has not been read whole for 1 of 4"):
+        method.process_weights_after_loading(layer)
+
+
+def of_checkpoint(name, form, ep_size=1, rank=0, configuration=None):
+    """(method, layer) of SGLang with a checkpoint's tensors, and the checkpoint's parts."""
+    parts = cases.quantized(cases.weights())
+    parts["up"]["decode"][2] = parts["gate"]["decode"][2]
+    kinds, inverse = FORMATS[form], form == "compressed-tensors"
+    if configuration is None:
+        configuration = cases.compressed_config() if inverse else MODELOPT
+    layer = layer_of(ep_size=ep_size)
+    cls = method_class(f"{name}_checkpoint")
+    method = cls.from_config(configuration).get_quant_method(layer, PREFIX)
+    made(method, layer)
+    here = slice(rank * layer.num_local_experts, (rank + 1) * layer.num_local_experts)
+    for ours, kind in kinds.items():
+        gate, up, down = (parts[p][ours] for p in ("gate", "up", "down"))
+        w13 = torch.stack([gate, up], 1) if gate.dim() == 1 else torch.cat([gate, up], 1)
+        for parameter, value in ((f"w13_{kind}", w13), (f"w2_{kind}", down)):
+            value = 1 / value if inverse and gate.dim() == 1 else value
+            if hasattr(layer, parameter):
+                target = getattr(layer, parameter).data
+                target.copy_(value if len(target) == EXPERTS else value[here])
+    return method, layer, parts
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", plugin.QUANTIZATIONS)
+def test_quantized_checkpoints_have_the_bits_of_our_loader(name, form, tmp_path):
+    static = name == "nvfp4_moe_static"
+    method, layer, parts = of_checkpoint(name, form)
+    method.process_weights_after_loading(layer)
+    tensors = cases.nvfp4(NAMING, 0, parts, FORMATS[form])
+    files = {"hf_quant_config": cases.modelopt_config()} if form == "modelopt" else {}
+    declared = {} if files else {"quantization_config": cases.compressed_config()}
+    folder = cases.write(tmp_path / "m", [tensors], dict(NAMING.config) | declared, **files)
+    want = load_experts(folder, 0, static=static)
+    assert_same_experts(method.experts, replace(want, first_expert=None))
+    x, weights, ids = call()
+    expected = nvfp4_moe.fused_moe(x, want, (ids, weights), activation=plugin.QUANTIZATIONS[name])
+    assert_bitwise(served(method, layer, x, weights, ids), expected, name)
+    assert not any("swizzled" in n for n, _ in layer.named_parameters()), "of other backends"
+
+
+def test_static_scales_are_the_largest_of_all_ranks():
+    method, layer, parts = of_checkpoint("nvfp4_moe_static", "modelopt", ep_size=2)
+    method.process_weights_after_loading(layer)
+    largest = torch.maximum(parts["gate"]["input"], parts["up"]["input"])
+    assert largest.argmax() > 1, "of an expert of another rank"
+    assert_bitwise(method.experts.input_scale[0], 1 / largest.max(), "input scale")
+    with pytest.raises(UnsupportedError, match="of this rank's experts alone"):
+        of_checkpoint("nvfp4_moe_static", "compressed-tensors", ep_size=2)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (1.0, "never calibrated"),
+        (0.0, "above 0 for every expert"),
+        (torch.nan, "above 0 for every"),  # of an expert that has none: SGLang's own default is 1
+    ],
+)
+def test_static_scales_that_nobody_measured(scales, message):
+    method, layer, _ = of_checkpoint("nvfp4_moe_static", "modelopt")
+    for name in ("w13_input_scale", "w2_input_scale"):
+        getattr(layer, name).data.fill_(scales)
+    with pytest.raises(ValueError, match=message):
+        method.process_weights_after_loading(layer)
+
+
+def test_weights_only_compressed_tensors():
+    """SGLang's parameters of the activation scales stay as they were made."""
+    for name, refused in (("nvfp4_moe_w4a16", False), ("nvfp4_moe_static", True)):
+        method, layer, _ = of_checkpoint(name, "compressed-tensors")
+        layer.w13_input_global_scale.data.fill_(torch.nan)
+        if refused:
+            with pytest.raises(ValueError, match="no input scale above 0 for every expert"):
+                method.process_weights_after_loading(layer)
+        else:
+            method.process_weights_after_loading(layer)
+
+
+def test_layers_that_stay_sglangs(config):
+    from nvfp4_moe.serving.sglang import method
+
+    linear, other, experts = fake_sglang.LinearBase(), torch.nn.Embedding(2, 2), layer_of()
+    bf16 = config()
+    assert isinstance(bf16.get_quant_method(linear, "x"), fake_sglang.UnquantizedLinearMethod)
+    assert bf16.get_quant_method(other, "x") is None
+    modelopt = config.from_config(MODELOPT | {"ignore": ["mtp.*"]})
+    assert modelopt.get_quant_method(linear, "x") == "SGLang's own method"
+    assert modelopt.get_quant_method(experts, "mtp.experts") is None
+    assert modelopt.get_name() == "modelopt_fp4", "models of SGLang ask for it"
+    assert not modelopt.is_layer_excluded("model.layers.0.qkv_proj"), "no mapping"
+    modelopt.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    modelopt.exclude_modules = ["*.q_proj", "*.k_proj"]
+    assert not modelopt.is_layer_excluded("model.layers.0.qkv_proj")
+    modelopt.exclude_modules = ["*.q_proj", "*.k_proj", "*.v_proj"]
+    assert modelopt.is_layer_excluded("model.layers.0.qkv_proj")
+    algorithms = {"a.experts": {"quant_algo": "NVFP4"}, "b.experts": {"quant_algo": "FP8"}}
+    mixed = config.from_config(
+        MODELOPT | {"quant_algo": "mixed_precision", "quantized_layers": algorithms}
     )
-    got = drop_in(dispatched, quant_info(case.experts), config()).hidden_states
-    (want,) = direct(case.x, case.experts, (case.ids, case.weights))
-    assert_bitwise(got, want, "output")
+    assert type(mixed.get_quant_method(experts, "a.experts")) is method.ModelOptNvfp4MoE
+    assert mixed.get_quant_method(experts, "b.experts") == "SGLang's own method"
+    compressed = config.from_config(cases.compressed_config("mtp."))
+    assert compressed.get_quant_method(experts, "mtp.experts") == "SGLang's own method"
+    assert compressed.get_quant_method(linear, PREFIX) == "SGLang's own method"
+    for configuration in (modelopt, mixed, compressed):
+        assert configuration.get_supported_act_dtypes() == [torch.bfloat16]
+        assert configuration.get_min_capability() == 80
 
 
-def plain(case, info, **change):
-    arguments = {
-        name: getattr(info, name)
-        for name in (
-            "w13_weight",
-            "w2_weight",
-            "w13_weight_scale",
-            "w2_weight_scale",
-            "g1_scale_c",
-            "g1_alphas",
-            "g2_alphas",
-            "w13_input_scale_quant",
-            "use_per_token_activation",
-            "local_expert_offset",
-            "local_num_experts",
-        )
-    }
-    arguments |= {
-        "hidden_states": case.x,
-        "num_experts": info.global_num_experts,
-        "intermediate_size": info.intermediate_size_per_partition,
-        "activation_type": 3,
-        "topk": (case.ids, case.weights),
-        "backend": "reference",
-    }
-    return fused_experts_fp4(**arguments | change)
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"quant_method": "fp8"},
+        {"quant_method": "modelopt_fp8", "quant_algo": "FP8"},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}},
+        },
+    ],
+)
+def test_other_checkpoints_are_refused(declared, config):
+    with pytest.raises(ValueError, match=r"nvfp4-moe serves checkpoints in bf16, and NVFP4 of"):
+        config.from_config(declared)
 
 
-def test_per_token_codes_of_a_dispatcher():
-    case = moe_cases.make(SHAPE)
-    a = case.activations
-    codes = {
-        "hidden_states": a.hidden_states,
-        "hidden_states_scale": a.block_scales,
-        "per_token_scale": a.per_token_scale,
-    }
-    info = quant_info(case.experts)
-    assert_bitwise(plain(case, info, **codes)[0], plain(case, info)[0], "output")
-    output = torch.empty_like(case.x)
-    assert plain(case, info, output=output)[0] is output
-    for change, message in (
-        (codes | {"per_token_scale": None}, "True they need hidden_states_scale and per_token"),
-        (codes | {"use_per_token_activation": False}, "False they need .* and no per_token_scale"),
-        (codes | {"hidden_states": case.x}, "belong to uint8 codes"),
-        ({"topk": None}, "one of topk and router_logits"),
-        ({"router_logits": case.x}, "one of topk and router_logits"),
-        ({"topk": None, "router_logits": case.x}, "top_k is None"),
-        (
-            {"use_per_token_activation": False, "w13_input_scale_quant": torch.ones(4)},
-            r"w13_input_scale_quant is float32 \[4\]; it must be a tensor of one float32",
-        ),
-        ({"w13_weight_scale": None}, "w13_weight_scale is None; it must be a tensor of float8"),
-        (
-            {"use_per_token_activation": False, "w13_input_scale_quant": None},
-            "w13_input_scale_quant is None; it must be a tensor of float32",
-        ),
+def test_refusals(config, monkeypatch):
+    def asked(moe=None, cls=config):
+        return cls().get_quant_method(layer_of(moe), PREFIX)
+
+    for moe, message in (
+        (runner_config("silu_rounded"), "activation is 'silu_rounded', is_gated True; it must be"),
+        (runner_config("relu2"), "activation is 'relu2', is_gated True"),
+        (runner_config("situ"), "gemm1_clamp_limit is None, of up that is not bounded"),
+        (runner_config(no_combine=True), "no_combine is True; with nvfp4-moe's experts it must be"),
     ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            plain(case, info, **change)
+        with pytest.raises(UnsupportedError, match=message):
+            asked(moe)
+    with pytest.raises(UnsupportedError, match="in bf16 and has no static activation scales"):
+        asked(cls=method_class("nvfp4_moe_static"))
+    for owner, name, value, message in (
+        (fake_sglang.SETTINGS, "a2a", "deepep", "--moe-a2a-backend is deepep; .* it must be none"),
+        (fake_sglang.SETTINGS, "runner", "marlin", "--moe-runner-backend is marlin; .* auto or nv"),
+        (fake_sglang.SETTINGS.moe, "enable_eplb", True, "--enable-eplb is on"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(UnsupportedError, match=message):
+                asked()
+    monkeypatch.setattr(fake_sglang.SETTINGS, "runner", plugin.BACKEND)
+    asked()
+    for sizes, message in (
+        ({"hidden": 100}, "hidden_size is 100; it must be a multiple of 16"),
+        ({"intermediate": 24}, "intermediate_size_per_partition is 24"),
+    ):
+        layer = layer_of()
+        with pytest.raises(UnsupportedError, match=message):
+            made(config().get_quant_method(layer, PREFIX), layer, **sizes)
+    monkeypatch.setenv(environment.SWITCH_VARIABLES[0], "1")
+    with pytest.raises(UnsupportedError, match="static"):
+        of_checkpoint("nvfp4_moe_static", "modelopt")
 
 
-def test_the_switch_is_not_dropped_silently(monkeypatch):
-    case = moe_cases.make(SHAPE, mode="static")
-    dispatched = Dispatched(case.x, None, standard(case.ids, case.weights))
-    monkeypatch.setenv(environment.SWITCH_VARIABLES[1], "1")
-    with pytest.raises(UnsupportedError, match="has made this layer with static activation scales"):
-        drop_in(dispatched, quant_info(case.experts), config())
-    monkeypatch.setenv(environment.SWITCH_VARIABLES[1], "0")
-    drop_in(dispatched, quant_info(case.experts), config())
-    per_token = moe_cases.make(SHAPE)  # nvfp4_online: whatever the switch says
-    drop_in(dispatched, quant_info(per_token.experts), config())
+def test_calls_that_the_runner_refuses(config):
+    from nvfp4_moe.serving.sglang.runner import Nvfp4MoERunnerCore
+
+    method, layer = online(config, cases.weights())
+    x, weights, ids = call()
+    with pytest.raises(UnsupportedError, match="topk_output is BYPASSED; it must be STANDARD"):
+        served(method, layer, x, weights, ids, form=Form.BYPASSED)
+    with pytest.raises(UnsupportedError, match="quantized already; they must be bf16"):
+        served(method, layer, x, weights, ids, hidden_states_scale=weights)
+    core = Nvfp4MoERunnerCore(layer.moe_runner_config)
+    assert core.runner_backend.value == plugin.BACKEND
+    with pytest.raises(
+        UnsupportedError, match=r"has got str .*; give --quantization nvfp4_moe, too"
+    ):
+        core.run_from_dispatch(None, "Marlin's", None)
+    with pytest.raises(UnsupportedError, match="no LoRA adapters"):
+        method.runner.run(
+            Dispatched(x, SimpleNamespace(format=Form.STANDARD)),
+            info_of(method, layer),
+            lora_info="hooks",
+        )
 
 
-@pytest.mark.parametrize(
-    ("topk", "runner", "routed", "message"),
-    [
-        (standard, config("swigluoai"), False, "activation is 'swigluoai', is_gated True"),
-        (standard, config("relu2", True), False, "activation is 'relu2', is_gated True"),
-        (Format.TRITON_KERNEL, config(), False, "TRITON_KERNEL; it must be STANDARD, PACKED or B"),
-        (Format.BYPASSED, config(), True, "BYPASSED; it must be STANDARD or PACKED"),
-    ],
-)
-def test_what_sglang_refuses_is_refused(topk, runner, routed, message):
-    case = moe_cases.make(SHAPE)
-    routing = topk(case.ids, case.weights) if callable(topk) else SimpleNamespace(format=topk)
-    if isinstance(topk, Format):
-        routing = SimpleNamespace(format=topk)
-    with pytest.raises(UnsupportedError, match=message):
-        drop_in(Dispatched(case.x, None, routing), quant_info(case.experts), runner, routed)
+def info_of(method, layer):
+    from nvfp4_moe.serving.sglang.runner import Nvfp4MoEQuantInfo
+
+    return Nvfp4MoEQuantInfo(method.experts, "per-token", False, None, layer.layer_name)
 
 
-def test_install_replaces_sglangs_function(sglang, monkeypatch):
-    """Through SGLang's own registry of hooks."""
-    name = "sglang.srt.plugins.hook_registry"
-    path = folder_of("sglang") / "srt/plugins/hook_registry.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    registry = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sglang.srt.plugins", Parent("sglang.srt.plugins"))
-    monkeypatch.setitem(sys.modules, name, registry)
-    spec.loader.exec_module(registry)
-    ours.install()
-    registry.HookRegistry.apply_hooks()
-    case = moe_cases.make(SHAPE)
-    replaced = sglang.fused_experts_none_to_flashinfer_trtllm_fp4
-    got = replaced(
-        Dispatched(case.x, None, standard(case.ids, case.weights)),
-        quant_info(case.experts),
-        config(),
-    )
-    assert isinstance(got, Combined)
-
-
-_TREE = ast.parse(inspect.getsource(ours))
-
-
-def reads(*names: str) -> set[str]:
-    """Attributes that the adapter reads of the objects of these names."""
-    return {
-        node.attr
-        for node in ast.walk(_TREE)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in names
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "classes"),
-    [
-        ("quant_info", TRTLLM, ["FlashInferTrtllmFp4MoeQuantInfo"]),
-        ("runner_config", "srt/layers/moe/moe_runner/base.py", ["MoeRunnerConfig"]),
-        ("dispatch_output", STANDARD, ["StandardDispatchOutput"]),
-        (
-            "dispatch_output",
-            "srt/layers/moe/token_dispatcher/flashinfer.py",
-            ["FlashinferDispatchOutput"],
-        ),
-        ("config", TOPK, ["TopKConfig"]),
-        ("topk", TOPK, ["StandardTopKOutput", "PackedTopKOutput", "BypassedTopKOutput"]),
-    ],
-)
-def test_sglang_has_every_attribute_that_is_read(name, path, classes):
-    has = set().union(*(attributes_of("sglang", path, c) for c in classes))
-    assert reads(name), name
-    assert reads(name) <= has, sorted(reads(name) - has)
-
-
-def test_sglang_has_what_the_adapter_takes_from_its_module():
-    tree = ast.parse(source_of("sglang", TRTLLM))
-    has = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    assert reads("theirs") and reads("theirs") <= has, sorted(reads("theirs") - has)
-    assert drop_in.__name__ in has
-    assert arguments_of("sglang", TRTLLM, drop_in.__name__) == list(
-        inspect.signature(drop_in).parameters
-    )
-    assert arguments_of("sglang", TRTLLM, "_get_fp4_moe_output_buffer") == [
-        "num_tokens",
-        "hidden_size",
-        "dtype",
-        "device",
-        "symmetric",
-    ]
-    deferred = "FlashInferTrtllmDeferredFinalizeOutput"
-    assert fields_of("sglang", TRTLLM, deferred) == [f.name for f in fields(Deferred)]
-    assert fields_of("sglang", STANDARD, "StandardCombineInput") == list(Combined._fields)
-    assert list(members_of("sglang", TOPK, "TopKOutputFormat")) == [f.name for f in Format]
-
-
-def test_the_stand_ins_have_sglangs_fields():
-    info = "FlashInferTrtllmFp4MoeQuantInfo"
-    assert fields_of("sglang", TRTLLM, info) == [f.name for f in fields(QuantInfo)]
+def test_a_checkpoint_is_taken_over_after_the_deprecated_install(config, monkeypatch):
+    classes = [method_class(name) for name in plugin.QUANTIZATIONS]
+    for switch, name in (("0", "nvfp4_moe_static"), ("1", "nvfp4_moe")):
+        monkeypatch.setenv(environment.SWITCH_VARIABLES[0], switch)
+        with pytest.warns(DeprecationWarning, match="--quantization nvfp4_moe"):
+            plugin.install()
+        for user in (None, "modelopt_fp4"):
+            found = {c.override_quantization_method(MODELOPT, user) for c in classes}
+            assert found == {None, f"{name}_checkpoint"}
+        assert config.override_quantization_method({"quant_method": "fp8"}, None) is None
+    config.modelopt_goes_to = None
 
 
 def test_the_table_has_every_backend_of_sglang():
@@ -497,8 +567,17 @@ def test_the_variable_and_its_spellings_are_sglangs():
     assert set(environment._BOOLEANS) <= spelled
 
 
-def test_versions_are_those_of_the_adapters():
+def test_the_runner_has_sglangs_arguments():
+    from nvfp4_moe.serving.sglang.runner import Nvfp4MoERunnerCore
+
+    path = "srt/layers/moe/moe_runner/base.py"
+    theirs = arguments_of("sglang", path, "run_from_dispatch", "DispatchMoeRunnerCore")
+    code = Nvfp4MoERunnerCore.run_from_dispatch.__code__
+    assert list(code.co_varnames[: code.co_argcount]) == theirs
+
+
+def test_versions_are_those_of_the_plugins():
     from nvfp4_moe.serving import vllm
 
-    assert VERSIONS["sglang"] == ours.VERSION
+    assert VERSIONS["sglang"] == plugin.VERSION
     assert VERSIONS["vllm"].rsplit(".", 1)[0] == vllm.VERSIONS[-1]
