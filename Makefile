@@ -115,9 +115,10 @@ blackwell:
 	$(PYTHON) -m nvfp4_moe blackwell --report build/blackwell
 
 # On sm_90, where FlashInfer's NVFP4 functions do not run: Triton through the code and the report of
-# `blackwell`, then against the arrays that FlashInfer's own kernels wrote on such a GPU.
+# `blackwell`, then against the arrays that FlashInfer's own kernels wrote on such a GPU. After an interruption
+# it goes on; ARGUMENTS=--small takes a part.
 hopper:
-	$(PYTHON) -m nvfp4_moe blackwell --backends triton --report build/hopper
+	$(PYTHON) -m nvfp4_moe blackwell --backends triton --resume --report build/hopper $(ARGUMENTS)
 	PYTHONPATH=.:tests/support $(PYTHON) -m oracle --triton
 
 # FlashInfer's own W4A16 kernels for sm_90 (docs/hopper.md): compiled on any machine, 20 s after a download;

@@ -32,6 +32,7 @@ from ..report import data as report
 from ..report import terminal
 from ..report.data import Report
 from ..report.parts import PARTS, Part
+from . import finished
 from .output import Result
 
 CHILD = (sys.executable, "-m", "nvfp4_moe")
@@ -110,6 +111,8 @@ def run(options: SimpleNamespace) -> Result:
     print(workers.run([*CHILD, "doctor"], options.timeout)[1], end="")
     for job in jobs(None):  # of every earlier run, whatever it was asked for
         write.remove_stale(out / job.folder)
+        if not options.resume:
+            finished.forget(out / job.folder)
     results = _run_all(planned, options, out)
     verdicts = _verdicts(results)
     whole = Report.of_this_run()
@@ -127,7 +130,7 @@ def left(options: SimpleNamespace) -> str:
     """The state that an interrupt leaves."""
     return (
         f"what finished is below {options.report}, a folder a process, without the page of all; the "
-        "same command starts over"
+        "same command with --resume goes on"
     )
 
 
@@ -182,19 +185,41 @@ def run_job(
     variables["OMP_NUM_THREADS"] = str(threads)
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
+    arguments = job.arguments(options, where)
+    key = finished.key(arguments, job.part.maths[job.math])
+    if finished.is_noted(where, key) and (earlier := _earlier(job, where)) is not None:
+        progress.note(f"{job.part.name}, {job.backend}, {job.math}: found by an earlier run")
+        return earlier
+    finished.forget(where)
     progress.note(f"running {job.part.name}, {job.backend}, {job.math}")
     for name in ("report.json", "report.html", PRINTED):
         (where / name).unlink(missing_ok=True)
-    command = [*CHILD, *job.arguments(options, where)]
+    command = [*CHILD, *arguments]
     status, printed = workers.run(command, options.timeout, env=variables)
     if status is None:
         printed += f"\nstill running after {options.timeout:g} s: ended"
     where.mkdir(parents=True, exist_ok=True)
     (where / PRINTED).write_text(printed, "utf-8")
+    if status == Exit.DONE:
+        finished.note(where, key)
+    return JobResult(job, status, printed, _report(where))
+
+
+def _earlier(job: BackendJob, where: Path) -> JobResult | None:
+    """The result that a process left in its folder, which ended well; None if it is not there."""
+    found = _report(where)
     try:
-        return JobResult(job, status, printed, report.read(where / "report.json"))
+        printed = (where / PRINTED).read_text("utf-8")
+    except (OSError, ValueError):
+        return None
+    return None if found is None else JobResult(job, Exit.DONE, printed, found)
+
+
+def _report(where: Path) -> Report | None:
+    try:
+        return report.read(where / "report.json")
     except (OSError, ValueError, KeyError, TypeError):
-        return JobResult(job, status, printed, None)
+        return None
 
 
 def _verdicts(results: list[JobResult]) -> Section:

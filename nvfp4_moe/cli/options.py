@@ -113,9 +113,16 @@ _BLACKWELL = Command(
         Option("--backends", "comma-separated; all if not given"),
         Option("--small", "a part, to see that it runs", bool),
         Option("--timeout", "the time limit of one process, in seconds", float, 3600.0, "SECONDS"),
+        Option(
+            "--resume",
+            "take the processes that ended well in an earlier run into DIR, by the same files of the "
+            "package, options and machine",
+            bool,
+        ),
     ),
     (
         ("blackwell --small", "a part of it, to see that it runs"),
+        ("blackwell --resume", "go on after an interruption"),
         ("blackwell --report out --backends triton", "one backend, its page in out/"),
     ),
 )

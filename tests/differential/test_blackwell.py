@@ -13,8 +13,9 @@ import pytest
 from paths import ROOT
 
 from nvfp4_moe.__main__ import main
-from nvfp4_moe.cli import blackwell
+from nvfp4_moe.cli import blackwell, finished
 from nvfp4_moe.differential.results import FAILED, Cell, Section
+from nvfp4_moe.failures import write
 from nvfp4_moe.kernels.moe import backends as moe_backends
 from nvfp4_moe.report import data as report
 
@@ -81,6 +82,49 @@ def test_nothing_of_flashinfers_ran(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "report.html").read_text("utf-8")
     assert missing in page and "Nothing failed" not in page
     assert report.read(tmp_path / "report.json").missing == [missing]
+
+
+def test_resume(tmp_path, monkeypatch):
+    """What ended well is taken over; what failed, or was done by other files, is run again."""
+    ran: list[str] = []
+    failing = {"quantizers-triton-exact-math"}
+
+    def run(command, timeout=None, **_):
+        if "diff" not in command:
+            return 0, ""
+        folder = Path(command[command.index("--report") + 1])
+        ran.append(folder.name)
+        section = Section("quantizers")
+        status = "outside" if folder.name in failing else "identical"
+        section.put("x", "triton", Cell(status, 5, int(folder.name in failing)))
+        write.write(report.Report(["diff"], sections=[section]), folder)
+        return int(folder.name in failing), "a line"
+
+    two = [job for job in blackwell.jobs("triton") if job.part.name == "quantizers"]
+    names = [job.folder for job in two]
+    assert len(names) == 2 and failing < set(names)
+    monkeypatch.setattr(blackwell, "jobs", lambda chosen: iter(two))
+    monkeypatch.setattr(blackwell.workers, "run", run)
+
+    def blackwell_runs(*arguments):
+        ran.clear()
+        main(["blackwell", "--backends", "triton", "--report", str(tmp_path), *arguments])
+        found = report.read(tmp_path / "report.json")
+        return sorted(ran), found.compared
+
+    assert blackwell_runs() == (sorted(names), 10)
+    assert blackwell_runs("--resume") == (sorted(failing), 10)
+    failing.clear()
+    assert len(blackwell_runs("--resume")[0]) == 1
+    assert blackwell_runs("--resume") == ([], 10)
+    assert blackwell_runs("--resume", "--small") == (sorted(names), 10), "other cases"
+    assert blackwell_runs() == (sorted(names), 10), "not asked for"
+    (tmp_path / names[0] / "report.json").write_text("{", "utf-8")
+    assert blackwell_runs("--resume") == ([names[0]], 10)
+    finished._here.cache_clear()
+    monkeypatch.setattr(finished, "_sources", lambda: "other files")
+    assert blackwell_runs("--resume") == (sorted(names), 10)
+    finished._here.cache_clear()
 
 
 def test_ours_alone_is_not_what_was_asked_for(tmp_path, monkeypatch, capsys):
