@@ -105,7 +105,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
-	$(PYTHON) bench/dense_speed.py
+	$(PYTHON) -m nvfp4_moe bench --only dense --all
 	$(PYTHON) bench/reload_speed.py
 	$(PYTHON) bench/training_speed.py
 	$(PYTHON) bench/host_time.py
@@ -193,7 +193,7 @@ bench:
 	$(PYTHON) -m pytest bench
 	$(PYTHON) bench/quantize_speed.py
 	$(PYTHON) bench/moe_speed.py
-	$(PYTHON) bench/dense_speed.py
+	$(PYTHON) -m nvfp4_moe bench --only dense --all
 	$(PYTHON) bench/reload_speed.py
 	$(PYTHON) bench/training_speed.py
 	$(PYTHON) bench/host_time.py

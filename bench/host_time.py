@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from measure import arguments, save, start
-from moe_speed import SHAPES, Shape, inputs, random_experts
+from measure import DEVICE, arguments, save, start
 
 import nvfp4_moe
-from nvfp4_moe import Routing, RoutingMethodType, SfLayout
+from nvfp4_moe import RoutingMethodType, SfLayout
+from nvfp4_moe.bench.moe import SHAPES, Shape, inputs, random_experts
 from nvfp4_moe.kernels import records
 from nvfp4_moe.kernels.backends import Operation, prepared
 from nvfp4_moe.kernels.dense.api import MM_FP4
@@ -46,13 +46,12 @@ def host_microseconds(call: Call) -> float:
 
 def calls(s: Shape = SHAPES[0]) -> dict[str, tuple[Operation, Callable, tuple, dict]]:
     """Return what is measured: the operation, its public function, and the arguments."""
-    experts, (x, logits) = random_experts(s), inputs(s, 1)
-    routing = Routing(RoutingMethodType.Renormalize, s.top_k)
+    experts, (x, logits) = random_experts(s, DEVICE), inputs(s, 1, DEVICE)
     base = 1 / 2688
     codes, scales, token = nvfp4_moe.nvfp4_quantize(
         x, base, SfLayout.layout_linear, per_token_activation=True
     )
-    e, layer = experts, (x, experts, (logits, routing))
+    e, layer = experts, (x, experts, (logits, s.routing))
     signature = (
         logits, None, codes, scales.view(torch.float8_e4m3fn), e.gemm1_weights,
         e.gemm1_weights_scale, None, None, None, None, e.gemm2_weights, e.gemm2_weights_scale, None,

@@ -9,8 +9,9 @@ reference first.
 
 # SPDX-License-Identifier: Apache-2.0
 import torch
-from measure import arguments, copy_rate, microseconds, save, start
+from measure import DEVICE, arguments, save, start
 
+from nvfp4_moe.bench.clock import copy_rate, microseconds
 from nvfp4_moe.kernels.quantize.launch import quantize_per_token
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
@@ -41,7 +42,7 @@ def check(x: torch.Tensor, recipe: Recipe, layout: SfLayout) -> None:
 
 
 def large(cells: list[dict]) -> None:
-    copy = copy_rate()
+    copy = copy_rate(DEVICE)
     print(f"\ndevice copy: {copy:.0f} GB/s. Share of it, M * K = 64 Mi, bf16, linear / 128x4:")
     print(f"{'recipe':<30}" + "".join(f"{f'K={k}':>14}" for k in COLUMNS))
     for recipe in RECIPES:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
-from measure import arguments, copy_rate, microseconds, save, start
+from measure import DEVICE, arguments, save, start
 
+from nvfp4_moe.bench.clock import copy_rate, microseconds
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.prepare import prepare_experts
@@ -23,7 +24,6 @@ SHAPES = {  # experts, H, I
     "DeepSeek-V3, 32 of 256 experts": (32, 7168, 2048),
     "GPT-OSS-120B": (128, 2880, 2880),
 }
-DEVICE = torch.device("cuda")
 RECIPES = (Recipe("exact"), Recipe("exact", NVFP44Over6Config(256, "MSE")))
 WEIGHTS = ("gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale")
 SCALARS = ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
@@ -99,7 +99,7 @@ def measure(name: str, copy: float) -> list[dict]:
 
 def main() -> None:
     options, where = start(arguments(__doc__))
-    copy = copy_rate()
+    copy = copy_rate(DEVICE)
     print(f"device copy: {copy:.0f} GB/s; share of it in the last column")
     cells = [cell for name in SHAPES for cell in measure(name, copy)]
     save(options.json, {"where": where, "copy": copy, "cells": cells})

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import arguments, save, start
-from moe_speed import DEVICE, SHAPES, random_experts
+from measure import DEVICE, arguments, save, start
 
+from nvfp4_moe.bench.moe import SHAPES, random_experts
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.kernels.moe.tile_table import gemm_config
@@ -56,7 +56,7 @@ def main() -> None:
     for s in SHAPES:
         if s.ranks > 1:
             continue
-        experts, top_k = random_experts(s), s.top_k
+        experts, top_k = random_experts(s, DEVICE), s.top_k
         for tokens in TOKENS:
             g = torch.Generator(DEVICE).manual_seed(tokens)
             x = torch.randn(tokens, experts.padded_hidden_size, device=DEVICE, generator=g)

@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 import transformers
-from measure import arguments, microseconds, save, start
+from measure import arguments, save, start
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from nvfp4_moe.bench.clock import microseconds
 from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, prepare, register
 
 TOKENS = (1, 8, 32, 128, 1024)

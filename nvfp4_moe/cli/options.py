@@ -37,6 +37,8 @@ ROUTINGS = (
 """The methods of `reference/moe/routing.py`."""
 BUILDS = ("cuda", "cute-dsl", "cutlass")
 """Those of `reference/recipe.py`, LayerBuild."""
+MEASURED = ("quantize", "dense", "moe", "convert", "load")
+"""The keys of `bench/operations.py`, OPERATIONS."""
 CONVERSIONS = (
     "exact",
     *(
@@ -255,6 +257,50 @@ _CONVERT = Command(
         ),
     ),
 )
+_BENCH = Command(
+    "bench",
+    ".cli.bench",
+    "measure the speed of this machine, beside a baseline",
+    "Measure quantizers, products and the mixture of experts in every backend that serves here: the "
+    "time of a call by the device's clock, GB/s, TFLOP/s, the share of the roofline that a copy and a "
+    "product set in the same run, and the ratio to a baseline. On a CPU it measures the reference, "
+    "conversion and loading. A backend that was named and cannot run here counts as not run, and a "
+    "wrong output as a difference.",
+    (
+        Option("--only", "this operation; again for another", choices=MEASURED, repeated=True),
+        Option(
+            "--shape",
+            "shapes whose name contains TEXT; again for others",
+            repeated=True,
+        ),
+        Option("--tokens", "the rows of the input; again for others", int, repeated=True),
+        Option("--backend", "this backend; again for another", repeated=True, metavar="NAME"),
+        Option("--all", "every shape, number of tokens and backend that is not named", bool),
+        Option("--device", "where to measure; a GPU if there is one"),
+        Option(
+            "--baseline",
+            "the backend that others are compared with; copy_ and torch's bf16 layers if not given",
+            metavar="NAME",
+        ),
+        Option("--save", "write the times as `pytest bench --benchmark-json` does", metavar="FILE"),
+        Option(
+            "--load",
+            "measure nothing, and take the times of FILE; again for another",
+            metavar="FILE",
+            repeated=True,
+        ),
+        Option("--compare", "set the times of FILE, an earlier one, beside", metavar="FILE"),
+        Option(
+            "--plot", "draw roofline.svg and speedup.svg in DIR; needs matplotlib", metavar="DIR"
+        ),
+    ),
+    (
+        ("bench", "the usual cases, in under a minute on a CPU"),
+        ("bench --only moe --all --save moe.json --plot plots", "every layer, kept and drawn"),
+        ("bench --only moe --shape qwen3 --tokens 1 --tokens 128", "two cases of one layer"),
+        ("bench --compare moe.json", "this machine now, beside an earlier run"),
+    ),
+)
 _SOLUTIONS = Command(
     "solutions",
     ".cli.solutions",
@@ -293,6 +339,7 @@ COMMANDS = {
         _EXPLAIN,
         _FUZZ_BOUNDS,
         _CONVERT,
+        _BENCH,
         _SOLUTIONS,
     )
 }

@@ -9,7 +9,8 @@ from .declaration import json_made_whole, settle
 from .options import COMMANDS
 
 ABOUT = (
-    "NVFP4 mixture-of-experts: compare backends to the bit, convert checkpoints, examine a machine."
+    "NVFP4 mixture-of-experts: compare backends to the bit, convert checkpoints, examine and measure "
+    "a machine."
 )
 
 

@@ -1,33 +1,28 @@
-"""The benchmarks' own code, as far as it goes without a GPU: the bf16 layer, the cells, the table."""
+"""The speed tables' own code, as far as it goes without a GPU: the layers, the cells, the table."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
-import benchmark_json
-import bf16_layer
-import dense_speed
 import fake_flashinfer
 import host_time
 import moe_speed
-import plots
 import pretend_gpu
 import pytest
 import reload_speed
-import test_speed
 import torch
-from bf16_layer import Tiles, Weights, candidates
-from moe_speed import Shape
 from offline import compile_kernel, resources
 
+from nvfp4_moe import mm_fp4
+from nvfp4_moe.bench import baseline_layers, bf16_layer, bf16_weights, dense, moe
+from nvfp4_moe.bench.bf16_layer import Tiles, candidates
+from nvfp4_moe.bench.bf16_weights import Weights
+from nvfp4_moe.bench.case import NotHere, WrongResult
+from nvfp4_moe.bench.moe import Shape
 from nvfp4_moe.reference.activation import ActivationType
 
-needs_pytest_benchmark = pytest.mark.skipif(
-    find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
-)
+CPU = torch.device("cpu")
 SMALL = (Tiles(16, 64, 64, 2, 1, 4), Tiles(16, 128, 64, 1, 1, 4))
 SHAPES = {
     "Swiglu": Shape("Swiglu", 96, 64, 4, 2),
@@ -37,25 +32,11 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def case(monkeypatch):
-    def make(s: Shape, tokens: int, limit: float | None = None):
-        monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
-        w = moe_speed.bf16_weights(s)
-        # Large enough that activations matter, and limits.
-        w = Weights(
-            w.w13 * 8,
-            w.w2 * 8,
-            w.activation,
-            w.w13_bias,
-            w.w2_bias,
-            w.alpha,
-            w.beta,
-            w.limit if limit is None else limit,
-        )
-        return *moe_speed.inputs(s, tokens), w
-
-    return make
+def made(s: Shape, tokens: int, limit: float | None = None):
+    """Hidden states, logits and weights, so large that activations matter, and limits."""
+    w = moe.random_bf16_weights(s, CPU)
+    w = replace(w, w13=w.w13 * 8, w2=w.w2 * 8, limit=w.limit if limit is None else limit)
+    return *moe.inputs(s, tokens, CPU), w
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -67,45 +48,45 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     find_spec("flashinfer") is None or find_spec("cutlass") is None,
     reason="needs flashinfer-python and nvidia-cutlass-dsl",
 )
-@pytest.mark.parametrize("name", test_speed.BASELINES)
-def test_baselines(monkeypatch, name):
+@pytest.mark.parametrize("name", baseline_layers.FORMATS)
+def test_baselines(name):
     """A whole call, and its check, through FlashInfer's Python."""
-    monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
     s = Shape("EP", 256, 128, 4, 2, ranks=2)
-    x, logits = moe_speed.inputs(s, 9)
+    (x, logits), w = moe.inputs(s, 9, CPU), moe.random_bf16_weights(s, CPU)
     with fake_flashinfer.installed() as fake:
-        call = test_speed.baseline_call(s, name, x, logits)
+        call = baseline_layers.prepare_call(name, w, x, logits, s.routing)
         assert torch.equal(call(), call())
     assert [ran.backend for ran in fake.ran] == [name] * 3
-    for changed, reason in (({"biased": True}, "without biases"), ({}, "on the CPU")):
-        with pytest.raises(pytest.skip.Exception, match=reason):
-            test_speed.baseline_call(replace(s, **changed), name, x, logits)
+    biased = moe.random_bf16_weights(replace(s, biased=True), CPU)
+    for weights, reason in ((biased, "without biases"), (w, "on the CPU")):
+        with pytest.raises(NotHere, match=reason):
+            baseline_layers.prepare_call(name, weights, x, logits, s.routing)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_grouped_mm_layer(case, name):
+def test_grouped_mm_layer(name):
     s = SHAPES[name]
-    x, logits, w = case(s, 40, limit=0.7 if name == "biased" else None)
-    slots_here = moe_speed.experts_of_local_slots(s, logits).numel()
+    x, logits, w = made(s, 40, limit=0.7 if name == "biased" else None)
+    slots_here = moe.experts_of_local_slots(s, logits).numel()
     assert slots_here == 80 if name in ("Swiglu", "biased") else slots_here > 20
-    got = moe_speed.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
-    assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
+    got = moe.grouped_mm_layer(x, logits, w, s.top_k, slots_here)
+    assert_close(got, bf16_weights.plain(x, logits, w, s.top_k))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [1, 40])  # 40: more than a tile an expert
 @pytest.mark.parametrize("name", SHAPES)
-def test_layer(case, name, tokens):
+def test_layer(name, tokens):
     s = SHAPES[name]
-    x, logits, w = case(s, tokens, limit=0.7 if name == "biased" else None)
+    x, logits, w = made(s, tokens, limit=0.7 if name == "biased" else None)
     got = bf16_layer.layer(x, logits, w, s.top_k, SMALL)
-    assert_close(got, bf16_layer.plain(x, logits, w, s.top_k))
+    assert_close(got, bf16_weights.plain(x, logits, w, s.top_k))
 
 
 @pytest.mark.interpreter
-def test_tune_takes_the_fastest_pair_of_one_height(case, monkeypatch):
+def test_tune_takes_the_fastest_pair_of_one_height(monkeypatch):
     s = SHAPES["Swiglu"]
-    x, logits, w = case(s, 1)
+    x, logits, w = made(s, 1)
     tried = [
         Tiles(16, 64, 64, 1, 1, 4),
         Tiles(16, 128, 64, 1, 1, 4),
@@ -132,40 +113,32 @@ def stopped_clock(monkeypatch):
         return 2.0
 
     monkeypatch.setattr(bf16_layer, "microseconds", timed)
-    monkeypatch.setattr(moe_speed, "samples", lambda call, *_: [1.0, timed(call), 5.0])
+    monkeypatch.setattr(moe_speed, "microseconds", timed)
     monkeypatch.setattr(bf16_layer, "candidates", lambda each: list(SMALL))
     monkeypatch.setattr(moe_speed, "peak_bytes", lambda call: call().nbytes)
-    monkeypatch.setattr(moe_speed, "copy_rate", lambda: 1000.0)
-    monkeypatch.setattr(moe_speed, "cublas_rate", lambda: 1.0)
-    monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(moe_speed, "copy_rate", lambda _: 1000.0)
+    monkeypatch.setattr(moe_speed, "matmul_rate", lambda _: 1.0)
+    monkeypatch.setattr(moe_speed, "DEVICE", CPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
 
 
 @pytest.mark.interpreter
-@needs_pytest_benchmark
 def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
-    shapes = (
-        Shape("all", 128, 64, 2, 2, tuned_once=(7,)),
-        Shape("EP", 128, 64, 2, 2, ranks=8),
-    )
-    made = []
+    shapes = (Shape("all", 128, 64, 2, 2), Shape("EP", 128, 64, 2, 2, ranks=8))
+    made_for = []
 
-    def bf16_weights(s, make=moe_speed.bf16_weights):
-        made.append(s.name)
-        return make(s)
+    def weights(s, device):
+        made_for.append(s.name)
+        return moe.random_bf16_weights(s, device)
 
     monkeypatch.setattr(moe_speed, "SHAPES", shapes)
-    monkeypatch.setattr(moe_speed, "bf16_weights", bf16_weights)
+    monkeypatch.setattr(moe_speed, "TUNED_ONCE", {"all": (7,)})
+    monkeypatch.setattr(moe_speed, "random_bf16_weights", weights)
     path = tmp_path / "cells.json"
-    other = tmp_path / "benchmarks.json"
-    options = ["--tokens", "1", "--json", str(path), "--benchmark-json", str(other)]
-    monkeypatch.setattr("sys.argv", ["moe_speed.py", *options])
+    monkeypatch.setattr("sys.argv", ["moe_speed.py", "--tokens", "1", "--json", str(path)])
     moe_speed.main()
-    cells = plots.read(other)
-    assert cells["EP"][1]["seconds"] == dict.fromkeys(moe_speed.LAYERS.values(), 2e-6)
-    assert plots.points(cells["all"]) == [(32 / 9 * 1, 2 * 2 * 3 * 128 * 64 / 2e-6)]
-    assert made == ["all"]
+    assert made_for == ["all"]
     results = json.loads(path.read_text())
     assert results["gpu"] == "none" and results["copy"] == 1000.0
     one, ep = results["cells"]
@@ -186,7 +159,7 @@ def test_a_whole_run(stopped_clock, monkeypatch, capsys, tmp_path):
 
 def test_weights_decoded_ahead_are_no_workspace(stopped_clock, monkeypatch):
     s = Shape("", 256, 256, 4, 2)
-    experts = moe_speed.random_experts(s)
+    experts = moe.random_experts(s, CPU)
     monkeypatch.setattr(moe_speed, "peak_bytes", lambda call: 10**6)
     monkeypatch.setattr(moe_speed, "native_mma", lambda arch: False)
     monkeypatch.setattr(moe_speed, "arch", lambda device: 90)
@@ -201,14 +174,14 @@ def test_weights_decoded_ahead_are_no_workspace(stopped_clock, monkeypatch):
     assert c["workspace_bound_bytes"] == moe_speed.workspace_bound(s, 2048, 128)
 
 
-def test_a_wrong_row_ends_the_run(case):
+def test_a_wrong_row_is_found():
     s = SHAPES["Relu2"]
-    x, logits, w = case(s, 2)
-    right = bf16_layer.plain(x, logits, w, s.top_k)
-    moe_speed.check_bf16(s, right, x, logits, w)
+    x, logits, w = made(s, 2)
+    right = bf16_weights.plain(x, logits, w, s.top_k)
+    moe.check_bf16(s, right, x, logits, w)
     for wrong in (right * 1.02, right * float("nan")):
-        with pytest.raises(SystemExit, match="Relu2"):
-            moe_speed.check_bf16(s, wrong, x, logits, w)
+        with pytest.raises(WrongResult, match="Relu2"):
+            moe.check_bf16(s, wrong, x, logits, w)
 
 
 def test_workspace_bound():
@@ -295,22 +268,20 @@ def test_second_gemm_with_a_last_part_compiles(tmp_path):
     assert resources(kernel, tmp_path)[0] <= 64
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("m", [3, 130])
-def test_dense_products_are_checked(m, monkeypatch):
-    """The cells' inputs have exact sums, and another weight is seen."""
-    monkeypatch.setattr(dense_speed, "DEVICE", torch.device("cpu"))
-    a, b = dense_speed.operand(m, 192), dense_speed.operand(136, 192)
+def test_dense_products_are_checked(m):
+    """The cases' inputs have exact sums, and another weight is seen."""
+    a, b = dense.operand(m, 192, CPU), dense.operand(136, 192, CPU)
     alpha = torch.rand(m) + 0.5
-    dense_speed.check(*a, *b, alpha)
-    right = dense_speed.product
+
+    def right(a, a_scales, b, b_scales, alpha):
+        """The exact product, whose one rounding is the output's."""
+        return mm_fp4(a, b.T, a_scales, b_scales.T, alpha, backend="reference")
 
     def wrong(a, a_scales, b, b_scales, alpha):
         return right(a, a_scales, b.roll(1, 0), b_scales, alpha)
 
-    monkeypatch.setattr(dense_speed, "product", wrong)
-    with pytest.raises(SystemExit, match="wrong bits"):
-        dense_speed.check(*a, *b, alpha)
+    assert dense.agrees(right, *a, *b, alpha) and not dense.agrees(wrong, *a, *b, alpha)
 
 
 @pytest.mark.interpreter
@@ -340,10 +311,10 @@ def test_reload_speed(monkeypatch, capsys):
 
 def test_host_time_measures_every_call(monkeypatch):
     """On a pretended GPU, so the times are of no account."""
-    monkeypatch.setattr(moe_speed, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(host_time, "DEVICE", CPU)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(host_time, "ROUNDS", 3)
-    small = replace(moe_speed.SHAPES[0], hidden=256, intermediate=128, experts=8)
+    small = replace(moe.SHAPES[0], hidden=256, intermediate=128, experts=8)
     pretend_gpu.present(monkeypatch)
     with torch.no_grad():
         cells = {name: host_time.measure(*asked) for name, asked in host_time.calls(small).items()}
@@ -354,71 +325,3 @@ def test_host_time_measures_every_call(monkeypatch):
     for name, cell in cells.items():
         assert all(value > 0 for value in cell.values()), name
         assert host_time.line(name, cell)
-
-
-def results(path, layers=("triton", "triton, W4A16", "triton, bf16", "torch._grouped_mm, bf16")):
-    """Write a file of benchmarks whose layers take 1, 2, 3 ... times ours, at two numbers of tokens."""
-    made = [
-        benchmark_json.benchmark(
-            "Qwen3", t, layer, [i * t * 1e-6],
-            moe_speed.case_info("Qwen3", t, layer)
-            | {"flop": 1e9 * t, "bytes": 1e6, "copy_gb_s": 4000.0, "cublas_tflops": 800.0},
-        )
-        for t in (8, 1)
-        for i, layer in enumerate(layers, 1)
-    ]  # fmt: skip
-    benchmark_json.write(path, {"gpu": "none"}, made)
-    return path
-
-
-@needs_pytest_benchmark
-def test_benchmarks_have_the_names_of_the_tests():
-    ids = {f"test_moe[{case.id}]" for case in test_speed.CASES}
-    for s in moe_speed.SHAPES:
-        for layer in moe_speed.LAYERS.values():
-            assert benchmark_json.benchmark(s.name, 128, layer, [2e-6], {})["name"] in ids
-    assert len(ids) == len(test_speed.CASES)
-
-
-@needs_pytest_benchmark
-def test_pytest_benchmark_reads_the_file(tmp_path):
-    """As a run to compare with, its own test of the same name beside it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest_benchmark", "compare", results(tmp_path / "0001_r.json")],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Qwen3, 8 tokens" in done.stdout and "test_moe[Qwen3-8-triton" in done.stdout
-
-
-@needs_pytest_benchmark
-def test_speedups_leave_out_our_own_variants(tmp_path):
-    by = plots.read(results(tmp_path / "r.json"))["Qwen3"]
-    assert plots.speedups(by) == {
-        "triton, bf16": [(1, pytest.approx(3)), (8, pytest.approx(3))],
-        "torch._grouped_mm, bf16": [(1, pytest.approx(4)), (8, pytest.approx(4))],
-    }
-    assert plots.points(by) == [(1e3, pytest.approx(1e15)), (8e3, pytest.approx(1e15))]
-
-
-@needs_pytest_benchmark
-def test_plots(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    path = results(tmp_path / "r.json")
-    plots.main([str(path), "--to", str(tmp_path / "new")])
-    assert capsys.readouterr().out.count("new") == 2
-    for name in ("speedup.svg", "roofline.svg"):
-        text = (tmp_path / "new" / name).read_text("utf-8")
-        assert "Qwen3" in text
-        assert "#000000" not in text and "#ffffff" not in text, "unreadable on a dark or light page"
-
-
-@pytest.mark.parametrize("text", [None, "", "{}", '{"benchmarks": []}', "[]"])
-def test_plots_of_no_results(tmp_path, text):
-    path = tmp_path / "r.json"
-    if text is not None:
-        path.write_text(text, "utf-8")
-    with pytest.raises(
-        SystemExit, match=r"r\.json (is no file of pytest-benchmark|has no time of)"
-    ):
-        plots.main([str(path)])

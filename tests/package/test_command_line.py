@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from nvfp4_moe import files, interrupts
 from nvfp4_moe.__main__ import main
+from nvfp4_moe.bench.operations import OPERATIONS
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases import moe as moe_cases
 from nvfp4_moe.cases import quantize as quantize_cases
@@ -353,6 +354,7 @@ def test_the_choices_of_options_are_the_keys_of_their_tables():
     assert get_args(FlashInferVersion) == options.FLASHINFER_VERSIONS
     assert options.FLASHINFER_VERSIONS[0] == FLASHINFER
     assert tuple(convert_command.RECIPES) == options.CONVERSIONS
+    assert tuple(OPERATIONS) == options.MEASURED
     methods = [m.name for m in RoutingMethodType if m is not RoutingMethodType.Unspecified]
     assert tuple(methods) == options.ROUTINGS
     assert get_args(LayerBuild) == options.BUILDS

@@ -36,6 +36,7 @@ LINKS = {
 FOLDERS: dict[str, set[str]] = {
     "cases": set(),
     "console": set(),
+    "bench": {"checkpoints"},
     "checkpoints": set(),
     "parallel": set(),
     "training": set(),
@@ -44,7 +45,16 @@ FOLDERS: dict[str, set[str]] = {
     "report": {"cases", "console", "differential"},
     "failures": {"cases", "console", "differential", "report"},
     "canary": {"cases", "differential", "failures"},
-    "cli": {"cases", "checkpoints", "console", "differential", "failures", "report", "serving"},
+    "cli": {
+        "bench",
+        "cases",
+        "checkpoints",
+        "console",
+        "differential",
+        "failures",
+        "report",
+        "serving",
+    },
 }
 """The folders of `nvfp4_moe/` and what each imports of the others, besides flat modules, kernels and
 reference. `cli` runs commands by the functions of the others, and nothing imports `cli` but

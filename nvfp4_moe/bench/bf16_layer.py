@@ -10,42 +10,20 @@ the sum over slots are kernels of their own. `tune` measures which tiles are fas
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
-from measure import microseconds
 from triton.runtime.errors import OutOfResources
 
-from nvfp4_moe.kernels.jit.arithmetic import to_bf16
-from nvfp4_moe.kernels.moe.permute import Permutation, permute
-from nvfp4_moe.kernels.moe.routing import route
-from nvfp4_moe.kernels.triton_target import arch
-from nvfp4_moe.reference.activation import ActivationType, activate
-from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of the local experts, which are the first E that logits have."""
-
-    w13: torch.Tensor  # [E, 2 I, H] bf16, rows [up; gate], or [E, I, H]
-    w2: torch.Tensor  # [E, H, I] bf16
-    activation: ActivationType = ActivationType.Swiglu  # or Relu2
-    w13_bias: torch.Tensor | None = None  # [E, 2 I or I] bf16
-    w2_bias: torch.Tensor | None = None  # [E, H] bf16
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = float("inf")
-
-    def __post_init__(self) -> None:
-        if self.activation not in (ActivationType.Swiglu, ActivationType.Relu2):
-            raise ValueError(f"activation is {self.activation.name}; it must be Swiglu or Relu2")
-
-    @property
-    def plain(self) -> bool:
-        """True if Swiglu is silu(gate) * up."""
-        return (self.alpha, self.beta, self.limit) == (1.0, 0.0, float("inf"))
+from ..kernels.jit.arithmetic import to_bf16
+from ..kernels.moe.permute import Permutation, permute
+from ..kernels.moe.routing import route
+from ..kernels.triton_target import arch
+from ..reference.moe.routing import Routing, RoutingMethodType
+from .bf16_weights import Weights
+from .clock import microseconds
 
 
 @dataclass(frozen=True)
@@ -273,14 +251,12 @@ def tune(
     for bm in sorted({t.bm for t in tried}):
         p = permute(ids, w.w13.shape[0], 0, bm)
         some = [t for t in tried if t.bm == bm]
-        us1, first = _fastest(
-            lambda t, p=p: gemm(x, w.w13, w.w13_bias, None, p, top_k, t), some, calls
-        )
+        us1, first = _fastest(partial(gemm, x, w.w13, w.w13_bias, None, p, top_k), some, calls)
         if first is None:
             continue
         a = activated(gemm(x, w.w13, w.w13_bias, None, p, top_k, first), w, p)
         us2, second = _fastest(
-            lambda t, p=p, a=a: gemm(a, w.w2, w.w2_bias, routing_weights, p, 0, t), some, calls
+            partial(gemm, a, w.w2, w.w2_bias, routing_weights, p, 0), some, calls
         )
         if second is not None:
             found.append((us1 + us2, first, second))
@@ -295,29 +271,9 @@ def _fastest(
     best: tuple[float, Tiles | None] = (float("inf"), None)
     for t in tried:
         try:
-            us = microseconds(lambda t=t: run(t), calls, 3)  # type: ignore[misc]
+            us = microseconds(partial(run, t), calls, 3)
         except OutOfResources:  # of a smaller GPU's shared memory
             continue
         if us < best[0]:
             best = us, t
     return best
-
-
-def plain(x: torch.Tensor, logits: torch.Tensor, w: Weights, top_k: int) -> torch.Tensor:
-    """Compute `layer` in fp32 by torch, a slot at a time, for a few tokens."""
-    best, ids = logits.float().topk(top_k, dim=1)
-    routing_weights = best.softmax(1)
-    out = torch.zeros(x.shape, device=x.device)
-    limit = torch.tensor(w.limit, device=x.device)
-    parameters = {"alpha": w.alpha, "beta": w.beta, "clamp_limit": limit}
-    for token, slot in (ids < w.w13.shape[0]).nonzero().tolist():
-        e = int(ids[token, slot])
-        y = w.w13[e].float() @ x[token].float()
-        if w.w13_bias is not None:
-            y = y + w.w13_bias[e].float()
-        gated = w.activation.gated
-        row = w.w2[e].float() @ activate(y, w.activation, **parameters if gated else {})
-        if w.w2_bias is not None:
-            row = row + w.w2_bias[e].float()
-        out[token] += routing_weights[token, slot] * row
-    return out
