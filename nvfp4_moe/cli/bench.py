@@ -53,6 +53,9 @@ def run(options: SimpleNamespace) -> Result:
     finally:  # what was measured before an interrupt is saved, too
         if options.save is not None and found.measurements:
             results.write(Path(options.save), found.measurements)
+    elsewhere = {m.device for m in earlier} - {m.device for m in found.measurements}
+    if elsewhere:
+        print(f"note: {options.compare} was measured on {'; '.join(sorted(elsewhere))}")
     for (operation, backend, reason), count in found.refused.items():
         cases = "1 case" if count == 1 else f"{count} cases"
         print(f"not measured: {operation}, {backend} ({cases}): {reason}")

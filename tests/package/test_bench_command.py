@@ -141,6 +141,25 @@ def test_pytest_benchmark_reads_the_file(tmp_path):
     assert cases[2].group in done.stdout
 
 
+def test_pytest_keeps_what_the_command_reads(monkeypatch):
+    """A case of `bench/test_speed.py`, on the CPU, with a clock that stands still."""
+
+    class Benchmark:
+        group, extra_info = "", {}
+
+    monkeypatch.setattr(test_speed, "DEVICE", CPU)
+    monkeypatch.setattr(test_speed, "rates", lambda: RATES)
+    monkeypatch.setattr(test_speed, "device_time", lambda benchmark, call, capturable: call())
+    case = Case(OPERATIONS["dense"], "N=1024 K=2048", 3, "reference")
+    test_speed.measure(benchmark := Benchmark(), case)
+    stats = results.statistics_of([1e-6])
+    found = results._measurement({"extra_info": benchmark.extra_info, "stats": stats})
+    assert found == results.measured(case, case.prepare(CPU), stats, RATES, found.device)
+    assert benchmark.group == found.group == "dense: N=1024 K=2048, 3 rows"
+    with pytest.raises(pytest.skip.Exception, match=r"flashinfer:cutlass: .* needs a GPU"):
+        test_speed.measure(benchmark, replace(case, backend="flashinfer:cutlass"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -359,7 +378,9 @@ def test_a_run(stopped_clock, capsys, tmp_path):
     # A file that has none of the cases is no comparison.
     results.write(saved, [measurement("triton")])
     assert main([*QUICK, "--compare", str(saved)]) == Exit.NOT_RUN
-    assert "none of the cases that were measured" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "none of the cases that were measured" in printed.err
+    assert f"note: {saved} was measured on none" in printed.out
 
 
 @needs_matplotlib
