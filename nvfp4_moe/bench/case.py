@@ -1,4 +1,4 @@
-"""What is measured: an operation at a shape, a number of tokens and a backend."""
+"""The case of a measurement: an operation at a shape, a number of tokens and a backend."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Mapping

@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def routing(self) -> Routing:
-        """How the logits choose experts."""
+        """The method by which logits choose experts."""
         return Routing(RoutingMethodType.Renormalize, self.top_k)
 
     @property
