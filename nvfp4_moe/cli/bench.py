@@ -113,7 +113,7 @@ def _asked_for(options: SimpleNamespace, m: Measurement) -> bool:
 
 
 def _measure(options: SimpleNamespace, found: _Found, show: "_Tables") -> None:
-    """Measure the cases that are asked for, and print a table after each operation."""
+    """Measure the cases that are asked for, and print the tables of each operation."""
     on_gpu = torch.cuda.is_available()
     try:
         device = checks.device("--device", options.device or ("cuda" if on_gpu else "cpu"))
@@ -161,7 +161,7 @@ def _measure_one(
 
 
 class _Tables:
-    """Prints a table for each operation, with the ratios to a baseline and to an earlier file."""
+    """Prints the tables of an operation, with the ratios to a baseline and to an earlier file."""
 
     def __init__(self, options: SimpleNamespace, earlier: Sequence[Measurement]):
         self._earlier = earlier
@@ -172,25 +172,28 @@ class _Tables:
         }
 
     def operation(self, measurements: Sequence[Measurement]) -> None:
-        """Print the table of the measurements of one operation, if there are any."""
-        if not measurements:
-            return
-        first = measurements[0]
+        """Print a table for each shape of one operation."""
         ratios = results.ratios(measurements, self.baselines)
         changes = results.changes(measurements, self._earlier)
         self.compared += len(changes)
-        columns = ["shape", first.unit, "backend", "time", "GB/s", "TFLOP/s", "of roofline"]
-        columns += [f"speed-up over {self.baselines[first.operation]}"] if ratios else []
-        columns += ["than before"] if changes else []
-        rows = []
-        for m in measurements:
-            row = [m.shape, str(m.tokens or ""), m.backend, _time(m.seconds), clock.shown(m.gb_s)]
-            row += [clock.shown(m.tflops) if m.flop else "", f"{m.of_roofline:.3f}"]
-            row += [_ratio(m.key, ratios)] if ratios else []
-            row += [_ratio(m.key, changes)] if changes else []
-            rows.append(row)
-        progress.note(f"\n{first.operation}")
-        print_table(columns, rows, sys.stdout)
+        for shape in dict.fromkeys(m.shape for m in measurements):
+            mine = [m for m in measurements if m.shape == shape]
+            heading = f"\n{mine[0].operation}: {shape}"
+            if any(m.key in ratios for m in mine):
+                heading += f"; speed-up over {self.baselines[mine[0].operation]}"
+            progress.note(heading)
+            columns = {
+                mine[0].unit: [str(m.tokens or "") for m in mine],
+                "backend": [m.backend for m in mine],
+                "time": [_time(m.seconds) for m in mine],
+                "GB/s": [clock.shown(m.gb_s) for m in mine],
+                "TFLOP/s": [clock.shown(m.tflops) if m.flop else "" for m in mine],
+                "of roofline": [f"{m.of_roofline:.3f}" for m in mine],
+                "speed-up": [_ratio(m.key, ratios) for m in mine],
+                "than before": [_ratio(m.key, changes) for m in mine],
+            }
+            filled = {name: cells for name, cells in columns.items() if any(cells)}
+            print_table(list(filled), list(zip(*filled.values(), strict=True)), sys.stdout)
 
     def document(self, found: _Found) -> dict[str, Any]:
         """Return the document of `--json`."""
@@ -236,7 +239,7 @@ def _status(options: SimpleNamespace, found: _Found, show: _Tables) -> Exit:
 
 
 def _ratio(key: Key, found: Mapping[Key, float]) -> str:
-    return f"{found[key]:.3g}" if key in found else ""
+    return clock.shown(found[key]) if key in found else ""
 
 
 def _time(seconds: float) -> str:

@@ -361,11 +361,13 @@ def test_a_run(stopped_clock, capsys, tmp_path):
     lines = printed.out.splitlines()
     assert "Measured on a CPU: the reference" in lines[1] and "GPU" in lines[1]
     assert "4,000 GB/s" in lines[2] and "800 TFLOP/s" in lines[2]
-    (row,) = [line for line in lines if line.startswith("N=1024") and "reference" in line]
+    heading = lines.index("dense: N=1024 K=2048; speed-up over torch, bf16")
+    names, row = (line.split() for line in lines[heading + 1 : heading + 3])
+    assert names == ["rows", "backend", "time", "GB/s", "TFLOP/s", "of", "roofline", "speed-up"]
     moved = (1 + 1024) * 2048 * 9 / 16 + 4 + 2 * 1024
     figures = [f"{moved / 2e-6 / 1e9:.0f}", f"{2 * 1024 * 2048 / 2e-6 / 1e12:.3g}"]
     share = f"{moved / 4e12 / 2e-6:.3f}"
-    assert row.split()[3:] == ["reference", "2", "us", *figures, share, "1"]
+    assert row == ["1", "reference", "2", "us", *figures, share, "1"]
     cells = json.loads(document.read_text("utf-8"))["cells"]
     assert len(cells) == 6 and {c["operation"] for c in cells} == {"quantize", "dense"}
     assert all(c["seconds"] == 2e-6 and c["speed_up_over_baseline"] == 1 for c in cells)

@@ -370,6 +370,8 @@ for command in ("doctor", "convert", "replay", "diff", "blackwell"):
 assert main(["doctor"]) == 0
 assert main(["diff", "--kind", "grid"]) == 3
 assert main(["diff", "--backends", "reference,triton"]) == 3
+assert main(["bench", "--only", "moe", "--tokens", "1"]) == 0
+assert main(["bench", "--only", "moe", "--backend", "triton"]) == 3
 assert main(["convert", sys.argv[1], sys.argv[2]]) == 0
 """
 

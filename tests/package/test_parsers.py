@@ -181,6 +181,7 @@ sys.exit(main(sys.argv[1:]))
     [
         (["doctor"], Exit.DONE, "would run: "),
         (["diff", "--kind", "grid", "--rows", "8"], Exit.DONE, "all identical"),
+        (["bench", "--only", "dense", "--tokens", "1"], Exit.DONE, "of roofline"),
         (
             ["blackwell", "--small", "--backends", "flashinfer:cute-dsl", "--report", "FOLDER"],
             Exit.NOT_RUN,
