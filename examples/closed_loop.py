@@ -40,7 +40,7 @@ LEAST = 1_000_000  # outputs of experts in each comparison
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed."""
+    """The amount of work in each part of a run."""
 
     learn: int = 60  # steps of training in fp32
     reinforce: int = 2  # steps of each kind of trainer
@@ -51,7 +51,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """How a trainer's log-probabilities of texts differ from the sampler's."""
+    """The differences of a trainer's log-probabilities of texts from the sampler's."""
 
     trainer: str
     sampler: str

@@ -11,7 +11,7 @@ from nvfp4_moe import Experts, NVFP44Over6Config, Recipe, fused_moe, prepare_exp
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What `prepare_experts` and `fused_moe` are given."""
+    """The arguments of `prepare_experts` and `fused_moe`."""
 
     activation: str = "per-token"
     four_over_six: bool = False
