@@ -31,6 +31,7 @@ from .numerics.subnormals import kept
 from .recipe import BLOCK_SIZE, NVFP44Over6Config, NVFP44Over6ErrMode, Recipe, SfLayout
 
 _LINEAR = SfLayout.layout_linear
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _SIXTH = 1.0 / 6.0  # rounds to the fp32 0x3e2aaaab, which is also rcp.approx(6)
 
 
@@ -201,8 +202,10 @@ def _split(x: torch.Tensor) -> torch.Tensor:
 
 def max_ignoring_nan(x: torch.Tensor) -> torch.Tensor:
     """Largest magnitude along the last dimension; NaN where there is nothing but NaN."""
-    a = x.abs()
-    top = a.masked_fill(a.isnan(), -1.0).amax(-1)  # torch's own maxima let a NaN through
+    # torch's own maxima let a NaN through. Bits of magnitudes are ordered as the magnitudes are, and
+    # torch has faster maxima of integers.
+    a = x.abs().nan_to_num(nan=-1.0, posinf=torch.inf)
+    top = a.view(_BITS[x.dtype]).amax(-1).view(x.dtype)
     return top.masked_fill(top < 0, torch.nan)
 
 

@@ -17,22 +17,20 @@ MAX = 6.0
 
 def encode(x: torch.Tensor) -> torch.Tensor:
     """Encode fp32 values of any shape to e2m1 codes 0..15, uint8 of the same shape."""
-    a = x.abs()
-    # One comparison for each midpoint: `>` where the tie rounds down to an even code, `>=` where up.
-    code = (a > 0.25).to(torch.uint8)
-    code += a >= 0.75
-    code += a > 1.25
-    code += a >= 1.75
-    code += a > 2.5
-    code += a >= 3.5
-    code += a > 5.0
-    code = torch.where(torch.signbit(x), code | 8, code)
-    return torch.where(x.isnan(), 7, code)
+    x = x.nan_to_num(nan=MAX)
+    a = x.abs().clamp_(max=MAX)
+    # The values are 1/2 apart up to 2, 1 apart up to 4, and 2 apart beyond. Each of these roundings
+    # (ties to even) gives the code in its range, and no smaller number than the code in the others.
+    code = torch.minimum((a * 2.0).round_(), a.round().add_(2.0))
+    code = torch.minimum(code, a.mul_(0.5).round_().add_(4.0)).to(torch.int8)
+    sign = (x.view(torch.int32) >> 31).to(torch.int8)  # 0, or -1 with every bit set
+    return (code | (sign & 8)).view(torch.uint8)
 
 
 def decode(code: torch.Tensor) -> torch.Tensor:
     """Decode e2m1 codes 0..15 (uint8) to their fp32 values, code 8 to -0."""
-    return _values(code.device)[code.int()]
+    values = _values(code.device).index_select(0, code.int().flatten())
+    return values.view(code.shape)
 
 
 @functools.cache  # a copy to the GPU waits for it
@@ -42,7 +40,8 @@ def _values(device: torch.device) -> torch.Tensor:
 
 def pack(code: torch.Tensor) -> torch.Tensor:
     """Codes [..., K] to bytes [..., K/2], the even column in the low nibble."""
-    return code[..., 0::2] | (code[..., 1::2] << 4)
+    pairs = code.contiguous().view(torch.int16)  # the even column in the low byte
+    return (pairs | (pairs >> 4)).to(torch.uint8)  # the low byte
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

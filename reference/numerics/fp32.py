@@ -17,13 +17,14 @@ import torch
 
 FLT_MAX = torch.finfo(torch.float32).max
 _MIN_NORMAL = torch.finfo(torch.float32).smallest_normal
+_MAX_SUBNORMAL = _MIN_NORMAL - 2.0**-149
 _LEAST = _MIN_NORMAL * (1 - 2.0**-25)
 """fp64: what is at least this large rounds to 24 bits that are at least 2^-126."""
 
 
 def flush(x: torch.Tensor) -> torch.Tensor:
     """Subnormals to zero, the sign kept."""
-    return torch.where(x.abs() < _MIN_NORMAL, torch.copysign(torch.zeros_like(x), x), x)
+    return torch.threshold(x.abs(), _MAX_SUBNORMAL, 0.0).copysign(x)
 
 
 def flush_result(rounded: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ RENAMES = {
         (r"# Llama4's maximum is", "# The maximum of Llama4 is"),
         (r"by_blocks: bool", "by_blocks: int"),
     ),
-    "numerics.fp32": ((r"\bmagnitude\b", "size_of_it"), (r"\b_MIN_NORMAL\b", "_SMALLEST")),
+    "numerics.fp32": ((r"\bmagnitude\b", "size_of_it"), (r"\b_MAX_SUBNORMAL\b", "_LARGEST")),
 }
 """A function, a docstring, an error, a comment, an annotation, a local variable, a constant."""
 
