@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
-from . import __version__
 from .cli.exit_status import guarded
 from .cli.options import COMMANDS
 from .cli.parse import parse
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     def load() -> Callable[[], int]:
         nonlocal left
         invocation.remember(given)
-        chosen = parse(given or ["--help"], __version__)
+        chosen = parse(given or ["--help"], _version)
         if isinstance(chosen, int):
             return partial(int, chosen if given else Exit.USAGE)
         module = importlib.import_module(COMMANDS[chosen.command].module, __package__)
@@ -35,6 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
         return partial(output.run, module.run, chosen)
 
     return guarded(program, load, lambda: left())
+
+
+def _version() -> str:
+    from . import __version__  # reads the metadata of the installation, which takes time
+
+    return __version__
 
 
 def _not_begun() -> str:

@@ -1,7 +1,7 @@
 """Parses the arguments of the process: by typer, or plainly where typer is not installed."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from ..exits import CommandError
@@ -14,7 +14,7 @@ ABOUT = (
 )
 
 
-def parse(words: Sequence[str], version: str) -> SimpleNamespace | int:
+def parse(words: Sequence[str], version: Callable[[], str]) -> SimpleNamespace | int:
     """Return the options of the command that the words call, or an exit status if help was printed.
 
     Raises:
@@ -24,8 +24,10 @@ def parse(words: Sequence[str], version: str) -> SimpleNamespace | int:
         from .typer_parser import split
     except ImportError:
         from .plain_parser import split
+    # A parser takes time for each command that it is made of.
+    commands = {words[0]: COMMANDS[words[0]]} if words and words[0] in COMMANDS else COMMANDS
     try:
-        found = split(json_made_whole(words), COMMANDS, ABOUT, version)
+        found = split(json_made_whole(words), commands, ABOUT, version)
     except CommandError as error:
         raise CommandError(f"{str(error).rstrip('.')}; --help shows what is allowed") from None
     return found if isinstance(found, int) else settle(COMMANDS[found[0]], found[1])

@@ -4,7 +4,7 @@
 import argparse
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..exits import CommandError, Exit
@@ -24,8 +24,23 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(message)
 
 
+class _Version(argparse.Action):
+    """`--version`, whose text is looked up when it is asked for."""
+
+    def __init__(self, find: Callable[[], str], **keywords: Any):
+        super().__init__(nargs=0, help="print the version", **keywords)
+        self._find = find
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(self._find())
+        parser.exit()
+
+
 def split(
-    words: Sequence[str], commands: Mapping[str, Command], about: str, version: str
+    words: Sequence[str],
+    commands: Mapping[str, Command],
+    about: str,
+    version: Callable[[], str],
 ) -> tuple[str, dict[str, Any]] | int:
     """Split the words into a command's name and the texts of its options.
 
@@ -33,7 +48,7 @@ def split(
         words: the arguments of the process.
         commands: by name.
         about: the first line of `--help`.
-        version: printed for `--version`.
+        version: gives what `--version` prints.
 
     Returns:
         The name and the texts by `Option.dest`; or the exit status after `--help` or `--version`.
@@ -43,7 +58,7 @@ def split(
     """
     statuses = "exit status:\n" + "\n".join(f"  {line}" for line in status_lines())
     parser = _Parser(prog=PROGRAM, description=_wrapped(about), epilog=statuses)
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=_Version, find=version)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands.values():
         examples = "".join(f"  {PROGRAM} {e}\n      {what}\n" for e, what in command.examples)

@@ -15,7 +15,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 def split(
-    words: Sequence[str], commands: Mapping[str, Command], about: str, version: str
+    words: Sequence[str],
+    commands: Mapping[str, Command],
+    about: str,
+    version: Callable[[], str],
 ) -> tuple[str, dict[str, Any]] | int:
     """Split the words, as `plain_parser.split` does."""
     app = typer.Typer(
@@ -46,10 +49,10 @@ def split(
     return found if isinstance(found, tuple) else int(found or 0)
 
 
-def _global_options(version: str) -> Callable[..., None]:
+def _global_options(version: Callable[[], str]) -> Callable[..., None]:
     def show(asked: bool) -> None:
         if asked:
-            typer.echo(version)
+            typer.echo(version())
             raise typer.Exit
 
     option = typer.Option("--version", callback=show, is_eager=True, help="print the version")

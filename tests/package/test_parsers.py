@@ -8,7 +8,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from paths import ROOT
+from safetensors.torch import save_file
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.cli import parse
@@ -28,7 +30,7 @@ def parser(request, monkeypatch):
 
 
 def parsed(*words):
-    return parse.parse(words, "1.2.3")
+    return parse.parse(words, lambda: "1.2.3")
 
 
 MINIMAL = {
@@ -167,37 +169,39 @@ def test_completion_in_a_shell():
         assert child.stdout.split() == offered, child.stderr
 
 
-BARE = """
-import sys
-for name in ("typer", "rich", "jinja2", "click", "pydantic"):
-    sys.modules[name] = None
-from nvfp4_moe.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
+OPTIONAL = ("typer", "rich", "jinja2", "click", "pydantic")
+ABSENT = 'raise ModuleNotFoundError(f"No module named {__name__!r}", name=__name__)\n'
 
 
 @pytest.mark.parametrize(
     ("words", "status", "shown"),
     [
         (["doctor"], Exit.DONE, "would run: "),
-        (["diff", "--kind", "grid", "--rows", "8"], Exit.DONE, "all identical"),
+        (["diff", "--input", "TENSORS", "--recipes", "plain"], Exit.DONE, "all identical"),
         (["bench", "--only", "dense", "--tokens", "1"], Exit.DONE, "of roofline"),
         (
-            ["blackwell", "--small", "--backends", "flashinfer:cute-dsl", "--report", "FOLDER"],
+            ["blackwell", "--small", "--backends", "flashinfer:bf16", "--report", "FOLDER"],
             Exit.NOT_RUN,
             "verdicts",
         ),
     ],
 )
 def test_commands_run_without_the_optional_packages(words, status, shown, tmp_path):
-    words = [str(tmp_path) if word == "FOLDER" else word for word in words]
+    """Neither they nor the processes that they start find these packages."""
+    for name in OPTIONAL:
+        (tmp_path / f"{name}.py").write_text(ABSENT)
+    x = torch.linspace(-3, 3, 64, dtype=torch.float32, device="cpu")
+    save_file({"x": x.view(2, 32).bfloat16()}, tmp_path / "x.safetensors")
+    given = {"TENSORS": str(tmp_path / "x.safetensors"), "FOLDER": str(tmp_path / "out")}
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     child = subprocess.run(
-        [sys.executable, "-c", BARE, *words],
+        [sys.executable, "-m", "nvfp4_moe", *(given.get(word, word) for word in words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     assert child.returncode == status, child.stderr
     assert shown in child.stdout and "\x1b" not in child.stdout + child.stderr
