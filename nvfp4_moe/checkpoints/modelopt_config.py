@@ -11,6 +11,7 @@ package.
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from .. import __version__
@@ -101,16 +102,22 @@ def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 def left_alone(source: Source, fp8: list[str]) -> list[str]:
     """Return patterns of the modules whose weights stay as they are, for example in bf16.
 
-    A module is meant in every layer, `*` for the number, unless that would mean a quantized one too.
+    A pattern is the outermost module without quantized ones, and `*` for all that is in it. So it means
+    the matrices that a server fuses, too: `self_attn.qkv_proj`, where the checkpoint has three. It is
+    meant in every layer, `*` for the number, unless that would mean a quantized module. A weight beside
+    quantized modules has its own name: vLLM knows a fused matrix of them by the whole names of its parts
+    (vllm 0.32.0, `quant_utils.py:617`).
     """
-    quantized = [*fp8, *(x.module for x in source.layers)]
-    quantized += [m.target for found in source.matrices.values() for m in found]
+    quantized = [*fp8, *(name for x in source.layers for name in (x.module, x.target))]
+    quantized += [m.target for of in source.matrices.values() for m in of if m.expert == 0]
     patterns = {f"{module}*" for module in source.excluded}
     whole = tuple(f"{module}." for module in source.excluded)
 
     @functools.cache
     def means_quantized(pattern: str) -> bool:
-        return any(matches(pattern, module) for module in quantized)
+        # vLLM also takes a pattern, without its last `*`, as a part of names (`modelopt.py:206,274`).
+        part = pattern.removesuffix("*")
+        return any(matches(pattern, module) or part in module for module in quantized)
 
     for name in source.folder.shard_of:
         module, _, kind = name.rpartition(".")
@@ -119,6 +126,16 @@ def left_alone(source: Source, fp8: list[str]) -> list[str]:
             continue
         if name in source.matrices or module in fp8 or name.startswith(whole):
             continue
-        pattern = _NUMBER.sub("*", module)
-        patterns.add(module if means_quantized(pattern) else pattern)
+        tried = (
+            p for outer in _outer(module) for p in (_NUMBER.sub("*", outer) + "*", f"{outer}*")
+        )
+        patterns.add(next((pattern for pattern in tried if not means_quantized(pattern)), module))
     return sorted(patterns)
+
+
+def _outer(module: str) -> Iterator[str]:
+    """Yield the modules around one, the outermost first, without those that are numbers."""
+    parts = module.split(".")
+    for count in range(1, len(parts)):
+        if not parts[count - 1].isdecimal():
+            yield ".".join(parts[:count])

@@ -44,7 +44,7 @@ def excludes_parts(
     """Return True for a fused matrix if a checkpoint's patterns exclude all of which it is made.
 
     Servers look such parts up by their exact names alone: `model.layers.*.self_attn.q_proj`, as
-    `nvfp4-moe convert` writes it, does not mean their `qkv_proj`.
+    `nvfp4-moe convert` wrote it in version 0.1, does not mean their `qkv_proj`.
 
     Args:
         excluded: the server's own answer for the name of a module.

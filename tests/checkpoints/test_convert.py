@@ -104,7 +104,7 @@ def test_fp8_blocks(name, sizes, tmp_path):
             "model.layers.0.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16},
             "model.layers.0.self_attn.kv_b_proj": {"quant_algo": "FP8_PB_WO"},
         }
-        assert "model.layers.*.self_attn.q_proj" in config["exclude_modules"]
+        assert "model.layers.0.self_attn.q_proj" in config["exclude_modules"]
         assert not any("kv_b_proj" in pattern for pattern in config["exclude_modules"])
     names = {n for p in (tmp_path / "dst").glob("*.safetensors") for n in load_file(p)}
     assert [n for n in names if n.endswith("scale_inv")] == [
@@ -122,7 +122,7 @@ def test_a_module_quantized_in_some_layers_is_named_in_the_others(tmp_path):
     write(tmp_path / "src", [tensors], {**dict(QWEN.config), "quantization_config": FP8})
     convert(tmp_path / "src", tmp_path / "dst")
     config = json.loads((tmp_path / "dst" / "hf_quant_config.json").read_text())["quantization"]
-    assert config["exclude_modules"] == ["model.layers.1.self_attn.o_proj"]
+    assert config["exclude_modules"] == ["model.layers.1.self_attn*"]
 
 
 def test_fused_gate_and_up_may_not_share_an_fp8_block(tmp_path):
@@ -186,9 +186,10 @@ def test_the_configuration_says_what_is_nvfp4(tmp_path):
         == config["quantization_config"]["ignore"]
         == [
             "lm_head",
-            "model.layers.*.mlp.gate",
-            "model.layers.*.mlp.shared_experts.up_proj",
-            "model.layers.*.self_attn.q_proj",
+            "model.layers.*.mlp.shared_experts*",
+            "model.layers.*.self_attn*",
+            "model.layers.0.mlp.gate",
+            "model.layers.1.mlp*",
             "model.layers.1.mlp.experts*",
         ]
     )

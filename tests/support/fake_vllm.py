@@ -220,7 +220,21 @@ class _ModelOptBase(QuantizationConfig):
         return ["hf_quant_config.json"]
 
     def is_layer_excluded(self, prefix):
-        return any(fnmatch.fnmatch(prefix, pattern) for pattern in self.exclude_modules)
+        """By `modelopt.py:187`, `is_layer_skipped` of `quant_utils.py:617`, and vLLM's renaming."""
+        parent, _, name = prefix.rpartition(".")
+        excluded = list(self.exclude_modules)
+        for pattern in self.exclude_modules:
+            if pattern[-1:] == "*" and pattern[-2:-1] not in ("", "."):
+                excluded += [pattern[:-1], f"{pattern[:-1]}.*"]
+                excluded.remove(pattern)
+        parts = [f"{parent}.{p}" in excluded for p in self.packed_modules_mapping.get(name, ())]
+        if prefix not in excluded and len(set(parts)) > 1:
+            raise ValueError(f"Detected some but not all shards of {prefix} are quantized.")
+        return (
+            (bool(parts) and all(parts))
+            or any(pattern in prefix for pattern in excluded)
+            or any(fnmatch.fnmatch(prefix, pattern) for pattern in excluded)
+        )
 
     def get_quant_method(self, layer, prefix):
         if self.is_layer_excluded(prefix):
