@@ -6,19 +6,19 @@ source becomes one shard, under the same name; its other tensors are copied as t
 
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..reference import checks
 from ..reference.numerics.subnormals import kept
-from ..reference.quantize import dequantize
-from ..reference.recipe import BLOCK_SIZE, Recipe, check_recipe
-from ..reference.weights.prepare import quantize_weight
+from ..reference.recipe import Recipe, check_recipe
 from .disk_space import check_room
 from .errors import CheckpointError
 from .files import local
@@ -28,10 +28,12 @@ from .layer_error import LayerError, merge
 from .modelopt_config import configurations, describe
 from .other_files import other_files
 from .progress import Progress, silent
+from .quantized_matrix import Quantized, Squares, quantize_into, room_for
 from .resumable_writer import Workspace
 from .source import Matrix, Source, open_source
+from .workers import Workers, places_of
 
-_VERSION = 3
+_VERSION = 4
 """The version of what a conversion writes; a conversion that is resumed must share it."""
 
 
@@ -51,7 +53,8 @@ def convert(
     Contract: `load_experts` of the result gives bitwise the `Experts` of `prepare_experts` with the
     same recipe; so does a conversion that was interrupted, in whatever operation, and called again,
     which keeps the shards that are finished and leaves the same files to the byte. Memory: one shard of
-    the result, and an expert. The destination is complete when it has its index.
+    the result, and for each thread an expert's weights. The destination is complete when it has its
+    index.
 
     Args:
         source: folder of the checkpoint; formats in `source.py` and `fp8_scales.py`, names in
@@ -62,8 +65,10 @@ def convert(
         exclude: patterns with wildcards of modules of experts that stay as they are.
         input_scale: write activation scales of 1.0, which ModelOpt checkpoints have and per-token
             serving does not read. They are neutral, not calibrated: no good for static scales.
-        device: where to quantize.
-        progress: called after each expert's projection.
+        device: where to quantize: "cpu" with as many threads as torch uses, "cuda" with every GPU, or
+            one GPU, as "cuda:1".
+        progress: called when all is checked, with no step done, and after each expert's projection, in
+            the thread of the caller.
 
     Raises:
         CheckpointError: with everything wrong with the source's headers and files, before anything is
@@ -85,7 +90,6 @@ def convert(
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(given)):
         raise CheckpointError(target, [f"it is inside the source {given}; give another folder"])
     plan = open_source(Folder(given), exclude)
-    converter = _Converter(plan, recipe, input_scale, where, progress or silent)
     check_room(plan, target)
     identity = _identity(plan, recipe, input_scale)
     inner, outer = describe(plan, recipe)
@@ -95,15 +99,18 @@ def convert(
     work = Workspace(target, identity, [*shards, *rest, *described, INDEX])
 
     facts = []
-    for shard in shards:
-        done = work.finished(shard)
-        if done is None:
-            tensors, done = converter.shard(shard)
-            work.write_shard(shard, tensors, plan.folder.file(shard).metadata() or {}, done)
-            del tensors
-        else:
-            converter.skip(shard)
-        facts.append(done)
+    with Workers(places_of(where)) as workers:
+        converter = _Converter(plan, recipe, input_scale, workers, progress or silent)
+        converter.begin()
+        for shard in shards:
+            done = work.finished(shard)
+            if done is None:
+                tensors, done = converter.shard(shard)
+                work.write_shard(shard, tensors, plan.folder.file(shard).metadata() or {}, done)
+                del tensors
+            else:
+                converter.skip(shard)
+            facts.append(done)
     for name, path in rest.items():
         work.copy(path, name)
     for name, content in described.items():
@@ -111,6 +118,24 @@ def convert(
     work.complete(_index(plan.folder, target))
     found = merge(facts)
     return [found[layer.module] for layer in plan.layers]
+
+
+@kept
+def estimate_seconds(source: Source, recipe: Recipe, device: torch.device) -> float:
+    """Estimate how long quantizing a source takes, by a trial: a few experts of its first shard.
+
+    Nothing is written, and the estimate leaves writing out.
+    """
+    places = places_of(device)
+    with Workers(places) as workers:
+        return _Converter(source, recipe, False, workers, silent).trial(len(places))
+
+
+class _Group(NamedTuple):
+    """Matrices that share a scale, and the memory of those of them that are in the shard."""
+
+    partners: list[Matrix]
+    rooms: dict[Matrix, Quantized]
 
 
 class _Converter:
@@ -121,28 +146,36 @@ class _Converter:
         source: Source,
         recipe: Recipe,
         input_scale: bool,
-        device: torch.device,
+        workers: Workers,
         progress: Progress,
     ):
         self._source, self._recipe, self._input_scale = source, recipe, input_scale
-        self._device, self._progress = device, progress
+        self._workers, self._progress = workers, progress
         self._total = sum(map(len, source.matrices.values()))
         self._done = 0
+
+    def begin(self) -> None:
+        self._progress(0, self._total, "")
 
     def shard(self, shard: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the shard's tensors, and the sums of squares of the error by module and projection."""
         folder = self._source.folder
         names = [name for name, file in folder.shard_of.items() if file == shard]
-        self._check_values(names)
-        kept = _Kept([m for name in names for m in self._source.matrices.get(name, ())])
-        tensors: dict[str, torch.Tensor] = {}
+        matrices = [m for name in names for m in self._source.matrices.get(name, ())]
+        rooms = dict(zip(matrices, room_for(matrices), strict=True))
         errors: dict[str, LayerError] = {}
-        for name in names:
-            for matrix in self._source.matrices.get(name, ()):
+        problems: list[str] = []
+        for found, squares in self._workers.map(self._quantize, self._groups(rooms)):
+            problems += found
+            for matrix, sums in squares.items():
                 layer = errors.setdefault(matrix.module, LayerError(matrix.module))
-                made = self._quantize(matrix, layer)
-                tensors |= {name: kept.copy(tensor) for name, tensor in made.items()}
-                self._step(matrix.target)
+                layer.add(matrix.projection, *sums)
+                self._done += 1
+                self._progress(self._done, self._total, matrix.target)
+        if problems:
+            raise CheckpointError(folder.path, problems)
+        tensors = {n: t for matrix, room in rooms.items() for n, t in self._named(matrix, room)}
+        for name in names:
             tensors |= self._source.taken_apart(name)
             if not self._source.replaces(name):
                 tensors[name] = folder.tensor(name)
@@ -155,54 +188,53 @@ class _Converter:
                 self._done += len(matrices)
         self._progress(self._done, self._total, f"{shard} was finished before")
 
-    def _step(self, what: str) -> None:
-        self._done += 1
-        self._progress(self._done, self._total, what)
+    def trial(self, count: int) -> float:
+        """Quantize as many groups of the first shard, twice; returns the seconds that all would take."""
+        first = next(iter(self._source.matrices))
+        shard = self._source.folder.shard_of[first]
+        chosen: list[Matrix] = []
+        for name, matrices in self._source.matrices.items():
+            if self._source.folder.shard_of[name] == shard and len(chosen) < 2 * count:
+                chosen += matrices[: 2 * count]
+        groups = self._groups(dict(zip(chosen, room_for(chosen), strict=True)))
+        some = list(itertools.islice(itertools.cycle(groups), count))
+        for _ in range(2):  # the first time also reads, and starts the threads
+            start = time.monotonic()
+            list(self._workers.map(self._quantize, some))
+        seconds = time.monotonic() - start
+        tried = sum(m.elements for group in some for m in group.rooms)
+        return seconds * self._source.elements / tried
 
-    def _check_values(self, names: list[str]) -> None:
-        matrices = [m for name in names for m in self._source.matrices.get(name, ())]
-        asked = dict.fromkeys(p for m in matrices for p in self._source.partners(m))
-        if bad := [problem for m in asked if (problem := self._source.problem(m)) is not None]:
-            raise CheckpointError(self._source.folder.path, bad)
+    def _groups(self, rooms: dict[Matrix, Quantized]) -> list[_Group]:
+        """Put the matrices of a shard that share a scale together."""
+        groups: dict[Matrix, _Group] = {}
+        for matrix, room in rooms.items():
+            partners = self._source.partners(matrix)
+            group = groups.setdefault(partners[0], _Group(partners, {}))
+            group.rooms[matrix] = room
+        return list(groups.values())
 
-    def _quantize(self, matrix: Matrix, error: LayerError) -> dict[str, torch.Tensor]:
-        w = self._source.weight(matrix).to(self._device)
-        shared = self._source.shared_amax(matrix)
-        amax = torch.tensor(shared, dtype=torch.float32, device=self._device)
-        codes, scales, decode = quantize_weight(w, amax, self._recipe)
-        exact = w.double()
-        difference = dequantize(codes, scales, decode).double() - exact
-        squares = (difference.square().sum(), exact.square().sum())
-        error.add(matrix.projection, *(float(s) for s in squares))
-        made = {
-            MODELOPT.codes: codes,
-            MODELOPT.block_scales: scales.view(torch.float8_e4m3fn),
-            MODELOPT.weight_scale: decode,
+    def _quantize(
+        self, device: torch.device, group: _Group
+    ) -> tuple[list[str], dict[Matrix, Squares]]:
+        """Quantize a group; returns what is wrong with its values, or its sums of squares."""
+        read = {m: self._source.read(m, device) for m in group.partners}
+        if problems := [values.problem for values in read.values() if values.problem is not None]:
+            return problems, {}
+        amax = max(values.amax for values in read.values())
+        return [], {
+            matrix: quantize_into(room, read[matrix].weight, amax, self._recipe)
+            for matrix, room in group.rooms.items()
         }
+
+    def _named(self, matrix: Matrix, room: Quantized) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a matrix's tensors with their names in the result."""
+        yield f"{matrix.target}.{MODELOPT.codes}", room.codes
+        yield f"{matrix.target}.{MODELOPT.block_scales}", room.scales.view(torch.float8_e4m3fn)
+        yield f"{matrix.target}.{MODELOPT.weight_scale}", room.decode
         if self._input_scale:
-            made[MODELOPT.input_scale] = torch.ones((), dtype=torch.float32, device="cpu")
-        return {f"{matrix.target}.{kind}": t for kind, t in made.items()}
-
-
-class _Kept:
-    """The results of a shard, in one piece of memory.
-
-    Between the larger temporaries of the quantizer they would hold the heap's free pieces apart, and
-    several times their own size with them.
-    """
-
-    _ALIGNMENT = 16
-
-    def __init__(self, matrices: Sequence[Matrix]):
-        # A code and a share of a block scale for each element, and two scalars for each matrix.
-        sizes = (m.elements // 2 + m.elements // BLOCK_SIZE + 4 * self._ALIGNMENT for m in matrices)
-        self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
-        self._used = 0
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        part = self._memory[self._used : self._used + tensor.nbytes]
-        self._used += -(-tensor.nbytes // self._ALIGNMENT) * self._ALIGNMENT
-        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            one = torch.ones((), dtype=torch.float32, device="cpu")
+            yield f"{matrix.target}.{MODELOPT.input_scale}", one
 
 
 def _identity(source: Source, recipe: Recipe, input_scale: bool) -> str:

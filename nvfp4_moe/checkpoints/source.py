@@ -5,13 +5,12 @@ which then is quantized. Stacked and fused experts are taken apart, transposed a
 """
 
 # SPDX-License-Identifier: Apache-2.0
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,7 +41,20 @@ class Matrix:
     target: str
     place: Place
     scale: Place | None  # of FP8
-    elements: int
+    rows: int
+    columns: int
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.columns
+
+
+class Values(NamedTuple):
+    """The values of a matrix, and what was found in them."""
+
+    weight: torch.Tensor  # [rows, columns] bf16, fp16 or fp32
+    amax: float
+    problem: str | None
 
 
 @dataclass
@@ -62,13 +74,14 @@ class Source:
     excluded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # The two that share a scale are asked for in turn, by its maximum and to be quantized.
-        self.weight = functools.lru_cache(maxsize=2)(self._weight)
         self._matrix = {
             (m.module, m.expert, m.projection): m for found in self.matrices.values() for m in found
         }
-        self.amax = functools.cache(self._amax)
-        self._least_scale: dict[Place, float] = {}
+
+    @property
+    def elements(self) -> int:
+        """The number of weights to quantize."""
+        return sum(m.elements for found in self.matrices.values() for m in found)
 
     def partners(self, matrix: Matrix) -> list[Matrix]:
         """Return the matrices that share one scale: gate and up, or down alone."""
@@ -87,31 +100,21 @@ class Source:
             for target, place in self.biases.get(name, ())
         }
 
-    def _weight(self, matrix: Matrix) -> torch.Tensor:
-        """Read a matrix [rows, K], bf16, fp16 or fp32."""
+    def read(self, matrix: Matrix, device: torch.device) -> Values:
+        """Read a matrix to a device. Its problem is NaN, infinity, or an FP8 scale below zero."""
         w = read_matrix(self.folder, matrix.place)
-        if matrix.scale is None:
-            return w
-        rows, columns = w.shape
-        scale = read_scale(self.folder, matrix.scale, rows, columns, _block_of(self.folder))
-        self._least_scale[matrix.scale] = float(scale.amin())
-        return dequantize_fp8(w, scale)
-
-    def problem(self, matrix: Matrix) -> str | None:
-        """Say what is wrong with a matrix's values or scales; None if nothing is."""
-        if not math.isfinite(self.amax(matrix)):
-            return f"{matrix.place}: it has NaN or infinite values"
-        if matrix.scale is not None and (least := self._least_scale[matrix.scale]) < 0:
-            return f"{matrix.scale}: it has {least}; a decode scale must be 0 or above"
-        return None
-
-    def _amax(self, matrix: Matrix) -> float:
-        # A float: small tensors that live on would hold the heap's large free pieces apart.
-        return float(self.weight(matrix).abs().amax())
-
-    def shared_amax(self, matrix: Matrix) -> float:
-        """Return the largest magnitude of the matrices that share the scale; all are finite."""
-        return max(self.amax(m) for m in self.partners(matrix))
+        problem = None
+        if matrix.scale is not None:
+            block = _block_of(self.folder)
+            scale = read_scale(self.folder, matrix.scale, matrix.rows, matrix.columns, block)
+            if (least := float(scale.amin())) < 0:
+                problem = f"{matrix.scale}: it has {least}; a decode scale must be 0 or above"
+            w = dequantize_fp8(w, scale)
+        w = w.to(device)
+        amax = max(abs(float(extreme)) for extreme in w.aminmax())
+        if not math.isfinite(amax):
+            problem = f"{matrix.place}: it has NaN or infinite values"
+        return Values(w, amax, problem)
 
 
 def open_source(folder: Folder, exclude: Sequence[str]) -> Source:
@@ -267,7 +270,7 @@ class _SourceCheck(Headers):
         else:
             self.fits(place, ("F8_E4M3",), whole)
             check_scale(self, scale, rows, columns, self._block)
-        matrix = Matrix(self.layer.module, expert, projection, target, place, scale, rows * columns)
+        matrix = Matrix(self.layer.module, expert, projection, target, place, scale, rows, columns)
         self._source.matrices.setdefault(place.name, []).append(matrix)
         if self.layer.has_bias(projection):
             self._bias(expert, projection, rows, target)

@@ -5,21 +5,24 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from .. import files
-from ..checkpoints.convert import convert
+from ..checkpoints.convert import convert, estimate_seconds
 from ..checkpoints.disk_space import result_bytes
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.folder import Folder
 from ..checkpoints.layer_error import print_errors
 from ..checkpoints.resumable_writer import RECORD
 from ..checkpoints.source import Source, open_source
+from ..checkpoints.workers import places_of
 from ..console import progress
 from ..exits import CommandError, Exit
 from ..reference import checks
@@ -62,20 +65,39 @@ def run(options: SimpleNamespace) -> Result:
 
 
 class _Work:
-    """Says before the first shard is written what will be written, and at the end what was."""
+    """Says before the conversion what will be written, and at the end what was."""
 
     def __init__(self, plan: Source, options: SimpleNamespace):
         self._plan, self._options = plan, options
         self._start = time.monotonic()
-        self._before: int | None = None  # matrices that an earlier call finished
 
     def step(self, done: int, total: int, what: str) -> None:
-        """Take in that a matrix, or a shard of an earlier call, is done (`checkpoints.progress`)."""
-        finished_before = what.endswith("was finished before")
-        if self._before is None and not finished_before:
-            self._before = done - 1
-            self._announce(total)
+        """Take in how far the conversion is (`checkpoints.progress`)."""
+        if done == 0:
+            self._announce()
         progress.update(done, total, what)
+
+    def _announce(self) -> None:
+        """Print what will be written, where, and how long that takes by a trial."""
+        plan, options = self._plan, self._options
+        device = torch.device(options.device)
+        matrices = [m for found in plan.matrices.values() for m in found]
+        finished = _finished_shards(options)
+        left = sum(
+            m.elements
+            for name, found in plan.matrices.items()
+            if plan.folder.shard_of[name] not in finished
+            for m in found
+        )
+        seconds = estimate_seconds(plan, RECIPES[options.recipe], device) * left / plan.elements
+        shards = count_of(len(plan.folder.shards), "shard")
+        before = f", of which {len(finished)} were finished before" if finished else ""
+        progress.note(
+            f"{count_of(len(plan.layers), 'layer')} with {len(matrices)} matrices become NVFP4 on "
+            f"{_named(device)}; {options.destination} gets about {_gigabytes(result_bytes(plan))} in "
+            f"{shards}{before}, in about {_time(seconds)} by a trial, and what the disk takes"
+        )
+        self._start = time.monotonic()
 
     def end(self) -> dict[str, Any]:
         """Print the summary and the next command; returns the facts for `--json`."""
@@ -92,24 +114,20 @@ class _Work:
         print(f"next: {shlex.join(words)}")
         return {"source_bytes": source, "written_bytes": written, "seconds": round(seconds, 1)}
 
-    def _announce(self, total: int) -> None:
-        """Estimate the time by the first matrix, which has just been made."""
-        plan, before = self._plan, self._before or 0
-        shards = count_of(len(plan.folder.shards), "shard")
-        each = time.monotonic() - self._start
-        progress.note(
-            f"{count_of(len(plan.layers), 'layer')} with {total - before} matrices become NVFP4 on "
-            f"{self._options.device}; {self._options.destination} gets about "
-            f"{_gigabytes(result_bytes(plan))} in {shards}, in about "
-            f"{_time(each * (total - before))} by the first matrix"
-        )
-
     def _first_layer(self) -> str:
         return self._plan.layers[0].module
 
 
 _READ = "from nvfp4_moe.checkpoints import load_experts; print(load_experts({!r}, {!r}))"
 """Reads the first layer of the result."""
+
+
+def _named(device: torch.device) -> str:
+    """Name the places of a conversion."""
+    places = Counter(map(str, places_of(device)))
+    if device.type == "cpu":
+        return f"the CPU in {count_of(places.total(), 'thread')}"
+    return ", ".join(places)
 
 
 def _bytes_of(folder: Folder) -> int:
@@ -132,9 +150,13 @@ def _time(seconds: float) -> str:
 
 def left(options: SimpleNamespace) -> str:
     """The state that an interrupt leaves, and how to continue."""
-    done = 0
+    shards = count_of(len(_finished_shards(options)), "shard")
+    return f"{shards} finished in {options.destination}, and the same command goes on from there"
+
+
+def _finished_shards(options: SimpleNamespace) -> set[str]:
+    """Return the shards that an unfinished conversion recorded as finished."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((Path(options.destination) / RECORD).read_bytes())
-        done = len(record["shards"])
-    shards = f"{done} shard{'' if done == 1 else 's'}"
-    return f"{shards} finished in {options.destination}, and the same command goes on from there"
+        return set(record["shards"])
+    return set()

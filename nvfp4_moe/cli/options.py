@@ -247,13 +247,17 @@ _CONVERT = Command(
             "leave out the activation scales, which are written as 1.0, not calibrated",
             bool,
         ),
-        Option("--device", "where to quantize", default="cpu"),
+        Option(
+            "--device",
+            "where to quantize: cpu with every core, cuda with every GPU, or one, as cuda:1",
+            default="cpu",
+        ),
     ),
     (
         ("convert Qwen3-30B-A3B Qwen3-30B-A3B-NVFP4", "on the CPU"),
         (
             "convert SRC DST --device cuda --exclude 'model.layers.61.*'",
-            "on a GPU, but for a layer",
+            "on every GPU, but for a layer",
         ),
     ),
 )
