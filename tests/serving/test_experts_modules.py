@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from assertions import assert_bitwise
 
 from nvfp4_moe import ActivationType, UnsupportedError, fake_quantized_moe
+from nvfp4_moe.serving.active import say_active
 from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, prepare, register
 from nvfp4_moe.serving.transformers.forward import experts_forward
 from nvfp4_moe.serving.transformers.gates import Gate, gate_of
@@ -303,7 +304,7 @@ def test_gradients_are_those_of_the_fake_quantized_layer(name, mode):
     assert module.down_proj.grad.abs().sum() > 0 < module.down_proj_bias.grad.abs().sum()
 
 
-def test_registration_gives_transformers_every_name(monkeypatch):
+def test_registration_gives_transformers_every_name(monkeypatch, caplog):
     """On a stand-in for transformers, whose real one need not be here."""
     registered, quantizers = {}, []
     package, integrations = ModuleType("transformers"), ModuleType("transformers.integrations.moe")
@@ -318,8 +319,13 @@ def test_registration_gives_transformers_every_name(monkeypatch):
         register()
     assert registered == {} and quantizers == []
     package.__version__ = "5.10.0.dev0"
+    caplog.set_level("INFO", "transformers")
+    say_active.cache_clear()
     register()
     assert set(registered) == set(IMPLEMENTATIONS) and quantizers == ["ours"]
+    register()
+    (said,) = caplog.messages
+    assert "is active in transformers 5.10.0.dev0: experts_implementation of nvfp4_moe," in said
     module, arguments = Module(), inputs()
     with torch.no_grad():
         for name, function in registered.items():

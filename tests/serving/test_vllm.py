@@ -21,6 +21,7 @@ from nvfp4_moe.checkpoints.load import load_experts
 from nvfp4_moe.kernels import environment
 from nvfp4_moe.serving import SERVERS
 from nvfp4_moe.serving import vllm as plugin
+from nvfp4_moe.serving.active import say_active
 from nvfp4_moe.serving.vllm import gate as vllm_gate
 
 NAMING = cases.NAMINGS["qwen3-moe"]
@@ -129,8 +130,32 @@ def test_another_version_is_registered_and_refused_where_it_is_asked_for(config,
     for make in (config, lambda: config.from_config({"quant_method": "modelopt"})):
         with pytest.raises(UnsupportedError, match=r"vllm 0\.31\.2\+cpu .* vllm 0\.32 and 0\.33"):
             make()
+    with (
+        pytest.raises(UnsupportedError, match=r"vllm 0\.31\.2\+cpu is installed"),
+        pytest.warns(DeprecationWarning),
+    ):
+        plugin.install()
+    assert config.modelopt_goes_to is None
     monkeypatch.setattr(vllm, "__version__", "0.32.0+cpu")
     config()
+
+
+def test_it_says_once_that_it_is_active(config, caplog):
+    import vllm
+
+    caplog.set_level("INFO", "vllm")
+    say_active.cache_clear()
+    plugin.register()
+    with pytest.raises(ValueError, match="quant_method is 'awq'"):
+        config.from_config({"quant_method": "awq"})
+    assert not caplog.messages, "nobody has a model of ours yet"
+    for _ in range(2):
+        config()
+        config.from_config({"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    fake_vllm.REGISTERED["nvfp4_moe_w4a16"]()
+    here = f"nvfp4-moe {nvfp4_moe.__version__} is active in vllm {vllm.__version__}: --quantization"
+    assert caplog.messages == [f"{here} nvfp4_moe", f"{here} nvfp4_moe_w4a16"]
+    assert {record.name for record in caplog.records} == {"vllm.nvfp4_moe"}
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

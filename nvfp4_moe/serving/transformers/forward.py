@@ -14,6 +14,7 @@ from ...kernels.backends import UnsupportedError
 from ...kernels.moe.api import fused_moe
 from ...kernels.moe.call import Mode
 from ...training.layer import fake_quantized_moe
+from ..active import say_active
 from ..canary import canary_asked_for
 from .module import FLAGS, projections, sources
 from .packed import packed_of, quantize
@@ -72,6 +73,8 @@ def register(canary: "Canary | None" = None) -> None:
         canary = canary_asked_for()
     for name, implementation in IMPLEMENTATIONS.items():
         ExpertsInterface.register(name, partial(experts_forward, implementation, canary=canary))
+    names = ", ".join(IMPLEMENTATIONS)
+    say_active("transformers", transformers.__version__, f"experts_implementation of {names}")
 
 
 def prepare(model: torch.nn.Module) -> int:

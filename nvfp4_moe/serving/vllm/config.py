@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ...kernels.moe.call import Mode
+from ..active import say_active
 from ..declared import declares_modelopt_nvfp4
 from ..quantizations import LOWEST_CAPABILITY, QUANTIZATIONS
 from .plugin import check_version
@@ -24,7 +25,7 @@ class Nvfp4MoEConfig(QuantizationConfig):
     modelopt_goes_to: str | None = None  # the name that `install` chose, for every class
 
     def __init__(self) -> None:
-        check_version()
+        say_active("vllm", check_version(), f"--quantization {self.name}")
         super().__init__()
 
     @classmethod
@@ -67,10 +68,12 @@ class Nvfp4MoEConfig(QuantizationConfig):
             UnsupportedError: this version of vLLM.
             ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
         """
-        check_version()
+        version = check_version()
         from .checkpoint import configuration_of
 
-        return configuration_of(config, cls.activation())
+        found = configuration_of(config, cls.activation())
+        say_active("vllm", version, f"--quantization {cls.name}")
+        return found
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of a layer: ours for experts; vLLM's for matrices, which stay in bf16."""

@@ -34,6 +34,9 @@ def install() -> None:
     Deprecated: it replaced methods of two classes of vLLM in version 0.1. The plug-in needs no package
     of the user's own: take `--quantization nvfp4_moe`, or `nvfp4_moe_static`. As before, activations are
     static, or per token where the switch is on.
+
+    Raises:
+        UnsupportedError: this version of vLLM.
     """
     warnings.warn(
         "nvfp4_moe.serving.vllm.install is deprecated: vLLM finds nvfp4-moe's plug-in by itself; take "
@@ -41,6 +44,7 @@ def install() -> None:
         DeprecationWarning,
         stacklevel=2,
     )
+    check_version()
     register()
     from .config import Nvfp4MoEConfig
 
@@ -48,8 +52,12 @@ def install() -> None:
     Nvfp4MoEConfig.modelopt_goes_to = "nvfp4_moe" if per_token else "nvfp4_moe_static"
 
 
-def check_version() -> None:
-    """Raise UnsupportedError unless the installed vLLM is one of `VERSIONS`."""
+def check_version() -> str:
+    """Return the version of the installed vLLM.
+
+    Raises:
+        UnsupportedError: it is none of `VERSIONS`.
+    """
     import vllm
 
     if ".".join(vllm.__version__.split(".")[:2]) not in VERSIONS:
@@ -57,3 +65,4 @@ def check_version() -> None:
             f"vllm {vllm.__version__} is installed; nvfp4-moe's quantization methods are written for "
             f"vllm {' and '.join(VERSIONS)}"
         )
+    return str(vllm.__version__)
