@@ -247,9 +247,17 @@ def quantize_blocks(
     factor = output_scale(scale_bytes, encode, recipe, ar)
     zero = e4m3.decode(scale_bytes) == 0 if recipe.tests_rounded_scale else amax == 0
     factor = torch.where(zero, 0.0, factor)
-    codes = e2m1.encode(ar.mul(values, factor[..., None]))
+    codes = _codes(values, factor)
     steps = {"block_amax": amax, "block_scale": unrounded, "output_scale": factor}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
+
+
+def _codes(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return the codes of values [M, K/16, 16] times the factors of their blocks [M, K/16].
+
+    The product is not flushed: what would be has the code of a zero of its sign in any case.
+    """
+    return e2m1.encode(values * factor[..., None])
 
 
 def block_scale(
@@ -291,7 +299,7 @@ def _four_over_six_blocks(
     def candidate(unrounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale_bytes = e4m3.encode(unrounded)
         factor = output_scale(scale_bytes, encode, recipe, ar)
-        codes = e2m1.encode(ar.mul(values, factor[..., None]))
+        codes = _codes(values, factor)
         scaled = e2m1.decode(codes) * e4m3.decode(scale_bytes)[..., None]  # exact
         if config.err_use_fast_math:
             difference = ar.sub(scaled, ar.mul(values, encode[..., None]))
@@ -344,7 +352,7 @@ def _e4m3_blocks(
     scale_bytes = e4m3.encode(unrounded)
     output_scale = ar.mul(rcp_approx_ftz(e4m3.decode(scale_bytes)), encode[:, None])
     output_scale = torch.where(unrounded == 0, 0.0, output_scale)
-    codes = e2m1.encode(ar.mul(_split(values.float()), output_scale[..., None]))
+    codes = _codes(_split(values.float()), output_scale)
     steps = {"block_amax": amax, "block_scale": unrounded, "output_scale": output_scale}
     return Quantized(e2m1.pack(codes.flatten(-2)), scale_bytes, steps=steps)
 
@@ -362,7 +370,7 @@ def _fp32_per_token(x: torch.Tensor, g: torch.Tensor, recipe: Recipe, ar: Arithm
     output_scale = torch.where(amax == 0, 0.0, ar.mul(rcp_approx_ftz(amax), e2m1.MAX))
     denominator = ar.mul(scale[:, None], output_scale)
     unrounded = torch.where(denominator == 0, 0.0, rcp_approx_ftz(denominator))
-    codes = e2m1.encode(ar.mul(values, output_scale[..., None]))
+    codes = _codes(values, output_scale)
     steps = {
         "row_amax": row_amax,
         "block_amax": amax,
