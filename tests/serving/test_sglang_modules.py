@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 
 import fake_sglang
+import own_backends
 import pytest
 import sglang_real
 import torch
@@ -21,6 +22,7 @@ from sglang_real import loaded, served
 
 import nvfp4_moe
 from nvfp4_moe import UnsupportedError
+from nvfp4_moe.canary import from_environment
 from nvfp4_moe.checkpoints.convert import convert
 from nvfp4_moe.checkpoints.load import load_experts
 from nvfp4_moe.serving import sglang as plugin
@@ -121,6 +123,24 @@ def test_deterministic_inference_and_our_runner_by_name(models):
         attention_backend="triton",
     )
     assert all(layer.quant_method.batch_invariant for layer in experts_of(model))
+
+
+def test_the_canary_catches_a_wrong_kernel_in_sglangs_layers(models, tmp_path, monkeypatch):
+    """The first call of each layer is judged, the second one step later."""
+    monkeypatch.setenv("NVFP4_MOE_CANARY", "1")
+    monkeypatch.setenv("NVFP4_MOE_CANARY_FOLDER", str(tmp_path))
+    model, _ = loaded(models / "modelopt", "nvfp4_moe")
+    canary = from_environment()
+    for layer in experts_of(model):
+        served(layer, *call())
+    canary.wait()
+    assert canary.counts.inside == LAYERS and canary.counts.outside == 0, canary.counts
+    wrong = own_backends.layer_without_a_tile
+    with nvfp4_moe.register_backend("fused_moe", "wrong", wrong, before="reference"):
+        for layer in experts_of(model):
+            served(layer, *call())
+        canary.wait()
+    assert canary.counts.outside > 0 and any(tmp_path.iterdir()), canary.counts
 
 
 def test_an_update_from_disk_runs_in_the_memory_of_the_first_weights(models, tmp_path):
