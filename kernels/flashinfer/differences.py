@@ -122,8 +122,8 @@ ADDITIONS = (
     ),
     Addition(
         "batch_invariant of the quantizers and of mm_fp4",
-        'refused: other bits. The quantizers are build="cute-dsl" with exact math, but a row of zeros '
-        "and NaN has the per-token scale 1 / FLT_MAX, not 0 "
+        'refused: other bits. The quantizers are build="cute-dsl" with exact math, as `explain` notes, '
+        "but a row of zeros and NaN has the per-token scale 1 / FLT_MAX, not 0 "
         "(`tests/backends/test_batch_invariant_oracle.py`); the product adds in steps of 64, and "
         "`mm_fp4_bounds` has its intervals ("
         "[judging](judging.md#a-batch-invariant-product-of-flashinfer))",

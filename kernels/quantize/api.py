@@ -101,14 +101,24 @@ def _adopt(name: str, run: Callable[[QuantizeCall], Any]) -> Callable[[QuantizeC
     return adopted
 
 
+_BATCH_INVARIANT = (
+    "FlashInfer 0.7.4's batch-invariant quantizers are not served; build='cute-dsl', fast_math=False "
+    "has their bits, but for the per-token scale of a row of zeros and NaN: it is 1 / FLT_MAX, ours 0"
+)
+
+
 def _notes(call: QuantizeCall) -> Sequence[str]:
-    """List the parts of the call that FlashInfer's own outputs have not confirmed."""
+    """List what FlashInfer's own outputs have not confirmed, and its quantizers of nearly these bits."""
     parts = {"do_shuffle": call.do_shuffle, "masked_m": call.masked_m is not None}
-    return [
+    notes = [
         f"not proven on FlashInfer, derived from its source: {part}"
         for part, present in parts.items()
         if present
     ]
+    r = call.recipe
+    if r.build == "cute-dsl" and r.math == "exact" and r.four_over_six is None:
+        notes.append(_BATCH_INVARIANT)
+    return notes
 
 
 QUANTIZE: Operation[QuantizeCall, Result] = Operation(
@@ -269,6 +279,8 @@ explain = QUANTIZE.explaining(nvfp4_quantize)
 
 def backend_and_build(backend: str, build: Build | None) -> tuple[str, Build]:
     """Return the full name of a backend, or "auto", and the build that is asked for."""
+    if build == "batch-invariant":
+        raise ValueError(f"build is {build!r}; {_BATCH_INVARIANT}")
     if build is not None:
         checks.one_of("build", build, get_args(Build))
     name = QUANTIZE.check_name(backend)

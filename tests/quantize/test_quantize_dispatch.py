@@ -272,6 +272,21 @@ def test_what_is_not_proven_is_noted():
     assert f"note: {note}" in str(explanation).splitlines()
 
 
+def test_the_batch_invariant_quantizers_are_refused_with_the_reason():
+    """FlashInfer's have the bits of an exact cute-dsl build, up to a row of zeros: `explain` says so."""
+    reason = (
+        "build is 'batch-invariant'; FlashInfer 0.7.4's batch-invariant quantizers are not served"
+    )
+    with pytest.raises(ValueError, match=reason):
+        nvfp4_quantize(X, G, **TOKEN, build="batch-invariant")
+    assert reason in str(explain(X, G, **TOKEN, build="batch-invariant"))
+    (note,) = explain(X, G, **TOKEN, build="cute-dsl", fast_math=False).notes
+    assert "batch-invariant quantizers are not served" in note
+    for other in ({"fast_math": True}, {"nvfp4_4over6": FOUR}):
+        given = {"build": "cute-dsl", "fast_math": False} | other
+        assert explain(X, G, **TOKEN, **given).notes == ()
+
+
 PROVEN = (
     TOKEN,
     TOKEN | {"nvfp4_4over6": FOUR},

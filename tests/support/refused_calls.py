@@ -31,7 +31,7 @@ from nvfp4_moe.kernels.flashinfer.rules import Rule
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
 from nvfp4_moe.kernels.quantize.call import UNSET, make_quantize_call
-from nvfp4_moe.reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType
+from nvfp4_moe.reference.activation import ELSEWHERE, IMPLEMENTED, ActivationType, Elsewhere
 from nvfp4_moe.reference.moe.baseline_moe import prepare_baseline, quantize_for
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.moe.variants import VARIANTS
@@ -317,8 +317,7 @@ def _without(column: str) -> tuple[ActivationType, Any]:
 
 
 def _in_no_layer(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
-    row = replace(call.experts.activation.row, flashinfer=frozenset())
-    monkeypatch.setattr(ActivationType, "row", row)
+    monkeypatch.setitem(ELSEWHERE, call.experts.activation, Elsewhere())
 
 
 def _layers(build: str, column: str, home: tuple[int, int], mode: str) -> Iterator[Refused]:
