@@ -13,7 +13,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -178,13 +178,23 @@ fuzz-checkpoints: $(SETUP)
 
 # Small changes made by rule of the reference and of the kernels, and what catches each. What has been
 # tried is in tests/support/mutants/generated/results.txt, which is committed, and is not tried again
-# until the function changes. All anew: half an hour, and hours. On a GPU, also
-# `PYTHONPATH=.:tests/support python3 -m mutants --generated kernels --device cuda --jobs 16 --seconds 500`,
-# whose file `make mutants MERGE=FILE` takes in.
+# until the function changes. All anew: half an hour, and hours. `make mutants-gpu` tries on a machine with
+# GPUs what is open; `make mutants MERGE=build/mutants-gpu.txt` takes in its file.
 mutants: $(SETUP)
 	-$(MUTANTS) --generated reference --jobs 2 $(if $(MERGE),--merge $(MERGE))
 	-$(MUTANTS) --generated kernels --jobs 2
 	$(MUTANTS) --generated report
+
+# The kernels' mutants that are open, with every probe again, in under 9 minutes: `make mutants-gpu GPUS=2`
+# on two GPUs and 32 cores.
+GPUS := 1
+mutants-gpu:
+	mkdir -p build
+	for gpu in $$(seq $(GPUS)); do \
+		CUDA_VISIBLE_DEVICES=$$((gpu - 1)) $(MUTANTS) --generated kernels --device cuda --again --jobs 14 \
+			--shard $$gpu/$(GPUS) --seconds 420 --results build/mutants-gpu.txt \
+			--merge tests/support/mutants/generated/results.txt & \
+	done; wait
 
 # docs/mutants.md, with what is known of the mutants made by rule. An hour.
 mutants-table: $(SETUP)

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutants.__main__ import main
+from mutants.edited_copy import KERNELS
 from mutants.generated import (
     answers,
     command,
@@ -105,6 +107,25 @@ def test_a_sample_of_the_kernels_is_caught():
     tried = list(trial.run(given, jobs=1, seconds=lambda _: 200.0))
     assert len(some) == 3 and {r.mutant.key for r in tried} == {m.key for m in some}
     assert [r.mutant.key for r in tried if r.status == "survived"] == []
+
+
+_WITHOUT_MUTANTS = {
+    "kernels/instruction_probe.py": "it measures the GPU, and `doctor` compares what it measures",
+    "kernels/moe/hopper/gluon.py": "it has other names of Triton's functions, and no number",
+}
+
+
+def test_what_triton_compiles_is_changed():
+    mark = re.compile(
+        r"^@(triton|gluon)\.(jit|constexpr_function)|^\w.* = \(?(tl|gl)\.constexpr\(", re.M
+    )
+    compiled = {
+        path.relative_to(KERNELS.parent).as_posix()
+        for path in KERNELS.rglob("*.py")
+        if mark.search(path.read_text("utf-8"))
+    }
+    assert compiled == kernel_probes.OF_FILE.keys() | _WITHOUT_MUTANTS.keys()
+    assert not kernel_probes.OF_FILE.keys() & _WITHOUT_MUTANTS.keys()
 
 
 def _mutant(of_reference, name):

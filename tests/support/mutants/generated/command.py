@@ -215,11 +215,11 @@ _HEAD = """\
 a comparison made strict or not, an operator exchanged, an index moved by one. Each is *killed* by an
 answer that is not the unchanged reference's, to the bit where the contract determines it, else outside
 of its interval; or by an error; it *timed out*; it is *harmless*, for a reason that is written down
-(`harmless.py`); or it is *open*: nothing saw it, and nobody has shown that it keeps the contract.
-Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and on a GPU. The Gluon
-kernels of `kernels/moe/hopper/` run on sm_90 alone: what no such GPU has tried is *not tried*. A mutant
-that waits without end, as one of a barrier may, is killed and has timed out. What has been tried is in
-`results.txt` beside the rules, and is tried again once the function changes.
+(`harmless.py` and `harmless_kernels.py`); or it is *open*: nothing saw it, and nobody has shown that
+it keeps the contract. Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and
+on a GPU. The Gluon kernels of `kernels/moe/hopper/` run on sm_90 alone: what no such GPU has tried is
+*not tried*. A mutant that waits without end, as one of a barrier may, is killed and has timed out.
+What has been tried is in `results.txt` beside the rules, and is tried again once the function changes.
 """
 
 

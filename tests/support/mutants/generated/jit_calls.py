@@ -5,6 +5,7 @@ The kernels name each function itself: `apply.py` finds by their names what is t
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -161,12 +162,20 @@ def _pairs() -> tuple[Tensor, Tensor]:
     return torch.cat([a.flatten(), near[0]]), torch.cat([b.flatten(), near[1]])
 
 
+_DECIDED_BY_AN_ULP = (
+    -7.797612190246582, -10.718061447143555, 0.2323940545320511, 1.0899845361709595,
+    -19.75469398498535, -16.288957595825195, 16.98673439025879, -12.907550811767578,
+)  # fmt: skip
+"""Arguments whose exponential an ulp of a coefficient changes, as a search has found."""
+
+
 def _of_two(name: str, ftz: bool, least: bool = False) -> tuple[list[Tensor], Tensor]:
     """(arguments, results)"""
     if name in ("flush", "reciprocal", "rcp", "to_bf16", "exp", "ex2", "tanh", "sigmoid"):
         x = _many()
         if name == "exp":
-            ends = around(host.fp32([87.0, 89.0]))
+            between = (host.arange(-126, 129).float() + 0.5) * math.log(2.0)  # two powers of two
+            ends = around(torch.cat([host.fp32([87.0, 89.0, *_DECIDED_BY_AN_ULP]), between]))
             x = torch.cat([x, ends, host.normal(seeded(27), 1 << 15) * 30])
         if name == "ex2":
             steps = host.arange(-8, 9)

@@ -20,8 +20,16 @@ from nvfp4_moe.reference.recipe import Recipe, SfLayout
 from ..calls import Call, FusedCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of
-from . import far_calls, jit_calls, quantizer_probes, ring_probes, routers
-from .operation_calls import NativeCall, ProducerCall, ProductCall, ReloadCall
+from . import (
+    far_calls,
+    jit_calls,
+    prologue_probes,
+    quantizer_probes,
+    ring_probes,
+    routers,
+    row_probes,
+)
+from .operation_calls import AmaxCall, NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import (
     CopyRowsCall,
     DecodeCall,
@@ -84,10 +92,29 @@ def _rest() -> Named:
         for recipe in (Recipe("exact"), Recipe()):
             yield f"reload, {kind.name}, {recipe}", functools.partial(ReloadCall, kind, recipe)
     situ = ActivationType.Situ
+    yield "reload, maxima", AmaxCall
+    for static in (False, True):
+        yield (
+            f"reload, small, static {static}",
+            functools.partial(
+                ReloadCall, ActivationType.Swiglu, Recipe(), static=static, small=True
+            ),
+        )
+    swiglu = ActivationType.Swiglu
+    yield "reload, static", lambda: ReloadCall(swiglu, Recipe("exact"), static=True)
     yield "reload, static, fp16", lambda: ReloadCall(situ, Recipe("exact"), torch.float16, True)
     for i, name in enumerate(("silu", "rmsnorm", "add_rmsnorm")):
         layout, tiles = SfLayout((i + 1) % 3), SfLayout.layout_128x4
         yield name, functools.partial(ProducerCall, i, Recipe(), layout)
+        yield (
+            f"{name}, by a tensor",
+            functools.partial(ProducerCall, i, Recipe(), layout, scale="tensor"),
+        )
+        for rows in (33, 64):  # programs of 32
+            yield (
+                f"{name}, {rows} rows",
+                functools.partial(ProducerCall, i, Recipe(), tiles, rows=rows),
+            )
         exact = Recipe("exact")
         yield f"{name}, fp16", functools.partial(ProducerCall, i, exact, tiles, torch.float16)
         yield (
@@ -101,6 +128,7 @@ def _parts() -> Named:
     yield "permute, 15 experts", lambda: PermuteCall(200, 15, tile=32)
     yield "permute, one expert", lambda: PermuteCall(37, 1)
     yield "permute, none local", lambda: PermuteCall(64, 64, elsewhere=True)
+    yield "permute, more experts than slots", lambda: PermuteCall(2, 16)
     yield "permute, three launches", lambda: PermuteCall(700, 5, one_launch=False)
     yield (
         "permute, three launches, 15 experts",
@@ -120,6 +148,7 @@ def _parts() -> Named:
         yield f"fragments, {kind}", functools.partial(FragmentsCall, kind)
         yield f"fragments, {kind}, indexed", functools.partial(FragmentsCall, kind, indexed=True)
         yield f"fragments, {kind}, whole", functools.partial(FragmentsCall, kind, 1280)
+        yield f"fragments, {kind}, narrow", functools.partial(FragmentsCall, kind, 128)
     tiny = functools.partial(FragmentsCall, recipe=Recipe(build="cute-dsl"), tiny=True)
     yield "fragments, quantized, tiny", lambda: tiny("quantized")
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
@@ -167,7 +196,9 @@ _MORE: dict[str, Callable[[], Call]] = {
         _rest(),
         _native(),
         far_calls.calls(),
+        prologue_probes.named(),
         ring_probes.named(),
+        row_probes.named(),
         jit_calls.named(),
     )
     for name, call in some
@@ -209,6 +240,7 @@ _FUNCTIONS = tuple(n for n in _named("function") if not n.startswith("function, 
 _ALONE = tuple(
     f"kernels/jit/{name}.py" for name in ("arithmetic", "decode", "e2m1", "e4m3", "instructions")
 )
+_DIRECT = ("function", "compiled", "decode", "fragments", "prologue", "dense, 1 by 1")
 """On a GPU, where each probe compiles its kernels anew, their functions are called directly alone."""
 _EXPERTS = (
     *_ACTIVATIONS,
@@ -227,30 +259,34 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/moe/activation.py": _EXPERTS,
     "kernels/moe/grouped_gemm.py": _EXPERTS,
     "kernels/moe/masked/rows.py": _named("masked rows", "copied rows", "far, copied"),
+    "kernels/moe/row_kernel.py": _named("rows taken"),
     "kernels/moe/permute.py": (*_named("permute", "masked rows"), *_TILES, "three launches"),
     "kernels/moe/finalize.py": (
         *_named("finalize"), *_TILES, "cancelling", "any size, to fp32", "far rows",
         *_named("far, finalize"),
     ),
     "kernels/moe/routing.py": (
-        "saturated routers", "undecided routers", "every routing method", *_named("routers"),
-        "far, route",
+        "function, sigmoid", "saturated routers", "undecided routers", "every routing method",
+        *_named("routers"), "far, route",
     ),
-    "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized")),
+    "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized", "prologue")),
     "kernels/quantize/block.py": _BLOCKS,
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
     "kernels/jit/arithmetic.py": (*_FUNCTIONS, *_LIBRARY),
     "kernels/jit/decode.py": (
-        *_named("function, decode", "decode", "far, decode", "fragments, codes"),
-        "dense", "qwen", "bf16", "grid",
+        *_named("function, decode", "decode", "far, decode", "fragments, codes", "prologue, codes"),
+        "dense, 1 by 1", "dense", "qwen", "bf16", "grid",
     ),
     "kernels/jit/fragments.py": _named("fragments", "far, fragments"),
+    "kernels/moe/hopper/prologue.py": _named("prologue"),
     "kernels/moe/hopper/rows.py": _named("fragments, bf16", "far, fragments"),
     "kernels/moe/hopper/grouped_gemm.py": _named("ring"),
     "kernels/moe/hopper/fragments.py": _named("ring"),
-    "kernels/jit/e2m1.py": (*_named("function, e2m1", "compiled, e2m1"), *_BLOCKS),
+    "kernels/jit/e2m1.py": (
+        *_named("function, e2m1", "compiled, e2m1", "interpreted, e2m1"), *_BLOCKS
+    ),
     "kernels/jit/e4m3.py": (*_named("function, e4m3", "function, decode"), *_LIBRARY),
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),
     "kernels/jit/pdl.py": ("decode", "compiled, wait"),
@@ -258,7 +294,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/approximations.py": _ACTIVATIONS,
     "kernels/jit/instructions.py": _named("function, ex2", "function, tanh", "routers, of a GPU"),
     "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
-    "kernels/fused_quantize/kernel.py": _PRODUCERS,
+    "kernels/fused_quantize/kernel.py": (*_PRODUCERS, "function, exp"),
     "kernels/weights/kernel.py": _RELOAD,
 }  # fmt: skip
 """Calls of each module, in order."""
@@ -268,8 +304,8 @@ def asked(file: str, device: str) -> list[str]:
     """Names of the calls of a module on a device: some are in the interpreter alone, or on a GPU."""
     names = list(dict.fromkeys(OF_FILE[file]))
     if device == "cuda" and file in _ALONE:
-        return [n for n in names if n.startswith(("function", "compiled", "decode", "fragments"))]
-    other = ("ring", "compiled") if device == "cpu" else ("far", "native")
+        return [n for n in names if n.startswith(_DIRECT)]
+    other = ("ring", "compiled") if device == "cpu" else ("far", "native", "interpreted")
     return [n for n in names if not n.startswith(other)]
 
 

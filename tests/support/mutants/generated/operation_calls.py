@@ -2,7 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 
@@ -14,6 +15,7 @@ from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
 from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
 from nvfp4_moe.kernels.tiles import GemmConfig
+from nvfp4_moe.kernels.weights import launch as weights_launch
 from nvfp4_moe.reference import dense, fused_quantize
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.bounds.dense import mm_fp4_bounds
@@ -37,6 +39,9 @@ class ReloadCall:
     recipe: Recipe
     dtype: torch.dtype = torch.bfloat16
     static: bool = False
+    small: bool = (
+        False  # weights whose scale is limited by the bias that is added to their products
+    )
 
     def _experts(self, seed: int) -> tuple[Any, tuple[Tensor, Tensor]]:
         g = torch.Generator().manual_seed(seed)
@@ -44,20 +49,47 @@ class ReloadCall:
         w13 = host.normal(g, 2, rows, 144) * host.powers(host.arange(2) * 3)[:, None, None]
         w2 = host.normal(g, 2, 144, 80)
         w13[0, :, :16], w2[1] = 0, 0
+        if self.small:
+            w13, w2 = w13 * 2.0**-110, w2 * 2.0**-112
         w = w13.to(self.dtype), w2.to(self.dtype)
         return prepare_experts(*w, self.kind, recipe=self.recipe, **self._options()), w
 
-    def _options(self) -> dict[str, float]:
-        return {"input_amax": 3.0, "intermediate_amax": 5.0} if self.static else {}
+    def _options(self, device: str = "cpu") -> dict[str, Any]:
+        amax = {"input_amax": 3.0, "intermediate_amax": 5.0} if self.static else {}
+        if not self.small:
+            return amax
+        sizes = host.fp32([[3.0 * 2.0**20], [5.0 * 2.0**31]])
+        rows = {"w13_bias": 80 * (2 if self.kind.gated else 1), "w2_bias": 144}
+        return amax | {name: sizes.expand(2, n).to(device) for name, n in rows.items()}
 
     def answer(self, device: str = "cpu") -> Any:
         experts = to_device(self._experts(0)[0], device)
         w13, w2 = (w.to(device) for w in self._experts(1)[1])
-        experts.load_(w13, w2, recipe=self.recipe, backend="triton", **self._options())
+        experts.load_(w13, w2, recipe=self.recipe, backend="triton", **self._options(device))
         return to_device(experts, "cpu")
 
     def judge(self) -> Answered:
         return exactly(self._experts(1)[0])
+
+
+@dataclass(frozen=True)
+class AmaxCall:
+    """The largest magnitudes of two experts that have 2,048 programs each, of four steps."""
+
+    def _weights(self) -> Tensor:
+        w = host.normal(torch.Generator().manual_seed(4), 2, 256, 256)
+        w[0, -1, -1], w[1, -1, -40] = 7.0, -9.0
+        return w.bfloat16()
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        w = self._weights().to(device)
+        bits = torch.zeros(2, dtype=torch.int32, device=device)
+        with mock.patch.object(weights_launch, "_WORDS", 16):
+            weights_launch._launch_amax(w, bits)
+        return bits.view(torch.float32).cpu()
+
+    def judge(self) -> Answered:
+        return exactly(host.fp32([7.0, 9.0]))
 
 
 @dataclass(frozen=True)
@@ -69,14 +101,20 @@ class ProducerCall:
     layout: SfLayout
     dtype: torch.dtype = torch.bfloat16
     fused: bool | None = None
+    scale: Literal["number", "tensor"] = "number"
+    rows: int = 9
 
     def _given(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         g = torch.Generator().manual_seed(3)
-        x = host.normal(g, 9, 80) * host.powers(host.integers(g, -9, 7, (9, 1)))
+        m = self.rows
+        x = host.normal(g, m, 80) * host.powers(host.integers(g, -9, 7, (m, 1)))
         x[1], x[2, ::5] = 0, -0.0
         x[4] *= 2.0**-120 if self.dtype == torch.bfloat16 else 2.0**-10
         x[5] *= 8
         if self.kind == fused_quantize_launch.k.SILU_AND_MUL.value:
+            if self.dtype == torch.float16:  # results that an ulp of the divisor changes
+                x[6:8, :80] = 0.0
+                x[6:8, 0], x[1:3, 0] = host.fp32([-0.7138671875, 16.640625]), host.fp32([1.5, 1.0])
             return torch.cat((x, x.flip(0)), 1).to(self.dtype), None, None
         residual = None
         if self.kind == fused_quantize_launch.k.ADD_RMSNORM.value:
@@ -86,7 +124,9 @@ class ProducerCall:
     def answer(self, device: str = "cpu") -> Any:
         x, weight, residual = (None if t is None else t.to(device) for t in self._given())
         assert x is not None
-        scale = self.recipe.base_scale_inv
+        scale: float | Tensor = self.recipe.base_scale_inv
+        if self.scale == "tensor":  # beside another number
+            scale = host.fp32([scale, 7.0]).to(device)[:1]
         call = FusedKernelCall(x, weight, 1e-5, scale, self.recipe, self.layout)
         got = fused_quantize_launch.fused_quantize(call, residual, self.fused)
         return [t.cpu() for t in (*got, *([] if residual is None else [residual]))]

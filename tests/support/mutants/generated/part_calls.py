@@ -54,33 +54,38 @@ class PermuteCall:
         limit = self.slots if self.one_launch else 0
         with mock.patch.object(permute, "_ONE_LAUNCH_SLOTS", limit):
             p = permute.permute(self._ids().to(device), self.local, self.offset, self.tile)
-        used_rows = int(p.end[-1])
-        used = p.tiles[0] >= 0
-        found = (
-            p.expanded[:used_rows],
-            p.permuted,
-            p.tiles[0],
-            p.tiles[1][used],
-            p.end,
-            p.tiles[2, :1],
-        )
-        return [t.cpu() for t in found]
+        return tensors_of(p)
 
     def judge(self) -> Answered:
-        local = (self._ids().flatten() - self.offset).tolist()
-        of = [[i for i, e in enumerate(local) if e == expert] for expert in range(self.local)]
-        expanded = [i for some in of for i in some]
-        row = {i: n for n, i in enumerate(expanded)}
-        end = [0]
-        for some in of:
-            end.append(end[-1] + len(some))
-        used = tiles_in_order(end[:-1], [len(some) for some in of], self.tile)
-        tiles = min(self.slots, self.local) + self.slots // self.tile
-        experts = [tile[0] for tile in used] + [-1] * (tiles - len(used))
-        firsts = [tile[1] for tile in used]
-        permuted = [row.get(i, -1) for i in range(self.slots)]
-        want = expanded, permuted, experts, firsts, end[1:], [len(used)]
-        return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
+        ids = self._ids().flatten().tolist()
+        return exactly(permutation_of(ids, self.local, self.offset, self.tile))
+
+
+def tensors_of(p: permute.Permutation) -> list[Tensor]:
+    """Return what of a permutation is read, on the CPU."""
+    used_rows, used = int(p.end[-1]), p.tiles[0] >= 0
+    found = (
+        p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1]
+    )  # fmt: skip
+    return [t.cpu() for t in found]
+
+
+def permutation_of(ids: list[int], num_local: int, offset: int, tile: int) -> list[Tensor]:
+    """Return `tensors_of` the right permutation of the slots' experts."""
+    local = [expert - offset for expert in ids]
+    of = [[i for i, e in enumerate(local) if e == expert] for expert in range(num_local)]
+    expanded = [i for some in of for i in some]
+    row = {i: n for n, i in enumerate(expanded)}
+    end = [0]
+    for some in of:
+        end.append(end[-1] + len(some))
+    used = tiles_in_order(end[:-1], [len(some) for some in of], tile)
+    tiles = min(len(ids), num_local) + len(ids) // tile
+    experts = [expert for expert, _ in used] + [-1] * (tiles - len(used))
+    firsts = [first for _, first in used]
+    permuted = [row.get(i, -1) for i in range(len(ids))]
+    want = expanded, permuted, experts, firsts, end[1:], [len(used)]
+    return [torch.tensor(t, dtype=torch.int32, device="cpu") for t in want]
 
 
 def tiles_in_order(first: list[int], counts: list[int], tile: int) -> list[tuple[int, int]]:
@@ -213,7 +218,8 @@ class FragmentsCall:
             rows, token = quantize_to_fragments(x, self.recipe, per_token=True, **where)
         found = [rows] if token is None else [rows, token]
         (places,) = given.values()
-        return [t.cpu()[places[places >= 0].long()] for t in found]
+        of_rows = [t.cpu()[places[places >= 0].long()] for t in found]
+        return of_rows + ([rows[2:].cpu()] if self.indexed else [])
 
     def judge(self) -> Answered:
         if self.kind == "codes":
@@ -226,7 +232,10 @@ class FragmentsCall:
         source = torch.arange(3, dtype=torch.int64, device="cpu")[:, None].expand(-1, 2)
         source = _INDEX[_INDEX >= 0].long() if self.indexed else source[_PLACES >= 0]
         want = [in_places(values)] if token is None else [in_places(values), token]
-        return exactly([t[source] for t in want])
+        found = [t[source] for t in want]
+        if self.indexed:  # what memory has held before
+            found.append(torch.full_like(found[0][:1], torch.nan))
+        return exactly(found)
 
 
 _PLACES = torch.tensor([[2, 5], [-1, 1], [3, -1]], dtype=torch.int32, device="cpu")

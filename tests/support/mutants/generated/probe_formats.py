@@ -50,6 +50,12 @@ def of_fp32() -> Answers:
     for ftz in (True, False):
         ar = fp32.Arithmetic(ftz)
         yield f"least products, {ftz}", ar.mul(*least)
+        # Of a tensor without dimensions torch does not take the type.
+        small, near, large = host.fp32([2.0**-126, 1 - 2.0**-24, 2.0**126]).split(1)
+        yield f"least products with a number, {ftz}", [
+            ar.mul(small, near[0]), ar.mul(near[0], small), ar.div(near, large[0]),
+            ar.div(near[0], large),
+        ]  # fmt: skip
         yield f"arithmetic, {ftz}", [
             ar.flush(x), ar.mul(x, y), ar.mul(x, 1e-30), ar.add(x, y), ar.sub(x, y), ar.div(x, y),
             ar.div(1.0, x), ar.div(x, 3.0), ar.min_flt_max(x), ar.add(x, -x), ar.sub(x, x * 1.5),

@@ -88,8 +88,42 @@ def _of_a_gpu(bias: Tensor) -> RoutingCall:
 def _dense_of_a_gpu() -> RoutingCall:
     """By an H200's functions: Default's near scores, and those of more experts than a block has."""
     how = Routing(RoutingMethodType.Default, 24, functions="hopper")
-    many = host.normal(seeded(9), 2, 300)
-    return RoutingCall(tuple((how, logits, None) for logits in (_near(), _dense(), many)))
+    many, few = host.normal(seeded(9), 2, 300), host.normal(seeded(11), 2, 24)
+    least = replace(how, top_k=5), few, None
+    return RoutingCall((*((how, logits, None) for logits in (_near(), _dense(), many)), least))
+
+
+def _groups_apart_by_ulps(groups: int, experts: int) -> tuple[Tensor, Tensor]:
+    """(logits, bias): every group's two best scores have a sum near 3, whatever the size of the best."""
+    best = host.fp32([1.75, 1.0, 1.25, 2.0, 1.5])[:groups]
+    bias, logits = host.full((groups, experts // groups), -3.0), host.zeros(32, groups, 2)
+    bias[:, 3], bias[:, 7] = best, 2.0 - best
+    logits += host.normal(seeded(12), 32, groups, 2) * 2.0**-20
+    every = host.zeros(32, groups, experts // groups)
+    every[:, :, [3, 7]] = logits
+    return every.flatten(1), bias.flatten()
+
+
+def _grouped(bias: Tensor) -> RoutingCall:
+    """By DeepSeekV3 in 2, 4 and 5 groups: none fills its lanes, and the last has the best experts.
+
+    Scores equal, apart by an ulp, and negative; a bias that bf16 rounds; no numbers.
+    """
+    three = Routing(RoutingMethodType.DeepSeekV3, 6, n_group=5, topk_group=3)
+    four = replace(three, top_k=4, n_group=4, topk_group=2, routed_scaling_factor=2.5)
+    two = replace(three, top_k=7, n_group=2, topk_group=1)
+    spread = host.normal(seeded(10), 9, 100) + host.arange(100) / 64
+    found = []
+    for how, experts in ((three, 100), (four, 60), (two, 24)):
+        logits = torch.cat([spread, _near(), _no_numbers().repeat(1, 9)[:, :100]])[:, :experts]
+        found += [(how, logits, b[:experts]) for b in (bias, bias - 3, bias.bfloat16())]
+        found.append((how, host.full((2, experts), 0.5), host.zeros(experts)))
+        found.append((how, *_groups_apart_by_ulps(how.n_group or 1, experts)))
+        # One large score in each group decides nothing without the second.
+        alone = host.zeros(3, experts)
+        alone[:, 1 :: experts // (how.n_group or 1)] = host.fp32([[0.5], [1.0], [4.0]])
+        found.append((how, alone + spread[:3, :experts] / 8, host.zeros(experts)))
+    return RoutingCall(tuple(found))
 
 
 def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
@@ -106,6 +140,7 @@ def named() -> Iterator[tuple[str, Callable[[], RoutingCall]]]:
         ),
     )
     yield "routers, subnormal bias", _subnormal_bias
+    yield "routers, groups", lambda: _grouped(bias)
     yield "routers, large", lambda: _by_each_method(_large())
     yield "routers, ties of bf16", lambda: _by_each_method(_ties_of_bf16(), bias.bfloat16())
     yield "routers, of a GPU", lambda: _of_a_gpu(bias)

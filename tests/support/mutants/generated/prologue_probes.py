@@ -1,0 +1,97 @@
+"""Calls of the launch that sorts few tokens and writes their rows: of every form, and part of a row."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nvfp4_moe import host
+from nvfp4_moe.kernels.moe.hopper.prologue import sort_and_place
+from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.quantize import dequantize, quantize_per_token
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
+
+from ..calls import Answered, Call
+from .numbers import seeded
+from .part_calls import exactly, in_places, permutation_of, tensors_of
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrologueCall:
+    """Rows of three tokens, among them NaN, a block of zeros, and a row with a small scale.
+
+    Slots of one token have the same expert as another's, one next to the local ones, or none.
+    """
+
+    form: Recipe | str
+    """A recipe: rows are quantized per token; else "plain", "codes" or "codes alone"."""
+    columns: int = 320
+    top_k: int = 5
+    experts: int = 5
+    offset: int = 2
+    tile: int = 2
+    tokens: int = 3
+
+    def _ids(self) -> Tensor:
+        first, behind = self.offset, self.offset + self.experts
+        some = [behind - 1, first, -1, first + 1, behind, first, first - 1, first + 1, behind + 3]
+        ids = torch.tensor(some * 8, dtype=torch.int32, device="cpu")
+        return ids[: self.tokens * self.top_k].view(self.tokens, self.top_k)
+
+    def _states(self) -> Tensor:
+        x = host.normal(seeded(self.columns), self.tokens, self.columns)
+        x[0, 3], x[-1, 16:32], x[-1] = torch.nan, 0.0, x[-1] * 2.0**-118
+        return x.bfloat16()
+
+    def _recipe(self) -> Recipe | None:
+        return self.form if isinstance(self.form, Recipe) else None
+
+    def _activations(self) -> Activations:
+        if self.form == "plain" or self._recipe() is not None:
+            return Activations(self._states())
+        q = quantize_per_token(self._states(), 1 / 2688, Recipe())
+        token = q.per_token_scale if self.form == "codes" else None
+        return Activations(q.codes, q.block_scales, token)
+
+    def answer(self, device: str = "cpu") -> Any:
+        a = self._activations()
+        given = (a.hidden_states, a.block_scales, a.per_token_scale)
+        a = Activations(*(None if t is None else t.to(device) for t in given))
+        p, values, scale = sort_and_place(
+            a, self._ids().to(device), self.experts, self.offset, self.tile, self._recipe()
+        )
+        local = int(p.end[-1])
+        rows = [values[:local].cpu()] + ([] if scale is None else [scale[:local].cpu()])
+        return tensors_of(p) + rows
+
+    def judge(self) -> Answered:
+        ids, recipe, a = self._ids(), self._recipe(), self._activations()
+        permutation = permutation_of(ids.flatten().tolist(), self.experts, self.offset, self.tile)
+        token = permutation[0].long() // self.top_k
+        if recipe is not None:
+            q = quantize_per_token(self._states(), recipe.base_scale_inv, recipe)
+            values, scale = dequantize(q.codes, q.block_scales, 1.0), q.per_token_scale
+        elif self.form == "plain":
+            values, scale = self._states(), None
+        else:
+            assert a.block_scales is not None
+            values, scale = dequantize(a.hidden_states, a.block_scales, 1.0), a.per_token_scale
+        rows = [in_places(values)[token]] + ([] if scale is None else [scale.flatten()[token]])
+        return exactly(permutation + rows)
+
+
+def named() -> Iterator[tuple[str, Callable[[], Call]]]:
+    four_over_six = Recipe("exact", NVFP44Over6Config(256, "MSE"))
+    recipes = Recipe(), Recipe("exact"), Recipe(build="cute-dsl"), four_over_six
+    for form in (*recipes, "plain", "codes", "codes alone"):
+        yield f"prologue, {form}", functools.partial(PrologueCall, form)
+    for form in (Recipe(), four_over_six, "plain", "codes"):
+        yield f"prologue, {form}, parts of rows", functools.partial(PrologueCall, form, 4224)
+    one = PrologueCall("plain", 64, top_k=3, experts=1, offset=0)
+    yield "prologue, one expert", lambda: one
+    yield "prologue, one token", lambda: replace(one, tokens=1, experts=9, form=Recipe())
