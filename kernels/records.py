@@ -25,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import environment
+from .attributes import reader
 
 MOST_BYTES = 8 << 20
 """The most bytes of memory that a recorded call uses beside its results. All of it is held until the
@@ -159,14 +160,6 @@ def _learn(kind: type) -> None:
         _PARTS[kind] = reader(*(f.name for f in fields(kind)))
     else:
         raise _NotKeptError
-
-
-def reader(*paths: str) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that reads attributes, such as `experts.gemm1_bias`, of a value into a tuple."""
-    read: Callable[[Any], tuple[Any, ...]] = eval(
-        f"lambda value: ({', '.join(f'value.{path}' for path in paths)},)"
-    )
-    return read
 
 
 def refuse(reason: str) -> None:

@@ -23,9 +23,9 @@ from ...reference.moe.variants import VARIANTS, Variant
 from ...reference.recipe import BLOCK_SIZE, LayerBuild, Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from .. import environment
+from ..attributes import reader
 from ..device import capability_of
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
-from ..records import reader
 
 Quantize = Literal["per-token", "static"]
 """The quantization that bf16 hidden states still need; Triton does "per-token" within its kernels."""

@@ -70,8 +70,8 @@ REFERENCE = (
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (
-    "environment", "device", "tiles", "records", "op_schema", "jit", "triton_target", "launcher",
-    "backends", "allocate", "decode", "instruction_probe", "call", "flashinfer", "quantize",
+    "environment", "device", "tiles", "attributes", "records", "op_schema", "jit", "triton_target",
+    "launcher", "backends", "allocate", "decode", "instruction_probe", "call", "flashinfer", "quantize",
     "fused_quantize", "weights", "dense", "baseline_moe", "moe",
 )  # fmt: skip
 """The files and folders of `kernels/`, in order: each imports none that follows it.

@@ -144,3 +144,10 @@ def of_routing() -> Answers:
         (logits[:, :4], Routing(_M.DeepSeekV3, 3, 2, 1), None),
     ):
         yield "route, refused", raised(lambda b=bad: routing.route(*b))
+    for method, chosen in itertools.product((_M.TopK, _M.Default), (0, 4, -1, 5)):
+        ids = host.full((len(five), 1), float(chosen)).int()
+        given = host.normal(seeded(5), len(five), 5)
+        yield (
+            "route, chosen before",
+            raised(lambda m=method, i=ids, g=given: routing.route(g, Routing(m, 1), ids=i)),
+        )
