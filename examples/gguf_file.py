@@ -24,7 +24,7 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class GGUF:
-    """What a file holds: the values of its metadata by key, and its tensors, fp32 on the CPU, by name.
+    """Holds the values of a file's metadata by key, and its tensors, fp32 on the CPU, by name.
 
     A tensor's shape is in PyTorch's order, the last dimension contiguous: a weight is [out, in].
     """

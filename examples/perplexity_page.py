@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pages import marks
 MARKS = marks("examples/smollm2_perplexity.py")
 BASELINE, EXACT, SPLIT = "bf16 model", "fp32 model", "bf16 experts, not quantized"
 SHOWN = (0, 1, 5, 10, 15, 20, 25, 28, 29)
-"""The layers that the second table has; the plot has all."""
+"""The layers that the second table and the plot have."""
 
 
 @dataclass
@@ -59,7 +59,10 @@ def tables(results: Results, labels: Sequence[str]) -> str:
     for label in (EXACT, BASELINE, *labels):
         increase, error = results.increase(label)
         cells = [label, f"{results.perplexity(label):.2f}", f"{increase:+.4f} ± {error:.4f}"]
-        cells += [f"{results.divergences[label].mean():.4f}", f"{results.same_token[label]:.1%}"]
+        cells += [
+            f"{results.divergences[label].mean():.4f}",
+            f"{100 * results.same_token[label]:.1f} %",
+        ]
         if label == BASELINE:
             cells[2:] = ["0", "0", "100 %"]
         ratios = sorted(map(decibels, results.by_layer.get(label, ())))
@@ -81,8 +84,28 @@ def tables(results: Results, labels: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Results, labels: Iterable[str], path: Path) -> None:
-    """Draw the loss beyond bf16's and every layer's SNR, readable on a light and on a dark page.
+@dataclass(frozen=True)
+class Line:
+    """What the plot shows of a method: the loss beyond bf16's, its standard error, SNR by layer."""
+
+    increase: float
+    error: float
+    decibels: dict[int, float]
+
+
+def lines(results: Results, labels: Iterable[str]) -> dict[str, Line]:
+    """Take what the plot shows of these methods."""
+    return {
+        label: Line(
+            *results.increase(label),
+            {i: decibels(e) for i, e in enumerate(results.by_layer[label]) if i in SHOWN},
+        )
+        for label in labels
+    }
+
+
+def plot(lines: Mapping[str, Line], path: Path) -> None:
+    """Draw each method's loss and its layers' SNR, readable on a light and on a dark page.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -91,21 +114,18 @@ def plot(results: Results, labels: Iterable[str], path: Path) -> None:
         import matplotlib
     except ImportError as error:
         raise SystemExit(f"{error}: install nvfp4-moe[bench]") from None
-    from plots import COLORS, GREY, STYLE
+    from nvfp4_moe.bench.plots import COLORS, GREY, STYLE
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    labels = list(labels)
-    colors = (*COLORS, GREY)[: len(labels)]
     with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2))
-        for i, (label, color) in enumerate(zip(labels, colors, strict=True)):
-            increase, error = results.increase(label)
-            left.errorbar(increase, i, xerr=2 * error, fmt="o", color=color, capsize=3)
-            ratios = [decibels(value) for value in results.by_layer[label]]
-            right.plot(range(len(ratios)), ratios, marker="o", ms=3, color=color)
-        left.set_yticks(range(len(labels)), labels)
+        colors = COLORS[: len(lines)]
+        for i, (line, color) in enumerate(zip(lines.values(), colors, strict=True)):
+            left.errorbar(line.increase, i, xerr=2 * line.error, fmt="o", color=color, capsize=3)
+            right.plot(*zip(*line.decibels.items(), strict=True), marker="o", ms=4, color=color)
+        left.set_yticks(range(len(lines)), list(lines))
         left.invert_yaxis()
         left.axvline(0, color=GREY, lw=1, ls="--")
         left.set(xlabel="loss over the bf16 model's, nats a token (± 2 standard errors)")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT)]
 
 import smollm2  # noqa: E402
 from smollm2 import SmolLM2  # noqa: E402

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT)]
 
 import smollm2  # noqa: E402
 from feed_forward import (  # noqa: E402
@@ -34,7 +34,7 @@ from feed_forward import (  # noqa: E402
 )
 from methods import METHODS, nvfp4_layer  # noqa: E402
 from pages import between_marks  # noqa: E402
-from perplexity_page import BASELINE, EXACT, MARKS, SPLIT, Results, plot, tables  # noqa: E402
+from perplexity_page import BASELINE, EXACT, MARKS, SPLIT, Results, lines, plot, tables  # noqa: E402
 from smollm2 import Dense, SmolLM2  # noqa: E402
 
 from nvfp4_moe import ActivationType  # noqa: E402
@@ -221,7 +221,7 @@ def main() -> None:
     page = DOCS / "perplexity.md"
     content = f"{origin(ids, options.device)}\n\n{tables(results, LABELS)}"
     page.write_text(between_marks(page.read_text("utf-8"), content, MARKS), "utf-8")
-    plot(results, LABELS[1:], DOCS / "perplexity.svg")
+    plot(lines(results, LABELS[1:]), DOCS / "perplexity.svg")
 
 
 if __name__ == "__main__":
