@@ -147,8 +147,9 @@ ADDITIONS = (
     Addition(
         "pad_trtllm_moe_weights",
         "not called, and not equal to ours: it pads H to multiples of 512 and I to multiples of 128, "
-        "`prepare_experts` H to 128 and a gated I to 64. An H that is then no multiple of 256 is "
-        "refused for FlashInfer of both versions, whose kernels reject it or give wrong results",
+        "`prepare_experts` H to 128 and a gated I to 64. An H that is then no multiple of 256, or an I "
+        "of 128, is refused for FlashInfer of both versions, whose kernels reject it or may give wrong "
+        "results",
         "fused_moe/core.py:489",
     ),
     Addition(

@@ -157,6 +157,13 @@ RULES: tuple[Rule[MoECall], ...] = (
         "trtllm_fused_moe_kernel_launcher.cu:5220",
     ),
     whole_tiles(lambda r: r.experts.padded_hidden_size),
+    # 0.7.4 says so (`fused_moe/core.py:7160`) of kernels that 0.7.2 has, too. FP8's launchers check it.
+    Rule(
+        lambda r: r.experts.padded_intermediate_size % 128,
+        "intermediate_size is {r.experts.padded_intermediate_size}, padded; it must be a multiple of "
+        "128, the rows of a tile",
+        "trtllm_fused_moe_kernel_launcher.cu:1861",
+    ),
     has_activation("trtllm", "trtllm_fused_moe_runner.cu:114"),
     Rule(
         lambda r: r.experts.activation == ActivationType.Situ and r.capability == (10, 7),

@@ -273,7 +273,7 @@ def test_output_dtypes():
 
 
 CAPABLE = {"capability": (10, 0)}
-SERVED = replace(SHAPE, hidden=256)
+SERVED = replace(SHAPE, hidden=256, intermediate=128)
 """A shape that FlashInfer's TRT-LLM layer has kernels for."""
 
 
@@ -330,7 +330,7 @@ class TestExplain:
     ):
         """Both versions have the same kernels, which read K of the first GEMM in tiles of 256."""
         pretend(monkeypatch, version=version_)
-        case = moe_cases.make(Shape(2, hidden, 64, 2, 1), mode=mode)
+        case = moe_cases.make(Shape(2, hidden, 128, 2, 1), mode=mode)
         e = explained(case, activation=mode)
         reason = e.reason("flashinfer:trtllm")
         assert e.backend == ("flashinfer:trtllm" if serves else "triton")

@@ -344,6 +344,7 @@ def _layers(build: str, column: str, home: tuple[int, int], mode: str) -> Iterat
     if build == "cuda":
         yield make(home, mode="bf16")
         yield make(home, shape=replace(SHAPE, hidden=128))
+        yield make(home, kind=ActivationType.Swiglu, shape=replace(SHAPE, intermediate=192))
         yield make((10, 7), kind=ActivationType.Situ)
         four = {"environment": {"FLASHINFER_NVFP4_4OVER6": "1"}}
         yield make(home, mode="static", recipe=config, circumstances=four)
