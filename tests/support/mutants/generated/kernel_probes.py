@@ -266,8 +266,8 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_named("far, finalize"),
     ),
     "kernels/moe/routing.py": (
-        "function, sigmoid", "saturated routers", "undecided routers", "every routing method",
-        *_named("routers"), "far, route",
+        "saturated routers", "undecided routers", "every routing method",
+        *_named("routers"), "function, sigmoid", "far, route",
     ),
     "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized", "prologue")),
     "kernels/quantize/block.py": _BLOCKS,
