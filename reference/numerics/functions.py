@@ -23,8 +23,9 @@ import functools
 import hashlib
 import lzma
 import math
+from collections.abc import Callable
 from importlib.resources import files
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -55,17 +56,51 @@ class Exact:
 
 
 class Hopper(Exact):
-    """As an H200 approximates them."""
+    """As an H200 approximates them; their derivatives are those of the exact functions."""
 
     def exp(self, x: torch.Tensor) -> torch.Tensor:
-        return ex2_approx_ftz(_CUDA.mul(flush(x), LOG2E))
+        def approximate(x: torch.Tensor) -> torch.Tensor:
+            return ex2_approx_ftz(_CUDA.mul(flush(x), LOG2E))
+
+        return _approximated(approximate, super().exp, x)
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
-        tanh = tanh_approx(_CUDA.mul(flush(x), 0.5))
-        return positive_nan(flush((0.5 * tanh.double() + 0.5).float()))  # exact in fp64
+        def approximate(x: torch.Tensor) -> torch.Tensor:
+            tanh = tanh_approx(_CUDA.mul(flush(x), 0.5))
+            return positive_nan(flush((0.5 * tanh.double() + 0.5).float()))  # exact in fp64
+
+        return _approximated(approximate, super().sigmoid, x)
 
     def div(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return _CUDA.mul(a, rcp_approx_ftz(b.expand_as(a)))
+        def approximate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return _CUDA.mul(a, rcp_approx_ftz(b.expand_as(a)))
+
+        return _approximated(approximate, super().div, a, b)
+
+
+class _ValueAndGradient(torch.autograd.Function):
+    """The first tensor, with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, differentiable: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad
+
+
+def _approximated(
+    approximate: Callable[..., torch.Tensor],
+    exact: Callable[..., torch.Tensor],
+    *given: torch.Tensor,
+) -> torch.Tensor:
+    """Return an approximation, which is read from tables, with the gradient of the exact function."""
+    value = approximate(*(t.detach() for t in given))
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return value
+    result: torch.Tensor = _ValueAndGradient.apply(value, exact(*given))
+    return result
 
 
 def functions(name: FunctionsName) -> Exact:

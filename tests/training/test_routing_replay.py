@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_weights_and_gradients_are_those_of_the_trainers_logits(method):
     (got,) = torch.autograd.grad(replayed.weights, [logits], grad)
     (gradient,) = torch.autograd.grad(want, [exact], grad.double())
     torch.testing.assert_close(got.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_gpus_functions_have_the_exact_functions_gradient(method):
+    """A trainer routes with the functions of the server's GPU, and its router learns."""
+    routing, bias = routing_of(method), bias_of(method)
+    recorded = route(logits_of(1, 200), routing, bias).ids
+    found = []
+    for functions in ("exact", "hopper"):
+        logits = logits_of(2, 200).requires_grad_()
+        here = replace(routing, functions=functions)
+        weights = route(logits, here, bias, ids=recorded).weights
+        want = route(logits.detach(), here, bias, ids=recorded).weights
+        assert_bitwise(weights.detach(), want, "the weights without a gradient")
+        grad = torch.randn(
+            want.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float32
+        )
+        found += torch.autograd.grad(weights, [logits], grad)
+    exact, approximate = found
+    assert (exact != 0).any()
+    # The derivatives are of approximate numbers, each off by 2^-11 of 1 at most, two of them combined.
+    torch.testing.assert_close(approximate, exact, rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("backward", ["dequantized", "high_precision"])
