@@ -15,6 +15,7 @@ from .quantize import QUANTIZE
 
 OPERATIONS = {operation.name: operation for operation in (QUANTIZE, DENSE, MOE, CONVERT, LOAD)}
 """Every operation by its name, in the order in which they are measured."""
+MOST_TOKENS = 2**31 - 1
 
 
 def select(
@@ -42,9 +43,10 @@ def select(
             which takes long there.
 
     Raises:
-        CommandError: a shape or backend that no operation has, a number of tokens below 1, or no case.
+        CommandError: a shape or backend that no operation has, a number of tokens that is not from 1 to
+            `MOST_TOKENS`, or no case.
     """
-    chosen = [OPERATIONS[name] for name in names] or list(OPERATIONS.values())
+    chosen = [OPERATIONS[name] for name in dict.fromkeys(names)] or list(OPERATIONS.values())
     _check(chosen, shapes, tokens, backends, baseline)
     found = []
     for operation in chosen:
@@ -60,7 +62,7 @@ def select(
         if baseline in every.backends and baseline not in mine:
             mine.append(baseline)
         selection = Selection(
-            tuple(named or usual.shapes), tuple(tokens or usual.tokens), tuple(mine)
+            tuple(named or usual.shapes), tuple(dict.fromkeys(tokens or usual.tokens)), tuple(mine)
         )
         found += cases(operation, selection)
     if not found:
@@ -94,8 +96,8 @@ def _check(
         if name not in known:
             raise CommandError(f"{option} is {name!r}; it must be among {'; '.join(known)}")
     for count in tokens:
-        if count < 1:
-            raise CommandError(f"--tokens is {count}; it must be at least 1")
+        if not 1 <= count <= MOST_TOKENS:
+            raise CommandError(f"--tokens is {count}; it must be from 1 to {MOST_TOKENS}")
 
 
 def _names(of_operations: Iterable[tuple[str, ...]]) -> list[str]:

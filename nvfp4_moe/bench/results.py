@@ -24,6 +24,8 @@ FORM = "5.3.1"
 """The version of pytest-benchmark whose form a file has."""
 Key = tuple[str, str, int, str]
 """The operation, the shape, the tokens and the backend of a measurement."""
+_LARGEST = 1e30
+"""The largest number of a file; its reciprocal is the smallest above 0. Quotients stay finite."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def read(option: str, path: str | Path) -> list[Measurement]:
         raise CommandError(
             f"{said}; it must be a file that can be read: {error.strerror}"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         told = f"{type(error).__name__}: {error}"
         raise CommandError(f"{said}; it must have the form of pytest-benchmark ({told})") from None
     if not found:
@@ -212,9 +214,13 @@ def _measurement(benchmark: Mapping[str, Any]) -> Measurement:
         rates,
         str(info["device"]),
     )
-    for number in (found.seconds, rates.copy_gb_s, rates.matmul_tflops):
-        if not 0 < number < float("inf"):
-            raise ValueError(f"{found.group} has {number}, which must be positive")
+    for number in (found.seconds, rates.copy_gb_s, rates.matmul_tflops, found.moved):
+        if not 1 / _LARGEST <= number <= _LARGEST:
+            allowed = f"from {1 / _LARGEST:g} to {_LARGEST:g}"
+            raise ValueError(f"{found.group} has {number}, which must be {allowed}")
+    for number in (found.flop, found.tokens):
+        if not 0 <= number <= _LARGEST:
+            raise ValueError(f"{found.group} has {number}, which must be from 0 to {_LARGEST:g}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,6 +61,7 @@ def test_what_is_named_is_measured():
     # Operations without such a backend, or without tokens, have no cases.
     assert {c.operation.name for c in select([], GPU, backends=["copy_"])} == {"quantize"}
     assert {c.operation.name for c in select([], GPU, tokens=[5])} == {"quantize", "dense", "moe"}
+    assert select(["moe", "moe"], CPU, tokens=[5, 5]) == select(["moe"], CPU, tokens=[5])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,8 @@ def test_what_is_named_is_measured():
         ),
         ({"backends": ["cublas"]}, "--backend is 'cublas'; it must be among "),
         ({"baseline": "cublas"}, "--baseline is 'cublas'; it must be among "),
-        ({"tokens": [8, 0]}, "--tokens is 0; it must be at least 1"),
+        ({"tokens": [8, 0]}, "--tokens is 0; it must be from 1 to 2147483647"),
+        ({"tokens": [2**31]}, "--tokens is 2147483648; it must be from 1 to 2147483647"),
         ({"shapes": ["Qwen3"], "backends": ["copy_"]}, "no operation has these shapes"),
     ],
 )
@@ -185,6 +188,26 @@ def test_a_file_of_another_kind(text, tmp_path, capsys):
         (line,) = printed.err.splitlines()
         assert line.startswith(f"nvfp4-moe bench: {option} is '{path}'; it must "), line
         assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", "Infinity"), ("tokens", -1), ("tokens", 10**300), ("bytes", 0),
+        ("bytes", "NaN"), ("flop", -1), ("flop", "Infinity"), ("flop", 10**399),
+        ("copy_gb_s", 1e-300), ("median", 1e-320), ("median", 1e308),
+    ],
+)  # fmt: skip
+def test_a_number_of_a_file_that_no_run_has(field, value, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    results.write(path, [measurement("triton", seconds=1e-6)])
+    text, count = re.subn(rf'"{field}": [^,\n]+', f'"{field}": {value}', path.read_text("utf-8"))
+    path.write_text(text, "utf-8")
+    assert count == 1
+    for option in ("--load", "--compare"):
+        assert main(["bench", option, str(path), "--json", str(tmp_path / "found")]) == Exit.USAGE
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "it must have the form of pytest-benchmark" in line
 
 
 def test_ratios_are_within_a_group():
@@ -445,6 +468,7 @@ def test_a_backend_that_needs_a_gpu(stopped_clock, capsys, monkeypatch):
     [
         (WrongResult("K=4096: bits differ"), Exit.DIFFERENCE, "WRONG, and not measured: K=4096"),
         (torch.OutOfMemoryError("9 GiB"), Exit.NOT_RUN, "has not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), Exit.NOT_RUN, "not enough"),
         (NotImplementedError("no program"), Exit.NOT_RUN, "no program"),
     ],
 )
@@ -455,6 +479,12 @@ def test_a_case_that_fails(error, status, told, stopped_clock, capsys, monkeypat
     monkeypatch.setattr(Case, "prepare", fail)
     assert main(list(QUICK)) == status
     assert told in capsys.readouterr().out
+
+
+def test_more_tokens_than_memory(stopped_clock, capsys):
+    words = ["bench", "--only", "quantize", "--shape", "K=4096 fast", "--backend", "reference"]
+    assert main([*words, "--tokens", "2147483647"]) == Exit.NOT_RUN
+    assert "has not enough memory" in capsys.readouterr().out
 
 
 def test_an_interrupt_keeps_what_was_measured(stopped_clock, capsys, monkeypatch, tmp_path):
