@@ -7,7 +7,7 @@ ggml's `ggml-common.h` and `dequantize_row_q4_1`, `dequantize_row_q8_0` in `ggml
 # SPDX-License-Identifier: Apache-2.0
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 VERSION = 3
+DEEPEST = 8
+"""The most arrays that are one inside the other; GGUF sets no limit."""
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -75,7 +77,8 @@ def read(path: Path) -> GGUF:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no GGUF file of this version, it ends early, or a tensor has another type.
+        ValueError: it is no GGUF file of this version, it ends early, a tensor has another type, or a
+            name, a shape or a place that no GGUF file has.
     """
     content = _Content(path)
     if content.take(4) != b"GGUF":
@@ -85,19 +88,27 @@ def read(path: Path) -> GGUF:
     count, keys = content.scalar("Q"), content.scalar("Q")
     metadata = {}
     for _ in range(keys):
-        key = content.string()
+        key = content.new_name(metadata)
         metadata[key] = content.value(content.scalar("I"))
-    named = []
+    named: dict[str, tuple[list[int], int, int]] = {}
     for _ in range(count):
-        name = content.string()
+        name = content.new_name(named)
         shape = [content.scalar("Q") for _ in range(content.scalar("I"))][::-1]
-        named.append((name, shape, content.scalar("I"), content.scalar("Q")))
+        named[name] = shape, content.scalar("I"), content.scalar("Q")
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(
+            f"{path} has general.alignment {alignment!r}; it must be an integer above 0"
+        )
     start = -(-content.position // alignment) * alignment
-    tensors = {
-        name: content.tensor(name, shape, number, start + offset)
-        for name, shape, number, offset in named
-    }
+    tensors = {}
+    for name, (shape, number, offset) in named.items():
+        if offset % alignment:
+            raise ValueError(
+                f"{path}: {name} begins at byte {offset} of the data, which must be a multiple of "
+                f"general.alignment, {alignment}"
+            )
+        tensors[name] = content.tensor(name, shape, number, start + offset)
     return GGUF(metadata, tensors)
 
 
@@ -123,14 +134,26 @@ class _Content:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8")
+        taken = self.take(self.scalar("Q"))
+        try:
+            return taken.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} has a string that is not UTF-8: {error}") from None
 
-    def value(self, number: int) -> Any:
+    def new_name(self, known: Container[str]) -> str:
+        name = self.string()
+        if name in known:
+            raise ValueError(f"{self.path} has {name!r} twice")
+        return name
+
+    def value(self, number: int, depth: int = 0) -> Any:
         if number == _STRING:
             return self.string()
         if number == _ARRAY:
+            if depth == DEEPEST:
+                raise ValueError(f"{self.path} has more than {DEEPEST} arrays inside each other")
             each = self.scalar("I")
-            return [self.value(each) for _ in range(self.scalar("Q"))]
+            return [self.value(each, depth + 1) for _ in range(self.scalar("Q"))]
         if number not in _SCALARS:
             raise ValueError(f"{self.path} has a metadata value of type {number}, which GGUF lacks")
         return self.scalar(_SCALARS[number])
@@ -140,6 +163,8 @@ class _Content:
             raise ValueError(
                 f"{self.path}: {name} has ggml's type {number}; it must be one of {[*ENCODINGS]}"
             )
+        if not shape or 0 in shape:
+            raise ValueError(f"{self.path}: {name} has shape {shape}; every size must be above 0")
         encoding = ENCODINGS[number]
         if shape[-1] % encoding.elements:
             raise ValueError(

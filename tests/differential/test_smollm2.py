@@ -22,7 +22,9 @@ from gguf_cases import (
     SIZE,
     THETA,
     halves,
+    string,
     tiny_file,
+    value,
     written,
 )  # fmt: skip
 from gguf_file import read
@@ -87,6 +89,39 @@ def test_files_that_are_refused(tmp_path, change, message):
         read(path)
 
 
+NESTED = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ([("general.alignment", value(0))], "general.alignment 0; it must be an integer above 0"),
+        ([("general.alignment", value("x"))], "general.alignment 'x'; it must be an integer"),
+        ([("general.alignment", value(32.0))], "general.alignment 32.0; it must be an integer"),
+        ([("k", NESTED)], "more than 8 arrays inside each other"),
+        ([("k", value(1)), ("k", value(2))], "has 'k' twice"),
+        ([("k", value("ab").replace(b"ab", b"\xff\xfe"))], "f has a string that is not UTF-8"),
+    ],
+)
+def test_metadata_that_is_refused(tmp_path, metadata, message):
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(metadata))
+    path = tmp_path / "f"
+    path.write_bytes(head + b"".join(string(key) + item for key, item in metadata))
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_a_tensor_off_the_alignment_is_refused(tmp_path):
+    path = written(tmp_path / "f", {}, {"w": ([8], F32, bytes(32)), "v": ([8], F32, bytes(32))})
+    raw = path.read_bytes()
+    at = raw.index(struct.pack("<IQ", F32, 32))
+    path.write_bytes(raw[:at] + struct.pack("<IQ", F32, 4) + raw[at + 12 :])
+    with pytest.raises(
+        ValueError, match="v begins at byte 4 of the data, which must be a multiple"
+    ):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("shape", "number", "message"),
     [
@@ -96,6 +131,8 @@ def test_files_that_are_refused(tmp_path, change, message):
             Q4_1,
             "w has rows of 16 elements; of ggml's type 3 they must be a multiple of 32",
         ),
+        ([], F32, r"w has shape \[\]; every size must be above 0"),
+        ([0, 32], Q4_1, r"w has shape \[0, 32\]; every size must be above 0"),
     ],
 )
 def test_tensors_that_are_refused(tmp_path, shape, number, message):
