@@ -341,6 +341,25 @@ def test_weights_that_nobody_has_read_are_refused(name, config):
         layer.w13_weight.weight_loader(layer.w13_weight, w.gate, "x", shard_id="w1", expert_id=0)
 
 
+def test_two_updates_that_are_each_half_are_not_one(config):
+    """The rest of a refused update does not wait for another version's weights."""
+    first, second, third = (cases.weights(seed=seed) for seed in range(3))
+    method, layer = online(config, first)
+    kept = {name: t.clone() for name, t in tensors_of(method.experts).items()}
+    for w, experts in ((second, slice(0, 2)), (third, slice(2, 4))):
+        method.restore_weights_before_loading(layer)
+        half = {name: getattr(layer, name).data.clone() for name in ("w13_weight", "w2_weight")}
+        fill(layer, w)
+        for name, before in half.items():
+            data = getattr(layer, name).data
+            before[experts] = data[experts]
+            data.copy_(before)
+        with pytest.raises(ValueError, match="w13_weight has not been read whole for 2 of 4"):
+            method.process_weights_after_loading(layer)
+    for name, tensor in tensors_of(method.experts).items():
+        assert_bitwise(tensor, kept[name], name)
+
+
 def test_block_scales_that_nobody_has_read_are_refused():
     method, layer, _ = of_checkpoint("nvfp4_moe", "modelopt")
     layer.w2_weight_scale.data[1, 0] = torch.tensor(torch.nan).to(torch.float8_e4m3fn)

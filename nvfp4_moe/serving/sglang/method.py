@@ -97,13 +97,18 @@ class Served:
         layer whose weights are not among the new ones keeps its own.
 
         Raises:
-            ValueError: a weight that has not been read.
+            ValueError: a weight that has not been read, or that cannot be packed. What has been read is
+                forgotten, so that a later update does not mix with it.
         """
         if not self.parameters.are_there:
             return
         if self.experts is None or not self.parameters.are_untouched(layer):
-            self.parameters.check_whole(layer)
-            self._take(layer, self.packed(layer))
+            try:
+                self.parameters.check_whole(layer)
+                self._take(layer, self.packed(layer))
+            except Exception:
+                self.parameters.forget(layer)
+                raise
         self.parameters.drop(layer)
 
     def _take(self, layer: Any, experts: Experts) -> None:

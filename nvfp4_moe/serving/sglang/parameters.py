@@ -46,8 +46,13 @@ class LoadedParameters:
             delattr(layer, name)
         self._names = [name for name in layer._parameters if name not in self._before]
         for name in self._names:
+            self.device = getattr(layer, name).data.device
+        self.forget(layer)
+
+    def forget(self, layer: Any) -> None:
+        """Fill every float with NaN, as if nothing had been read."""
+        for name in self._names:
             data = getattr(layer, name).data
-            self.device = data.device
             if data.is_floating_point():
                 data.copy_(torch.full((), torch.nan, dtype=torch.float32, device=data.device))
 
