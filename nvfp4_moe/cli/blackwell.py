@@ -183,10 +183,10 @@ def run_job(
     inherited = {k: v for k, v in os.environ.items() if k not in chosen}
     variables = inherited | job.part.maths[job.math]
     variables["OMP_NUM_THREADS"] = str(threads)
+    arguments = job.arguments(options, where)
+    key = finished.key(arguments, variables)  # of whichever of the visible GPUs
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
-    arguments = job.arguments(options, where)
-    key = finished.key(arguments, job.part.maths[job.math])
     if finished.is_noted(where, key) and (earlier := _earlier(job, where)) is not None:
         progress.note(f"{job.part.name}, {job.backend}, {job.math}: found by an earlier run")
         return earlier
@@ -200,9 +200,10 @@ def run_job(
         printed += f"\nstill running after {options.timeout:g} s: ended"
     where.mkdir(parents=True, exist_ok=True)
     (where / PRINTED).write_text(printed, "utf-8")
-    if status == Exit.DONE:
+    found = _report(where)
+    if status == Exit.DONE and found is not None:
         finished.note(where, key)
-    return JobResult(job, status, printed, _report(where))
+    return JobResult(job, status, printed, found)
 
 
 def _earlier(job: BackendJob, where: Path) -> JobResult | None:

@@ -6,11 +6,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 
 from ..machine import machine
 
 _NAME = "finished.json"
+_REPORT = "report.json"
+_PREFIXES = (
+    "CUBLAS", "CUDA", "CUDNN", "CUTE", "CUTLASS", "FLASHINFER", "NCCL", "NVCC", "NVFP4_MOE", "NVIDIA",
+    "PYTORCH", "SGLANG", "TLLM", "TORCH", "TRITON", "TRTLLM",
+)  # fmt: skip
+"""The beginnings of the names of variables that kernels, compilers and this library read."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -19,15 +26,17 @@ def key(arguments: Sequence[str], variables: Mapping[str, str]) -> str:
 
     Args:
         arguments: of its command.
-        variables: of its environment, beside those that it inherits.
+        variables: of its environment; those of other programs are left out.
     """
-    facts = {"arguments": list(arguments), "variables": dict(variables), **_here()}
+    read = {name: value for name, value in variables.items() if name.startswith(_PREFIXES)}
+    facts = {"arguments": list(arguments), "variables": read, **_here()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def note(folder: Path, key: str) -> None:
-    """Note in a process's folder that it ended, and found nothing wrong."""
-    (folder / _NAME).write_text(json.dumps({"key": key}) + "\n", "utf-8")
+    """Note in a process's folder that it ended, found nothing wrong, and wrote the report there."""
+    noted = {"key": key, "report": _hash_of_report(folder)}
+    (folder / _NAME).write_text(json.dumps(noted) + "\n", "utf-8")
 
 
 def forget(folder: Path) -> None:
@@ -36,17 +45,26 @@ def forget(folder: Path) -> None:
 
 
 def is_noted(folder: Path, key: str) -> bool:
-    """Return True if the folder has the note of a process with this key."""
+    """Return True if the folder has the note of a process with this key, and its report."""
     try:
         found = json.loads((folder / _NAME).read_text("utf-8"))
+        return bool(found == {"key": key, "report": _hash_of_report(folder)})
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("key") == key
 
 
 @functools.cache
 def _here() -> dict[str, object]:
-    return {"machine": machine(), "sources": _sources()}
+    return {"machine": machine(), "packages": _packages(), "sources": _sources()}
+
+
+def _hash_of_report(folder: Path) -> str:
+    return hashlib.sha256((folder / _REPORT).read_bytes()).hexdigest()
+
+
+def _packages() -> list[str]:
+    """Return every installed package with its version: libraries of kernels are among them."""
+    return sorted({f"{d.name} {d.version}" for d in distributions()})
 
 
 def _sources() -> str:

@@ -121,9 +121,17 @@ def test_resume(tmp_path, monkeypatch):
     assert blackwell_runs() == (sorted(names), 10), "not asked for"
     (tmp_path / names[0] / "report.json").write_text("{", "utf-8")
     assert blackwell_runs("--resume") == ([names[0]], 10)
-    finished._here.cache_clear()
-    monkeypatch.setattr(finished, "_sources", lambda: "other files")
-    assert blackwell_runs("--resume") == (sorted(names), 10)
+    other = report.Report(["diff"], sections=[Section("quantizers")])
+    write.write(other, tmp_path / names[0])  # by a `diff` with that folder
+    assert blackwell_runs("--resume") == ([names[0]], 10)
+    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "FLASHINFER_EXTRA_CUDAFLAGS"):
+        monkeypatch.setenv(name, "1")
+        assert blackwell_runs("--resume") == (sorted(names), 10), name
+        assert blackwell_runs("--resume") == ([], 10), name
+    for part in ("_sources", "_packages"):
+        finished._here.cache_clear()
+        monkeypatch.setattr(finished, part, lambda: "others")
+        assert blackwell_runs("--resume") == (sorted(names), 10), part
     finished._here.cache_clear()
 
 
