@@ -343,17 +343,15 @@ def test_weights_that_nobody_has_read_are_refused(name, config):
 
 def test_two_updates_that_are_each_half_are_not_one(config):
     """The rest of a refused update does not wait for another version's weights."""
-    first, second, third = (cases.weights(seed=seed) for seed in range(3))
-    method, layer = online(config, first)
+    method, layer = online(config, cases.weights())
     kept = {name: t.clone() for name, t in tensors_of(method.experts).items()}
-    for w, experts in ((second, slice(0, 2)), (third, slice(2, 4))):
+    for seed, other in ((1, slice(2, 4)), (2, slice(0, 2))):
         method.restore_weights_before_loading(layer)
-        half = {name: getattr(layer, name).data.clone() for name in ("w13_weight", "w2_weight")}
-        fill(layer, w)
-        for name, before in half.items():
-            data = getattr(layer, name).data
-            before[experts] = data[experts]
-            data.copy_(before)
+        both = layer.w13_weight.data, layer.w2_weight.data
+        before = [data[other].clone() for data in both]
+        fill(layer, cases.weights(seed=seed))
+        for data, kept_half in zip(both, before, strict=True):
+            data[other] = kept_half
         with pytest.raises(ValueError, match="w13_weight has not been read whole for 2 of 4"):
             method.process_weights_after_loading(layer)
     for name, tensor in tensors_of(method.experts).items():
