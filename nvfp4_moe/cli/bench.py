@@ -53,6 +53,7 @@ def run(options: SimpleNamespace) -> Result:
     finally:  # what was measured before an interrupt is saved, too
         if options.save is not None and found.measurements:
             results.write(Path(options.save), found.measurements)
+            options.saved = True
     elsewhere = {m.device for m in earlier} - {m.device for m in found.measurements}
     if elsewhere:
         print(f"note: {options.compare} was measured on {'; '.join(sorted(elsewhere))}")
@@ -72,7 +73,7 @@ def run(options: SimpleNamespace) -> Result:
 
 def left(options: SimpleNamespace) -> str:
     """Say what an interrupt leaves."""
-    if options.save is not None and Path(options.save).is_file():
+    if getattr(options, "saved", False):
         return f"what was measured before is in {options.save}"
     return "it wrote nothing, and the same command starts over"
 

@@ -20,7 +20,7 @@ def kind_of(config: dict[str, Any]) -> Kind:
         ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
     """
     method = str(config.get("quant_method") or "modelopt").lower().replace("_", "-")
-    inner = config.get("quantization") or config
+    inner = _inner(config)
     algorithm = str(inner.get("quant_algo")).upper()
     if method == "compressed-tensors" and any(group.is_nvfp4 for group in read_groups(config)):
         return "compressed-tensors"
@@ -34,8 +34,14 @@ def kind_of(config: dict[str, Any]) -> Kind:
 
 
 def declares_modelopt_nvfp4(config: dict[str, Any]) -> bool:
-    method, inner = str(config.get("quant_method")), config.get("quantization") or config
+    method, inner = str(config.get("quant_method")), _inner(config)
     return method.lower().startswith("modelopt") and "NVFP4" in str(inner.get("quant_algo")).upper()
+
+
+def _inner(config: dict[str, Any]) -> Mapping[str, Any]:
+    """Return the object that names the algorithm: hf_quant_config.json has it as `quantization`."""
+    inner = config.get("quantization")
+    return inner if inner and isinstance(inner, Mapping) else config
 
 
 def excludes_parts(
@@ -53,4 +59,6 @@ def excludes_parts(
     """
     parent, _, name = prefix.rpartition(".")
     parts = (mapping or {}).get(name, ())
-    return excluded(prefix) or (bool(parts) and all(excluded(f"{parent}.{p}") for p in parts))
+    return excluded(prefix) or (
+        bool(parts) and all(excluded(f"{parent}.{p}" if parent else p) for p in parts)
+    )

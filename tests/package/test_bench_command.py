@@ -503,6 +503,23 @@ def test_an_interrupt_keeps_what_was_measured(stopped_clock, capsys, monkeypatch
     assert len(results.read("--load", path)) == 2
 
 
+def test_an_interrupt_before_the_first_time_keeps_an_earlier_file(
+    stopped_clock, capsys, monkeypatch, tmp_path
+):
+    """Nothing of that file was measured now."""
+
+    def timed(call, device, capturable):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "r.json"
+    results.write(path, [measurement("triton")])
+    before = path.read_bytes()
+    monkeypatch.setattr(clock, "seconds", timed)
+    assert main([*QUICK, "--save", str(path)]) == Exit.INTERRUPTED
+    assert "it wrote nothing, and the same command starts over" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(capsys):
     """Real times: a copy is near the roofline, and the quantizer is below it."""
