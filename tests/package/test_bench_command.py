@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import test_speed
 import torch
 
+from nvfp4_moe import strict_json
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.bench import checkpoint, clock, moe, plots, quantize, results
 from nvfp4_moe.bench.case import Case, Prepared, WrongResult
@@ -208,6 +210,13 @@ def test_a_number_of_a_file_that_no_run_has(field, value, tmp_path, capsys):
         assert main(["bench", option, str(path), "--json", str(tmp_path / "found")]) == Exit.USAGE
         (line,) = capsys.readouterr().err.splitlines()
         assert "it must have the form of pytest-benchmark" in line
+
+
+def test_a_file_without_an_end(monkeypatch, capsys):
+    monkeypatch.setattr(strict_json, "MOST_BYTES", 1000)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it reads without a bound"))
+    assert main(["bench", "--load", "/dev/zero"]) == Exit.USAGE
+    assert "it has 1001 bytes; at most 1000 are read" in capsys.readouterr().err
 
 
 def test_ratios_are_within_a_group():
