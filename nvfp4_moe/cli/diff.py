@@ -78,7 +78,7 @@ def _compare(options: SimpleNamespace, parts: tuple[Part, ...], names: str | Non
     if options.report:
         write.write_failures(results, Path(options.report))
         write.write(whole, Path(options.report))
-        print(f"the report is in {options.report}", file=stream)
+        print(f"the page is {Path(options.report) / write.PAGE}; open it in a browser", file=stream)
     terminal.print_end(whole, stream)
     return Result(whole.status, whole.as_dict())
 

@@ -74,8 +74,8 @@ def run(selection: InputSelection, backends: list[str]) -> PartResult:
     if workers.INTERPRETER in backends:
         items = [_for_the_interpreter(item) for item in items]
         result.section.notes.append(
-            f"{workers.INTERPRETER}: of each whole tensor the first {INTERPRETED_ROWS} rows, of each "
-            "synthetic and whole tensor some cases"
+            f"{workers.INTERPRETER} is slow: it ran some of the cases, on the first "
+            f"{INTERPRETED_ROWS} rows of each tensor that is not synthetic"
         )
     interpreted = _interpret(items) if workers.INTERPRETER in backends else {}
     jobs = [(item.x, case) for item in items for case in item.cases]

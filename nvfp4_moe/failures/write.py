@@ -31,6 +31,8 @@ from .replay_file import (
     save_quantizer,
 )
 
+PAGE = "report.html"
+"""The name of the page in a report's folder."""
 MOST_FILES = 12
 """The largest number of failing cases that are minimized and written, the first of each cell."""
 MOST_HEATS = 40
@@ -55,7 +57,7 @@ def write(whole: Report, folder: Path) -> None:
         failure.heat = None
     data = whole.as_dict()
     (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    (folder / "report.html").write_text(render(data), "utf-8", newline="\n")
+    (folder / PAGE).write_text(render(data), "utf-8", newline="\n")
 
 
 def write_failures(results: Iterable[PartResult], folder: Path) -> None:

@@ -16,6 +16,11 @@ from ..reference.recipe import FLASHINFER, FlashInferVersion
 from . import invocation
 
 
+def count_of(n: int, noun: str) -> str:
+    """Return a number and what it counts, in the plural where it is not one."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
 def now() -> str:
     """Return the date and time, to the minute, in UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
@@ -64,6 +69,22 @@ class Report:
             return Exit.DIFFERENCE
         return Exit.NOT_RUN if self.missing or not self.compared else Exit.DONE
 
+    @property
+    def verdict(self) -> str:
+        """The outcome in one line: what failed, of how many comparisons, and what was not run."""
+        parts = []
+        if self.failed:
+            parts.append(f"{self.failed:,} of {count_of(self.compared, 'comparison')} failed")
+        uncounted = sum(cell.status in FAILED and not cell.failed for cell in self.cells)
+        if uncounted:  # a process that ended before it compared anything
+            parts.append(f"{count_of(uncounted, 'cell')} failed without a count")
+        if not parts:
+            every = f"nothing failed in {count_of(self.compared, 'comparison')}"
+            parts.append(every if self.compared else "nothing was judged")
+        if self.missing:
+            parts.append(f"{count_of(len(self.missing), 'thing')} asked for and not run")
+        return ", ".join(parts)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "command": shlex.join(self.command),
@@ -71,6 +92,7 @@ class Report:
             "pasted": invocation.pasted(self.command, self.folder),
             "failed": self.failed,
             "compared": self.compared,
+            "verdict": self.verdict,
             "exit_status": self.status.value,
             "statuses": dict(Counter(cell.status for cell in self.cells)),
         }

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..differential.results import FAILED, Status
 from ..exits import Exit
+from .data import count_of
 from .markup import Markup, element, join
-from .tables import copyable, count_of, counts, details_key, section_table, tells
+from .tables import copyable, counts, details_key, section_table, tells
 
 LEGEND: dict[Status, str] = {
     "identical": "the same bits",
@@ -37,7 +38,7 @@ def render(report: dict[str, Any]) -> str:
     if unknown := set(report["statuses"]) - set(LEGEND):
         raise ValueError(f"cells are {sorted(unknown)}; a status is one of {', '.join(LEGEND)}")
     style, script = _asset("page.css"), _asset("page.js")
-    verdict = _verdict(report)
+    verdict = report["verdict"]
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -78,23 +79,6 @@ def _cells(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str, dict[st
             for column, cell in cells.items():
                 key = details_key(f"{i}", j, section["columns"].index(column))
                 yield key, section["title"], row, column, cell
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    cells = [cell for *_, cell in _cells(report)]
-    compared, missing = report["compared"], report["missing"]
-    uncounted = sum(cell["status"] in FAILED and not cell["failed"] for cell in cells)
-    parts = []
-    if report["failed"]:
-        parts.append(f"{report['failed']:,} of {count_of(compared, 'comparison')} failed")
-    if uncounted:  # a process that ended before it compared anything
-        parts.append(f"{count_of(uncounted, 'cell')} failed without a count")
-    if not parts:
-        every = f"nothing failed in {count_of(compared, 'comparison')}"
-        parts.append(every if compared else "nothing was judged")
-    if missing:
-        parts.append(f"{count_of(len(missing), 'thing')} asked for and not run")
-    return ", ".join(parts)
 
 
 def _header(report: dict[str, Any], verdict: str) -> Markup:

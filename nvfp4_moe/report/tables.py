@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..differential.results import UNJUDGED
+from .data import count_of
 from .markup import Markup, element, join
 from .svg import heat, histogram
 
@@ -165,7 +166,3 @@ def copyable(name: str, text: str, label: str) -> Markup:
 
 def details_key(section: str, row: int, column: int) -> str:
     return f"d{section}-{row}-{column}"
-
-
-def count_of(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

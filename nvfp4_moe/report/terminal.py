@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch
 
 from ..console.table import print_table
-from ..differential.results import FAILED, Cell, PartResult, Section
+from ..differential.results import FAILED, PAIRED, Cell, PartResult, Section
 from ..exits import Exit
 from .data import Report
 
@@ -36,10 +36,12 @@ def print_quantizers(
         width = max(len(f["tensor"]) for f in result.facts)
         for f in result.facts:
             print(f"  {f['tensor']:<{width}}  {_facts(f)}", file=stream)
+    took_part = {side for column in result.section.columns for side in column.split(PAIRED)}
+    named = [side for side in sides or () if side in took_part or not took_part]
     cells = result.section.cells
     compared, failed = sum(c.compared for c in cells), sum(c.failed for c in cells)
     print(
-        f"\n{compared} comparisons of {result.elements:,} elements by {', '.join(sides or ())}: "
+        f"\n{compared} comparisons of {result.elements:,} elements by {', '.join(named)}: "
         f"{_outcome(compared, failed, len(result.missing))} ({seconds:.0f} s)",
         file=stream,
     )
@@ -96,6 +98,8 @@ def print_format_errors(errors_by_group: dict[str, dict[str, float]], stream: Te
 
 
 def _table(section: Section, stream: TextIO) -> None:
+    if not section.rows:
+        return
     rows = [
         [name, *(_pair(row.get(column)) for column in section.columns)]
         for name, row in section.rows.items()
@@ -152,9 +156,11 @@ def _made(whole: Report) -> str:
 
 
 def print_end(whole: Report, stream: TextIO) -> None:
-    """Print the machine, what was asked for and not run, and what the exit status means."""
+    """Print the machine, what was asked for and not run, and the verdict with the exit status."""
     print(_made(whole), file=stream)
     for what in whole.missing:
         print(f"asked for and not run: {what}", file=stream)
-    if whole.status is Exit.NOT_RUN:
-        print(f"exit status {whole.status.value}: {whole.status.meaning}", file=stream)
+    status = ""
+    if whole.status is not Exit.DONE:
+        status = f" (exit status {whole.status.value}: {whole.status.meaning})"
+    print(f"verdict: {whole.verdict}{status}", file=stream)

@@ -56,6 +56,7 @@ def diff(capsys, tmp_path, *arguments):
 def told_as_nothing(status, printed, found, shown):
     assert status == found["exit_status"] == Exit.NOT_RUN == 3
     assert "all identical" not in printed and "exit status 3: nothing was compared" in printed
+    assert printed.splitlines()[-1].startswith("verdict: nothing was judged")
     assert "Nothing failed" not in shown and 'class="open"' in shown
 
 

@@ -89,6 +89,7 @@ def test_it_says_when_and_by_what_it_was_made(monkeypatch, capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", found["date"])
     for told in (found["date"], "610.12", "0123456789ab, changed", torch.__version__):
         assert told in json.dumps(found) and told in shown and told in printed
+    assert printed.splitlines()[-1] == "verdict: nothing failed in 1 comparison"
     back = report._section(json.loads(json.dumps(found))["sections"][0])
     assert back == section
 
