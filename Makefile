@@ -14,10 +14,14 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 clean
+.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 quick-start clean
 
 diff: $(SETUP)
-	$(PYTHON) -m nvfp4_moe diff
+	$(PYTHON) -m nvfp4_moe diff --report build/diff
+
+# The program of docs/quick_start.md, from a checkpoint to a rollout; seconds on a CPU.
+quick-start: $(SETUP)
+	PYTHONPATH=. $(PYTHON) examples/quick_start.py build/quick-start
 
 # Two processes: offline compilation fails where Triton was imported under its interpreter. pytest's
 # exit status for no tests at all fails either.

@@ -1,6 +1,14 @@
-"""Writes what a script has made into its page of `docs/`, between two marks."""
+"""Reads the Python of a page of `docs/`, and writes what a script has made between two marks of it."""
 
 # SPDX-License-Identifier: Apache-2.0
+import re
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def python_blocks(page: str) -> list[str]:
+    """Return the Python blocks of a page's text, in order."""
+    return _BLOCK.findall(page)
 
 
 def marks(script: str) -> tuple[str, str]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import checkpoint_cases
 import pytest
+import quick_start
 import torch
 from checkpoint_cases import MODELOPT_KINDS
 from convert_cases import QWEN
+from pages import python_blocks
 from paths import ROOT
 from torch import distributed
 
@@ -25,7 +27,6 @@ from nvfp4_moe.reference.moe.routing import route
 
 OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTIONAL = {"transformers": "make test-transformers"}
 """Packages that the tests' environment may lack, and what runs the pages that import them."""
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
@@ -124,7 +125,7 @@ def introduced(tmp_path, monkeypatch):
             backend.remove()
 
 
-RUN = [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))]
+RUN = [page for page in PAGES if python_blocks(page.read_text("utf-8"))]
 
 
 def test_blocks_are_found():
@@ -136,7 +137,7 @@ def test_python_blocks_run(page, introduced, capsys):
     """In order, in one namespace; what a README block prints is what the page shows."""
     if page.name == "masked_input.md":
         introduced |= _masked()
-    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    blocks = python_blocks(page.read_text(encoding="utf-8"))
     for package, how in OPTIONAL.items():
         if any(re.search(rf"^(import|from) {package}\b", block, re.MULTILINE) for block in blocks):
             pytest.importorskip(package, reason=f"the page needs {package} ({how})")
@@ -146,3 +147,12 @@ def test_python_blocks_run(page, introduced, capsys):
         printed = capsys.readouterr().out.splitlines()
         shown = page.read_text(encoding="utf-8").splitlines()
         assert [line for line in printed if line not in shown] == []
+
+
+def test_the_quick_start_runs_twice_in_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        quick_start.main(tmp_path / "out")
+        said = capsys.readouterr().out
+        assert "the server and the trainer agree to the bit" in said
+        assert said.endswith(f"toy, toy-nvfp4, mine.safetensors are in {tmp_path / 'out'}\n")
