@@ -57,11 +57,11 @@ def merge(facts: Iterable[dict[str, Any]]) -> dict[str, LayerError]:
 def print_errors(errors: list[LayerError], stream: TextIO) -> None:
     """Write a line for each layer: relative Frobenius error and SNR of each GEMM's weights."""
     first = max([len("layer"), *(len(e.module) for e in errors)])
-    head = "".join(f"  {f'{side}: error':>18}  {'SNR':>8}" for side in _SIDES)
+    head = "".join(f"  {f'{side}: error':>10}  {'SNR':>8}" for side in _SIDES)
     print(f"{'layer':<{first}}{head}", file=stream)
     for layer in errors:
         cells = "".join(
-            f"  {layer.relative(*side):18.5f}  {layer.snr(*side):5.2f} dB"
+            f"  {layer.relative(*side):10.5f}  {layer.snr(*side):5.2f} dB"
             for side in _SIDES.values()
         )
         print(f"{layer.module:<{first}}{cells}", file=stream)

@@ -29,6 +29,8 @@ ON_A_CPU = (
     "conversion, and loading. Triton and FlashInfer are measured on a GPU."
 )
 
+IN_A_CACHE = "A case whose tensors stay in a cache can be above 1 of the roofline."
+
 
 @dataclass
 class _Found:
@@ -135,6 +137,8 @@ def _measure(options: SimpleNamespace, found: _Found, show: "_Tables") -> None:
         print(ON_A_CPU)
     rates = clock.rates(device)
     print(f"The roofline, measured now: {rates}.")
+    if device.type == "cpu":
+        print(IN_A_CACHE)
     with progress.bar("measuring", len(cases)):
         for operation, mine in itertools.groupby(cases, lambda case: case.operation.name):
             for case in mine:

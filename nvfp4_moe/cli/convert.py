@@ -27,7 +27,7 @@ from ..console import progress
 from ..exits import CommandError, Exit
 from ..reference import checks
 from ..reference.recipe import Recipe, all_recipes
-from ..report.tables import count_of
+from ..report.data import count_of
 from .output import Result
 
 RECIPES: dict[str, Recipe] = {
@@ -95,7 +95,7 @@ class _Work:
         progress.note(
             f"{count_of(len(plan.layers), 'layer')} with {len(matrices)} matrices become NVFP4 on "
             f"{_named(device)}; {options.destination} gets about {_gigabytes(result_bytes(plan))} in "
-            f"{shards}{before}, in about {_time(seconds)} by a trial, and what the disk takes"
+            f"{shards}{before}, in about {_time(seconds)} by a trial, and the time of the disk"
         )
         self._start = time.monotonic()
 
@@ -110,7 +110,8 @@ class _Work:
             f"wrote {self._options.destination}: {_gigabytes(written)} from {_gigabytes(source)} in "
             f"{_time(seconds)} ({source / seconds / 1e6:.1f} MB of source a second)"
         )
-        words = ["python3", "-c", _READ.format(str(self._options.destination), self._first_layer())]
+        names = json.dumps(str(self._options.destination)), json.dumps(self._first_layer())
+        words = ["python3", "-c", _READ.format(*names)]
         print(f"next: {shlex.join(words)}")
         return {"source_bytes": source, "written_bytes": written, "seconds": round(seconds, 1)}
 
@@ -118,7 +119,7 @@ class _Work:
         return self._plan.layers[0].module
 
 
-_READ = "from nvfp4_moe.checkpoints import load_experts; print(load_experts({!r}, {!r}))"
+_READ = "from nvfp4_moe.checkpoints import load_experts; print(load_experts({}, {}))"
 """Reads the first layer of the result."""
 
 

@@ -16,6 +16,9 @@ from .. import interrupts
 from ..exits import CommandError, Exit
 from ..kernels import environment
 
+_NEEDED = {"numpy": "NumPy", "safetensors": "safetensors", "torch": "PyTorch", "triton": "Triton"}
+"""The packages that the library imports, and their names in prose."""
+
 
 def guarded(name: str, load: Callable[[], Callable[[], int]], left: Callable[[], str]) -> int:
     """Run a command and turn whatever ends it into an exit status and a line on stderr.
@@ -41,9 +44,12 @@ def guarded(name: str, load: Callable[[], Callable[[], int]], left: Callable[[],
     except BrokenPipeError:  # the reader of our output has seen enough
         return _told(name, "its output was closed before its end", Exit.BROKEN)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "triton":
+        package = (error.name or "").split(".")[0]
+        if package not in _NEEDED:
             return _crashed(name, error)
-        return _told(name, "it needs Triton, which is not installed", Exit.NOT_RUN)
+        mend = f"`{sys.executable} -m pip install {package}` installs it"
+        said = f"it needs {_NEEDED[package]}, which is not installed; {mend}"
+        return _told(name, said, Exit.NOT_RUN)
     except Exception as error:
         return _crashed(name, error)
 

@@ -53,42 +53,45 @@ _DIFF = Command(
     "diff",
     ".cli.diff",
     "compare the same tensors through every backend here, to the bit",
-    "Quantize the same tensors by every backend that works here and compare codes, block scales and "
-    "per-token scales to the bit, then the fused mixture of experts, then FlashInfer's BF16, FP8 and "
-    "MXFP8 layers where it serves them. Plain recipes are compared in all three scale layouts, 4over6 "
-    "in one each in turn. A side or a tensor that was named and took part in no comparison counts as "
-    "not run.",
+    "Quantize the same tensors by every backend that works here, and compare codes, block scales and "
+    "per-token scales to the bit. Then compare the fused mixture of experts, and FlashInfer's BF16, FP8 "
+    "and MXFP8 layers where it serves them. A recipe without 4over6 is compared in all three layouts of "
+    "block scales, one with 4over6 in one of them. A backend or a tensor that you name counts as not "
+    "run if it takes part in no comparison.",
     (
-        Option("--input", "your own tensors, [M, K], from safetensors", metavar="FILE"),
-        Option("--backends", "comma-separated; all that work here if not given"),
+        Option(
+            "--input",
+            "a safetensors file of your own tensors, [M, K] with K a multiple of 16",
+            metavar="FILE",
+        ),
+        Option("--backends", "the backends, comma-separated; all that work here if not given"),
         Option(
             "--backend",
-            "also a backend of your own, a function of one call, as `register_backend` takes it; of the "
-            "part that --only names",
-            metavar="MODULE:FUNCTION",
+            "also compare a backend of your own: module:function, a function as `register_backend` "
+            "takes it, for the operation that --only names",
+            metavar="NAME",
             repeated=True,
         ),
         Option("--recipes", "the recipes of the quantizers", default="all", choices=RECIPES),
         Option(
             "--flashinfer",
-            "the version whose bits are expected, whatever is installed",
+            "the version of FlashInfer whose bits are expected; it need not be installed",
             default=FLASHINFER_VERSIONS[0],
             choices=FLASHINFER_VERSIONS,
         ),
         Option("--kind", "only this kind of synthetic input", choices=KINDS),
         Option("--seed", "the seed of the synthetic inputs", int, 0),
         Option("--rows", "at most this many rows of each tensor", int),
-        Option("--only", "one part", choices=PARTS, earlier=RENAMED_PARTS),
+        Option("--only", "compare this part alone", choices=PARTS, earlier=RENAMED_PARTS),
         Option(
             "--every-configuration",
-            "the mixture of experts in every tactic that a backend advertises",
+            "run the mixture of experts in every tactic that a backend lists",
             bool,
         ),
-        Option("--replay", "the mixture of experts in CUDA graphs, too", bool),
+        Option("--replay", "run the mixture of experts in CUDA graphs, too", bool),
         Option(
             "--layers",
-            "layers of the mixture of experts; an interpreter has the time for few and small, a GPU "
-            "also for large",
+            "the set of layers of the mixture of experts; large takes too long without a GPU",
             default="small",
             choices=LAYERS,
         ),
@@ -112,8 +115,8 @@ _BLACKWELL = Command(
     "none are named, so does FlashInfer if none of its backends was.",
     (
         Option("--report", "the folder of the report", default="report", metavar="DIR"),
-        Option("--backends", "comma-separated; all if not given"),
-        Option("--small", "a part, to see that it runs", bool),
+        Option("--backends", "the backends, comma-separated; all if not given"),
+        Option("--small", "run a small part, to see that it runs", bool),
         Option("--timeout", "the time limit of one process, in seconds", float, 3600.0, "SECONDS"),
         Option(
             "--resume",
@@ -135,10 +138,10 @@ _REPLAY = Command(
     "Run the failing case of a file again, both sides of a comparison or a fused call's backend, and "
     "print the first difference. A backend that cannot run here counts as not run.",
     (
-        Option("file", "written where a comparison failed", metavar="FILE"),
+        Option("file", "a failing case, which a comparison wrote", metavar="FILE"),
         Option(
             "--backend",
-            "run this one in the place of the one that failed; also module:function, as for diff",
+            "run this backend in the place of the one that failed; also module:function, as for diff",
         ),
     ),
     (
@@ -167,32 +170,32 @@ _EXPLAIN = Command(
     "machine without one gets a table of all.",
     (
         Option("--gpu", "a compute capability, as sm_90 or sm_100", metavar="SM"),
-        Option("--tokens", "rows of the input", int, 16),
+        Option("--tokens", "the number of tokens, which are rows of the input", int, 16),
         Option("--hidden", "the hidden size", int, 2048),
         Option("--intermediate", "the intermediate size of an expert", int, 768),
         Option("--experts", "the number of experts", int, 128),
-        Option("--top-k", "experts of a token", int, 8),
-        Option("--activation", "of the experts", default="Swiglu"),
+        Option("--top-k", "the number of experts of a token", int, 8),
+        Option("--activation", "the activation of the experts", default="Swiglu"),
         Option("--routing", "the routing method", default="Renormalize", choices=ROUTINGS),
         Option(
             "--build",
-            "the kernels of FlashInfer's whose bits are wanted",
+            "FlashInfer's implementation whose bits are wanted",
             default="cuda",
             choices=BUILDS,
         ),
         Option(
             "--math",
-            "of the quantizers; as the environment says if not given",
+            "the arithmetic of the quantizers; as the environment says if not given",
             choices=("fast", "exact"),
         ),
-        Option("--four-over-six", "with 4over6", bool),
-        Option("--batch-invariant", "a token's bits depend on no other token", bool),
+        Option("--four-over-six", "quantize with 4over6", bool),
+        Option("--batch-invariant", "require that a token's bits depend on no other token", bool),
     ),
     (
         ("explain", "Qwen3-30B-A3B's layer on this GPU, or on every kind of GPU"),
         (
-            "explain --gpu sm_100 --hidden 7168 --intermediate 2048 --experts 32",
-            "a rank of DeepSeek-V3's on Blackwell",
+            "explain --gpu sm_100 --hidden 7168 --experts 32",
+            "32 experts of 7168 x 768 on Blackwell",
         ),
     ),
 )
@@ -271,15 +274,27 @@ _BENCH = Command(
     "conversion and loading. A backend that was named and cannot run here counts as not run, and a "
     "wrong output as a difference.",
     (
-        Option("--only", "this operation; again for another", choices=MEASURED, repeated=True),
         Option(
-            "--shape",
-            "shapes whose name contains TEXT; again for others",
+            "--only",
+            "measure this operation alone; repeat it for another",
+            choices=MEASURED,
             repeated=True,
         ),
-        Option("--tokens", "the rows of the input; again for others", int, repeated=True),
-        Option("--backend", "this backend; again for another", repeated=True, metavar="NAME"),
-        Option("--all", "every shape, number of tokens and backend that is not named", bool),
+        Option(
+            "--shape",
+            "measure shapes whose name contains TEXT; repeat it for others",
+            repeated=True,
+        ),
+        Option("--tokens", "measure inputs of N rows; repeat it for others", int, repeated=True),
+        Option(
+            "--backend",
+            "measure this backend; repeat it for another",
+            repeated=True,
+            metavar="NAME",
+        ),
+        Option(
+            "--all", "measure every shape, number of tokens and backend, where you name none", bool
+        ),
         Option("--device", "where to measure; a GPU if there is one"),
         Option(
             "--baseline",
@@ -289,11 +304,15 @@ _BENCH = Command(
         Option("--save", "write the times as `pytest bench --benchmark-json` does", metavar="FILE"),
         Option(
             "--load",
-            "measure nothing, and take the times of FILE; again for another",
+            "measure nothing, and take the times of FILE; repeat it for another",
             metavar="FILE",
             repeated=True,
         ),
-        Option("--compare", "set the times of FILE, an earlier one, beside", metavar="FILE"),
+        Option(
+            "--compare",
+            "show the speed-up over the times of FILE, which --save wrote",
+            metavar="FILE",
+        ),
         Option(
             "--plot", "draw roofline.svg and speedup.svg in DIR; needs matplotlib", metavar="DIR"
         ),
@@ -313,18 +332,26 @@ _SOLUTIONS = Command(
     "hook (flashinfer.trace_apply) then calls ours for calls of these shapes, in any server. The "
     "installed flashinfer-python names the definitions.",
     (
-        Option("folder", "where to write", metavar="DIR"),
+        Option("folder", "the folder to write", metavar="DIR"),
         Option(
             "--shape",
-            "of the weights, padding included: hidden and intermediate size, experts, top k, and the "
-            "experts of a rank; again for another layer",
+            "the shape of the weights with their padding: hidden and intermediate size, experts, top k, "
+            "and the experts of a rank; repeat it for another layer",
             metavar="H,I,E,K[,LOCAL]",
             repeated=True,
             required=True,
         ),
-        Option("--activation", "of the layer", default="Swiglu"),
-        Option("--routing", "methods, comma-separated, or given; all if not given"),
-        Option("--groups", "of DeepSeekV3's routing", metavar="N,TOP"),
+        Option("--activation", "the activation of the layer", default="Swiglu"),
+        Option(
+            "--routing",
+            "routing methods, comma-separated, or the word given for calls that bring their ids; all if "
+            "not given",
+        ),
+        Option(
+            "--groups",
+            "the groups of DeepSeekV3's routing, and how many of them it takes",
+            metavar="N,TOP",
+        ),
     ),
     (
         (

@@ -1,6 +1,7 @@
 """Parses the arguments of the process: by typer, or plainly where typer is not installed."""
 
 # SPDX-License-Identifier: Apache-2.0
+import shutil
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -14,6 +15,15 @@ ABOUT = (
 )
 
 
+NARROW = 72
+"""In fewer columns, typer's tables cut words of the help: the plain parser's help has no tables."""
+
+
+def _needs_narrow_help(words: Sequence[str]) -> bool:
+    asked = not {"--help", "-h"}.isdisjoint(words)
+    return asked and shutil.get_terminal_size().columns < NARROW
+
+
 def parse(words: Sequence[str], version: Callable[[], str]) -> SimpleNamespace | int:
     """Return the options of the command that the words call, or an exit status if help was printed.
 
@@ -21,7 +31,10 @@ def parse(words: Sequence[str], version: Callable[[], str]) -> SimpleNamespace |
         CommandError: an unknown command or option, a missing one, or a bad value.
     """
     try:
-        from .typer_parser import split
+        if _needs_narrow_help(words):
+            from .plain_parser import split
+        else:
+            from .typer_parser import split
     except ImportError:
         from .plain_parser import split
     # A parser takes time for each command that it is made of.

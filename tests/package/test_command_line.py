@@ -399,6 +399,34 @@ assert main(["convert", sys.argv[1], sys.argv[2]]) == 0
 """
 
 
+@pytest.mark.parametrize("columns", [60, 72, 80, 140])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_no_width_cuts_a_word_of_the_help(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([*filter(None, [command]), "--help"]) == Exit.DONE
+    printed = capsys.readouterr().out
+    words = {word.rstrip(",") for word in printed.replace("\u2502", " ").split()}
+    assert "\u2026" not in printed
+    options = COMMANDS[command].all_options if command else ()
+    assert [o.name for o in options if not o.positional and o.name not in words] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "called"), [("torch", "PyTorch"), ("safetensors", "safetensors")]
+)
+def test_without_a_package_that_the_library_imports(package, called, tmp_path):
+    code = (
+        f"import sys\nsys.modules[{package!r}] = None\n"
+        "from nvfp4_moe.__main__ import main\nsys.exit(main(['doctor']))"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    told = f"it needs {called}, which is not installed; `{sys.executable} -m pip install {package}`"
+    assert child.stderr == f"nvfp4-moe doctor: {told} installs it\n"
+    assert child.returncode == Exit.NOT_RUN
+
+
 def test_without_triton(checkpoint, tmp_path):
     child = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON, checkpoint, tmp_path / "dst"],
