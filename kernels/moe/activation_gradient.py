@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...reference.activation import ActivationType
-from ..jit.approximations import normal, sigmoid, tanh
+from ..jit.approximations import gelu, sigmoid, tanh
 from ..jit.arithmetic import to_bf16
 from ..jit.pdl import await_previous
 from ..launcher import cdiv, launch, next_power_of_2
@@ -97,9 +97,9 @@ def _bounded(x, bound):
 def _of_one(g, ACT: tl.constexpr):
     """Return a function of one argument, which is an activation or the curve of a gate, and d."""
     if ACT == GELU or ACT == GEGLU:
-        part = normal(g)
+        y = gelu(g)
+        part = tl.where(tl.abs(g) < 2.0**-30, 0.5, y / g)  # the normal distribution function
         slope = part + g * (0.3989422804014327 * tl.exp(g * g * -0.5))
-        y = g * part
     elif ACT == GEGLU_TANH:
         part = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         steep = part * (1.0 - part)

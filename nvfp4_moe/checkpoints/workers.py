@@ -43,6 +43,8 @@ class Workers:
         for place in places:
             self._places.put(place)
         self._own = threading.local()
+        # A mode is a thread's own, and only in the caller's may its tensors be written.
+        self._inference = torch.is_inference_mode_enabled()
         self._pool = ThreadPoolExecutor(len(places), initializer=self._start)
         self._threads = torch.get_num_threads()
 
@@ -60,7 +62,12 @@ class Workers:
 
     def map(self, function: Callable[[torch.device, T], R], items: Iterable[T]) -> Iterator[R]:
         """Call the function with a thread's device and each item; results come in the items' order."""
-        return self._pool.map(lambda item: function(self._own.device, item), items)
+
+        def call(item: T) -> R:
+            with torch.inference_mode(self._inference):
+                return function(self._own.device, item)
+
+        return self._pool.map(call, items)
 
     def _start(self) -> None:
         device = self._own.device = self._places.get()

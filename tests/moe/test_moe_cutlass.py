@@ -186,7 +186,7 @@ def installed(monkeypatch):
 
 
 def explained(**changes):
-    case = moe_cases.make(replace(SHAPE, hidden=256), mode="static")
+    case = moe_cases.make(replace(SHAPE, hidden=256, intermediate=128), mode="static")
     given = {
         "routing": (case.ids, case.weights),
         "capability": (12, 0),

@@ -339,7 +339,7 @@ class TestBackends:
         monkeypatch.delenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", raising=False)
 
     def explained(self, **changes):
-        shape = replace(SHAPE, hidden=256)  # which FlashInfer serves
+        shape = replace(SHAPE, hidden=256, intermediate=128)  # which FlashInfer serves
         case = moe_cases.make(shape, mode=changes.get("activation", "per-token"))
         return nvfp4_moe.explain_fused_moe(
             case.x, case.experts, (case.ids, case.weights), capability=(10, 0), **changes

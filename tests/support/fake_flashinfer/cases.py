@@ -139,7 +139,7 @@ CASES = {
         Layer("gated", PER_TOKEN, plain(Shape(24, 256, 128, 4, 2))),
         Layer("not gated", PER_TOKEN, plain(Shape(24, 256, 128, 4, 2), RELU2)),
         Layer("second rank", PER_TOKEN, plain(Shape(24, 256, 128, 8, 3, 4, 4))),
-        Layer("eight slots", (TRTLLM,), plain(Shape(5, 512, 64, 8, 8))),
+        Layer("eight slots", (TRTLLM,), plain(Shape(5, 512, 128, 8, 8))),
         Layer("padded", PER_TOKEN, plain(Shape(6, 208, 80, 4, 2))),
         Layer("biases and parameters", (TRTLLM,), with_biases),
         Layer("logits", PER_TOKEN, from_logits(Routing(_M.Renormalize, 4))),

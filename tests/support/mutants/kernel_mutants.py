@@ -250,7 +250,7 @@ _SMALL: tuple[Entry, ...] = (
     ),
     (
         "finalize: product rounded",
-        "fma(value, weight, onto, ARCH)",
+        "fma(value, weight, onto, FTZ, ARCH)",
         "value * weight + onto",
         "cancelling",
     ),

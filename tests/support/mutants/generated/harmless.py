@@ -37,27 +37,27 @@ _OF_REFERENCE: dict[str, tuple[str, ...]] = {
         "tl.exp(2.0 * a))",
         "kernels tanh: constant: 1.0 + tl.exp(2.0 * a) -> 1.0000001192092896 + tl.exp(2.0 * a)",
         "kernels tanh: constant: 2.0 * a -> 2.000000238418579 * a",
-        "kernels normal: constant: 1.0 / tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> "
+        "kernels gelu: constant: 1.0 / tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> "
         "1.0000001192092896 / tl.fma(tl.abs(x), 0.2121320366859436, 1.0)",
-        "kernels normal: constant: tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> tl.fma(tl.abs(x), "
+        "kernels gelu: constant: tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> tl.fma(tl.abs(x), "
         "0.2121320515871048, 1.0)",
-        "kernels normal: constant: tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> tl.fma(tl.abs(x), "
+        "kernels gelu: constant: tl.fma(tl.abs(x), 0.2121320366859436, 1.0) -> tl.fma(tl.abs(x), "
         "0.2121320366859436, 1.0000001192092896)",
-        "kernels normal: constant: -0.064114511013031 -> -0.0641145184636116",
-        "kernels normal: constant: tl.fma(t, -0.064114511013031, 0.23972533643245697) -> tl.fma(t, "
+        "kernels gelu: constant: -0.064114511013031 -> -0.0641145184636116",
+        "kernels gelu: constant: tl.fma(t, -0.064114511013031, 0.23972533643245697) -> tl.fma(t, "
         "-0.064114511013031, 0.23972535133361816)",
-        "kernels normal: constant: -0.2499992698431015 -> -0.2499992847442627",
-        "kernels normal: constant: tl.fma(t, p, 0.2670243978500366) -> tl.fma(t, p, 0.267024427652359)",
-        "kernels normal: constant: -0.04272272437810898 -> -0.04272272810339928",
-        "kernels normal: constant: tl.fma(t, p, 0.10554798692464828) -> tl.fma(t, p, "
+        "kernels gelu: constant: -0.2499992698431015 -> -0.2499992847442627",
+        "kernels gelu: constant: tl.fma(t, p, 0.2670243978500366) -> tl.fma(t, p, 0.267024427652359)",
+        "kernels gelu: constant: -0.04272272437810898 -> -0.04272272810339928",
+        "kernels gelu: constant: tl.fma(t, p, 0.10554798692464828) -> tl.fma(t, p, "
         "0.10554799437522888)",
-        "kernels normal: constant: tl.fma(t, p, 0.07464940845966339) -> tl.fma(t, p, "
+        "kernels gelu: constant: tl.fma(t, p, 0.07464940845966339) -> tl.fma(t, p, "
         "0.07464941591024399)",
-        "kernels normal: constant: tl.fma(t, p, 0.0852915421128273) -> tl.fma(t, p, 0.0852915495634079)",
-        "kernels normal: constant: tl.fma(t, p, 0.08459782600402832) -> tl.fma(t, p, "
+        "kernels gelu: constant: tl.fma(t, p, 0.0852915421128273) -> tl.fma(t, p, 0.0852915495634079)",
+        "kernels gelu: constant: tl.fma(t, p, 0.08459782600402832) -> tl.fma(t, p, "
         "0.08459783345460892)",
-        "kernels normal: constant: -0.5 -> -0.5000000596046448",
-        "kernels normal: constant: 1.0 - q -> 1.0000001192092896 - q",
+        "kernels gelu: constant: -0.5 -> -0.5000000596046448",
+        "kernels gelu: constant: 1.0 - q -> 1.0000001192092896 - q",
         "kernels gelu_tanh: constant: 1.5957691216057308 * (x + 0.044715 * x * x * x) -> "
         "1.5957692861557007 * (x + 0.044715 * x * x * x)",
         "kernels gelu_tanh: constant: 0.044715 * x -> 0.04471500217914581 * x",
@@ -173,7 +173,7 @@ _OF_REFERENCE: dict[str, tuple[str, ...]] = {
         "kernels tanh: comparison: a < 0.55 -> a <= 0.55",
         "kernels tanh: constant: a < 0.55 -> a < 0.5500000715255737",
         "kernels tanh: comparison: x < 0 -> x <= 0",
-        "kernels normal: comparison: x < 0 -> x <= 0",
+        "kernels gelu: comparison: x < 0 -> x <= 0",
     ),
     "What is clamped otherwise is not chosen; below -100 the sigmoid is 0.": (
         "reference sigmoid: operator: -88 -> 88 (2)",
