@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import logging
 import pickle
 import sys
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from assertions import assert_bitwise
 
+import nvfp4_moe.serving.transformers
 from nvfp4_moe import ActivationType, UnsupportedError, fake_quantized_moe
 from nvfp4_moe.serving.active import say_active
 from nvfp4_moe.serving.transformers import IMPLEMENTATIONS, prepare, register
@@ -305,7 +307,7 @@ def test_gradients_are_those_of_the_fake_quantized_layer(name, mode):
 
 
 def test_registration_gives_transformers_every_name(monkeypatch, caplog):
-    """On a stand-in for transformers, whose real one need not be here."""
+    """On a stand-in for transformers, whose real one need not be here, and may be imported already."""
     registered, quantizers = {}, []
     package, integrations = ModuleType("transformers"), ModuleType("transformers.integrations.moe")
     quantizer = ModuleType("quantizer")
@@ -314,6 +316,8 @@ def test_registration_gives_transformers_every_name(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "transformers", package)
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", integrations)
     monkeypatch.setitem(sys.modules, "nvfp4_moe.serving.transformers.quantizer", quantizer)
+    monkeypatch.setattr(nvfp4_moe.serving.transformers, "quantizer", quantizer, raising=False)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to `caplog`
     package.__version__ = "5.6.2"
     with pytest.raises(UnsupportedError, match=r"transformers 5.6.2 is installed; .* 5.7 or later"):
         register()
@@ -324,7 +328,7 @@ def test_registration_gives_transformers_every_name(monkeypatch, caplog):
     register()
     assert set(registered) == set(IMPLEMENTATIONS) and quantizers == ["ours"]
     register()
-    (said,) = caplog.messages
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "transformers.nvfp4_moe"]
     assert "is active in transformers 5.10.0.dev0: experts_implementation of nvfp4_moe," in said
     module, arguments = Module(), inputs()
     with torch.no_grad():
