@@ -86,7 +86,7 @@ def tables(results: Results, labels: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """What the plot shows of a method: the loss beyond bf16's, its standard error, SNR by layer."""
+    """A method in the plot: the loss beyond bf16's, its standard error, and the SNR by layer."""
 
     increase: float
     error: float

@@ -49,7 +49,9 @@ class Text:
 
     def __init__(self, length: int) -> None:
         text = "".join(topics[name] for name in sorted(topics)).encode()
-        self._windows = torch.tensor(list(text), device="cpu").unfold(0, length, 1)
+        self._windows = torch.tensor(list(text), dtype=torch.int64, device="cpu").unfold(
+            0, length, 1
+        )
         self._draw = torch.Generator().manual_seed(1)
 
     def some(self, n: int) -> torch.Tensor:
@@ -76,7 +78,8 @@ def learn(model: Any, steps: int, device: str) -> float:
 
 def vowels(texts: torch.Tensor) -> torch.Tensor:
     """Return the reward [N] of texts [N, L]: the share of their bytes that are vowels."""
-    return torch.isin(texts, torch.tensor(list(b"aeiou")).to(texts)).float().mean(1)
+    vowels = torch.tensor(list(b"aeiou"), dtype=texts.dtype, device=texts.device)
+    return torch.isin(texts, vowels).float().mean(1)
 
 
 class Trainer:

@@ -59,4 +59,5 @@ def smollm2() -> tuple[Any, torch.Tensor]:
     if missing.unexpected_keys or set(missing.missing_keys) - {"lm_head.weight"}:
         raise RuntimeError(f"other weights than the model's: {missing}")
     text = "".join(topics[name] for name in sorted(topics))
-    return model.eval(), torch.tensor(tokenizer.encode(text).ids, device="cpu")
+    ids = tokenizer.encode(text).ids
+    return model.eval(), torch.tensor(ids, dtype=torch.int64, device="cpu")

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from ..checkpoints.formats import MIXED, NVFP4
 from ..checkpoints.groups import read_groups
+from ..kernels.moe.call import Mode
+from .quantizations import Requirements
 
 Kind = Literal["modelopt", "modelopt mixed", "compressed-tensors"]
 
@@ -62,3 +64,35 @@ def excludes_parts(
     return excluded(prefix) or (
         bool(parts) and all(excluded(f"{parent}.{p}" if parent else p) for p in parts)
     )
+
+
+class OfCheckpoint(Requirements):
+    """A server's configuration of a checkpoint's format, with its own base beside it."""
+
+    activation: Mode  # `configuration_of` sets it
+
+
+class OfModelOpt(OfCheckpoint):
+    """ModelOpt's list of modules that are not quantized, with the server's fused matrices."""
+
+    packed_modules_mapping: dict[str, list[str]] | None
+
+    def is_layer_excluded(self, prefix: str) -> bool:
+        """Return True for a fused matrix, too, if patterns exclude all of which it is made."""
+        excluded = super().is_layer_excluded  # type: ignore[misc]
+        return excludes_parts(excluded, self.packed_modules_mapping, prefix)
+
+
+def configuration_of(classes: Mapping[Kind, Any], config: dict[str, Any], activation: Mode) -> Any:
+    """Return a server's configuration of a checkpoint's format.
+
+    Args:
+        classes: the server's class of each format, with `OfCheckpoint`.
+        config: `quantization_config` of its config.json, or its hf_quant_config.json.
+
+    Raises:
+        ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
+    """
+    made = classes[kind_of(config)].from_config(config)
+    made.activation = activation
+    return made

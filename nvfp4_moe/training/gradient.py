@@ -118,7 +118,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class _Layer(NamedTuple):
-    """What a backward is given, besides the gradient."""
+    """A backward is given this, besides the gradient."""
 
     x: torch.Tensor  # [T, H] bf16
     weights: torch.Tensor  # [T, K]

@@ -85,7 +85,7 @@ def test_nothing_of_flashinfers_ran(tmp_path, monkeypatch, capsys):
 
 
 def test_resume(tmp_path, monkeypatch):
-    """What ended well is taken over; what failed, or was done by other files, is run again."""
+    """A process that ended well is taken over; one that failed, or ran other files, runs again."""
     ran: list[str] = []
     failing = {"quantizers-triton-exact-math"}
 

@@ -8,7 +8,6 @@ load a Qwen3-MoE of two layers, and the experts then run with a routing that the
 # SPDX-License-Identifier: Apache-2.0
 import importlib
 import importlib.metadata
-import inspect
 
 import fake_sglang
 import own_backends
@@ -18,6 +17,7 @@ import torch
 import vllm_models
 from assertions import assert_bitwise
 from fake_sglang import runner_config
+from server_cases import methods_of, signature
 from sglang_real import loaded, served
 
 import nvfp4_moe
@@ -224,17 +224,7 @@ def test_sglangs_command_line_knows_the_names():
     assert (made.quantization, made.moe_runner_backend) == ("nvfp4_moe", plugin.BACKEND)
 
 
-def signature(function) -> list[tuple]:
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-
-
-METHODS = [
-    (module, thing, name)
-    for module, things in fake_sglang.MODULES.items()
-    for thing in things
-    for name in (vars(thing) if isinstance(thing, type) else [None])
-    if name is None or (callable(getattr(thing, name)) and not isinstance(vars(thing)[name], type))
-]
+METHODS = methods_of(fake_sglang)
 OWN = {"FusedMoE", "RegisteredMoeRunnerBackend", "StandardCombineInput", "MoeQuantInfo"}
 """Classes of which the fake has fields of its own, or a dataclass's or a tuple's methods."""
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from assertions import assert_bitwise
 from checkpoint_cases import EXPERTS, HIDDEN, INTERMEDIATE, assert_same_experts
+from server_cases import loaded_weights, written
 from server_sources import arguments_of, members_of, source_of
 
 import nvfp4_moe
@@ -316,13 +317,9 @@ def of_checkpoint(name, form, expert_map=None, here=range(EXPERTS), use_ep=False
     layer = layer_of(moe_config(use_ep=use_ep), expert_map)
     method = fake_vllm.REGISTERED[name].from_config(configuration).get_quant_method(layer, PREFIX)
     made(method, layer, experts=len(here), all_experts=EXPERTS)
-    for ours, kind in kinds.items():
-        gate, up, down = (parts[p][ours] for p in ("gate", "up", "down"))
-        w13 = torch.stack([gate, up], 1) if gate.dim() == 1 else torch.cat([gate, up], 1)
-        for parameter, value in ((f"w13_{kind}", w13), (f"w2_{kind}", down)):
-            value = 1 / value if inverse and gate.dim() == 1 else value
-            target = getattr(layer, parameter).data
-            target.copy_(value if len(target) == EXPERTS else value[list(here)])
+    for parameter, value in loaded_weights(parts, kinds, inverse):
+        target = getattr(layer, parameter).data
+        target.copy_(value if len(target) == EXPERTS else value[list(here)])
     return method, layer, parts
 
 
@@ -332,10 +329,7 @@ def test_quantized_checkpoints_have_the_bits_of_our_loader(name, form, tmp_path)
     static = name == "nvfp4_moe_static"
     method, layer, parts = of_checkpoint(name, form)
     method.process_weights_after_loading(layer)
-    tensors = cases.nvfp4(NAMING, 0, parts, FORMATS[form])
-    files = {"hf_quant_config": cases.modelopt_config()} if form == "modelopt" else {}
-    declared = {} if files else {"quantization_config": cases.compressed_config()}
-    folder = cases.write(tmp_path / "m", [tensors], dict(NAMING.config) | declared, **files)
+    folder = written(tmp_path / "m", parts, NAMING, form, FORMATS[form])
     want = load_experts(folder, 0, static=static)
     assert_same_experts(method.experts, replace(want, first_expert=None))
     x, weights, ids = call()

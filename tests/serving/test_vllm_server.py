@@ -6,7 +6,6 @@ attention, whose rounding decides no token of this model.
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib
-import inspect
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ import fake_vllm
 import pytest
 import vllm_models
 from paths import ROOT
+from server_cases import methods_of, signature
 
 from nvfp4_moe.checkpoints.convert import convert
 from nvfp4_moe.serving.vllm import QUANTIZATIONS
@@ -217,17 +217,7 @@ def test_the_installed_package_has_the_entry_point():
         assert get_quantization_config(name).name == name
 
 
-def signature(function) -> list[tuple]:
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-
-
-METHODS = [
-    (module, thing, name)
-    for module, things in fake_vllm.MODULES.items()
-    for thing in things
-    for name in (vars(thing) if isinstance(thing, type) else [None])
-    if name is None or (callable(getattr(thing, name)) and not isinstance(vars(thing)[name], type))
-]
+METHODS = methods_of(fake_vllm)
 
 
 @pytest.mark.parametrize(

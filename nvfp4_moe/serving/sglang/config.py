@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
-from ...kernels.moe.call import Mode
-from ..declared import declares_modelopt_nvfp4
-from ..quantizations import LOWEST_CAPABILITY, QUANTIZATIONS
+from ..declared import configuration_of, declares_modelopt_nvfp4
+from ..quantizations import Named
 from .plugin import check_version
 
 QUANTIZED = "_checkpoint"
 """The end of a method's name for checkpoints that are quantized already."""
 
 
-class Nvfp4MoEConfig(QuantizationConfig):
+class Nvfp4MoEConfig(Named, QuantizationConfig):
     """A model in bf16, whose experts are quantized when they have been loaded."""
 
     name = "nvfp4_moe"
@@ -31,21 +30,6 @@ class Nvfp4MoEConfig(QuantizationConfig):
     def __init__(self) -> None:
         check_version()
         super().__init__()
-
-    @classmethod
-    def activation(cls) -> Mode:
-        """Return the activations that the name asks for."""
-        return QUANTIZATIONS[cls.name]
-
-    def get_name(self) -> str:
-        return self.name
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return LOWEST_CAPABILITY
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -77,9 +61,9 @@ class Nvfp4MoEConfig(QuantizationConfig):
             ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
         """
         check_version()
-        from .checkpoint import configuration_of
+        from .checkpoint import CLASSES
 
-        return configuration_of(config, cls.activation())
+        return configuration_of(CLASSES, config, cls.activation())
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of a layer: ours for experts; SGLang's for matrices, which stay in bf16."""

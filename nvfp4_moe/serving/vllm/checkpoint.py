@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
@@ -19,43 +18,17 @@ from vllm.model_executor.layers.quantization.modelopt import (
 )
 
 from ...checkpoints.formats import NVFP4
-from ...kernels.moe.call import Mode
-from ..declared import excludes_parts, kind_of
-from ..quantizations import LOWEST_CAPABILITY
+from ..declared import Kind, OfCheckpoint, OfModelOpt
 from .method import CompressedTensorsNvfp4MoE, ModelOptNvfp4MoE
 
 
-class _OfCheckpoint:
-    """The rules that the three share; `activation` is set by `configuration_of`."""
-
-    activation: Mode
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return LOWEST_CAPABILITY
-
-
-class _OfModelOpt(_OfCheckpoint):
-    """ModelOpt's list of modules that are not quantized, with vLLM's fused matrices."""
-
-    packed_modules_mapping: dict[str, list[str]]
-
-    def is_layer_excluded(self, prefix: str) -> bool:
-        """Return True for a fused matrix, too, if patterns exclude all of which it is made."""
-        excluded = super().is_layer_excluded  # type: ignore[misc]
-        return excludes_parts(excluded, self.packed_modules_mapping, prefix)
-
-
-class ModelOpt(_OfModelOpt, ModelOptNvFp4Config):
+class ModelOpt(OfModelOpt, ModelOptNvFp4Config):
     """ModelOpt's NVFP4; excluded experts stay vLLM's."""
 
     FusedMoEMethodCls = ModelOptNvfp4MoE
 
 
-class ModelOptMixed(_OfModelOpt, ModelOptMixedPrecisionConfig):
+class ModelOptMixed(OfModelOpt, ModelOptMixedPrecisionConfig):
     """ModelOpt's MIXED_PRECISION; experts of another algorithm stay vLLM's."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -69,7 +42,7 @@ class ModelOptMixed(_OfModelOpt, ModelOptMixedPrecisionConfig):
         return super().get_quant_method(layer, prefix)
 
 
-class CompressedTensors(_OfCheckpoint, CompressedTensorsConfig):
+class CompressedTensors(OfCheckpoint, CompressedTensorsConfig):
     """compressed-tensors; experts that are ignored, or of another format, stay vLLM's."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -86,21 +59,7 @@ class CompressedTensors(_OfCheckpoint, CompressedTensorsConfig):
         return super().get_quant_method(layer, prefix)
 
 
-def configuration_of(config: dict[str, Any], activation: Mode) -> QuantizationConfig:
-    """Return the configuration of a checkpoint's format.
-
-    Args:
-        config: `quantization_config` of its config.json, or its hf_quant_config.json.
-
-    Raises:
-        ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
-    """
-    made: Any = _OF_KIND[kind_of(config)].from_config(config)
-    made.activation = activation
-    return made
-
-
-_OF_KIND: dict[str, Any] = {
+CLASSES: dict[Kind, Any] = {
     "modelopt": ModelOpt,
     "modelopt mixed": ModelOptMixed,
     "compressed-tensors": CompressedTensors,

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from ...kernels.moe.call import Mode
 from ..active import say_active
-from ..declared import declares_modelopt_nvfp4
-from ..quantizations import LOWEST_CAPABILITY, QUANTIZATIONS
+from ..declared import configuration_of, declares_modelopt_nvfp4
+from ..quantizations import Named
 from .plugin import check_version
 
 
-class Nvfp4MoEConfig(QuantizationConfig):
+class Nvfp4MoEConfig(Named, QuantizationConfig):
     """A model in bf16, whose experts are quantized when they are loaded."""
 
     name = "nvfp4_moe"
@@ -27,21 +26,6 @@ class Nvfp4MoEConfig(QuantizationConfig):
     def __init__(self) -> None:
         say_active("vllm", check_version(), f"--quantization {self.name}")
         super().__init__()
-
-    @classmethod
-    def activation(cls) -> Mode:
-        """Return the activations that the name asks for."""
-        return QUANTIZATIONS[cls.name]
-
-    def get_name(self) -> str:
-        return self.name
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return LOWEST_CAPABILITY
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -69,9 +53,9 @@ class Nvfp4MoEConfig(QuantizationConfig):
             ValueError: it is not NVFP4 of ModelOpt or of compressed-tensors.
         """
         version = check_version()
-        from .checkpoint import configuration_of
+        from .checkpoint import CLASSES
 
-        found = configuration_of(config, cls.activation())
+        found = configuration_of(CLASSES, config, cls.activation())
         say_active("vllm", version, f"--quantization {cls.name}")
         return found
 

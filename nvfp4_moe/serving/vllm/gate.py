@@ -14,7 +14,7 @@ from ..gate import Gate
 
 INTERLEAVED = "swigluoai"
 _OPEN_AI = Gate(ActivationType.Swiglu, alpha=1.702, beta=1.0, clamp_limit=7.0)
-"""Of `INTERLEAVED`: numbers of vLLM's kernel, which reads no others."""
+"""The parameters of `INTERLEAVED`, which vLLM's kernel has as constants and does not read."""
 _ACTIVATIONS = {name: kind for (name, _), kind in by_name("vllm").items()}
 
 
