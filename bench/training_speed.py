@@ -11,10 +11,10 @@ import statistics
 from typing import Any
 
 import torch
-from measure import arguments, save, start
-from moe_speed import SHAPES, Shape, bf16_weights, inputs, random_experts
+from measure import DEVICE, arguments, save, start
 
 from nvfp4_moe import fake_quantized_moe
+from nvfp4_moe.bench.moe import SHAPES, Shape, inputs, random_bf16_weights, random_experts
 
 ROUNDS = 20
 MODES = [
@@ -28,16 +28,16 @@ class Layer:
     """A layer's leaves and options."""
 
     def __init__(self, s: Shape, tokens: int, mode: str, backward: str, dtype: torch.dtype) -> None:
-        x, logits = inputs(s, tokens)
+        x, logits = inputs(s, tokens, DEVICE)
         weights, ids = logits.softmax(1).topk(s.top_k)
-        w = bf16_weights(s)
+        w = random_bf16_weights(s, DEVICE)
         leaves = (x, w.w13.to(dtype), w.w2.to(dtype), weights.bfloat16())
         self.leaves = [t.requires_grad_() for t in leaves]
         self.ids, self.grad = ids.int(), torch.randn_like(x)
         self.options: dict[str, Any] = {
             "activation_mode": mode,
             "backward": backward,
-            "experts": random_experts(s),
+            "experts": random_experts(s, DEVICE),
         }
 
     def forward(self) -> torch.Tensor:
