@@ -7,7 +7,9 @@ the share of the canary is larger than in a model. The same step with the canary
 # SPDX-License-Identifier: Apache-2.0
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from measure import arguments, save, start
@@ -22,7 +24,7 @@ LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 48, 128, 8, 2048, 768
 EVERY, ROUNDS, REPLAYS = 1000, 9, 300
 
 
-def timed(call, times: int) -> float:
+def timed(call: Callable[[], object], times: int) -> float:
     """Microseconds of a call, `times` of them after one another."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -36,7 +38,7 @@ def timed(call, times: int) -> float:
 def main() -> None:
     options, where = start(arguments(__doc__ or ""))
     torch.manual_seed(0)
-    made = {"device": "cuda", "dtype": torch.bfloat16}
+    made: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     w13 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, **made) / 50
     w2 = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, **made) / 50
     one = prepare_experts(w13, w2)

@@ -11,7 +11,8 @@ takes without a record. Parts of the latter are "checks", of the arguments, and 
 # SPDX-License-Identifier: Apache-2.0
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from measure import DEVICE, arguments, save, start
@@ -84,7 +85,15 @@ def launches_of(call: Call) -> list[Call]:
     seen: list[Call] = []
     noted = records.Recorder.launched
 
-    def note(recorder: records.Recorder, launch: Callable, grid, device, before, values, rest):
+    def note(
+        self: records.Recorder,
+        call: Callable[..., None],
+        grid: tuple[int, int],
+        device: int,
+        before: Sequence[Any],
+        values: Sequence[Any],
+        rest: int,
+    ) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
         args: list[object] = []
         for value in values:
@@ -93,8 +102,13 @@ def launches_of(call: Call) -> list[Call]:
             else:
                 args.append(value.data_ptr() if isinstance(value, torch.Tensor) else value)
         given = (*grid, 1, stream, *before, *args, *[None] * rest)
-        seen.append(lambda held=values: launch(*given))
-        noted(recorder, launch, grid, device, before, values, rest)
+
+        def launch(held: Sequence[Any] = values) -> None:
+            """Launch; `held` keeps in memory what the launch knows by its address alone."""
+            call(*given)
+
+        seen.append(launch)
+        noted(self, call, grid, device, before, values, rest)
 
     records.forget()
     call()

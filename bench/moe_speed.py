@@ -16,6 +16,8 @@ moe` keeps times in a file, compares and draws them.
 import argparse
 from collections.abc import Callable
 from dataclasses import astuple
+from itertools import groupby
+from typing import Any
 
 import torch
 from measure import DEVICE, arguments, save, start
@@ -100,7 +102,7 @@ def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) ->
     slots = experts_of_local_slots(s, logits)
     slots_here = slots.numel()
 
-    def ours(**options) -> torch.Tensor:
+    def ours(**options: Any) -> torch.Tensor:
         return nvfp4_moe.fused_moe(
             x, experts, (logits, s.routing), backend="triton", fast_math=True, **options
         )
@@ -109,7 +111,7 @@ def measure(s: Shape, tokens: int, experts: Experts, w: Weights, copy: float) ->
         return microseconds(call, calls, 5)
 
     done = {"flop": flop(s, slots), "bytes": weight_bytes(s, slots)}
-    cell = {"shape": s.name, "tokens": tokens, "local_slots": slots_here}
+    cell: dict[str, Any] = {"shape": s.name, "tokens": tokens, "local_slots": slots_here}
     cell["us"] = us(ours)
     cell["floor_us"] = done["bytes"] / copy / 1e3
     cell["invariant_us"] = us(lambda: ours(batch_invariant=True))
@@ -168,14 +170,17 @@ def main() -> None:
 def run(options: argparse.Namespace, copy: float) -> list[dict]:
     """Measure and print the cells that are asked for."""
     cells: list[dict] = []
-    key, experts, w = None, None, None
-    for s in SHAPES:
-        if options.shape not in (None, s.name):
-            continue
-        if s.weights_key != key:
-            del experts, w
-            key = s.weights_key
-            experts, w = random_experts(s, DEVICE), random_bf16_weights(s, DEVICE)
+    wanted = [s for s in SHAPES if options.shape in (None, s.name)]
+    for _, same_weights in groupby(wanted, lambda s: s.weights_key):
+        cells += run_shapes(list(same_weights), options, copy)
+    return cells
+
+
+def run_shapes(shapes: list[Shape], options: argparse.Namespace, copy: float) -> list[dict]:
+    """Measure and print the cells of shapes that have the same weights."""
+    cells: list[dict] = []
+    experts, w = random_experts(shapes[0], DEVICE), random_bf16_weights(shapes[0], DEVICE)
+    for s in shapes:
         check(s, experts, backend="triton")
         counts = [options.tokens] if options.tokens else TOKENS
         if options.tune:

@@ -8,6 +8,8 @@ reference first.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import torch
 from measure import DEVICE, arguments, save, start
 
@@ -36,6 +38,7 @@ SMALL_COLUMNS = (2048, 4096, 7168)
 def check(x: torch.Tensor, recipe: Recipe, layout: SfLayout) -> None:
     got = quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
     want = reference.quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
+    assert want.per_token_scale is not None
     for a, b in zip(got, (want.codes, want.block_scales, want.per_token_scale), strict=True):
         if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             raise SystemExit(f"wrong bits: {tuple(x.shape)} {recipe} {layout.name}")
@@ -56,10 +59,7 @@ def large(cells: list[dict]) -> None:
             shares = []
             for layout in LAYOUTS:
                 check(x[: min(m, 4096)], recipe, layout)
-
-                def call(x=x, layout=layout, recipe=recipe):
-                    quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
-
+                call = partial(quantize_per_token, x, recipe.base_scale_inv, recipe, layout)
                 time = microseconds(call, 5)
                 moved = x.numel() * (2 + 1 / 2 + 1 / 16) + 4 * m
                 shares.append(moved / time / 1e3 / copy)
@@ -76,16 +76,13 @@ def small(cells: list[dict]) -> None:
     for m, columns in shapes:
         x = torch.randn(m, columns, device="cuda").bfloat16()
         y = torch.empty_like(x)
-        copy = microseconds(lambda x=x, y=y: y.copy_(x), 20)
+        copy = microseconds(partial(y.copy_, x), 20)
         row = f"{f'{m} x {columns}':<12}{copy:>8.2f}"
         for recipe in RECIPES[:4]:
             ratios = []
             for layout in LAYOUTS:
                 check(x, recipe, layout)
-
-                def call(x=x, layout=layout, recipe=recipe):
-                    quantize_per_token(x, recipe.base_scale_inv, recipe, layout)
-
+                call = partial(quantize_per_token, x, recipe.base_scale_inv, recipe, layout)
                 time = microseconds(call, 20)
                 ratios.append(time / copy)
                 cells.append({"recipe": str(recipe), "layout": layout.name, "m": m, "k": columns})

@@ -10,6 +10,7 @@ and written) in the same run. Every cell's bits are compared with experts prepar
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from measure import DEVICE, arguments, save, start
@@ -40,14 +41,12 @@ def room_for(w13: torch.Tensor, w2: torch.Tensor) -> Experts:
     """Experts of these sizes: the first, over and over."""
     one = prepare_experts(w13[:1], w2[:1])
     tensors = {f.name: getattr(one, f.name) for f in fields(one)}
-    return replace(
-        one,
-        **{
-            name: t.repeat(w13.shape[0], *[1] * (t.dim() - 1))
-            for name, t in tensors.items()
-            if isinstance(t, torch.Tensor)
-        },
-    )
+    repeated: dict[str, Any] = {
+        name: t.repeat(w13.shape[0], *[1] * (t.dim() - 1))
+        for name, t in tensors.items()
+        if isinstance(t, torch.Tensor)
+    }
+    return replace(one, **repeated)
 
 
 def check(experts: Experts, w13: torch.Tensor, w2: torch.Tensor, recipe: Recipe) -> None:

@@ -7,6 +7,8 @@ reads what `--benchmark-json` writes, by `--load` and `--compare`.
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 CALLS = 10  # in one graph, so that a replay's own cost is a tenth
 
 
-def device_time(benchmark, call, capturable: bool) -> None:
+def device_time(benchmark: Any, call: Callable[[], object], capturable: bool) -> None:
     """Benchmark `call` by the GPU's clock; outside a graph where the call waits for the GPU."""
     replay, calls = call, 1
     if capturable:
@@ -47,14 +49,14 @@ def rates() -> clock.Rates:
     return clock.rates(DEVICE)
 
 
-def every(operation: str):
+def every(operation: str) -> pytest.MarkDecorator:
     """Make the decorator that runs a test for each case of an operation."""
     cases = select([operation], DEVICE, everything=True)
     found = [pytest.param(case, id=case.id) for case in cases]
     return pytest.mark.parametrize("case", found)
 
 
-def measure(benchmark, case: Case) -> None:
+def measure(benchmark: Any, case: Case) -> None:
     benchmark.group = case.group
     try:
         prepared = case.prepare(DEVICE)

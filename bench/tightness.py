@@ -12,6 +12,7 @@ column is the cost of the intervals in times the reference's own.
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,10 +102,8 @@ def main() -> None:
                     places.update((place * 10).long().clamp(0, 9).tolist())
                 cost = ""
                 if tokens == 64:
-                    times = seconds(
-                        lambda g=given, a=accumulation: fused_moe_bounds(*g, accumulation=a)
-                    )  # type: ignore[misc]
-                    row["cost"] = times / seconds(lambda g=given: reference.fused_moe(*g))  # type: ignore[misc]
+                    times = seconds(partial(fused_moe_bounds, *given, accumulation=accumulation))
+                    row["cost"] = times / seconds(partial(reference.fused_moe, *given))
                     cost = f"{row['cost']:6.1f} x"
                 found.append(row)
                 print(

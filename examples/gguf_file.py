@@ -86,7 +86,7 @@ def read(path: Path) -> GGUF:
     if (version := content.scalar("I")) != VERSION:
         raise ValueError(f"{path} has version {version} of GGUF; it must be {VERSION}")
     count, keys = content.scalar("Q"), content.scalar("Q")
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for _ in range(keys):
         key = content.new_name(metadata)
         metadata[key] = content.value(content.scalar("I"))

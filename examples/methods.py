@@ -66,7 +66,8 @@ def nvfp4_layer(
     elif method.calibrated:
         found = ranges[method.calibrated].amax(layer)
         amax = {name: value * method.factor for name, value in found.items()}
-    experts = prepare_experts(**parts, activation=activation, **amax, **method.prepare)
+    arguments: dict[str, Any] = {**parts, **amax, **method.prepare}
+    experts = prepare_experts(activation=activation, **arguments)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         ids = torch.arange(experts.num_local, device=x.device, dtype=torch.int32)

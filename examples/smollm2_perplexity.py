@@ -81,8 +81,8 @@ def split(dense: Dense, experts: int) -> dict[str, torch.Tensor]:
 
 def experts_of(parts: Mapping[str, torch.Tensor]) -> list[Dense]:
     """Return each expert of a split layer as a layer of its own."""
-    each = zip(parts["w13"], parts["w2"], strict=True)
-    return [Dense(*reversed(w13.chunk(2)), w2) for w13, w2 in each]
+    halves = (w13.chunk(2) for w13 in parts["w13"])
+    return [Dense(gate, up, w2) for (up, gate), w2 in zip(halves, parts["w2"], strict=True)]
 
 
 def layers_of(
@@ -216,7 +216,8 @@ def main() -> None:
     options = parser.parse_args()
     exact, tokenizer = smollm2.load(torch.float32, options.device)
     model = exact.to(torch.bfloat16)
-    ids = tuple(each.to(options.device) for each in texts(tokenizer))
+    these, others = texts(tokenizer)
+    ids = these.to(options.device), others.to(options.device)
     results = measure(exact, model, ids, LABELS, EXPERTS)
     page = DOCS / "perplexity.md"
     content = f"{origin(ids, options.device)}\n\n{tables(results, LABELS)}"

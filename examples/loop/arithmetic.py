@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from nvfp4_moe import Experts, NVFP44Over6Config, Recipe, fused_moe, prepare_exp
 class Arithmetic:
     """The arguments of `prepare_experts` and `fused_moe`."""
 
-    activation: str = "per-token"
+    activation: Literal["per-token", "static", "bf16"] = "per-token"
     four_over_six: bool = False
     batch_invariant: bool = True
 
@@ -41,7 +41,7 @@ class Arithmetic:
             x.contiguous(),
             experts,
             (ids.to(torch.int32).contiguous(), weights.contiguous()),
-            activation=self.activation,  # type: ignore[arg-type]
+            activation=self.activation,
             nvfp4_4over6=self.config,
             batch_invariant=self.batch_invariant,
         )

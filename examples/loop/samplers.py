@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from nvfp4_moe.serving.transformers.module import projections
 
-from .arithmetic import ARITHMETIC
+from .arithmetic import ARITHMETIC, Arithmetic
 from .calls import Layer, Recorder
 from .policy import BF16, experts_modules, routers
 
@@ -58,7 +58,8 @@ class TransformersSampler:
         self._arithmetic = ARITHMETIC.get(name)
         self.recorder = Recorder()
         self.model = copy.deepcopy(trained).requires_grad_(False)
-        self._amax = amax or [None] * len(experts_modules(trained))
+        layers = len(experts_modules(trained))
+        self._amax: Sequence[tuple[float, float] | None] = amax or [None] * layers
         self.experts: list[Any] = []
         if self._arithmetic is not None:
             pairs = zip(weights_of(trained), self._amax, strict=True)
@@ -71,7 +72,14 @@ class TransformersSampler:
 
     def set_batch_invariant(self, value: bool) -> None:
         """Let a token's bits depend on its row alone, or not."""
-        self._arithmetic = replace(self._arithmetic, batch_invariant=value)
+        if self._arithmetic is not None:
+            self._arithmetic = replace(self._arithmetic, batch_invariant=value)
+
+    @property
+    def _quantized(self) -> Arithmetic:
+        """The arithmetic of NVFP4 experts, which a sampler in bf16 has not."""
+        assert self._arithmetic is not None, "the experts are in bf16"
+        return self._arithmetic
 
     def _forward(self, module: Any, x: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
         y = self.layers()[module.number](x, ids, weights)
@@ -82,17 +90,17 @@ class TransformersSampler:
         """The experts of each layer, as a function."""
 
         def layer(experts: Any) -> Layer:
-            return lambda x, ids, weights: self._arithmetic.run(x, experts, ids, weights)
+            return lambda x, ids, weights: self._quantized.run(x, experts, ids, weights)
 
         return [layer(experts) for experts in self.experts]
 
     def reload(self, trained: Any) -> None:
         """Take the trainer's weights, the experts by `load_`."""
         self.model.load_state_dict(trained.state_dict())
-        for experts, w, amax in zip(
-            self.experts, weights_of(trained) if self.experts else (), self._amax, strict=False
-        ):
-            experts.load_(*w, **self._arithmetic.options(amax))
+        if self.experts:
+            loaded = zip(self.experts, weights_of(trained), self._amax, strict=True)
+            for experts, w, amax in loaded:
+                experts.load_(*w, **self._quantized.options(amax))
 
     @torch.no_grad()
     def write(

@@ -68,7 +68,10 @@ def register() -> None:
             experts.load_(w13, layer.w2_weight.data.contiguous(), **arithmetic.options(None))
             return experts
 
-        def apply(self, layer: Any, x: Any, topk_weights: Any, topk_ids: Any, **_: Any) -> Any:
+        def apply(
+            self, layer: Any, x: Any, topk_weights: Any, topk_ids: Any, *_: Any, **__: Any
+        ) -> torch.Tensor:
+            assert self.experts is not None, "vLLM has not packed the weights"
             return arithmetic.run(x, self.experts, topk_ids, topk_weights)
 
     class FourOverSixConfig(Nvfp4MoEConfig):
