@@ -24,6 +24,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def count(text: str) -> int:
+    """An argument that is an integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an integer from 1")
+    return int(text)
+
+
 def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, object]]:
     """(options, where it runs, printed).
 

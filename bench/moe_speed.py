@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from measure import DEVICE, arguments, save, start
+from measure import DEVICE, arguments, count, save, start
 
 import nvfp4_moe
 from nvfp4_moe import Experts
@@ -143,13 +143,6 @@ def line(c: dict) -> str:
         once or "-", f"{once / c['us']:.2f}" if once else "-",
     )  # fmt: skip
     return "".join(f"{v:>{width}}" for v, (_, width) in zip(values, COLUMNS, strict=True))
-
-
-def count(text: str) -> int:
-    """An argument that is an integer from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an integer from 1")
-    return int(text)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from measure import DEVICE, arguments, save, start
+from measure import DEVICE, arguments, count, save, start
 
 from nvfp4_moe import fake_quantized_moe
 from nvfp4_moe.bench.moe import SHAPES, Shape, inputs, random_bf16_weights, random_experts
@@ -89,7 +89,7 @@ def profile(layer: Layer) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=count, default=4096, help="rows of x; default: 4096")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a backward")
     options, where = start(parser)
     s, cells = SHAPES[0], []

@@ -12,6 +12,7 @@ import pretend_gpu
 import pytest
 import reload_speed
 import torch
+import training_speed
 from offline import compile_kernel, resources
 
 from nvfp4_moe import mm_fp4
@@ -209,18 +210,19 @@ def test_activations_of_the_bf16_layer():
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    "program,arguments,message",
     [
-        ([], "no CUDA device"),
-        (["--shape", "Mixtral"], "invalid choice: 'Mixtral'"),
-        (["--tokens", "0"], "--tokens: it is '0'; it must be an integer from 1"),
+        (moe_speed, [], "no CUDA device"),
+        (moe_speed, ["--shape", "Mixtral"], "invalid choice: 'Mixtral'"),
+        (moe_speed, ["--tokens", "0"], "--tokens: it is '0'; it must be an integer from 1"),
+        (training_speed, ["--tokens", "-1"], "--tokens: it is '-1'; it must be an integer from 1"),
     ],
 )
-def test_what_ends_a_script(arguments, message, monkeypatch, capsys):
+def test_what_ends_a_script(program, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["moe_speed.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["program.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        moe_speed.main()
+        program.main()
     assert message in f"{stop.value.code} {capsys.readouterr().err}"
 
 
