@@ -1,7 +1,7 @@
 """The canary: takes rows of a layer's calls, at the first and at every so many, and judges them.
 
 A call outside a CUDA graph is counted in Python, and its rows are copied when it is due. A call that is
-captured gets one small kernel behind it, which counts and copies at each replay (`row_buffer.py`). One
+captured gets one small kernel behind it, which counts and copies at each replay (`row_samples/`). One
 thread reads what was copied and judges it on the CPU. It begins some seconds after the last capture,
 since a call to CUDA from another thread can make a capture fail.
 """
@@ -25,7 +25,7 @@ from ..kernels import environment
 from ..kernels.moe.api import fused_moe, layer_call
 from ..kernels.moe.backends import FUSED_MOE
 from ..kernels.moe.call import MoECall
-from ..kernels.moe.row_buffer import (
+from ..kernels.moe.row_samples.buffer import (
     BEGUN,
     DONE,
     FIRST,

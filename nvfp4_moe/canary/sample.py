@@ -10,7 +10,7 @@ import torch
 from ..cases.moe_case import MoECase, to_device
 from ..failures.slice_call import PER_EXPERT
 from ..kernels.moe.call import MoECall
-from ..kernels.moe.row_buffer import row_numbers
+from ..kernels.moe.row_samples.buffer import row_numbers
 from ..kernels.quantize.api import nvfp4_quantize
 from ..reference.moe.finalize import split_k_groups
 from ..reference.moe.hidden_states import Activations

@@ -119,7 +119,8 @@ def _zero_empty(result: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     empty groups alone; a mask would read and write all.
     """
     if runs_triton(result) and result.is_contiguous():
-        from ..kernels.moe.empty_groups import zero_empty_groups  # Triton, for GPUs alone
+        # Triton, for GPUs alone
+        from ..kernels.moe.training.empty_groups import zero_empty_groups
 
         zero_empty_groups(result, ends)
         return result

@@ -47,7 +47,8 @@ def middle(
     kind = experts.activation
     alpha, beta, limit = _physical_parameters(experts)
     if incoming is not None and incoming.d.dtype == torch.bfloat16 and runs_triton(x.sums):
-        from ..kernels.moe.activation_gradient import activation_gradient  # Triton: for GPUs alone
+        # Triton, for GPUs alone
+        from ..kernels.moe.training.activation_gradient import activation_gradient
 
         a, *both = activation_gradient(*x, kind, (alpha, beta, limit), *incoming)
         return a, RawGradient(*both)

@@ -123,7 +123,8 @@ def row_gradient(
     """
     sums = times(x.values, w.values.mT, s.ends)
     if sums.dtype == torch.bfloat16 and runs_triton(sums):
-        from ..kernels.moe.row_dots import row_dots  # Triton, which a CPU does not need
+        # Triton, which a CPU does not need
+        from ..kernels.moe.training.row_dots import row_dots
 
         assert w.scale is not None  # of quantized weights
         return row_dots(grad, s.token, sums, x.scale, bias, w.scale, s.expert)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from offline import compile_kernel, resources
 
-from nvfp4_moe.kernels.moe.row_buffer import (
+from nvfp4_moe.kernels.moe.row_samples.buffer import (
     BEGUN,
     CALLS,
     DONE,
@@ -15,7 +15,7 @@ from nvfp4_moe.kernels.moe.row_buffer import (
     row_numbers,
     take_rows,
 )
-from nvfp4_moe.kernels.moe.row_kernel import take_kernel
+from nvfp4_moe.kernels.moe.row_samples.kernel import take_kernel
 
 H, K = 48, 3
 

@@ -12,7 +12,7 @@ from activation_formulas import FORMULAS
 from paths import ROOT
 
 from nvfp4_moe.kernels.moe import activation as kernel_activation
-from nvfp4_moe.kernels.moe import activation_gradient
+from nvfp4_moe.kernels.moe.training import activation_gradient
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
     ELSEWHERE,

@@ -112,9 +112,9 @@ def test_a_sample_of_the_kernels_is_caught():
 _BACKWARD = "no probe calls the backward's kernels yet; tests/training compares its gradients"
 _WITHOUT_MUTANTS = {
     "kernels/instruction_probe.py": "it measures the GPU, and `doctor` compares what it measures",
-    "kernels/moe/activation_gradient.py": _BACKWARD,
-    "kernels/moe/empty_groups.py": _BACKWARD,
-    "kernels/moe/row_dots.py": _BACKWARD,
+    "kernels/moe/training/activation_gradient.py": _BACKWARD,
+    "kernels/moe/training/empty_groups.py": _BACKWARD,
+    "kernels/moe/training/row_dots.py": _BACKWARD,
     "kernels/weights/values.py": _BACKWARD,
     "kernels/moe/hopper/gluon.py": "it has other names of Triton's functions, and no number",
 }

@@ -61,7 +61,8 @@ reference. `cli` runs commands by the functions of the others, and nothing impor
 `__main__`."""
 FLAT = {"__main__": {"cli", "report"}, "public": {"training"}}
 """The modules that lie flat in `nvfp4_moe/` and import one of its folders."""
-MOST_FLAT = 10
+MOST_FLAT = {"kernels": 12, "kernels/moe": 15, "nvfp4_moe": 10, "reference": 12}
+"""How many modules may lie side by side in a folder. Where there is one more, some make a folder."""
 MOST_FRAGMENTS = 20
 """Docstrings that may begin with a fragment: write what the thing is or does, in a sentence."""
 REFERENCE = (
@@ -302,12 +303,9 @@ def test_kernels_import_one_way():
                 assert room(module.split(".")) in before or late in LATE_KERNELS, f"{path}: {name}"
 
 
-def test_few_modules_lie_flat_in_the_kernels():
-    assert len(list((ROOT / "kernels").glob("*.py"))) <= 12
-
-
-def test_few_modules_lie_flat_in_the_package():
-    assert len(list((ROOT / "nvfp4_moe").glob("*.py"))) <= MOST_FLAT
+@pytest.mark.parametrize(("folder", "most"), MOST_FLAT.items())
+def test_few_modules_lie_flat(folder, most):
+    assert 0 < len(list((ROOT / folder).glob("*.py"))) <= most
 
 
 @pytest.mark.parametrize(("earlier", "today"), EARLIER_PATHS.items())
@@ -354,7 +352,6 @@ def test_reference_has_no_import_cycle():
 
 def test_reference_is_in_folders_that_say_what_they_hold():
     folder = ROOT / "reference"
-    assert len(list(folder.glob("*.py"))) <= 12
     for inner in (path for path in folder.iterdir() if path.is_dir() and path.name[0] != "_"):
         text = ast.get_docstring(ast.parse((inner / "__init__.py").read_text())) or ""
         named = re.findall(r"`(\w+\.\w+)`", text)

@@ -4,9 +4,9 @@
 import pytest
 from offline import compile_kernel, disassemble, resources
 
-from nvfp4_moe.kernels.moe.activation_gradient import activation_gradient_kernel
-from nvfp4_moe.kernels.moe.empty_groups import zero_empty_groups_kernel
-from nvfp4_moe.kernels.moe.row_dots import row_dots_kernel
+from nvfp4_moe.kernels.moe.training.activation_gradient import activation_gradient_kernel
+from nvfp4_moe.kernels.moe.training.empty_groups import zero_empty_groups_kernel
+from nvfp4_moe.kernels.moe.training.row_dots import row_dots_kernel
 from nvfp4_moe.kernels.weights.values import weight_values_kernel
 from nvfp4_moe.reference.activation import IMPLEMENTED
 

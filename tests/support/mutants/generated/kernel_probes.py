@@ -259,7 +259,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/moe/activation.py": _EXPERTS,
     "kernels/moe/grouped_gemm.py": _EXPERTS,
     "kernels/moe/masked/rows.py": _named("masked rows", "copied rows", "far, copied"),
-    "kernels/moe/row_kernel.py": _named("rows taken"),
+    "kernels/moe/row_samples/kernel.py": _named("rows taken"),
     "kernels/moe/permute.py": (*_named("permute", "masked rows"), *_TILES, "three launches"),
     "kernels/moe/finalize.py": (
         *_named("finalize"), *_TILES, "cancelling", "any size, to fp32", "far rows",

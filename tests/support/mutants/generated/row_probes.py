@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.kernels.moe.row_buffer import RowBuffer, row_numbers, take_rows
+from nvfp4_moe.kernels.moe.row_samples.buffer import RowBuffer, row_numbers, take_rows
 
 from ..calls import Answered, Call
 from .numbers import seeded

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ..jit.pdl import await_previous
+from ...jit.pdl import await_previous
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Copies some rows of a layer call into fixed memory, at every so many calls, inside a CUDA graph.
+"""Copy some rows of a layer call into fixed memory, at every so many calls, inside a CUDA graph.
 
 The count of calls lies on the device, so the kernel decides at each replay whether it copies. A host
 that reads the memory later sees by the counts whether it has one whole sample: `BEGUN` and `DONE` are
@@ -56,9 +56,9 @@ def take_rows(
         tensors: hidden states, ids, weights, output, [T, ...] each, T at least 1, with the dtypes and
             widths of the buffer; the elements of a row are adjacent.
     """
-    from ..launcher import launch, next_power_of_2  # the canary runs without Triton on a CPU
-    from ..triton_target import arch, launch_options
-    from .row_kernel import take_kernel
+    from ...launcher import launch, next_power_of_2  # the canary runs without Triton on a CPU
+    from ...triton_target import arch, launch_options
+    from .kernel import take_kernel
 
     words = [t.view(torch.int16) for t in tensors]
     kept = [t.view(torch.int16) for t in buffer.rows]

@@ -5,13 +5,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.activation import ActivationType
-from ..jit.approximations import gelu, sigmoid, tanh
-from ..jit.arithmetic import to_bf16
-from ..jit.pdl import await_previous
-from ..launcher import cdiv, launch, next_power_of_2
-from ..triton_target import arch, launch_options
-from .activation import (
+from ....reference.activation import ActivationType
+from ...jit.approximations import gelu, sigmoid, tanh
+from ...jit.arithmetic import to_bf16
+from ...jit.pdl import await_previous
+from ...launcher import cdiv, launch, next_power_of_2
+from ...triton_target import arch, launch_options
+from ..activation import (
     GEGLU,
     GEGLU_TANH,
     GELU,

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..jit.pdl import await_previous
-from ..launcher import launch
-from ..triton_target import INTERPRETING, arch, launch_options
+from ...jit.pdl import await_previous
+from ...launcher import launch
+from ...triton_target import INTERPRETING, arch, launch_options
 
 _BLOCK = 4096
 _PROGRAMS = 64 if not INTERPRETING else 1

@@ -5,11 +5,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..jit.arithmetic import to_bf16
-from ..jit.pdl import await_previous
-from ..launcher import launch, next_power_of_2
-from ..triton_target import arch, launch_options
-from .activation import of_expert
+from ...jit.arithmetic import to_bf16
+from ...jit.pdl import await_previous
+from ...launcher import launch, next_power_of_2
+from ...triton_target import arch, launch_options
+from ..activation import of_expert
 
 
 def row_dots(
