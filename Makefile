@@ -14,7 +14,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 quick-start clean
+.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper sanitizer frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 quick-start clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff --report build/diff
@@ -136,6 +136,11 @@ blackwell:
 hopper:
 	$(PYTHON) -m nvfp4_moe blackwell --backends triton --resume --report build/hopper $(ARGUMENTS)
 	PYTHONPATH=.:tests/support $(PYTHON) -m oracle --triton
+
+# Every kernel under the four tools of compute-sanitizer, on a machine with an NVIDIA GPU and CUDA's toolkit
+# (docs/gpu_checks.md). `make sanitizer ARGUMENTS="--tool racecheck --only ring"` takes a part.
+sanitizer:
+	PYTHONPATH=.:tests/support $(PYTHON) -m sanitizer $(ARGUMENTS)
 
 # FlashInfer's own W4A16 kernels for sm_90 (docs/hopper.md): compiled on any machine, 20 s after a download;
 # then run on an H100 or H200 with torch alone, after build/frost has been copied there.
