@@ -51,6 +51,7 @@ def decode_to_fragments(
     codes: torch.Tensor,
     block_scales: torch.Tensor,
     token_scale: torch.Tensor | None,
+    layout: SfLayout = SfLayout.layout_linear,
     *,
     row_index: torch.Tensor | None = None,
     place: torch.Tensor | None = None,
@@ -59,7 +60,7 @@ def decode_to_fragments(
 
     Args:
         codes: [R, K/2] uint8, contiguous.
-        block_scales: linear, a byte each.
+        block_scales: of `layout`, a byte each.
         token_scale: [R] fp32, or None.
         row_index: as for `decode`.
         place: int32, S for each row, where its values and its scale go; -1: nowhere. None: to its own
@@ -75,10 +76,11 @@ def decode_to_fragments(
     out = torch.empty((wanted, columns), dtype=torch.bfloat16, device=codes.device)
     token = None if token_scale is None else token_scale.new_empty(wanted)
     at_once = min(64, next_power_of_2(max(blocks, 8)))
-    launch(decode_kernel, (cdiv(rows, 8), cdiv(blocks, at_once)),
+    tile = 128 if layout == SfLayout.layout_128x4 else 8
+    launch(decode_kernel, (cdiv(rows, tile) * (tile // 8), cdiv(blocks, at_once)),
         codes.view(torch.uint16), block_scales.view(torch.uint8), row_index, out, place, token_scale,
-        token, rows, blocks, blocks, blocks,
-        OPERAND=False, LAYOUT=int(SfLayout.layout_linear), BLOCKS=at_once, FRAGMENTS=True,
+        token, rows, blocks, blocks, padded_shape(rows, blocks, layout)[1],
+        OPERAND=False, LAYOUT=int(layout), BLOCKS=at_once, FRAGMENTS=True,
         SLOTS=0 if place is None else place.numel() // rows,
         ARCH=arch(codes.device), num_warps=4, **launch_options(codes.device),
     )  # fmt: skip

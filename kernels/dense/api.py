@@ -42,6 +42,18 @@ def _triton_refusal(call: DenseCall) -> str | None:
     return backends.triton_refusal_of(call.a, "a is", call.capability)
 
 
+def _notes(call: DenseCall) -> list[str]:
+    """Say on an sm_90 which of its GEMMs Triton takes, and what bits it has."""
+    if call.capability != (9, 0) or not backends.HAS_TRITON:
+        return []
+    from . import hopper
+
+    reason = hopper.refusal(90, call.k)
+    if reason is None:
+        return ["triton multiplies by its GEMM for sm_90: a row's bits depend on no other row"]
+    return [f"triton multiplies by its GEMM for every GPU, not by that for sm_90: {reason}"]
+
+
 def _in_triton(call: DenseCall) -> torch.Tensor:
     from .launch import OP
 
@@ -81,6 +93,7 @@ MM_FP4: Operation[DenseCall, torch.Tensor] = Operation(
         Backend("reference", backends.serves_all, _in_reference),
     ],
     aliases={name.removeprefix("flashinfer:"): name for name in fi.RULES},
+    notes=_notes,
     adopt=_adopt,
 )
 BACKENDS = MM_FP4.names

@@ -1,8 +1,9 @@
 """The dense product in Triton: how its kernels are launched.
 
-One launch decodes the rows of `a` (and of `b`, where `a` has many), a second multiplies; where the GPU
-multiplies codes there is one launch in all. Nothing waits for the GPU, so a call can be captured in a
-CUDA graph.
+One launch decodes the rows of `a`, a second multiplies. Where the GPU multiplies codes there is one
+launch in all. On sm_90 the GEMM of `moe/hopper/` multiplies where it serves (`hopper.py`). Elsewhere a
+third launch decodes `b`, if `a` has many rows. Nothing waits for the GPU, so a call can be captured in
+a CUDA graph.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -11,10 +12,12 @@ import torch
 from ...reference.dense import a_layout
 from ...reference.recipe import BLOCK_SIZE, SfLayout
 from ..allocate import aligned
-from ..decode import decode
+from ..decode import decode, decode_to_fragments
 from ..launcher import cdiv, launch
+from ..moe.hopper.config import RingConfig
 from ..tiles import GemmConfig
 from ..triton_target import arch, launch_options, native_mma, shared_memory
+from . import hopper
 from .call import KernelCall
 from .kernel import dense_gemm_kernel
 from .ops import register
@@ -50,9 +53,18 @@ def dense_config(m: int, n: int, k: int, arch: int) -> GemmConfig:
     return GemmConfig(256, 128, 64, 4, 8, decoded=True)
 
 
-def mm_fp4(call: KernelCall, out: torch.Tensor, config: GemmConfig | None = None) -> None:
-    """Fill `out` [M, N] in Triton; omitted, `dense_config` gives the tiles."""
+def mm_fp4(
+    call: KernelCall, out: torch.Tensor, config: GemmConfig | RingConfig | None = None
+) -> None:
+    """Fill `out` [M, N] in Triton.
+
+    Args:
+        config: the tiles; None: `hopper.ring_config` on an sm_90 where it serves, else `dense_config`.
+    """
     m, n, k, here = call.m, call.n, call.k, arch(call.a.device)
+    if isinstance(config, RingConfig) or (config is None and hopper.refusal(here, k) is None):
+        _in_gluon(call, out, config)
+        return
     native = native_mma(here)
     config = config or dense_config(m, n, k, here)
     x, w, columns = aligned(call.a), aligned(call.b_rows), k
@@ -71,6 +83,16 @@ def mm_fp4(call: KernelCall, out: torch.Tensor, config: GemmConfig | None = None
         EVEN=k % config.bk == 0, NATIVE=native, ARCH=here, num_warps=config.warps,
         maxnreg=config.registers, **launch_options(call.a.device),
     )  # fmt: skip
+
+
+def _in_gluon(call: KernelCall, out: torch.Tensor, config: RingConfig | None) -> None:
+    from ..moe.hopper.launch import dense_gemm, multiprocessors
+
+    config = config or hopper.ring_config(call.m, call.n, multiprocessors(call.a.device))
+    layout = a_layout(call.use_8x4)
+    x, _ = decode_to_fragments(aligned(call.a), aligned(call.a_scales), None, layout)
+    w, w_sf = aligned(call.b_rows), aligned(call.b_scales)
+    dense_gemm(x, w, w_sf, call.alpha, out, config, by_row=call.by_row)
 
 
 OP = register("triton", mm_fp4)

@@ -4,7 +4,7 @@
 import re
 
 import pytest
-from offline import assembler_log, compile_kernel, resources
+from offline import assembler_log, compile_kernel, resources, tensor_descriptor
 
 from nvfp4_moe.kernels.moe.activation import NONE
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal, ring_config
@@ -31,12 +31,7 @@ def test_the_table_has_every_configuration():
 
 
 def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
-    from nvfp4_moe.kernels.moe.hopper.gluon import gl
     from nvfp4_moe.kernels.moe.hopper.grouped_gemm import expert_gemm_kernel
-
-    def descriptor(dtype: str, box: tuple[int, ...], swizzle: int) -> str:
-        layout = gl.NVMMASharedLayout(swizzle, {"bf16": 16, "i32": 32}[dtype], rank=len(box))
-        return f"tensordesc<{dtype}{list(box)},{layout!r}>"
 
     none = [] if biased else ["bias_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     if activation == NONE.value:
@@ -50,9 +45,9 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
         "limit_ptr",
     )  # fmt: skip
     types = dict.fromkeys(floats, "*fp32") | {
-        "x_desc": descriptor("bf16", (config.widths[-1], 64), 128),
-        "w_desc": descriptor("i32", (128, 16), 64),
-        "sf_desc": descriptor("i32", (1, 2, 128), 0),
+        "x_desc": tensor_descriptor("bf16", (config.widths[-1], 64), 128),
+        "w_desc": tensor_descriptor("i32", (128, 16), 64),
+        "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
         "out_ptr": "*bf16", "tile_ptr": "*i32", "end_ptr": "*i32",
         "tiles": "i32", "strips": "i32", "M": "i32", "K": "i32",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Rows for sm_90's grouped GEMM: the other kernels' values, in another order and at given places."""
 
 # SPDX-License-Identifier: Apache-2.0
+import dense_cases
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from nvfp4_moe.kernels.quantize.launch import (
     quantize_to_fragments,
     quantize_to_values,
 )
+from nvfp4_moe.reference.layouts import from_linear, to_linear
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 pytestmark = pytest.mark.interpreter
@@ -85,6 +87,23 @@ def test_decoded(columns, place):
     got, token_scale = decode_to_fragments(codes, scales, token, place=place)
     assert_placed(token_scale[:, None], token[:, None], place)
     assert_placed(got, ordered(natural(want)), place)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 150])
+@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+def test_decoded_from_every_layout(layout, rows):
+    """With NaN as what pads the scales."""
+    case = dense_cases.coarse(rows, 1, 320)
+    case = dense_cases.with_poisoned_padding(case)
+    linear = to_linear(case.a_scales, rows, 20, SfLayout.layout_128x4)
+    scales = (
+        linear
+        if layout == SfLayout.layout_linear
+        else dense_cases.poisoned(from_linear(linear, layout), rows, 20, layout)
+    )
+    want = decode(case.a, linear, SfLayout.layout_linear)
+    got, token_scale = decode_to_fragments(case.a, scales, None, layout)
+    assert token_scale is None and torch.equal(got, ordered(natural(want)))
 
 
 @pytest.mark.parametrize("place", [None, PLACED], ids=["own", "placed"])

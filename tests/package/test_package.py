@@ -73,7 +73,7 @@ REFERENCE = (
 KERNELS = (
     "environment", "device", "tiles", "attributes", "records", "op_schema", "jit", "triton_target",
     "launcher", "backends", "allocate", "decode", "instruction_probe", "call", "flashinfer", "quantize",
-    "fused_quantize", "weights", "dense", "baseline_moe", "moe",
+    "fused_quantize", "weights", "baseline_moe", "moe", "dense",
 )  # fmt: skip
 """The files and folders of `kernels/`, in order: each imports none that follows it.
 

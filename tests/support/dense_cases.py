@@ -8,6 +8,7 @@ from assertions import assert_bitwise, assert_inside
 
 from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall
+from nvfp4_moe.kernels.moe.hopper.config import RingConfig
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference import dense as reference
 from nvfp4_moe.reference.bounds.accumulation import CONTIGUOUS
@@ -110,22 +111,23 @@ def real(m, n, k, *, use_8x4=False, dtype=torch.bfloat16, seed=0) -> Case:
     return Case(q.codes, p.codes, q.block_scales, p.block_scales, alpha, use_8x4, dtype)
 
 
+def poisoned(scales: torch.Tensor, rows: int, blocks: int, layout: SfLayout) -> torch.Tensor:
+    """Put NaN into every block scale that pads those of [rows, blocks]."""
+    live = from_linear(torch.ones(rows, blocks, dtype=torch.uint8), layout)
+    return torch.where(live == 1, scales, NAN)
+
+
 def with_poisoned_padding(case: Case) -> Case:
     """NaN in every block scale that pads: a kernel that reads one shows it."""
-
-    def poisoned(scales: torch.Tensor, rows: int, layout: SfLayout) -> torch.Tensor:
-        blocks = case.a.shape[1] // 8
-        live = from_linear(torch.ones(rows, blocks, dtype=torch.uint8), layout)
-        return torch.where(live == 1, scales, NAN)
-
+    (m, half), n, layout = case.a.shape, case.b_rows.shape[0], reference.a_layout(case.use_8x4)
     return replace(
         case,
-        a_scales=poisoned(case.a_scales, case.a.shape[0], reference.a_layout(case.use_8x4)),
-        b_scales=poisoned(case.b_scales, case.b_rows.shape[0], SfLayout.layout_128x4),
+        a_scales=poisoned(case.a_scales, m, half // 8, layout),
+        b_scales=poisoned(case.b_scales, n, half // 8, SfLayout.layout_128x4),
     )
 
 
-def output_of(case: Case, device, config: GemmConfig | None = None) -> torch.Tensor:
+def output_of(case: Case, device, config: GemmConfig | RingConfig | None = None) -> torch.Tensor:
     """Triton's, into memory that held NaN."""
     c = case.to(device)
     shape = (c.a.shape[0], c.b_rows.shape[0])
@@ -136,12 +138,16 @@ def output_of(case: Case, device, config: GemmConfig | None = None) -> torch.Ten
     return out
 
 
-def bitwise(case: Case, device, config: GemmConfig | None = None, what: str = "") -> None:
+def bitwise(
+    case: Case, device, config: GemmConfig | RingConfig | None = None, what: str = ""
+) -> None:
     """The reference's bits: for sums that are exact."""
     assert_bitwise(output_of(case, device, config), reference.mm_fp4(**case.arguments), what)
 
 
-def close(case: Case, device, config: GemmConfig | None = None, what: str = "") -> None:
+def close(
+    case: Case, device, config: GemmConfig | RingConfig | None = None, what: str = ""
+) -> None:
     """Inside the interval of every implementation that adds contiguous ranges of K."""
     got = output_of(case, device, config)
     bounds = mm_fp4_bounds(**case.to(device).arguments, accumulation=CONTIGUOUS)

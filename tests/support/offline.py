@@ -24,6 +24,14 @@ def compile_kernel(function, arch: int, types: dict, constants: dict, aligned, *
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def tensor_descriptor(dtype: str, box: tuple[int, ...], swizzle: int) -> str:
+    """Return the type of a kernel's TMA descriptor, of "bf16" or "i32"."""
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout(swizzle, {"bf16": 16, "i32": 32}[dtype], rank=len(box))
+    return f"tensordesc<{dtype}{list(box)},{layout!r}>"
+
+
 def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
     """Return what a disassembler of Triton prints for the kernel."""
     cubin = tmp_path / "kernel.cubin"

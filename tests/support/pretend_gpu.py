@@ -46,7 +46,7 @@ def present(patch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "is_initialized", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
-        (hopper, "_multiprocessors", lambda d: 132),
+        (hopper, "multiprocessors", lambda d: 132),
         (checks, "reads_values", lambda *tensors, waits=False: False),  # as on a GPU
         (records, "enabled", True),
         (records, "_kept", {}),

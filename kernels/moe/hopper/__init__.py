@@ -1,4 +1,4 @@
-"""The grouped GEMM for sm_90 in Gluon, Triton's language with explicit layouts and barriers.
+"""The grouped and the dense GEMM for sm_90 in Gluon, Triton's language with layouts and barriers.
 
 `gluon.py` alone knows the names of Triton's versions. `docs/hopper_gluon.md` explains the design.
 """

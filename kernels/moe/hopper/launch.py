@@ -1,4 +1,4 @@
-"""How the grouped GEMM for sm_90 is launched: TMA descriptors, and the programs that stay."""
+"""How the GEMMs for sm_90 are launched: TMA descriptors, and the programs that stay."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ....reference.weights.experts import Experts
-from ...launcher import launch
+from ...launcher import cdiv, launch
 from ...triton_target import arch, launch_options
 from ..activation import NONE
 from ..permute import Permutation
 from .config import RingConfig
+from .dense_gemm import dense_gemm_kernel
 from .fragments import ROWS, WORDS
 from .gluon import TensorDescriptor, gl
 from .grouped_gemm import expert_gemm_kernel
@@ -46,8 +47,22 @@ def _descriptor(
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _operands(
+    values: torch.Tensor, w: torch.Tensor, w_sf: torch.Tensor, rows: int, k: int, config: RingConfig
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+    """Describe tokens, codes and block scales: `rows` of weights in all, K a multiple of 64."""
+    box, words = (config.widths[-1], 64), (rows, k // 8)
+    tiled = (cdiv(rows, _ROWS), k // 64, 128)
+    return (
+        _descriptor(values.data_ptr(), values.dtype, tuple(values.shape), box, 128),
+        _descriptor(w.data_ptr(), torch.int32, words, (_ROWS, _WORDS), 64),
+        _descriptor(w_sf.data_ptr(), torch.int32, tiled, (1, 2, 128), 0),
+    )
 
 
 def expert_gemm(
@@ -74,16 +89,9 @@ def expert_gemm(
     """
     local, m, k = w.shape[0], w.shape[1], w.shape[2] * 2
     tiles, strips = p.tiles.shape[1], m // _ROWS
-    x_desc = _descriptor(
-        values.data_ptr(), values.dtype, tuple(values.shape), (config.widths[-1], 64), 128
-    )
-    words = (local * m, k // 8)
-    w_desc = _descriptor(w.data_ptr(), torch.int32, words, (_ROWS, _WORDS), 64)
-    tiled = (local * m // 128, k // 64, 128)
-    sf_desc = _descriptor(w_sf.data_ptr(), torch.int32, tiled, (1, 2, 128), 0)
-    programs = min(tiles * strips, config.programs * _multiprocessors(w.device))
+    programs = min(tiles * strips, config.programs * multiprocessors(w.device))
     launch(expert_gemm_kernel, (programs,),
-        x_desc, w_desc, sf_desc, token_scale, bias, scale,
+        *_operands(values, w, w_sf, local * m, k, config), token_scale, bias, scale,
         experts.output1_scale_gate_scalar if experts else None,
         experts.gemm1_alpha if experts else None,
         experts.gemm1_beta if experts else None,
@@ -91,5 +99,33 @@ def expert_gemm(
         out, p.tiles, p.end, tiles, strips, m, k,
         ACT=int(experts.activation) if experts else NONE.value,
         FRAGMENTS=fragments, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
+        ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
+    )  # fmt: skip
+
+
+def dense_gemm(
+    values: torch.Tensor,
+    w: torch.Tensor,
+    w_sf: torch.Tensor,
+    alpha: torch.Tensor | None,
+    out: torch.Tensor,
+    config: RingConfig,
+    *,
+    by_row: bool,
+) -> None:
+    """Multiply rows by weights whose rows are in natural order: `out` [M, N], bf16 or fp16.
+
+    Args:
+        values: [M, K rounded up to 128] bf16 in the order of `jit/fragments.py`, zeros beyond K.
+        w: codes [N, K/2] uint8 at a multiple of 16 bytes; 64 divides K.
+        w_sf: their block scales in 128x4.
+        alpha: fp32 [1], with `by_row` [M]; or None.
+    """
+    (m, n), k = out.shape, w.shape[1] * 2
+    tiles = cdiv(n, _ROWS) * cdiv(m, config.bn)
+    programs = min(tiles, config.programs * multiprocessors(w.device))
+    launch(dense_gemm_kernel, (programs,),
+        *_operands(values, w, w_sf, n, k, config), alpha, out, m, n, k,
+        BY_ROW=by_row, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
         ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
     )  # fmt: skip

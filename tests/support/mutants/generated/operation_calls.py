@@ -14,6 +14,7 @@ from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
 from nvfp4_moe.kernels.fused_quantize import launch as fused_quantize_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as FusedKernelCall
+from nvfp4_moe.kernels.moe.hopper.config import RingConfig
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.weights import launch as weights_launch
 from nvfp4_moe.reference import dense, fused_quantize
@@ -162,7 +163,7 @@ class ProductCall:
     What pads block scales is NaN. Not where exact, a block of `a` and one of `b` are NaN.
     """
 
-    config: GemmConfig
+    config: GemmConfig | RingConfig
     use_8x4: bool = False
     by_row: bool = False
     out_dtype: torch.dtype = torch.bfloat16

@@ -35,6 +35,7 @@ from ..calls import Answered, Call, FusedCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import case_of
 from .numbers import seeded
+from .operation_calls import ProductCall
 from .part_calls import exactly
 
 Tensor = torch.Tensor
@@ -44,7 +45,7 @@ ROWS = (3, 1, 0, 17, 8, 33, 16, 9)
 """Rows of each expert: none, one, whole tiles, and few behind which a fuller tile begins."""
 SMALL = RingConfig((16, 8), 2, 1, 2)
 NARROW = RingConfig((8,), 2, 1, 2)
-_FEW_PROGRAMS: dict[str, Any] = {"hopper.launch._multiprocessors": lambda device: 1}
+_FEW_PROGRAMS: dict[str, Any] = {"hopper.launch.multiprocessors": lambda device: 1}
 
 
 @contextmanager
@@ -242,6 +243,15 @@ def named() -> Named:
     for one in moe_edges.activations(Recipe()):
         yield f"ring, {one.name}", functools.partial(ActivationCall, one, NARROW)
     yield "ring, far rows", lambda: FarRowsCall(SMALL)
+    half = torch.float16
+    yield "ring, dense", lambda: ProductCall(SMALL, by_row=True, k=192)
+    yield "ring, dense, exact", lambda: ProductCall(SMALL, exact=True, k=448, out_dtype=half)
+    yield "ring, dense, 8x4", lambda: ProductCall(alone, use_8x4=True, by_row=True, m=41, k=320)
+    for m, n in ((1, 1), (17, 128), (9, 129)):
+        yield (
+            f"ring, dense, {m} by {n}",
+            functools.partial(ProductCall, SMALL, exact=True, m=m, n=n, k=64),
+        )
 
 
 def _exact_of(config: RingConfig, rows: tuple[int, ...]) -> FusedCall:

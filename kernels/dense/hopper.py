@@ -1,0 +1,45 @@
+"""The dense product on sm_90 by the GEMM of `moe/hopper/`: the calls that it serves, and its tiles."""
+
+# SPDX-License-Identifier: Apache-2.0
+from ..launcher import cdiv
+from ..moe.hopper import config
+from ..moe.hopper.config import RingConfig
+
+_FEW = (
+    (8, RingConfig((8,), 5, 2, 2)),
+    (16, RingConfig((16, 8), 4, 2, 2)),
+    (32, RingConfig((32, 16), 3, 2, 2)),
+)
+"""The tiles of so many rows at most, which are read at the speed of memory."""
+_MANY = (
+    (1.0, RingConfig((256, 128, 64, 32), 3, 1, 1)),
+    (0.65, RingConfig((128, 64, 32), 4, 1, 1)),
+    (0.45, RingConfig((64, 32, 16), 4, 2, 1)),
+)
+"""The tiles of more rows, and the time of a tile over that of the widest, as the grouped GEMM has it."""
+CONFIGS = (*(c for _, c in _FEW), *(c for _, c in _MANY))
+"""Every configuration that `ring_config` chooses."""
+_ROWS = 128  # rows of b in a tile
+_SCALES = 64  # columns of a tile of block scales in 128x4
+
+
+def refusal(arch: int, k: int) -> str | None:
+    """Return why the GEMM does not multiply by K columns on a GPU of this ARCH here, or None."""
+    if (reason := config.refusal(arch)) is not None:
+        return reason
+    if k % _SCALES:
+        return f"K is {k}; it must be a multiple of {_SCALES}, as a tile of block scales"
+    return None
+
+
+def ring_config(m: int, n: int, multiprocessors: int) -> RingConfig:
+    """Return the tiles of [m, K] times [K, n]: a sum's order is the same with all of them."""
+    for most, few in _FEW:
+        if m <= most:
+            return few
+
+    def time(choice: tuple[float, RingConfig]) -> float:
+        tiles = cdiv(n, _ROWS) * cdiv(m, choice[1].bn)
+        return cdiv(tiles, multiprocessors) * choice[0]
+
+    return min(_MANY, key=time)[1]

@@ -1,0 +1,88 @@
+"""The dense product's GEMM for sm_90: which calls it serves, its tiles, and what `explain` says."""
+
+# SPDX-License-Identifier: Apache-2.0
+import dense_cases
+import pretend_gpu
+import pytest
+
+import nvfp4_moe
+from nvfp4_moe import explain_mm_fp4
+from nvfp4_moe.kernels import decode
+from nvfp4_moe.kernels.dense import hopper, launch
+from nvfp4_moe.kernels.dense.hopper import CONFIGS, refusal, ring_config
+from nvfp4_moe.kernels.moe.hopper import config
+from nvfp4_moe.kernels.moe.hopper import launch as hopper_launch
+
+H200 = 132
+SERVED = "triton multiplies by its GEMM for sm_90: a row's bits depend on no other row"
+NOT_SERVED = "triton multiplies by its GEMM for every GPU, not by that for sm_90: "
+
+serves = pytest.mark.skipif(config.refusal(90) is not None, reason=str(config.refusal(90)))
+
+
+def test_the_table_has_every_configuration():
+    """Each is chosen for some size, and one for few rows holds them in one tile."""
+    sizes = [(m, n) for m in (*range(1, 300), 1000, 8192) for n in (64, 4096, 7168, 36864)]
+    assert {ring_config(m, n, H200) for m, n in sizes} == set(CONFIGS)
+    for m in range(1, 33):
+        assert ring_config(m, 4096, H200).bn == next(w for w in (8, 16, 32) if w >= m)
+
+
+@pytest.mark.parametrize(
+    "m,n,tokens",
+    [(33, 4096, 64), (64, 36864, 64), (256, 4096, 64), (1024, 4096, 256), (8192, 4096, 256)],
+)
+def test_the_tiles_fill_the_gpu(m, n, tokens):
+    """The widest tile is the most efficient, and narrower ones keep more multiprocessors at work."""
+    assert ring_config(m, n, H200).bn == tokens
+
+
+@serves
+@pytest.mark.parametrize(
+    "k,reason", [(64, None), (7168, None), (48, "K is 48"), (1616, "K is 1616")]
+)
+def test_columns(k, reason):
+    text = "; it must be a multiple of 64, as a tile of block scales"
+    assert refusal(90, k) == (reason and reason + text)
+
+
+def notes(k: int, capability=(9, 0)) -> tuple[str, ...]:
+    case = dense_cases.coarse(5, 40, k)
+    return explain_mm_fp4(**case.arguments, capability=capability).notes
+
+
+@serves
+def test_explained():
+    assert notes(128) == (SERVED,)
+    (note,) = notes(80)
+    assert note.startswith(NOT_SERVED + "K is 80; it must be a multiple of 64")
+    assert notes(128, (8, 0)) == notes(128, (10, 0)) == ()
+
+
+def test_another_triton_is_explained(monkeypatch):
+    monkeypatch.setattr(config, "triton_version", lambda: (3, 5))
+    (note,) = notes(128)
+    assert note.startswith(NOT_SERVED + "Triton is ") and "tested with 3.6, 3.7" in note
+
+
+@serves
+@pytest.mark.parametrize("m,n,k", [(1, 40, 64), (33, 130, 192), (1000, 4096, 128), (7, 64, 80)])
+def test_the_launches_of_a_call(monkeypatch, m, n, k):
+    """Rows are decoded, then multiplied: by the GEMM for sm_90 where it serves."""
+    pretend_gpu.present(monkeypatch)
+    made = []
+    for module in (decode, launch, hopper_launch):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, grid, *args, **options: made.append((grid, options))
+        )
+    case = dense_cases.coarse(m, n, k)
+    assert nvfp4_moe.mm_fp4(**case.arguments, backend="triton").shape == (m, n)
+    (_, decoding), (grid, options) = made
+    assert decoding["FRAGMENTS"] == (hopper.refusal(90, k) is None)
+    if hopper.refusal(90, k):
+        assert options["STAGES"] and "WIDTHS" not in options
+        return
+    chosen = ring_config(m, n, H200)
+    tiles = -(-n // 128) * -(-m // chosen.bn)
+    assert options["WIDTHS"] == chosen.widths and options["BY_ROW"] == (m > 1)
+    assert grid == (min(tiles, H200 * chosen.programs),)

@@ -1,0 +1,65 @@
+"""The dense GEMM for sm_90 compiles, offline, to overlapping wgmma that stay in registers."""
+
+# SPDX-License-Identifier: Apache-2.0
+import re
+
+import pytest
+from offline import assembler_log, compile_kernel, resources, tensor_descriptor
+
+from nvfp4_moe.kernels.dense.hopper import CONFIGS
+from nvfp4_moe.kernels.moe.hopper.config import RingConfig, refusal
+from nvfp4_moe.kernels.triton_target import shared_memory
+
+ARCH = 90
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(refusal(ARCH) is not None, reason=str(refusal(ARCH))),
+]
+
+
+def compile_dense(
+    config: RingConfig, *, by_row: bool = True, out: str = "*bf16", even: bool = True
+):
+    from nvfp4_moe.kernels.moe.hopper.dense_gemm import dense_gemm_kernel
+
+    constants = {
+        "BY_ROW": by_row, "WIDTHS": config.widths, "STAGES": config.stages,
+        "GROUPS": config.groups, "ARCH": ARCH,
+    }  # fmt: skip
+    types = {
+        "x_desc": tensor_descriptor("bf16", (config.widths[-1], 64), 128),
+        "w_desc": tensor_descriptor("i32", (128, 16), 64),
+        "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
+        "alpha_ptr": "*fp32", "out_ptr": out, "M": "i32", "N": "i32", "K": "i32",
+    }  # fmt: skip
+    aligned = ["alpha_ptr", "out_ptr", "K", *(["N"] if even else [])]
+    return compile_kernel(
+        dense_gemm_kernel, ARCH, types, constants, aligned, num_warps=8,
+        maxnreg=config.registers, launch_pdl=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_compiled(config, tmp_path):
+    """No warning that wgmma are serialized, nothing in local memory, the multiprocessor shared."""
+    kernel = compile_dense(config)
+    log = assembler_log(kernel, tmp_path, "sm_90a")
+    assert "C75" not in log, log
+    used = re.search(r"Used (\d+) registers", log)
+    assert used, log
+    assert int(used[1]) <= config.registers
+    assert resources(kernel, tmp_path) == (0, 0)
+    for width in config.widths:
+        assert f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16" in kernel.asm["ptx"]
+    assert "st.global.v4.b32" in kernel.asm["ptx"]  # results leave by 16 bytes
+    # A program leaves the driver 1 KiB of a multiprocessor's 228.
+    each = kernel.metadata.shared + 1024
+    assert each * config.programs <= (shared_memory(ARCH) + 1) * 1024
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=str)
+def test_edges(config, tmp_path):
+    """An N that 16 does not divide, one alpha, fp16."""
+    kernel = compile_dense(config, by_row=False, out="*fp16", even=False)
+    assert "C75" not in assembler_log(kernel, tmp_path, "sm_90a")
+    assert resources(kernel, tmp_path) == (0, 0)
