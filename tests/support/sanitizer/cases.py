@@ -34,17 +34,17 @@ from nvfp4_moe.kernels.fused_quantize import launch as fused_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as ProducerCall
 from nvfp4_moe.kernels.moe import launch as moe_launch
 from nvfp4_moe.kernels.moe import routing
-from nvfp4_moe.kernels.moe.activation_gradient import activation_gradient
 from nvfp4_moe.kernels.moe.call import KernelCall
-from nvfp4_moe.kernels.moe.empty_groups import zero_empty_groups
 from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal
 from nvfp4_moe.kernels.moe.hopper.prologue import sort_and_place
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked import launch as masked_launch
 from nvfp4_moe.kernels.moe.permute import permute
-from nvfp4_moe.kernels.moe.row_buffer import RowBuffer, take_rows
-from nvfp4_moe.kernels.moe.row_dots import row_dots
+from nvfp4_moe.kernels.moe.row_samples.buffer import RowBuffer, take_rows
+from nvfp4_moe.kernels.moe.training.activation_gradient import activation_gradient
+from nvfp4_moe.kernels.moe.training.empty_groups import zero_empty_groups
+from nvfp4_moe.kernels.moe.training.row_dots import row_dots
 from nvfp4_moe.kernels.quantize import launch as quantize_launch
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.kernels.weights.values import weight_values
@@ -520,14 +520,14 @@ GROUPS: dict[str, Group] = {
     ),
     "training": Group(
         (
-            "moe.activation_gradient.activation_gradient_kernel",
-            "moe.row_dots.row_dots_kernel",
-            "moe.empty_groups.zero_empty_groups_kernel",
+            "moe.training.activation_gradient.activation_gradient_kernel",
+            "moe.training.row_dots.row_dots_kernel",
+            "moe.training.empty_groups.zero_empty_groups_kernel",
         ),
         training,
     ),
     "dense": Group(("dense.kernel.dense_gemm_kernel", *_DECODE), dense),
-    "canary": Group(("moe.row_kernel.take_kernel",), rows_of_the_canary),
+    "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
     "probes": Group(
         ("instruction_probe._rcp_delta_kernel", "instruction_probe.instruction_kernel"), probes
     ),
