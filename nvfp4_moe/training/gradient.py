@@ -135,11 +135,12 @@ def _gradients(
     experts, recipe = layer.experts, layer.arithmetic.quantizer
     for_x, for_w13, for_w2, for_weights, for_bias1, for_bias2 = wanted
     dtype = operand_dtype(grad.device)
+    # First what keeps the GPU busy, while the host prepares the many small steps.
+    first, second = first_matrices(experts, dtype), second_matrices(experts, dtype)
     s = sort_slots(layer.ids, experts.num_local)
     weights = layer.weights.flatten()[s.slot, None].float()
     g = grad.to(dtype)[s.token]
 
-    first, second = first_matrices(experts, dtype), second_matrices(experts, dtype)
     tokens = Rows(layer.x.to(dtype)) if recipe is None else quantized(layer.x, recipe, dtype)
     x = tokens.at(s.token)
     # In fp32 where raw is quantized: a rounded sum would often have another code.
@@ -170,12 +171,13 @@ def _gradients(
         d_weights = s.by_slot(row_gradient(grad, mid, served, second_bias(experts), s))
     if for_w2:  # scales go with the narrower factor, and g stays as it is
         mid = Rows(a.to(dtype)) if layer.masters else mid
-        scaled = weights * mid.values if mid.scale is None else weights * mid.scale * mid.values
-        d_w2 = outer(g, scaled.to(dtype), s.ends)
+        factor = weights if mid.scale is None else weights * mid.scale
+        scaled = torch.mul(mid.values, factor, out=torch.empty_like(mid.values))
+        d_w2 = outer(g, scaled, s.ends)
     if for_bias2:
         d_bias2 = sums_by_expert(g, weights, s)
     if for_x and d_raw:
-        d_x = s.by_slot(times(d_raw.for_x, first.values, s.ends)).sum(1, dtype=torch.float32)
+        d_x = s.sums_by_token(times(d_raw.for_x, first.values, s.ends))
     if for_w13 and d_raw:
         d_w13 = outer(d_raw.for_w13, x.values, s.ends)
     if for_bias1 and d_raw:

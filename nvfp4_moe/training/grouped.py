@@ -33,6 +33,18 @@ class Slots(NamedTuple):
         is_local = self.is_local.view(*self.is_local.shape, *(1,) * (rows.dim() - 1))
         return torch.where(is_local, rows[self.row], 0)
 
+    def sums_by_token(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add up the slots of each token: [T, M] of the dtype of rows [N, M], of fp32 sums."""
+        if rows.dtype == torch.bfloat16 and runs_triton(rows):
+            from ..kernels.moe.finalize import finalize  # Triton, which a CPU does not need
+
+            row = torch.where(self.is_local, self.row, -1).int().flatten()
+            ones = torch.ones(self.row.shape, dtype=torch.float32, device=rows.device)
+            total = rows.new_empty(self.row.shape[0], rows.shape[1], dtype=rows.dtype)
+            finalize(rows, row, ones, total, "slot-multiply")  # it flushes no subnormals
+            return total
+        return self.by_slot(rows).sum(1, dtype=torch.float32).to(rows.dtype)
+
 
 def sort_slots(ids: torch.Tensor, num_experts: int) -> Slots:
     """Sort slots by expert, stably, without waiting for the GPU.
@@ -41,13 +53,14 @@ def sort_slots(ids: torch.Tensor, num_experts: int) -> Slots:
         ids: [T, K] int32; one below 0 or from num_experts on is no expert's.
     """
     is_local = local_slots(ids, num_experts)
-    expert, slot = torch.where(is_local, ids.long(), num_experts).flatten().sort(stable=True)
-    each = torch.arange(num_experts, dtype=torch.int64, device=ids.device)
+    # A radix sort of int32 takes half the passes of int64.
+    expert, slot = torch.where(is_local, ids, num_experts).flatten().sort(stable=True)
+    each = torch.arange(num_experts, dtype=torch.int32, device=ids.device)
     ends = torch.searchsorted(expert, each, right=True, out_int32=True)
     row = torch.empty_like(slot)
     row[slot] = torch.arange(slot.numel(), dtype=torch.int64, device=ids.device)
     token = torch.div(slot, ids.shape[1], rounding_mode="floor")
-    expert = expert.clamp(max=num_experts - 1)
+    expert = expert.clamp(max=num_experts - 1).long()
     return Slots(slot, token, expert, ends, row.view(ids.shape), is_local)
 
 
