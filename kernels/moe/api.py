@@ -25,7 +25,6 @@ from .call import (
     check_linear,
     check_values,
     make_moe_call,
-    padded_columns,
     routing_of,
 )
 from .weight_on_input import weigh_rows
@@ -341,7 +340,7 @@ def fused_moe(
         checks.wrong_value("routing_bias", routing_bias, "None with ids, which are chosen already")
     names = ("routing[0]", "routing[1]")
     call = make_moe_call(
-        Activations(padded_columns(hidden_states, experts.padded_hidden_size)),
+        Activations(hidden_states),
         experts,
         num_experts=num_experts,
         local_expert_offset=local_expert_offset,
@@ -352,6 +351,7 @@ def fused_moe(
         nvfp4_4over6=nvfp4_4over6,
         fast_math=fast_math,
         build=build,
+        unpadded=True,
         quantize=None if activation == "bf16" else activation,
         names=names,
         **given,
@@ -374,7 +374,7 @@ def _weighed(call: MoECall, hidden_states: torch.Tensor, routing: Any) -> MoECal
     rows, (ids, ones) = weigh_rows(hidden_states, routing, call.routing_bias)
     return replace(
         call,
-        activations=Activations(padded_columns(rows, call.experts.padded_hidden_size)),
+        activations=Activations(rows),
         routing=routing_of(1, 1, None, None, None),
         logits=None,
         routing_bias=None,

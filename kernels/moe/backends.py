@@ -23,7 +23,7 @@ from ..flashinfer.layer import Layer
 from ..flashinfer.rules import every_text
 from ..quantize.api import nvfp4_quantize
 from . import statistics as moe_statistics
-from .call import MoECall
+from .call import MoECall, padded
 
 MoEBackend = Literal[
     "auto", "flashinfer:trtllm", "flashinfer:cute-dsl", "flashinfer:cutlass", "triton", "reference"
@@ -35,7 +35,8 @@ _Run = Callable[[MoECall], Results]
 
 
 def with_codes(call: MoECall) -> MoECall:
-    """Return the call with bf16 hidden states quantized, if they need it."""
+    """Return the call with hidden states that are padded, and quantized if they need it."""
+    call = padded(call)
     if call.quantize is None:
         return call
     scale, options = call.quantizer_arguments()

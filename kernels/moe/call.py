@@ -2,8 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -94,7 +94,7 @@ class KernelCall(LayerMode):
     The routing is given beside it: ids [T, K] int32, and weights [T, K].
     """
 
-    activations: Activations
+    activations: Activations  # bf16 ones may lack the weights' padding columns: `padded`
     experts: Experts
     num_experts: int  # of all ranks, over which the slots are spread; without shared experts
     shared_experts: int = 0
@@ -168,6 +168,17 @@ class MoECall(KernelCall):
         return result.ids, result.weights_bf16
 
 
+_Call = TypeVar("_Call", bound=KernelCall)
+
+
+def padded(call: _Call) -> _Call:
+    """Return the call whose hidden states have the weights' columns, zeros behind their own."""
+    states, columns = call.activations.hidden_states, call.experts.padded_hidden_size
+    if not call.activations.is_bf16 or states.shape[1] == columns:
+        return call
+    return replace(call, activations=Activations(padded_columns(states, columns)))
+
+
 def make_moe_call(
     activations: Activations,
     experts: Experts,
@@ -181,6 +192,7 @@ def make_moe_call(
     fast_math: bool | None = None,
     build: LayerBuild = "cuda",
     names: tuple[str, str] | None = None,
+    unpadded: bool = False,
     **options: Any,
 ) -> MoECall:
     """Check what no backend accepts, and resolve what the environment decides.
@@ -189,6 +201,7 @@ def make_moe_call(
         routing: how `logits`, an option, are routed; None with topk: K is that of the ids.
         topk: ids and weights, or both packed in one tensor.
         names: of the routing's two tensors, for messages; omitted, FlashInfer's.
+        unpadded: bf16 hidden states have [T, hidden size], without padding columns.
         options: other fields of `MoECall`.
 
     Raises:
@@ -199,7 +212,8 @@ def make_moe_call(
     checks.one_of("build", build, get_args(LayerBuild))
     checks.integer("num_experts", num_experts, 1)
     check_experts(experts)
-    tokens = _check_activations(activations, experts)
+    columns = experts.hidden_size if unpadded else experts.padded_hidden_size
+    tokens = _check_activations(activations, experts, columns)
     if topk is not None:
         top_k = "K" if routing is None else routing.top_k
         options["ids"], options["weights"] = _topk(topk, tokens, top_k, names or TOPK_NAMES)
@@ -346,14 +360,15 @@ def activation_mode(activation: Mode | None, experts: Experts) -> Mode:
     return activation
 
 
-def _check_activations(a: Activations, e: Experts) -> int:
+def _check_activations(a: Activations, e: Experts, columns: int) -> int:
+    """Return the number of tokens; bf16 hidden states must have `columns`."""
     states, hidden = a.hidden_states, e.padded_hidden_size
     checks.tensor(
         "hidden_states", states, (torch.uint8, torch.bfloat16), ("T", "H/2, or H of bf16")
     )
     tokens = states.shape[0]
     if a.is_bf16:
-        _want("hidden_states", states, (torch.bfloat16,), (tokens, hidden))
+        _want("hidden_states", states, (torch.bfloat16,), (tokens, columns))
         for name, value in (
             ("hidden_states_scale", a.block_scales),
             ("per_token_scale", a.per_token_scale),

@@ -16,6 +16,7 @@ from ...reference.moe.hidden_states import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
 from ..decode import decode, decode_to_fragments
+from ..jit.fragments import padded_to_fragments
 from ..launcher import launch
 from ..quantize.launch import (
     quantize_global_scale,
@@ -26,12 +27,12 @@ from ..quantize.launch import (
 from ..triton_target import arch, launch_options, native_mma
 from .activation import NONE
 from .autotune import cache
-from .call import KernelCall, Mode, Observe
+from .call import KernelCall, Mode, Observe, padded
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
 from .hopper import prologue
 from .hopper.config import RingConfig
-from .hopper.rows import in_fragments
+from .hopper.rows import in_fragments, is_padded_there
 from .masked.rows import copy_rows
 from .ops import Triple, empty_results, register
 from .permute import Permutation, permute
@@ -82,9 +83,11 @@ def fused_moe(
         else _configs(experts, local, top_k, call.mode, call.batch_invariant)
     )
     ring = isinstance(configs[0], RingConfig)
+    if not (ring and is_padded_there(call)):
+        call = padded(call)
     p, x1 = _sorted_rows(call, ids, configs[0].bn, ring=ring)
-    # An operand as it is written, where it needs no padding and nobody else reads it.
-    direct = ring and plain and observe is None and experts.padded_intermediate_size % 128 == 0
+    # The second GEMM's operand as the first writes it, where nobody else reads it.
+    direct = ring and plain and observe is None
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
     del x1  # its memory serves the steps that follow
     if observe is not None:
@@ -216,10 +219,14 @@ def gemm1(
     """Return [slots, padded intermediate size], activated: bf16, or fp32 for static scales.
 
     Args:
-        fragments: columns in the order in which the GEMM of `hopper/` reads them.
+        fragments: columns in the order in which the GEMM of `hopper/` reads them, with zeros up to a
+            multiple of 128.
     """
     dtype = torch.float32 if fp32 else torch.bfloat16
-    out = x.values.new_empty((slots, experts.padded_intermediate_size), dtype=dtype)
+    columns = experts.padded_intermediate_size
+    if fragments:
+        columns = padded_to_fragments(columns)
+    out = x.values.new_empty((slots, columns), dtype=dtype)
     _launch_gemm(
         x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
         experts.output1_scale_scalar, out, p, config, top_k, experts.activation, experts,

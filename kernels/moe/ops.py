@@ -15,7 +15,7 @@ from ...reference.moe.permute import permutation
 from ...reference.weights.experts import Experts
 from .. import op_schema
 from ..op_schema import Flat
-from .call import KernelCall, Observe
+from .call import KernelCall, Observe, padded
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -65,7 +65,7 @@ def reference(
     call: KernelCall, ids: torch.Tensor, weights: torch.Tensor, observe: Observe | None = None
 ) -> Triple:
     """Run the reference as an `Implementation`."""
-    activations, experts, offset = call.activations, call.experts, call.local_expert_offset
+    activations, experts, offset = padded(call).activations, call.experts, call.local_expert_offset
     if call.quantize:
         activations = quantize_activations(activations.hidden_states, call.recipe)
     result = moe.fused_moe(

@@ -9,7 +9,7 @@ import torch
 
 from ..cases.moe_case import MoECase, to_device
 from ..failures.slice_call import PER_EXPERT
-from ..kernels.moe.call import MoECall
+from ..kernels.moe.call import MoECall, padded
 from ..kernels.moe.row_samples.buffer import row_numbers
 from ..kernels.quantize.api import nvfp4_quantize
 from ..reference.moe.finalize import split_k_groups
@@ -122,7 +122,7 @@ def case_of(sample: Sample) -> MoECase:
 
 def _codes(call: MoECall, experts: Experts) -> Activations:
     """Return the hidden states as the layer quantizes them, by the reference."""
-    states = call.activations.hidden_states.cpu()
+    states = padded(call).activations.hidden_states.cpu()
     if call.quantize is None:
         return Activations(states)
     scale, options = replace(call, experts=experts).quantizer_arguments()

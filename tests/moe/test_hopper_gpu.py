@@ -10,7 +10,7 @@ from moe_cases import Shape, make
 from moe_triton_cases import coarse, to
 
 from nvfp4_moe.kernels.moe import launch
-from nvfp4_moe.kernels.moe.call import KernelCall
+from nvfp4_moe.kernels.moe.call import KernelCall, padded
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, refusal, ring_config
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference.activation import ActivationType
@@ -61,6 +61,31 @@ def test_all_that_is_read_is_written(config, unwritten_memory_is_nan):
     """Intermediates and the output: the sums are exact, so that the reference has the same bits."""
     case = coarse(Shape(150, 512, 256, 8, 3), ActivationType.Relu2)
     assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "among NaN")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 17, 300])
+@pytest.mark.parametrize(
+    "activation,intermediate", [(ActivationType.Swiglu, 192), (ActivationType.Relu2, 384)]
+)
+@pytest.mark.parametrize("mode", ["per-token", "bf16"])
+def test_kernels_pad_as_they_write(
+    mode, activation, intermediate, tokens, config, unwritten_memory_is_nan
+):
+    """Columns that are no multiple of 128: as with padded hidden states and an intermediate in order.
+
+    Strips are odd in number: three, of 64 results with a gate and of 128 without.
+    """
+    case = to("cuda", make(Shape(tokens, 464, intermediate, 8, 4), activation, mode="bf16"))
+    a, e = Activations(case.x), case.experts
+    quantize = "per-token" if mode == "per-token" else None
+    call = KernelCall(a, e, e.num_local, quantize=quantize)
+    got = launch.fused_moe(call, case.ids, case.weights, config=config)[0]
+    want = launch.fused_moe(
+        padded(call), case.ids, case.weights, config=config, observe=lambda *_: None
+    )[0]
+    assert not want.isnan().any()
+    assert_bitwise(got, want, mode)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40, 300, 2000])

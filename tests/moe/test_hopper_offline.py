@@ -30,15 +30,15 @@ def test_the_table_has_every_configuration():
     assert [c.bn for c in chosen] == sorted(c.bn for c in chosen)
 
 
-def compile_ring(config: RingConfig, activation: int, *, biased: bool = False):
+def compile_ring(config: RingConfig, activation: int, *, biased: bool = False, odd: bool = False):
     from nvfp4_moe.kernels.moe.hopper.grouped_gemm import expert_gemm_kernel
 
     none = [] if biased else ["bias_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     if activation == NONE.value:
         none += ["gate_scale_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     constants = dict.fromkeys(none) | {
-        "ACT": activation, "FRAGMENTS": False, "WIDTHS": config.widths, "STAGES": config.stages,
-        "GROUPS": config.groups, "ARCH": ARCH,
+        "ACT": activation, "FRAGMENTS": odd, "ODD": odd, "WIDTHS": config.widths,
+        "STAGES": config.stages, "GROUPS": config.groups, "ARCH": ARCH,
     }  # fmt: skip
     floats = (
         "token_scale_ptr", "bias_ptr", "scale_ptr", "gate_scale_ptr", "alpha_ptr", "beta_ptr",
@@ -63,15 +63,19 @@ QUICK = CONFIGS[1]
 
 
 @serves
-@pytest.mark.parametrize("activation", [SWIGLU, NONE.value], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "activation,odd",
+    [(SWIGLU, False), (SWIGLU, True), (NONE.value, False)],
+    ids=["first", "first-in-fragments", "second"],
+)
 @pytest.mark.parametrize(
     "config",
     [pytest.param(c, marks=() if c == QUICK else pytest.mark.slow) for c in CONFIGS],
     ids=str,
 )
-def test_compiled(config, activation, tmp_path):
+def test_compiled(config, activation, odd, tmp_path):
     """No warning that wgmma are serialized, nothing in local memory, the multiprocessor shared."""
-    kernel = compile_ring(config, activation, biased=True)
+    kernel = compile_ring(config, activation, biased=True, odd=odd)
     log = assembler_log(kernel, tmp_path, "sm_90a")
     assert "C75" not in log, log
     used = re.search(r"Used (\d+) registers", log)

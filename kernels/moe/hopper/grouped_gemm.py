@@ -243,14 +243,31 @@ def _finish(
 
 
 @gluon.jit
+def _zero_half(out_ptr, strip, first, rows, width):
+    """Store zeros beside an even strip, in the other half of its 128 columns of `rows` rows."""
+    R: gl.constexpr = ROWS // 2
+    OUT: gl.constexpr = _tokens_first(R)
+    column = gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
+    column = column // 4 * 8 + column % 4 + strip * R + 4
+    zeros = gl.zeros((R, 32), out_ptr.dtype.element_ty, layout=OUT)
+    for n in range(0, rows, 32):
+        row = n + gl.arange(0, 32, layout=gl.SliceLayout(0, OUT))
+        out = out_ptr + gl.expand_dims((first + row).to(gl.int64) * width, 0)
+        live = gl.expand_dims(row < rows, 0) & gl.expand_dims(column >= 0, 1)
+        gl.store(out + gl.expand_dims(column, 1), zeros, live)
+
+
+@gluon.jit
 def _consume(
     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
     gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr, end_ptr, tiles, strips, M,
-    steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ODD: gl.constexpr, WIDTHS: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     N: gl.constexpr = width_of(WIDTHS, 0)
     width = M // 2 if is_gated(ACT) else M
+    if ODD:
+        width += ROWS // 2
     total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
     phase = 0
@@ -260,6 +277,9 @@ def _consume(
             t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
         )
         strip = t % strips
+        if ODD:
+            if strip == strips - 1:
+                _zero_half(out_ptr, strip, first, rows, width)
         # What the results need is on its way while the sums are made.
         scale = of_expert(scale_ptr, expert)
         gate_scale = of_expert(gate_scale_ptr, expert)
@@ -303,7 +323,7 @@ def expert_gemm_kernel(
     scale_ptr,  # [E] fp32: of up, or of the result
     gate_scale_ptr,  # [E] fp32, with an activation
     alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
-    out_ptr,  # [rows, M / 2 or M] bf16 or fp32, by permuted row
+    out_ptr,  # [rows, M / 2 or M, 64 more with ODD] bf16 or fp32, by permuted row
     tile_ptr,  # [3, tiles] int32: a tile's expert, its first permuted row, tiles in use [0]
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     tiles,
@@ -312,6 +332,7 @@ def expert_gemm_kernel(
     K,
     ACT: gl.constexpr,
     FRAGMENTS: gl.constexpr,  # the result's columns in the order of `fragments.py`
+    ODD: gl.constexpr,  # with FRAGMENTS, of an odd number of strips: zeros complete the last 128 columns
     WIDTHS: gl.constexpr,  # tokens of a tile, from the widest, for which `tile_ptr` was made
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,  # of 128 columns, in a stage
@@ -338,7 +359,8 @@ def expert_gemm_kernel(
                 (
                     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr,
                     scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, ACT, FRAGMENTS, WIDTHS, STAGES, GROUPS, ARCH,
+                    end_ptr, tiles, strips, M, steps, ACT, FRAGMENTS, ODD, WIDTHS, STAGES, GROUPS,
+                    ARCH,
                 ),
             ),
             (

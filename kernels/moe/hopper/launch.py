@@ -85,10 +85,12 @@ def expert_gemm(
         values: [rows, K rounded up to 128] bf16 in the order of `jit/fragments.py`, zeros beyond K.
         token_scale: [rows] fp32, or None.
         experts: of the first GEMM, whose activation is applied; None: of the second.
-        fragments: write the columns of `out` in that order too.
+        fragments: write the columns of `out` in that order too, with zeros up to a multiple of 128.
     """
     local, m, k = w.shape[0], w.shape[1], w.shape[2] * 2
     tiles, strips = p.tiles.shape[1], m // _ROWS
+    # A gated strip has 64 results: an odd number of strips leaves half of 128 columns.
+    odd = fragments and experts is not None and experts.activation.gated and strips % 2 == 1
     programs = min(tiles * strips, config.programs * multiprocessors(w.device))
     launch(expert_gemm_kernel, (programs,),
         *_operands(values, w, w_sf, local * m, k, config), token_scale, bias, scale,
@@ -98,7 +100,8 @@ def expert_gemm(
         experts.gemm1_clamp_limit if experts else None,
         out, p.tiles, p.end, tiles, strips, m, k,
         ACT=int(experts.activation) if experts else NONE.value,
-        FRAGMENTS=fragments, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
+        FRAGMENTS=fragments, ODD=odd, WIDTHS=config.widths,
+        STAGES=config.stages, GROUPS=config.groups,
         ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
     )  # fmt: skip
 

@@ -9,6 +9,13 @@ from ...jit.fragments import load_places, padded_to_fragments, store_fragments
 from ...jit.pdl import await_previous
 from ...launcher import cdiv, launch, next_power_of_2
 from ...triton_target import arch, launch_options
+from ..call import KernelCall
+
+
+def is_padded_there(call: KernelCall) -> bool:
+    """Return True if the order of columns, whose zeros end at a multiple of 128, pads hidden states."""
+    columns = call.experts.hidden_size
+    return padded_to_fragments(columns) == call.experts.padded_hidden_size
 
 
 def in_fragments(
