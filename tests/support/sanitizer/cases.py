@@ -7,7 +7,7 @@ tile divides, experts without rows, slots of no local expert.
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
@@ -30,6 +30,7 @@ from nvfp4_moe.kernels import instruction_probe
 from nvfp4_moe.kernels.decode import decode, decode_to_fragments
 from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall as DenseCall
+from nvfp4_moe.kernels.dense.hopper import CONFIGS as DENSE_CONFIGS
 from nvfp4_moe.kernels.fused_quantize import launch as fused_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as ProducerCall
 from nvfp4_moe.kernels.moe import launch as moe_launch
@@ -436,20 +437,28 @@ DENSE = (
 """Every configuration that `dense_config` chooses on sm_90."""
 
 
-def dense(device: str) -> dict[str, Run]:
-    found: dict[str, Run] = {}
-    for config, (m, n, k), use_8x4 in product(
-        DENSE, ((33, 130, 208), (130, 40, 1104)), (False, True)
-    ):
-        case = dense_cases.coarse(m, n, k, use_8x4=use_8x4).to(device)
-        call = DenseCall(
-            case.a, case.b_rows, case.a_scales, case.b_scales, case.alpha, case.use_8x4
-        )
-        out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
-        found[f"{config} {m} x {n} x {k} 8x4 {use_8x4}"] = functools.partial(
-            dense_launch.mm_fp4, call, out, config
-        )
-    return found
+def dense(
+    configs: Sequence[RingConfig | GemmConfig], steps: int
+) -> Callable[[str], dict[str, Run]]:
+    """Products in these configurations; K is a multiple of `steps`."""
+
+    def cases(device: str) -> dict[str, Run]:
+        found: dict[str, Run] = {}
+        for config, use_8x4, (m, n, k) in product(
+            configs, (False, True), ((3, 40, 3 * steps), (0, 130, 2048 + steps))
+        ):
+            m = m or config.bn + 3  # a tile, and rows of another
+            case = dense_cases.coarse(m, n, k, use_8x4=use_8x4).to(device)
+            call = DenseCall(
+                case.a, case.b_rows, case.a_scales, case.b_scales, case.alpha, case.use_8x4
+            )
+            out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+            found[f"{config} {m} x {n} x {k} 8x4 {use_8x4}"] = functools.partial(
+                dense_launch.mm_fp4, call, out, config
+            )
+        return found
+
+    return cases
 
 
 def rows_of_the_canary(device: str) -> dict[str, Run]:
@@ -475,6 +484,7 @@ _PERMUTE = ("moe.permute.permute_kernel",)
 _FINALIZE = ("moe.finalize.finalize_kernel",)
 _DECODE = ("jit.decode.decode_kernel",)
 _RING = ("moe.hopper.grouped_gemm.expert_gemm_kernel", *_FINALIZE)
+_DENSE_RING = ("moe.hopper.dense_gemm.dense_gemm_kernel", *_DECODE)
 _DOT = ("moe.grouped_gemm.expert_gemm_kernel", *_PERMUTE, *_FINALIZE, *_QUANTIZER)
 _MASKED = ("moe.masked.rows.masked_rows_kernel", "moe.masked.rows.copy_rows_kernel")
 _SORTS = "count_kernel", "offset_kernel", "place_kernel"
@@ -526,7 +536,9 @@ GROUPS: dict[str, Group] = {
         ),
         training,
     ),
-    "dense": Group(("dense.kernel.dense_gemm_kernel", *_DECODE), dense),
+    "dense": Group(("dense.kernel.dense_gemm_kernel", *_DECODE), dense(DENSE, 16)),
+    "dense ring few rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[:3], 64), sm_90=True),
+    "dense ring many rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[3:], 64), sm_90=True),
     "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
     "probes": Group(
         ("instruction_probe._rcp_delta_kernel", "instruction_probe.instruction_kernel"), probes
