@@ -206,6 +206,20 @@ WORKED = f"sanitizer: cases 1\nsanitizer: done it\nsanitizer: launched {KERNEL}\
     [
         ("memcheck", CLEAN.format(WORKED), 0, "clean", ""),
         ("plain", WORKED, 0, "clean", ""),
+        (
+            "memcheck",
+            CLEAN.format(f"========= Warning: slow\n{WORKED}"),
+            0,
+            "clean",
+            "Warning: slow",
+        ),
+        (
+            "racecheck",
+            f"{NO_RACE}========= Internal Sanitizer Error: out of memory\n",
+            0,
+            "failed",
+            "Internal Sanitizer Error: out of memory",
+        ),
         ("memcheck", OUT_OF_BOUNDS, 1, "errors", "Invalid __global__ write"),
         ("racecheck", RACE, 0, "errors", "Error: Race reported"),
         ("memcheck", WORKED, 0, "failed", "the tool wrote no summary"),
@@ -337,6 +351,8 @@ def test_a_process_that_does_not_end_is_ended(fake_machine, capsys):
 def test_what_was_not_run_is_no_success(fake_machine, capsys):
     assert command.main([*fake_machine, "--only", "routing", "--total", "0.000001"]) == 3
     assert "memcheck, planted fault: no time was left" in capsys.readouterr().out
+    assert command.main([*fake_machine, "--only", "canary", "--total", "1.5"]) == 3
+    assert "plain, canary: ended after" in capsys.readouterr().out
     assert command.status_of([], 0) == 3
 
 

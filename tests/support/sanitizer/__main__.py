@@ -106,7 +106,10 @@ class Runner:
                 process.wait()
                 status = None
         text = log.read_text(encoding="utf-8", errors="replace")
-        return judge(tool, group, text, status, time.monotonic() - begin, kernels, limit)
+        found = judge(tool, group, text, status, time.monotonic() - begin, kernels, limit)
+        if status is None and limit < self._limit and found.verdict == "failed":
+            return replace(found, verdict="not run")  # the whole run's time was over
+        return found
 
     def planted(self, tool: str) -> Outcome:
         """Run the tool's planted fault: "clean" if the tool reports it."""
@@ -130,14 +133,13 @@ def progress(outcome: Outcome) -> Outcome:
 
 
 def table(tools: Sequence[str], rows: Sequence[str], outcomes: Sequence[Outcome]) -> str:
-    """Return groups by tools, and below it the first report of each cell that is not clean."""
+    """Return groups by tools, and below it the first report or note of each cell that has one."""
     cells = {(o.tool, o.group): o for o in outcomes}
     lines = [f"{'kernels':<24}" + "".join(f"{tool:>14}" for tool in tools)]
     for row in rows:
         shown = (cells[tool, row].shown if (tool, row) in cells else "-" for tool in tools)
         lines.append(f"{row:<24}" + "".join(f"{text:>14}" for text in shown))
-    wrong = [o for o in outcomes if o.verdict != "clean"]
-    return "\n".join([*lines, *(f"{o.tool}, {o.group}: {o.first}" for o in wrong)])
+    return "\n".join([*lines, *(f"{o.tool}, {o.group}: {o.first}" for o in outcomes if o.first)])
 
 
 def status_of(outcomes: Sequence[Outcome], wanted: int) -> Exit:

@@ -14,6 +14,7 @@ from .worker import MARK
 _ERRORS = re.compile(r"^=+ (?:ERROR|INITCHECK) SUMMARY: (\d+) errors?\s*$", re.M)
 _HAZARDS = re.compile(r"^=+ RACECHECK SUMMARY: (\d+) hazards? displayed", re.M)
 _LINE = re.compile(r"^=+ (?P<indent> *)(?P<text>\S.*)$", re.M)
+_TOOL_FAILED = re.compile(r"^=+ (?:Internal Sanitizer )?Error\b", re.M)
 _NO_REPORT = re.compile(r"COMPUTE-SANITIZER|SUMMARY:|Saved host backtrace|Host Frame|LEAK")
 
 
@@ -25,7 +26,7 @@ class Outcome:
     group: str
     verdict: str  # "clean", "errors", "failed" or "not run"
     errors: int = 0  # reports; of racecheck, hazards of every level
-    first: str = ""  # the first report, or why there is none
+    first: str = ""  # the first report, or why there is none; of a clean one, a note of the tool
     seconds: float = 0.0
     cases: tuple[int, int] = (0, 0)  # that ended, of how many
 
@@ -89,10 +90,12 @@ def judge(
         first = first_report(text) or last_line(text) or f"exit status {status}"
     elif errors is None:
         first = "the tool wrote no summary"
+    elif _TOOL_FAILED.search(text):
+        first = first_report(text)  # the tool's own failure, which its summary does not count
     elif missing:
         first = f"not launched: {', '.join(missing)}"
     else:
-        verdict = "clean"
+        verdict, first = "clean", first_report(text)
     return Outcome(tool, group, verdict, errors or 0, first, round(seconds, 1), (ended, total))
 
 
