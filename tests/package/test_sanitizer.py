@@ -351,7 +351,8 @@ def test_a_process_that_does_not_end_is_ended(fake_machine, capsys):
 def test_what_was_not_run_is_no_success(fake_machine, capsys):
     assert command.main([*fake_machine, "--only", "routing", "--total", "0.000001"]) == 3
     assert "memcheck, planted fault: no time was left" in capsys.readouterr().out
-    assert command.main([*fake_machine, *"--tool memcheck --only canary --total 3".split()]) == 3
+    words = [*fake_machine, "--tool", "memcheck", "--only", "canary", "--total", "3"]
+    assert command.main(words) == 3
     assert "plain, canary: ended after" in capsys.readouterr().out
     assert command.status_of([], 0) == 3
 
