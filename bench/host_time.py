@@ -3,7 +3,7 @@
 One token of Qwen3-30B-A3B's layer (H 2048, I 768, 128 experts, 8 a token), and beside it the quantizer
 and the dense product of one row. A number is the time from a call to its return, in us: the median over
 repetitions of the mean of a few calls, which begin with an idle GPU and do not wait for it.
-"Repeated" is what a call takes from the third one of its form on (`kernels/records.py`), "whole" what it
+"Repeated" is what a call takes from the third one of its form on (`kernels/records`), "whole" what it
 takes without a record. Parts of the latter are "checks", of the arguments, and "choice", of the backend.
 "Launches" are the launches of a repeated call by themselves.
 """
@@ -20,11 +20,11 @@ from measure import DEVICE, arguments, save, start
 import nvfp4_moe
 from nvfp4_moe import RoutingMethodType, SfLayout
 from nvfp4_moe.bench.moe import SHAPES, Shape, inputs, random_experts
-from nvfp4_moe.kernels import records
 from nvfp4_moe.kernels.backends import Operation, prepared
 from nvfp4_moe.kernels.dense.api import MM_FP4
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
 from nvfp4_moe.kernels.quantize.api import QUANTIZE
+from nvfp4_moe.kernels.records import recorder, repeats
 
 CALLS = 20  # in one go: far fewer launches than the GPU's queue holds
 ROUNDS = 51
@@ -83,10 +83,10 @@ def calls(s: Shape = SHAPES[0]) -> dict[str, tuple[Operation, Callable, tuple, d
 def launches_of(call: Call) -> list[Call]:
     """Return the launches of a repeated call, each as a function that holds the memory it uses."""
     seen: list[Call] = []
-    noted = records.Recorder.launched
+    noted = recorder.Recorder.launched
 
     def note(
-        self: records.Recorder,
+        self: recorder.Recorder,
         call: Callable[..., None],
         grid: tuple[int, int],
         device: int,
@@ -97,8 +97,8 @@ def launches_of(call: Call) -> list[Call]:
         stream = torch._C._cuda_getCurrentRawStream(device)
         args: list[object] = []
         for value in values:
-            if isinstance(value, records.Described):
-                args += value.at(value.address)
+            if isinstance(value, recorder.Described):
+                args += [value.firsts[value.address], *value.rest]
             else:
                 args.append(value.data_ptr() if isinstance(value, torch.Tensor) else value)
         given = (*grid, 1, stream, *before, *args, *[None] * rest)
@@ -110,13 +110,13 @@ def launches_of(call: Call) -> list[Call]:
         seen.append(launch)
         noted(self, call, grid, device, before, values, rest)
 
-    records.forget()
+    repeats.forget()
     call()
-    records.Recorder.launched = note  # type: ignore[method-assign]
+    recorder.Recorder.launched = note  # type: ignore[method-assign]
     try:
         call()
     finally:
-        records.Recorder.launched = noted  # type: ignore[method-assign]
+        recorder.Recorder.launched = noted  # type: ignore[method-assign]
     return seen
 
 
@@ -128,11 +128,11 @@ def measure(operation: Operation, function: Callable, args: tuple, options: dict
         call()
     torch.cuda.synchronize()
     cell = {"repeated_us": host_microseconds(call)}
-    records.enabled = False
+    repeats.enabled = False
     try:
         cell["whole_us"] = host_microseconds(call)
     finally:
-        records.enabled = True
+        repeats.enabled = True
     prepare = prepared(function)
     checked, backend = prepare(*args, **options)
     cell["checks_us"] = host_microseconds(lambda: prepare(*args, **options))
@@ -150,7 +150,7 @@ def line(name: str, c: dict) -> str:
 
 def main() -> None:
     options, where = start(arguments(__doc__))
-    if not records.serve():
+    if not repeats.serve():
         print("no call is repeated from a record: this Triton launches its kernels by its own code")
     print(f"{COLUMNS[0]:<28}" + "".join(f"{name:>10}" for name in COLUMNS[1:]))
     cells = {}

@@ -17,8 +17,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from ..reference import checks
-from . import records
 from .device import check_capability
+from .records import recorder, repeats
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 AUTO = "auto"
@@ -201,7 +201,7 @@ class Operation(Generic[C, R]):
         """
         row = self._table[backend]
         if not row.launches:
-            records.refuse(f"backend {backend} runs")
+            recorder.refuse(f"backend {backend} runs")
         try:
             return row.run(call)
         except NotImplementedError as error:
@@ -258,9 +258,9 @@ class Operation(Generic[C, R]):
 
             @functools.wraps(prepare)
             def function(*args: P.args, **kwargs: P.kwargs) -> Any:
-                if torch.compiler.is_compiling() or not records.serve():
+                if torch.compiler.is_compiling():
                     return run(*args, **kwargs)
-                return records.repeat(run, args, kwargs)
+                return repeats.repeat(run, args, kwargs)
 
             signature = inspect.signature(prepare)
             function.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -319,12 +319,12 @@ class Operation(Generic[C, R]):
         place = len(self._table) if before is None else list(self._table).index(before)
         rows = list(self._table.items())
         self._table = dict([*rows[:place], (name, adopted), *rows[place:]])
-        records.forget()
+        repeats.forget()
 
     def remove(self, name: str) -> None:
         """Remove a user's backend; nothing happens where there is none of the name."""
         self._table.pop(name, None)
-        records.forget()
+        repeats.forget()
 
 
 def prepared(function: Callable[..., Any]) -> Callable[..., Asked[Any]]:

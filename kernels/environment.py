@@ -120,21 +120,24 @@ def _boolean(name: str) -> bool:
 
 
 _OF_CALLS = (*EXACT_VARIABLES["cuda"], VALUES_VARIABLE, FOUR_OVER_SIX_VARIABLES[0])
-# `os.environ.get` enters four functions for a name, which four times over is an eighth of a repeated
+# `os.environ.get` enters four functions for a name, which four times over would be a tenth of a repeated
 # call's host time. CPython keeps what it holds, encoded, in this dictionary.
 _held = getattr(os.environ, "_data", os.environ)
 _HELD_NAMES = tuple(
     name if _held is os.environ else os.environ.encodekey(name)  # type: ignore[attr-defined]
     for name in _OF_CALLS
 )
+_none_is_held = _held.keys().isdisjoint
 
 
-def of_calls() -> list[object]:
+def of_calls() -> tuple[object, ...]:
     """Return what tells whether the variables that a call reads are as they were, for a comparison."""
+    if _none_is_held(_HELD_NAMES):
+        return ()
     values: list[object] = list(map(_held.get, _HELD_NAMES))
     if values[-1] is not None:  # the others are read only then
         values += map(os.environ.get, FOUR_OVER_SIX_VARIABLES[1:])
-    return values
+    return tuple(values)
 
 
 def sources(recipe: "Recipe", *, math: bool, config: bool) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import triton
 
-from . import records
+from .records import recorder, repeats
 from .triton_target import INTERPRETING, triton_version
+
+_MOST_ADDRESSES = 512  # of a descriptor of a record: more than a model has layers of one form
 
 _DIRECT = not INTERPRETING and triton_version() == (3, 6)
 """True for the version of Triton whose compiled kernels are launched directly: it ran on a GPU."""
@@ -46,7 +48,7 @@ def directly() -> bool:
     return _DIRECT and not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-records.can_launch(directly)
+repeats.can_launch(directly)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -60,7 +62,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         constants: every other argument, which is a constexpr or None, and Triton's options; hashable.
     """
     if not directly() or not isinstance(kernel, triton.JITFunction):
-        records.refuse("Triton launches a kernel")
+        recorder.refuse("Triton launches a kernel")
         kernel[grid](*args, **constants)
         return
     launches = _LAUNCHES.get(id(kernel))
@@ -82,7 +84,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         values.append(value)
     found = launches.compiled.get(tuple(key))
     if found is None:
-        records.refuse("a kernel is compiled")
+        recorder.refuse("a kernel is compiled")
         launches.compiled[tuple(key)] = kernel[grid](*args, **constants)
         return
     y = grid[1] if len(grid) == 2 else 1
@@ -92,10 +94,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         grid[0], y, 1, stream, found.function, found.packed_metadata, None, None, None,
         *values, *launches.constants,
     )  # fmt: skip
-    if (recorder := records.current()) is not None:
+    if (recording := recorder.current()) is not None:
         call, before, expand = _entry(found)
         made = [_moved(value, expand) for value in args]
-        recorder.launched(call, (grid[0], y), device, before, made, len(launches.constants))
+        recording.launched(call, (grid[0], y), device, before, made, len(launches.constants))
 
 
 _Expand = Iterator[Callable[[Any], Sequence[Any]]]
@@ -138,12 +140,31 @@ def _itself(value: Any) -> tuple[Any]:
 
 
 def _moved(value: Any, expand: _Expand) -> Any:
-    """Return an argument as `records.Recorder.launched` takes it."""
+    """Return an argument as `recorder.Recorder.launched` takes it."""
     if not hasattr(value, "at"):
         return value
     one = next(expand)
-    at = functools.lru_cache(512)(lambda address: one(value.at(address)))
-    return records.Described(value.base.data_ptr(), at)
+    _, *rest = one(value)
+    firsts = _Firsts(lambda address: one(value.at(address))[0])
+    return recorder.Described(value.base.data_ptr(), firsts, rest)
+
+
+class _Firsts(dict[int, Any]):
+    """By address, the first of what stands for a descriptor in a launch; made where it is missing.
+
+    Args:
+        make: returns it.
+    """
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, address: int) -> Any:
+        if len(self) >= _MOST_ADDRESSES:
+            self.clear()
+        made = self[address] = self._make(address)
+        return made
 
 
 def _kind(value: int, fixed: bool) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_a
 import torch
 
 from ..reference.recipe import Recipe
-from . import records
+from .records import recorder
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -166,7 +166,7 @@ def register(
     op = torch.library.custom_op(
         f"nvfp4_moe::{name}{digest}", body, mutates_args=tuple(mutates), schema=schema
     )
-    op.register_torch_dispatch(records.Recorder, records.inside(body))
+    op.register_torch_dispatch(recorder.Recorder, recorder.inside(body))
 
     @op.register_fake
     def _(*given: Any) -> Any:

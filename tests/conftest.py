@@ -13,7 +13,7 @@ import pytest
 import session
 import torch
 
-from nvfp4_moe.kernels import records
+from nvfp4_moe.kernels.records import repeats
 
 hypothesis.settings.register_profile("nvfp4", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("nvfp4")
@@ -114,7 +114,7 @@ def no_tuned_configurations(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_call_is_repeated_from_a_record(monkeypatch, pytestconfig):
     """Every call goes its whole way, through what a test has put in place of something."""
-    monkeypatch.setattr(records, "enabled", pytestconfig.getoption("--records"))
+    monkeypatch.setattr(repeats, "enabled", pytestconfig.getoption("--records"))
 
 
 @pytest.fixture

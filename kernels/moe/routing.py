@@ -21,13 +21,13 @@ from ...reference.moe.routing import (
 )
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
-from .. import records
 from ..backends import log_fallback
 from ..instruction_probe import functions_that_differ
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, rcp, to_bf16
 from ..jit.instructions import LOG2E, ex2_approx, tanh_approx
 from ..jit.pdl import await_previous
 from ..launcher import launch, next_power_of_2
+from ..records import recorder
 from ..triton_target import INTERPRETING, arch, launch_options
 
 RENORMALIZE = tl.constexpr(int(RoutingMethodType.Renormalize))
@@ -302,7 +302,7 @@ def _launched(
 
 
 _op = torch.library.custom_op("nvfp4_moe::triton_route", _launched, mutates_args=())
-_op.register_torch_dispatch(records.Recorder, records.inside(_launched))
+_op.register_torch_dispatch(recorder.Recorder, recorder.inside(_launched))
 
 
 @_op.register_fake

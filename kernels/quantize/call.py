@@ -18,8 +18,9 @@ from ...reference.recipe import (
     Recipe,
     SfLayout,
 )
-from .. import environment, records
+from .. import environment
 from ..device import capability_of
+from ..records import form
 
 
 class _Unset:
@@ -27,7 +28,7 @@ class _Unset:
         return "<omitted: FLASHINFER_NVFP4_4OVER6*>"
 
 
-records.PLAIN.add(_Unset)
+form.PLAIN.add(_Unset)
 UNSET: Any = _Unset()
 """The default of `nvfp4_4over6`: the environment decides."""
 

@@ -8,8 +8,9 @@ from record_cases import CALLS, ROUTING, E, H, I, experts, inputs, random_bytes,
 
 import nvfp4_moe
 from nvfp4_moe.cases.moe import cases
-from nvfp4_moe.kernels import launcher, records
+from nvfp4_moe.kernels import launcher
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
+from nvfp4_moe.kernels.records import repeats
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,21 +25,21 @@ pytestmark = [
 def recorded(monkeypatch):
     """Every recorder that has made a record, or could not."""
     made = recorders_of(monkeypatch)
-    monkeypatch.setattr(records, "enabled", True)
-    records.forget()
+    monkeypatch.setattr(repeats, "enabled", True)
+    repeats.forget()
     torch.cuda.init()
-    assert records.serve()
+    assert repeats.serve()
     yield made
-    records.forget()
+    repeats.forget()
 
 
 def whole(call):
     """Return the results of a call without a record, as a list of their bytes."""
-    records.enabled = False
+    repeats.enabled = False
     try:
         return parts(call())
     finally:
-        records.enabled = True
+        repeats.enabled = True
 
 
 def parts(result):
@@ -135,7 +136,7 @@ def test_every_case_of_diff(recorded):
             continue
         want = parts(served(call))
         for _ in range(3):
-            (got,) = parts(records.repeat(served, (call,), {}))
+            (got,) = parts(repeats.repeat(served, (call,), {}))
             assert torch.equal(got, want[0]), case.name
         if recorded[-1].refusal is None:
             names.append(case.name)

@@ -11,10 +11,14 @@ import pytest
 import torch
 import triton
 
-from nvfp4_moe.kernels import device, launcher, records, triton_target
+from nvfp4_moe.kernels import device, launcher, triton_target
 from nvfp4_moe.kernels.moe.autotune import cache
 from nvfp4_moe.kernels.moe.hopper import launch as hopper
+from nvfp4_moe.kernels.records import repeats
 from nvfp4_moe.reference import checks
+
+current_device = 0
+"""The number of the current GPU."""
 
 
 class Compiled:
@@ -43,14 +47,18 @@ def present(patch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         (launcher, "_DIRECT", True),
         (launcher, "_LAUNCHES", {}),
         (triton.JITFunction, "run", lambda kernel, *args, **options: Compiled(launches)),
-        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "current_device", lambda: current_device),
         (torch.cuda, "is_initialized", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (hopper, "multiprocessors", lambda d: 132),
         (checks, "reads_values", lambda *tensors, waits=False: False),  # as on a GPU
-        (records, "enabled", True),
-        (records, "_kept", {}),
+        (repeats, "enabled", True),
+        (repeats, "_known", repeats._Known()),
     ):
         patch.setattr(target, name, value)
-    patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda d: 11, raising=False)
+    for name, function in (
+        ("_cuda_getCurrentRawStream", lambda d: 11),
+        ("_cuda_getDevice", lambda: current_device),
+    ):
+        patch.setattr(torch._C, name, function, raising=False)  # torch for CPUs has none
     return launches

@@ -9,7 +9,7 @@ import torch
 
 import nvfp4_moe
 from nvfp4_moe import Experts, NVFP44Over6Config, Routing, RoutingMethodType, SfLayout
-from nvfp4_moe.kernels import records
+from nvfp4_moe.kernels.records import recorder
 
 ROUTING = Routing(RoutingMethodType.Renormalize, 2)
 H, I, E = 256, 128, 4  # noqa: E741
@@ -153,9 +153,9 @@ def recorders_of(monkeypatch):
     """Return a list to which every recorder is added that makes a record, or cannot."""
     made = []
 
-    def spy(recorder, result, of=records.Recorder.made):
-        made.append(recorder)
-        return of(recorder, result)
+    def spy(recording, result, of=recorder.Recorder.made):
+        made.append(recording)
+        return of(recording, result)
 
-    monkeypatch.setattr(records.Recorder, "made", spy)
+    monkeypatch.setattr(recorder.Recorder, "made", spy)
     return made

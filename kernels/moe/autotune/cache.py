@@ -23,7 +23,8 @@ import triton
 
 from ....reference.activation import ActivationType
 from ....reference.weights.experts import Experts
-from ... import environment, jit, records
+from ... import environment, jit
+from ...records import repeats
 from ...tiles import GemmConfig
 from ...triton_target import arch, gpu_name, native_mma
 from .. import activation, grouped_gemm, hopper
@@ -137,7 +138,7 @@ def store(key: Key, configs: Configs) -> Path | None:
     The file is replaced as a whole, so processes may write and read it at the same time.
     """
     _known[key] = configs
-    records.forget()
+    repeats.forget()
     if (path := path_of(key)) is None:
         _log.warning("tuned configurations are not kept: no NVFP4_MOE_CACHE and no home directory")
         return None
@@ -159,12 +160,12 @@ def using(key: Key, configs: Configs) -> Iterator[None]:
     """Run calls of this key with these configurations inside the block; write no file."""
     before = lookup(key)
     _known[key] = configs
-    records.forget()
+    repeats.forget()
     try:
         yield
     finally:
         _known[key] = before
-        records.forget()
+        repeats.forget()
 
 
 def path_of(key: Key) -> Path | None:

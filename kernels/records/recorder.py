@@ -1,44 +1,22 @@
-"""Calls that repeat: the launches of a call are kept, and made again for other tensors of the same form.
-
-The Python before the launches takes far longer than the launches: it checks arguments, chooses a
-backend, chooses tiles, allocates. Its outcome depends on the *key* of a call alone: the form of each
-tensor (dtype, shape, strides, device, alignment), every other argument with its type, the environment
-variables that a call reads, and the current GPU. The second call of a key is recorded. Later ones take
-their addresses from their own tensors, allocate, and launch. Nothing is kept of a tensor but its form.
-
-Recorded is a call that does nothing on the GPU but launch kernels by `launcher.launch`, copy a given
-tensor, and write a result into one. One that runs another operation of torch is never recorded, nor one
-under `torch.compile`, a dispatch mode or a transform of torch.func, nor one that needs a gradient, nor
-one whose launches a profiler watches, nor one that a CUDA graph captures, which checks no values. A call
-that is captured is launched from a record that was made before.
-"""
+"""Record a call: note what it launches and allocates, and write that as the text of a function."""
 
 # SPDX-License-Identifier: Apache-2.0
-import enum
+import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from types import NoneType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import environment
-from .attributes import reader
+from .form import Guard, missed
 
 MOST_BYTES = 8 << 20
 """The most bytes of memory that a recorded call uses beside its results. All of it is held until the
 last launch; a larger call, whose host time does not matter, gives memory back between its steps."""
-_MOST_KEPT = 1024
 _ALIGNMENT = 256
-_STARTS = 64
-"""Tensors may start differently if this many bytes lie between: no rule asks for more alignment."""
-_END = object()
-"""The end of a container's parts in a key."""
 
-PLAIN: set[type] = {int, bool, str, NoneType, torch.dtype}
-"""The types of arguments that are compared by their value. A float is not: -0.0 equals 0.0."""
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.new_empty.default,
@@ -50,116 +28,15 @@ _COPYING = {
 }
 """Operations that make a new tensor of one, and are run again."""
 
-enabled = environment.records_wanted()
-"""False: no call is recorded or repeated."""
-_direct: Callable[[], bool] | None = None
-_kept: dict[Any, Any] = {}
+_ALLOCATORS: dict[str, Callable[..., torch.Tensor]] = {
+    kind: getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
+    for kind in ("cuda", "cpu")
+    if hasattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")
+}
+"""By type of device, what code of inductor allocates by: on the current GPU, in half the time of
+`torch.empty`. It takes shape, strides and dtype. It does not fill memory where torch is asked to."""
+
 _local = threading.local()
-
-
-class _NotKeptError(Exception):
-    """The call has an argument by which no call is kept."""
-
-
-def can_launch(directly: Callable[[], bool]) -> None:
-    """Let calls be recorded: `directly` says whether kernels are launched without Triton's own code."""
-    global _direct
-    _direct = directly
-
-
-def forget() -> None:
-    """Drop every record: something was changed that chooses backends or tiles.
-
-    A call that another thread records meanwhile goes into the dictionary that it began with, since it
-    may have made its choices before the change.
-    """
-    global _kept
-    _kept = {}
-
-
-def serve() -> bool:
-    """Return True if a call may be recorded and repeated here and now."""
-    return (
-        enabled
-        and _direct is not None
-        and _direct()
-        and torch.cuda.is_initialized()  # never in a fork of a process that used the GPU
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._is_tracing()
-    )
-
-
-def repeat(run: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Return what `run(*args, **kwargs)` does, from its record if there is one."""
-    tensors: list[torch.Tensor] = []
-    key: list[Any] = [run, torch.cuda.current_device(), *environment.of_calls(), *kwargs]
-    try:
-        _take(args, tensors, key)
-        _take(kwargs.values(), tensors, key)
-    except (_NotKeptError, RuntimeError):  # a tensor without strides or address
-        return run(*args, **kwargs)
-    found, known = tuple(key), _kept
-    kept = known.get(found)
-    if kept is None:
-        result = run(*args, **kwargs)  # a call that raises leaves no key
-        if len(known) >= _MOST_KEPT:
-            forget()
-        else:
-            known[found] = _seen
-        return result
-    if kept is _seen:
-        if torch.cuda.is_current_stream_capturing():
-            return run(*args, **kwargs)
-        result, known[found] = _record(run, args, kwargs, tensors)
-        return result
-    result = kept(tensors)
-    return run(*args, **kwargs) if result is None else result
-
-
-def _seen(tensors: list[torch.Tensor]) -> None:
-    """Stand for the record of a call that was made once."""
-
-
-def _never(tensors: list[torch.Tensor]) -> None:
-    """Stand for the record of a call that cannot be recorded."""
-
-
-_PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {tuple: iter, list: iter}
-"""By type, a function that returns the parts of a value: a dataclass has its fields."""
-
-
-def _take(values: Iterable[Any], tensors: list[torch.Tensor], key: list[Any]) -> None:
-    """Add arguments to the key, and their tensors to `tensors`."""
-    for value in values:
-        kind = type(value)
-        if kind in PLAIN:
-            key += (kind, value)
-        elif kind is float:
-            key += (kind, value or repr(value))  # "0.0" or "-0.0", which are equal as numbers
-        elif kind is torch.Tensor or kind is torch.nn.Parameter:
-            if value.requires_grad and torch.is_grad_enabled():
-                raise _NotKeptError
-            tensors.append(value)
-            start = value.data_ptr() % _STARTS
-            key += (value.dtype, value.shape, value.stride(), value.device, start)
-        elif (parts := _PARTS.get(kind)) is not None:
-            key.append(kind)
-            _take(parts(value), tensors, key)
-            key.append(_END)
-        else:
-            _learn(kind)
-            _take((value,), tensors, key)
-
-
-def _learn(kind: type) -> None:
-    """Note how values of a type are compared; raise if they have none of these ways."""
-    if issubclass(kind, enum.Enum):
-        PLAIN.add(kind)
-    elif is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        _PARTS[kind] = reader(*(f.name for f in fields(kind)))
-    else:
-        raise _NotKeptError
 
 
 def refuse(reason: str) -> None:
@@ -173,13 +50,13 @@ def current() -> "Recorder | None":
     return getattr(_local, "recorder", None)
 
 
-def _record(
+def record(
     run: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    tensors: list[torch.Tensor],
-) -> tuple[Any, Callable[[list[torch.Tensor]], Any]]:
-    """Return the result of a call, and its record."""
+    tensors: Sequence[torch.Tensor],
+) -> tuple[Any, "Body | None"]:
+    """Return the result of a call, and the text of its launches; None if it cannot be repeated."""
     recorder = _local.recorder = Recorder(tensors)
     try:
         with recorder:
@@ -194,8 +71,44 @@ class Described:
     """A descriptor of memory, as an argument of a launch."""
 
     address: int
-    at: Callable[[int], Sequence[Any]]
-    """Returns the arguments that stand for the descriptor, by the address that it describes."""
+    firsts: Mapping[int, Any]
+    """Has the first of the arguments that stand for it, by the address that it describes."""
+    rest: Sequence[Any]
+    """The others: shape and strides."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """The text of the launches, of which functions are made.
+
+    It reads tensors of the call as `t0`, `t1` ..., and their addresses as `g0`, `g1` ...
+    """
+
+    tensors: int
+    """How many the call has."""
+    read: Sequence[int]
+    """The numbers of the addresses that the text reads."""
+    lines: Sequence[str]
+    scope: dict[str, Any]
+    """The values of the names in the text."""
+
+    def function(self) -> Callable[[Sequence[torch.Tensor]], Any]:
+        """Return a function of a call's tensors; it returns `missed` where it does not serve."""
+        given = [f"t{i}" for i in range(self.tensors)]
+        lines = [f"{', '.join(given)}, = tensors"] if given else []
+        lines += [f"g{i} = t{i}.data_ptr()" for i in self.read]
+        return self._compiled("tensors", lines, {})
+
+    def guarded(self, guard: Guard) -> Callable[[Sequence[Any], dict[str, Any]], Any]:
+        """Return a function of `args` and `kwargs`; it returns `missed` where it does not serve."""
+        return self._compiled("args, kwargs", guard.lines, guard.scope)
+
+    def _compiled(self, takes: str, lines: Sequence[str], scope: dict[str, Any]) -> Any:
+        text = "\n    ".join([f"def repeated({takes}):", *lines, *self.lines])
+        assert not scope.keys() & self.scope.keys()
+        made = {"missed": missed, **scope, **self.scope}
+        exec(text, made)
+        return made["repeated"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +122,11 @@ class _Memory:
 
     def holds(self, address: int) -> bool:
         return self.address <= address < self.address + self.nbytes
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _extent(t: torch.Tensor) -> int:
@@ -305,7 +223,7 @@ class Recorder(TorchDispatchMode):
 
     def _given(self, value: Any) -> str | None:
         """Return the text of a tensor that the call was given, or None."""
-        return next((f"t[{i}]" for i, t in enumerate(self.tensors) if value is t), None)
+        return next((f"t{i}" for i, t in enumerate(self.tensors) if value is t), None)
 
     def refuse(self, reason: str) -> None:
         """Note why the call cannot be repeated; the first reason is kept."""
@@ -320,7 +238,8 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             return self._place(value.data_ptr())
         if isinstance(value, Described):
-            return f"*{self._named(value.at)}({self._place(value.address)})"
+            first = f"{self._named(value.firsts)}[{self._place(value.address)}]"
+            return ", ".join([first, *map(self._text, value.rest)])
         return repr(value) if value is None or type(value) is int else self._named(value)
 
     def _place(self, address: int) -> str:
@@ -333,8 +252,8 @@ class Recorder(TorchDispatchMode):
         self.refuse("it reads memory that it was not given")
         return "0"
 
-    def made(self, result: Any) -> Callable[[list[torch.Tensor]], Any]:
-        """Return the record: a function of a call's tensors, which returns None where it does not serve.
+    def made(self, result: Any) -> Body | None:
+        """Return the text of the call; None if it cannot be repeated.
 
         Args:
             result: the result of the call.
@@ -342,39 +261,51 @@ class Recorder(TorchDispatchMode):
         text = self._result(result)
         sizes = [-(-m.nbytes // _ALIGNMENT) * _ALIGNMENT for m in self.allocated]
         tensors = self.returned.keys() | self.copies.keys()
-        own = [m for m in self.allocated if m.name not in tensors]
-        total = sum(size for m, size in zip(self.allocated, sizes, strict=True) if m in own)
+        own = [
+            (m, size)
+            for m, size in zip(self.allocated, sizes, strict=True)
+            if m.name not in tensors and size
+        ]
+        total = sum(size for _, size in own)
         devices = {m.device for m in self.allocated}
         if self.refusal is not None or not self.launches or total > MOST_BYTES or len(devices) > 1:
-            return _never
-        overlapping = self._overlapping()
-        self.read.update(m.name for pair in overlapping for m in pair)
-        lines = [
-            f"{m.name} = t[{i}].data_ptr()" for i, m in enumerate(self.given) if m.name in self.read
-        ]
-        for first, second in overlapping:
+            return None
+        lines = []
+        for first, second in self._overlapping():
+            self.read |= {first.name, second.name}
             apart = second.address - first.address
-            lines.append(f"if {second.name} - {first.name} != {apart}: return None")
-        self.scope |= {"empty": torch.empty, "stream_of": torch._C._cuda_getCurrentRawStream}
+            lines.append(f"if {second.name} - {first.name} != {apart}: return missed")
         for name, t in self.returned.items():
-            like = (tuple(t.shape), t.dtype, t.device)
-            shape, dtype, where = (self._named(value) for value in like)
-            lines.append(f"r{name} = empty({shape}, dtype={dtype}, device={where})")
-            lines.append(f"{name} = r{name}.data_ptr()")
-        if total:
-            where, dtype = self._named(devices.pop()), self._named(torch.uint8)
-            lines.append(f"memory = empty({total}, dtype={dtype}, device={where})")
-            lines.append("start = memory.data_ptr()")
+            lines += self._new(f"r{name}", name, t.shape, t.dtype, t.device)
+        if own:
+            device = own[0][0].device
+            lines += self._new("memory", "start", torch.Size([total]), torch.uint8, device)
         offset = 0
-        for m, size in zip(self.allocated, sizes, strict=True):
-            if m in own and size:
-                lines.append(f"{m.name} = start + {offset}")
-                offset += size
-        lines.append("stream = stream_of(device)")
-        body = "\n    ".join([*lines, *self.lines, f"return {text}"])
-        exec(f"def record(t):\n    {body}\n", self.scope)
-        record: Callable[[list[torch.Tensor]], Any] = self.scope["record"]
-        return record
+        for m, size in own:
+            lines.append(f"{m.name} = start + {offset}")
+            offset += size
+        self.scope["stream_of"] = torch._C._cuda_getCurrentRawStream
+        lines += ["stream = stream_of(device)", *self.lines, f"return {text}"]
+        read = [i for i, m in enumerate(self.given) if m.name in self.read]
+        return Body(len(self.tensors), read, lines, self.scope)
+
+    def _new(
+        self,
+        name: str,
+        address: str,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> list[str]:
+        """Return the lines that name a new contiguous tensor, and its address."""
+        made, form = _ALLOCATORS.get(device.type), f"{tuple(shape)}, {_strides(shape)}"
+        here = device.index in (None, self.scope["device"])
+        if made is None or not here or torch.are_deterministic_algorithms_enabled():
+            form = f"{tuple(shape)}, device={self._named(device)}, dtype={self._named(dtype)}"
+            made = torch.empty
+        else:
+            form += f", {self._named(dtype)}"
+        return [f"{name} = {self._named(made)}({form})", f"{address} = {name}.data_ptr()"]
 
     def _overlapping(self) -> list[tuple[_Memory, _Memory]]:
         """Return pairs of given tensors that share memory: an address does not tell which is meant."""
