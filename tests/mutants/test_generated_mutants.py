@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,13 +110,8 @@ def test_a_sample_of_the_kernels_is_caught():
     assert [r.mutant.key for r in tried if r.status == "survived"] == []
 
 
-_BACKWARD = "no probe calls the backward's kernels yet; tests/training compares its gradients"
 _WITHOUT_MUTANTS = {
     "kernels/instruction_probe.py": "it measures the GPU, and `doctor` compares what it measures",
-    "kernels/moe/training/activation_gradient.py": _BACKWARD,
-    "kernels/moe/training/empty_groups.py": _BACKWARD,
-    "kernels/moe/training/row_dots.py": _BACKWARD,
-    "kernels/weights/values.py": _BACKWARD,
     "kernels/moe/hopper/gluon.py": "it has other names of Triton's functions, and no number",
 }
 
@@ -252,8 +248,7 @@ def _letters(results: Path) -> str:
     return line.partition("cpu=")[2]
 
 
-def test_the_command_goes_on_where_it_ended(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+def test_the_command_goes_on_where_it_ended(tmp_path, capsys):
     results = tmp_path / "build" / "results.txt"
     ask = of_pack(results)
     assert main([*ask, "--shard", "1/2"]) == 0
@@ -266,8 +261,7 @@ def test_the_command_goes_on_where_it_ended(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("0 tried")
 
 
-def test_two_files_of_results_are_merged(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+def test_two_files_of_results_are_merged(tmp_path, capsys):
     one, other = tmp_path / "one.txt", tmp_path / "other.txt"
     for path, shard in ((one, "1/2"), (other, "2/2")):
         assert main([*of_pack(path), "--shard", shard]) == 0
@@ -338,7 +332,6 @@ def test_the_results_of_the_repository_are_of_mutants_that_are_made(of_reference
 
 
 def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     probes = {"accepts": lambda: iter(())}
     monkeypatch.setattr(command, "probes_of", lambda mutant, device: probes)
     results = tmp_path / "results.txt"
@@ -348,7 +341,6 @@ def test_one_that_nobody_sees_fails_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_one_without_a_probe_on_the_device_is_not_tried(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(command, "probes_of", lambda mutant, device: {})
     assert main(of_pack(tmp_path / "results.txt")) == 0
     said = capsys.readouterr().out
@@ -358,7 +350,6 @@ def test_one_without_a_probe_on_the_device_is_not_tried(tmp_path, capsys, monkey
 def test_a_probe_that_finds_fault_with_unchanged_code_fails_the_command(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     good = reference_probes.probe("e2m1")
     probes = {"good": good, "wrong": lambda: iter(["a fault"])}
     monkeypatch.setattr(command, "probes_of", lambda mutant, device: probes)
@@ -389,6 +380,22 @@ def test_a_probe_is_not_shown_what_it_does_not_execute(tmp_path):
     shown = {m.change for m in made if executed.executes(lines, m)}
     assert "w & 7 -> w | 7" in shown and "ARCH == 0 -> ARCH != 0" in shown
     assert "WHICH == 1 -> WHICH != 1" in {m.change for m in made} - shown  # a branch of a GPU
+
+
+def test_a_child_does_not_wait_for_threads_of_its_parent(of_reference):
+    def many() -> Iterator[str]:
+        torch.ones(2**22, dtype=torch.float32, device="cpu").exp()
+        return iter(())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        many()
+        nothing = replace(_mutant(of_reference, "pack"), file="")
+        (found,) = trial.run([(nothing, [many])], jobs=1, seconds=lambda _: 20.0)
+    finally:
+        torch.set_num_threads(before)
+    assert found.status == "survived"
 
 
 def test_a_mutant_has_its_time_for_each_probe(of_reference):

@@ -8,6 +8,7 @@ import torch
 import training_cases as cases
 from assertions import assert_bitwise
 from moe_cases import GATED, PLAIN, Shape, weights_of
+from mutants.generated import training_calls
 
 from nvfp4_moe import prepare_experts
 from nvfp4_moe.reference.recipe import Recipe
@@ -19,6 +20,7 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
 ]
 SHAPES = [Shape(5, 208, 80, 3, 2), Shape(5, 128, 1040, 2, 2)]  # one and two blocks of columns
+EDGES = {name: call for name, call in training_calls.named() if not name.startswith("far")}
 MODES = [(mode, backward) for mode in ("bf16", "per-token") for backward in get_args(Backward)]
 
 
@@ -85,6 +87,14 @@ def test_every_activation_and_its_derivative(kernels, device, kind, scaled):
         assert (error <= most + 2**-18).all(), f"{name}: {error.max():.3g}"
         assert (b != 0).float().mean() > 0.2, name
     assert scaled or got["for_x"] is got["for_w13"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", EDGES)
+def test_arguments_at_every_edge(device, name):
+    """The limits themselves, zeros, NaN, huge numbers, rows of several blocks: against fp64."""
+    call = EDGES[name]()
+    assert call.judge().accepts(call.answer(device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -69,16 +69,15 @@ def activation_gradient(
 
 @triton.jit
 def _limited(x, limit):
-    """Return x within +-limit, and the derivative there."""
-    inside = tl.abs(x) <= limit
-    return tl.where(inside, x, tl.where(x < 0, -limit, limit)), inside.to(tl.float32)
+    """Return x within +-limit, and the derivative there; NaN stays NaN."""
+    y = tl.where(tl.abs(x) > limit, tl.where(x < 0, -limit, limit), x)
+    return y, (tl.abs(x) <= limit).to(tl.float32)
 
 
 @triton.jit
 def _at_most(x, limit):
-    """Return x up to the limit, and the derivative there."""
-    inside = x <= limit
-    return tl.where(inside, x, limit), inside.to(tl.float32)
+    """Return x up to the limit, and the derivative there; NaN stays NaN."""
+    return tl.where(x > limit, limit, x), (x <= limit).to(tl.float32)
 
 
 @triton.jit

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import quick_interpreter
-import torch
 
 from nvfp4_moe.console import progress
 from nvfp4_moe.kernels.triton_target import INTERPRETING
@@ -132,7 +131,6 @@ def _is_interpreted(options: argparse.Namespace) -> bool:
 
 def _try(mutants: Sequence[Generated], results: Results, options: argparse.Namespace) -> list[str]:
     """Try those that wait and have a probe that runs on the device; what wrong probes say."""
-    torch.set_num_threads(1)  # a child of a process with threads would wait for them
     first, count = (int(part) for part in options.shard.split("/"))
     waiting = [
         m for m in mutants[first - 1 :: count] if _waits(m, results, options.device, options.again)

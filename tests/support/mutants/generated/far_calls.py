@@ -43,19 +43,20 @@ _TILE = GemmConfig(128, 16, 64, 1, 4)
 _NUMPY = {
     torch.bfloat16: np.int16,
     torch.int32: np.int32,
+    torch.int64: np.int64,
     torch.uint8: np.uint8,
     torch.float32: np.float32,
 }
 
 
-def _empty(dtype: torch.dtype, *size: int) -> Tensor:
+def empty(dtype: torch.dtype, *size: int) -> Tensor:
     """Zeros, of which no page takes memory before it is touched."""
     return torch.from_numpy(np.zeros(size, _NUMPY[dtype])).view(dtype)
 
 
-def _behind(last: Tensor, count: int) -> Tensor:
+def behind(last: Tensor, count: int) -> Tensor:
     """[count, ...] whose last elements are these."""
-    whole = _empty(last.dtype, count, *last.shape[1:])
+    whole = empty(last.dtype, count, *last.shape[1:])
     whole[count - len(last) :] = last
     return whole
 
@@ -84,58 +85,58 @@ class FarCall:
         return exactly(self._asked(self.near))
 
 
-def _bytes(seed: int, *size: int) -> Tensor:
+def some_bytes(seed: int, *size: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return host.integers(g, 0, 127, size).to(torch.uint8)
 
 
-def _values(*size: int) -> Tensor:
+def some_values(*size: int) -> Tensor:
     return host.normal(torch.Generator().manual_seed(size[0]), *size).bfloat16()
 
 
 def _decode(rows: int) -> Tensor:
-    codes, scales = _behind(_bytes(1, 2, 32), rows), _behind(_bytes(2, 2, 4), rows)
+    codes, scales = behind(some_bytes(1, 2, 32), rows), behind(some_bytes(2, 2, 4), rows)
     return decode(codes, scales, SfLayout.layout_linear)[-2:]
 
 
 def _decode_weights(rows: int) -> Tensor:
-    codes, scales = _behind(_bytes(3, 128, 32), rows), _behind(_bytes(4, 128, 4), rows)
+    codes, scales = behind(some_bytes(3, 128, 32), rows), behind(some_bytes(4, 128, 4), rows)
     return decode(codes, scales, SfLayout.layout_128x4, operand=True)[-128:]
 
 
 def _finalize(tokens: int) -> Tensor:
     out = torch.empty(tokens, 64, dtype=torch.bfloat16, device="cpu")
-    permuted = _behind(host.arange(4)[:, None].int(), tokens)
-    weights = _behind(_values(4, 1), tokens)
-    finalize(_values(9, 64), permuted.view(-1), weights, out, "slot")
+    permuted = behind(host.arange(4)[:, None].int(), tokens)
+    weights = behind(some_values(4, 1), tokens)
+    finalize(some_values(9, 64), permuted.view(-1), weights, out, "slot")
     return out[-4:]
 
 
 def _copied(rows: int) -> Tensor:
-    x, index = _behind(_values(4, 64), rows), _behind(host.arange(rows - 4, rows).int(), rows)
+    x, index = behind(some_values(4, 64), rows), behind(host.arange(rows - 4, rows).int(), rows)
     return copy_rows(x, index)[-4:]
 
 
 def _in_fragments(rows: int) -> Tensor:
-    x = _behind(_values(4, 16384), rows)
+    x = behind(some_values(4, 16384), rows)
     return in_fragments(x, host.arange(rows).int()[:, None])[-4:]
 
 
 def _route(tokens: int) -> Any:
-    found = routing.route(_behind(_values(4, 64), tokens), Routing(RoutingMethodType.TopK, 1))
+    found = routing.route(behind(some_values(4, 64), tokens), Routing(RoutingMethodType.TopK, 1))
     return [t[-4:] for t in found]
 
 
 def _quantize(rows: int) -> Any:
-    x = _behind(_values(4, 64), rows)
+    x = behind(some_values(4, 64), rows)
     q = quantize_launch.quantize_per_token(x, 1 / 2688, Recipe(), SfLayout.layout_linear)
     return [t[-4:] for t in q]
 
 
 def _quantize_chosen(rows: int) -> Any:
-    x, index = _behind(_values(4, 64), rows), _behind(host.arange(rows - 4, rows).int(), rows)
-    codes, scales = _empty(torch.uint8, rows, 32), _empty(torch.uint8, rows, 4)
-    out = quantize_launch.Outputs(codes, scales, _empty(torch.float32, rows))
+    x, index = behind(some_values(4, 64), rows), behind(host.arange(rows - 4, rows).int(), rows)
+    codes, scales = empty(torch.uint8, rows, 32), empty(torch.uint8, rows, 4)
+    out = quantize_launch.Outputs(codes, scales, empty(torch.float32, rows))
     mode, linear = k.PER_TOKEN.value, int(SfLayout.layout_linear)
     quantize_launch._launch(x, out, mode, None, 1 / 2688, Recipe().code, linear, row_index=index)
     return [t[-4:] for t in out[:3] if t is not None]
@@ -143,7 +144,7 @@ def _quantize_chosen(rows: int) -> Any:
 
 def _quantize_to_values(rows: int) -> Any:
     values, scale = quantize_launch.quantize_to_values(
-        _behind(_values(4, 64), rows), Recipe(), per_token=True
+        behind(some_values(4, 64), rows), Recipe(), per_token=True
     )
     assert scale is not None
     return values[-4:], scale[-4:]
@@ -153,7 +154,7 @@ def _padding(rows: int) -> Tensor:
     """The programs that fill padding read no row: there are none."""
     layout = SfLayout.layout_128x4
     padded_rows, columns = padded_shape(rows, 8, layout)
-    sf = _behind(torch.full((128, columns), 7, dtype=torch.uint8, device="cpu"), padded_rows)
+    sf = behind(torch.full((128, columns), 7, dtype=torch.uint8, device="cpu"), padded_rows)
     nothing = torch.zeros(1, dtype=torch.int32, device="cpu")
     k.quantize_kernel[(-(-rows // 64) + 1, 1)](
         nothing, None, None, None, nothing, nothing, sf, None, None, nothing.float(), 1.0, rows, 8,
@@ -165,25 +166,25 @@ def _padding(rows: int) -> Tensor:
 
 
 def _silu(rows: int) -> Any:
-    x = _behind(_values(4, 128), rows)
+    x = behind(some_values(4, 128), rows)
     call = FusedKernelCall(x, None, 0.0, 1 / 2688, Recipe(), SfLayout.layout_linear)
     found = fused_quantize_launch.fused_quantize(call, None)
     return [t[-4:] for t in found]
 
 
 def _added(rows: int, fused: bool | None = None) -> Any:
-    x, residual = (_behind(_values(n, 64)[-4:], rows) for n in (4, 5))
-    call = FusedKernelCall(x, _values(64), 0.0, 1 / 2688, Recipe(), SfLayout.layout_linear)
+    x, residual = (behind(some_values(n, 64)[-4:], rows) for n in (4, 5))
+    call = FusedKernelCall(x, some_values(64), 0.0, 1 / 2688, Recipe(), SfLayout.layout_linear)
     found = fused_quantize_launch.fused_quantize(call, residual, fused)
     return [t[-4:] for t in (residual, *found)]
 
 
 def _reloaded(experts: int) -> Any:
-    w = _behind(_values(2, 128, 64), experts)
-    bits = _empty(torch.int32, experts)
+    w = behind(some_values(2, 128, 64), experts)
+    bits = empty(torch.int32, experts)
     weights_launch._launch_amax(w, bits)
-    codes, scales = _empty(torch.uint8, experts, 128, 32), _empty(torch.uint8, experts, 128, 4)
-    scalar = _empty(torch.float32, experts)
+    codes, scales = empty(torch.uint8, experts, 128, 32), empty(torch.uint8, experts, 128, 4)
+    scalar = empty(torch.float32, experts)
     job = Job(
         w, None, False, codes, scales.view(torch.float8_e4m3fn), None, scalar, None, None, None
     )
@@ -193,8 +194,8 @@ def _reloaded(experts: int) -> Any:
 
 def _dense(m: int, n: int) -> Any:
     rows = min(m, 128), min(n, 128)
-    a, b = _behind(_bytes(5, rows[0], 32), m), _behind(_bytes(6, rows[1], 32), n)
-    sa, sb = (_behind(_bytes(7, 128, 4), -(-count // 128) * 128) for count in (m, n))
+    a, b = behind(some_bytes(5, rows[0], 32), m), behind(some_bytes(6, rows[1], 32), n)
+    sa, sb = (behind(some_bytes(7, 128, 4), -(-count // 128) * 128) for count in (m, n))
     out = torch.empty(m, n, dtype=torch.bfloat16, device="cpu")
     dense_launch.mm_fp4(DenseKernelCall(a, b, sa, sb, None, use_8x4=False), out, _TILE)
     return out[-rows[0] :, -rows[1] :]
@@ -203,14 +204,14 @@ def _dense(m: int, n: int) -> Any:
 def _experts_of(far: int) -> Any:
     """A tile of 5 rows: token, expert and permuted row are far; K is 64."""
     experts, tokens, row = (1, 8, 0) if far == 0 else (2**20 + 1, 2**25 + 8, 2**24)
-    w, sf = _behind(_bytes(8, 1, 128, 32), experts), _behind(_bytes(9, 1, 128, 4), experts)
-    x = _behind(_values(8, 4, 16), tokens)
+    w, sf = behind(some_bytes(8, 1, 128, 32), experts), behind(some_bytes(9, 1, 128, 4), experts)
+    x = behind(some_values(8, 4, 16), tokens)
     chosen = host.arange(tokens - 5, tokens).int()
-    bias, scale = _behind(host.ones(1, 128), experts), _behind(host.ones(1) / 3, experts)
-    end = _behind(torch.tensor([row + 5], dtype=torch.int32, device="cpu"), experts)
+    bias, scale = behind(host.ones(1, 128), experts), behind(host.ones(1) / 3, experts)
+    end = behind(torch.tensor([row + 5], dtype=torch.int32, device="cpu"), experts)
     tile = torch.tensor([[experts - 1], [row]], dtype=torch.int32, device="cpu")
     out = torch.empty(row + 5, 128, dtype=torch.bfloat16, device="cpu")
-    expanded = _behind(chosen, row + 5)
+    expanded = behind(chosen, row + 5)
     launch._launch_gemm(
         launch.Operand(x, None, None), w, sf, bias, scale, out,
         Permutation(expanded, expanded, tile, end), _TILE, 1, None, SimpleNamespace(),

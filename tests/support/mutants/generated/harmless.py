@@ -80,6 +80,10 @@ _OF_REFERENCE: dict[str, tuple[str, ...]] = {
         "reference in_raw_units: rounding: value.float() -> value",
         "reference ex2_approx_ftz: rounding: significand.double() -> significand",
     ),
+    "Where autograd records nothing, its function returns the same value.": (
+        "reference _approximated: operator: torch.is_grad_enabled() and any((t.requires_grad for t in "
+        "given)) -> torch.is_grad_enabled() or any((t.requires_grad for t in given))",
+    ),
     "It is an fp32 element, by the contract of the argument.": (
         "reference quantize_per_token: rounding: out_scale.float() -> out_scale",
     ),

@@ -8,10 +8,19 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels decode_kernel: constant: 0 -> 1 (2)",
         "kernels decode_row_to_places: constant: 0 -> 1",
         "kernels decode_row_to_places: constant: 0 -> 1 (2)",
+        "kernels row_dots_kernel: constant: 0.0 -> 1.0",
+        "kernels row_dots_kernel: constant: 0.0 -> 1.0 (2)",
+        "kernels row_dots_kernel: constant: 0.0 -> 1.0 (3)",
     ),
     "The store has the same mask: what is loaded outside of it is not used.": (
         "kernels finalize_kernel: constant: 0.0 -> 1.0",
         "kernels _expert_tile: constant: 0.0 -> 1.0",
+        "kernels _raw: constant: 0.0 -> 1.0",
+        "kernels _raw: constant: 0.0 -> 1.0 (2)",
+        "kernels activation_gradient_kernel: constant: 0.0 -> 1.0",
+        "kernels weight_values_kernel: constant: 0 -> 1",
+        "kernels weight_values_kernel: constant: 0 -> 1 (2)",
+        "kernels weight_values_kernel: constant: 0 -> 1 (3)",
     ),
     "Behind K codes and scales of both operands are masked, so that 0 remains a factor.": (
         "kernels sums: constant: 0 -> 1",
@@ -136,6 +145,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The two zeros lie in the same interval.": (
         "kernels activated: comparison: g <= 0 -> g < 0",
         "kernels activated: comparison: g <= 0 -> g < 0 (2)",
+        "kernels _of_one: comparison: g <= 0 -> g < 0",
+        "kernels _of_one: comparison: g <= 0 -> g < 0 (2)",
     ),
     "At 0 the hyperbolic tangent is 0, whose sign is lost when 0.5 is added.": (
         "kernels _sigmoid: comparison: x < 0 -> x <= 0",
@@ -157,6 +168,17 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "tl.load(table_ptr + (steps & 8388607))",
         "kernels rcp: rounding: tl.load(rcp_delta_ptr + significand).to(tl.int32) -> "
         "tl.load(rcp_delta_ptr + significand)",
+        "kernels _raw: rounding: tl.load(sums_ptr + row + column, inside, "
+        "other=0.0).to(tl.float32) -> tl.load(sums_ptr + row + column, inside, other=0.0)",
+        "kernels activation_gradient_kernel: rounding: tl.load(d_ptr + n * columns + column, "
+        "inside, other=0.0).to(tl.float32) -> tl.load(d_ptr + n * columns + column, inside, "
+        "other=0.0)",
+        "kernels row_dots_kernel: rounding: tl.load(sums_ptr + n * columns + column, inside, "
+        "other=0.0).to(tl.float32) -> tl.load(sums_ptr + n * columns + column, inside, other=0.0)",
+        "kernels row_dots_kernel: rounding: to_bf16(row * scale, ARCH).to(tl.float32) -> "
+        "to_bf16(row * scale, ARCH)",
+        "kernels row_dots_kernel: rounding: tl.load(grads + column, inside, "
+        "other=0.0).to(tl.float32) -> tl.load(grads + column, inside, other=0.0)",
     ),
     "Triton adds up truth values as int32.": (
         "kernels permute_kernel: rounding: (local == expert).to(tl.int32) -> local == expert",
@@ -250,6 +272,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels store_codes: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> tl.where(mask, byte, "
         "0)",
         "kernels take_kernel: rounding: tokens.to(tl.int64) -> tokens",
+        "kernels zero_empty_groups_kernel: rounding: tl.zeros((BLOCK,), "
+        "tl.float32).to(t_ptr.dtype.element_ty) -> tl.zeros((BLOCK,), tl.float32)",
     ),
     "The word behind the last is of the first row of the tile, which is no padding.": (
         "kernels zero_padding_rows: comparison: word < TILE * (padded_columns // 4) -> word <= TILE * "
@@ -390,6 +414,43 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "Calls on one stream have done every copy that they have begun.": (
         "kernels take_kernel: index: tl.load(counts_ptr + 1) -> tl.load(counts_ptr + 1 + 1)",
         "kernels take_kernel: constant: counts_ptr + 1 -> counts_ptr + 2",
+    ),
+    "An ulp of a factor of a derivative, which is rounded to bf16 and has no bits of the contract.": (
+        "kernels _bounded: constant: 1.0 - t * t -> 1.0000001192092896 - t * t",
+        "kernels _of_one: constant: tl.where(tl.abs(g) < 2.0 ** (-30), 0.5, y / g) -> "
+        "tl.where(tl.abs(g) < 2.0 ** (-30), 0.5000000596046448, y / g)",
+        "kernels _of_one: constant: 0.3989422804014327 * tl.exp(g * g * -0.5) -> "
+        "0.39894232153892517 * tl.exp(g * g * -0.5)",
+        "kernels _of_one: constant: -0.5 -> -0.5000000596046448",
+        "kernels _of_one: constant: 1.5957691216057308 * (g + 0.044715 * g * g * g) -> "
+        "1.5957692861557007 * (g + 0.044715 * g * g * g)",
+        "kernels _of_one: constant: 0.044715 * g -> 0.04471500217914581 * g",
+        "kernels _of_one: constant: 1.5957691216057308 * (1.0 + 0.134145 * g * g) -> "
+        "1.5957692861557007 * (1.0 + 0.134145 * g * g)",
+        "kernels _of_one: constant: 1.0 + 0.134145 * g * g -> 1.0000001192092896 + 0.134145 * g * g",
+        "kernels _of_one: constant: 0.134145 * g -> 0.13414502143859863 * g",
+        "kernels _of_one: constant: 2.0 * y -> 2.000000238418579 * y",
+        "kernels _of_one: constant: tl.full(g.shape, 1.0, tl.float32) -> tl.full(g.shape, "
+        "1.0000001192092896, tl.float32)",
+        "kernels _of_two: constant: tl.full(gate.shape, 1.0, tl.float32) -> tl.full(gate.shape, "
+        "1.0000001192092896, tl.float32)",
+        "kernels activation_gradient_kernel: constant: tl.full((), 7.0, tl.float32) -> tl.full((), "
+        "7.000000476837158, tl.float32)",
+    ),
+    "From 2^-31 to 2^-30 the quotient is 1/2 too, but for a few ulp.": (
+        "kernels _of_one: comparison: tl.abs(g) < 2.0 ** (-30) -> tl.abs(g) <= 2.0 ** (-30)",
+        "kernels _of_one: constant: 2.0 ** (-30) -> 2.000000238418579 ** (-30)",
+        "kernels _of_one: constant: -30 -> -31",
+    ),
+    "At the limit both sides are the limit.": (
+        "kernels _limited: comparison: tl.abs(x) > limit -> tl.abs(x) >= limit",
+        "kernels _at_most: comparison: x > limit -> x >= limit",
+    ),
+    "Zero is within every limit.": ("kernels _limited: comparison: x < 0 -> x <= 0",),
+    "Triton multiplies fp32 by a truth value as by 0.0 or 1.0.": (
+        "kernels _limited: rounding: (tl.abs(x) <= limit).to(tl.float32) -> tl.abs(x) <= limit",
+        "kernels _at_most: rounding: (x <= limit).to(tl.float32) -> x <= limit",
+        "kernels _of_one: rounding: (g > 0).to(tl.float32) -> g > 0",
     ),
 }
 """Keys of `rules.Generated`, by reason."""

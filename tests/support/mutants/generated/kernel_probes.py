@@ -28,6 +28,7 @@ from . import (
     ring_probes,
     routers,
     row_probes,
+    training_calls,
 )
 from .operation_calls import AmaxCall, NativeCall, ProducerCall, ProductCall, ReloadCall
 from .part_calls import (
@@ -200,6 +201,7 @@ _MORE: dict[str, Callable[[], Call]] = {
         ring_probes.named(),
         row_probes.named(),
         jit_calls.named(),
+        training_calls.named(),
     )
     for name, call in some
 }
@@ -297,6 +299,10 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/dense/kernel.py": (*_PRODUCTS, *_named("far, dense")),
     "kernels/fused_quantize/kernel.py": (*_PRODUCERS, "function, exp"),
     "kernels/weights/kernel.py": _RELOAD,
+    "kernels/moe/training/activation_gradient.py": _named("gradient", "far, gradient"),
+    "kernels/moe/training/row_dots.py": _named("row dots", "far, row dots"),
+    "kernels/moe/training/empty_groups.py": _named("empty groups", "far, empty groups"),
+    "kernels/weights/values.py": _named("weight values", "far, weight values"),
 }  # fmt: skip
 """Calls of each module, in order."""
 

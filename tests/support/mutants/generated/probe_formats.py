@@ -121,6 +121,11 @@ def of_functions() -> Answers:
         yield f"sigmoid, {name}", of.sigmoid(x)
         yield f"div, {name}", of.div(x, x.flip(0))
         yield f"checksum, {name}", functions.checksum(name)
+        steep = host.fp32([-2.0, 0.5, 3.0]).requires_grad_()
+        yield (
+            f"derivative, {name}",
+            torch.autograd.grad((of.exp(steep) * of.sigmoid(steep)).sum(), steep),
+        )
     yield "ex2", functions.ex2_approx_ftz(x)
     yield "tanh", functions.tanh_approx(torch.cat([x, x / 64, x / 2048]))
     for exponent in functions.LEADING_BITS:

@@ -148,6 +148,7 @@ def _start(some: deque[Given]) -> _Child:
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        torch.set_num_threads(1)  # the parent's other threads are not here: an operation would wait
         try:
             _try(some, writing)
         finally:
