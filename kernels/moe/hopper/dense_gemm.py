@@ -13,14 +13,14 @@ from .grouped_gemm import _at_once, _fill, _sums, _tokens_first, count_of, narro
 
 
 @gluon.jit
-def _tile(t, strips, M, WIDTHS: gl.constexpr):
+def _tokens_of(t, strips, M, WIDTHS: gl.constexpr):
     """Return (first token, tokens from there) of piece t of the work."""
     first = t // strips * width_of(WIDTHS, 0)
     return first, gl.minimum(M - first, width_of(WIDTHS, 0))
 
 
 @gluon.jit
-def _produce(
+def _produce_dense(
     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, M, total, strips, steps,
     WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _produce(
     stage = 0
     phase = 1
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        first, tokens = _tile(t, strips, M, WIDTHS)
+        first, tokens = _tokens_of(t, strips, M, WIDTHS)
         for i in gl.static_range(count_of(WIDTHS)):
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
                 stage, phase = _fill(
@@ -38,7 +38,7 @@ def _produce(
 
 
 @gluon.jit
-def _finish(
+def _finish_dense(
     acc, alpha_buf, alpha, out_ptr, strip, first, end, N,
     FROM: gl.constexpr, BY_ROW: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
@@ -51,8 +51,8 @@ def _finish(
     if TOKENS > AT_ONCE:
         halves = gl.permute(gl.reshape(acc, (ROWS, 2, TOKENS // 2)), (0, 2, 1))
         low, high = gl.split(halves)
-        _finish(low, alpha_buf, alpha, out_ptr, strip, first, end, N, FROM, BY_ROW, ARCH)
-        _finish(
+        _finish_dense(low, alpha_buf, alpha, out_ptr, strip, first, end, N, FROM, BY_ROW, ARCH)
+        _finish_dense(
             high, alpha_buf, alpha, out_ptr, strip, first, end, N, FROM + TOKENS // 2, BY_ROW, ARCH
         )
     else:
@@ -76,7 +76,7 @@ def _finish(
 
 
 @gluon.jit
-def _consume(
+def _consume_dense(
     x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, M, N, total, strips, steps,
     BY_ROW: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     ARCH: gl.constexpr,
@@ -88,7 +88,7 @@ def _consume(
     else:
         alpha = gl.load(alpha_ptr)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        first, tokens = _tile(t, strips, M, WIDTHS)
+        first, tokens = _tokens_of(t, strips, M, WIDTHS)
         if BY_ROW:  # on its way while the sums are made
             WIDEST: gl.constexpr = width_of(WIDTHS, 0)
             n = gl.arange(0, WIDEST, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
@@ -103,7 +103,7 @@ def _consume(
                 )  # fmt: skip
                 if BY_ROW:
                     alpha_buf.store(of_token)
-                _finish(
+                _finish_dense(
                     acc, alpha_buf, alpha, out_ptr, t % strips, first, first + tokens, N, 0, BY_ROW,
                     ARCH,
                 )  # fmt: skip
@@ -148,14 +148,14 @@ def dense_gemm_kernel(
     gl.warp_specialize(
         [
             (
-                _consume,
+                _consume_dense,
                 (
                     x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, M, N, total,
                     strips, steps, BY_ROW, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
-                _produce,
+                _produce_dense,
                 (
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, M, total, strips,
                     steps, WIDTHS, STAGES, GROUPS, ARCH,

@@ -141,6 +141,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels decoded_sums: constant: acc * 256.0 -> acc * 256.0000305175781",
         "kernels sums: constant: acc * 256.0 -> acc * 256.0000305175781",
         "kernels _finish: constant: acc * 256.0 -> acc * 256.0000305175781",
+        "kernels _finish_dense: constant: acc * 256.0 -> acc * 256.0000305175781",
     ),
     "The two zeros lie in the same interval.": (
         "kernels activated: comparison: g <= 0 -> g < 0",
@@ -377,6 +378,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "A layout says which thread and which address has an element, and changes no result.": (
         "kernels _tokens_first: constant: [8, 1] -> [8, 2]",
         "kernels _consume: constant: [1] -> [2]",
+        "kernels _consume_dense: constant: [1] -> [2]",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
         "gl.SwizzledSharedLayout(2, 1, 1, [0])",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
