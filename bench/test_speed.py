@@ -1,8 +1,10 @@
 """pytest-benchmark comparisons of the backends: `python -m pytest bench`, on a machine with a GPU.
 
-The cases of `nvfp4-moe bench`, measured by pytest-benchmark: device time of calls in a CUDA graph, with
-inputs on the GPU. A group holds one shape, so that its table compares what runs here. `nvfp4-moe bench`
-reads what `--benchmark-json` writes, by `--load` and `--compare`.
+The cases of `nvfp4-moe bench`, measured by the same clock (`nvfp4_moe/bench/clock.py`): device time of
+calls in a CUDA graph, with inputs on the GPU. A group holds one shape and one number of tokens, so that
+its table compares what runs here. pytest takes one case after another, so the backends of a group do not
+take turns here, as they do in the command. `nvfp4-moe bench` reads what `--benchmark-json` writes, by
+`--load` and `--compare`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -19,28 +21,18 @@ from nvfp4_moe.bench.case import Case, NotHere
 from nvfp4_moe.bench.operations import select
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-CALLS = 10  # in one graph, so that a replay's own cost is a tenth
 
 
-def device_time(benchmark: Any, call: Callable[[], object], capturable: bool) -> None:
-    """Benchmark `call` by the GPU's clock; outside a graph where the call waits for the GPU."""
-    replay, calls = call, 1
-    if capturable:
-        replay, calls = clock.captured(call, CALLS).replay, CALLS
-    else:
-        call()
-        torch.cuda.synchronize()
-    origin = torch.cuda.Event(enable_timing=True)
-    origin.record()
-    benchmark._timer = lambda: _seconds_since(origin) / calls
-    benchmark.pedantic(replay, rounds=20, warmup_rounds=3)
+def device_time(benchmark: Any, timed: Callable[[], float]) -> None:
+    """Benchmark what `clock.timer` returned: pytest-benchmark reads the sum of its seconds."""
+    total = 0.0
 
+    def one_round() -> None:
+        nonlocal total
+        total += timed()
 
-def _seconds_since(origin: torch.cuda.Event) -> float:
-    now = torch.cuda.Event(enable_timing=True)
-    now.record()
-    now.synchronize()
-    return origin.elapsed_time(now) / 1e3
+    benchmark._timer = lambda: total
+    benchmark.pedantic(one_round, rounds=20)
 
 
 @functools.cache
@@ -62,9 +54,13 @@ def measure(benchmark: Any, case: Case) -> None:
         prepared = case.prepare(DEVICE)
     except NotHere as refusal:
         pytest.skip(f"{case.backend}: {refusal}")
+    timed = clock.timer(prepared.call, DEVICE, prepared.capturable, case.operation.calls)
+    clock.warm_up([timed], DEVICE)
+    before = clock.sm_mhz(DEVICE)
+    device_time(benchmark, timed)
+    clocks = before, clock.sm_mhz(DEVICE)
     name = clock.device_name(DEVICE)
-    benchmark.extra_info |= results.measured(case, prepared, {}, rates(), name).extra_info
-    device_time(benchmark, prepared.call, prepared.capturable)
+    benchmark.extra_info |= results.measured(case, prepared, {}, rates(), name, clocks).extra_info
 
 
 @every("quantize")

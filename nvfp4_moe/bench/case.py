@@ -45,6 +45,7 @@ class Operation:
     baseline: str | None  # the backend that others are compared with if none is asked for
     prepare: Callable[["Case", torch.device], Prepared]
     """Makes a case's call. Raises NotHere, or WrongResult after a comparison with the reference."""
+    calls: int | None = None  # in one CUDA graph; None: as `clock.timer` chooses
 
 
 @dataclass(frozen=True)

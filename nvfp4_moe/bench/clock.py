@@ -5,10 +5,11 @@ serving. On the CPU it is the time from the call to its return.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import ctypes
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ import torch
 _WARM = 2
 """Replays of a graph, or calls, before those that count."""
 _ROUNDS = 9
+_GPU_ROUNDS = 20
 _SECONDS = 1.0
-"""The time on the CPU after which no further round begins."""
+"""The time of a call's rounds together after which it has no further one."""
 _GRAPH_SECONDS = 2e-3
 _MOST_CALLS = 20
+_WARM_SECONDS = 0.1
+_NVML_CLOCK_SM = 1
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,90 @@ def microseconds(call: Callable[[], object], calls: int, replays: int = _ROUNDS)
 def seconds(
     call: Callable[[], object], device: torch.device, capturable: bool = True
 ) -> list[float]:
-    """Return the seconds of a call, for each of several rounds.
+    """Return the seconds of a call, for each of several rounds; `timer` has the arguments."""
+    timers = [timer(call, device, capturable)]
+    warm_up(timers, device)
+    return interleaved(timers, device)[0]
+
+
+def timer(
+    call: Callable[[], object],
+    device: torch.device,
+    capturable: bool = True,
+    calls: int | None = None,
+) -> Callable[[], float]:
+    """Make a call once or more, and return what measures it again: the seconds of one call.
+
+    On a GPU each measured replay of the graph follows one that is not measured. So the host has launched
+    it before its turn, and caches are as a call that repeats leaves them.
 
     Args:
-        call: is made a few times more, before.
+        call: what is measured.
         device: the clock is the GPU's if it is one, otherwise the CPU's.
         capturable: a CUDA graph can hold the call; otherwise it is made outside of one.
+        calls: in one graph; None: as many as take 2 ms, at most 20.
+    """
+    call()
+    if device.type != "cuda":
+        return lambda: _elapsed_on_cpu(call)
+    if not capturable:
+        return lambda: _elapsed(call)
+    if calls is None:
+        calls = max(1, min(_MOST_CALLS, int(_GRAPH_SECONDS / _elapsed(call))))
+    replay = captured(call, calls).replay
+
+    def measured() -> float:
+        replay()
+        return _elapsed(replay) / calls
+
+    return measured
+
+
+def warm_up(timers: Sequence[Callable[[], float]], device: torch.device) -> None:
+    """Run timers of a GPU by turns, twice at least and until its clocks have risen from rest."""
+    if device.type != "cuda":
+        return
+    begin, rounds = time.monotonic(), 0
+    while rounds < _WARM or time.monotonic() - begin < _WARM_SECONDS:
+        for timed in timers:
+            timed()
+        rounds += 1
+
+
+def interleaved(timers: Sequence[Callable[[], float]], device: torch.device) -> list[list[float]]:
+    """Return the seconds of each timer's rounds; the timers take turns.
+
+    A clock that slows down during the rounds slows all of them. There are 20 rounds on a GPU and 9 on
+    the CPU, and fewer where a timer's own take more than a second together.
+    """
+    times: list[list[float]] = [[] for _ in timers]
+    for _ in range(_GPU_ROUNDS if device.type == "cuda" else _ROUNDS):
+        for timed, mine in zip(timers, times, strict=True):
+            if sum(mine) < _SECONDS:
+                mine.append(timed())
+    return times
+
+
+def sm_mhz(device: torch.device) -> int | None:
+    """Return the clock of a GPU's multiprocessors in MHz now, as nvidia-smi shows it.
+
+    Returns:
+        None on the CPU, and where NVIDIA's library cannot tell.
     """
     if device.type != "cuda":
-        return _on_cpu(call)
-    call()
-    if not capturable:
-        return [_elapsed(call) for _ in range(_WARM + _ROUNDS)][_WARM:]
-    calls = max(1, min(_MOST_CALLS, int(_GRAPH_SECONDS / _elapsed(call))))
-    return [us / 1e6 for us in samples(call, calls)]
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    handle, mhz = ctypes.c_void_p(), ctypes.c_uint()
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        failed = (
+            library.nvmlInit_v2()
+            or library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
+            or library.nvmlDeviceGetClockInfo(handle, _NVML_CLOCK_SM, ctypes.byref(mhz))
+        )
+    except (OSError, AttributeError):
+        return None
+    return None if failed else mhz.value
 
 
 def _elapsed(call: Callable[[], object]) -> float:
@@ -100,14 +174,10 @@ def _elapsed(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _on_cpu(call: Callable[[], object]) -> list[float]:
+def _elapsed_on_cpu(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
     call()
-    times: list[float] = []
-    while len(times) < _ROUNDS and sum(times) < _SECONDS:
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times
+    return time.perf_counter() - begin
 
 
 def peak_bytes(call: Callable[[], torch.Tensor]) -> int:

@@ -42,6 +42,8 @@ class Measurement:
     moved: float  # bytes
     rates: Rates
     device: str  # its name
+    sm_mhz: tuple[int | None, int | None] = (None, None)
+    """The clock of the multiprocessors before the rounds and after them; None: not known."""
 
     @property
     def key(self) -> Key:
@@ -88,11 +90,17 @@ class Measurement:
             "matmul_tflops": self.rates.matmul_tflops,
             "matmul": self.rates.matmul,
             "device": self.device,
+            "sm_mhz": list(self.sm_mhz),
         }
 
 
 def measured(
-    case: Case, prepared: Prepared, stats: Mapping[str, Any], rates: Rates, device: str
+    case: Case,
+    prepared: Prepared,
+    stats: Mapping[str, Any],
+    rates: Rates,
+    device: str,
+    sm_mhz: tuple[int | None, int | None] = (None, None),
 ) -> Measurement:
     """Return the measurement of a case."""
     operation = case.operation
@@ -107,6 +115,7 @@ def measured(
         float(prepared.moved),
         rates,
         device,
+        sm_mhz,
     )
 
 
@@ -214,6 +223,7 @@ def _measurement(benchmark: Mapping[str, Any]) -> Measurement:
         float(info["bytes"]),
         rates,
         str(info["device"]),
+        _clocks(info.get("sm_mhz", [None, None])),
     )
     for number in (found.seconds, rates.copy_gb_s, rates.matmul_tflops, found.moved):
         if not 1 / _LARGEST <= number <= _LARGEST:
@@ -223,6 +233,12 @@ def _measurement(benchmark: Mapping[str, Any]) -> Measurement:
         if not 0 <= number <= _LARGEST:
             raise ValueError(f"{found.group} has {number}, which must be from 0 to {_LARGEST:g}")
     return found
+
+
+def _clocks(found: Sequence[Any]) -> tuple[int | None, int | None]:
+    """Return the clocks of a file. Files of earlier versions have none."""
+    before, after = (None if mhz is None else int(mhz) for mhz in found)
+    return before, after
 
 
 def ratios(

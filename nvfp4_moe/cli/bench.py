@@ -4,7 +4,8 @@
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 
 from .. import files
 from ..bench import clock, plots, results
-from ..bench.case import Case, NotHere, WrongResult
+from ..bench.case import Case, NotHere, Prepared, WrongResult
 from ..bench.operations import OPERATIONS, select
 from ..bench.results import Key, Measurement
 from ..console import progress
@@ -141,18 +142,40 @@ def _measure(options: SimpleNamespace, found: _Found, show: "_Tables") -> None:
         print(IN_A_CACHE)
     with progress.bar("measuring", len(cases)):
         for operation, mine in itertools.groupby(cases, lambda case: case.operation.name):
-            for case in mine:
-                _measure_one(case, device, name, rates, found)
-                progress.step()
+            for _, cell in itertools.groupby(mine, lambda case: case.group):
+                _measure_cell(list(cell), device, name, rates, found)
             show.operation([m for m in found.measurements if m.operation == operation])
 
 
-def _measure_one(
-    case: Case, device: torch.device, name: str, rates: clock.Rates, found: _Found
+def _measure_cell(
+    cases: Sequence[Case], device: torch.device, name: str, rates: clock.Rates, found: _Found
 ) -> None:
+    """Measure the backends of one shape and number of tokens, which take turns."""
+    ready: list[tuple[Case, Prepared, Callable[[], float]]] = []
+    for case in cases:
+        with _refusals(case, name, found):
+            prepared = case.prepare(device)
+            calls = case.operation.calls
+            timed = clock.timer(prepared.call, device, prepared.capturable, calls)
+            ready.append((case, prepared, timed))
+        progress.step()
+    if not ready:
+        return
+    timers = [timed for _, _, timed in ready]
+    clock.warm_up(timers, device)
+    before = clock.sm_mhz(device)
+    times = clock.interleaved(timers, device)
+    clocks = before, clock.sm_mhz(device)
+    for (case, prepared, _), mine in zip(ready, times, strict=True):
+        stats = results.statistics_of(mine)
+        found.measurements.append(results.measured(case, prepared, stats, rates, name, clocks))
+
+
+@contextmanager
+def _refusals(case: Case, name: str, found: _Found) -> Iterator[None]:
+    """Keep the reason why a case is not measured."""
     try:
-        prepared = case.prepare(device)
-        times = clock.seconds(prepared.call, device, prepared.capturable)
+        yield
     except WrongResult as wrong:
         found.wrong.append(str(wrong))
     except (NotHere, NotImplementedError, UnsupportedError) as refusal:
@@ -162,9 +185,6 @@ def _measure_one(
             raise
         reason = f"{name} has not enough memory"
         found.refused[case.operation.name, case.backend, reason] += 1
-    else:
-        stats = results.statistics_of(times)
-        found.measurements.append(results.measured(case, prepared, stats, rates, name))
 
 
 def _is_of_memory(error: RuntimeError) -> bool:

@@ -154,7 +154,7 @@ def test_pytest_keeps_what_the_command_reads(monkeypatch):
 
     monkeypatch.setattr(test_speed, "DEVICE", CPU)
     monkeypatch.setattr(test_speed, "rates", lambda: RATES)
-    monkeypatch.setattr(test_speed, "device_time", lambda benchmark, call, capturable: call())
+    monkeypatch.setattr(test_speed, "device_time", lambda benchmark, timed: timed())
     case = Case(OPERATIONS["dense"], "N=1024 K=2048", 3, "reference")
     test_speed.measure(benchmark := Benchmark(), case)
     stats = results.statistics_of([1e-6])
@@ -277,32 +277,15 @@ def test_plots_of_what_was_measured_alone(tmp_path):
     assert draw([measurement("prepare_experts", 0, operation="convert", flop=0)], tmp_path) == []
 
 
-def test_the_clock_of_a_cpu(monkeypatch):
-    """A call before, then rounds until there are enough or the time is over."""
-    now, made = [0.0], []
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
-
-    def call():
-        made.append(1)
-        now[0] += 0.3
-
-    assert clock.seconds(call, CPU) == pytest.approx([0.3] * 4) and len(made) == 5
-    made.clear()
-    quick = clock.seconds(lambda: made.append(1), CPU)
-    assert len(quick) == 9 and len(made) == 10
-
-
-def test_the_rates_of_a_cpu(monkeypatch):
-    """The faster of two products, and a copy that counts reading and writing."""
-    monkeypatch.setattr(clock, "_median", lambda call, device: float(call().element_size()))
-    rates = clock.rates(CPU)
-    assert rates == Rates(2 * 2**26 / 1e9, 2 * 1024**3 / 2 / 1e12, "bf16")
-    assert str(rates).startswith("a copy moves 0.134 GB/s, a product of bf16 matrices reaches ")
-
-
-def test_the_rates_bound_a_call():
-    assert Rates(100.0, 2.0, "fp32").least_seconds(2e12, 1e9) == 1
-    assert Rates(100.0, 2.0, "fp32").least_seconds(1e9, 1e11) == 1
+def test_clocks_are_kept(tmp_path, stopped_clock, monkeypatch):
+    read = iter([1980, 1755] * 6)
+    monkeypatch.setattr(clock, "sm_mhz", lambda device: next(read))
+    path = tmp_path / "r.json"
+    assert main([*QUICK, "--save", str(path)]) == Exit.DONE
+    assert {m.sm_mhz for m in results.read("--load", path)} == {(1980, 1755)}
+    # A file of an earlier version has none.
+    path.write_text(path.read_text("utf-8").replace('"sm_mhz"', '"other"'), "utf-8")
+    assert {m.sm_mhz for m in results.read("--load", path)} == {(None, None)}
 
 
 @pytest.mark.parametrize(
@@ -373,11 +356,11 @@ def test_cases_of_triton(monkeypatch):
 def stopped_clock(monkeypatch):
     """Every call is made once, and takes 2 us; the rates are 4000 GB/s and 800 TFLOP/s."""
 
-    def timed(call, device, capturable):
+    def timer(call, device, capturable, calls):
         call()
-        return [1e-6, 2e-6, 9e-6]
+        return lambda: 2e-6
 
-    monkeypatch.setattr(clock, "seconds", timed)
+    monkeypatch.setattr(clock, "timer", timer)
     monkeypatch.setattr(clock, "rates", lambda device: RATES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -499,13 +482,13 @@ def test_more_tokens_than_memory(stopped_clock, capsys):
 def test_an_interrupt_keeps_what_was_measured(stopped_clock, capsys, monkeypatch, tmp_path):
     made = []
 
-    def timed(call, device, capturable):
+    def timer(call, device, capturable, calls):
         made.append(call)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return [1e-6]
+        return lambda: 1e-6
 
-    monkeypatch.setattr(clock, "seconds", timed)
+    monkeypatch.setattr(clock, "timer", timer)
     path = tmp_path / "r.json"
     assert main([*QUICK, "--save", str(path)]) == Exit.INTERRUPTED
     assert f"what was measured before is in {path}" in capsys.readouterr().err
@@ -517,13 +500,13 @@ def test_an_interrupt_before_the_first_time_keeps_an_earlier_file(
 ):
     """Nothing of that file was measured now."""
 
-    def timed(call, device, capturable):
+    def timer(call, device, capturable, calls):
         raise KeyboardInterrupt
 
     path = tmp_path / "r.json"
     results.write(path, [measurement("triton")])
     before = path.read_bytes()
-    monkeypatch.setattr(clock, "seconds", timed)
+    monkeypatch.setattr(clock, "timer", timer)
     assert main([*QUICK, "--save", str(path)]) == Exit.INTERRUPTED
     assert "it wrote nothing, and the same command starts over" in capsys.readouterr().err
     assert path.read_bytes() == before
