@@ -208,16 +208,38 @@ def gemm(
     return out
 
 
-def activated(y: torch.Tensor, w: Weights, p: Permutation) -> torch.Tensor:
-    """[slots, I] bf16 of the first GEMM's rows."""
-    i = w.w2.shape[2]
+def activated(
+    y: torch.Tensor,
+    end: torch.Tensor,
+    *,
+    gated: bool = True,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    limit: float = float("inf"),
+) -> torch.Tensor:
+    """Compute the activation of the first GEMM's rows.
+
+    Args:
+        y: [slots, 2 I] bf16, columns [up; gate], or [slots, I] if not `gated`.
+        end: [E] int32, the end of each expert's rows; rows from the last end on are left as they are.
+        gated: SwiGLU with these parameters; otherwise the square of ReLU.
+
+    Returns:
+        [slots, I] bf16.
+    """
+    i = y.shape[1] // (2 if gated else 1)
     out = y.new_empty((y.shape[0], i))
     columns = min(1024, triton.next_power_of_2(i))
     activation_kernel[(y.shape[0], triton.cdiv(i, columns))](
-        y, out, p.end, p.end.shape[0], i, w.alpha, w.beta, w.limit,
-        GATED=w.activation.gated, COLUMNS=columns, ARCH=arch(y.device), num_warps=4,
+        y, out, end, end.shape[0], i, alpha, beta, limit,
+        GATED=gated, COLUMNS=columns, ARCH=arch(y.device), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _activated(y: torch.Tensor, w: Weights, p: Permutation) -> torch.Tensor:
+    gated = w.activation.gated
+    return activated(y, p.end, gated=gated, alpha=w.alpha, beta=w.beta, limit=w.limit)
 
 
 def layer(
@@ -227,7 +249,7 @@ def layer(
     ids, routing_weights = route(logits, Routing(RoutingMethodType.Renormalize, top_k))
     p = permute(ids, w.w13.shape[0], 0, tiles[0].bm)
     y = gemm(x, w.w13, w.w13_bias, None, p, top_k, tiles[0])
-    rows = gemm(activated(y, w, p), w.w2, w.w2_bias, routing_weights, p, 0, tiles[1])
+    rows = gemm(_activated(y, w, p), w.w2, w.w2_bias, routing_weights, p, 0, tiles[1])
     out = torch.empty_like(x)
     tokens, h = x.shape
     columns = min(1024, triton.next_power_of_2(h))
@@ -254,7 +276,7 @@ def tune(
         us1, first = _fastest(partial(gemm, x, w.w13, w.w13_bias, None, p, top_k), some, calls)
         if first is None:
             continue
-        a = activated(gemm(x, w.w13, w.w13_bias, None, p, top_k, first), w, p)
+        a = _activated(gemm(x, w.w13, w.w13_bias, None, p, top_k, first), w, p)
         us2, second = _fastest(
             partial(gemm, a, w.w2, w.w2_bias, routing_weights, p, 0), some, calls
         )

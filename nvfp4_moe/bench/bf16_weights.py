@@ -1,4 +1,4 @@
-"""The weights of the bf16 layers that NVFP4 is compared with, and the layer in fp32, which checks them.
+"""The weights of the layers that ours is compared with, and the bf16 layer in fp32, which checks it.
 
 y = x[token] @ w13[expert].T + bias;  a = activation(y);  out = sum of weight * (a @ w2.T + bias)
 """
@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from ..reference.activation import ActivationType, activate
+
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""NVFP4: codes [E, N, K/2] uint8, linear scales [E, N, K/16] uint8 of e4m3, decode scales [E] fp32."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The fused mixture of experts: from bf16 hidden states and router logits to bf16 output.
 
 Beside ours, and FlashInfer's where they serve, run layers in bf16 (`torch._grouped_mm`'s and Triton's,
-whose tiles are tuned for each case) and FlashInfer's of BF16, FP8 and MXFP8. A call moves the weights of
-the experts that its tokens touch, once, the hidden states, the logits and the output.
+whose tiles are tuned for each case), FlashInfer's of BF16, FP8 and MXFP8, and layers with the GEMMs of
+other libraries (`rival_layers.py`). A call moves the weights of the experts that its tokens touch, once,
+the hidden states, the logits and the output.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from ..reference.activation import ActivationType
 from ..reference.moe.routing import Routing, RoutingMethodType
 from ..reference.weights.experts import Experts
 from ..reference.weights.prepare import assemble_experts
-from . import baseline_layers
+from . import baseline_layers, rival_layers
 from .baseline_layers import FORMATS
-from .bf16_weights import Weights, plain
+from .bf16_weights import Quantized, Weights, plain
 from .case import Case, NotHere, Operation, Prepared, Selection, WrongResult
 
 TOKENS = (1, 8, 32, 128, 1024, 4096, 16384)
@@ -28,6 +29,8 @@ NVFP4 = 9 / 16
 """Bytes of a weight with its share of a block scale."""
 MOST_ERROR = 2e-3
 """The most that the norm of ours may differ from the reference's, as a share of it."""
+MOST_RIVAL_ERROR = 1e-2
+"""The most that the norm may differ where a layer rounds its intermediate and its rows to bf16."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +93,37 @@ def random_experts(s: Shape, device: torch.device) -> Experts:
     """Make random codes under scales of ordinary size: what they are does not change the speed."""
     g = torch.Generator(device).manual_seed(0)
 
-    def bytes_of(low: int, high: int, *size: int) -> torch.Tensor:
-        return torch.randint(low, high, size, dtype=torch.uint8, device=device, generator=g)
-
     def bias(*size: int) -> torch.Tensor | None:
         if not s.biased:
             return None
         return torch.randn(size, dtype=torch.float32, device=device, generator=g)
 
-    def scale_of(columns: int) -> torch.Tensor:
-        return torch.full((e,), 0.25 * columns**-0.5, dtype=torch.float32, device=device)
-
-    e, h, i = s.experts, s.hidden, s.intermediate
+    e, h = s.experts, s.hidden
+    w13, w2 = random_codes(s, g)
     parameters: dict[str, Any] = dict(s.parameters)
     return assemble_experts(
-        bytes_of(0, 256, e, s.rows, h // 2),
-        bytes_of(0x28, 0x40, e, s.rows, h // 16),
-        scale_of(h),
-        bytes_of(0, 256, e, h, i // 2),
-        bytes_of(0x28, 0x40, e, h, i // 16),
-        scale_of(i),
+        *w13,
+        *w2,
         s.activation,
         w13_bias=bias(e, s.rows),
         w2_bias=bias(e, h),
         **parameters,
     )
+
+
+def random_codes(s: Shape, g: torch.Generator) -> tuple[Quantized, Quantized]:
+    """Make the codes and scales of both weights on the generator's device."""
+    e, h, i = s.experts, s.hidden, s.intermediate
+
+    def quantized(rows: int, columns: int) -> Quantized:
+        def bytes_of(low: int, high: int, width: int) -> torch.Tensor:
+            size = (e, rows, width)
+            return torch.randint(low, high, size, dtype=torch.uint8, device=g.device, generator=g)
+
+        scale = torch.full((e,), 0.25 * columns**-0.5, dtype=torch.float32, device=g.device)
+        return bytes_of(0, 256, columns // 2), bytes_of(0x28, 0x40, columns // 16), scale
+
+    return quantized(s.rows, h), quantized(h, i)
 
 
 def random_bf16_weights(s: Shape, device: torch.device) -> Weights:
@@ -238,9 +247,28 @@ def check_bf16(
     some = slice(0, 3 * s.ranks)
     want = plain(x[some], logits[some], w, s.top_k).double()
     difference = (got[some].double() - want).norm()
-    if not difference < 1e-2 * want.norm():
+    if not difference < MOST_RIVAL_ERROR * want.norm():
         raise WrongResult(
             f"{s.name}: bf16 rows of norm {want.norm()} are wrong by {difference}; T = {len(x)}"
+        )
+
+
+def check_w4a16(
+    s: Shape, got: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, experts: Experts
+) -> None:
+    """Compare the first rows of another library's NVFP4 layer with the reference's of bf16 activations.
+
+    Raises:
+        WrongResult: the norm of the difference is too large.
+    """
+    some = slice(0, 5)
+    want = fused_moe(
+        x[some], experts, (logits[some], s.routing), backend="reference", activation="bf16"
+    ).double()
+    difference = (got[some].double() - want).norm()
+    if not difference < MOST_RIVAL_ERROR * want.norm():
+        raise WrongResult(
+            f"{s.name}: W4A16 rows of norm {want.norm()} are wrong by {difference}; T = {len(x)}"
         )
 
 
@@ -268,21 +296,24 @@ def prepare(case: Case, device: torch.device) -> Prepared:
         w = bf16_weights_of(s, device)
         call = baseline_layers.prepare_call(case.backend, w, x, logits, s.routing)
         of_one = _BYTES_OF_ONE.get(FORMATS[case.backend], 1.0)
+    elif case.backend in rival_layers.LIBRARIES:
+        call = _rival(s, case.backend, x, logits)
+        of_one = NVFP4 if case.backend == rival_layers.HUMMING else 2.0
     else:
         call, of_one = _bf16(s, case.backend, x, logits), 2.0
     moved = weight_bytes(s, slots, of_one) + 2 * x.nbytes + logits.nbytes
     return Prepared(call, flop(s, slots), moved, capturable=case.backend != "reference")
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # with biases, and for the rivals without
 def experts_of(s: Shape, device: torch.device) -> Experts:
-    """Return the experts of the latest shape, which its cases share."""
+    """Return the experts of the latest shapes, which their cases share."""
     return random_experts(s, device)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def bf16_weights_of(s: Shape, device: torch.device) -> Weights:
-    """Return the bf16 weights of the latest shape, which its cases share."""
+    """Return the bf16 weights of the latest shapes, which their cases share."""
     return random_bf16_weights(s, device)
 
 
@@ -324,11 +355,44 @@ def _bf16(s: Shape, name: str, x: torch.Tensor, logits: torch.Tensor) -> Callabl
     return call
 
 
+def _rival(
+    s: Shape, name: str, x: torch.Tensor, logits: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """Prepare a rival's call; it leaves out biases, and computes plain SwiGLU."""
+    swiglu = s.activation is ActivationType.Swiglu
+    reason = rival_layers.refusal(
+        name, tokens=len(x), swiglu=swiglu, local=s.ranks == 1, device=x.device
+    )
+    if reason is not None:
+        raise NotHere(reason)
+    s = replace(s, biased=False)
+    with rival_layers.running(name):
+        call = _rival_weights(s, name, x.device)(x, logits)
+        got = call()
+    if name == rival_layers.HUMMING:
+        check_w4a16(s, got, x, logits, experts_of(s, x.device))
+    else:
+        check_bf16(s, got, x, logits, bf16_weights_of(s, x.device))
+    return call
+
+
+@functools.lru_cache(maxsize=2)  # of one shape
+def _rival_weights(s: Shape, name: str, device: torch.device) -> rival_layers.Call:
+    if name == rival_layers.HUMMING:
+        g = torch.Generator(device).manual_seed(0)
+        return rival_layers.humming(*random_codes(s, g), s.top_k)
+    return rival_layers.quack(bf16_weights_of(s, device), s.top_k)
+
+
 _BY_NAME = {s.name: s for s in (*SHAPES, SMALL)}
 MOE = Operation(
     "moe",
     "tokens",
-    Selection(tuple(_BY_NAME), TOKENS, (*OURS, GROUPED_MM, BF16_TRITON, *FORMATS)),
+    Selection(
+        tuple(_BY_NAME),
+        TOKENS,
+        (*OURS, *rival_layers.LIBRARIES, GROUPED_MM, BF16_TRITON, *FORMATS),
+    ),
     {
         "cpu": Selection((SMALL.name,), (1, 8), ("reference", GROUPED_MM)),
         "cuda": Selection(
@@ -339,4 +403,5 @@ MOE = Operation(
     },
     GROUPED_MM,
     prepare,
+    calls=1,
 )

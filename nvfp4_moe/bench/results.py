@@ -19,6 +19,7 @@ from ..exits import CommandError
 from ..machine import machine
 from .case import Case, Prepared, case_id, group
 from .clock import Rates
+from .rival_layers import versions
 
 FORM = "5.3.1"
 """The version of pytest-benchmark whose form a file has."""
@@ -158,7 +159,7 @@ def write(path: Path, measurements: Iterable[Measurement]) -> None:
     here = machine()
     commit = here["commit"] or "unknown"
     document = {
-        "machine_info": {"node": platform.node(), "cpu": {}, **here},
+        "machine_info": {"node": platform.node(), "cpu": {}, "rivals": versions(), **here},
         "commit_info": {"id": commit.split(",")[0], "dirty": "," in commit},
         "benchmarks": [_benchmark(m) for m in measurements],
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from .. import files
-from ..bench import clock, plots, results
+from ..bench import clock, plots, results, rival_figures
 from ..bench.case import Case, NotHere, Prepared, WrongResult
 from ..bench.operations import OPERATIONS, select
 from ..bench.results import Key, Measurement
+from ..bench.rival_figures import Comparison
 from ..console import progress
 from ..console.table import print_table
 from ..exits import CommandError, Exit
@@ -226,6 +227,7 @@ class _Tables:
             }
             filled = {name: cells for name, cells in columns.items() if any(cells)}
             print_table(list(filled), list(zip(*filled.values(), strict=True)), sys.stdout)
+            _print_rivals(rival_figures.compare(mine))
 
     def document(self, found: _Found) -> dict[str, Any]:
         """Return the document of `--json`."""
@@ -250,7 +252,33 @@ class _Tables:
                 for (operation, backend, reason), count in found.refused.items()
             ],
             "wrong": found.wrong,
+            "rivals": [asdict(c) for c in rival_figures.compare(found.measurements)],
         }
+
+
+def _print_rivals(found: Sequence[Comparison]) -> None:
+    """Print ours beside the rivals of one layer, and in which cells one of them is faster."""
+    if not found:
+        return
+    date = rival_figures.DATE
+    progress.note(f"\n{found[0].shape}: ours over the smaller of a rival's times, now and {date}")
+    columns = {
+        "tokens": [str(c.tokens) for c in found],
+        "rival": [c.rival for c in found],
+        "now": ["" if c.now is None else _time(c.now) for c in found],
+        date: ["" if c.dated is None else _time(c.dated) for c in found],
+    }
+    for name in rival_figures.OURS:
+        columns[name] = [clock.shown(c.ours[name]) if name in c.ours else "" for c in found]
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    print_table(list(filled), list(zip(*filled.values(), strict=True)), sys.stdout)
+    fastest = rival_figures.fastest(found)
+    for name in rival_figures.OURS:
+        cells = [c for c in fastest if name in c.ours]
+        slower = [f"{c.tokens} ({clock.shown(c.ours[name])})" for c in cells if c.ours[name] > 1]
+        if cells:
+            where = f": tokens {', '.join(slower)}" if slower else ""
+            print(f"{name}: a rival is faster in {len(slower)} of {len(cells)} cells{where}")
 
 
 def _status(options: SimpleNamespace, found: _Found, show: _Tables) -> Exit:
