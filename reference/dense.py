@@ -6,6 +6,9 @@ Every product is exact in fp32 (two times 6 significant bits). The sum is taken 
 fp32: the contract leaves its order and width open, as it does of the mixture of experts. One fp32
 product with alpha follows, then one rounding to the output's dtype (flashinfer-python 0.7.2.post1,
 `gemm/gemm_base.py:9538`).
+
+`mm_bf16_fp4` is the product of bf16 rows with NVFP4 weights (W4A16; `gemm/gemm_bf16_fp4.py:372`). A
+weight's code times its block scale is exact in bf16, and each product with a bf16 number exact in fp32.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -72,6 +75,30 @@ def mm_fp4(
     """
     x, w = operands(a, b, a_descale, b_descale, use_8x4_sf_layout)
     total = matmul(x, w, accumulate)
+    if alpha is not None:
+        total = total * alpha.reshape(-1, 1)
+    return total.to(out_dtype)
+
+
+@kept
+def mm_bf16_fp4(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_descale: torch.Tensor,
+    alpha: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    accumulate: Accumulate = "fp64",
+) -> torch.Tensor:
+    """Multiply a [M, K] by b [K/2, N]: [M, N].
+
+    The contract is that of `mm_fp4`: the order of the sums is open.
+
+    Args:
+        a: bf16.
+        b, b_descale, alpha, out_dtype, accumulate: as for `mm_fp4`.
+    """
+    total = matmul(a.float(), values(b.T, b_descale.T, SfLayout.layout_128x4), accumulate)
     if alpha is not None:
         total = total * alpha.reshape(-1, 1)
     return total.to(out_dtype)

@@ -13,7 +13,7 @@ import torch
 from .. import backends
 from ..backends import Asked, Backend, Operation
 from ..flashinfer import dense as fi
-from .call import DenseCall, make_dense_call
+from .call import DenseCall, make_bf16_call, make_dense_call
 
 DenseBackend = Literal[
     "auto", "reference", "triton",
@@ -85,6 +85,11 @@ def _adopt(name: str, run: Callable[[DenseCall], Any]) -> Callable[[DenseCall], 
     return adopted
 
 
+def _unfit(call: DenseCall) -> str | None:
+    """Say why no user's backend can serve a call: it was written for the arguments of `mm_fp4`."""
+    return "a is bf16, and it multiplies codes" if call.a_scales is None else None
+
+
 MM_FP4: Operation[DenseCall, torch.Tensor] = Operation(
     "mm_fp4",
     [
@@ -95,6 +100,7 @@ MM_FP4: Operation[DenseCall, torch.Tensor] = Operation(
     aliases={name.removeprefix("flashinfer:"): name for name in fi.RULES},
     notes=_notes,
     adopt=_adopt,
+    unfit=_unfit,
 )
 BACKENDS = MM_FP4.names
 """Our own backends."""
@@ -114,6 +120,8 @@ def mm_fp4(
     backend: DenseBackend | str = "auto",
     use_nvfp4: bool = True,
     enable_pdl: bool = True,
+    *,
+    batch_invariant: bool = False,
 ) -> Asked[DenseCall]:
     """alpha * a @ b of NVFP4 matrices: FlashInfer's `mm_fp4`, on every backend.
 
@@ -137,6 +145,8 @@ def mm_fp4(
             (cutlass, cute-dsl, cudnn, cutedsl_low_latency, b12x, cake); those without it mean the same.
         use_nvfp4: True.
         enable_pdl: passed on to FlashInfer, of no meaning elsewhere.
+        batch_invariant: a row of the result depends on no other row of a, whatever M is; in Triton and
+            in the reference.
 
     Returns:
         [M, N] of out_dtype.
@@ -158,8 +168,41 @@ def mm_fp4(
         use_8x4_sf_layout=use_8x4_sf_layout,
         use_nvfp4=use_nvfp4,
         enable_pdl=enable_pdl,
+        batch_invariant=batch_invariant,
     )
     return call, name
 
 
 explain_mm_fp4 = MM_FP4.explaining(mm_fp4)
+
+
+@MM_FP4.served()
+def mm_bf16_fp4(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_descale: torch.Tensor,
+    alpha: torch.Tensor | None = None,
+    *,
+    backend: Literal["auto", "reference", "triton"] | str = "auto",
+    batch_invariant: bool = False,
+) -> Asked[DenseCall]:
+    """alpha * a @ b of bf16 rows and NVFP4 weights (W4A16), in Triton and in the reference.
+
+    Names and meaning of the arguments are those of flashinfer-python 0.7.2's function
+    (`gemm/gemm_bf16_fp4.py:372`); `b` and `b_descale` are as `mm_fp4` takes them.
+    `reference.dense.mm_bf16_fp4` has the arithmetic.
+
+    Args:
+        a: [M, K] bf16; K a multiple of 16, M any.
+        b, b_descale, alpha, batch_invariant: as for `mm_fp4`.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        [M, N] bf16.
+
+    Raises:
+        ValueError, TypeError: an argument that no backend accepts.
+        UnsupportedError: the backend that was named cannot serve the call.
+    """
+    name = MM_FP4.check_name(backend)
+    return make_bf16_call(a, b, b_descale, alpha, batch_invariant=batch_invariant), name

@@ -24,12 +24,13 @@ class KernelCall:
     All tensors are contiguous but `a`. The output [M, N] is given beside it.
     """
 
-    a: torch.Tensor  # [M, K/2] uint8
+    a: torch.Tensor  # [M, K/2] uint8; without `a_scales` [M, K] bf16
     b_rows: torch.Tensor  # [N, K/2] uint8
-    a_scales: torch.Tensor  # [padded M, padded K/16] uint8, 128x4 or 8x4
+    a_scales: torch.Tensor | None  # [padded M, padded K/16] uint8, 128x4 or 8x4
     b_scales: torch.Tensor  # [padded N, padded K/16] uint8, 128x4
     alpha: torch.Tensor | None  # [1] or [M] fp32
-    use_8x4: bool
+    use_8x4: bool = False
+    batch_invariant: bool = False  # a row's bits depend on no other row
 
     @property
     def m(self) -> int:
@@ -41,7 +42,7 @@ class KernelCall:
 
     @property
     def k(self) -> int:
-        return self.a.shape[1] * 2
+        return self.b_rows.shape[1] * 2
 
     @property
     def by_row(self) -> bool:
@@ -51,12 +52,12 @@ class KernelCall:
 
 @dataclass(frozen=True)
 class DenseCall(KernelCall):
-    """The arguments of `mm_fp4`, normalized; made by `make_dense_call`, which checks them."""
+    """The arguments of `mm_fp4` or `mm_bf16_fp4`, normalized, made by the functions that check them."""
 
-    out_dtype: torch.dtype
-    out: torch.Tensor | None  # [M, N], contiguous
-    enable_pdl: bool
-    capability: tuple[int, int] | None  # of the GPU asked about; None on the CPU
+    out_dtype: torch.dtype = torch.bfloat16
+    out: torch.Tensor | None = None  # [M, N], contiguous
+    enable_pdl: bool = True
+    capability: tuple[int, int] | None = None  # of the GPU asked about; None on the CPU
 
     def misaligned(self, alignment: int) -> bool:
         """True if a code matrix starts at no multiple of `alignment` bytes within its storage."""
@@ -82,6 +83,7 @@ def make_dense_call(
     use_8x4_sf_layout: bool = False,
     use_nvfp4: bool = True,
     enable_pdl: bool = True,
+    batch_invariant: bool = False,
 ) -> DenseCall:
     """Check what no backend accepts; arguments as of `mm_fp4`.
 
@@ -92,6 +94,7 @@ def make_dense_call(
         ("use_nvfp4", use_nvfp4),
         ("use_8x4_sf_layout", use_8x4_sf_layout),
         ("enable_pdl", enable_pdl),
+        ("batch_invariant", batch_invariant),
     ):
         checks.flag(name, flag)
     if not use_nvfp4:
@@ -99,20 +102,12 @@ def make_dense_call(
     if block_size != BLOCK_SIZE:
         checks.wrong_value("block_size", block_size, f"{BLOCK_SIZE}, the size of NVFP4's blocks")
     checks.tensor("a", a, _CODES, ("M", "K/2"))
-    checks.tensor("b", b, _CODES, ("K/2", "N"))
     half = a.shape[1]
     if half % (BLOCK_SIZE // 2) or half == 0:
         raise ValueError(
             f"a has K = {2 * half} (its columns, doubled); K must be a positive multiple of {BLOCK_SIZE}"
         )
-    if b.shape[0] != half:
-        raise ValueError(f"b has {b.shape[0]} rows; it must have a's columns, K/2 = {half}")
-    if not b.T.is_contiguous():
-        raise ValueError(
-            f"b has strides {tuple(b.stride())}; it must be column-major, the transpose of contiguous "
-            "codes [N, K/2]"
-        )
-    _check_device(a, b, "b")
+    _check_b(a, b, half)
     blocks, layout = 2 * half // BLOCK_SIZE, a_layout(use_8x4_sf_layout)
     a_scales = _scales(a, a_descale, "a_descale", a.shape[0], blocks, layout)
     b_scales = _scales(a, b_descale, "b_descale", b.shape[1], blocks, SfLayout.layout_128x4)
@@ -126,11 +121,57 @@ def make_dense_call(
         b_scales,
         _alpha(a, alpha),
         use_8x4_sf_layout,
+        batch_invariant,
         out_dtype,
         out,
         enable_pdl,
         capability_of(a),
     )
+
+
+def make_bf16_call(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_descale: torch.Tensor,
+    alpha: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> DenseCall:
+    """Check what no backend accepts; arguments as of `mm_bf16_fp4`.
+
+    Raises:
+        ValueError, TypeError: one argument, what was given and what is allowed.
+    """
+    checks.flag("batch_invariant", batch_invariant)
+    checks.tensor("a", a, (torch.bfloat16,), ("M", "K"))
+    k = a.shape[1]
+    if k % BLOCK_SIZE or k == 0:
+        raise ValueError(f"a has K = {k}; K must be a positive multiple of {BLOCK_SIZE}")
+    _check_b(a, b, k // 2)
+    layout = SfLayout.layout_128x4
+    b_scales = _scales(a, b_descale, "b_descale", b.shape[1], k // BLOCK_SIZE, layout)
+    return DenseCall(
+        a,
+        _bytes(b).T,
+        None,
+        b_scales,
+        _alpha(a, alpha),
+        batch_invariant=batch_invariant,
+        capability=capability_of(a),
+    )
+
+
+def _check_b(a: torch.Tensor, b: Any, half: int) -> None:
+    """Check the codes of b: [K/2, N], column-major, where K/2 is `half`."""
+    checks.tensor("b", b, _CODES, ("K/2", "N"))
+    if b.shape[0] != half:
+        raise ValueError(f"b has {b.shape[0]} rows; it must have a's columns, K/2 = {half}")
+    if not b.T.is_contiguous():
+        raise ValueError(
+            f"b has strides {tuple(b.stride())}; it must be column-major, the transpose of contiguous "
+            "codes [N, K/2]"
+        )
+    _check_device(a, b, "b")
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,13 @@ def register(name: str, implementation: Implementation) -> Implementation:
 
 
 def _in_reference(call: KernelCall, out: torch.Tensor) -> None:
-    product = dense.mm_fp4(
-        call.a, call.b_rows.T, call.a_scales, call.b_scales.T, call.alpha, out.dtype,
-        use_8x4_sf_layout=call.use_8x4,
-    )  # fmt: skip
+    b = call.b_rows.T, call.b_scales.T
+    if call.a_scales is None:
+        product = dense.mm_bf16_fp4(call.a, *b, call.alpha, out.dtype)
+    else:
+        product = dense.mm_fp4(
+            call.a, b[0], call.a_scales, b[1], call.alpha, out.dtype, use_8x4_sf_layout=call.use_8x4
+        )
     out.copy_(product)
 
 

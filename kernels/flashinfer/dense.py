@@ -62,6 +62,8 @@ _PER_ROW_ALPHA = (0, 7, 2)
 _COMMON: tuple[Rule[DenseCall], ...] = (
     *COMMON,
     on_no_gpu("a is on the {r.a.device.type}; FlashInfer needs a GPU"),
+    Rule(lambda r: r.a_scales is None, "a is bf16; mm_fp4 multiplies codes"),
+    Rule(lambda r: r.batch_invariant, "batch_invariant: it chooses its tiles by M"),
 )
 
 

@@ -203,4 +203,6 @@ def test_opcheck(name):
     for alpha, use_8x4 in (("none", False), ("rows", True)):
         c = dense_cases.coarse(7, 40, 64, alpha=alpha, use_8x4=use_8x4)
         out = torch.zeros(7, 40, dtype=torch.bfloat16)
-        torch.library.opcheck(op, (c.a, c.b_rows, c.a_scales, c.b_scales, c.alpha, use_8x4, out))
+        torch.library.opcheck(
+            op, (c.a, c.b_rows, c.a_scales, c.b_scales, c.alpha, use_8x4, False, out)
+        )
