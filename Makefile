@@ -52,6 +52,7 @@ TRANSFORMERS_FOLDER := build/transformers-$(TRANSFORMERS)
 test-transformers: $(SETUP) $(TRANSFORMERS_FOLDER)
 	PYTHONPATH=$(abspath $(TRANSFORMERS_FOLDER)) $(PYTEST) -n 2 --transformers $(TRANSFORMERS) \
 		tests/serving/test_transformers.py tests/serving/test_transformers_checkpoint.py \
+		tests/serving/test_transformers_linears.py \
 		tests/serving/test_experts_modules.py tests/training/test_closed_loop.py \
 		tests/package/test_docs.py -k "test_transformers or test_experts_modules or test_closed_loop or transformers.md"
 

@@ -1,4 +1,4 @@
-"""Find everything that is wrong with a layer of NVFP4 experts, before a byte of it is laid out."""
+"""Find everything that is wrong with NVFP4 tensors, before a byte of them is laid out."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
@@ -18,25 +18,15 @@ from .progress import Progress
 _NAN = 0x7F
 
 
-class Headers:
-    """Checks headers of one layer's tensors against the sizes that most matrices agree on.
+class TensorCheck:
+    """Checks tensors one by one: their headers, then the values of those that are in order.
 
-    Args:
-        experts: whose weights are wanted.
-        kind: of the matrices, which hold `packed` elements a column.
+    A scale may be no NaN, not infinite and not negative, and a bias must be finite.
     """
 
-    def __init__(
-        self, folder: Folder, layer: Layer, experts: Sequence[int], kind: str, packed: int
-    ):
-        self.folder, self.layer, self.experts = folder, layer, experts
+    def __init__(self, folder: Folder):
+        self.folder = folder
         self._found: dict[str, None] = {}  # a set that keeps its order
-        self.hidden_size, self.intermediate_size = self._vote(kind, packed)
-        if self.hidden_size % BLOCK_SIZE or self.intermediate_size % BLOCK_SIZE:
-            self.add(
-                f"{layer.module}: H = {self.hidden_size} and I = {self.intermediate_size} must be "
-                f"multiples of {BLOCK_SIZE}"
-            )
 
     @property
     def problems(self) -> list[str]:
@@ -45,11 +35,6 @@ class Headers:
 
     def add(self, problem: str) -> None:
         self._found[problem] = None
-
-    def size(self, projection: Projection) -> tuple[int, int]:
-        """Return the rows and columns of a projection's matrix, in elements."""
-        sizes = self.intermediate_size, self.hidden_size
-        return sizes[::-1] if projection == "down" else sizes
 
     def fits(self, place: Place, dtypes: Collection[str], shapes: list[tuple[int, ...]]) -> bool:
         """Return True if a tensor exists and is as it must be; else add the reason.
@@ -68,6 +53,56 @@ class Headers:
             allowed = " or ".join(str(list(shape)) for shape in shapes)
             self.add(f"{place.name}: its shape is {list(info.shape)}; it must be {allowed}")
         return info.dtype in dtypes and info.shape in shapes
+
+    def bias(self, place: Place, shapes: list[tuple[int, ...]]) -> None:
+        if not self.fits(place, ("F32", "BF16", "F16"), shapes):
+            return
+        if not read_vector(self.folder, place).isfinite().all():
+            self.add(f"{place}: it has NaN or infinite values")
+
+    def block_scales(self, place: Place, shapes: list[tuple[int, ...]]) -> None:
+        if not self.fits(place, ("F8_E4M3",), shapes):
+            return
+        scales = read_matrix(self.folder, place).view(torch.uint8)
+        nan = int(((scales & 0x7F) == _NAN).sum())
+        negative = int((scales > 0x80).sum()) - int((scales == 0xFF).sum())
+        for count, what in ((nan, "NaN"), (negative, "negative")):
+            if count:
+                self.add(f"{place}: {count} of {scales.numel()} block scales are {what}")
+
+    def scalar(self, place: Place, shapes: list[tuple[int, ...]], form: Format) -> None:
+        if not self.fits(place, ("F32",), shapes):
+            return
+        value = read_scalar(self.folder, place)
+        decode = form.decode(value)
+        if not (decode.isfinite() and decode >= 0):
+            self.add(f"{place}: it is {float(value)}, not a scale")
+
+
+class Headers(TensorCheck):
+    """Checks headers of one layer's tensors against the sizes that most matrices agree on.
+
+    Args:
+        experts: whose weights are wanted.
+        kind: of the matrices, which hold `packed` elements a column.
+    """
+
+    def __init__(
+        self, folder: Folder, layer: Layer, experts: Sequence[int], kind: str, packed: int
+    ):
+        super().__init__(folder)
+        self.layer, self.experts = layer, experts
+        self.hidden_size, self.intermediate_size = self._vote(kind, packed)
+        if self.hidden_size % BLOCK_SIZE or self.intermediate_size % BLOCK_SIZE:
+            self.add(
+                f"{layer.module}: H = {self.hidden_size} and I = {self.intermediate_size} must be "
+                f"multiples of {BLOCK_SIZE}"
+            )
+
+    def size(self, projection: Projection) -> tuple[int, int]:
+        """Return the rows and columns of a projection's matrix, in elements."""
+        sizes = self.intermediate_size, self.hidden_size
+        return sizes[::-1] if projection == "down" else sizes
 
     def whole(self, place: Place, rows: int, columns: int) -> list[tuple[int, ...]]:
         """Return the shape of the tensor that has such a matrix at the place, if sizes are known."""
@@ -135,10 +170,7 @@ class Headers:
 
 
 class Check(Headers):
-    """Return the problems of the NVFP4 experts of one layer.
-
-    Headers first: which tensors there are, their dtypes and shapes. Then the values of the scales
-    that are in order: a scale may be no NaN, not infinite and not negative.
+    """Return the problems of the NVFP4 experts of one layer: which tensors there are, then each tensor.
 
     Args:
         experts: whose weights are wanted.
@@ -216,28 +248,8 @@ class Check(Headers):
         if kind == form.codes:
             self.fits(place, ("U8",), self.whole(place, rows, columns // 2))
         elif kind == form.block_scales:
-            if self.fits(place, ("F8_E4M3",), self.whole(place, rows, columns // BLOCK_SIZE)):
-                self._block_scales(place)
+            self.block_scales(place, self.whole(place, rows, columns // BLOCK_SIZE))
         elif kind == BIAS:
-            if self.fits(place, ("F32", "BF16", "F16"), self.vector(place, rows)):
-                self._bias(place)
-        elif self.fits(place, ("F32",), self.scalars(place)):
-            self._scalar(place)
-
-    def _bias(self, place: Place) -> None:
-        if not read_vector(self.folder, place).isfinite().all():
-            self.add(f"{place}: it has NaN or infinite values")
-
-    def _block_scales(self, place: Place) -> None:
-        scales = read_matrix(self.folder, place).view(torch.uint8)
-        nan = int(((scales & 0x7F) == _NAN).sum())
-        negative = int((scales > 0x80).sum()) - int((scales == 0xFF).sum())
-        for count, what in ((nan, "NaN"), (negative, "negative")):
-            if count:
-                self.add(f"{place}: {count} of {scales.numel()} block scales are {what}")
-
-    def _scalar(self, place: Place) -> None:
-        value = read_scalar(self.folder, place)
-        decode = self._form.decode(value)
-        if not (decode.isfinite() and decode >= 0):
-            self.add(f"{place}: it is {float(value)}, not a scale")
+            self.bias(place, self.vector(place, rows))
+        else:
+            self.scalar(place, self.scalars(place), form)

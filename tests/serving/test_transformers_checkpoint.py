@@ -111,7 +111,7 @@ def test_everything_that_is_wrong_is_one_error(tmp_path):
             "experts.3.up_proj.weight_scale: missing",
             "experts.5.down_proj.weight: its shape is",
             "experts.2.gate_proj.weight_scale_2: it is nan",
-            "self_attn.q_proj is quantized and no expert",
+            "self_attn.q_proj: its weights are not NVFP4",
         ):
             assert part in problems
 

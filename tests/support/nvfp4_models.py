@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,24 @@ from safetensors.torch import load_file, save_file
 
 from nvfp4_moe.checkpoints import convert
 from nvfp4_moe.checkpoints.formats import COMPRESSED_TENSORS, MODELOPT
+from nvfp4_moe.reference.recipe import Recipe
+from nvfp4_moe.reference.weights.prepare import quantize_weight
 
 FORMATS = ("modelopt", "compressed-tensors")
 FILE = "model.safetensors"
 
 
-def save(model: Any, folder: Path, form: str) -> Path:
-    """Write a model's checkpoint, converted, and return its folder."""
+def save(model: Any, folder: Path, form: str, linears: str | None = None) -> Path:
+    """Write a model's checkpoint, converted, and return its folder.
+
+    Args:
+        linears: a regular expression of the linear layers that are quantized besides the experts.
+    """
     source, made = folder / "bf16", folder / form
     model.save_pretrained(source)
     convert(source, made)
+    if linears is not None:
+        quantize_linears(made, linears)
     if form == "compressed-tensors":
         _rename(made)
     return made
@@ -31,6 +40,21 @@ def change(folder: Path, edit: Any) -> None:
     edit(tensors)
     save_file(tensors, folder / FILE, {"format": "pt"})
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def quantize_linears(folder: Path, pattern: str) -> None:
+    """Quantize linear layers of a ModelOpt checkpoint; each has a scale of its own."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if re.search(pattern, n) and n.endswith(".weight")]:
+            module, w = name.removesuffix(".weight"), tensors.pop(name)
+            codes, scales, decode = quantize_weight(w, w.abs().amax(), Recipe("exact"))
+            tensors[f"{module}.{MODELOPT.codes}"] = codes
+            tensors[f"{module}.{MODELOPT.block_scales}"] = scales.view(torch.float8_e4m3fn)
+            tensors[f"{module}.{MODELOPT.weight_scale}"] = decode
+            tensors[f"{module}.{MODELOPT.input_scale}"] = torch.tensor(0.01)
+
+    change(folder, edit)
 
 
 def configure(folder: Path, **fields: Any) -> None:

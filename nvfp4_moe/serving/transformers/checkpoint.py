@@ -1,9 +1,9 @@
-"""The experts of an NVFP4 checkpoint in a model of transformers, packed: no bf16 copy is made.
+"""The experts and linear layers of an NVFP4 checkpoint in a model of transformers: no bf16 copy is made.
 
-Before transformers loads the model's weights, each experts module gives up its parameters, so that
-transformers neither makes memory for them nor reads them. Afterwards each layer's codes and scales are
-read from the checkpoint into packed experts. Everything that is wrong is one error, before a weight is
-read.
+Before transformers loads the model's weights, each experts module gives up its parameters, and a module
+of ours takes the place of each linear layer that is NVFP4 in the checkpoint. So transformers neither
+makes memory for their weights nor reads them. Afterwards the codes and scales are read from the
+checkpoint into packed weights. Everything that is wrong is one error, before a weight is read.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -17,18 +17,17 @@ import torch
 
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.folder import Folder
-from ...checkpoints.formats import Format, read_quantization
+from ...checkpoints.formats import read_quantization
 from ...checkpoints.layers import Layer, find_layers
 from ...checkpoints.load import Plan, plan_layer
-from ...checkpoints.naming import LAYER, parse
+from ...checkpoints.naming import LAYER
 from ...kernels.backends import UnsupportedError
-from .forward import IMPLEMENTATIONS
+from ..linear import LinearWeights
+from .forward import DEFAULT, IMPLEMENTATIONS
 from .gates import Gate
+from .linear import Nvfp4Linear, find_linears
 from .module import FLAGS, read_gate
 from .packed import ATTRIBUTE, Packed
-
-DEFAULT = "nvfp4_moe"
-"""The implementation of a model for which none of ours was asked."""
 
 
 class Loading:
@@ -40,7 +39,7 @@ class Loading:
 
     Raises:
         CheckpointError: everything that is wrong: no NVFP4 experts, missing or extra tensors, other
-            sizes than the model's, quantized layers that are not of experts.
+            sizes than the model's, quantized layers that are not served.
         UnsupportedError: a module of experts that is not modelled.
     """
 
@@ -49,6 +48,7 @@ class Loading:
         source = Folder(folder)
         form = read_quantization(source).format
         modules = {name: m for name, m in model.named_modules() if _is_experts(m)}
+        self._config = next((m.config for m in modules.values()), model.config)
         layers = find_layers(source)
         problems: list[str] = []
         self._plans: dict[str, tuple[Gate, Plan]] = {}
@@ -63,12 +63,14 @@ class Loading:
             self._plans[name] = gate, plan
         if not modules:
             problems.append(f"{type(model).__name__} has no module of experts that is served here")
-        problems += _quantized_elsewhere(source, form)
+        linears = find_linears(model, source, form)
+        self._linears = linears.layers
+        problems += linears.problems
         if problems:
             raise CheckpointError(source.path, list(dict.fromkeys(problems)))
 
     def empty(self) -> None:
-        """Take the experts' parameters from the modules; transformers then reads none of them."""
+        """Take the parameters from the modules that are packed; transformers then reads none of them."""
         model = self._model
         unread = set(model._keys_to_ignore_on_load_unexpected or ())
         for name, (_, plan) in self._plans.items():
@@ -76,17 +78,25 @@ class Loading:
             for parameter in list(module._parameters):
                 module.register_parameter(parameter, None)
             module._is_hf_initialized = True
-            unread |= {f"{re.escape(part)}[._]" for part in (name, plan.layer.module)}
+            unread |= {_tensors_of(part) for part in (name, plan.layer.module)}
+        for name, linear in self._linears.items():
+            replaced: Any = Nvfp4Linear(model.get_submodule(name), self._config)
+            replaced._is_hf_initialized = True
+            model.set_submodule(name, replaced)
+            unread |= {_tensors_of(part) for part in (name, linear.module)}
         model._keys_to_ignore_on_load_unexpected = unread
         if model.config._experts_implementation not in IMPLEMENTATIONS:
             model.set_experts_implementation(DEFAULT)
 
     def fill(self) -> None:
-        """Read the packed experts, each layer to the device of its block's other weights."""
+        """Read the packed weights, each layer's to the device of its block's other weights."""
         model = self._model
         for name, (gate, plan) in self._plans.items():
             experts = plan.read(_device_beside(model, name))
             setattr(model.get_submodule(name), ATTRIBUTE, Packed(gate, experts, None))
+        for name, linear in self._linears.items():
+            tensors = linear.read(_device_beside(model, name))
+            model.get_submodule(name).weights = LinearWeights.of(*tensors)
         model.requires_grad_(False)
 
 
@@ -128,15 +138,12 @@ def _other_sizes(name: str, module: Any, plan: Plan) -> Iterator[str]:
         yield f"{plan.layer.module}: {name} {has} biases, and the checkpoint differs"
 
 
-def _quantized_elsewhere(folder: Folder, form: Format) -> Iterator[str]:
-    """Find quantized layers that are not of experts, for which there is no NVFP4 layer here."""
-    for name in folder.shard_of:
-        module, _, kind = name.rpartition(".")
-        if parse(name) is None and kind == form.block_scales:
-            yield (
-                f"{module} is quantized and no expert; only experts are served packed: exclude it from "
-                "quantization (`nvfp4-moe convert` does)"
-            )
+def _tensors_of(module: str) -> str:
+    """Return a pattern of the tensors of a module, and of the same module of other layers.
+
+    transformers searches each unexpected name for every pattern: one for each layer would take minutes.
+    """
+    return re.sub(r"\d+", lambda _: r"\d+", re.escape(module)) + "[._]"
 
 
 def _device_beside(model: Any, name: str) -> torch.device:

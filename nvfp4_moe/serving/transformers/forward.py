@@ -39,6 +39,15 @@ IMPLEMENTATIONS = {
 """By the names that `register` gives them: values of `experts_implementation`."""
 
 
+DEFAULT = "nvfp4_moe"
+"""The implementation of a checkpoint's model for which none of ours was asked."""
+
+NO_GRADIENT = (
+    "a gradient is asked for, and the {} were read from an NVFP4 checkpoint: run under "
+    "torch.no_grad()"
+)
+"""The refusal of a gradient, with the name of what was read."""
+
 OLDEST = (5, 7)
 """The first version of transformers that accepts registered names; 5.6 has a fixed list."""
 
@@ -143,10 +152,7 @@ def experts_forward(
             batch_invariant=implementation.batch_invariant,
         )
     if packed.held is None:
-        raise UnsupportedError(
-            "a gradient is asked for, and the experts were read from an NVFP4 checkpoint: run under "
-            "torch.no_grad()"
-        )
+        raise UnsupportedError(NO_GRADIENT.format("experts"))
     w13, w2, w13_bias, w2_bias = projections(module)
     return fake_quantized_moe(
         states,
