@@ -19,7 +19,7 @@ def test_a_gpu_ran_this_source():
 def test_the_digest_covers_what_the_kernel_is_compiled_from():
     names = {name.split("/")[-1] for name in hopper_report.definitions()}
     assert names >= {
-        "grouped_gemm.py expert_gemm_kernel", "grouped_gemm.py _sums", "fragments.py ROWS",
+        "grouped_gemm.py expert_gemm_kernel", "grouped_gemm.py ring_sums", "fragments.py ROWS",
         "fragments.py load_codes", "gluon.py reinterpreted", "activation.py activated",
         "approximations.py sigmoid", "pdl.py await_previous",
     }  # fmt: skip

@@ -188,12 +188,12 @@ def test_kernels_that_use_a_mutant_are_compiled_anew_and_no_others(name, monkeyp
 
 @pytest.mark.compile
 def test_a_kernel_that_uses_a_mutant_through_a_constant_function_is_compiled_anew():
-    """WARPS is a constant of `sums_layout`, which `_sums` calls."""
-    key = grouped._sums.cache_key, grouped._next.cache_key
+    """WARPS is a constant of `sums_layout`, which `ring_sums` calls."""
+    key = grouped.ring_sums.cache_key, grouped._next.cache_key
     with applied(next(m for m in command.every("kernels") if m.function == "WARPS")):
-        assert grouped._sums.cache_key != key[0]
+        assert grouped.ring_sums.cache_key != key[0]
         assert grouped._next.cache_key == key[1]
-    assert (grouped._sums.cache_key, grouped._next.cache_key) == key
+    assert (grouped.ring_sums.cache_key, grouped._next.cache_key) == key
 
 
 @pytest.mark.interpreter

@@ -133,11 +133,26 @@ def tree() -> Iterator[Path]:
 PYTHON = sorted(path for path in tree() if path.suffix == ".py")
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Names of the modules that a file imports, relative ones made absolute."""
+def statements(node: ast.AST, late: bool) -> Iterator[ast.AST]:
+    """Yield what lies within a node; without `late` nothing inside functions or for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        runs_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if late or not (
+            runs_later or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+        ):
+            yield child
+            yield from statements(child, late)
+
+
+def imports(path: Path, *, late: bool = True) -> Iterator[str]:
+    """Names of the modules that a file imports, relative ones made absolute.
+
+    Args:
+        late: also those that are imported inside functions, and for type checkers alone.
+    """
     parts = path.relative_to(ROOT).parts
     inside = PACKAGES.get(parts[0], "").split(".") + list(parts[1:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(ast.parse(path.read_text()), late):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -350,12 +365,41 @@ def test_reference_has_no_import_cycle():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
+def test_no_module_needs_another_that_needs_it():
+    """No cycle among the imports outside functions, in all of the package."""
+    modules = {
+        ".".join([PACKAGES[first], *rest]).removesuffix(".__init__"): path
+        for path in PYTHON
+        for first, *rest in [path.relative_to(ROOT).with_suffix("").parts]
+        if first in PACKAGES
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        for name in imports(path, late=False):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            # The package itself imports nothing: its names are loaded at their first use.
+            if name not in ("", "nvfp4_moe", module):
+                graph.setdefault(module, set()).add(name)
+    assert sum(map(len, graph.values())) > 1000
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
 def test_reference_is_in_folders_that_say_what_they_hold():
     folder = ROOT / "reference"
     for inner in (path for path in folder.iterdir() if path.is_dir() and path.name[0] != "_"):
         text = ast.get_docstring(ast.parse((inner / "__init__.py").read_text())) or ""
         named = re.findall(r"`(\w+\.\w+)`", text)
         assert named and all((inner / name).is_file() for name in named), f"{inner}: {named}"
+
+
+def test_no_module_imports_a_private_name_of_another():
+    """A name that two modules need is part of the first one's interface, and has no underscore."""
+    for path in PYTHON:
+        if path.relative_to(ROOT).parts[0] in (*PACKAGES, "bench", "examples"):
+            for name in imports(path):
+                own = name.startswith("nvfp4_moe.")
+                assert not (own and re.search(r"\._(?!_)", name)), f"{path}: {name}"
 
 
 def test_only_users_import_the_earlier_paths():

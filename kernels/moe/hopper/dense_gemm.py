@@ -9,7 +9,15 @@ from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from .fragments import ROWS, WARPS, WORDS
 from .gluon import fence_async_shared, gl, gluon, mbarrier
-from .grouped_gemm import _at_once, _fill, _sums, _tokens_first, count_of, narrower, width_of
+from .grouped_gemm import (
+    count_of,
+    fill_ring,
+    narrower,
+    results_layout,
+    ring_sums,
+    tokens_at_once,
+    width_of,
+)
 
 
 @gluon.jit
@@ -31,7 +39,7 @@ def _produce_dense(
         first, tokens = _tokens_of(t, strips, M, WIDTHS)
         for i in gl.static_range(count_of(WIDTHS)):
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
-                stage, phase = _fill(
+                stage, phase = fill_ring(
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
                     t % strips * ROWS, first, steps, width_of(WIDTHS, i), STAGES, GROUPS,
                 )  # fmt: skip
@@ -47,7 +55,9 @@ def _finish_dense(
     Only tokens from `first` up to `end` and columns below N are stored.
     """
     TOKENS: gl.constexpr = acc.shape[1]
-    AT_ONCE: gl.constexpr = _at_once(ROWS, out_ptr.dtype.element_ty.primitive_bitwidth, TOKENS)
+    AT_ONCE: gl.constexpr = tokens_at_once(
+        ROWS, out_ptr.dtype.element_ty.primitive_bitwidth, TOKENS
+    )
     if TOKENS > AT_ONCE:
         halves = gl.permute(gl.reshape(acc, (ROWS, 2, TOKENS // 2)), (0, 2, 1))
         low, high = gl.split(halves)
@@ -67,7 +77,7 @@ def _finish_dense(
             y = to_bf16(acc, ARCH)
         else:
             y = acc.to(out_ptr.dtype.element_ty)
-        OUT: gl.constexpr = _tokens_first(ROWS)
+        OUT: gl.constexpr = results_layout(ROWS)
         y = gl.convert_layout(y, OUT)
         row = first + FROM + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
         column = strip * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
@@ -97,7 +107,7 @@ def _consume_dense(
             of_token = None
         for i in gl.static_range(count_of(WIDTHS)):
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
-                acc, stage, phase = _sums(
+                acc, stage, phase = ring_sums(
                     x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
                     width_of(WIDTHS, i), STAGES, GROUPS,
                 )  # fmt: skip

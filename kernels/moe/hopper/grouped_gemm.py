@@ -61,7 +61,7 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fill(
+def fill_ring(
     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, row, first, steps,
     N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def _produce(
         row = expert * M + t % strips * ROWS
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
-                stage, phase = _fill(
+                stage, phase = fill_ring(
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
                     row, first, steps, width_of(WIDTHS, i), STAGES, GROUPS,
                 )  # fmt: skip
@@ -125,7 +125,7 @@ def sums_layout(tokens):
 
 
 @gluon.jit
-def _sums(
+def ring_sums(
     x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
     N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
@@ -159,13 +159,13 @@ def _sums(
 
 
 @gluon.constexpr_function
-def _at_once(columns, bits, tokens):
+def tokens_at_once(columns, bits, tokens):
     """Return the tokens whose results are finished at a time: 4 KiB of results."""
     return min(tokens, 4096 * 8 // (columns * bits))
 
 
 @gluon.constexpr_function
-def _tokens_first(columns):
+def results_layout(columns):
     """Lay out results [columns, tokens]: a thread has eight successive columns of a token."""
     lanes = columns // 8
     return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, WARPS.value], [0, 1])
@@ -196,7 +196,7 @@ def _finish(
     """
     N: gl.constexpr = acc.shape[1]
     R: gl.constexpr = ROWS // 2 if is_gated(ACT) else ROWS
-    AT_ONCE: gl.constexpr = _at_once(R, out_ptr.dtype.element_ty.primitive_bitwidth, N)
+    AT_ONCE: gl.constexpr = tokens_at_once(R, out_ptr.dtype.element_ty.primitive_bitwidth, N)
     if N > AT_ONCE:
         halves = gl.permute(gl.reshape(acc, (ROWS, 2, N // 2)), (0, 2, 1))
         low, high = gl.split(halves)
@@ -229,7 +229,7 @@ def _finish(
             y = to_bf16(y, ARCH)
         if FRAGMENTS:
             y = _in_fragments(y)
-        OUT: gl.constexpr = _tokens_first(R)
+        OUT: gl.constexpr = results_layout(R)
         y = gl.convert_layout(y, OUT)
         row = first + FROM + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
         column = gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
@@ -246,7 +246,7 @@ def _finish(
 def _zero_half(out_ptr, strip, first, rows, width):
     """Store zeros beside an even strip, in the other half of its 128 columns of `rows` rows."""
     R: gl.constexpr = ROWS // 2
-    OUT: gl.constexpr = _tokens_first(R)
+    OUT: gl.constexpr = results_layout(R)
     column = gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
     column = column // 4 * 8 + column % 4 + strip * R + 4
     zeros = gl.zeros((R, 32), out_ptr.dtype.element_ty, layout=OUT)
@@ -298,7 +298,7 @@ def _consume(
             token_scale = gl.load(token_scale_ptr + first + n, n < rows, other=0.0)
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
-                acc, stage, phase = _sums(
+                acc, stage, phase = ring_sums(
                     x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
                     width_of(WIDTHS, i), STAGES, GROUPS,
                 )  # fmt: skip

@@ -105,17 +105,17 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "1000.0), 0.0) -> tl.where(x == x, tl.where(tl.abs(x) < 1000.0, tl.abs(x), 1000.0), 1.0)",
     ),
     "How many results are finished at a time changes none of them.": (
-        "kernels _at_once: operator: min(tokens, 4096 * 8 // (columns * bits)) -> max(tokens, 4096 * 8 "
-        "// (columns * bits))",
-        "kernels _at_once: constant: 4096 * 8 -> 4097 * 8",
-        "kernels _at_once: constant: 4096 * 8 -> 4096 * 9",
-        "kernels _at_once: operator: columns * bits -> columns / bits",
+        "kernels tokens_at_once: operator: min(tokens, 4096 * 8 // (columns * bits)) -> max(tokens, "
+        "4096 * 8 // (columns * bits))",
+        "kernels tokens_at_once: constant: 4096 * 8 -> 4097 * 8",
+        "kernels tokens_at_once: constant: 4096 * 8 -> 4096 * 9",
+        "kernels tokens_at_once: operator: columns * bits -> columns / bits",
     ),
     "The second number of the version is not read: Triton gives the same code.": (
         "kernels sums_layout: constant: [3, 0] -> [3, 1]",
     ),
     "No stage is released in the first step, and each step sets the next one.": (
-        "kernels _sums: constant: 0 -> 1 (2)",
+        "kernels ring_sums: constant: 0 -> 1 (2)",
     ),
     "The rows of all experts are fewer than 2^31, since TMA's coordinates have 32 bits.": (
         "kernels _consume: rounding: expert.to(gl.int64) -> expert",
@@ -376,7 +376,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels narrower: operator: i + 1 -> i - 1 (2)",
     ),
     "A layout says which thread and which address has an element, and changes no result.": (
-        "kernels _tokens_first: constant: [8, 1] -> [8, 2]",
+        "kernels results_layout: constant: [8, 1] -> [8, 2]",
         "kernels _consume: constant: [1] -> [2]",
         "kernels _consume_dense: constant: [1] -> [2]",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
@@ -387,7 +387,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "gl.SwizzledSharedLayout(1, 1, 2, [0])",
     ),
     "Columns are 64 or 128: the quotient by 8 or 16 is the same.": (
-        "kernels _tokens_first: constant: 32 // lanes -> 33 // lanes",
+        "kernels results_layout: constant: 32 // lanes -> 33 // lanes",
     ),
     "The producer's registers and warps change no result: a thread of it starts the copies.": (
         "kernels expert_gemm_kernel: constant: [1] -> [2]",
