@@ -85,7 +85,7 @@ class Body:
     """
 
     tensors: int
-    """How many the call has."""
+    """The number of tensors of the call."""
     read: Sequence[int]
     """The numbers of the addresses that the text reads."""
     lines: Sequence[str]

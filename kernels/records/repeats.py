@@ -60,7 +60,7 @@ def _never(tensors: Sequence[torch.Tensor]) -> Any:
 
 @dataclass
 class _Known:
-    """What is known of calls since the last change of what chooses backends or tiles."""
+    """The records since the last change of what chooses backends or tiles."""
 
     records: dict[Any, Record | None] = field(default_factory=dict)
     """By key; None for a call that was made once."""

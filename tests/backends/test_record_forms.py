@@ -262,7 +262,7 @@ def test_memory_is_filled_where_torch_fills_it(launches, monkeypatch):
 
 
 def test_the_constant_part_of_a_descriptor(launches, monkeypatch):
-    """What stands for a descriptor depends on the address by its first argument alone."""
+    """The constant part of a descriptor depends on the address by its first argument alone."""
     entry = launcher._entry
 
     def expanding(found):

@@ -62,7 +62,7 @@ reference. `cli` runs commands by the functions of the others, and nothing impor
 FLAT = {"__main__": {"cli", "report"}, "public": {"training"}}
 """The modules that lie flat in `nvfp4_moe/` and import one of its folders."""
 MOST_FLAT = {"kernels": 12, "kernels/moe": 15, "nvfp4_moe": 10, "reference": 12}
-"""How many modules may lie side by side in a folder. Where there is one more, some make a folder."""
+"""The most modules that lie side by side in a folder. Where there is one more, some make a folder."""
 MOST_FRAGMENTS = 20
 """Docstrings that may begin with a fragment: write what the thing is or does, in a sentence."""
 REFERENCE = (

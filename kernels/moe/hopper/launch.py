@@ -1,4 +1,4 @@
-"""How the GEMMs for sm_90 are launched: TMA descriptors, and the programs that stay."""
+"""Launch the GEMMs for sm_90: TMA descriptors, and the programs that stay."""
 
 # SPDX-License-Identifier: Apache-2.0
 import functools

@@ -108,7 +108,7 @@ def quantizer(layout: SfLayout, recipes: tuple[Recipe, ...]) -> Callable[[str], 
 
 
 def quantizer_forms(device: str) -> dict[str, Run]:
-    """What a layer asks of the quantizer beside a plain matrix, and rows that are read twice."""
+    """Run the quantizer in the other ways that a layer asks for, and on rows that are read twice."""
     x, linear, swizzled = (
         inputs.synthetic("heavy", 9, 80),
         SfLayout.layout_linear,
@@ -234,7 +234,7 @@ def prologues(device: str) -> dict[str, Run]:
 
 
 def decoders(device: str) -> dict[str, Run]:
-    """Of each layout, of some rows, and to the places of slots; rows of bf16 likewise."""
+    """Decode each layout, some rows, and rows to the places of slots; copy rows of bf16 likewise."""
     q = {
         layout: to(device, quantize_per_token(normal(37, 208).bfloat16(), 1.0, Recipe(), layout))
         for layout in SfLayout

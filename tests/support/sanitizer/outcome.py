@@ -1,4 +1,4 @@
-"""What a tool of compute-sanitizer said of one process: read from its output, and judged.
+"""Read what a tool of compute-sanitizer said of one process from its output, and judge it.
 
 A report begins with `========= ` at the start of a line, and its details are indented after that. A
 summary ends the output; racecheck has one of its own. The samples in the tests have the lines.
