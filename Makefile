@@ -136,7 +136,7 @@ blackwell:
 # it goes on; ARGUMENTS=--small takes a part.
 hopper:
 	$(PYTHON) -m nvfp4_moe blackwell --backends triton --resume --report build/hopper $(ARGUMENTS)
-	PYTHONPATH=.:tests/support $(PYTHON) -m oracle --triton
+	PYTHONPATH=.:tests/support $(PYTHON) -m oracle --triton --jobs 12
 
 # Every kernel under the four tools of compute-sanitizer, on a machine with an NVIDIA GPU and CUDA's toolkit
 # (docs/gpu_checks.md). `make sanitizer ARGUMENTS="--tool racecheck --only ring"` takes a part.

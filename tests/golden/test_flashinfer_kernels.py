@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from oracle import cutlass, finalize, quantizers, routing
@@ -24,6 +25,15 @@ def assert_equal(outcomes: Iterable[Outcome], least: int) -> None:
     found = list(outcomes)
     assert len(found) >= least
     assert not [str(outcome) for outcome in found if outcome.differing]
+
+
+def test_parts_are_the_whole(golden):
+    """`python -m oracle --jobs 5` compares every case once."""
+    parts = [replace(golden, part=(which, 5)) for which in range(5)]
+    for kind, key in (("routing", routing.GIVEN), ("quantize", quantizers.CUDA)):
+        whole = list(golden.cases(kind, key))
+        assert len(whole) > 5
+        assert [case for part in parts for case in part.cases(kind, key)] == whole
 
 
 def test_reference_routes_as_the_kernels(golden):

@@ -1,12 +1,13 @@
-"""The outcome of a GPU run of Hopper's grouped GEMM: CI has no GPU, so a run's outcome is committed.
+"""The outcome of a GPU run of Hopper's GEMMs: CI has no GPU, so a run's outcome is committed.
 
 On an H100 or H200, at the root of the repository:
 
-    python -m pytest -m gpu --junitxml build/hopper.xml tests/moe/test_hopper_gpu.py
+    python -m pytest -m gpu --junitxml build/hopper.xml tests/moe/test_hopper_gpu.py \
+        tests/dense/test_dense_hopper_gpu.py
     PYTHONPATH=.:tests/support python -m hopper_report build/hopper.xml
 
 The second command writes `hopper_report.json` beside this file: counts of tests, the GPU, versions, and
-a digest of the definitions that the kernel is compiled from. A test compares the digest with the source.
+a digest of the definitions that the kernels are compiled from. A test compares the digest with the source.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -21,13 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 REPORT = Path(__file__).with_name("hopper_report.json")
-_KERNEL = ROOT / "kernels/moe/hopper/grouped_gemm.py"
+_HERE = ROOT / "kernels/moe/hopper"
+KERNELS = {
+    "expert_gemm_kernel": _HERE / "grouped_gemm.py",
+    "dense_gemm_kernel": _HERE / "dense_gemm.py",
+}
+_TESTS = "test_hopper_gpu", "test_dense_hopper_gpu"
 
 
 def definitions() -> dict[str, ast.AST]:
-    """Return what the kernel is compiled from, by module and name: what it names, and so on."""
+    """Return what the kernels are compiled from, by module and name: what they name, and so on."""
     found: dict[str, ast.AST] = {}
-    waiting = [(_KERNEL, "expert_gemm_kernel")]
+    waiting = [(path, name) for name, path in KERNELS.items()]
     while waiting:
         path, name = waiting.pop()
         here, imported = _names(path)
@@ -84,10 +90,10 @@ def _is_docstring(node: object) -> bool:
 
 
 def counts(junit: Path) -> dict[str, int]:
-    """Return how many of the kernel's tests in a JUnit file passed, failed and were skipped."""
+    """Return how many of the kernels' tests in a JUnit file passed, failed and were skipped."""
     found = {"passed": 0, "failed": 0, "skipped": 0}
     for test in ElementTree.parse(junit).getroot().iter("testcase"):
-        if test.get("classname", "").endswith("test_hopper_gpu"):
+        if test.get("classname", "").endswith(_TESTS):
             kinds = {child.tag for child in test}
             failed = kinds & {"failure", "error"}
             found["failed" if failed else "skipped" if "skipped" in kinds else "passed"] += 1

@@ -21,6 +21,7 @@ def compare_all(golden: Golden, ours: Implementation, every: int = 1) -> Iterato
     yield from finalize.compare(golden, ours, every)
     yield from quantizers.compare(golden, ours, every)
     if ours is REFERENCE:
-        yield from finalize.compare_activation(golden)
         yield from cutlass.compare(golden, every)
-        yield from cutlass.compare_sums(golden)
+        if golden.part[0] == 0:  # arrays that no list of cases has
+            yield from finalize.compare_activation(golden)
+            yield from cutlass.compare_sums(golden)

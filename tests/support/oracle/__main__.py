@@ -1,18 +1,19 @@
 """Compare everything with the arrays of FlashInfer's kernels, and print a table.
 
-    python -m oracle [--triton] [--device cuda] [--arrays FOLDER --seed N] [--every N]
+    python -m oracle [--triton] [--device cuda] [--arrays FOLDER --seed N] [--every N] [--jobs N]
 
 The exit status is 1 where something differs.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from . import compare_all
-from .cases import FOLDER, SEED, load
-from .implementations import REFERENCE, triton
+from .cases import FOLDER, SEED
+from .part import compare_part
 
 
 def main() -> int:
@@ -24,16 +25,20 @@ def main() -> int:
     parser.add_argument("--arrays", type=Path, default=FOLDER, help="a folder of .npz or .npz.xz")
     parser.add_argument("--seed", type=int, default=SEED, help="of the inputs of those arrays")
     parser.add_argument("--every", type=int, default=1, help="take every N-th case")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes, each with a part of the cases"
+    )
     given = parser.parse_args()
-    ours = triton(given.device) if given.triton else REFERENCE
     cases, elements, differing = Counter[str](), Counter[str](), Counter[str]()
     failures = []
-    for outcome in compare_all(load(given.arrays, given.seed), ours, given.every):
-        cases[outcome.group] += 1
-        elements[outcome.group] += outcome.elements
-        differing[outcome.group] += outcome.differing
-        if outcome.differing:
-            failures.append(outcome)
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        parts = pool.map(compare_part, [given] * given.jobs, range(given.jobs))
+        for outcome in (each for part in parts for each in part):
+            cases[outcome.group] += 1
+            elements[outcome.group] += outcome.elements
+            differing[outcome.group] += outcome.differing
+            if outcome.differing:
+                failures.append(outcome)
     print(f"{'arrays':>7} {'elements':>10} {'differ':>8}")
     for group in sorted(cases):
         print(f"{cases[group]:7} {elements[group]:10} {differing[group]:8}  {group}")
