@@ -6,8 +6,9 @@ On an H100 or H200, at the root of the repository:
         tests/dense/test_dense_hopper_gpu.py
     PYTHONPATH=.:tests/support python -m hopper_report build/hopper.xml
 
-The second command writes `hopper_report.json` beside this file: counts of tests, the GPU, versions, and
-a digest of the definitions that the kernels are compiled from. A test compares the digest with the source.
+The second command writes `hopper_report.json` beside this file: counts of tests, the GPU, versions,
+and a digest of the definitions that the kernels are compiled from. A test compares the digest with the
+source.
 """
 
 # SPDX-License-Identifier: Apache-2.0
