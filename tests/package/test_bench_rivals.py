@@ -10,6 +10,7 @@ from dataclasses import replace
 import fake_rivals
 import pytest
 import torch
+from offline import compile_kernel
 
 from nvfp4_moe.__main__ import main
 from nvfp4_moe.bench import (
@@ -287,6 +288,25 @@ def test_a_layer_that_a_rival_does_not_serve(name):
     s = replace(TINY, activation=ActivationType.Relu2)
     with pytest.raises(NotHere, match=r"not installed|SwiGLU alone"):
         moe._rival(s, name, *moe.inputs(s, 128, CPU))
+
+
+@pytest.mark.compile
+def test_the_steps_compile():
+    """Blocks of every size by 8 rows, as humming has them, and a gather of 16 bytes a thread."""
+    index = {"slots": "i32", "E": "i32", "expanded_ptr": "*i32", "end_ptr": "*i32"}
+    lists = {"slots_ptr": "*i32", "expert_ptr": "*i32", "used_ptr": "*i32"}
+    for size in (8, 40, 176):
+        constants = {"SIZE": size, "CHUNK": 1024, "BINS": 128}
+        compile_kernel(rival_steps.blocks_kernel, 90, index | lists, constants, [], num_warps=4)
+    groups = index | {"token_ptr": "*i32", "first_ptr": "*i32"}
+    constants = {"K": 8, "CHUNK": 1024, "BINS": 256}
+    compile_kernel(rival_steps.groups_kernel, 90, groups, constants, [], num_warps=4)
+    rows = {"x_ptr": "*bf16", "token_ptr": "*i32", "out_ptr": "*bf16", "H": "i32"}
+    aligned = ["x_ptr", "out_ptr", "H"]
+    kernel = compile_kernel(
+        rival_steps.gather_kernel, 90, rows, {"COLUMNS": 1024}, aligned, num_warps=4
+    )
+    assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
 
 
 @pytest.mark.gpu
