@@ -322,6 +322,9 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The quotient is right for every significand with either reciprocal (`test_harmless_mutants.py`).": (
         "kernels _divide_by_constant: constant: 1.0 / D -> 1.0000001192092896 / D",
     ),
+    "The polynomial has the same value for every argument (`test_harmless_mutants.py`).": (
+        "kernels _exp: constant: 1.0 / 5040 -> 1.0000001192092896 / 5040",
+    ),
     "It is rounded to bf16, in which the number is the same.": (
         "kernels operand_scale: constant: 2.0 ** 118 -> 2.000000238418579 ** 118",
         "kernels decode_values: constant: 2.0 ** 126 -> 2.000000238418579 ** 126",
@@ -332,6 +335,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The product is exact in bf16, and the store converts to the type of its elements.": (
         "kernels decode_kernel: rounding: (x * 256.0).to(tl.bfloat16) -> x * 256.0",
         "kernels decode_row_to_places: rounding: (x * 256.0).to(tl.bfloat16) -> x * 256.0",
+        "kernels decode_values: rounding: (value * scale).to(tl.bfloat16) -> value * scale",
     ),
     "Both factors are exact in bf16 and in fp32, and so is their product.": (
         "kernels decode_values: rounding: decode_fourth(words, WHICH, ARCH).to(tl.float32) -> "

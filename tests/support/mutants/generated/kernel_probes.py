@@ -236,13 +236,13 @@ _BLOCKS = (
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
     "bf16", "grid", "saturated routers", "every routing method", "routers, subnormal bias",
-    *_named("finalize, tiny", "finalize, rows", "finalize, near"),
+    *_named("finalize, tiny", "finalize, rows", "finalize, near", "row dots"),
 )  # fmt: skip
 _FUNCTIONS = tuple(n for n in _named("function") if not n.startswith("function, decode"))
 _ALONE = tuple(
     f"kernels/jit/{name}.py" for name in ("arithmetic", "decode", "e2m1", "e4m3", "instructions")
 )
-_DIRECT = ("function", "compiled", "decode", "fragments", "prologue", "dense, 1 by 1")
+_DIRECT = ("function", "compiled", "decode", "fragments", "prologue", "dense, 1 by 1", "row dots")
 """On a GPU, where each probe compiles its kernels anew, their functions are called directly alone."""
 _EXPERTS = (
     *_ACTIVATIONS,

@@ -60,6 +60,16 @@ def _every_recipe() -> Named:
                     functools.partial(QuantizerCall, x, case),
                 )
 
+    # Rows of blocks whose two errors are so near that the way in which they are computed decides.
+    near = torch.cat([rows_at_edges()[52:55], inputs.synthetic("grid", 400, 80, seed=5)[100:250]])
+    for build in ("cuda", "cute-dsl"):
+        recipe = Recipe("fast", NVFP44Over6Config(448, "MAE", True), build)
+        case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+        yield (
+            f"quantizer, fast error, near ties, {build}",
+            functools.partial(QuantizerCall, near, case),
+        )
+
     case = quantize_cases.Case("fp32 per-token", Recipe(), SfLayout.layout_linear)
     of_fp32 = {kind: inputs.synthetic(kind, 40, 80, torch.float32) for kind in ("edge", "sparse")}
     for kind, x in (of_fp32 | {"steps": _steps_of_fp32()}).items():
