@@ -1,9 +1,11 @@
 """The dense product on sm_90 by the GEMM of `moe/hopper/`: the calls that it serves, and its tiles."""
 
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 from ..launcher import cdiv
 from ..moe.hopper import config
-from ..moe.hopper.config import RingConfig
+from ..moe.hopper.config import WIDEST_SHARED, RingConfig
 
 _FEW = (
     (8, RingConfig((8,), 5, 2, 2)),
@@ -39,7 +41,8 @@ def ring_config(m: int, n: int, multiprocessors: int) -> RingConfig:
             return few
 
     def time(choice: tuple[float, RingConfig]) -> float:
-        tiles = cdiv(n, _ROWS) * cdiv(m, choice[1].bn)
-        return cdiv(tiles, multiprocessors) * choice[0]
+        each = cdiv(n, _ROWS) * cdiv(m, choice[1].bn) / multiprocessors
+        shared = choice[1].bn <= WIDEST_SHARED
+        return (max(1.0, each) if shared else math.ceil(each)) * choice[0]
 
     return min(_MANY, key=time)[1]

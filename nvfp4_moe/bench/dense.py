@@ -19,7 +19,8 @@ from .case import Case, NotHere, Operation, Prepared, Selection, WrongResult
 
 BF16 = "torch, bf16"
 """torch's product of bf16 matrices, cuBLAS' on a GPU: the baseline."""
-_SIZES = ((1024, 2048), (4096, 4096), (4096, 7168), (7168, 4096), (7168, 7168))
+_SIZES = ((1024, 2048), (4096, 4096), (4096, 7168), (7168, 4096), (7168, 7168), (36864, 7168))
+"""The last is gate and up of DeepSeek-V3's dense layers."""
 SHAPES = {f"N={n} K={k}": (n, k) for n, k in _SIZES}
 _CACHE = 256 << 20  # more bytes than any GPU's cache
 _CHECKED = 128
@@ -92,7 +93,7 @@ def _normal(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.float32, device=device).bfloat16()
 
 
-_ROWS = (1, 16, 128, 1024, 8192)
+_ROWS = (1, 16, 32, 64, 128, 1024, 8192)
 DENSE = Operation(
     "dense",
     "rows",

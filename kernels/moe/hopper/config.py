@@ -13,6 +13,10 @@ _VERSIONS = ((3, 6), (3, 7))
 ran it on a GPU."""
 
 
+WIDEST_SHARED = 128
+"""Tokens of the widest tile that two programs share in the dense GEMM: ptxas spills wider ones' sums."""
+
+
 @dataclass(frozen=True)
 class RingConfig:
     """The tiles of `grouped_gemm.expert_gemm_kernel`, and how it is launched."""

@@ -2,47 +2,142 @@
 
 The ring, its pipeline, and so the order of a sum are those of `grouped_gemm.py`. Tiles follow from the
 sizes alone, so that no table of them is read.
+
+Programs get equal shares of the work, where tiles are more than programs and no multiple of them. They
+take whole tiles in turn, and of what is left, between one and two tiles each, equal ranges of steps. So
+a tile may be begun by one program and ended by the next one, which goes on from the first one's sums.
+The order of a sum stays the same. The beginning of a tile comes first in a program, and the end of
+another one last: nobody waits for a program that waits.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from .fragments import ROWS, WARPS, WORDS
-from .gluon import fence_async_shared, gl, gluon, mbarrier
+from .gluon import block_barrier, fence_async_shared, gl, gluon, mbarrier
 from .grouped_gemm import (
     count_of,
     fill_ring,
     narrower,
+    no_sums,
     results_layout,
     ring_sums,
+    sums_layout,
     tokens_at_once,
     width_of,
 )
 
 
 @gluon.jit
-def _tokens_of(t, strips, M, WIDTHS: gl.constexpr):
-    """Return (first token, tokens from there) of piece t of the work."""
-    first = t // strips * width_of(WIDTHS, 0)
+def _share(total, steps, SHARED: gl.constexpr):
+    """Return a program's (whole tiles in turn, first step, step behind the last) of what is left."""
+    programs = gl.num_programs(0)
+    if SHARED:
+        turns = total // programs - 1
+        left = (total - turns * programs).to(gl.int64) * steps
+        begin = (left * gl.program_id(0) // programs).to(gl.int32)
+        end = (left * (gl.program_id(0) + 1) // programs).to(gl.int32)
+    else:
+        turns = (total - gl.program_id(0) + programs - 1) // programs
+        begin = 0
+        end = 0
+    return turns, begin, end
+
+
+@gluon.jit
+def _pieces(turns, begin, end, steps):
+    """Return how many pieces a program has: the beginning of a tile, whole tiles, the end of one."""
+    return (end % steps > 0).to(gl.int32) + turns + end // steps - begin // steps
+
+
+@gluon.jit
+def _piece(j, turns, begin, end, steps, SHARED: gl.constexpr):
+    """Return (tile, first step, step behind the last) of piece j of a program."""
+    if SHARED:
+        begun = (end % steps > 0).to(gl.int32)
+        behind = j - begun - turns  # from 0: tiles of what is left, from the last
+        in_turn = (j >= begun) & (behind < 0)
+        left = end // steps - gl.where(j < begun, 0, 1 + behind)
+        tile = gl.where(
+            in_turn,
+            gl.program_id(0) + (j - begun) * gl.num_programs(0),
+            turns * gl.num_programs(0) + left,
+        )
+        ends = (behind >= 0) & (left == begin // steps)
+        from_step = gl.where(ends, begin % steps, 0)
+        to_step = gl.where(j < begun, end % steps, steps)
+    else:
+        tile = gl.program_id(0) + j * gl.num_programs(0)
+        from_step = 0
+        to_step = steps
+    return tile, from_step, to_step
+
+
+@gluon.jit
+def _tokens_of(tile, strips, M, WIDTHS: gl.constexpr):
+    """Return (first token, tokens from there) of a tile."""
+    first = tile // strips * width_of(WIDTHS, 0)
     return first, gl.minimum(M - first, width_of(WIDTHS, 0))
 
 
 @gluon.jit
 def _produce_dense(
     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, M, total, strips, steps,
-    WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    SHARED: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    ARCH: gl.constexpr,
 ):  # fmt: skip
     await_previous(ARCH)
     stage = 0
     phase = 1
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        first, tokens = _tokens_of(t, strips, M, WIDTHS)
+    turns, begin, end = _share(total, steps, SHARED)
+    for j in range(_pieces(turns, begin, end, steps)):
+        tile, from_step, to_step = _piece(j, turns, begin, end, steps, SHARED)
+        first, tokens = _tokens_of(tile, strips, M, WIDTHS)
         for i in gl.static_range(count_of(WIDTHS)):
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
                 stage, phase = fill_ring(
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
-                    t % strips * ROWS, first, steps, width_of(WIDTHS, i), STAGES, GROUPS,
+                    tile % strips * ROWS, first, from_step, to_step, width_of(WIDTHS, i), STAGES,
+                    GROUPS,
                 )  # fmt: skip
+
+
+@gluon.jit
+def _places(ptr, program, N: gl.constexpr, WIDEST: gl.constexpr):
+    """Return where sums [ROWS, N] of a program are handed over."""
+    m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout(N)))
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, sums_layout(N)))
+    return ptr + program * ROWS * WIDEST + gl.expand_dims(m * N, 1) + gl.expand_dims(n, 0)
+
+
+@gluon.jit
+def _begun(sums_ptr, ready_ptr, from_step, N: gl.constexpr, WIDEST: gl.constexpr):
+    """Return the sums [ROWS, N] of a tile before `from_step`, which the program before has made."""
+    before = gl.program_id(0) - 1
+    if from_step > 0:
+        while gl.atomic_add(ready_ptr + before, 0, sem="acquire", scope="gpu") == 0:
+            pass
+    # No branch: ptxas serializes the wgmma behind one. And not from a multiprocessor's own cache, where
+    # the stores of no other are.
+    taken = gl.full((ROWS, N), from_step, gl.int32, layout=sums_layout(N)) > 0
+    places = _places(sums_ptr, before, N, WIDEST)
+    return gl.load(places, taken, other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _hand_over(acc, sums_ptr, ready_ptr, WIDEST: gl.constexpr):
+    """Give sums of the beginning of a tile to the next program."""
+    gl.store(_places(sums_ptr, gl.program_id(0), acc.shape[1], WIDEST), acc)
+    block_barrier()  # every warp has stored before one tells
+    gl.atomic_xchg(ready_ptr + gl.program_id(0), 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def clear_kernel(ready_ptr, programs, SIZE: gl.constexpr, ARCH: gl.constexpr):
+    """Say that no sums are handed over yet."""
+    await_previous(ARCH)
+    i = gl.arange(0, SIZE, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(ready_ptr + i, 0, i < programs)
 
 
 @gluon.jit
@@ -87,36 +182,52 @@ def _finish_dense(
 
 @gluon.jit
 def _consume_dense(
-    x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, M, N, total, strips, steps,
-    BY_ROW: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    ARCH: gl.constexpr,
+    x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, sums_ptr, ready_ptr, M, N,
+    total, strips, steps, BY_ROW: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
+    WIDEST: gl.constexpr = width_of(WIDTHS, 0)
+    SHARED: gl.constexpr = sums_ptr is not None
     stage = 0
     phase = 0
     if alpha_ptr is None or BY_ROW:
         alpha = None
     else:
         alpha = gl.load(alpha_ptr)
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        first, tokens = _tokens_of(t, strips, M, WIDTHS)
+    turns, begin, end = _share(total, steps, SHARED)
+    for j in range(_pieces(turns, begin, end, steps)):
+        tile, from_step, to_step = _piece(j, turns, begin, end, steps, SHARED)
+        first, tokens = _tokens_of(tile, strips, M, WIDTHS)
         if BY_ROW:  # on its way while the sums are made
-            WIDEST: gl.constexpr = width_of(WIDTHS, 0)
             n = gl.arange(0, WIDEST, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
             of_token = gl.load(alpha_ptr + first + n, n < tokens, other=0.0)
         else:
             of_token = None
         for i in gl.static_range(count_of(WIDTHS)):
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
+                if SHARED:
+                    acc = _begun(sums_ptr, ready_ptr, from_step, width_of(WIDTHS, i), WIDEST)
+                else:
+                    acc = no_sums(width_of(WIDTHS, i))
                 acc, stage, phase = ring_sums(
-                    x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
-                    width_of(WIDTHS, i), STAGES, GROUPS,
+                    acc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, to_step - from_step,
+                    STAGES, GROUPS,
                 )  # fmt: skip
                 if BY_ROW:
                     alpha_buf.store(of_token)
-                _finish_dense(
-                    acc, alpha_buf, alpha, out_ptr, t % strips, first, first + tokens, N, 0, BY_ROW,
-                    ARCH,
-                )  # fmt: skip
+                if SHARED:
+                    if to_step < steps:
+                        _hand_over(acc, sums_ptr, ready_ptr, WIDEST)
+                    else:
+                        _finish_dense(
+                            acc, alpha_buf, alpha, out_ptr, tile % strips, first, first + tokens, N,
+                            0, BY_ROW, ARCH,
+                        )  # fmt: skip
+                else:
+                    _finish_dense(
+                        acc, alpha_buf, alpha, out_ptr, tile % strips, first, first + tokens, N, 0,
+                        BY_ROW, ARCH,
+                    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -126,6 +237,8 @@ def dense_gemm_kernel(
     sf_desc,  # [N / ROWS, K / 64, 128] int32, 128x4, sizes rounded up; box [1, 2, 128]
     alpha_ptr,  # fp32 [1], with BY_ROW [M]; or None
     out_ptr,  # [M, N] bf16 or fp16
+    sums_ptr,  # [programs, ROWS * WIDTHS[0]] fp32: sums that are handed over; None: no tile is shared
+    ready_ptr,  # [programs] int32 of `clear_kernel`: 1 once they are there; or None
     M,  # rows of a, the tokens
     N,  # rows of b
     K,  # 64 divides it
@@ -154,21 +267,22 @@ def dense_gemm_kernel(
     strips = (N + ROWS - 1) // ROWS
     total = strips * ((M + WIDEST - 1) // WIDEST)
     steps = (K + GROUPS * 128 - 1) // (GROUPS * 128)
+    SHARED: gl.constexpr = sums_ptr is not None
     # The consumers are the default partition: ptxas serializes the wgmma of any other.
     gl.warp_specialize(
         [
             (
                 _consume_dense,
                 (
-                    x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, M, N, total,
-                    strips, steps, BY_ROW, WIDTHS, STAGES, GROUPS, ARCH,
+                    x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, sums_ptr,
+                    ready_ptr, M, N, total, strips, steps, BY_ROW, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
                 _produce_dense,
                 (
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, M, total, strips,
-                    steps, WIDTHS, STAGES, GROUPS, ARCH,
+                    steps, SHARED, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
         ],

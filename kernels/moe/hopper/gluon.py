@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "TensorDescriptor",
+    "block_barrier",
     "fence_async_shared",
     "gl",
     "gluon",
@@ -28,6 +29,7 @@ __all__ = [
     "warpgroup_mma_wait",
 ]
 
+block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _NEW_NAME = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 

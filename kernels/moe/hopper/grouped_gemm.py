@@ -62,13 +62,13 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def fill_ring(
-    x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, row, first, steps,
-    N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, row, first, begin,
+    end, N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Bring one tile's columns into the ring. TMA gives zeros beyond K."""
+    """Bring one tile's columns of steps `begin` to `end` into the ring. TMA gives zeros beyond K."""
     BOX: gl.constexpr = x_desc.block_shape[0]
     BYTES: gl.constexpr = GROUPS * (ROWS * WORDS * 4 + ROWS * 8 + N * 256)
-    for k in range(steps):
+    for k in range(begin, end):
         mbarrier.wait(empty.index(stage), phase)
         bar = full.index(stage)
         mbarrier.expect(bar, BYTES)
@@ -109,7 +109,7 @@ def _produce(
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
                 stage, phase = fill_ring(
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
-                    row, first, steps, width_of(WIDTHS, i), STAGES, GROUPS,
+                    row, first, 0, steps, width_of(WIDTHS, i), STAGES, GROUPS,
                 )  # fmt: skip
         expert = ahead
         first = ahead_first
@@ -125,14 +125,18 @@ def sums_layout(tokens):
 
 
 @gluon.jit
+def no_sums(N: gl.constexpr):
+    return gl.zeros((ROWS, N), gl.float32, layout=sums_layout(N))
+
+
+@gluon.jit
 def ring_sums(
-    x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
-    N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    acc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Return sums [ROWS, N] fp32, times 2^-8, and the ring's next stage and phase."""
-    MMA: gl.constexpr = sums_layout(N)
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
-    acc = gl.zeros((ROWS, N), gl.float32, layout=MMA)
+    """Add steps to sums [ROWS, N] fp32, times 2^-8; return them, and the ring's next stage and phase."""
+    N: gl.constexpr = acc.shape[1]
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(N), k_width=2)
     odd = gl.zeros((ROWS, 64), gl.bfloat16, layout=A)
     # Not `stage`: Triton carries no name through a loop that begins as the value it is assigned there.
     before = 0
@@ -299,8 +303,8 @@ def _consume(
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
                 acc, stage, phase = ring_sums(
-                    x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
-                    width_of(WIDTHS, i), STAGES, GROUPS,
+                    no_sums(width_of(WIDTHS, i)), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
+                    steps, STAGES, GROUPS,
                 )  # fmt: skip
                 if token_scale_ptr is not None:
                     scales_buf.store(token_scale)

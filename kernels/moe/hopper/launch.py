@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ....reference.weights.experts import Experts
-from ...launcher import cdiv, launch
+from ...launcher import cdiv, launch, next_power_of_2
 from ...triton_target import arch, launch_options
 from ..activation import NONE
 from ..permute import Permutation
-from .config import RingConfig
-from .dense_gemm import dense_gemm_kernel
+from .config import WIDEST_SHARED, RingConfig
+from .dense_gemm import clear_kernel, dense_gemm_kernel
 from .fragments import ROWS, WORDS
 from .gluon import TensorDescriptor, gl
 from .grouped_gemm import expert_gemm_kernel
@@ -127,8 +127,15 @@ def dense_gemm(
     (m, n), k = out.shape, w.shape[1] * 2
     tiles = cdiv(n, _ROWS) * cdiv(m, config.bn)
     programs = min(tiles, config.programs * multiprocessors(w.device))
+    sums = ready = None
+    if tiles % programs and config.bn <= WIDEST_SHARED:
+        sums = values.new_empty((programs, _ROWS * config.bn), dtype=torch.float32)
+        ready = values.new_empty(programs, dtype=torch.int32)
+        launch(clear_kernel, (1,), ready, programs,
+            SIZE=next_power_of_2(programs), ARCH=arch(w.device), **launch_options(w.device),
+        )  # fmt: skip
     launch(dense_gemm_kernel, (programs,),
-        *_operands(values, w, w_sf, n, k, config), alpha, out, m, n, k,
+        *_operands(values, w, w_sf, n, k, config), alpha, out, sums, ready, m, n, k,
         BY_ROW=by_row, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
         ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
     )  # fmt: skip

@@ -438,14 +438,16 @@ DENSE = (
 
 
 def dense(
-    configs: Sequence[RingConfig | GemmConfig], steps: int
+    configs: Sequence[RingConfig | GemmConfig],
+    steps: int,
+    *more: tuple[int, int, int],
 ) -> Callable[[str], dict[str, Run]]:
-    """Products in these configurations; K is a multiple of `steps`."""
+    """Products in these configurations; K is a multiple of `steps`. `more` are other sizes."""
 
     def cases(device: str) -> dict[str, Run]:
         found: dict[str, Run] = {}
         for config, use_8x4, (m, n, k) in product(
-            configs, (False, True), ((3, 40, 3 * steps), (0, 130, 2048 + steps))
+            configs, (False, True), ((3, 40, 3 * steps), (0, 130, 2048 + steps), *more)
         ):
             m = m or config.bn + 3  # a tile, and rows of another
             case = dense_cases.coarse(m, n, k, use_8x4=use_8x4).to(device)
@@ -485,6 +487,7 @@ _FINALIZE = ("moe.finalize.finalize_kernel",)
 _DECODE = ("jit.decode.decode_kernel",)
 _RING = ("moe.hopper.grouped_gemm.expert_gemm_kernel", *_FINALIZE)
 _DENSE_RING = ("moe.hopper.dense_gemm.dense_gemm_kernel", *_DECODE)
+_CLEAR = "moe.hopper.dense_gemm.clear_kernel"
 _DOT = ("moe.grouped_gemm.expert_gemm_kernel", *_PERMUTE, *_FINALIZE, *_QUANTIZER)
 _MASKED = ("moe.masked.rows.masked_rows_kernel", "moe.masked.rows.copy_rows_kernel")
 _SORTS = "count_kernel", "offset_kernel", "place_kernel"
@@ -537,7 +540,9 @@ GROUPS: dict[str, Group] = {
         training,
     ),
     "dense": Group(("dense.kernel.dense_gemm_kernel", *_DECODE), dense(DENSE, 16)),
-    "dense ring few rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[:3], 64), sm_90=True),
+    "dense ring few rows": Group(
+        (*_DENSE_RING, _CLEAR), dense(DENSE_CONFIGS[:3], 64, (3, 36867, 64)), sm_90=True
+    ),
     "dense ring many rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[3:], 64), sm_90=True),
     "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
     "probes": Group(
