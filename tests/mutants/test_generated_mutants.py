@@ -371,6 +371,24 @@ def test_the_probe_that_saw_the_last_mutant_of_a_function_comes_first(monkeypatc
     assert order.probes(made[1], "cpu") == named
 
 
+def test_the_order_of_a_run_that_may_end_early(tmp_path, monkeypatch):
+    """Open before harmless; there what the device has not tried, and what has fewer probes."""
+    made = _made("def f(x):\n    return x + 1 - 2 * 3 // 4\n")
+    names = ["new", "open", "harmless, tried", "harmless, many probes", "harmless, few probes"]
+    of = dict(zip(made, names, strict=False))
+    assert len(of) == len(names)
+    results = Results(tmp_path / "results.txt", made)
+    for mutant, name in of.items():
+        if name != "new":
+            results.add(mutant, "cuda" if "tried" in name else "cpu", "survived")
+    monkeypatch.setattr(harmless, "reason", lambda key: "harmless" in of[by_key[key]] or None)
+    by_key = {m.key: m for m in made}
+    probes = {"harmless, many probes": {"a": None, "b": None}}
+    monkeypatch.setattr(command, "probes_of", lambda m, device: probes.get(of[m], {"a": None}))
+    found = sorted(of, key=lambda m: command._place(m, results, "cuda"))
+    assert [of[m] for m in found] == ["open", "new", *reversed(names[2:])]
+
+
 @pytest.mark.interpreter
 def test_a_probe_is_not_shown_what_it_does_not_execute(tmp_path):
     path = tmp_path / "lines"

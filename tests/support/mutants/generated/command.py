@@ -135,8 +135,7 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     waiting = [
         m for m in mutants[first - 1 :: count] if _waits(m, results, options.device, options.again)
     ]
-    # Those that survived elsewhere have waited longest; the harmless take all probes for no news.
-    waiting.sort(key=lambda m: (harmless.reason(m.key) is not None, not results.of(m)))
+    waiting.sort(key=functools.partial(_place, results=results, device=options.device))
     end = time.monotonic() + (options.seconds or float("inf"))
     limit = SECONDS["reference" if options.generated == "reference" else options.device]
     children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device]}
@@ -180,6 +179,17 @@ def _counted(results: Iterable[trial.Result], total: int) -> Iterator[trial.Resu
         for result in results:
             yield result
             progress.step()
+
+
+def _place(mutant: Generated, results: Results, device: str) -> tuple[bool, bool, bool, int]:
+    """Return what puts mutants in order: the least is tried first.
+
+    First those that nobody says are harmless, then those that the device has not tried, then those that
+    survived elsewhere. The harmless take all probes: those of few probes come first.
+    """
+    found, is_harmless = results.of(mutant), harmless.reason(mutant.key) is not None
+    probes = len(probes_of(mutant, device)) if is_harmless else 0
+    return is_harmless, device in found, not found, probes
 
 
 def _waits(mutant: Generated, results: Results, device: str, again: bool) -> bool:
