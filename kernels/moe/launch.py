@@ -7,7 +7,7 @@ captured in a CUDA graph and replayed with another routing.
 
 # SPDX-License-Identifier: Apache-2.0
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -231,6 +231,27 @@ def gemm1(
         x, experts.gemm1_weights, experts.gemm1_weights_scale, experts.gemm1_bias,
         experts.output1_scale_scalar, out, p, config, top_k, experts.activation, experts,
         fragments=fragments,
+    )  # fmt: skip
+    return out
+
+
+def first_sums(
+    x: Operand,
+    experts: Experts,
+    p: Permutation,
+    slots: int,
+    top_k: int,
+    config: Config,
+) -> torch.Tensor:
+    """Return the first GEMM's sums [slots, rows of weights] fp32, before scales, bias and activation.
+
+    A column is a row of the weights as `row_order(rows, gated=False)` places it.
+    """
+    w = experts.gemm1_weights
+    out = x.values.new_empty((slots, w.shape[1]), dtype=torch.float32)
+    _launch_gemm(
+        replace(x, token_scale=None), w, experts.gemm1_weights_scale, None,
+        torch.ones_like(experts.output1_scale_scalar), out, p, config, top_k, None, experts,
     )  # fmt: skip
     return out
 

@@ -50,11 +50,13 @@ from .operands import (
     by_parts,
     first_bias,
     first_matrices,
+    first_product,
     quantized,
     row_gradient,
     second_bias,
     second_matrices,
     sums_by_expert,
+    values_of,
 )
 
 Backward = Literal["dequantized", "high_precision"]
@@ -141,13 +143,12 @@ def _gradients(
     weights = layer.weights.flatten()[s.slot, None].float()
     g = grad.to(dtype)[s.token]
 
-    tokens = Rows(layer.x.to(dtype)) if recipe is None else quantized(layer.x, recipe, dtype)
+    codes = None if recipe is None else quantized(layer.x, recipe)
+    tokens = Rows(layer.x.to(dtype)) if codes is None else values_of(codes, dtype)
     x = tokens.at(s.token)
-    # In fp32 where raw is quantized: a rounded sum would often have another code.
-    values = x.values if recipe is None else x.values.float()
     assert first.scale is not None
     sums = Sums(
-        times(values, first.values.mT, s.ends),
+        first_product(x, codes, first, experts, layer.ids, s),
         x.scale,
         first_bias(experts),
         first.scale,
@@ -164,7 +165,7 @@ def _gradients(
         incoming = Incoming(d, factor, first.scale, x.scale)
     a, d_raw = middle(sums, experts, incoming)
     del sums, incoming
-    mid = Rows(a.to(dtype)) if recipe is None else quantized(a, recipe, dtype)
+    mid = Rows(a.to(dtype)) if recipe is None else values_of(quantized(a, recipe), dtype)
 
     d_weights = d_w2 = d_bias2 = d_x = d_w13 = d_bias1 = None
     if for_weights:

@@ -42,9 +42,9 @@ def by_parts(rows: torch.Tensor, scale: torch.Tensor | None, expert: torch.Tenso
     return (rows.unflatten(1, (scale.shape[1], -1)) * scale[expert][..., None]).flatten(1)
 
 
-def quantized(x: torch.Tensor, recipe: Recipe, dtype: torch.dtype) -> Rows:
-    """Return the values of the codes and scales of bf16 rows [N, K]."""
-    codes, block_scales, per_token_scale = nvfp4_quantize(
+def quantized(x: torch.Tensor, recipe: Recipe) -> Activations:
+    """Return the codes and scales of bf16 rows [N, K]."""
+    codes = nvfp4_quantize(
         x,
         recipe.base_scale_inv,
         SfLayout.layout_linear,
@@ -53,8 +53,35 @@ def quantized(x: torch.Tensor, recipe: Recipe, dtype: torch.dtype) -> Rows:
         fast_math=recipe.math == "fast",
         build=recipe.build,
     )
-    values = hidden_values(Activations(codes, block_scales))
-    return Rows(values.to(dtype), per_token_scale[:, None])
+    return Activations(*codes)
+
+
+def values_of(codes: Activations, dtype: torch.dtype) -> Rows:
+    """Return the values of codes and block scales, and their per-token scales."""
+    assert codes.per_token_scale is not None
+    return Rows(hidden_values(codes).to(dtype), codes.per_token_scale[:, None])
+
+
+def first_product(
+    x: Rows, codes: Activations | None, w: Matrices, experts: Experts, ids: torch.Tensor, s: Slots
+) -> torch.Tensor:
+    """Return x W^T by row, [N, M]: fp32 of codes, as a rounded sum would often have another code.
+
+    Args:
+        x: [N, H], by row.
+        codes: [T, H/2], of which x are the values; None: x was not quantized.
+        w: `first_matrices`.
+        ids: [T, K] int32.
+    """
+    if codes is None:
+        return times(x.values, w.values.mT, s.ends)
+    if runs_triton(ids):
+        from ..kernels.moe.training.first_sums import (
+            first_sums,
+        )  # Triton, which a CPU does not need
+
+        return first_sums(codes, experts, ids)
+    return times(x.values.float(), w.values.mT, s.ends)
 
 
 def first_matrices(experts: Experts, dtype: torch.dtype) -> Matrices:

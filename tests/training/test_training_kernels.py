@@ -46,6 +46,33 @@ def test_decoded_weights(kernels, device, kind, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [GATED[0], PLAIN[0]], ids=lambda kind: kind.name)
+def test_the_first_product_of_codes(kernels, device, kind):
+    """Sizes that are padded, and slots of no expert: against a loop over experts in fp64."""
+    shape = Shape(9, 208, 80, 3, 2)
+    w13, w2 = (w.to(device) for w in weights_of(shape, kind))
+    experts = prepare_experts(w13, w2, kind)
+    ids = torch.tensor([[0, 2], [2, -1], [1, 7], [2, 0], [-1, -1], [0, 1], [1, 2], [2, 1], [0, 2]])
+    ids = ids.to(device, torch.int32)
+    s = grouped.sort_slots(ids, 3)
+    g = torch.Generator().manual_seed(5)
+    states = torch.randn(9, 208, generator=g, dtype=torch.float32).bfloat16().to(device)
+    codes = operands.quantized(states, Recipe())
+    w = operands.first_matrices(experts, torch.float32)
+    x = operands.values_of(codes, torch.float32).at(s.token)
+    got = operands.first_product(x, codes, w, experts, ids, s)
+    assert got.dtype == torch.float32 and got.shape == (18, w.values.shape[1])
+    rows, of_row = x.values.double(), w.values.double()[s.expert]
+    want, size = (
+        torch.einsum("nk,nmk->nm", *pair) for pair in ((rows, of_row), (rows.abs(), of_row.abs()))
+    )
+    used = int(s.ends[-1])
+    assert used == 14
+    error = (got.double() - want).abs() / size
+    assert error[:used].max() < 2**-20
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "plain"])
 @pytest.mark.parametrize("kind", [*GATED, *PLAIN], ids=lambda kind: kind.name)
 def test_every_activation_and_its_derivative(kernels, device, kind, scaled):
