@@ -1,8 +1,9 @@
 """Time of `fake_quantized_moe` and its backward: `python bench/training_speed.py [--json FILE]`.
 
 Experts that are loaded already and bf16 or fp32 weights, all of whose gradients are wanted, x's and the
-routing weights' too. Times are medians between two CUDA events, in ms, outside CUDA graphs; the GPU is
-busy with the forward while the host prepares the backward. "Peak" is what a forward with its backward
+routing weights' too. Times are medians between two CUDA events, in ms, outside CUDA graphs. "Alone" the
+GPU has nothing else to do, and waits for the host. "Ahead" it is busy with other work while the host
+launches a step, as in the middle of a model. "Peak" is what a forward with its backward
 allocates at most beside its arguments. `--profile` lists the kernels of a backward, the longest first.
 """
 
@@ -17,6 +18,8 @@ from nvfp4_moe import fake_quantized_moe
 from nvfp4_moe.bench.moe import SHAPES, Shape, inputs, random_bf16_weights, random_experts
 
 ROUNDS = 20
+AHEAD = 20_000_000
+"""Cycles, about 10 ms: more than a host needs for the launches of a step."""
 MODES = [
     (mode, backward)
     for mode in ("bf16", "per-token")
@@ -48,11 +51,16 @@ class Layer:
         return torch.autograd.grad(y, self.leaves, self.grad)
 
 
-def times(layer: Layer) -> tuple[float, float]:
-    """Return the median milliseconds of a forward and of its backward."""
+def times(layer: Layer, cycles: int) -> tuple[float, float]:
+    """Return the median milliseconds of a forward and of its backward.
+
+    Args:
+        cycles: of the GPU, for which it does nothing while the host launches the step.
+    """
     found: list[tuple[float, float]] = []
     for i in range(ROUNDS + 3):
         begin, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(cycles)
         begin.record()
         y = layer.forward()
         between.record()
@@ -94,24 +102,23 @@ def main() -> None:
     options, where = start(parser)
     s, cells = SHAPES[0], []
     print(f"{s.name}, T = {options.tokens}")
-    print(
-        f"{'activations':<12}{'backward':<16}{'weights':<10}{'forward':>9}{'backward':>10}{'peak':>9}"
-    )
+    print(f"{'':38}{'alone':>18}{'ahead':>18}")
+    times_of = f"{'forward':>9}{'backward':>9}" * 2
+    print(f"{'activations':<12}{'backward':<16}{'weights':<10}{times_of}{'peak':>7}")
     for dtype in (torch.bfloat16, torch.float32):
         for mode, backward in MODES:
             layer = Layer(s, options.tokens, mode, backward, dtype)
-            forward_ms, backward_ms = times(layer)
+            alone, ahead = times(layer, 0), times(layer, AHEAD)
             gib, name = peak(layer), str(dtype).removeprefix("torch.")
-            print(
-                f"{mode:<12}{backward:<16}{name:<10}{forward_ms:>9.2f}{backward_ms:>10.2f}{gib:>9.1f}"
-            )
+            shown = "".join(f"{ms:>9.2f}" for ms in (*alone, *ahead))
+            print(f"{mode:<12}{backward:<16}{name:<10}{shown}{gib:>7.1f}")
             cells.append(
                 {
                     "activation_mode": mode,
                     "backward": backward,
                     "weights": name,
-                    "forward_ms": forward_ms,
-                    "backward_ms": backward_ms,
+                    "alone_ms": alone,
+                    "ahead_ms": ahead,
                     "peak_gib": gib,
                 }
             )

@@ -57,13 +57,14 @@ def test_gradients_of_every_mode(shape, mode, backward):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backward", ["dequantized", "high_precision"])
-def test_a_w4a16_step_in_a_cuda_graph(backward):
+@pytest.mark.parametrize("mode", ["per-token", "bf16"])
+def test_a_step_in_a_cuda_graph(mode, backward):
     """Where the grouped GEMM has a kernel the backward does not wait, so that it can be captured."""
     if not grouped.has_kernel(torch.device("cuda")):
         pytest.skip("torch's grouped GEMM has no kernel for this GPU, and the loop waits for it")
     case = cases.make(Shape(33, 256, 128, 8, 3), device="cuda", biases=True)
     grad = torch.randn(33, 256, device="cuda", dtype=torch.float32).bfloat16()
-    options = {"activation_mode": "bf16", "backward": backward, "experts": case.experts()}
+    options = {"activation_mode": mode, "backward": backward, "experts": case.experts()}
     want = case.gradients(grad, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
