@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_a
 import torch
 
 from ..reference.recipe import Recipe
+from .dispatch import Direct
 from .records import recorder
 
 T = TypeVar("T")
@@ -173,9 +174,12 @@ def register(
         return fake(flat.build(given), *given[count:])  # type: ignore[call-arg]
 
     OPS[name] = op
+    direct = None if mutates else Direct(op)
 
     def function(call: T, *args: P.args, **kwargs: P.kwargs) -> Results:
-        result: Results = op(*flat.flatten(call), *args, **kwargs)
+        given = (*flat.flatten(call), *args)
+        plainly = direct is not None and not kwargs and direct.serves(given)
+        result: Results = body(*given) if plainly else op(*given, **kwargs)
         return result
 
     return function

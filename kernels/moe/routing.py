@@ -22,6 +22,7 @@ from ...reference.moe.routing import (
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
 from ..backends import log_fallback
+from ..dispatch import Direct
 from ..instruction_probe import functions_that_differ
 from ..jit.arithmetic import add, div, flush, larger, log2, mul, rcp, to_bf16
 from ..jit.instructions import LOG2E, ex2_approx, tanh_approx
@@ -302,6 +303,7 @@ def _launched(
 
 
 _op = torch.library.custom_op("nvfp4_moe::triton_route", _launched, mutates_args=())
+_DIRECT = Direct(_op)
 _op.register_torch_dispatch(recorder.Recorder, recorder.inside(_launched))
 
 
@@ -326,7 +328,7 @@ def route(
         raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
     if routing.grouped and (reason := indivisible(routing, logits.shape[1])):
         raise ValueError(reason)
-    return _op(
+    given = (
         logits,
         bias,
         int(routing.method),
@@ -337,3 +339,6 @@ def route(
         (routing.topk_group or 1) if routing.grouped else 1,
         routing.functions != "exact",
     )
+    routed: tuple[torch.Tensor, torch.Tensor]
+    routed = _launched(*given) if _DIRECT.serves(given) else _op(*given)
+    return routed

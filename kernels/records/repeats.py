@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import environment
+from ..dispatch import unwatched
 from .form import Guard, NotKeptError, key_of, missed
 from .recorder import Body, record
 
@@ -97,14 +98,7 @@ if hasattr(os, "register_at_fork"):
 
 def serve() -> bool:
     """Return True if a call may be recorded and repeated here and now."""
-    return (
-        enabled
-        and _direct()
-        and torch.cuda.is_initialized()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._is_tracing()
-    )
+    return enabled and _direct() and torch.cuda.is_initialized() and unwatched()
 
 
 def repeat(run: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -71,9 +71,9 @@ REFERENCE = (
 )  # fmt: skip
 """The files and folders of `reference/`, in order: each imports none that follows it."""
 KERNELS = (
-    "environment", "device", "tiles", "attributes", "records", "op_schema", "jit", "triton_target",
-    "launcher", "backends", "allocate", "decode", "instruction_probe", "call", "flashinfer", "quantize",
-    "fused_quantize", "weights", "baseline_moe", "moe", "dense",
+    "environment", "device", "tiles", "attributes", "dispatch", "records", "op_schema", "jit",
+    "triton_target", "launcher", "backends", "allocate", "decode", "instruction_probe", "call",
+    "flashinfer", "quantize", "fused_quantize", "weights", "baseline_moe", "moe", "dense",
 )  # fmt: skip
 """The files and folders of `kernels/`, in order: each imports none that follows it.
 
