@@ -1,9 +1,8 @@
 """The activations between the two GEMMs of an expert: one table, and their formulas in fp32.
 
 A new activation is a number of `ActivationType`, a row of `_TABLE` and its formula here, a branch of the
-Triton kernel (`kernels/moe/activation.py`), its derivative
-(`kernels/moe/training/activation_gradient.py`) and a rule of its bounds (`bounds/activation.py`). The
-rest of the library reads the table.
+Triton kernel and its derivative (`kernels/moe/activation.py`), and a rule of its bounds
+(`bounds/activation.py`). The rest of the library reads the table.
 `tests/moe/test_activation_table.py` names whatever is missing.
 
 Formulas: flashinfer-python 0.7.2, `fused_moe/core.py:6470-6490`, `trace/templates/moe.py:1615-1665`

@@ -1,4 +1,8 @@
-"""The activations of the first GEMM's accumulator, as device functions."""
+"""The activations of the first GEMM's accumulator, and their derivatives, as device functions.
+
+`activated` is a step of the layer. Training needs a value with its derivatives, which `with_slope` and
+`gated_with_slopes` give in physical units (`training/activation_gradient.py`).
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 import triton
@@ -126,3 +130,99 @@ def _scaled_tanh(x, scale):
     else:
         y = tanh(x)
     return y
+
+
+@triton.jit
+def _limited(x, limit):
+    """Return x within +-limit, and the derivative there; NaN stays NaN."""
+    y = tl.where(tl.abs(x) > limit, tl.where(x < 0, -limit, limit), x)
+    return y, (tl.abs(x) <= limit).to(tl.float32)
+
+
+@triton.jit
+def _limited_above(x, limit):
+    """Return x up to the limit, and the derivative there; NaN stays NaN."""
+    return tl.where(x > limit, limit, x), (x <= limit).to(tl.float32)
+
+
+@triton.jit
+def _bounded(x, bound):
+    """Return bound * tanh(x / bound), and its derivative."""
+    if bound is not None:
+        t = tanh(x / bound)
+        y = bound * t
+    else:
+        t = tanh(x)
+        y = t
+    return y, 1.0 - t * t
+
+
+@triton.jit
+def with_slope(g, ACT: tl.constexpr):
+    """Return a function of one argument, which is an activation or the curve of a gate, and d."""
+    if ACT == GELU or ACT == GEGLU:
+        y = gelu(g)
+        part = tl.where(tl.abs(g) < 2.0**-30, 0.5, y / g)  # the normal distribution function
+        slope = part + g * (0.3989422804014327 * tl.exp(g * g * -0.5))
+    elif ACT == GEGLU_TANH:
+        part = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        steep = part * (1.0 - part)
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        slope = part + tl.where(steep > 0, g * steep * inner, 0.0)
+        y = g * part
+    elif ACT == SILU or ACT == SWIGLU_STEP:
+        part = sigmoid(g)
+        slope = part + g * part * (1.0 - part)
+        y = g * part
+    elif ACT == RELU:
+        slope = (g > 0).to(tl.float32)
+        y = tl.where(g <= 0, 0.0, g)
+    elif ACT == RELU2:
+        y = tl.where(g <= 0, 0.0, g)
+        slope = 2.0 * y
+        y = y * y
+    else:
+        tl.static_assert(ACT == IDENTITY, "the activation has no derivative here")
+        slope = tl.full(g.shape, 1.0, tl.float32)
+        y = g
+    return y, slope
+
+
+@triton.jit
+def gated_with_slopes(up, gate, alpha, beta, limit, ACT: tl.constexpr):
+    """Return a gated activation in physical units, and its derivatives by up and by gate."""
+    one = tl.full(gate.shape, 1.0, tl.float32)
+    up_inside, gate_inside = one, one
+    if ACT == SWIGLU_STEP:
+        up, up_inside = _limited(up, limit)
+        curve, slope = with_slope(gate, ACT)
+        curve, inside = _limited_above(curve, limit)
+        slope = slope * inside
+        factor = up
+    elif ACT == SWIGLU or ACT == SITU:
+        if limit is not None:
+            up, up_inside = _limited(up, limit)
+            gate, gate_inside = _limited_above(gate, limit)
+        if ACT == SWIGLU:
+            factor = up
+            if beta is not None:
+                factor = up + beta
+            steep = gate
+            argument = gate
+            if alpha is not None:
+                argument = alpha * gate
+                steep = argument
+            part = sigmoid(argument)
+            curve = gate * part
+            slope = part + steep * part * (1.0 - part)
+        else:
+            factor, factor_slope = _bounded(up, beta)
+            up_inside = up_inside * factor_slope
+            bounded, bounded_slope = _bounded(gate, alpha)
+            part = sigmoid(gate)
+            curve = bounded * part
+            slope = bounded_slope * part + bounded * part * (1.0 - part)
+    else:
+        factor = up
+        curve, slope = with_slope(gate, ACT)
+    return curve * factor, curve * up_inside, slope * gate_inside * factor

@@ -12,7 +12,6 @@ from activation_formulas import FORMULAS
 from paths import ROOT
 
 from nvfp4_moe.kernels.moe import activation as kernel_activation
-from nvfp4_moe.kernels.moe.training import activation_gradient
 from nvfp4_moe.reference import activation
 from nvfp4_moe.reference.activation import (
     ELSEWHERE,
@@ -64,7 +63,8 @@ def documented():
             lambda: branches(kernel_activation, ["activated"]), id="a branch of the kernel"
         ),
         pytest.param(
-            lambda: branches(activation_gradient, ["_of_one", "_of_two"]), id="a derivative"
+            lambda: branches(kernel_activation, ["with_slope", "gated_with_slopes"]),
+            id="a derivative",
         ),
     ],
 )

@@ -6,25 +6,11 @@ import triton
 import triton.language as tl
 
 from ....reference.activation import ActivationType
-from ...jit.approximations import gelu, sigmoid, tanh
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from ...launcher import cdiv, launch, next_power_of_2
 from ...triton_target import arch, launch_options
-from ..activation import (
-    GEGLU,
-    GEGLU_TANH,
-    GELU,
-    IDENTITY,
-    RELU,
-    RELU2,
-    SILU,
-    SITU,
-    SWIGLU,
-    SWIGLU_STEP,
-    is_gated,
-    of_expert,
-)
+from ..activation import SWIGLU_STEP, gated_with_slopes, is_gated, of_expert, with_slope
 
 
 def activation_gradient(
@@ -65,102 +51,6 @@ def activation_gradient(
         ACT=int(kind), BLOCK=block, ARCH=arch(d.device), num_warps=4, **launch_options(d.device),
     )  # fmt: skip
     return a, first, second
-
-
-@triton.jit
-def _limited(x, limit):
-    """Return x within +-limit, and the derivative there; NaN stays NaN."""
-    y = tl.where(tl.abs(x) > limit, tl.where(x < 0, -limit, limit), x)
-    return y, (tl.abs(x) <= limit).to(tl.float32)
-
-
-@triton.jit
-def _at_most(x, limit):
-    """Return x up to the limit, and the derivative there; NaN stays NaN."""
-    return tl.where(x > limit, limit, x), (x <= limit).to(tl.float32)
-
-
-@triton.jit
-def _bounded(x, bound):
-    """Return bound * tanh(x / bound), and its derivative."""
-    if bound is not None:
-        t = tanh(x / bound)
-        y = bound * t
-    else:
-        t = tanh(x)
-        y = t
-    return y, 1.0 - t * t
-
-
-@triton.jit
-def _of_one(g, ACT: tl.constexpr):
-    """Return a function of one argument, which is an activation or the curve of a gate, and d."""
-    if ACT == GELU or ACT == GEGLU:
-        y = gelu(g)
-        part = tl.where(tl.abs(g) < 2.0**-30, 0.5, y / g)  # the normal distribution function
-        slope = part + g * (0.3989422804014327 * tl.exp(g * g * -0.5))
-    elif ACT == GEGLU_TANH:
-        part = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-        steep = part * (1.0 - part)
-        inner = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-        slope = part + tl.where(steep > 0, g * steep * inner, 0.0)
-        y = g * part
-    elif ACT == SILU or ACT == SWIGLU_STEP:
-        part = sigmoid(g)
-        slope = part + g * part * (1.0 - part)
-        y = g * part
-    elif ACT == RELU:
-        slope = (g > 0).to(tl.float32)
-        y = tl.where(g <= 0, 0.0, g)
-    elif ACT == RELU2:
-        y = tl.where(g <= 0, 0.0, g)
-        slope = 2.0 * y
-        y = y * y
-    else:
-        tl.static_assert(ACT == IDENTITY, "the activation has no derivative here")
-        slope = tl.full(g.shape, 1.0, tl.float32)
-        y = g
-    return y, slope
-
-
-@triton.jit
-def _of_two(up, gate, alpha, beta, limit, ACT: tl.constexpr):
-    """Return a gated activation in physical units, and its derivatives by up and by gate."""
-    one = tl.full(gate.shape, 1.0, tl.float32)
-    up_inside, gate_inside = one, one
-    if ACT == SWIGLU_STEP:
-        up, up_inside = _limited(up, limit)
-        curve, slope = _of_one(gate, ACT)
-        curve, inside = _at_most(curve, limit)
-        slope = slope * inside
-        factor = up
-    elif ACT == SWIGLU or ACT == SITU:
-        if limit is not None:
-            up, up_inside = _limited(up, limit)
-            gate, gate_inside = _at_most(gate, limit)
-        if ACT == SWIGLU:
-            factor = up
-            if beta is not None:
-                factor = up + beta
-            steep = gate
-            argument = gate
-            if alpha is not None:
-                argument = alpha * gate
-                steep = argument
-            part = sigmoid(argument)
-            curve = gate * part
-            slope = part + steep * part * (1.0 - part)
-        else:
-            factor, factor_slope = _bounded(up, beta)
-            up_inside = up_inside * factor_slope
-            bounded, bounded_slope = _bounded(gate, alpha)
-            part = sigmoid(gate)
-            curve = bounded * part
-            slope = bounded_slope * part + bounded * part * (1.0 - part)
-    else:
-        factor = up
-        curve, slope = _of_one(gate, ACT)
-    return curve * factor, curve * up_inside, slope * gate_inside * factor
 
 
 @triton.jit
@@ -230,10 +120,10 @@ def activation_gradient_kernel(
     gate = _raw(sums_ptr, token, biases, scales + PARTS - 1, row, last, inside)
     if PARTS == 2:
         up = _raw(sums_ptr, token, biases, scales, row, column, inside)
-        y, d_up, d_gate = _of_two(up, gate, alpha, beta, limit, ACT)
+        y, d_up, d_gate = gated_with_slopes(up, gate, alpha, beta, limit, ACT)
         d_up = d_up * d
     else:
-        y, d_gate = _of_one(gate, ACT)
+        y, d_gate = with_slope(gate, ACT)
         d_up = d_gate
     d_gate = d_gate * d
     tl.store(a_ptr + n * columns + column, to_bf16(y, ARCH), inside)

@@ -146,8 +146,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The two zeros lie in the same interval.": (
         "kernels activated: comparison: g <= 0 -> g < 0",
         "kernels activated: comparison: g <= 0 -> g < 0 (2)",
-        "kernels _of_one: comparison: g <= 0 -> g < 0",
-        "kernels _of_one: comparison: g <= 0 -> g < 0 (2)",
+        "kernels with_slope: comparison: g <= 0 -> g < 0",
+        "kernels with_slope: comparison: g <= 0 -> g < 0 (2)",
     ),
     "At 0 the hyperbolic tangent is 0, whose sign is lost when 0.5 is added.": (
         "kernels _sigmoid: comparison: x < 0 -> x <= 0",
@@ -423,40 +423,40 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "An ulp of a factor of a derivative, which is rounded to bf16 and has no bits of the contract.": (
         "kernels _bounded: constant: 1.0 - t * t -> 1.0000001192092896 - t * t",
-        "kernels _of_one: constant: tl.where(tl.abs(g) < 2.0 ** (-30), 0.5, y / g) -> "
+        "kernels with_slope: constant: tl.where(tl.abs(g) < 2.0 ** (-30), 0.5, y / g) -> "
         "tl.where(tl.abs(g) < 2.0 ** (-30), 0.5000000596046448, y / g)",
-        "kernels _of_one: constant: 0.3989422804014327 * tl.exp(g * g * -0.5) -> "
+        "kernels with_slope: constant: 0.3989422804014327 * tl.exp(g * g * -0.5) -> "
         "0.39894232153892517 * tl.exp(g * g * -0.5)",
-        "kernels _of_one: constant: -0.5 -> -0.5000000596046448",
-        "kernels _of_one: constant: 1.5957691216057308 * (g + 0.044715 * g * g * g) -> "
+        "kernels with_slope: constant: -0.5 -> -0.5000000596046448",
+        "kernels with_slope: constant: 1.5957691216057308 * (g + 0.044715 * g * g * g) -> "
         "1.5957692861557007 * (g + 0.044715 * g * g * g)",
-        "kernels _of_one: constant: 0.044715 * g -> 0.04471500217914581 * g",
-        "kernels _of_one: constant: 1.5957691216057308 * (1.0 + 0.134145 * g * g) -> "
+        "kernels with_slope: constant: 0.044715 * g -> 0.04471500217914581 * g",
+        "kernels with_slope: constant: 1.5957691216057308 * (1.0 + 0.134145 * g * g) -> "
         "1.5957692861557007 * (1.0 + 0.134145 * g * g)",
-        "kernels _of_one: constant: 1.0 + 0.134145 * g * g -> 1.0000001192092896 + 0.134145 * g * g",
-        "kernels _of_one: constant: 0.134145 * g -> 0.13414502143859863 * g",
-        "kernels _of_one: constant: 2.0 * y -> 2.000000238418579 * y",
-        "kernels _of_one: constant: tl.full(g.shape, 1.0, tl.float32) -> tl.full(g.shape, "
+        "kernels with_slope: constant: 1.0 + 0.134145 * g * g -> 1.0000001192092896 + 0.134145 * g * g",
+        "kernels with_slope: constant: 0.134145 * g -> 0.13414502143859863 * g",
+        "kernels with_slope: constant: 2.0 * y -> 2.000000238418579 * y",
+        "kernels with_slope: constant: tl.full(g.shape, 1.0, tl.float32) -> tl.full(g.shape, "
         "1.0000001192092896, tl.float32)",
-        "kernels _of_two: constant: tl.full(gate.shape, 1.0, tl.float32) -> tl.full(gate.shape, "
-        "1.0000001192092896, tl.float32)",
+        "kernels gated_with_slopes: constant: tl.full(gate.shape, 1.0, tl.float32) -> "
+        "tl.full(gate.shape, 1.0000001192092896, tl.float32)",
         "kernels activation_gradient_kernel: constant: tl.full((), 7.0, tl.float32) -> tl.full((), "
         "7.000000476837158, tl.float32)",
     ),
     "From 2^-31 to 2^-30 the quotient is 1/2 too, but for a few ulp.": (
-        "kernels _of_one: comparison: tl.abs(g) < 2.0 ** (-30) -> tl.abs(g) <= 2.0 ** (-30)",
-        "kernels _of_one: constant: 2.0 ** (-30) -> 2.000000238418579 ** (-30)",
-        "kernels _of_one: constant: -30 -> -31",
+        "kernels with_slope: comparison: tl.abs(g) < 2.0 ** (-30) -> tl.abs(g) <= 2.0 ** (-30)",
+        "kernels with_slope: constant: 2.0 ** (-30) -> 2.000000238418579 ** (-30)",
+        "kernels with_slope: constant: -30 -> -31",
     ),
     "At the limit both sides are the limit.": (
         "kernels _limited: comparison: tl.abs(x) > limit -> tl.abs(x) >= limit",
-        "kernels _at_most: comparison: x > limit -> x >= limit",
+        "kernels _limited_above: comparison: x > limit -> x >= limit",
     ),
     "Zero is within every limit.": ("kernels _limited: comparison: x < 0 -> x <= 0",),
     "Triton multiplies fp32 by a truth value as by 0.0 or 1.0.": (
         "kernels _limited: rounding: (tl.abs(x) <= limit).to(tl.float32) -> tl.abs(x) <= limit",
-        "kernels _at_most: rounding: (x <= limit).to(tl.float32) -> x <= limit",
-        "kernels _of_one: rounding: (g > 0).to(tl.float32) -> g > 0",
+        "kernels _limited_above: rounding: (x <= limit).to(tl.float32) -> x <= limit",
+        "kernels with_slope: rounding: (g > 0).to(tl.float32) -> g > 0",
     ),
 }
 """Keys of `rules.Generated`, by reason."""

@@ -258,7 +258,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_PRODUCTS, "far below", *_TILES, *_named("decoded", "native", "K of"), "cancelling sums",
         "grid", *_named("far, dense", "far, experts"),
     ),
-    "kernels/moe/activation.py": _EXPERTS,
+    "kernels/moe/activation.py": (*_EXPERTS, *_named("gradient", "far, gradient")),
     "kernels/moe/grouped_gemm.py": _EXPERTS,
     "kernels/moe/masked/rows.py": _named("masked rows", "copied rows", "far, copied"),
     "kernels/moe/row_samples/kernel.py": _named("rows taken"),
