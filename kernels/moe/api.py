@@ -115,11 +115,25 @@ def trtllm_fp4_block_scale_moe(
         routing_method_type, top_k, n_group, topk_group, routed_scaling_factor, norm_topk_prob
     )
     experts = _experts(
-        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
-        output1_scale_gate_scalar, output2_scale_scalar, gemm1_bias, gemm2_bias, gemm1_alpha,
-        gemm1_beta, gemm1_clamp_limit, activation_type, intermediate_size, valid_hidden_size,
-        valid_intermediate_size, local_num_experts, num_fused_shared_experts or 0,
-    )  # fmt: skip
+        gemm1_weights=gemm1_weights,
+        gemm1_weights_scale=gemm1_weights_scale,
+        gemm2_weights=gemm2_weights,
+        gemm2_weights_scale=gemm2_weights_scale,
+        output1_scale_scalar=output1_scale_scalar,
+        output1_scale_gate_scalar=output1_scale_gate_scalar,
+        output2_scale_scalar=output2_scale_scalar,
+        gemm1_bias=gemm1_bias,
+        gemm2_bias=gemm2_bias,
+        gemm1_alpha=gemm1_alpha,
+        gemm1_beta=gemm1_beta,
+        gemm1_clamp_limit=gemm1_clamp_limit,
+        activation_type=activation_type,
+        intermediate_size=intermediate_size,
+        valid_hidden_size=valid_hidden_size,
+        valid_intermediate_size=valid_intermediate_size,
+        local_num_experts=local_num_experts,
+        shared_experts=num_fused_shared_experts or 0,
+    )
     call = make_moe_call(
         Activations(hidden_states, hidden_states_scale, per_token_scale),
         experts,
@@ -199,11 +213,25 @@ def trtllm_fp4_block_scale_routed_moe(
     """
     check_linear(hidden_states_scale_layout)
     experts = _experts(
-        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
-        output1_scale_gate_scalar, output2_scale_scalar, gemm1_bias, gemm2_bias, gemm1_alpha,
-        gemm1_beta, gemm1_clamp_limit, activation_type, intermediate_size, valid_hidden_size,
-        valid_intermediate_size, local_num_experts, num_fused_shared_experts or 0,
-    )  # fmt: skip
+        gemm1_weights=gemm1_weights,
+        gemm1_weights_scale=gemm1_weights_scale,
+        gemm2_weights=gemm2_weights,
+        gemm2_weights_scale=gemm2_weights_scale,
+        output1_scale_scalar=output1_scale_scalar,
+        output1_scale_gate_scalar=output1_scale_gate_scalar,
+        output2_scale_scalar=output2_scale_scalar,
+        gemm1_bias=gemm1_bias,
+        gemm2_bias=gemm2_bias,
+        gemm1_alpha=gemm1_alpha,
+        gemm1_beta=gemm1_beta,
+        gemm1_clamp_limit=gemm1_clamp_limit,
+        activation_type=activation_type,
+        intermediate_size=intermediate_size,
+        valid_hidden_size=valid_hidden_size,
+        valid_intermediate_size=valid_intermediate_size,
+        local_num_experts=local_num_experts,
+        shared_experts=num_fused_shared_experts or 0,
+    )
     call = make_moe_call(
         Activations(hidden_states, hidden_states_scale, per_token_scale),
         experts,
@@ -407,6 +435,7 @@ def _routing(routing: Any, num_local: int, num_experts: int | None) -> tuple[dic
 
 
 def _experts(
+    *,
     gemm1_weights: torch.Tensor,
     gemm1_weights_scale: torch.Tensor,
     gemm2_weights: torch.Tensor,
@@ -438,9 +467,21 @@ def _experts(
         if given != expected:
             raise ValueError(f"{name} is {given}; it must be {expected}, which gemm2_weights hold")
     return Experts(
-        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output1_scale_scalar,
-        output1_scale_gate_scalar, output2_scale_scalar,
-        hidden if valid_hidden_size is None else valid_hidden_size,
-        intermediate_size if valid_intermediate_size is None else valid_intermediate_size,
-        activation, gemm1_bias, gemm2_bias, gemm1_alpha, gemm1_beta, gemm1_clamp_limit,
-    )  # fmt: skip
+        gemm1_weights=gemm1_weights,
+        gemm1_weights_scale=gemm1_weights_scale,
+        gemm2_weights=gemm2_weights,
+        gemm2_weights_scale=gemm2_weights_scale,
+        output1_scale_scalar=output1_scale_scalar,
+        output1_scale_gate_scalar=output1_scale_gate_scalar,
+        output2_scale_scalar=output2_scale_scalar,
+        hidden_size=hidden if valid_hidden_size is None else valid_hidden_size,
+        intermediate_size=(
+            intermediate_size if valid_intermediate_size is None else valid_intermediate_size
+        ),
+        activation=activation,
+        gemm1_bias=gemm1_bias,
+        gemm2_bias=gemm2_bias,
+        gemm1_alpha=gemm1_alpha,
+        gemm1_beta=gemm1_beta,
+        gemm1_clamp_limit=gemm1_clamp_limit,
+    )
