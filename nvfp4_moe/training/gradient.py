@@ -42,8 +42,8 @@ from ..kernels.moe.api import fused_moe
 from ..reference.recipe import Recipe
 from ..reference.weights.experts import Experts
 from ..reference.weights.versions import versions
+from .activation import Incoming, Sums, activation_and_gradient
 from .grouped import operand_dtype, outer, sort_slots, times
-from .middle import Incoming, Sums, middle
 from .operands import (
     Matrices,
     Rows,
@@ -163,7 +163,7 @@ def _gradients(
         factor = weights if second.scale is None else weights * second.scale[s.expert]
         d = times(g, second.values, s.ends)
         incoming = Incoming(d, factor, first.scale, x.scale)
-    a, d_raw = middle(sums, experts, incoming)
+    a, d_raw = activation_and_gradient(sums, experts, incoming)
     del sums, incoming
     mid = Rows(a.to(dtype)) if recipe is None else values_of(quantized(a, recipe), dtype)
 

@@ -12,7 +12,7 @@ from mutants.generated import training_calls
 
 from nvfp4_moe import prepare_experts
 from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.training import grouped, middle, operands
+from nvfp4_moe.training import activation, grouped, operands
 from nvfp4_moe.training.gradient import Backward
 
 DEVICES = [
@@ -29,7 +29,7 @@ def kernels(monkeypatch):
     """Let the interpreter's kernels run on the CPU, as on an H200."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(grouped, "of_device", lambda device: (9, 0))
-        for module in (grouped, operands, middle):
+        for module in (grouped, operands, activation):
             monkeypatch.setattr(module, "runs_triton", lambda t: True)
 
 
@@ -90,7 +90,7 @@ def test_every_activation_and_its_derivative(kernels, device, kind, scaled):
     parts = m // i
     factors = [torch.rand(*s, generator=g, dtype=torch.float32) + 0.5 for s in ((n, 1), (n, 1))]
     scales = [torch.rand(experts, parts, generator=g, dtype=torch.float32) + 0.5 for _ in range(2)]
-    x = middle.Sums(
+    x = activation.Sums(
         (3 * normal(n, m)).bfloat16().to(device),
         factors[0].to(device) if scaled else None,
         normal(m, experts).to(device).mT if scaled else None,
@@ -101,8 +101,8 @@ def test_every_activation_and_its_derivative(kernels, device, kind, scaled):
     more = [t.to(device) if scaled else None for t in (scales[1], factors[0])]
     results = []
     for each in (d, d.float()):
-        incoming = middle.Incoming(each, factors[1].to(device), *more)
-        a, d_raw = middle.middle(x, prepared, incoming)
+        incoming = activation.Incoming(each, factors[1].to(device), *more)
+        a, d_raw = activation.activation_and_gradient(x, prepared, incoming)
         results.append({"a": a} | d_raw._asdict())
     got, want = results
     for name, a in got.items():

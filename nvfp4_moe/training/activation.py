@@ -37,7 +37,7 @@ class RawGradient(NamedTuple):
     for_w13: torch.Tensor  # times row_scale
 
 
-def middle(
+def activation_and_gradient(
     x: Sums, experts: Experts, incoming: Incoming | None
 ) -> tuple[torch.Tensor, RawGradient | None]:
     """Return the activation of raw, [N, I] bf16, and with `incoming` the gradient of raw.
