@@ -72,7 +72,8 @@ class Loading:
     def empty(self) -> None:
         """Take the parameters from the modules that are packed; transformers then reads none of them."""
         model = self._model
-        unread = set(model._keys_to_ignore_on_load_unexpected or ())
+        ignored = model._keys_to_ignore_on_load_unexpected
+        unread = set(ignored or ())
         for name, (_, plan) in self._plans.items():
             module = model.get_submodule(name)
             for parameter in list(module._parameters):
@@ -84,7 +85,8 @@ class Loading:
             replaced._is_hf_initialized = True
             model.set_submodule(name, replaced)
             unread |= {_tensors_of(part) for part in (name, linear.module)}
-        model._keys_to_ignore_on_load_unexpected = unread
+        kind = set if isinstance(ignored, set) else list  # as transformers has it: 5.17, and 5.7
+        model._keys_to_ignore_on_load_unexpected = kind(unread)
         if model.config._experts_implementation not in IMPLEMENTATIONS:
             model.set_experts_implementation(DEFAULT)
 
