@@ -9,6 +9,7 @@ import torch
 
 import nvfp4_moe
 from nvfp4_moe import Experts, NVFP44Over6Config, Routing, RoutingMethodType, SfLayout
+from nvfp4_moe.kernels.dense.api import mm_bf16_fp4
 from nvfp4_moe.kernels.records import recorder
 
 ROUTING = Routing(RoutingMethodType.Renormalize, 2)
@@ -125,6 +126,12 @@ def dense(device: str, with_out: bool = False) -> Call:
     return lambda: nvfp4_moe.mm_fp4(a, b.T, a_scales, b_scales.T, alpha, out=out)
 
 
+def dense_bf16(device: str) -> Call:
+    x, alpha = inputs(3, device)[0], torch.rand(1, device=device)
+    b, b_scales, _ = quantized(128, device, SfLayout.layout_128x4)
+    return lambda: mm_bf16_fp4(x, b.T, b_scales.T, alpha)
+
+
 CALLS: dict[str, Callable[[str], Call]] = {
     "layer": layer,
     "auto": lambda device: layer(device, backend="auto"),
@@ -145,6 +152,7 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "rmsnorm": rmsnorm,
     "dense": dense,
     "dense, out": lambda device: dense(device, True),
+    "dense, bf16": dense_bf16,
 }
 """By name, a function that returns a call of new tensors on a device, always of the same form."""
 
