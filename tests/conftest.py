@@ -11,7 +11,7 @@ import random
 import hypothesis
 import pytest
 import session
-import torch
+from unwritten import unwritten_memory_of_nan
 
 from nvfp4_moe.kernels.records import repeats
 
@@ -120,11 +120,8 @@ def no_call_is_repeated_from_a_record(monkeypatch, pytestconfig):
 @pytest.fixture
 def unwritten_memory_is_nan():
     """New memory holds NaN, and the largest number of an integer type, until somebody writes it."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn")
-    assert torch.empty(1, dtype=torch.float32, device="cpu").isnan()
-    yield
-    torch.set_deterministic_debug_mode(before)
+    with unwritten_memory_of_nan():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from offline import assembler_log, compile_kernel, resources, tensor_descriptor
+from sanitizer import dispatch
 
 from nvfp4_moe.kernels.dense.hopper import CONFIGS
 from nvfp4_moe.kernels.moe.hopper.config import WIDEST_SHARED, RingConfig, refusal
@@ -63,6 +64,7 @@ def test_compiled(config, shared, tmp_path):
     assert used, log
     assert int(used[1]) <= config.registers
     assert resources(kernel, tmp_path) == (0, 0)
+    assert dispatch.of(kernel)  # the accesses that racecheck reports, each beside its barriers
     for width in config.widths:
         assert f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16" in kernel.asm["ptx"]
     assert "st.global.v4.b32" in kernel.asm["ptx"]  # results leave by 16 bytes

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from offline import assembler_log, compile_kernel, resources, tensor_descriptor
+from sanitizer import dispatch
 
 from nvfp4_moe.kernels.moe.activation import NONE
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal, ring_config
@@ -82,6 +83,7 @@ def test_compiled(config, activation, odd, tmp_path):
     assert used, log
     assert int(used[1]) <= config.registers
     assert resources(kernel, tmp_path) == (0, 0)
+    assert dispatch.of(kernel)  # the accesses that racecheck reports, each beside its barriers
     # Each turn of a loop over K releases the stage before it, which the loop has to carry.
     released = re.findall(r"memdesc_index %empty\[(%(?!c\d)[\w#]+)\]", kernel.asm["ttgir"])
     assert len(released) == 2 * len(config.widths)

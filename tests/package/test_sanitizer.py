@@ -13,7 +13,7 @@ import torch
 import triton
 from paths import ROOT
 from sanitizer import __main__ as command
-from sanitizer import outcome, planted, worker
+from sanitizer import outcome, partly_written, planted, worker
 from sanitizer.cases import DENSE, GROUPS
 
 from nvfp4_moe.kernels import launcher
@@ -152,6 +152,42 @@ def test_cases_launch_the_kernels_of_their_group(name, monkeypatch):
     for case in cases.values():
         case()
     assert set(GROUPS[name].kernels) <= launched
+
+
+@pytest.mark.skipif(refusal(90) is not None, reason=str(refusal(90)))
+def test_where_rows_are_unwritten_the_case_looks_for_nan(monkeypatch):
+    """Only such a case has slots of no local expert, between whose GEMMs a quantizer reads all rows."""
+    pretend_gpu.present(monkeypatch)
+    monkeypatch.setattr(launcher, "_LAUNCHES", {})
+    partly = {}
+    for name, case in GROUPS["ring 8"].cases("cpu").items():
+        inner = case.case if isinstance(case, partly_written.PartlyWritten) else case
+        call = inner.args[0]
+        partly[name] = call.experts.num_local < call.num_experts
+        assert partly[name] == isinstance(case, partly_written.PartlyWritten)
+    assert set(partly.values()) == {False, True}
+
+
+def test_a_partly_written_case_runs_in_memory_of_nan():
+    case = partly_written.PartlyWritten(
+        lambda: (torch.empty(3, dtype=torch.float32, device="cpu"),)
+    )
+    results = case()
+    assert results[0].isnan().all()
+    with pytest.raises(ValueError, match="here: result 0 has a NaN"):
+        partly_written.check_results("here", results)
+    numbers = (torch.zeros(2, dtype=torch.int32), torch.ones(1, dtype=torch.bfloat16))
+    partly_written.check_results("here", numbers)
+
+
+def test_the_worker_looks_for_nan(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(triton.JITFunction, "run", triton.JITFunction.run)  # put back afterwards
+    nan = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
+    case = partly_written.PartlyWritten(lambda: (nan,))
+    with pytest.raises(ValueError, match="filled: result 0 has a NaN"):
+        worker.run(lambda device: {"plain": lambda: (nan,), "filled": case}, dispatched=False)
+    assert capsys.readouterr().out == "sanitizer: cases 2\nsanitizer: done plain\n"
 
 
 def test_a_fault_is_planted_for_each_tool():
@@ -304,7 +340,8 @@ FAKE_WORKER = """\
 echo "sanitizer: cases 1"
 case "$3" in canary) exec sleep 60;; esac
 echo "sanitizer: done it"
-echo "sanitizer: launched moe.routing.route_kernel moe.finalize.finalize_kernel"
+echo "sanitizer: launched moe.routing.route_kernel moe.finalize.finalize_kernel \\
+instruction_probe._rcp_delta_kernel instruction_probe.instruction_kernel"
 """
 
 
@@ -362,3 +399,38 @@ def test_a_planted_fault_that_is_not_found_fails(fake_machine, capsys, monkeypat
     quiet.write_text(FAKE_TOOL.replace("*--planted*|", ""), "utf-8")
     assert command.main([*fake_machine, "--tool", "synccheck", "--only", "routing"]) == 1
     assert "synccheck, planted fault: it was not reported" in capsys.readouterr().out
+
+
+OF_DISPATCH = """\
+echo "========= Error: Race reported between Read access at a_kernel+0x110 in a.py:1"
+echo "=========     and Write access at a_kernel+0x410 in a.py:1 [66 hazards]"
+"""
+
+
+def test_known_reports_need_the_reproducer(fake_machine, capsys, monkeypatch):
+    """Where the kernel that only specializes its warps has no report, a group's is an error."""
+    monkeypatch.setattr(command, "arch", lambda device: 90)
+    worked = FAKE_WORKER + 'echo "sanitizer: dispatch a_kernel 0x110 0x410 0x550"\n'
+    Path(sys.executable).write_text(worked, "utf-8")
+    words = [*fake_machine, "--tool", "racecheck", "--only", "routing"]
+    for pattern, status, known in (("*--dispatch*", 0, 1), ("*--dispatch?routing*", 1, 0)):
+        n = f'{pattern}) n=1; {OF_DISPATCH};; *--planted*) n=3; echo "========= Wrong access";;'
+        tool = FAKE_TOOL.replace("*--planted*|*routing*racecheck) n=3; echo", f"{n} none) echo")
+        Path(command.program()).write_text(tool, "utf-8")
+        assert command.main(words) == status
+        cells = json.loads(Path(fake_machine[3]).read_text("utf-8"))
+        assert [c["known"] for c in cells] == [0, known, known]
+        assert [c["verdict"] for c in cells] == ["clean", "clean", "clean" if known else "errors"]
+        assert (command.KNOWN in capsys.readouterr().out) == bool(known)
+
+
+def test_a_group_is_left_out_under_a_tool_that_finds_nothing_new(fake_machine, capsys):
+    words = [*fake_machine, "--only", "probes", "--only", "routing"]
+    assert command.main([*words, "--tool", "memcheck", "--tool", "synccheck"]) == 0
+    cells = json.loads(Path(fake_machine[3]).read_text("utf-8"))
+    pairs = {(c["tool"], c["group"]) for c in cells}
+    assert ("memcheck", "probes") in pairs and ("synccheck", "routing") in pairs
+    assert ("synccheck", "probes") not in pairs
+    with pytest.raises(SystemExit):
+        command.main([*fake_machine, "--only", "probes", "--tool", "synccheck"])
+    assert "--only: synccheck runs none of these groups" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Run every kernel of the library under the tools of compute-sanitizer: `make sanitizer`.
 
 Each cell of the table, a tool and a group of kernels, is a process of its own, so that a fault in one
-group hides none in another. The groups first run without a tool, which fills Triton's cache. Each tool
-must find a fault that is planted for it.
+group hides none in another. Each group first runs without a tool, which fills Triton's cache. Each tool
+must find a fault that is planted for it. Racecheck's reports of Triton's dispatch of
+`gl.warp_specialize` (`dispatch.py`) are counted apart, if a kernel without anything else has them too.
 
 The exit status is 0 if every cell is clean, 1 if a tool reported something or a group failed, 2 for a
 wrong argument, and 3 if cells were not run.
@@ -18,22 +19,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from nvfp4_moe.exits import Exit
+from nvfp4_moe.kernels.moe.hopper.config import refusal
 from nvfp4_moe.kernels.triton_target import arch
 
 from .cases import GROUPS
-from .outcome import Outcome, judge
-from .planted import PLANTED
+from .outcome import PRINTED, Outcome, judge
+from .planted import TOOLS
 
-TOOLS = tuple(PLANTED)
 ENVIRONMENT = {
+    # Processes run side by side, each on one core.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
     # Each tensor is an allocation of the driver's, so that memcheck sees its end.
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     # Every call launches by Triton's own code or by `launcher.py`.
@@ -45,7 +48,8 @@ OPTIONS = (
         "120",
         TOOLS,
     ),  # seconds until the first call of CUDA: torch is imported first
-    ("--print-limit", "20", TOOLS),
+    ("--print-limit", "20", ("memcheck", "initcheck", "synccheck")),
+    ("--print-limit", str(PRINTED), ("racecheck",)),
     ("--report-api-errors", "no", TOOLS),  # PyTorch asks for functions that a driver may lack
     (
         "--padding",
@@ -58,6 +62,8 @@ OPTIONS = (
 """(option of compute-sanitizer, value, tools that get it); one that its `--help` lacks is left out."""
 NO_LIMIT = float("inf")
 PLANTED_ROW = "planted fault"
+DISPATCH_ROW = "only warp_specialize"
+KNOWN = "known: reads and writes of Triton's dispatch of warp_specialize, which barriers order"
 
 
 def command(program: str, tool: str, known: str) -> list[str]:
@@ -81,8 +87,17 @@ class Runner:
         self._program, self._known = program, known
         self._logs, self._limit = logs, limit
         self._end = time.monotonic() + total
+        self._accepted = False
 
-    def run(self, tool: str, group: str, kernels: Collection[str], words: Sequence[str]) -> Outcome:
+    def run(
+        self,
+        tool: str,
+        group: str,
+        kernels: Collection[str],
+        words: Sequence[str],
+        *,
+        accepted: bool = False,
+    ) -> Outcome:
         """Run a worker with these words under a tool, or under none if it is "plain"."""
         begin = time.monotonic()
         limit = min(self._limit, self._end - begin)
@@ -106,7 +121,8 @@ class Runner:
                 process.wait()
                 status = None
         text = log.read_text(encoding="utf-8", errors="replace")
-        found = judge(tool, group, text, status, time.monotonic() - begin, kernels, limit)
+        seconds = time.monotonic() - begin
+        found = judge(tool, group, text, status, seconds, kernels, limit, accepted=accepted)
         if status is None and limit < self._limit and found.verdict == "failed":
             return replace(found, verdict="not run")  # the whole run's time was over
         return found
@@ -120,9 +136,21 @@ class Runner:
             found = replace(found, verdict="failed", first="it was not reported")
         return progress(found)
 
+    def dispatch(self) -> Outcome:
+        """Run the kernel that only specializes its warps under racecheck.
+
+        Its reports, if all of them are of Triton's dispatch, are accepted of the groups too.
+        """
+        words = ("--dispatch",)
+        found = self.run("racecheck", DISPATCH_ROW, (), words, accepted=True)
+        self._accepted = found.known > 0
+        return progress(found)
+
     def group(self, tool: str, name: str) -> Outcome:
         """Run the cases of a group under a tool."""
-        return progress(self.run(tool, name, GROUPS[name].kernels, (name,)))
+        words = ("--dispatch", name) if tool == "racecheck" else (name,)
+        kernels = GROUPS[name].kernels
+        return progress(self.run(tool, name, kernels, words, accepted=self._accepted))
 
 
 def progress(outcome: Outcome) -> Outcome:
@@ -139,6 +167,8 @@ def table(tools: Sequence[str], rows: Sequence[str], outcomes: Sequence[Outcome]
     for row in rows:
         shown = (cells[tool, row].shown if (tool, row) in cells else "-" for tool in tools)
         lines.append(f"{row:<24}" + "".join(f"{text:>14}" for text in shown))
+    if any(o.known for o in outcomes):
+        lines.append(KNOWN)
     return "\n".join([*lines, *(f"{o.tool}, {o.group}: {o.first}" for o in outcomes if o.first)])
 
 
@@ -187,7 +217,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     only = options.only or [""]
     if unknown := [t for t in only if not any(name.startswith(t) for name in GROUPS)]:
         parser.error(f"--only: no group begins with {unknown[0]!r}; they are: {', '.join(GROUPS)}")
-    options.groups = [name for name in GROUPS if name.startswith(tuple(only))]
+    options.groups = [
+        name
+        for name, group in GROUPS.items()
+        if name.startswith(tuple(only)) and set(group.tools) & set(options.tools)
+    ]
+    if not options.groups:
+        parser.error(f"--only: {', '.join(options.tools)} runs none of these groups")
     return options
 
 
@@ -221,22 +257,36 @@ def main(words: Sequence[str]) -> int:
     groups = [name for name in options.groups if name not in refused]
     options.logs.mkdir(parents=True, exist_ok=True)
     runner = Runner(path, known, options.logs, options.seconds, options.total)
+    found, wanted = [], len(options.tools)
     with ThreadPoolExecutor(int(max(1, options.jobs))) as pool:
-        found = list(pool.map(runner.planted, options.tools))
+        planted = [pool.submit(runner.planted, tool) for tool in options.tools]
+        if "racecheck" in options.tools and refusal(arch(device)) is None:
+            planted.append(pool.submit(runner.dispatch))
+            wanted += 1
+        found += [one.result() for one in planted]
         if all(o.verdict != "clean" for o in found):
             groups = []  # no tool works on this machine
-        plain = list(pool.map(partial(runner.group, "plain"), groups))
-        ready = sorted((o for o in plain if o.verdict == "clean"), key=lambda o: -o.seconds)
-        cells = [(tool, o.group) for o in ready for tool in options.tools]
-        found += pool.map(lambda cell: runner.group(*cell), cells)
-    found += [o for o in plain if o.verdict != "clean"]
-    columns = options.tools if len(ready) == len(plain) else ["plain", *options.tools]
-    print("\n" + table(columns, [PLANTED_ROW, *groups], found))
+        plain = [pool.submit(runner.group, "plain", name) for name in groups]
+        cells: list[Future[Outcome]] = []
+        failed = []
+        for one in as_completed(plain):
+            outcome = one.result()
+            if outcome.verdict != "clean":
+                failed.append(outcome)
+                continue
+            tools = [t for t in options.tools if t in GROUPS[outcome.group].tools]
+            cells += [pool.submit(runner.group, tool, outcome.group) for tool in tools]
+        found += [one.result() for one in cells]
+    found += failed
+    columns = ["plain", *options.tools] if failed else options.tools
+    first = [PLANTED_ROW, *([DISPATCH_ROW] if wanted > len(options.tools) else [])]
+    print("\n" + table(columns, [*first, *groups], found))
     for name, why in refused.items():
         print(f"not here, {name}: {why}")
     if options.json:
         options.json.write_text(json.dumps([asdict(o) for o in found], indent=1), "utf-8")
-    status = status_of(found, len(options.tools) * (1 + len(groups)))
+    wanted += sum(len(set(options.tools) & set(GROUPS[name].tools)) for name in groups)
+    status = status_of(found, wanted)
     launches = sum(o.cases[0] for o in found if o.verdict == "clean")
     print(f"{len(found)} processes, {launches} cases without a report; exit status {int(status)}")
     return status

@@ -57,6 +57,9 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from nvfp4_moe.reference.weights.experts import Experts
 from nvfp4_moe.reference.weights.prepare import assemble_experts, prepare_experts
 
+from .partly_written import PartlyWritten
+from .planted import TOOLS
+
 Run = Callable[[], Any]
 PLAIN = (Recipe(), Recipe("exact"), Recipe("exact", None, "cute-dsl"))
 FOUR_OVER_SIX = (
@@ -75,11 +78,13 @@ class Group:
         kernels: those that the cases launch, by `module.name` below `nvfp4_moe.kernels`.
         cases: makes the cases by name, on a device.
         sm_90: the kernels run on that architecture alone.
+        tools: those that could find in it what they cannot find in another group.
     """
 
     kernels: tuple[str, ...]
     cases: Callable[[str], dict[str, Run]]
     sm_90: bool = False
+    tools: tuple[str, ...] = TOOLS
 
     def refusal(self, arch: int) -> str | None:
         """Return why the group does not run on a GPU of this ARCH, or None."""
@@ -306,9 +311,14 @@ def layer(
 
 
 def grouped(config: RingConfig | GemmConfig) -> Callable[[str], dict[str, Run]]:
-    """A layer in one configuration: K has more steps than stages, and the last tiles are narrow."""
+    """A layer in one configuration: K has more steps than stages, and the last tiles are narrow.
+
+    A quantizer between the GEMMs also reads the rows of slots of no local expert, which nobody writes.
+    Two cases have such slots, and run in memory of NaN.
+    """
     tokens = config.bn * 3 + 3  # 1.2 tiles an expert
-    long, odd = Shape(tokens, 2000, 272, 5, 2), Shape(tokens, 464, 464, 5, 2, 1, 3)
+    long, odd = Shape(tokens, 2000, 272, 5, 2), Shape(tokens, 464, 464, 5, 2)
+    some = replace(odd, offset=1, local=3)
 
     def cases(device: str) -> dict[str, Run]:
         return {
@@ -316,6 +326,10 @@ def grouped(config: RingConfig | GemmConfig) -> Callable[[str], dict[str, Run]]:
             "W4A4, biased": layer(odd, SWIGLU, "per-token", device, config, biased=True),
             "W4A16": layer(long, RELU2, "bf16", device, config),
             "static": layer(odd, SWIGLU, "static", device, config),
+            **{
+                f"{mode}, 3 of 5 experts": PartlyWritten(layer(some, SWIGLU, mode, device, config))
+                for mode in ("per-token", "static")
+            },
         }
 
     return cases
@@ -481,6 +495,16 @@ def probes(device: str) -> dict[str, Run]:
     }
 
 
+def tools_of(
+    config: RingConfig | GemmConfig, configs: Sequence[RingConfig | GemmConfig]
+) -> tuple[str, ...]:
+    """Return the tools of a layer in one of these configurations: initcheck in the first and the last.
+
+    They have the narrowest and the widest tiles. The others read the same rows and columns.
+    """
+    return TOOLS if config in (configs[0], configs[-1]) else _SYNC
+
+
 _QUANTIZER = ("quantize.kernel.quantize_kernel",)
 _PERMUTE = ("moe.permute.permute_kernel",)
 _FINALIZE = ("moe.finalize.finalize_kernel",)
@@ -490,12 +514,16 @@ _DENSE_RING = ("moe.hopper.dense_gemm.dense_gemm_kernel", *_DECODE)
 _CLEAR = "moe.hopper.dense_gemm.clear_kernel"
 _DOT = ("moe.grouped_gemm.expert_gemm_kernel", *_PERMUTE, *_FINALIZE, *_QUANTIZER)
 _MASKED = ("moe.masked.rows.masked_rows_kernel", "moe.masked.rows.copy_rows_kernel")
+_ADDRESSES = ("memcheck",)
+"""The kernels have the barriers and the reads of another group, and other addresses or formulas."""
+_SYNC = tuple(tool for tool in TOOLS if tool != "initcheck")
 _SORTS = "count_kernel", "offset_kernel", "place_kernel"
 
 GROUPS: dict[str, Group] = {
     **{
         f"quantizer {layout.name.removeprefix('layout_')}": Group(
-            _QUANTIZER, quantizer(layout, PLAIN)
+            _QUANTIZER, quantizer(layout, PLAIN),
+            tools=TOOLS if layout == SfLayout.layout_128x4 else _ADDRESSES,
         )
         for layout in SfLayout
     },
@@ -509,16 +537,19 @@ GROUPS: dict[str, Group] = {
     "permute": Group((*_PERMUTE, *(f"moe.permute.{name}" for name in _SORTS)), permutations),
     "prologue": Group(("moe.hopper.prologue.prologue_kernel",), prologues, sm_90=True),
     "decode": Group((*_DECODE, "moe.hopper.rows.rows_kernel"), decoders),
-    **{f"ring {c.bn}": Group(_RING, grouped(c), sm_90=True) for c in CONFIGS},
-    "ring activations": Group(_RING, activations(CONFIGS[1]), sm_90=True),
+    **{
+        f"ring {c.bn}": Group(_RING, grouped(c), sm_90=True, tools=tools_of(c, CONFIGS))
+        for c in CONFIGS
+    },
+    "ring activations": Group(_RING, activations(CONFIGS[1]), sm_90=True, tools=_ADDRESSES),
     "ring masked": Group((*_RING[:1], *_MASKED), masked(CONFIGS[1]), sm_90=True),
     **{
         f"tl.dot {c.bm} x {c.bn} x {c.bk}": Group(
-            (*_DOT, *_DECODE), grouped(c)
+            (*_DOT, *_DECODE), grouped(c), tools=tools_of(c, moe_triton_cases.CONFIGS)
         )
         for c in moe_triton_cases.CONFIGS
     },
-    "tl.dot activations": Group(_DOT, activations(moe_triton_cases.SMALL)),
+    "tl.dot activations": Group(_DOT, activations(moe_triton_cases.SMALL), tools=_ADDRESSES),
     "tl.dot masked": Group(
         (*_DOT[:1], *_MASKED, *_QUANTIZER), masked(moe_triton_cases.SMALL)
     ),
@@ -546,7 +577,8 @@ GROUPS: dict[str, Group] = {
     "dense ring many rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[3:], 64), sm_90=True),
     "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
     "probes": Group(
-        ("instruction_probe._rcp_delta_kernel", "instruction_probe.instruction_kernel"), probes
+        ("instruction_probe._rcp_delta_kernel", "instruction_probe.instruction_kernel"), probes,
+        tools=_ADDRESSES,
     ),
 }  # fmt: skip
 """Every group by its name, in the order of the table."""

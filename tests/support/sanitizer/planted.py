@@ -83,3 +83,4 @@ PLANTED: dict[str, Callable[[str], None]] = {
     "synccheck": wrong_barriers,
 }
 """The fault of each tool of compute-sanitizer."""
+TOOLS = tuple(PLANTED)

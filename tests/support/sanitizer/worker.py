@@ -1,15 +1,22 @@
-"""The process that a tool watches: `python -m sanitizer.worker GROUP`, or `--planted TOOL`.
+"""The process that a tool watches: `python -m sanitizer.worker GROUP`, `--planted TOOL` or `--dispatch`.
 
 Each line that it prints begins with `MARK`. It says how many cases there are, names each when the GPU
-has ended it, and last names the kernels that were launched.
+has ended it, and last names the kernels that were launched. After `--dispatch GROUP` it also says where
+in their machine code Triton's dispatch of `gl.warp_specialize` is. `--dispatch` alone launches a kernel
+that has nothing else.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+
+from . import dispatch
+from .partly_written import PartlyWritten, check_results
 
 MARK = "sanitizer:"
 
@@ -18,13 +25,20 @@ def say(*words: object) -> None:
     print(MARK, *words, flush=True)
 
 
-def note_launches(found: set[str]) -> None:
-    """Add every kernel of the library that Triton launches to `found`, by `module.name`."""
+def note_launches(found: set[str], compiled: dict[str, Any] | None = None) -> None:
+    """Add every kernel of the library that Triton launches to `found`, by `module.name`.
+
+    Args:
+        compiled: also gets the compiled kernels, by the hash of what they were compiled from.
+    """
     run = triton.JITFunction.run
 
     def noted(kernel: Any, *args: Any, **options: Any) -> Any:
         found.add(name_of(kernel))
-        return run(kernel, *args, **options)
+        one = run(kernel, *args, **options)
+        if compiled is not None:
+            compiled[one.hash] = one
+        return one
 
     triton.JITFunction.run = noted
 
@@ -35,31 +49,38 @@ def name_of(kernel: Any) -> str:
     return f"{module}.{kernel.fn.__name__}"
 
 
-def run(group: str) -> None:
-    from .cases import GROUPS
-
+def run(cases: Callable[[str], dict[str, Callable[[], Any]]], *, dispatched: bool) -> None:
     launched: set[str] = set()
-    note_launches(launched)
-    cases = GROUPS[group].cases("cuda")
+    compiled: dict[str, Any] = {}
+    note_launches(launched, compiled)
+    made = cases("cuda")
     torch.cuda.synchronize()
-    say("cases", len(cases))
-    for name, case in cases.items():
-        case()
+    say("cases", len(made))
+    for name, case in made.items():
+        results = case()
         torch.cuda.synchronize()
+        if isinstance(case, PartlyWritten):
+            check_results(name, results)
         say("done", name)
     say("launched", *sorted(launched))
+    if dispatched:
+        for one in {found for kernel in compiled.values() if (found := dispatch.of(kernel))}:
+            say("dispatch", one)
 
 
 def main(words: list[str]) -> None:
     if words[0] == "--planted":
         from .planted import PLANTED
 
-        say("cases", 1)
-        PLANTED[words[1]]("cuda")
-        torch.cuda.synchronize()
-        say("done", words[1])
+        run(lambda device: {words[1]: partial(PLANTED[words[1]], device)}, dispatched=False)
+    elif words == ["--dispatch"]:
+        from .reproducer import specialize
+
+        run(lambda device: {"dispatch": partial(specialize, device)}, dispatched=True)
     else:
-        run(words[0])
+        from .cases import GROUPS
+
+        run(GROUPS[words[-1]].cases, dispatched=words[0] == "--dispatch")
 
 
 if __name__ == "__main__":
