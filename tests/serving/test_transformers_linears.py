@@ -135,6 +135,16 @@ def test_plain_from_pretrained_reads_them_too(tmp_path):
         assert torch.equal(plain(PROMPTS).logits, from_pretrained(folder)(PROMPTS).logits)
 
 
+@pytest.mark.parametrize("form", nvfp4_models.FORMATS)
+def test_no_tensor_is_unexpected_or_missing(form, tmp_path):
+    """Tensors of packed layers are nothing to warn of; one that no layer has is."""
+    folder = saved("deepseek-v3", tmp_path, form)
+    name = "model.layers.1.mlp.another.weight"
+    nvfp4_models.change(folder, lambda t: t.update({name: torch.ones(2, 2)}))
+    _, info = from_pretrained(folder, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {name} and not info["missing_keys"]
+
+
 def test_the_weights_with_bf16_activations_are_those_of_the_checkpoint(tmp_path):
     """A bf16 model of the same values gives nearly the same logits: the weights are in their places."""
     folder = saved("deepseek-v3", tmp_path)
