@@ -115,6 +115,15 @@ def test_all_that_is_read_is_written(config, unwritten_memory_is_nan):
     assert_bitwise(*moe_triton_cases.both(case, "cuda", config=config), "among NaN")
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
+def test_rows_of_no_local_expert_reach_no_result(device, static, unwritten_memory_is_nan):
+    """A quantizer reads the rows of every slot between the GEMMs, and some are in no expert here."""
+    case = coarse(Shape(9, 128, 128, 5, 2, 1, 3), ActivationType.Relu2, static=static)
+    config = SMALL if device == "cpu" else CONFIGS[0]
+    found = moe_triton_cases.both(case, device, config=config, local_expert_offset=1)
+    assert_bitwise(*found, "among NaN")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width,intermediate", [(2048, 768), (7168, 256)])
 def test_batch_invariant(width, intermediate):
