@@ -22,6 +22,9 @@ class CheckpointError(ValueError):
             lines.append(f"  ... and {count - _SHOWN} more")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[type["CheckpointError"], tuple[Path | str, tuple[str, ...]]]:
+        return type(self), (self.where, self.problems)
+
     def for_a_terminal(self) -> str:
         """Return the message: one line for one problem."""
         return f"{self.where}: {self.problems[0]}" if len(self.problems) == 1 else str(self)

@@ -1,7 +1,6 @@
 """Quantizes one matrix, a piece after the other, into memory that was made for it."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from ..reference.weights.prepare import quantize_weight
 from .source import Matrix
 
 _ALIGNMENT = 16
-_ON_CPU, _ON_GPU = 1 << 17, 1 << 24
+_ON_CPU, _ON_GPU = 1 << 18, 1 << 24
 """Elements of a piece. On a CPU its intermediates, of 4 bytes an element, fit into a core's cache."""
 
 
@@ -31,23 +30,33 @@ class Squares(NamedTuple):
     weights: float
 
 
-def room_for(matrices: Sequence[Matrix]) -> list[Quantized]:
-    """Allocate the results of some matrices, in one piece of memory.
+def bytes_for(matrix: Matrix) -> int:
+    """Return the bytes of memory that a matrix's result takes."""
+    return sum(_padded(size) for size in _sizes(matrix))
 
-    Between the temporaries of the quantizer they would hold the heap's free pieces apart, and several
-    times their own size with them.
+
+def room_at(memory: torch.Tensor, offset: int, matrix: Matrix) -> Quantized:
+    """Return the part of a memory, uint8, that takes a matrix's result from an offset on.
+
+    Results lie side by side in one memory: between the temporaries of the quantizer they would hold the
+    heap's free pieces apart, and several times their own size with them.
     """
-    sizes = [(m.elements // 2, m.elements // BLOCK_SIZE, 4) for m in matrices]
-    padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for of_matrix in sizes for size in of_matrix]
-    parts = iter(torch.empty(sum(padded), dtype=torch.uint8, device="cpu").split(padded))
-    rooms = []
-    for matrix, of_matrix in zip(matrices, sizes, strict=True):
-        codes, scales, decode = (next(parts)[:size] for size in of_matrix)
-        shape = matrix.rows, -1
-        rooms.append(
-            Quantized(codes.view(shape), scales.view(shape), decode.view(torch.float32).view(()))
-        )
-    return rooms
+    parts = []
+    for size in _sizes(matrix):
+        parts.append(memory[offset : offset + size])
+        offset += _padded(size)
+    codes, scales, decode = parts
+    shape = matrix.rows, -1
+    return Quantized(codes.view(shape), scales.view(shape), decode.view(torch.float32).view(()))
+
+
+def _sizes(matrix: Matrix) -> tuple[int, int, int]:
+    """Return the bytes of codes, block scales and decode scale."""
+    return matrix.elements // 2, matrix.elements // BLOCK_SIZE, 4
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def quantize_into(room: Quantized, w: torch.Tensor, amax: float, recipe: Recipe) -> Squares:

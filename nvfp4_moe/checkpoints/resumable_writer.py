@@ -34,6 +34,8 @@ from .json_documents import RECORD as SCHEMA
 RECORD = ".nvfp4-moe-convert.json"
 PART = ".nvfp4-moe-convert.part"
 """Hidden, since hidden files of a source are not copied: no source has a file of these names."""
+_PIECE = 1 << 24
+"""Bytes that are hashed at a time. After each piece the thread waits for Python's lock."""
 
 
 class Workspace:
@@ -184,9 +186,10 @@ def _make_folder(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    piece = memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
     return digest.hexdigest()
 
 

@@ -1,18 +1,22 @@
-"""Threads that share work: one for each core of the CPU, or some for each GPU.
+"""Threads or processes that share work: one process for each core of the CPU, some threads for each GPU.
 
-A thread of the CPU runs each operation of torch alone. Many threads in one operation wait for each other
-at its end, which takes longest where other processes want the cores too.
+Where the system cannot fork, the CPU has threads too. A worker of the CPU runs each operation of torch
+alone. Many threads in one operation wait for each other at its end, which takes longest where other
+processes want the cores too.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
+
+from . import processes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,11 +25,28 @@ _OF_A_GPU = 4
 """Threads of a GPU: one may read, one send, one wait for the GPU, and one take the result."""
 
 
+class Workers(Protocol[T, R]):
+    """Threads or processes, which end with the context."""
+
+    def __enter__(self) -> "Workers[T, R]": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def map(self, items: Iterable[T]) -> Iterator[R]:
+        """Call the function with each item; results come in the items' order."""
+
+
 def places_of(device: torch.device) -> list[torch.device]:
-    """Return the device of each thread.
+    """Return the device of each worker.
 
     Args:
-        device: the CPU stands for as many threads as torch uses, a GPU without a number for every GPU.
+        device: the CPU stands for as many workers as torch uses threads, a GPU without a number for
+            every GPU.
     """
     if device.type == "cpu":
         return [device] * torch.get_num_threads()
@@ -35,10 +56,25 @@ def places_of(device: torch.device) -> list[torch.device]:
     return gpus * _OF_A_GPU
 
 
-class Workers:
+def are_processes(places: Sequence[torch.device]) -> bool:
+    """Return True if workers with these devices are processes."""
+    return processes.POSSIBLE and all(place.type == "cpu" for place in places)
+
+
+def start_workers(
+    places: Sequence[torch.device], function: Callable[[torch.device, T], R]
+) -> "Workers[T, R]":
+    """Start a worker for each device, which calls the function with it and an item."""
+    if are_processes(places):
+        return processes.Processes(len(places), partial(function, places[0]))
+    return Threads(places, function)
+
+
+class Threads(Generic[T, R]):
     """Threads, each with a device. They end with the context."""
 
-    def __init__(self, places: Sequence[torch.device]):
+    def __init__(self, places: Sequence[torch.device], function: Callable[[torch.device, T], R]):
+        self._function = function
         self._places: SimpleQueue[torch.device] = SimpleQueue()
         for place in places:
             self._places.put(place)
@@ -48,7 +84,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(len(places), initializer=self._start)
         self._threads = torch.get_num_threads()
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "Threads[T, R]":
         return self
 
     def __exit__(
@@ -60,14 +96,13 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)  # threads that start later have the number set last
 
-    def map(self, function: Callable[[torch.device, T], R], items: Iterable[T]) -> Iterator[R]:
+    def map(self, items: Iterable[T]) -> Iterator[R]:
         """Call the function with a thread's device and each item; results come in the items' order."""
+        return self._pool.map(self._call, items)
 
-        def call(item: T) -> R:
-            with torch.inference_mode(self._inference):
-                return function(self._own.device, item)
-
-        return self._pool.map(call, items)
+    def _call(self, item: T) -> R:
+        with torch.inference_mode(self._inference):
+            return self._function(self._own.device, item)
 
     def _start(self) -> None:
         device = self._own.device = self._places.get()

@@ -22,7 +22,7 @@ from ..checkpoints.folder import Folder
 from ..checkpoints.layer_error import print_errors
 from ..checkpoints.resumable_writer import RECORD
 from ..checkpoints.source import Source, open_source
-from ..checkpoints.workers import places_of
+from ..checkpoints.workers import are_processes, places_of
 from ..console import progress
 from ..exits import CommandError, Exit
 from ..reference import checks
@@ -127,7 +127,10 @@ def _named(device: torch.device) -> str:
     """Name the places of a conversion."""
     places = Counter(map(str, places_of(device)))
     if device.type == "cpu":
-        return f"the CPU in {count_of(places.total(), 'thread')}"
+        count = places.total()
+        if not are_processes(places_of(device)):
+            return f"the CPU in {count_of(count, 'thread')}"
+        return f"the CPU in {count:,} process{'es' if count != 1 else ''}"
     return ", ".join(places)
 
 

@@ -430,7 +430,7 @@ def test_the_command(tmp_path, capsys):
     assert_converted(tmp_path / "dst", QWEN, made, "exact-4over6-448-mse")
     announced, _, *lines, wrote, following = capsys.readouterr().out.splitlines()
     assert announced.startswith(f"{len(LAYERS)} layers with ")
-    assert f" matrices become NVFP4 on the CPU in {torch.get_num_threads()} thread" in announced
+    assert f" matrices become NVFP4 on the CPU in {torch.get_num_threads()} process" in announced
     assert f"{tmp_path / 'dst'} gets about " in announced and " s by a trial" in announced
     assert len(lines) == len(LAYERS)
     assert lines[0].startswith(QWEN.of(0)) and lines[0].endswith(" dB")
