@@ -27,6 +27,7 @@ _HERE = ROOT / "kernels/moe/hopper"
 KERNELS = {
     "expert_gemm_kernel": _HERE / "grouped_gemm.py",
     "dense_gemm_kernel": _HERE / "dense_gemm.py",
+    "clear_kernel": _HERE / "dense_gemm.py",
 }
 _TESTS = "test_hopper_gpu", "test_dense_hopper_gpu"
 
