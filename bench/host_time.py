@@ -150,14 +150,15 @@ def line(name: str, c: dict) -> str:
 
 def main() -> None:
     options, where = start(arguments(__doc__))
-    if not repeats.serve():
-        print("no call is repeated from a record: this Triton launches its kernels by its own code")
     print(f"{COLUMNS[0]:<28}" + "".join(f"{name:>10}" for name in COLUMNS[1:]))
     cells = {}
     with torch.no_grad():
         for name, asked in calls().items():
             cells[name] = measure(*asked)
             print(line(name, cells[name]), flush=True)
+        # Not before: the kernels' module, which a first call imports, knows how this Triton launches.
+        if not repeats.serve():
+            print("nothing was repeated from a record: this Triton launches kernels by its own code")
     save(options.json, {**where, "calls": CALLS, "rounds": ROUNDS, "cells": cells})
 
 
