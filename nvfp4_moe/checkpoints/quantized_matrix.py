@@ -1,6 +1,7 @@
-"""Quantizes one matrix, a piece after the other, into memory that was made for it."""
+"""Quantizes matrices, a piece after the other, into memory that was made for them."""
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,36 +60,63 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def quantize_into(room: Quantized, w: torch.Tensor, amax: float, recipe: Recipe) -> Squares:
-    """Quantize a matrix as `prepare_experts` does, and return the error.
+def quantize_into(
+    rooms: Sequence[Quantized], weights: Sequence[torch.Tensor], amax: float, recipe: Recipe
+) -> list[Squares]:
+    """Quantize matrices that share a scale as `prepare_experts` does, and return the error of each.
 
     Args:
-        w: [rows, K] bf16, fp16 or fp32, on any device.
+        weights: [rows, K] bf16, fp16 or fp32 each, on one device.
         amax: the largest magnitude of all matrices that share the scale.
     """
-    shared = torch.tensor(amax, dtype=torch.float32, device=w.device)
-    piece = _ON_CPU if w.device.type == "cpu" else _ON_GPU
-    rows = max(1, piece // w.shape[1])
-    sums = []
-    for first in range(0, len(w), rows):
-        part = slice(first, first + rows)
-        codes, scales, decode = quantize_weight(w[part], shared, recipe)
-        room.codes[part].copy_(codes)
-        room.scales[part].copy_(scales)
-        room.decode.copy_(decode)
-        sums.append(_sums(w[part], codes, scales, decode))
-    unit = float(room.decode) ** 2
-    error, weights = torch.stack(sums).sum(0).tolist()
-    return Squares(error * unit, weights * unit)
+    shared = torch.tensor(amax, dtype=torch.float32, device=weights[0].device)
+    sums: list[list[torch.Tensor]] = [[] for _ in weights]
+    for w, parts in _pieces(weights):
+        codes, scales, decode = quantize_weight(w, shared, recipe)
+        squares = _squares(w, codes, scales, decode)
+        first = 0
+        for number, rows in parts:
+            here = slice(first, first := first + rows.stop - rows.start)
+            room = rooms[number]
+            room.codes[rows].copy_(codes[here])
+            room.scales[rows].copy_(scales[here])
+            room.decode.copy_(decode)
+            sums[number].append(squares[:, here].sum(1))
+    found = []
+    for room, of_matrix in zip(rooms, sums, strict=True):
+        unit = float(room.decode) ** 2
+        error, signal = torch.stack(of_matrix).sum(0).tolist()
+        found.append(Squares(error * unit, signal * unit))
+    return found
 
 
-def _sums(
+def _pieces(
+    weights: Sequence[torch.Tensor],
+) -> Iterator[tuple[torch.Tensor, list[tuple[int, slice]]]]:
+    """Yield rows to quantize at a time, and from which rows of which matrices they are.
+
+    Matrices that fit into one piece are joined: on a GPU an operation's time is that of its launch.
+    """
+    piece = _ON_CPU if weights[0].device.type == "cpu" else _ON_GPU
+    alike = len({(w.dtype, w.shape[1]) for w in weights}) == 1
+    if alike and len(weights) > 1 and sum(w.numel() for w in weights) <= piece:
+        yield torch.cat(list(weights)), [(i, slice(0, len(w))) for i, w in enumerate(weights)]
+        return
+    for i, w in enumerate(weights):
+        rows = max(1, piece // w.shape[1])
+        for first in range(0, len(w), rows):
+            part = slice(first, min(first + rows, len(w)))
+            yield w[part], [(i, part)]
+
+
+def _squares(
     w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, decode: torch.Tensor
 ) -> torch.Tensor:
-    """Return the sums of squares of error and weights, [2] fp64, in units of the squared decode scale.
+    """Return each row's sums of squares of error and weights, [2, rows] fp64.
 
-    In these units no square leaves fp32, whatever the size of the weights.
+    They are in units of the squared decode scale. In these units no square leaves fp32, whatever the
+    size of the weights.
     """
     exact = w.float() / decode
     error = dequantize(codes, scales, torch.ones_like(decode)).sub_(exact)
-    return torch.stack([t.square_().sum(-1).double().sum() for t in (error, exact)])
+    return torch.stack([t.square_().sum(-1).double() for t in (error, exact)])

@@ -46,10 +46,7 @@ class Quantizer:
         if problems := [values.problem for values in read.values() if values.problem is not None]:
             return Found(problems, {})
         amax = max(values.amax for values in read.values())
-        squares = {
-            matrix: quantize_into(
-                self.room(matrix, offset), read[matrix].weight, amax, self._recipe
-            )
-            for matrix, offset in group.offsets.items()
-        }
-        return Found([], squares)
+        rooms = [self.room(matrix, offset) for matrix, offset in group.offsets.items()]
+        weights = [read[matrix].weight for matrix in group.offsets]
+        squares = quantize_into(rooms, weights, amax, self._recipe)
+        return Found([], dict(zip(group.offsets, squares, strict=True)))

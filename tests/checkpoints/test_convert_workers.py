@@ -13,6 +13,7 @@ from checkpoint_cases import bytes_of, ordinary, weights, write
 from convert_cases import QWEN, by_layer, source
 from memory_meter import MemoryMeter
 
+from nvfp4_moe import host
 from nvfp4_moe.checkpoints import (
     CheckpointError,
     convert,
@@ -83,13 +84,44 @@ def test_the_error_is_right_for_weights_of_any_size(size):
     w = torch.randn((33, 64), generator=g, dtype=torch.float32, device="cpu") * size
     amax = w.abs().amax()
     room = room_for(*w.shape)
-    squares = quantize_into(room, w, float(amax), Recipe("exact"))
+    (squares,) = quantize_into([room], [w], float(amax), Recipe("exact"))
     codes, scales, decode = quantize_weight(w, amax, Recipe("exact"))
     assert torch.equal(room.codes, codes) and torch.equal(room.scales, scales)
     assert torch.equal(room.decode, decode)
     signal = float(w.double().square().sum())
     assert squares.weights == pytest.approx(signal, rel=1e-5)
     assert 0.07 < (squares.error / signal) ** 0.5 < 0.12
+
+
+@pytest.mark.parametrize("piece, calls", [(6 * 64, 1), (6 * 64 - 1, 3), (64, 6)])
+def test_matrices_that_fit_into_a_piece_are_joined(piece, calls, monkeypatch):
+    g = torch.Generator().manual_seed(2)
+    weights = [
+        torch.randn((rows, 64), generator=g, dtype=torch.float32, device="cpu")
+        for rows in (2, 1, 3)
+    ]
+    amax = max(float(w.abs().amax()) for w in weights)
+    apart = [room_for(*w.shape) for w in weights]
+    expected = [
+        quantize_into([room], [w], amax, Recipe("exact"))[0]
+        for room, w in zip(apart, weights, strict=True)
+    ]
+    real, seen = quantized_matrix.quantize_weight, []
+    monkeypatch.setattr(
+        quantized_matrix, "quantize_weight", lambda w, *rest: (seen.append(w), real(w, *rest))[1]
+    )
+    monkeypatch.setattr(quantized_matrix, "_ON_CPU", piece)
+    rooms = [room_for(*w.shape) for w in weights]
+    found = quantize_into(rooms, weights, amax, Recipe("exact"))
+    assert len(seen) == calls
+    for room, other in zip(rooms, apart, strict=True):
+        assert all(map(torch.equal, room, other))
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    mixed = [weights[0], weights[1].bfloat16()]
+    quantize_into(rooms[:2], mixed, amax, Recipe("exact"))
+    codes, scales, _ = real(mixed[1], host.fp32(amax), Recipe("exact"))
+    assert torch.equal(rooms[1].codes, codes) and torch.equal(rooms[1].scales, scales)
 
 
 def test_temporaries_are_of_a_piece():
@@ -99,7 +131,7 @@ def test_temporaries_are_of_a_piece():
         w = torch.ones((rows, 512), dtype=torch.bfloat16, device="cpu")
         room = room_for(*w.shape)
         with MemoryMeter() as meter:
-            quantize_into(room, w, 1.0, Recipe("exact"))
+            quantize_into([room], [w], 1.0, Recipe("exact"))
         peaks.append(meter.peak)
     assert peaks[1] <= 64 * quantized_matrix._ON_CPU and peaks[1] < 1.1 * peaks[0]
 
@@ -214,9 +246,9 @@ def test_freed_memory_is_kept():
     def faults(rows):
         w = torch.ones((rows, 512), dtype=torch.bfloat16, device="cpu")
         room = room_for(rows, 512)
-        quantize_into(room, w, 1.0, Recipe("exact"))
+        quantize_into([room], [w], 1.0, Recipe("exact"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        quantize_into(room, w, 1.0, Recipe("exact"))
+        quantize_into([room], [w], 1.0, Recipe("exact"))
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     with processes.Processes(1, faults) as pool:
