@@ -20,7 +20,7 @@ from nvfp4_moe.kernels.triton_target import INTERPRETING
 from nvfp4_moe.reference import recipe
 
 from ..edited_copy import KERNELS
-from . import executed, harmless, trial
+from . import cuda_state, executed, harmless, trial
 from .results import Results
 from .rules import Generated, generate
 
@@ -62,7 +62,12 @@ def _named_probes(file: str, device: str) -> dict[str, trial.Probe]:
 
     if file.startswith("reference/"):
         return {name: reference_probes.probe(name) for name in reference_probes.OF_FILE[file]}
-    return {name: kernel_probes.probe(name, device) for name in kernel_probes.asked(file, device)}
+    found = {}
+    for name in kernel_probes.asked(file, device):
+        found[name] = kernel_probes.probe(name, device)
+        if device == "cuda":
+            cuda_state.check(f"since it computed the right answers of the probe {name!r}")
+    return found
 
 
 class Order:
@@ -101,7 +106,8 @@ class Order:
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0 if every mutant that was tried is caught, or known to be harmless; else 1.
 
-    1 too if a probe finds fault with the code as it is; such a probe is left out.
+    1 too if a probe finds fault with the code as it is; such a probe is left out. 1 too if CUDA is
+    initialized in this process, which then can try nothing on a GPU.
     """
     both = {which: every(which) for which in ("reference", "kernels")}
     results = Results(options.results, [m for mutants in both.values() for m in mutants])
@@ -119,7 +125,11 @@ def run(options: argparse.Namespace) -> int:
     if _is_interpreted(options):
         quick_interpreter.install()
     mutants = [m for m in both[options.generated] if any(text in m.shown for text in options.only)]
-    wrong = _try(mutants, results, options)
+    try:
+        wrong = _try(mutants, results, options)
+    except cuda_state.InitializedError as error:
+        print(f"mutants: error: {error}", file=sys.stderr)
+        return 1
     text, still = summary(mutants, results)
     print(text)
     return 1 if still or wrong else 0
@@ -135,10 +145,13 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     waiting = [
         m for m in mutants[first - 1 :: count] if _waits(m, results, options.device, options.again)
     ]
+    on_gpu = options.generated == "kernels" and options.device == "cuda"
+    if on_gpu:
+        cuda_state.check("before its first probe")
     waiting.sort(key=functools.partial(_place, results=results, device=options.device))
     end = time.monotonic() + (options.seconds or float("inf"))
     limit = SECONDS["reference" if options.generated == "reference" else options.device]
-    children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device]}
+    children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device], "on_gpu": on_gpu}
     start = written = time.monotonic()
     probes = {name: probe for m in waiting for name, probe in probes_of(m, options.device).items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -159,16 +172,19 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     )
     limits = {probes[name]: min(limit, LEAST_SECONDS + TIMES * t) for name, t in took.items()}
     tried = 0
-    for result in _counted(trial.run(given, seconds=limits.__getitem__, **children), len(waiting)):
-        order.learn(result)
-        results.add(result.mutant, options.device, result.status)
-        tried += 1
-        if result.status == "survived" and harmless.reason(result.mutant.key) is None:
-            progress.note(f"SURVIVED {result.mutant.shown}")
-        if time.monotonic() - written > 20:
-            results.write()
-            written = time.monotonic()
-    results.write()
+    trials = trial.run(given, seconds=limits.__getitem__, **children)
+    try:
+        for result in _counted(trials, len(waiting)):
+            order.learn(result)
+            results.add(result.mutant, options.device, result.status)
+            tried += 1
+            if result.status == "survived" and harmless.reason(result.mutant.key) is None:
+                progress.note(f"SURVIVED {result.mutant.shown}")
+            if time.monotonic() - written > 20:
+                results.write()
+                written = time.monotonic()
+    finally:
+        results.write()
     print(f"{tried} tried in {time.monotonic() - start:.0f} s, {len(waiting) - tried} left")
     return wrong
 

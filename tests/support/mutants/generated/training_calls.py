@@ -22,6 +22,7 @@ from nvfp4_moe.reference.recipe import BLOCK_SIZE, SfLayout
 from ..calls import Answered, Call
 from ..edge_calls import BELOW_NORMAL
 from .far_calls import FAR, FarCall, behind, empty, some_bytes, some_values
+from .gradients import gradient
 from .numbers import seeded
 from .part_calls import exactly
 
@@ -108,7 +109,7 @@ class GradientCall:
         parameters = {n: None if given[n] is None else given[n][expert, None] for n in names}
         y = activate(raw, self.kind, **parameters)
         d = given["d"] * of_rows(given["factor"])
-        (d_raw,) = torch.autograd.grad(y, raw, d)
+        d_raw = gradient(y, d)
         y, raw = y.detach(), raw.detach()
         parts = raw.chunk(scale.shape[1], 1)
         # A derivative by gate has terms up to 1, times what multiplies the curve; one by up is a

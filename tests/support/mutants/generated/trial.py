@@ -18,6 +18,7 @@ from itertools import islice
 
 import torch
 
+from . import cuda_state
 from .apply import applied
 from .rules import Generated
 
@@ -81,17 +82,41 @@ class _Child:
 
 
 def run(
-    mutants: Iterable[Given], *, jobs: int, seconds: Callable[[Probe], float], at_once: int = 1
+    mutants: Iterable[Given],
+    *,
+    jobs: int,
+    seconds: Callable[[Probe], float],
+    at_once: int = 1,
+    on_gpu: bool = False,
 ) -> Iterator[Result]:
-    """The results, as they come.
+    """The results, as they come. No child outlives the call.
 
     Args:
         seconds: of a probe; a mutant under which it takes longer has timed out.
         at_once: mutants that a child tries one after the other.
-    """
-    again: deque[Given] = deque()  # of children that ended before
-    children: dict[int, _Child] = {}
+        on_gpu: the probes use a GPU.
 
+    Raises:
+        cuda_state.InitializedError: `on_gpu`, and CUDA is initialized in this process before a fork.
+    """
+    children: dict[int, _Child] = {}
+    try:
+        yield from _run(mutants, children, jobs, seconds, at_once, on_gpu)
+    finally:
+        for child in children.values():
+            child.wait(kill=True)
+
+
+def _run(
+    mutants: Iterable[Given],
+    children: dict[int, _Child],
+    jobs: int,
+    seconds: Callable[[Probe], float],
+    at_once: int,
+    on_gpu: bool,
+) -> Iterator[Result]:
+    """Do what `run` does; `children` has those that have not ended."""
+    again: deque[Given] = deque()  # of children that ended before
     more = iter(mutants)
 
     def waiting() -> Iterator[Given]:
@@ -100,7 +125,7 @@ def run(
 
     while True:
         while len(children) < jobs and (some := deque(islice(waiting(), at_once))):
-            child = _start(some)
+            child = _start(some, on_gpu)
             children[child.pipe] = child
         if not children:
             return
@@ -125,7 +150,12 @@ def run(
 
 
 def check(
-    probes: Iterable[tuple[str, Probe]], *, jobs: int, seconds: float, at_once: int = 1
+    probes: Iterable[tuple[str, Probe]],
+    *,
+    jobs: int,
+    seconds: float,
+    at_once: int = 1,
+    on_gpu: bool = False,
 ) -> tuple[dict[str, float], list[str]]:
     """Run probes on unchanged code, in children as mutants have.
 
@@ -134,7 +164,8 @@ def check(
     """
     unchanged = ((Generated("", "", "", name, 1, lambda: ""), [probe]) for name, probe in probes)
     took, wrong = {}, []
-    for result in run(unchanged, jobs=jobs, seconds=lambda _: seconds, at_once=at_once):
+    children = {"jobs": jobs, "at_once": at_once, "on_gpu": on_gpu}
+    for result in run(unchanged, seconds=lambda _: seconds, **children):
         name = result.mutant.change
         if result.status == "survived":
             (took[name],) = result.passed
@@ -143,13 +174,16 @@ def check(
     return took, wrong
 
 
-def _start(some: deque[Given]) -> _Child:
+def _start(some: deque[Given], on_gpu: bool) -> _Child:
+    if on_gpu:
+        cuda_state.check("before it forks")
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        torch.set_num_threads(1)  # the parent's other threads are not here: an operation would wait
         try:
+            # The parent's other threads are not here: an operation would wait for them.
+            torch.set_num_threads(1)
             _try(some, writing)
         finally:
             os._exit(0)
