@@ -40,7 +40,11 @@ class Processes(Generic[T, R]):
     """Processes that are forked at once, and end with the context.
 
     Args:
+        count: of processes; fewer are forked where the system allows no more.
         function: called in them, with what it refers to as it was when they were forked.
+
+    Raises:
+        OSError: the system refuses the first process.
     """
 
     def __init__(self, count: int, function: Callable[[T], R]):
@@ -48,19 +52,31 @@ class Processes(Generic[T, R]):
         with warnings.catch_warnings():
             # Python 3.12 warns of locks that other threads hold: the functions here take none.
             warnings.simplefilter("ignore", DeprecationWarning)
-            for _ in range(count):
-                ours, theirs = Pipe()
-                pid = os.fork()
-                if pid == 0:
-                    try:
-                        # They close when the parent ends, if no other process has them.
-                        for pipe in (ours, *self._pids):
-                            pipe.close()
-                        _serve(function, theirs)
-                    finally:
-                        os._exit(0)
-                theirs.close()
-                self._pids[ours] = pid
+            try:
+                for _ in range(count):
+                    self._fork(function)
+            except OSError:  # a limit of processes, of open files or of memory
+                if not self._pids:
+                    raise
+
+    def _fork(self, function: Callable[[T], R]) -> None:
+        ours, theirs = Pipe()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
+        if pid == 0:
+            try:
+                # They close when the parent ends, if no other process has them.
+                for pipe in (ours, *self._pids):
+                    pipe.close()
+                _serve(function, theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._pids[ours] = pid
 
     def __enter__(self) -> "Processes[T, R]":
         return self

@@ -1,6 +1,7 @@
 """Conversion by many workers, a piece at a time: the same bytes and errors, in bounded memory."""
 
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 import resource
 import signal
@@ -237,6 +238,26 @@ def test_a_process_that_is_ended_is_one_error_and_the_conversion_is_resumed(tmp_
     assert problem.endswith("called again, the conversion is resumed")
     convert(tmp_path / "src", tmp_path / "dst")
     assert bytes_of(tmp_path / "dst") == bytes_of(tmp_path / "whole")
+
+
+@linux
+def test_fewer_processes_share_the_work_where_the_system_refuses_more(monkeypatch):
+    """A container may allow fewer processes than it has cores."""
+    fork, allowed = os.fork, 2
+
+    def limited():
+        nonlocal allowed
+        if allowed == 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        allowed -= 1
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    with processes.Processes(4, lambda item: (item, os.getpid())) as pool:
+        found = list(pool.map(range(8)))
+    assert [item for item, _ in found] == list(range(8)) and len({pid for _, pid in found}) == 2
+    with pytest.raises(BlockingIOError):
+        processes.Processes(4, lambda item: item)
 
 
 @linux
