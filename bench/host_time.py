@@ -158,7 +158,9 @@ def main() -> None:
             print(line(name, cells[name]), flush=True)
         # Not before: the kernels' module, which a first call imports, knows how this Triton launches.
         if not repeats.serve():
-            print("nothing was repeated from a record: this Triton launches kernels by its own code")
+            print(
+                "nothing was repeated from a record: this Triton launches kernels by its own code"
+            )
     save(options.json, {**where, "calls": CALLS, "rounds": ROUNDS, "cells": cells})
 
 
