@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
+from oracle import __main__ as command
 from oracle import cutlass, finalize, quantizers, routing
 from oracle.cases import Golden, Outcome, load
 from oracle.implementations import REFERENCE, triton
@@ -34,6 +35,23 @@ def test_parts_are_the_whole(golden):
         whole = list(golden.cases(kind, key))
         assert len(whole) > 5
         assert [case for part in parts for case in part.cases(kind, key)] == whole
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--jobs", "0"], "--jobs is 0; it must be an integer of at least 1"),
+        (["--every", "0"], "--every is 0; it must be an integer of at least 1"),
+        (["--triton", "--device", "nothing"], "--device is 'nothing'; it must be a device of this"),
+        (["--arrays", "nowhere"], "--arrays: nowhere has no .npz and no .npz.xz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_argument_is_one_line(words, told, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["oracle", *words])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_reference_routes_as_the_kernels(golden):

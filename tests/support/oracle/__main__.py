@@ -2,7 +2,7 @@
 
     python -m oracle [--triton] [--device cuda] [--arrays FOLDER --seed N] [--every N] [--jobs N]
 
-The exit status is 1 where something differs.
+The exit status is 1 where something differs, and 2 for a wrong argument.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -12,7 +12,9 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from .cases import FOLDER, SEED
+from nvfp4_moe.reference import checks
+
+from .cases import FOLDER, SEED, arrays_in
 from .part import compare_part
 
 
@@ -29,6 +31,15 @@ def main() -> int:
         "--jobs", type=int, default=1, help="processes, each with a part of the cases"
     )
     given = parser.parse_args()
+    try:
+        checks.integer("--every", given.every, 1)
+        checks.integer("--jobs", given.jobs, 1)
+        if given.triton:
+            checks.device("--device", given.device)
+    except ValueError as e:
+        parser.error(str(e))
+    if not arrays_in(given.arrays):
+        parser.error(f"--arrays: {given.arrays} has no .npz and no .npz.xz")
     cases, elements, differing = Counter[str](), Counter[str](), Counter[str]()
     failures = []
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:

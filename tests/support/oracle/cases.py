@@ -61,6 +61,11 @@ class Outcome:
         return f"{self.group}, {self.name}: {self.differing} of {self.elements} differ{self.first}"
 
 
+def arrays_in(folder: Path) -> list[Path]:
+    """Return the .npz and .npz.xz of a folder."""
+    return sorted(folder.glob("*.npz*"))
+
+
 def load(folder: Path = FOLDER, seed: int = SEED) -> Golden:
     """Read every .npz and .npz.xz of a folder; the list of cases is that of the repository.
 
@@ -68,7 +73,7 @@ def load(folder: Path = FOLDER, seed: int = SEED) -> Golden:
         FileNotFoundError: the folder has no arrays.
     """
     arrays: dict[str, Array] = {}
-    for path in sorted(folder.glob("*.npz*")):
+    for path in arrays_in(folder):
         raw = path.read_bytes()
         with np.load(io.BytesIO(lzma.decompress(raw) if path.suffix == ".xz" else raw)) as file:
             arrays |= dict(file)
