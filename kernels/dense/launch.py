@@ -2,8 +2,9 @@
 
 One launch decodes the rows of `a`, or reorders them where they are bf16, and a second multiplies. Where
 the GPU multiplies codes there is one launch in all. On sm_90 the GEMM of `moe/hopper/` multiplies where
-it serves (`hopper.py`). Elsewhere a third launch decodes `b`, if `a` has many rows. Nothing waits for
-the GPU, so a call can be captured in a CUDA graph.
+it serves (`hopper.py`), after a launch that clears flags if programs share tiles. Elsewhere a third
+launch decodes `b`, if `a` has many rows. Nothing waits for the GPU, so a call can be captured in a CUDA
+graph.
 """
 
 # SPDX-License-Identifier: Apache-2.0

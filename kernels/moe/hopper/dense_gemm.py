@@ -7,7 +7,8 @@ Programs get equal shares of the work, where tiles are more than programs and no
 take whole tiles in turn, and of what is left, between one and two tiles each, equal ranges of steps. So
 a tile may be begun by one program and ended by the next one, which goes on from the first one's sums.
 The order of a sum stays the same. The beginning of a tile comes first in a program, and the end of
-another one last: nobody waits for a program that waits.
+another one last: nobody waits for a program that waits. Where the GPU has no room for all programs at
+once, that needs them to begin in the order of their numbers, which CUDA does not promise.
 """
 
 # SPDX-License-Identifier: Apache-2.0
