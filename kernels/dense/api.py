@@ -201,7 +201,7 @@ def mm_bf16_fp4(
         [M, N] bf16.
 
     Raises:
-        ValueError, TypeError: an argument that no backend accepts.
+        ValueError, TypeError: an argument that no backend accepts, or one that requires a gradient.
         UnsupportedError: the backend that was named cannot serve the call.
     """
     name = MM_FP4.check_name(backend)

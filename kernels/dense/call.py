@@ -147,6 +147,12 @@ def make_bf16_call(
     k = a.shape[1]
     if k % BLOCK_SIZE or k == 0:
         raise ValueError(f"a has K = {k}; K must be a positive multiple of {BLOCK_SIZE}")
+    for name, given in (("a", a), ("alpha", alpha)):
+        if isinstance(given, torch.Tensor) and given.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, which this product does not have: call it under "
+                "torch.no_grad(), or detach the tensor"
+            )
     _check_b(a, b, k // 2)
     layout = SfLayout.layout_128x4
     b_scales = _scales(a, b_descale, "b_descale", b.shape[1], k // BLOCK_SIZE, layout)

@@ -182,6 +182,18 @@ def test_bad_arguments(change, text):
         mm_bf16_fp4(**given)
 
 
+@pytest.mark.parametrize("name", ["a", "alpha"])
+def test_a_gradient_is_refused(name):
+    """The result would have none, and a model would train without it."""
+    case, x = dense_cases.coarse(3, 8, 32, alpha="none"), whole(3, 32)
+    given = {"a": x, "b": case.b_rows.T, "b_descale": case.b_scales.T, "alpha": torch.ones(1)}
+    given[name] = given[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"^{name} requires a gradient"):
+        mm_bf16_fp4(**given)
+    with torch.no_grad():
+        mm_bf16_fp4(**given)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_opcheck(name):
