@@ -342,7 +342,7 @@ def fused_moe(
     """The layer from ordinary tensors: quantize the hidden states, then the fused call.
 
     Args:
-        hidden_states: [T, hidden size] bf16.
+        hidden_states: [T, hidden size] bf16, contiguous.
         experts: from `prepare_experts`, `assemble_experts` or a checkpoint; with
             `router_weight_on_input` the rows are scaled first, of which the routing may have one weight
             each.
