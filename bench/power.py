@@ -51,7 +51,7 @@ def measure(call: Callable[[], torch.Tensor]) -> dict[str, Any]:
     gpu = f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
     read = ["nvidia-smi", gpu, *wanted, "--loop-ms=100"]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with subprocess.Popen(read, stdout=subprocess.PIPE, text=True) as reader:
+    with subprocess.Popen(read, stdout=subprocess.PIPE, encoding="utf-8") as reader:
         begin.record()
         for _ in range(replays):
             graph.replay()
