@@ -342,7 +342,7 @@ def fused_moe(
     """The layer from ordinary tensors: quantize the hidden states, then the fused call.
 
     Args:
-        hidden_states: [T, hidden size] bf16, contiguous.
+        hidden_states: [T, hidden size] bf16, contiguous, but for layers whose size is padded.
         experts: from `prepare_experts`, `assemble_experts` or a checkpoint; with
             `router_weight_on_input` the rows are scaled first, of which the routing may have one weight
             each.
@@ -363,12 +363,14 @@ def fused_moe(
     checks.instance("experts", experts, Experts, "Experts, as prepare_experts makes them")
     activation = activation_mode(activation, experts)
     checks.tensor("hidden_states", hidden_states, (torch.bfloat16,), ("T", experts.hidden_size))
+    # Of such a layer a caller may hold the rows among padding of its own.
+    padded_size = experts.hidden_size != experts.padded_hidden_size
     given, num_experts = _routing(routing, experts.num_local, num_experts)
     if "topk" in given and routing_bias is not None:
         checks.wrong_value("routing_bias", routing_bias, "None with ids, which are chosen already")
     names = ("routing[0]", "routing[1]")
     call = make_moe_call(
-        Activations(hidden_states),
+        Activations(hidden_states.contiguous() if padded_size else hidden_states),
         experts,
         num_experts=num_experts,
         local_expert_offset=local_expert_offset,

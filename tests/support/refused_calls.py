@@ -195,11 +195,16 @@ def product(
     if pitch := named.pop("pitch", 0):
         case = replace(case, a=torch.cat([case.a, case.a[:, :pitch]], 1)[:, : k // 2])
     pdl = named.pop("enable_pdl", True)
+    invariant, plain = named.pop("batch_invariant", False), named.pop("plain", False)
     assert not named
     arguments = case.arguments
     layout = arguments.pop("use_8x4_sf_layout")
     call = make_dense_call(**arguments, use_8x4_sf_layout=layout, enable_pdl=pdl)
-    return replace(call, capability=capability)
+    if plain:  # bf16 rows, whose sums are exact too
+        g = torch.Generator().manual_seed(2)
+        rows = torch.randint(-4, 5, (m, k), generator=g).bfloat16()
+        call = replace(call, a=rows, a_scales=None)
+    return replace(call, capability=capability, batch_invariant=invariant)
 
 
 def _from(t: torch.Tensor, shift: int) -> torch.Tensor:
@@ -223,6 +228,8 @@ def _products(backend: str) -> Iterator[Refused]:
     home = (12, 0) if backend == "flashinfer:b12x" else (10, 0)
     make = functools.partial(make, capability=home)
     yield from _everywhere(make)
+    yield Refused(lambda: make(plain=True))
+    yield Refused(lambda: make(batch_invariant=True))
     if backend == "flashinfer:trtllm":
         yield Refused(make)
         return
