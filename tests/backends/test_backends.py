@@ -15,6 +15,7 @@ import nvfp4_moe
 from nvfp4_moe import UnsupportedError, register_backend
 from nvfp4_moe.kernels import backends
 from nvfp4_moe.kernels.backends import Backend, Operation
+from nvfp4_moe.kernels.baseline_moe.backends import BASELINE_MOE
 from nvfp4_moe.kernels.dense.api import MM_FP4
 from nvfp4_moe.kernels.fused_quantize.api import FUSED_QUANTIZE
 from nvfp4_moe.kernels.moe.backends import FUSED_MOE
@@ -76,10 +77,12 @@ def test_a_handle_removes_it():
     registered().remove()
 
 
-@pytest.mark.parametrize("operation", backends.OPERATIONS)
+@pytest.mark.parametrize("operation", sorted({*backends.OPERATIONS, BASELINE_MOE.name}))
 def test_a_name_is_taken_once(operation):
+    names = backends.OPERATIONS[operation].names
+    assert "reference" in names
     with register_backend(operation, "mine", by_the_reference):
-        for name in ("mine", "auto", "reference", "triton", "flashinfer:mine"):
+        for name in ("mine", "auto", *names, "flashinfer:mine"):
             with pytest.raises(ValueError, match=f"name is '{name}'; it must not be taken: auto"):
                 register_backend(operation, name, by_the_reference)
     assert "mine" not in backends.OPERATIONS[operation].names
