@@ -51,6 +51,16 @@ def padded_columns(rows: torch.Tensor, columns: int) -> torch.Tensor:
     return rows if columns == width else torch.nn.functional.pad(rows, (0, columns - width))
 
 
+def padded_activations(a: Activations, columns: int) -> Activations:
+    """Return hidden states of as many columns, zeros behind their own, with zero scales of codes."""
+    if a.is_bf16:
+        return Activations(padded_columns(a.hidden_states, columns))
+    assert a.block_scales is not None
+    codes = padded_columns(a.hidden_states, columns // 2)
+    scales = padded_columns(a.block_scales, columns // BLOCK_SIZE)
+    return Activations(codes, scales, a.per_token_scale)
+
+
 class LayerMode:
     """The quantization of hidden states and intermediate, from fields that every call has."""
 
@@ -176,7 +186,7 @@ def padded(call: _Call) -> _Call:
     states, columns = call.activations.hidden_states, call.experts.padded_hidden_size
     if not call.activations.is_bf16 or states.shape[1] == columns:
         return call
-    return replace(call, activations=Activations(padded_columns(states, columns)))
+    return replace(call, activations=padded_activations(call.activations, columns))
 
 
 def make_moe_call(

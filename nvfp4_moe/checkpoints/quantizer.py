@@ -19,7 +19,7 @@ class Group(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is wrong with the values of a group, or the sums of squares of its matrices."""
+    """The outcome of a group: problems of its values, or the sums of squares of its matrices."""
 
     problems: list[str]
     squares: dict[Matrix, Squares]

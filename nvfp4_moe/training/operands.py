@@ -76,19 +76,22 @@ def first_product(
     if codes is None:
         return times(x.values, w.values.mT, s.ends)
     if runs_triton(ids):
-        from ..kernels.moe.training.first_sums import (
-            first_sums,
-        )  # Triton, which a CPU does not need
+        from ..kernels.moe.training.first_sums import first_sums  # Triton: for GPUs alone
 
-        return first_sums(codes, experts, ids)
+        return first_sums(codes, experts, ids, _first_rows(experts))
     return times(x.values.float(), w.values.mT, s.ends)
+
+
+def _first_rows(experts: Experts) -> torch.Tensor:
+    """Return the prepared row of each row of w13, without padding."""
+    w = experts.gemm1_weights
+    return valid_rows(inverse(row_order(w.shape[1], experts.activation.gated, w.device)), experts)
 
 
 def first_matrices(experts: Experts, dtype: torch.dtype) -> Matrices:
     """Return w13 [E, 2 I or I, H] as its codes and scales say, without padding."""
     codes, scales = experts.gemm1_weights, experts.gemm1_weights_scale
-    order = inverse(row_order(codes.shape[1], experts.activation.gated, codes.device))
-    values = _decoded(codes, scales, valid_rows(order, experts), experts.hidden_size, dtype)
+    values = _decoded(codes, scales, _first_rows(experts), experts.hidden_size, dtype)
     gate = experts.output1_scale_gate_scalar
     up = experts.output1_scale_scalar if experts.activation.linear_up else gate
     parts = [up, gate] if experts.activation.gated else [gate]

@@ -17,7 +17,7 @@ from ...device import capability_of
 from ...quantize.call import check_optional_flags, four_over_six_of, math_of
 from ...quantize.masked import check_masked_m, nvfp4_quantize_masked
 from ..backends import gemm_notes
-from ..call import Mode, activation_mode, check_experts, padded_columns
+from ..call import Mode, activation_mode, check_experts, padded_activations
 from .call import REFERENCE, MaskedMoECall
 
 
@@ -29,9 +29,8 @@ def with_codes(call: MaskedMoECall) -> MaskedMoECall:
     states = call.activations.hidden_states.unflatten(0, (call.experts.num_local, call.max_m))
     quantized = nvfp4_quantize_masked(states, call.masked_m, scale, **options)
     codes, scales, *token = (t.flatten(0, 1) for t in quantized)
-    width = call.experts.padded_hidden_size
-    activations = Activations(
-        padded_columns(codes, width // 2), padded_columns(scales, width // BLOCK_SIZE), *token
+    activations = padded_activations(
+        Activations(codes, scales, *token), call.experts.padded_hidden_size
     )
     return replace(call, activations=activations, quantize=None)
 
