@@ -16,6 +16,7 @@ import torch
 from measure import DEVICE, arguments, count, save, start
 
 from nvfp4_moe import fused_moe
+from nvfp4_moe.bench.clock import captured, microseconds
 from nvfp4_moe.bench.moe import SHAPES, inputs, random_experts
 from nvfp4_moe.kernels.moe.call import Mode
 
@@ -29,24 +30,10 @@ def powers_of_two(x: torch.Tensor) -> torch.Tensor:
     return x.sign() * x.float().abs().clamp(min=2**-6).log2().round().exp2().to(x.dtype)
 
 
-def replays_a_second(graph: torch.cuda.CUDAGraph) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return 1e3 / begin.elapsed_time(end)
-
-
 def measure(call: Callable[[], torch.Tensor]) -> dict[str, Any]:
     """Return microseconds of a call, the SM clock in MHz and the power in W."""
-    for _ in range(2):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    replays = int(SECONDS * replays_a_second(graph)) + 1
+    replays = int(SECONDS * 1e6 / microseconds(call, 1, 5)) + 1
+    graph = captured(call, 1)
     wanted = "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"
     gpu = f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
     read = ["nvidia-smi", gpu, *wanted, "--loop-ms=100"]

@@ -7,17 +7,11 @@ from ..launcher import cdiv
 from ..moe.hopper import config
 from ..moe.hopper.config import WIDEST_SHARED, RingConfig
 
-_FEW = (
-    (8, RingConfig((8,), 5, 2, 2)),
-    (16, RingConfig((16, 8), 4, 2, 2)),
-    (32, RingConfig((32, 16), 3, 2, 2)),
-)
+_BY_WIDTH = {c.bn: c for c in config.CONFIGS}
+"""The configurations of the grouped GEMM, by the tokens of their widest tile."""
+_FEW = tuple((width, _BY_WIDTH[width]) for width in (8, 16, 32))
 """The tiles of so many rows at most, which are read at the speed of memory."""
-_MANY = (
-    (1.0, RingConfig((256, 128, 64, 32), 3, 1, 1)),
-    (0.65, RingConfig((128, 64, 32), 4, 1, 1)),
-    (0.45, RingConfig((64, 32, 16), 4, 2, 1)),
-)
+_MANY = ((1.0, _BY_WIDTH[256]), (0.65, _BY_WIDTH[128]), (0.45, _BY_WIDTH[64]))
 """The tiles of more rows, and the time of a tile over that of the widest, as the grouped GEMM has it."""
 CONFIGS = (*(c for _, c in _FEW), *(c for _, c in _MANY))
 """Every configuration that `ring_config` chooses."""
