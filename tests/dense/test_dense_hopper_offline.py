@@ -34,7 +34,7 @@ def compile_dense(
         "GROUPS": config.groups, "ARCH": ARCH,
     }  # fmt: skip
     types = {
-        "x_desc": tensor_descriptor("bf16", (config.widths[-1], 64), 128),
+        "x_desc": tensor_descriptor("bf16", (config.box, 64), 128),
         "w_desc": tensor_descriptor("i32", (128, 16), 64),
         "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
         "alpha_ptr": "*fp32", "out_ptr": out, "sums_ptr": "*fp32", "ready_ptr": "*i32",

@@ -46,7 +46,7 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False, o
         "limit_ptr",
     )  # fmt: skip
     types = dict.fromkeys(floats, "*fp32") | {
-        "x_desc": tensor_descriptor("bf16", (config.widths[-1], 64), 128),
+        "x_desc": tensor_descriptor("bf16", (config.box, 64), 128),
         "w_desc": tensor_descriptor("i32", (128, 16), 64),
         "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
         "out_ptr": "*bf16", "tile_ptr": "*i32", "end_ptr": "*i32",

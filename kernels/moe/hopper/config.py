@@ -32,6 +32,11 @@ class RingConfig:
         return self.widths[0]
 
     @property
+    def box(self) -> int:
+        """Return the tokens that TMA brings at a time: the smallest part of a width."""
+        return min(width & -width for width in self.widths)
+
+    @property
     def registers(self) -> int:
         """Return a thread's registers at launch: 12 warps share 65,536.
 

@@ -17,14 +17,18 @@ from ...jit.pdl import await_previous
 from .fragments import ROWS, WARPS, WORDS
 from .gluon import block_barrier, fence_async_shared, gl, gluon, mbarrier
 from .grouped_gemm import (
+    allocate_tokens,
     count_of,
     fill_ring,
     narrower,
     no_sums,
+    parts_of,
+    power_of_2,
     results_layout,
     ring_sums,
     sums_layout,
     tokens_at_once,
+    tokens_before,
     width_of,
 )
 
@@ -104,31 +108,52 @@ def _produce_dense(
 
 
 @gluon.jit
-def _places(ptr, program, N: gl.constexpr, WIDEST: gl.constexpr):
-    """Return where sums [ROWS, N] of a program are handed over."""
+def _places(ptr, program, FROM: gl.constexpr, N: gl.constexpr, WIDEST: gl.constexpr):
+    """Return where sums [ROWS, N] of a program, of tokens from FROM of a tile, are handed over."""
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout(N)))
     n = gl.arange(0, N, layout=gl.SliceLayout(0, sums_layout(N)))
-    return ptr + program * ROWS * WIDEST + gl.expand_dims(m * N, 1) + gl.expand_dims(n, 0)
+    first = ptr + program * ROWS * WIDEST + ROWS * FROM
+    return first + gl.expand_dims(m * N, 1) + gl.expand_dims(n, 0)
 
 
 @gluon.jit
-def _begun(sums_ptr, ready_ptr, from_step, N: gl.constexpr, WIDEST: gl.constexpr):
-    """Return the sums [ROWS, N] of a tile before `from_step`, which the program before has made."""
-    before = gl.program_id(0) - 1
-    if from_step > 0:
-        while gl.atomic_add(ready_ptr + before, 0, sem="acquire", scope="gpu") == 0:
-            pass
+def _begun_part(
+    sums_ptr, program, from_step, FROM: gl.constexpr, N: gl.constexpr, WIDEST: gl.constexpr
+):
+    """Load sums [ROWS, N] of a program, of tokens from FROM of a tile; zeros at a tile's first step."""
     # No branch: ptxas serializes the wgmma behind one. And not from a multiprocessor's own cache, where
     # the stores of no other are.
     taken = gl.full((ROWS, N), from_step, gl.int32, layout=sums_layout(N)) > 0
-    places = _places(sums_ptr, before, N, WIDEST)
+    places = _places(sums_ptr, program, FROM, N, WIDEST)
     return gl.load(places, taken, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
-def _hand_over(acc, sums_ptr, ready_ptr, WIDEST: gl.constexpr):
+def _begun(sums_ptr, ready_ptr, from_step, PARTS: gl.constexpr, WIDEST: gl.constexpr):
+    """Return the sums of a tile before `from_step`, which the program before has made."""
+    before = gl.program_id(0) - 1
+    if from_step > 0:
+        while gl.atomic_add(ready_ptr + before, 0, sem="acquire", scope="gpu") == 0:
+            pass
+    sums = ()  # type: tuple
+    for i in gl.static_range(count_of(PARTS)):
+        of_part = _begun_part(
+            sums_ptr, before, from_step, tokens_before(PARTS, i), width_of(PARTS, i), WIDEST
+        )
+        sums = sums + (of_part,)  # noqa: RUF005, Triton has no star
+    return sums
+
+
+@gluon.jit
+def _hand_over(sums, sums_ptr, ready_ptr, PARTS: gl.constexpr, WIDEST: gl.constexpr):
     """Give sums of the beginning of a tile to the next program."""
-    gl.store(_places(sums_ptr, gl.program_id(0), acc.shape[1], WIDEST), acc)
+    for i in gl.static_range(count_of(PARTS)):
+        gl.store(
+            _places(
+                sums_ptr, gl.program_id(0), tokens_before(PARTS, i), width_of(PARTS, i), WIDEST
+            ),
+            sums[i],
+        )
     block_barrier()  # every warp has stored before one tells
     gl.atomic_xchg(ready_ptr + gl.program_id(0), 1, sem="release", scope="gpu")
 
@@ -182,6 +207,18 @@ def _finish_dense(
 
 
 @gluon.jit
+def _finish_parts(
+    sums, alpha_buf, alpha, out_ptr, strip, first, end, N,
+    PARTS: gl.constexpr, BY_ROW: gl.constexpr, ARCH: gl.constexpr,
+):  # fmt: skip
+    for i in gl.static_range(count_of(PARTS)):
+        _finish_dense(
+            sums[i], alpha_buf, alpha, out_ptr, strip, first, end, N, tokens_before(PARTS, i), BY_ROW,
+            ARCH,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _consume_dense(
     x_bufs, w_bufs, sf_bufs, alpha_buf, full, empty, alpha_ptr, out_ptr, sums_ptr, ready_ptr, M, N,
     total, strips, steps, BY_ROW: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
@@ -200,34 +237,37 @@ def _consume_dense(
         tile, from_step, to_step = _piece(j, turns, begin, end, steps, SHARED)
         first, tokens = _tokens_of(tile, strips, M, WIDTHS)
         if BY_ROW:  # on its way while the sums are made
-            n = gl.arange(0, WIDEST, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
+            n = gl.arange(
+                0, power_of_2(WIDEST), layout=gl.BlockedLayout([1], [32], [WARPS.value], [0])
+            )
             of_token = gl.load(alpha_ptr + first + n, n < tokens, other=0.0)
         else:
             of_token = None
         for i in gl.static_range(count_of(WIDTHS)):
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
+                PARTS: gl.constexpr = parts_of(width_of(WIDTHS, i))
                 if SHARED:
-                    acc = _begun(sums_ptr, ready_ptr, from_step, width_of(WIDTHS, i), WIDEST)
+                    sums = _begun(sums_ptr, ready_ptr, from_step, PARTS, WIDEST)
                 else:
-                    acc = no_sums(width_of(WIDTHS, i))
-                acc, stage, phase = ring_sums(
-                    acc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, to_step - from_step,
-                    STAGES, GROUPS,
+                    sums = no_sums(PARTS)
+                sums, stage, phase = ring_sums(
+                    sums, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, to_step - from_step,
+                    PARTS, STAGES, GROUPS,
                 )  # fmt: skip
                 if BY_ROW:
                     alpha_buf.store(of_token)
                 if SHARED:
                     if to_step < steps:
-                        _hand_over(acc, sums_ptr, ready_ptr, WIDEST)
+                        _hand_over(sums, sums_ptr, ready_ptr, PARTS, WIDEST)
                     else:
-                        _finish_dense(
-                            acc, alpha_buf, alpha, out_ptr, tile % strips, first, first + tokens, N,
-                            0, BY_ROW, ARCH,
+                        _finish_parts(
+                            sums, alpha_buf, alpha, out_ptr, tile % strips, first, first + tokens, N,
+                            PARTS, BY_ROW, ARCH,
                         )  # fmt: skip
                 else:
-                    _finish_dense(
-                        acc, alpha_buf, alpha, out_ptr, tile % strips, first, first + tokens, N, 0,
-                        BY_ROW, ARCH,
+                    _finish_parts(
+                        sums, alpha_buf, alpha, out_ptr, tile % strips, first, first + tokens, N,
+                        PARTS, BY_ROW, ARCH,
                     )  # fmt: skip
 
 
@@ -250,13 +290,11 @@ def dense_gemm_kernel(
     ARCH: gl.constexpr,
 ):
     WIDEST: gl.constexpr = width_of(WIDTHS, 0)
-    x_bufs = gl.allocate_shared_memory(
-        gl.bfloat16, [STAGES * GROUPS * 2, WIDEST, 64], x_desc.layout
-    )
+    x_bufs = allocate_tokens(x_desc, STAGES * GROUPS * 2, WIDEST)
     w_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, ROWS, WORDS], w_desc.layout)
     sf_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, 1, 2, 128], sf_desc.layout)
     alpha_buf = gl.allocate_shared_memory(
-        gl.float32, [WIDEST], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.float32, [power_of_2(WIDEST)], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

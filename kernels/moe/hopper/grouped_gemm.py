@@ -3,7 +3,9 @@
 Programs stay and take tile after tile: 128 rows of one expert's weights times up to WIDTHS[0] of its
 tokens. One warp brings codes, block scales and tokens into a ring of stages in shared memory (TMA).
 Eight warps decode the codes of 64 columns into one set of registers while the tensor cores multiply the
-other. A stage holds GROUPS times 128 columns. An expert's last tile is as narrow as its rows allow.
+other. A stage holds GROUPS times 128 columns. An expert's last tile is as narrow as its rows allow. A
+tile whose width is no power of two, such as 96, has the sums of several parts, 64 and 32 tokens, and
+multiplies each fragment by all of them.
 
 The order of a sum depends on nothing but K: 16 columns a step, in the order of `fragments.py` within
 each 128. So the bits of a token's result are the same in every tile and every batch.
@@ -19,6 +21,7 @@ from .gluon import (
     gl,
     gluon,
     mbarrier,
+    reinterpreted,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -39,6 +42,24 @@ def narrower(widths, i):
 @gluon.constexpr_function
 def count_of(widths):
     return len(widths)
+
+
+@gluon.constexpr_function
+def parts_of(width):
+    """Return the powers of two whose sum is a width, from the largest: the sizes of a tile's tensors."""
+    return tuple(1 << bit for bit in range(width.bit_length() - 1, -1, -1) if width >> bit & 1)
+
+
+@gluon.constexpr_function
+def tokens_before(parts, i):
+    """Return the tokens of a tile's parts before part i."""
+    return sum(parts[:i])
+
+
+@gluon.constexpr_function
+def power_of_2(width):
+    """Return the smallest power of two that is no less."""
+    return 1 << (width - 1).bit_length()
 
 
 @gluon.jit
@@ -68,6 +89,7 @@ def fill_ring(
     """Bring one tile's columns of steps `begin` to `end` into the ring. TMA gives zeros beyond K."""
     BOX: gl.constexpr = x_desc.block_shape[0]
     BYTES: gl.constexpr = GROUPS * (ROWS * WORDS * 4 + ROWS * 8 + N * 256)
+    BOXES: gl.constexpr = x_bufs.shape[0] // (STAGES * GROUPS * 2)
     for k in range(begin, end):
         mbarrier.wait(empty.index(stage), phase)
         bar = full.index(stage)
@@ -80,11 +102,10 @@ def fill_ring(
                 sf_desc, [row // ROWS, at * 2, 0], bar, sf_bufs.index(buffer)
             )
             for half in gl.static_range(2):
-                x = x_bufs.index(buffer * 2 + half)
                 for i in gl.static_range(N // BOX):
                     tma.async_copy_global_to_shared(
                         x_desc, [first + i * BOX, at * 128 + half * 64], bar,
-                        x.slice(i * BOX, BOX, dim=0),
+                        x_bufs.index((buffer * 2 + half) * BOXES + i),
                     )  # fmt: skip
         stage, phase = _next(stage, phase, STAGES)
     return stage, phase
@@ -125,18 +146,64 @@ def sums_layout(tokens):
 
 
 @gluon.jit
-def no_sums(N: gl.constexpr):
+def _zeros(N: gl.constexpr):
     return gl.zeros((ROWS, N), gl.float32, layout=sums_layout(N))
 
 
 @gluon.jit
+def no_sums(PARTS: gl.constexpr):
+    """Return zeros as the sums of a tile: [ROWS, tokens] fp32 of each part."""
+    sums = ()  # type: tuple
+    for i in gl.static_range(count_of(PARTS)):
+        sums = sums + (_zeros(width_of(PARTS, i)),)  # noqa: RUF005, Triton has no star
+    return sums
+
+
+@gluon.jit
+def allocate_tokens(x_desc, halves: gl.constexpr, WIDTH: gl.constexpr):
+    """Allocate WIDTH tokens for each of the ring's halves of 128 columns, box after box."""
+    BOX: gl.constexpr = x_desc.block_shape[0]
+    return gl.allocate_shared_memory(gl.bfloat16, [halves * (WIDTH // BOX), BOX, 64], x_desc.layout)
+
+
+@gluon.jit
+def _multiply_part(a, acc, x_bufs, first_box):
+    """Begin to add the products of a fragment and a part's tokens to sums [ROWS, N]; return them."""
+    N: gl.constexpr = acc.shape[1]
+    L: gl.constexpr = x_bufs.layout
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(N), k_width=2)
+    x = reinterpreted(x_bufs.index(first_box), gl.bfloat16, [N, 64], L)
+    own = gl.convert_layout(a, A, assert_trivial=True)
+    return warpgroup_mma(own, x.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _multiply(a, sums, x_bufs, first_box, PARTS: gl.constexpr):
+    BOX: gl.constexpr = x_bufs.shape[1]
+    begun = ()  # type: tuple
+    for i in gl.static_range(count_of(PARTS)):
+        of_part = _multiply_part(a, sums[i], x_bufs, first_box + tokens_before(PARTS, i) // BOX)
+        begun = begun + (of_part,)  # noqa: RUF005, Triton has no star
+    return begun
+
+
+@gluon.jit
+def _wait(pending: gl.constexpr, sums, a):
+    """Wait until all but so many of the begun groups of wgmma are done, and so with a fragment."""
+    done = warpgroup_mma_wait(pending, deps=sums + (a,))  # noqa: RUF005, Triton has no star
+    return done[:-1], done[-1]
+
+
+@gluon.jit
 def ring_sums(
-    acc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
+    sums, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Add steps to sums [ROWS, N] fp32, times 2^-8; return them, and the ring's next stage and phase."""
-    N: gl.constexpr = acc.shape[1]
+    """Add steps to each part's sums, times 2^-8; return them, and the ring's next stage and phase."""
+    COUNT: gl.constexpr = count_of(PARTS)  # of parts, and of groups of wgmma that a fragment begins
+    N: gl.constexpr = width_of(PARTS, 0)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(N), k_width=2)
+    BOXES: gl.constexpr = x_bufs.shape[0] // (STAGES * GROUPS * 2)
     odd = gl.zeros((ROWS, 64), gl.bfloat16, layout=A)
     # Not `stage`: Triton carries no name through a loop that begins as the value it is assigned there.
     before = 0
@@ -146,20 +213,18 @@ def ring_sums(
             buffer = stage * GROUPS + g
             w0, s0, w1, s1 = load_codes(w_bufs.index(buffer), sf_bufs.index(buffer))
             even = fragment(w0, s0, A)
-            x = x_bufs.index(buffer * 2).slice(0, N, dim=0).permute((1, 0))
-            acc = warpgroup_mma(even, x, acc, is_async=True)
-            acc, odd = warpgroup_mma_wait(1, deps=(acc, odd))
+            sums = _multiply(even, sums, x_bufs, buffer * 2 * BOXES, PARTS)
+            sums, odd = _wait(COUNT, sums, odd)
             if g == 0:
                 mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
             odd = fragment(w1, s1, A)
-            x = x_bufs.index(buffer * 2 + 1).slice(0, N, dim=0).permute((1, 0))
-            acc = warpgroup_mma(odd, x, acc, is_async=True)
-            acc, even = warpgroup_mma_wait(1, deps=(acc, even))
+            sums = _multiply(odd, sums, x_bufs, (buffer * 2 + 1) * BOXES, PARTS)
+            sums, even = _wait(COUNT, sums, even)
         before = stage
         stage, phase = _next(stage, phase, STAGES)
-    acc, odd = warpgroup_mma_wait(0, deps=(acc, odd))
+    sums, odd = _wait(0, sums, odd)
     mbarrier.arrive(empty.index(before), count=1)
-    return acc, stage, phase
+    return sums, stage, phase
 
 
 @gluon.constexpr_function
@@ -268,7 +333,7 @@ def _consume(
     steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ODD: gl.constexpr, WIDTHS: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
-    N: gl.constexpr = width_of(WIDTHS, 0)
+    N: gl.constexpr = power_of_2(width_of(WIDTHS, 0))
     width = M // 2 if is_gated(ACT) else M
     if ODD:
         width += ROWS // 2
@@ -302,16 +367,19 @@ def _consume(
             token_scale = gl.load(token_scale_ptr + first + n, n < rows, other=0.0)
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
-                acc, stage, phase = ring_sums(
-                    no_sums(width_of(WIDTHS, i)), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
-                    steps, STAGES, GROUPS,
+                PARTS: gl.constexpr = parts_of(width_of(WIDTHS, i))
+                sums, stage, phase = ring_sums(
+                    no_sums(PARTS), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS,
+                    STAGES, GROUPS,
                 )  # fmt: skip
                 if token_scale_ptr is not None:
                     scales_buf.store(token_scale)
-                _finish(
-                    acc, scales_buf, bias, scale, gate_scale, alpha, beta, limit, out_ptr, strip,
-                    first, first + rows, width, 0, token_scale_ptr is not None, ACT, FRAGMENTS, ARCH,
-                )  # fmt: skip
+                for part in gl.static_range(count_of(PARTS)):
+                    _finish(
+                        sums[part], scales_buf, bias, scale, gate_scale, alpha, beta, limit, out_ptr,
+                        strip, first, first + rows, width, tokens_before(PARTS, part),
+                        token_scale_ptr is not None, ACT, FRAGMENTS, ARCH,
+                    )  # fmt: skip
         expert = ahead
         first = ahead_first
         rows = ahead_rows
@@ -343,10 +411,12 @@ def expert_gemm_kernel(
     ARCH: gl.constexpr,
 ):  # fmt: skip
     N: gl.constexpr = width_of(WIDTHS, 0)
-    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * GROUPS * 2, N, 64], x_desc.layout)
+    x_bufs = allocate_tokens(x_desc, STAGES * GROUPS * 2, N)
     w_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, ROWS, WORDS], w_desc.layout)
     sf_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, 1, 2, 128], sf_desc.layout)
-    scales_buf = gl.allocate_shared_memory(gl.float32, [N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    scales_buf = gl.allocate_shared_memory(
+        gl.float32, [power_of_2(N)], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

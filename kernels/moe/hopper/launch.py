@@ -56,7 +56,7 @@ def _operands(
     values: torch.Tensor, w: torch.Tensor, w_sf: torch.Tensor, rows: int, k: int, config: RingConfig
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
     """Describe tokens, codes and block scales: `rows` of weights in all, K a multiple of 64."""
-    box, words = (config.widths[-1], 64), (rows, k // 8)
+    box, words = (config.box, 64), (rows, k // 8)
     tiled = (cdiv(rows, _ROWS), k // 64, 128)
     return (
         _descriptor(values.data_ptr(), values.dtype, tuple(values.shape), box, 128),
