@@ -1,9 +1,14 @@
 """The judge finds every mutant, at the stage where its fault is, and nothing else."""
 
 # SPDX-License-Identifier: Apache-2.0
+import sys
+from pathlib import Path
+
 import pytest
-from mutants import command
+from mutants import command, kept
 from mutants.__main__ import main
+from mutants.edited_copy import KERNELS
+from mutants.generated.command import REFERENCE
 from mutants.kernel_mutants import KERNEL_MUTANTS
 from mutants.reference_mutants import EVERY_SETTING, MUTANTS
 from paths import ROOT
@@ -117,3 +122,95 @@ def tables_of(text):
         elif found[-1]:
             found.append([])
     return [table for table in found if table]
+
+
+_SMALL = command.Catalogue(_OF_QWEN, QWEN, dict([*CONFORMING.items()][:1]))
+
+
+class _Stopped(Exception):
+    """What ends a run in these tests, as an interrupt does."""
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Return the names of mutants that are tried, and how many are before a run ends, if it does."""
+    names, stops = [], []
+    right = command.try_mutant
+
+    def try_mutant(mutant, calls):
+        if stops and len(names) == stops[0]:
+            raise _Stopped
+        names.append(mutant.name)
+        return right(mutant, calls)
+
+    monkeypatch.setattr(command, "try_mutant", try_mutant)
+    return names, stops
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, capsys, tried):
+    names, stops = tried
+    file = tmp_path / "build" / "kept.jsonl"
+    asked = ["--seeds", "1", "--conforming", "1"]
+    assert main(asked, _SMALL) == 0
+    whole = capsys.readouterr().out
+    names.clear()
+    stops.append(1)
+    with pytest.raises(_Stopped):
+        main([*asked, "--resume", str(file)], _SMALL)
+    with file.open("a") as opened:
+        opened.write('\n["mutant')  # as one that was stopped in a line
+    stops.clear()
+    assert main([*asked, "--resume", str(file)], _SMALL) == 0
+    assert names == [m.name for m in _OF_QWEN]  # each once
+    assert capsys.readouterr().out == whole
+    assert main([*asked, "--resume", str(file)], _SMALL) == 0
+    assert names == [m.name for m in _OF_QWEN] and capsys.readouterr().out == whole
+
+
+def test_what_was_found_of_other_source_is_found_anew(tmp_path, capsys, tried, monkeypatch):
+    names, _ = tried
+    asked = ["--seeds", "1", "--conforming", "1", "--resume", str(tmp_path / "kept.jsonl")]
+    assert main(asked, _SMALL) == 0
+    monkeypatch.setattr(kept, "sources", lambda *, kernels: "other")
+    assert main(asked, _SMALL) == 0
+    assert names == [m.name for m in _OF_QWEN] * 2
+
+
+def test_sources_are_those_of_the_packages(tmp_path, monkeypatch):
+    """A change of a kernel counts for kernels alone, one of the reference for both."""
+
+    def digests():
+        return kept.sources(kernels=False), kept.sources(kernels=True)
+
+    before = digests()
+    for name, counts in {
+        "nvfp4_moe.kernels.moe.routing": (False, True),
+        "nvfp4_moe.reference.moe.routing": (True, True),
+        "mutants.stage_mutants": (True, True),
+        "mutants.generated.rules": (False, False),
+    }.items():
+        changed = tmp_path / "changed.py"
+        changed.write_bytes(Path(sys.modules[name].__file__).read_bytes() + b"\n# changed\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[name], "__file__", str(changed))
+            after = digests()
+        assert tuple(a != b for a, b in zip(before, after, strict=True)) == counts, name
+    assert digests() == before
+
+
+def test_runs_of_the_reference_execute_no_kernel():
+    """What is found of them is kept though a kernel changes."""
+    executed = set()
+
+    def profile(frame, event, _):
+        if event == "call":
+            executed.add(Path(frame.f_code.co_filename).resolve().parent)
+
+    sys.setprofile(profile)
+    try:
+        command.try_mutants(MUTANTS[::45], 1)
+        command.false_alarms(1, QWEN, _SMALL.conforming)
+    finally:
+        sys.setprofile(None)
+    assert REFERENCE / "moe" in executed
+    assert not [folder for folder in executed if KERNELS in (folder, *folder.parents)]

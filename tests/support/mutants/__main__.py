@@ -32,6 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--markdown", action="store_true", help="as docs/mutants.md has it")
     parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        type=Path,
+        help="keep what is found in FILE as it is found, and do not try again what it has of the same "
+        "source",
+    )
+    parser.add_argument(
         "--generated",
         choices=("reference", "kernels", "report"),
         help="mutants made by rule instead: of the reference, or of the Triton kernels; report: what is "

@@ -2,19 +2,22 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TextIO, TypeVar
 
 import torch
 
+from nvfp4_moe.differential import workers
 from nvfp4_moe.differential.conforming import CONFORMING, Setting, conforms, perform
 from nvfp4_moe.differential.stages import Call, Run, judge
 from nvfp4_moe.reference.moe.layer import Stages
 
 from . import edited_copy
 from .generated import command as generated
+from .kept import Kept
 from .kernel_calls import CALLS, prepared
 from .kernel_mutants import KERNEL_MUTANTS
 from .reference_mutants import EVERY_SETTING, MUTANTS, Mutant
@@ -88,13 +91,23 @@ class Catalogue:
     kernel_calls: Sequence[str] = tuple(CALLS)
 
 
-def try_mutants(mutants: Sequence[Mutant], seeds: int = 3) -> list[Outcome]:
+def try_mutants(
+    mutants: Sequence[Mutant], seeds: int = 3, kept: Kept | None = None
+) -> list[Outcome]:
     """Every mutant on `seeds` calls of its setting."""
-    prepared: dict[str, list[tuple[Call, Run]]] = {}
-    for name in sorted({m.setting for m in mutants}):
-        calls = [EVERY_SETTING[name].call(seed) for seed in range(seeds)]
-        prepared[name] = [(call, perform(call, Stages())) for call in calls]
-    return [try_mutant(m, prepared[m.setting]) for m in mutants]
+    kept = kept or Kept()
+
+    @functools.cache
+    def calls(setting: str) -> list[tuple[Call, Run]]:
+        made = [EVERY_SETTING[setting].call(seed) for seed in range(seeds)]
+        return [(call, perform(call, Stages())) for call in made]
+
+    def find(mutant: Mutant) -> tuple[str | None, dict[str, bool]]:
+        outcome = try_mutant(mutant, calls(mutant.setting))
+        return outcome.first, outcome.seen
+
+    asked = {m: f"mutant {m.name}, {m.setting}, {seeds} seeds, {kept.source}" for m in mutants}
+    return [Outcome(m, *kept.ask(asked[m], functools.partial(find, m))) for m in mutants]
 
 
 @dataclass(frozen=True)
@@ -105,60 +118,98 @@ class KernelOutcome:
     seen: dict[str, bool]
 
 
-def try_kernels(mutants: Sequence[edited_copy.KernelMutant]) -> list[KernelOutcome]:
+def try_kernels(
+    mutants: Sequence[edited_copy.KernelMutant], kept: Kept | None = None
+) -> list[KernelOutcome]:
     """Every mutant of the kernels on its call, in the interpreter."""
-    found = edited_copy.answers([(m, m.call) for m in mutants])
-    return [_judged(m, answer) for m, answer in zip(mutants, found, strict=True)]
+
+    def find(run: edited_copy.Tried) -> dict[str, bool]:
+        allowed, answer = prepared(run[1])[1], edited_copy.answer(*run)
+        got = allowed.values(answer)
+        seen = {name: not accepts(got, allowed.right) for name, accepts in CRITERIA.items()}
+        return {"interval": not allowed.accepts(answer)} | seen
+
+    found = _of_kernels([(m, m.call) for m in mutants], find, kept)
+    return [KernelOutcome(m, seen) for m, seen in zip(mutants, found, strict=True)]
 
 
-def _judged(mutant: edited_copy.KernelMutant, answer: Any) -> KernelOutcome:
-    allowed = prepared(mutant.call)[1]
-    got = allowed.values(answer)
-    seen = {name: not accepts(got, allowed.right) for name, accepts in CRITERIA.items()}
-    return KernelOutcome(mutant, {"interval": not allowed.accepts(answer)} | seen)
-
-
-def kernels_as_they_are(calls: Sequence[str]) -> list[str]:
+def kernels_as_they_are(calls: Sequence[str], kept: Kept | None = None) -> list[str]:
     """The calls on which the kernels without a mistake are not accepted."""
-    found = edited_copy.answers([(None, call) for call in calls])
+
+    def find(run: edited_copy.Tried) -> bool:
+        return bool(prepared(run[1])[1].accepts(edited_copy.answer(*run)))
+
+    accepted = _of_kernels([(None, call) for call in calls], find, kept)
     return [
-        f"the kernels, {call}"
-        for call, answer in zip(calls, found, strict=True)
-        if not prepared(call)[1].accepts(answer)
+        f"the kernels, {call}" for call, right in zip(calls, accepted, strict=True) if not right
     ]
 
 
+T = TypeVar("T")
+
+
+def _of_kernels(
+    runs: Sequence[edited_copy.Tried], find: Callable[[edited_copy.Tried], T], kept: Kept | None
+) -> list[T]:
+    """Ask of each run what `find` returns, a process a processor at a time."""
+    kept = kept or Kept()
+
+    def asked(run: edited_copy.Tried) -> str:
+        return f"kernels {run}, {kept.source_of_kernels}"
+
+    def ask(run: edited_copy.Tried) -> T:
+        return kept.ask(asked(run), lambda: find(run))
+
+    missing = [run for run in runs if asked(run) not in kept]
+    for call in sorted({call for _, call in missing}):
+        prepared(call)
+    workers.side_by_side(ask, missing, workers.at_a_time(len(missing)))
+    return [ask(run) for run in runs]
+
+
 def false_alarms(
-    runs: int, settings: Mapping[str, Setting], conforming: Mapping[str, Stages]
+    runs: int,
+    settings: Mapping[str, Setting],
+    conforming: Mapping[str, Stages],
+    kept: Kept | None = None,
 ) -> tuple[int, list[str]]:
     """Return how many conforming runs were judged, at least `runs`, and those that were not accepted."""
+    kept = kept or Kept()
     done, alarms, seed = 0, [], 0
     while done < runs:
         for setting in settings.values():
-            call = setting.call(seed)
-            for name, stages in conforming.items():
-                if not conforms(name, setting):
-                    continue
-                verdict = judge(call, perform(call, stages))
-                done += 1
-                if verdict.first or verdict.outside:
-                    alarms.append(f"{setting.name}, seed {seed}, {name}: {verdict}")
+            names = [name for name in conforming if conforms(name, setting)]
+            find = functools.partial(_alarms, setting, seed, names, conforming)
+            alarms += kept.ask(f"{setting.name}, seed {seed}: {names}, {kept.source}", find)
+            done += len(names)
         seed += 1
     return done, alarms
+
+
+def _alarms(
+    setting: Setting, seed: int, names: Sequence[str], conforming: Mapping[str, Stages]
+) -> list[str]:
+    """Return what is said of conforming runs of a call that are not accepted."""
+    call = setting.call(seed)
+    verdicts = {name: judge(call, perform(call, conforming[name])) for name in names}
+    return [
+        f"{setting.name}, seed {seed}, {name}: {verdict}"
+        for name, verdict in verdicts.items()
+        if verdict.first or verdict.outside
+    ]
 
 
 _HEAD = """\
 # Mutants, and which criterion sees them
 
-Made by `{command}`, on a CPU. Each mutant puts one mistake into a run of the reference, on inputs
-scaled down from the benchmark's layers; a criterion sees it if it rejects the output on any of the
-seeds. Ours names the first stage that differs, given what the run itself handed to it
+Made by `make mutants-table`, on a CPU. Each mutant puts one mistake into a run of the reference, on
+inputs scaled down from the benchmark's layers; a criterion sees it if it rejects the output on any of
+the seeds. Ours names the first stage that differs, given what the run itself handed to it
 (`nvfp4_moe/differential/stages.py`), and, of an implementation that shows nothing but its output, says
 whether that leaves the proved interval (`reference/bounds/moe.py`). The others: FlashInfer's (atol 0.1,
-rtol 0.85, 92.5 % of the elements), its
-CuTe-DSL tests' (max(0.05, 1.5 sigma) or 50 %, 97 %), a cosine over 0.99, and `allclose(rtol=1e-2,
-atol=1e-2)`. What no output shows (a scale off by an ulp, a zero's sign) differs in its stage's bits
-alone.
+rtol 0.85, 92.5 % of the elements), its CuTe-DSL tests' (max(0.05, 1.5 sigma) or 50 %, 97 %), a cosine
+over 0.99, and `allclose(rtol=1e-2, atol=1e-2)`. What no output shows (a scale off by an ulp, a zero's
+sign) differs in its stage's bits alone.
 """
 
 _KERNELS_HEAD = """
@@ -176,15 +227,16 @@ def run(options: argparse.Namespace, catalogue: Catalogue) -> int:
     if options.generated:
         return generated.run(options)
     show = _markdown if options.markdown else _text
-    outcomes = try_mutants(catalogue.mutants, options.seeds)
-    done, alarms = false_alarms(options.conforming, catalogue.settings, catalogue.conforming)
+    kept = Kept(options.resume)
+    outcomes = try_mutants(catalogue.mutants, options.seeds, kept)
+    done, alarms = false_alarms(options.conforming, catalogue.settings, catalogue.conforming, kept)
     if options.markdown:
-        print(_HEAD.format(command=" ".join(["python -m mutants", *sys.argv[1:]])))
+        print(_HEAD)
     show(_rows(outcomes), sys.stdout)
     wrong = any(o.first != o.mutant.stage for o in outcomes)
     if options.kernels:
-        in_kernels = try_kernels(catalogue.kernel_mutants)
-        alarms += kernels_as_they_are(catalogue.kernel_calls)
+        in_kernels = try_kernels(catalogue.kernel_mutants, kept)
+        alarms += kernels_as_they_are(catalogue.kernel_calls, kept)
         done += len(catalogue.kernel_calls)
         print(_KERNELS_HEAD if options.markdown else "\nIn the Triton kernels:")
         show(_kernel_rows(in_kernels), sys.stdout)

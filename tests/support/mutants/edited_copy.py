@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +63,10 @@ def copy_package(root: Path) -> Path:
     return root / _PACKAGE.name / "kernels"
 
 
+Tried = tuple[KernelMutant | None, str]
+"""A mutant, or None for the kernels as they are; and the name of a call."""
+
+
 def answer(mutant: KernelMutant | None, call: str) -> Any:
     """Return the result of the call in the interpreter; without a mutant, of the kernels as they are.
 
@@ -92,11 +95,3 @@ def _answer(call: Call) -> Any:
     # Memory that nobody writes is full of NaN, so that a row left out is seen every time.
     torch.set_deterministic_debug_mode("warn")
     return call.answer()
-
-
-def answers(runs: Sequence[tuple[KernelMutant | None, str]]) -> list[Any]:
-    """`answer` of each, a process a processor at a time."""
-    for call in sorted({call for _, call in runs}):
-        prepared(call)
-    at_a_time = workers.at_a_time(len(runs))
-    return workers.side_by_side(lambda run: answer(*run), runs, at_a_time)
