@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -23,12 +24,16 @@ class Library:
     capability: int  # the first compute capability that it is measured on; the major number
     newest: int  # the last one
     fewest_tokens: int = 1
+    compiler: str | None = None  # a module that it finds installed only in the folders below
+
+
+INSTALLED = ("site-packages", "dist-packages")
 
 
 HUMMING, QUACK = "humming, W4A16", "quack, bf16"
 LIBRARIES = {
     HUMMING: Library("humming", "humming-kernels", "0.1.19", 8, 12),
-    QUACK: Library("quack", "quack-kernels", "0.6.5", 9, 9, fewest_tokens=128),
+    QUACK: Library("quack", "quack-kernels", "0.6.5", 9, 9, fewest_tokens=128, compiler="cutlass"),
 }
 """The libraries by the name of their backend."""
 
@@ -57,6 +62,8 @@ def refusal(
     library = LIBRARIES[name]
     if find_spec(library.module) is None:
         return f"not installed: pip install {library.package}=={library.version}"
+    if library.compiler and (reason := _misplaced(library.compiler)):
+        return reason
     if not swiglu:
         return "it is measured in layers of SwiGLU alone"
     if not local:
@@ -70,6 +77,20 @@ def refusal(
         needed = f"from {library.capability}.0 to below {library.newest + 1}.0"
         return f"it is measured on GPUs of compute capability {needed}"
     return None
+
+
+def _misplaced(module: str) -> str | None:
+    """Return why QuACK cannot make the key of a kernel that it compiles with this module, or None.
+
+    The key has the names of installed functions, and the source and values of all others
+    (`quack/gemm_runtime/identity.py`). It takes a function for installed by the path of its file. Some
+    values of nvidia-cutlass-dsl have no key, so that QuACK raises a TypeError where it lies elsewhere.
+    """
+    found = find_spec(module)
+    if found is None or found.origin is None or set(INSTALLED) & set(Path(found.origin).parts):
+        return None
+    folder = Path(found.origin).parent
+    return f"{module} must be below a folder named {' or '.join(INSTALLED)}; it is {folder}"
 
 
 @contextmanager

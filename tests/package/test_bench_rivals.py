@@ -5,7 +5,9 @@ import importlib
 import inspect
 import json
 import operator
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fake_rivals
 import pytest
@@ -190,7 +192,8 @@ def test_why_a_rival_is_not_measured(name, monkeypatch):
     monkeypatch.setattr(rival_layers, "find_spec", lambda module: None)
     told = f"not installed: pip install {library.package}=={library.version}"
     assert rival_layers.refusal(name, **SERVED) == told
-    monkeypatch.setattr(rival_layers, "find_spec", lambda module: object())
+    installed = SimpleNamespace(origin="/usr/lib/python3/dist-packages/a/__init__.py")
+    monkeypatch.setattr(rival_layers, "find_spec", lambda module: installed)
     for changed, reason in (
         ({"swiglu": False}, "layers of SwiGLU alone"),
         ({"local": False}, "all experts are local"),
@@ -203,6 +206,28 @@ def test_why_a_rival_is_not_measured(name, monkeypatch):
     for capability, served in (((7, 5), ()), ((8, 0), (HUMMING,)), ((9, 0), (HUMMING, QUACK))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert (rival_layers.refusal(name, **on_gpu) is None) == (name in served)
+
+
+def test_quack_needs_its_compiler_where_packages_are_installed(monkeypatch, tmp_path):
+    """`pip install --target FOLDER` puts it elsewhere, and QuACK raises a TypeError then."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    on_gpu = SERVED | {"device": torch.device("cuda")}
+    paths = sys.path
+    for folder in ("elsewhere", "site-packages", "lib/python3/dist-packages/more"):
+        for module in ("quack", "humming", "cutlass"):
+            package = tmp_path / folder / module
+            package.mkdir(parents=True)
+            (package / "__init__.py").touch()
+        monkeypatch.setattr(sys, "path", [str(tmp_path / folder), *paths])
+        reason = rival_layers.refusal(QUACK, **on_gpu)
+        if folder == "elsewhere":
+            assert reason == (
+                "cutlass must be below a folder named site-packages or dist-packages; "
+                f"it is {tmp_path / 'elsewhere' / 'cutlass'}"
+            )
+        else:
+            assert reason is None
+        assert rival_layers.refusal(HUMMING, **on_gpu) is None
 
 
 def test_the_command_says_what_is_not_installed(capsys, monkeypatch):
