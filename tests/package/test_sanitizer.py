@@ -298,7 +298,7 @@ def test_options_that_the_program_lacks_are_left_out():
         (["--tool", "leakcheck"], "invalid choice: 'leakcheck'"),
         (
             ["--only", "rings"],
-            "no group begins with 'rings'; they are: quantizer 128x4, quantizer 8x4",
+            "no group begins with 'rings'; they are: canary, probes, quantizer 128x4",
         ),
         (["--seconds", "nan"], "--seconds: it is 'nan'; it must be a number above 0"),
         (["--jobs", "0"], "--jobs: it is '0'; it must be a number above 0"),
@@ -341,7 +341,7 @@ echo "sanitizer: cases 1"
 case "$3" in canary) exec sleep 60;; esac
 echo "sanitizer: done it"
 echo "sanitizer: launched moe.routing.route_kernel moe.finalize.finalize_kernel \\
-instruction_probe._rcp_delta_kernel instruction_probe.instruction_kernel"
+quantize.kernel.quantize_kernel"
 """
 
 
@@ -401,36 +401,50 @@ def test_a_planted_fault_that_is_not_found_fails(fake_machine, capsys, monkeypat
     assert "synccheck, planted fault: it was not reported" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(refusal(90) is not None, reason=str(refusal(90)))
+def test_no_group_runs_where_no_tool_finds_its_planted_fault(fake_machine, capsys, monkeypatch):
+    """The kernels that specialize their warps are clean under a tool that reports nothing."""
+    monkeypatch.setattr(command, "arch", lambda device: 90)
+    Path(command.program()).write_text(FAKE_TOOL.replace("*--planted*|", ""), "utf-8")
+    assert command.main([*fake_machine, "--tool", "racecheck", "--only", "finalize"]) == 1
+    cells = json.loads(Path(fake_machine[3]).read_text("utf-8"))
+    verdicts = {c["group"]: c["verdict"] for c in cells}
+    assert verdicts["specialized warps: only"] == "clean" and verdicts["planted fault"] == "failed"
+    assert "finalize" not in verdicts
+
+
 OF_DISPATCH = """\
 echo "========= Error: Race reported between Read access at a_kernel+0x110 in a.py:1"
 echo "=========     and Write access at a_kernel+0x410 in a.py:1 [66 hazards]"
 """
 
 
-def test_known_reports_need_the_reproducer(fake_machine, capsys, monkeypatch):
-    """Where the kernel that only specializes its warps has no report, a group's is an error."""
+@pytest.mark.skipif(refusal(90) is not None, reason=str(refusal(90)))
+def test_known_reports_need_a_reproducer(fake_machine, capsys, monkeypatch):
+    """Where no small kernel that specializes its warps has a report, a group's is an error."""
     monkeypatch.setattr(command, "arch", lambda device: 90)
     worked = FAKE_WORKER + 'echo "sanitizer: dispatch a_kernel 0x110 0x410 0x550"\n'
     Path(sys.executable).write_text(worked, "utf-8")
     words = [*fake_machine, "--tool", "racecheck", "--only", "routing"]
-    for pattern, status, known in (("*--dispatch*", 0, 1), ("*--dispatch?routing*", 1, 0)):
+    reported = "*--reproducer?ring*|*--dispatch?routing*"
+    for pattern, status, known in ((reported, 0, 1), ("*--dispatch?routing*", 1, 0)):
         n = f'{pattern}) n=1; {OF_DISPATCH};; *--planted*) n=3; echo "========= Wrong access";;'
         tool = FAKE_TOOL.replace("*--planted*|*routing*racecheck) n=3; echo", f"{n} none) echo")
         Path(command.program()).write_text(tool, "utf-8")
         assert command.main(words) == status
         cells = json.loads(Path(fake_machine[3]).read_text("utf-8"))
-        assert [c["known"] for c in cells] == [0, known, known]
-        assert [c["verdict"] for c in cells] == ["clean", "clean", "clean" if known else "errors"]
+        assert [c["known"] for c in cells] == [0, 0, 0, 0, known, known]
+        assert [c["verdict"] for c in cells] == ["clean"] * 5 + ["clean" if known else "errors"]
         assert (command.KNOWN in capsys.readouterr().out) == bool(known)
 
 
 def test_a_group_is_left_out_under_a_tool_that_finds_nothing_new(fake_machine, capsys):
-    words = [*fake_machine, "--only", "probes", "--only", "routing"]
+    words = [*fake_machine, "--only", "quantizer linear", "--only", "routing"]
     assert command.main([*words, "--tool", "memcheck", "--tool", "synccheck"]) == 0
     cells = json.loads(Path(fake_machine[3]).read_text("utf-8"))
     pairs = {(c["tool"], c["group"]) for c in cells}
-    assert ("memcheck", "probes") in pairs and ("synccheck", "routing") in pairs
-    assert ("synccheck", "probes") not in pairs
+    assert ("memcheck", "quantizer linear") in pairs and ("synccheck", "routing") in pairs
+    assert ("synccheck", "quantizer linear") not in pairs
     with pytest.raises(SystemExit):
-        command.main([*fake_machine, "--only", "probes", "--tool", "synccheck"])
+        command.main([*fake_machine, "--only", "quantizer linear", "--tool", "synccheck"])
     assert "--only: synccheck runs none of these groups" in capsys.readouterr().err

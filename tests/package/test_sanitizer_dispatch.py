@@ -2,11 +2,12 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
-from offline import compile_kernel
+from offline import compile_kernel, disassemble, tensor_descriptor
 from sanitizer import __main__ as command
 from sanitizer import dispatch, outcome, planted, worker
 
@@ -36,6 +37,7 @@ OF_DISPATCH = """\
 =========     and Write access at specialize_kernel+0x410 in reproducer.py:25 [66 hazards]
 =========     and Write access at specialize_kernel+0x550 in reproducer.py:26 [81 hazards]
 ========= \n"""
+serves = pytest.mark.skipif(refusal(90) is not None, reason=str(refusal(90)))
 READ, AWAIT = "LDS.U8 R2, [R0+UR4+0x4] ;", "BAR.SYNC.DEFER_BLOCKING 0x1 ;"
 
 
@@ -54,6 +56,8 @@ def test_the_dispatch_is_found_in_machine_code():
         (f"/*0100*/                   {AWAIT}", "/*0100*/  BAR.SYNC.DEFER_BLOCKING 0x1, 0x80 ;"),
         (READ, "LDS.U8 R2, [R0+UR4+0x5] ;"),  # another address than the writes
         ("/*0550*/                   STS", "/*0550*/                   STS.U8"),
+        # A copy to shared memory between the barrier and the read.
+        (READ, f"LDGSTS.E.BYPASS.128 [R9], desc[UR6][R2.64] ;\n        /*0118*/  {READ}"),
     ],
 )
 def test_a_dispatch_without_its_barriers_is_none(old, new):
@@ -61,20 +65,60 @@ def test_a_dispatch_without_its_barriers_is_none(old, new):
     assert dispatch.find("specialize_kernel", DISPATCHED.replace(old, new), 4) is None
 
 
-@pytest.mark.skipif(refusal(90) is not None, reason=str(refusal(90)))
-@pytest.mark.compile
-def test_triton_dispatches_behind_barriers(monkeypatch, capsys):
-    """The reproducer has shared memory of the dispatch alone, and the worker says where it is."""
-    from sanitizer.reproducer import specialize, specialize_kernel
+FORMS = {"only": "*i32", "registers": "*i32", "barriers": "*i32", "ring": "*fp32"}
+"""The type of y in each form of the reproducer."""
 
-    compiled = compile_kernel(specialize_kernel, 90, {"y_ptr": "*i32"}, {}, [], num_warps=4)
+
+def compiled_form(name: str):
+    from sanitizer.reproducer import FORMS
+
+    form, rows = FORMS[name], tensor_descriptor("bf16", (8, 64), 128)
+    given = {"x_desc": rows, "turns": "i32", "y_ptr": globals()["FORMS"][name]}
+    return compile_kernel(form.kernel, 90, given, dict(form.constants), [], **form.options)
+
+
+@serves
+@pytest.mark.compile
+@pytest.mark.parametrize("name", FORMS)
+def test_triton_dispatches_behind_barriers(name, monkeypatch, capsys, tmp_path):
+    """Each form has what it is named after, and the worker says where its dispatch is."""
+    from sanitizer import reproducer
+
+    assert list(reproducer.FORMS) == list(FORMS)
+    form, compiled = reproducer.FORMS[name], compiled_form(name)
     found = dispatch.of(compiled)
-    assert found and found.kernel == "specialize_kernel" and found.read < min(found.writes)
-    assert len(re.findall(r"\b(?:ld|st|atom)\.shared", compiled.asm["ptx"])) == 3
+    assert found and found.kernel == form.kernel.fn.__name__ and found.read < min(found.writes)
+    code = disassemble(compiled, tmp_path)
+    accesses = re.findall(r"\b(?:ld|st|atom)\.shared", compiled.asm["ptx"])
+    assert (len(accesses) == 3) == (name != "ring")  # shared memory of the dispatch alone
+    assert ("USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x100" in code) == (name == "only")
+    of_default_warps = re.findall(r"BAR\.SYNC\S* 0x0, 0x", code)
+    assert bool(of_default_warps) == (name in ("barriers", "ring"))
+    assert ("UTMALDG" in code) == ("SYNCS" in code) == (name == "ring")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(triton.JITFunction, "run", lambda kernel, *args, **options: compiled)
-    worker.run(lambda device: {"it": lambda: specialize("cpu")}, dispatched=True)
-    assert f"\nsanitizer: dispatch {found}\n" in capsys.readouterr().out
+    monkeypatch.setattr(reproducer, "FORMS", {name: replace(form, arguments=lambda device: ())})
+    worker.main(["--reproducer", name])
+    told = capsys.readouterr().out
+    assert f"sanitizer: done {name}\n" in told and f"\nsanitizer: dispatch {found}\n" in told
+
+
+@serves
+def test_a_form_is_launched_as_it_is_compiled(monkeypatch):
+    """Arguments and constants are those of the kernel, in its order."""
+    from sanitizer import reproducer
+
+    calls = []
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda kernel, *args, **options: calls.append((args, options))
+    )
+    for name, form in reproducer.FORMS.items():
+        form.launch("cpu")
+        given, options = calls.pop()
+        constants = {k: v for k, v in options.items() if k in form.kernel.arg_names}
+        assert len(given) + len(constants) == len(form.kernel.arg_names)
+        assert constants == form.constants and options["grid"] == (reproducer.PROGRAMS,)
+        assert given[-1] == reproducer.TURNS if name == "ring" else given[0].numel() == 2, name
 
 
 @pytest.mark.compile

@@ -3,7 +3,8 @@
 Each cell of the table, a tool and a group of kernels, is a process of its own, so that a fault in one
 group hides none in another. Each group first runs without a tool, which fills Triton's cache. Each tool
 must find a fault that is planted for it. Racecheck's reports of Triton's dispatch of
-`gl.warp_specialize` (`dispatch.py`) are counted apart, if a kernel without anything else has them too.
+`gl.warp_specialize` (`dispatch.py`) are counted apart, if a small kernel that specializes its warps has
+them too (`reproducer.py`).
 
 The exit status is 0 if every cell is clean, 1 if a tool reported something or a group failed, 2 for a
 wrong argument, and 3 if cells were not run.
@@ -62,7 +63,7 @@ OPTIONS = (
 """(option of compute-sanitizer, value, tools that get it); one that its `--help` lacks is left out."""
 NO_LIMIT = float("inf")
 PLANTED_ROW = "planted fault"
-DISPATCH_ROW = "only warp_specialize"
+DISPATCH_ROW = "specialized warps: "  # and the form of the kernel
 KNOWN = "known: reads and writes of Triton's dispatch of warp_specialize, which barriers order"
 
 
@@ -136,14 +137,15 @@ class Runner:
             found = replace(found, verdict="failed", first="it was not reported")
         return progress(found)
 
-    def dispatch(self) -> Outcome:
-        """Run the kernel that only specializes its warps under racecheck.
+    def dispatch(self, form: str) -> Outcome:
+        """Run a small kernel that specializes its warps under racecheck.
 
-        Its reports, if all of them are of Triton's dispatch, are accepted of the groups too.
+        If it has reports, and all of them are of Triton's dispatch, those of the groups are accepted.
         """
-        words = ("--dispatch",)
-        found = self.run("racecheck", DISPATCH_ROW, (), words, accepted=True)
-        self._accepted = found.known > 0
+        words = ("--reproducer", form)
+        found = self.run("racecheck", DISPATCH_ROW + form, (), words, accepted=True)
+        if found.known:
+            self._accepted = True
         return progress(found)
 
     def group(self, tool: str, name: str) -> Outcome:
@@ -258,13 +260,17 @@ def main(words: Sequence[str]) -> int:
     options.logs.mkdir(parents=True, exist_ok=True)
     runner = Runner(path, known, options.logs, options.seconds, options.total)
     found, wanted = [], len(options.tools)
+    rows = [PLANTED_ROW]
     with ThreadPoolExecutor(int(max(1, options.jobs))) as pool:
         planted = [pool.submit(runner.planted, tool) for tool in options.tools]
         if "racecheck" in options.tools and refusal(arch(device)) is None:
-            planted.append(pool.submit(runner.dispatch))
-            wanted += 1
+            from .reproducer import FORMS  # Gluon, which serves here
+
+            planted += [pool.submit(runner.dispatch, form) for form in FORMS]
+            rows += [DISPATCH_ROW + form for form in FORMS]
+            wanted += len(FORMS)
         found += [one.result() for one in planted]
-        if all(o.verdict != "clean" for o in found):
+        if all(o.verdict != "clean" for o in found if o.group == PLANTED_ROW):
             groups = []  # no tool works on this machine
         plain = [pool.submit(runner.group, "plain", name) for name in groups]
         cells: list[Future[Outcome]] = []
@@ -279,8 +285,7 @@ def main(words: Sequence[str]) -> int:
         found += [one.result() for one in cells]
     found += failed
     columns = ["plain", *options.tools] if failed else options.tools
-    first = [PLANTED_ROW, *([DISPATCH_ROW] if wanted > len(options.tools) else [])]
-    print("\n" + table(columns, [*first, *groups], found))
+    print("\n" + table(columns, [*rows, *groups], found))
     for name, why in refused.items():
         print(f"not here, {name}: {why}")
     if options.json:

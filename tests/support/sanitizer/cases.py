@@ -520,6 +520,10 @@ _SYNC = tuple(tool for tool in TOOLS if tool != "initcheck")
 _SORTS = "count_kernel", "offset_kernel", "place_kernel"
 
 GROUPS: dict[str, Group] = {
+    "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
+    "probes": Group(
+        ("instruction_probe._rcp_delta_kernel", "instruction_probe.instruction_kernel"), probes
+    ),
     **{
         f"quantizer {layout.name.removeprefix('layout_')}": Group(
             _QUANTIZER, quantizer(layout, PLAIN),
@@ -575,10 +579,5 @@ GROUPS: dict[str, Group] = {
         (*_DENSE_RING, _CLEAR), dense(DENSE_CONFIGS[:3], 64, (3, 36867, 64)), sm_90=True
     ),
     "dense ring many rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[3:], 64), sm_90=True),
-    "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
-    "probes": Group(
-        ("instruction_probe._rcp_delta_kernel", "instruction_probe.instruction_kernel"), probes,
-        tools=_ADDRESSES,
-    ),
 }  # fmt: skip
-"""Every group by its name, in the order of the table."""
+"""Every group by its name, in the order of the table and of the run."""

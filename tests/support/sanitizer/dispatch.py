@@ -27,7 +27,7 @@ import triton
 _DEFAULT_WARPS = re.compile(r'"ttg\.num-warps" = (\d+)')  # those of the metadata are all warps
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S[^;]*?)\s*;", re.M)
 _BARRIER = re.compile(r"BAR\.SYNC\S* 0x1$")  # without a count: every thread of the block
-_SHARED = re.compile(r"(?:LDS|LDSM|STS|STSM|ATOMS|LD|ST|ATOM|UTMA\w+|SYNCS)\b")
+_SHARED = re.compile(r"(?:LDS|LDSM|LDGSTS|STS|STSM|ATOMS|LD|ST|ATOM|UTMA\w+|SYNCS)\b")
 _READ = re.compile(r"LDS\.U8 \w+, \[.*\+(0x[0-9a-f]+)\]$")
 _WRITE = re.compile(r"STS \[.*\+(0x[0-9a-f]+)\], \w+$")
 _REPORT = re.compile(r"^=+ \w+: Race reported between .*\n(?:=+ +and .*\n)*", re.M)

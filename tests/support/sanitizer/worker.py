@@ -1,9 +1,9 @@
-"""The process that a tool watches: `python -m sanitizer.worker GROUP`, `--planted TOOL` or `--dispatch`.
+"""The process that a tool watches: `python -m sanitizer.worker GROUP`.
 
 Each line that it prints begins with `MARK`. It says how many cases there are, names each when the GPU
 has ended it, and last names the kernels that were launched. After `--dispatch GROUP` it also says where
-in their machine code Triton's dispatch of `gl.warp_specialize` is. `--dispatch` alone launches a kernel
-that has nothing else.
+in their machine code Triton's dispatch of `gl.warp_specialize` is; so it does after `--reproducer FORM`,
+which launches a kernel of `reproducer.py`. `--planted TOOL` launches the fault of a tool.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -73,10 +73,11 @@ def main(words: list[str]) -> None:
         from .planted import PLANTED
 
         run(lambda device: {words[1]: partial(PLANTED[words[1]], device)}, dispatched=False)
-    elif words == ["--dispatch"]:
-        from .reproducer import specialize
+    elif words[0] == "--reproducer":
+        from .reproducer import FORMS
 
-        run(lambda device: {"dispatch": partial(specialize, device)}, dispatched=True)
+        launch = FORMS[words[1]].launch
+        run(lambda device: {words[1]: partial(launch, device)}, dispatched=True)
     else:
         from .cases import GROUPS
 
