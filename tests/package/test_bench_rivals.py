@@ -5,8 +5,9 @@ import importlib
 import inspect
 import json
 import operator
-import sys
 from dataclasses import replace
+from functools import partial
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
 import fake_rivals
@@ -212,13 +213,13 @@ def test_quack_needs_its_compiler_where_packages_are_installed(monkeypatch, tmp_
     """`pip install --target FOLDER` puts it elsewhere, and QuACK raises a TypeError then."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     on_gpu = SERVED | {"device": torch.device("cuda")}
-    paths = sys.path
     for folder in ("elsewhere", "site-packages", "lib/python3/dist-packages/more"):
         for module in ("quack", "humming", "cutlass"):
             package = tmp_path / folder / module
             package.mkdir(parents=True)
             (package / "__init__.py").touch()
-        monkeypatch.setattr(sys, "path", [str(tmp_path / folder), *paths])
+        found = partial(PathFinder.find_spec, path=[str(tmp_path / folder)])
+        monkeypatch.setattr(rival_layers, "find_spec", found)
         reason = rival_layers.refusal(QUACK, **on_gpu)
         if folder == "elsewhere":
             assert reason == (
