@@ -30,6 +30,31 @@ def powers_of_two(x: torch.Tensor) -> torch.Tensor:
     return x.sign() * x.float().abs().clamp(min=2**-6).log2().round().exp2().to(x.dtype)
 
 
+def medians(printed: str) -> dict[str, float]:
+    """Return the medians of clock and power, and of how many readings they are.
+
+    Args:
+        printed: what nvidia-smi printed, a line "MHz, W" a reading. The first three are left out: its
+            figure of power is a mean over time before them.
+
+    Raises:
+        SystemExit: there are fewer than four readings, or one that is no number.
+    """
+    lines = printed[: printed.rfind("\n") + 1].splitlines()  # the last one may have been cut off
+    try:
+        readings = [tuple(map(float, line.split(","))) for line in lines]
+        clocks, watts = zip(*readings[3:], strict=True)
+    except ValueError:
+        raise SystemExit(
+            f"nvidia-smi gave no four readings of clock and power, but {printed[-80:]!r}"
+        ) from None
+    return {
+        "sm_mhz": statistics.median(clocks),
+        "watts": statistics.median(watts),
+        "readings": len(clocks),
+    }
+
+
 def measure(call: Callable[[], torch.Tensor]) -> dict[str, Any]:
     """Return microseconds of a call, the SM clock in MHz and the power in W."""
     replays = int(SECONDS * 1e6 / microseconds(call, 1, 5)) + 1
@@ -46,14 +71,7 @@ def measure(call: Callable[[], torch.Tensor]) -> dict[str, Any]:
         end.synchronize()
         reader.terminate()
         printed = reader.communicate()[0]
-    readings = [[float(n) for n in each.split(",")] for each in printed.splitlines() if "," in each]
-    clocks, watts = zip(*readings[3:], strict=True)  # the first ones are from before
-    return {
-        "us": begin.elapsed_time(end) * 1e3 / replays,
-        "sm_mhz": statistics.median(clocks),
-        "watts": statistics.median(watts),
-        "readings": len(clocks),
-    }
+    return {"us": begin.elapsed_time(end) * 1e3 / replays} | medians(printed)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import fake_flashinfer
 import host_time
 import moe_speed
+import power
 import pretend_gpu
 import pytest
 import reload_speed
@@ -31,6 +32,16 @@ SHAPES = {
     "biased": Shape("biased", 96, 112, 4, 2, biased=True),
     "EP": Shape("EP", 64, 64, 2, 2, ranks=2),
 }
+
+
+def test_readings_of_clock_and_power():
+    """The first three readings do not count, and a reading that is no number is named."""
+    lines = ["1980, 120.00"] * 3 + ["1600, 690.5", "1700, 700.5", "1650, 695.25"]
+    found = power.medians("".join(f"{line}\n" for line in lines) + "1980,")
+    assert found == {"sm_mhz": 1650, "watts": 695.25, "readings": 3}
+    for printed in ("", "1980, 120.00\n" * 3, "1980, [N/A]\n" * 9, "No devices were found\n"):
+        with pytest.raises(SystemExit, match="no four readings of clock and power, but "):
+            power.medians(printed)
 
 
 def made(s: Shape, tokens: int, limit: float | None = None):
