@@ -13,6 +13,8 @@ from ..triton_target import arch, launch_options
 
 _ONE_LAUNCH_SLOTS = 4096
 """Up to this many slots one launch sorts them: the program of each expert reads all slots twice."""
+_CHUNK = 128
+"""Slots of a program where three launches sort them."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +52,18 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
             BINS=bins, CHUNK=chunk, TILE=tile, num_warps=4 if chunk <= 2048 else 8, **options,
         )  # fmt: skip
         return p
-    chunk = 128
-    chunks = cdiv(slots, chunk)
-    total, counts = empty(bins).zero_(), empty(num_local, chunks)
-    launch(
-        count_kernel,
-        (chunks,),
-        ids,
-        total,
-        counts,
-        slots,
-        local_expert_offset,
-        num_local,
-        BINS=bins,
-        CHUNK=chunk,
-        **options,
-    )
-    launch(offset_kernel, (num_local,),
-        total, counts, p.tiles, p.end, chunks, tiles, num_local,
-        BINS=bins, STEP=1024, TILE=tile, **options,
+    chunks = cdiv(slots, _CHUNK)
+    counts, total = empty(num_local, chunks), empty(num_local)
+    launch(count_kernel, (chunks,),
+        ids, counts, slots, local_expert_offset, num_local,
+        BINS=bins, CHUNK=_CHUNK, **options,
     )  # fmt: skip
-    launch(
-        place_kernel,
-        (chunks,),
-        ids,
-        counts,
-        p.expanded,
-        p.permuted,
-        slots,
-        local_expert_offset,
-        num_local,
-        CHUNK=chunk,
-        **options,
-    )
+    launch(before_kernel, (num_local,), counts, total, chunks, STEP=1024, **options)
+    launch(place_kernel, (num_local + chunks,),
+        ids, counts, total, p.expanded, p.permuted, p.tiles, p.end,
+        slots, chunks, tiles, local_expert_offset, num_local,
+        BINS=bins, CHUNK=_CHUNK, AT_ONCE=16, TILE=tile, **options,
+    )  # fmt: skip
     return p
 
 
@@ -180,8 +161,7 @@ def permute_kernel(
 @triton.jit
 def count_kernel(
     ids_ptr,
-    total_ptr,  # [BINS] int32, zeros: slots of each expert
-    count_ptr,  # [E, chunks] int32: of them in a chunk
+    count_ptr,  # [E, chunks] int32: slots of an expert in a chunk
     N,
     first_expert,
     E,
@@ -196,55 +176,67 @@ def count_kernel(
     counts = tl.histogram(tl.where((local >= 0) & (local < E), local, BINS - 1), BINS)
     bins = tl.arange(0, BINS)
     tl.store(count_ptr + bins * tl.num_programs(0) + chunk, counts, bins < E)
-    tl.atomic_add(total_ptr + bins, counts, (bins < E) & (counts > 0), sem="relaxed")
 
 
 @triton.jit
-def offset_kernel(
-    total_ptr,
-    count_ptr,  # in: of each chunk; out: the permuted row of its first slot
-    tile_ptr,
-    end_ptr,
+def before_kernel(
+    count_ptr,  # in: of each chunk; out: of the chunks before it
+    total_ptr,  # [E] int32: of all chunks
     chunks,
-    tiles,
-    E,
-    BINS: tl.constexpr,
     STEP: tl.constexpr,
-    TILE: tl.constexpr,
     ARCH: tl.constexpr,
 ):
+    """Add an expert's counts. Programs share no sum, as atomic additions to few addresses take long."""
     await_previous(ARCH)
     expert = tl.program_id(0)
-    totals = tl.load(total_ptr + tl.arange(0, BINS))
-    row = _expert_counted(expert, totals, tile_ptr, end_ptr, tiles, E, BINS, STEP, TILE)
+    before = tl.zeros((), tl.int32)
     for start in range(0, chunks, STEP):
         chunk = start + tl.arange(0, STEP)
         at = count_ptr + expert * chunks + chunk
         count = tl.load(at, chunk < chunks, other=0)
-        tl.store(at, row + tl.cumsum(count, 0) - count, chunk < chunks)
-        row += tl.sum(count)
+        tl.store(at, before + tl.cumsum(count, 0) - count, chunk < chunks)
+        before += tl.sum(count)
+    tl.store(total_ptr + expert, before)
 
 
 @triton.jit
 def place_kernel(
     ids_ptr,
-    row_ptr,  # [E, chunks] int32, by `offset_kernel`
-    expanded_ptr,
-    permuted_ptr,
+    before_ptr, total_ptr,  # as `before_kernel` writes them
+    expanded_ptr, permuted_ptr, tile_ptr, end_ptr,
     N,
+    chunks,
+    tiles,
     first_expert,
     E,
+    BINS: tl.constexpr,
     CHUNK: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # slots that are compared with a chunk's at a time: more need more registers
+    TILE: tl.constexpr,
     ARCH: tl.constexpr,
-):
+):  # fmt: skip
+    """Write an expert's tiles and its end, or the rows of a chunk's slots."""
     await_previous(ARCH)
-    chunk = tl.program_id(0)
-    i = tl.arange(0, CHUNK)
-    index = chunk * CHUNK + i
-    local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
-    is_local = (local >= 0) & (local < E)
-    earlier = (local[None, :] == local[:, None]) & (i[None, :] < i[:, None])
-    first = tl.load(row_ptr + local * tl.num_programs(0) + chunk, is_local, other=0)
-    row = first + tl.sum(earlier.to(tl.int32), 1)
-    tl.store(permuted_ptr + index, tl.where(is_local, row, -1), index < N)
-    tl.store(expanded_ptr + row, index, is_local)
+    bins = tl.arange(0, BINS)
+    totals = tl.load(total_ptr + bins, bins < E, other=0)
+    if tl.program_id(0) < E:
+        _expert_counted(tl.program_id(0), totals, tile_ptr, end_ptr, tiles, E, BINS, CHUNK, TILE)
+    else:
+        chunk = tl.program_id(0) - E
+        i = tl.arange(0, CHUNK)
+        index = chunk * CHUNK + i
+        local = tl.load(ids_ptr + index, index < N, other=first_expert - 1) - first_expert
+        is_local = (local >= 0) & (local < E)
+        local = tl.where(is_local, local, BINS - 1)
+        before = tl.load(before_ptr + local * chunks + chunk, is_local, other=0)
+        earlier = tl.zeros((CHUNK, AT_ONCE), tl.int32)
+        for start in tl.static_range(0, CHUNK, AT_ONCE):
+            j = start + tl.arange(0, AT_ONCE)
+            other_index = chunk * CHUNK + j
+            other = tl.load(ids_ptr + other_index, other_index < N, other=0) - first_expert
+            same = (local[:, None] == other[None, :]) & (j[None, :] < i[:, None])
+            earlier += same.to(tl.int32)
+        first = tl.gather(tl.cumsum(totals, 0) - totals, local, 0)
+        row = first + before + tl.sum(earlier, 1)
+        tl.store(permuted_ptr + index, tl.where(is_local, row, -1), index < N)
+        tl.store(expanded_ptr + row, index, is_local)

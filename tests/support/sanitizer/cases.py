@@ -517,7 +517,7 @@ _MASKED = ("moe.masked.rows.masked_rows_kernel", "moe.masked.rows.copy_rows_kern
 _ADDRESSES = ("memcheck",)
 """The kernels have the barriers and the reads of another group, and other addresses or formulas."""
 _SYNC = tuple(tool for tool in TOOLS if tool != "initcheck")
-_SORTS = "count_kernel", "offset_kernel", "place_kernel"
+_SORTS = "count_kernel", "before_kernel", "place_kernel"
 
 GROUPS: dict[str, Group] = {
     "canary": Group(("moe.row_samples.kernel.take_kernel",), rows_of_the_canary),
