@@ -70,18 +70,10 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels permute_kernel: index: range(0, N, CHUNK) -> range(0, N, CHUNK + 1) (2)",
         "kernels permute_kernel: operator: row += tl.sum(here) -> row -= tl.sum(here)",
     ),
-    "0 is added, or to a bin of no expert, which nobody reads.": (
-        "kernels count_kernel: comparison: counts > 0 -> counts >= 0",
-        "kernels count_kernel: comparison: bins < E -> bins <= E (2)",
-        "kernels count_kernel: operator: (bins < E) & (counts > 0) -> (bins < E) | (counts > 0)",
-    ),
     "Bins before an expert alone are summed, and none behind the last expert is read.": (
         "kernels masked_rows_kernel: constant: 0 -> 1",
         "kernels permute_kernel: comparison: local < E -> local <= E",
         "kernels count_kernel: comparison: local < E -> local <= E",
-    ),
-    "Behind the last chunk nothing is stored, and no step follows.": (
-        "kernels offset_kernel: constant: 0 -> 1",
     ),
     "Any negative row is no row.": (
         "kernels finalize_kernel: constant: -1 -> -2",
@@ -184,9 +176,13 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "Triton adds up truth values as int32.": (
         "kernels permute_kernel: rounding: (local == expert).to(tl.int32) -> local == expert",
         "kernels write_tiles: rounding: before.to(tl.int32) -> before",
+        "kernels place_kernel: rounding: same.to(tl.int32) -> same",
     ),
-    "What is loaded for a slot of no local expert is not used.": (
+    "What is loaded or computed for a slot of no local expert, or behind the last slot, is not used.": (
         "kernels place_kernel: constant: 0 -> 1",
+        "kernels place_kernel: constant: 0 -> 1 (2)",
+        "kernels place_kernel: constant: 0 -> 1 (3)",
+        "kernels place_kernel: constant: BINS - 1 -> BINS - 2",
     ),
     "The part more is not read again, and what it loads is masked.": (
         "kernels _load_parts: index: tl.static_range(PARTS) -> tl.static_range(PARTS + 1)",
