@@ -389,6 +389,51 @@ def test_the_order_of_a_run_that_may_end_early(tmp_path, monkeypatch):
     assert [of[m] for m in found] == ["open", "new", *reversed(names[2:])]
 
 
+@pytest.fixture
+def checked(monkeypatch) -> list[list[str]]:
+    """Return the names of probes that are checked, each time; one mutant of `pack` is harmless."""
+    names: list[list[str]] = []
+    right = trial.check
+
+    def check(probes, **options):
+        probes = dict(probes)
+        names.append(list(probes))
+        return right(probes.items(), **options)
+
+    good = reference_probes.probe("e2m1")
+    keys = [m.key for m in command.every("reference") if m.function == "pack"]
+    monkeypatch.setattr(trial, "check", check)
+    monkeypatch.setattr(harmless, "reason", lambda key: "said" if key == keys[0] else None)
+    monkeypatch.setattr(
+        command,
+        "probes_of",
+        lambda m, device: {"good": good} | ({"more": good} if m.key == keys[0] else {}),
+    )
+    return names
+
+
+def test_probes_of_harmless_mutants_alone_are_checked_last(tmp_path, checked):
+    main(of_pack(tmp_path / "results.txt"))
+    assert checked == [["good"], ["more"]]
+
+
+def test_no_probe_is_checked_once_the_time_is_over(tmp_path, checked, capsys):
+    main([*of_pack(tmp_path / "results.txt"), "--seconds", "1e-9"])
+    assert checked == []
+    assert capsys.readouterr().out.startswith("0 tried in 0 s, ")
+
+
+def test_trials_end_at_their_time(of_reference):
+    made = [m for m in of_reference if m.function == "pack"]
+    slow = [lambda: time.sleep(60) or iter(())]
+    start = time.monotonic()
+    given = [(m, slow) for m in made]
+    assert not list(trial.run(given, jobs=2, seconds=lambda _: 90.0, at_once=2, end=start + 0.5))
+    assert time.monotonic() - start < 20
+    with pytest.raises(ChildProcessError):  # none is left
+        os.waitpid(-1, os.WNOHANG)
+
+
 @pytest.mark.interpreter
 def test_a_probe_is_not_shown_what_it_does_not_execute(tmp_path):
     path = tmp_path / "lines"

@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="end after about as long")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of the kernels (cpu: interpreted)"
+        "--device",
+        choices=("cpu", "cuda", "compile"),
+        default="cpu",
+        help="of the kernels (cpu: interpreted; compile: those of Gluon are compiled for sm_90, without "
+        "a GPU)",
     )
     parser.add_argument(
         "--again", action="store_true", help="try those once more that survived on any device"

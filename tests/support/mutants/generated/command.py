@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
 import functools
-import itertools
 import os
 import subprocess
 import sys
@@ -25,12 +24,12 @@ from .results import Results
 from .rules import Generated, generate
 
 REFERENCE = Path(recipe.__file__).resolve().parent
-SECONDS = {"reference": 60.0, "cpu": 150.0, "cuda": 90.0}
+SECONDS = {"reference": 60.0, "cpu": 150.0, "cuda": 90.0, "compile": 300.0}
 """After which a mutant has timed out, of each probe, at most."""
 LEAST_SECONDS, TIMES = 20.0, 5
 """A probe has these, and as many times as long as it takes on unchanged code."""
-AT_ONCE = {"cpu": 1, "cuda": 16}
-"""Mutants that a process tries one after the other: it takes seconds to start a GPU."""
+AT_ONCE = {"cpu": 1, "cuda": 16, "compile": 1}
+"""Mutants that a process tries one after the other, at most: it takes seconds to start a GPU."""
 
 
 def every(which: str) -> list[Generated]:
@@ -62,6 +61,10 @@ def _named_probes(file: str, device: str) -> dict[str, trial.Probe]:
 
     if file.startswith("reference/"):
         return {name: reference_probes.probe(name) for name in reference_probes.OF_FILE[file]}
+    if device == "compile":
+        from . import compiled
+
+        return compiled.probes(file)
     found = {}
     for name in kernel_probes.asked(file, device):
         found[name] = kernel_probes.probe(name, device)
@@ -140,53 +143,119 @@ def _is_interpreted(options: argparse.Namespace) -> bool:
 
 
 def _try(mutants: Sequence[Generated], results: Results, options: argparse.Namespace) -> list[str]:
-    """Try those that wait and have a probe that runs on the device; what wrong probes say."""
+    """Try those that wait and have a probe that runs on the device; what wrong probes say.
+
+    Those that are expected to survive come last, with the probes that they alone need.
+    """
     first, count = (int(part) for part in options.shard.split("/"))
-    waiting = [
-        m for m in mutants[first - 1 :: count] if _waits(m, results, options.device, options.again)
-    ]
-    on_gpu = options.generated == "kernels" and options.device == "cuda"
+    device = options.device
+    waiting = [m for m in mutants[first - 1 :: count] if _waits(m, results, device, options.again)]
+    on_gpu = options.generated == "kernels" and device == "cuda"
     if on_gpu:
         cuda_state.check("before its first probe")
-    waiting.sort(key=functools.partial(_place, results=results, device=options.device))
-    end = time.monotonic() + (options.seconds or float("inf"))
-    limit = SECONDS["reference" if options.generated == "reference" else options.device]
-    children = {"jobs": options.jobs, "at_once": AT_ONCE[options.device], "on_gpu": on_gpu}
-    start = written = time.monotonic()
-    probes = {name: probe for m in waiting for name, probe in probes_of(m, options.device).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = probes if _is_interpreted(options) else {}
-        paths = {name: Path(folder, str(i)) for i, name in enumerate(recorded)}
-        asked = {
-            name: executed.recording(probe, paths[name]) if paths else probe
-            for name, probe in probes.items()
+    start = time.monotonic()
+    waiting.sort(key=functools.partial(_place, results=results, device=device))
+    end = start + (options.seconds or float("inf"))
+    trials = _Trials(results, options, on_gpu, end)
+    for expected in (False, True):
+        some = [m for m in waiting if _survives(m, results, device) is expected]
+        if time.monotonic() < end:
+            trials.run(some)
+    left = sum(bool(probes_of(m, device)) for m in waiting) - trials.tried
+    print(f"{trials.tried} tried in {time.monotonic() - start:.0f} s, {left} left")
+    return trials.wrong
+
+
+class _Trials:
+    """Trials of mutants on a device until a time, and what is known of the probes since the first."""
+
+    def __init__(self, results: Results, options: argparse.Namespace, on_gpu: bool, end: float):
+        self.tried, self.wrong = 0, list[str]()
+        self._results, self._device, self._end = results, options.device, end
+        self._is_interpreted = _is_interpreted(options)
+        self._children = {"jobs": options.jobs, "on_gpu": on_gpu}
+        self._limit = SECONDS["reference" if options.generated == "reference" else options.device]
+        self._checked: set[str] = set()
+        self._took: dict[str, float] = {}
+        self._lines: dict[str, executed.Lines] = {}
+        self._order = Order(self._took, self._lines)
+
+    def run(self, mutants: Sequence[Generated]) -> None:
+        """Check the probes of some mutants on unchanged code, and try these."""
+        probes = {
+            name: probe for m in mutants for name, probe in probes_of(m, self._device).items()
         }
-        took, wrong = trial.check(asked.items(), seconds=2 * limit, **children)
-        order = Order(took, {name: executed.read(paths[name]) for name in took if name in paths})
-    for said in wrong:
-        print(f"WRONG PROBE {said}", flush=True)
-    waiting = [m for m in waiting if took.keys() & probes_of(m, options.device).keys()]
-    given = (
-        (m, order.probes(m, options.device))
-        for m in itertools.takewhile(lambda _: time.monotonic() < end, waiting)
-    )
-    limits = {probes[name]: min(limit, LEAST_SECONDS + TIMES * t) for name, t in took.items()}
-    tried = 0
-    trials = trial.run(given, seconds=limits.__getitem__, **children)
-    try:
-        for result in _counted(trials, len(waiting)):
-            order.learn(result)
-            results.add(result.mutant, options.device, result.status)
-            tried += 1
-            if result.status == "survived" and harmless.reason(result.mutant.key) is None:
-                progress.note(f"SURVIVED {result.mutant.shown}")
-            if time.monotonic() - written > 20:
-                results.write()
-                written = time.monotonic()
-    finally:
-        results.write()
-    print(f"{tried} tried in {time.monotonic() - start:.0f} s, {len(waiting) - tried} left")
-    return wrong
+        self._check({name: p for name, p in probes.items() if name not in self._checked})
+        waiting = [m for m in mutants if self._took.keys() & probes_of(m, self._device).keys()]
+        given = ((m, self._order.probes(m, self._device)) for m in waiting)
+        limits = {
+            probes[name]: min(self._limit, LEAST_SECONDS + TIMES * t)
+            for name, t in self._took.items()
+            if name in probes
+        }
+        written = time.monotonic()
+        trials = trial.run(
+            given,
+            seconds=limits.__getitem__,
+            at_once=self._at_once(len(waiting)),
+            end=self._end,
+            **self._children,
+        )
+        try:
+            for result in _counted(trials, len(waiting)):
+                self._take(result)
+                if time.monotonic() - written > 20:
+                    self._results.write()
+                    written = time.monotonic()
+        finally:
+            self._results.write()
+
+    def _at_once(self, count: int) -> int:
+        """Return how many a process tries: few enough that at the end all have some."""
+        return max(1, min(AT_ONCE[self._device], count // (2 * self._children["jobs"])))
+
+    def _check(self, probes: dict[str, trial.Probe]) -> None:
+        self._checked |= probes.keys()
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {name: Path(folder, str(i)) for i, name in enumerate(probes)}
+            asked = {
+                name: executed.recording(p, paths[name]) if self._is_interpreted else p
+                for name, p in probes.items()
+            }
+            took, wrong = trial.check(
+                asked.items(),
+                seconds=2 * self._limit,
+                at_once=self._at_once(len(asked)),
+                **self._children,
+            )
+            self._took |= took
+            if self._is_interpreted:
+                self._lines |= {name: executed.read(paths[name]) for name in took}
+        self.wrong += wrong
+        for said in wrong:
+            print(f"WRONG PROBE {said}", flush=True)
+
+    def _take(self, result: trial.Result) -> None:
+        self.tried += 1
+        self._order.learn(result)
+        if self._device == "compile" and not _is_decided(result):
+            return
+        self._results.add(result.mutant, self._device, result.status)
+        if result.status == "survived" and harmless.reason(result.mutant.key) is None:
+            progress.note(f"SURVIVED {result.mutant.shown}")
+
+
+def _is_decided(result: trial.Result) -> bool:
+    """Return True if compilation alone shows what becomes of a mutant."""
+    from . import compiled
+
+    return result.status != "timed out" and not result.by.startswith(compiled.WAITS)
+
+
+def _survives(mutant: Generated, results: Results, device: str) -> bool:
+    """Return True if a mutant is known to be harmless, or no probe of a GPU can see it."""
+    same_code = device == "cuda" and results.of(mutant).get("compile") == "survived"
+    return same_code or harmless.reason(mutant.key) is not None
 
 
 def _counted(results: Iterable[trial.Result], total: int) -> Iterator[trial.Result]:
@@ -200,12 +269,12 @@ def _counted(results: Iterable[trial.Result], total: int) -> Iterator[trial.Resu
 def _place(mutant: Generated, results: Results, device: str) -> tuple[bool, bool, bool, int]:
     """Return what puts mutants in order: the least is tried first.
 
-    First those that nobody says are harmless, then those that the device has not tried, then those that
-    survived elsewhere. The harmless take all probes: those of few probes come first.
+    First those that are not expected to survive, then those that the device has not tried, then those
+    that survived elsewhere. Those that survive take all probes: those of few probes come first.
     """
-    found, is_harmless = results.of(mutant), harmless.reason(mutant.key) is not None
-    probes = len(probes_of(mutant, device)) if is_harmless else 0
-    return is_harmless, device in found, not found, probes
+    found, survives = results.of(mutant), _survives(mutant, results, device)
+    probes = len(probes_of(mutant, device)) if survives else 0
+    return survives, device in found, not found, probes
 
 
 def _waits(mutant: Generated, results: Results, device: str, again: bool) -> bool:
@@ -241,8 +310,9 @@ answer that is not the unchanged reference's, to the bit where the contract dete
 of its interval; or by an error; it *timed out*; it is *harmless*, for a reason that is written down
 (`harmless.py` and `harmless_kernels.py`); or it is *open*: nothing saw it, and nobody has shown that
 it keeps the contract. Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and
-on a GPU. The Gluon kernels of `kernels/moe/hopper/` run on sm_90 alone: what no such GPU has tried is
-*not tried*. A mutant that waits without end, as one of a barrier may, is killed and has timed out.
+on a GPU. The Gluon kernels of `kernels/moe/hopper/` run on sm_90 alone: what neither such a GPU nor the
+compilation for it (`make mutants-compiled`) has decided is *not tried*. A mutant that does not compile
+is killed. A mutant that waits without end, as one of a barrier may, is killed and has timed out.
 What has been tried is in `results.txt` beside the rules, and is tried again once the function changes.
 """
 

@@ -316,16 +316,20 @@ def asked(file: str, device: str) -> list[str]:
     return [n for n in names if not n.startswith(other)]
 
 
+def call(name: str) -> Call:
+    return (_MORE | CALLS)[name]()
+
+
 @functools.cache
 def probe(name: str, device: str) -> Probe:
-    call = (_MORE | CALLS)[name]()
-    answered = call.judge()
+    made = call(name)
+    answered = made.judge()
 
     def run() -> Iterator[str]:
         # Memory that nobody writes is full of NaN: what lay there before may be the right answer.
         torch.set_deterministic_debug_mode("warn")
         with strict() if device == "cpu" else nullcontext():
-            accepted = answered.accepts(call.answer(device))
+            accepted = answered.accepts(made.answer(device))
         if not accepted:
             yield name
 

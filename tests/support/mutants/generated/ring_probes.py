@@ -15,13 +15,20 @@ from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.cases.moe_case import MoECase, to_device
 from nvfp4_moe.differential.conforming import Setting
 from nvfp4_moe.differential.verdict import Allowed
+from nvfp4_moe.kernels import launcher
+from nvfp4_moe.kernels.dense import launch as dense_launch
+from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
+from nvfp4_moe.kernels.launcher import cdiv, next_power_of_2
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig
+from nvfp4_moe.kernels.moe.hopper.dense_gemm import clear_kernel
+from nvfp4_moe.kernels.moe.hopper.fragments import ROWS as ROWS_OF_TILE
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked import launch as masked_launch
 from nvfp4_moe.kernels.moe.masked.call import MaskedKernelCall
 from nvfp4_moe.kernels.moe.permute import permute
 from nvfp4_moe.kernels.moe.tile_table import Config
+from nvfp4_moe.kernels.triton_target import arch, launch_options
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
@@ -45,14 +52,14 @@ ROWS = (3, 1, 0, 17, 8, 33, 16, 9)
 """Rows of each expert: none, one, whole tiles, and few behind which a fuller tile begins."""
 SMALL = RingConfig((16, 8), 2, 1, 2)
 NARROW = RingConfig((8,), 2, 1, 2)
-_FEW_PROGRAMS: dict[str, Any] = {"hopper.launch.multiprocessors": lambda device: 1}
+_MULTIPROCESSORS = "hopper.launch.multiprocessors"
+_FEW_PROGRAMS: dict[str, Any] = {_MULTIPROCESSORS: lambda device: 1}
 
 
 @contextmanager
-def few_programs() -> Iterator[None]:
-    """Launch the programs of one multiprocessor, which have several tiles each."""
-    ((name, value),) = _FEW_PROGRAMS.items()
-    with mock.patch(f"{launch.__package__}.{name}", value):
+def few_programs(multiprocessors: int = 1) -> Iterator[None]:
+    """Launch the programs of one or few multiprocessors, which have several tiles each."""
+    with mock.patch(f"{launch.__package__}.{_MULTIPROCESSORS}", lambda device: multiprocessors):
         yield
 
 
@@ -212,9 +219,81 @@ class FarRowsCall:
         return exactly((self._scales()[-32:, None] * sums).bfloat16())
 
 
+@dataclass(frozen=True)
+class SharedProductCall:
+    """A dense product in few programs, which share tiles: one begins the sums, the next goes on."""
+
+    product: ProductCall
+    multiprocessors: int = 1
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        p = self.product
+        tiles = cdiv(p.m, p.config.bn) * cdiv(p.n, ROWS_OF_TILE.value)
+        assert tiles % (p.config.programs * self.multiprocessors), "no tile is shared"
+        with few_programs(self.multiprocessors):
+            return p.answer(device)
+
+    def judge(self) -> Answered:
+        return self.product.judge()
+
+
+@dataclass(frozen=True)
+class ClearCall:
+    """The marks of handed-over sums, cleared for some programs, with other memory behind them."""
+
+    programs: int
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        size = next_power_of_2(self.programs)
+        marks = torch.full((2 * size,), 7, dtype=torch.int32, device=device)
+        options = {"ARCH": arch(marks.device), **launch_options(marks.device)}
+        launcher.launch(clear_kernel, (1,), marks, self.programs, SIZE=size, **options)
+        return marks.cpu()
+
+    def judge(self) -> Answered:
+        behind = 2 * next_power_of_2(self.programs) - self.programs
+        return exactly(
+            torch.tensor([0] * self.programs + [7] * behind, dtype=torch.int32, device="cpu")
+        )
+
+
+@dataclass(frozen=True)
+class FarProductCall:
+    """A dense product whose last rows are 2^31 elements behind the first: rows of ones, scaled."""
+
+    config: RingConfig
+    width: int = 65536
+    k: int = 64
+
+    def _weights(self) -> Tensor:
+        """Return codes of 1 and -1, [width, k]."""
+        return (host.integers(seeded(6), 0, 2, (self.width, self.k)) * 8 + 2).to(torch.uint8)
+
+    def _alpha(self) -> Tensor:
+        return host.powers(host.arange(2**31 // self.width + 24) % 9 - 4)
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        alpha, b = self._alpha().to(device), e2m1.pack(self._weights()).to(device)
+        rows = len(alpha)
+        a = torch.full((rows, self.k // 2), 0x22, dtype=torch.uint8, device=device)
+        sizes = (cdiv(n, 128) * 128 * self.k // 16 for n in (rows, self.width))
+        sa, sb = (torch.full((n,), 0x38, dtype=torch.uint8, device=device) for n in sizes)
+        out = torch.empty(rows, self.width, dtype=torch.bfloat16, device=device)
+        dense_launch.mm_fp4(DenseKernelCall(a, b, sa, sb, alpha, False), out, self.config)
+        found = out[-32:].cpu()
+        del out
+        torch.cuda.empty_cache()
+        return found
+
+    def judge(self) -> Answered:
+        sums = (1 - 2 * (self._weights() >> 3).float()).sum(1)
+        return exactly((self._alpha()[-32:, None] * sums).bfloat16())
+
+
 def named() -> Named:
     """The quickest to compile first; the programs of a call are fewer than its tiles, and more."""
     few, alone = _FEW_PROGRAMS, RingConfig((16, 8), 2, 2, 1)
+    parts = RingConfig((24, 8), 2, 1, 2)  # the sums of 24 tokens are of two sizes
     yield "ring, exact", lambda: FusedCall(exact(_A.Relu2, 384, 128), SMALL, few)
     yield "ring, codes", lambda: _of(_A.Swiglu, 384, 192)
     yield "ring, exact, one program", lambda: FusedCall(exact(_A.Identity, 640, 256), alone, few)
@@ -226,6 +305,8 @@ def named() -> Named:
     yield "ring, biases", lambda: _of(_A.Swiglu, 176, 112, parameters=True)
     yield "ring, biases, bf16", lambda: _of(_A.Swiglu, 144, 128, bf16=True, parameters=True)
     yield "ring, one token", lambda: FusedCall(exact(_A.Relu2, 384, 128, (0, 1)), CONFIGS[0])
+    yield "ring, exact, parts", lambda: FusedCall(exact(_A.Relu2, 384, 128), parts, few)
+    yield "ring, parts", lambda: _of(_A.Swiglu, 384, 192, ROWS, parts)
     yield "ring, no token", lambda: FusedCall(_elsewhere(), SMALL)
     for config in CONFIGS[1:]:
         rows = (3, config.bn + 1, 0, config.bn // 2 + 1, 2 * config.bn)
@@ -247,6 +328,25 @@ def named() -> Named:
     yield "ring, dense", lambda: ProductCall(SMALL, by_row=True, k=192)
     yield "ring, dense, exact", lambda: ProductCall(SMALL, exact=True, k=448, out_dtype=half)
     yield "ring, dense, 8x4", lambda: ProductCall(alone, use_8x4=True, by_row=True, m=41, k=320)
+    yield (
+        "ring, dense, shared",
+        lambda: SharedProductCall(
+            ProductCall(SMALL, exact=True, m=41, n=300, k=448, out_dtype=half)
+        ),
+    )
+    yield (
+        "ring, dense, shared by three",
+        lambda: SharedProductCall(ProductCall(alone, by_row=True, m=60, n=200, k=320), 3),
+    )
+    yield (
+        "ring, dense, shared, parts",
+        lambda: SharedProductCall(ProductCall(parts, exact=True, by_row=True, m=57, n=300, k=320)),
+    )
+    for programs in (3, 264):
+        yield f"ring, dense, {programs} cleared", functools.partial(ClearCall, programs)
+    yield "ring, dense, parts", lambda: ProductCall(parts, by_row=True, m=41, k=192)
+    yield "ring, dense, tiles of 64", lambda: ProductCall(CONFIGS[3], by_row=True, m=103, k=192)
+    yield "ring, dense, far rows", lambda: FarProductCall(SMALL)
     for m, n in ((1, 1), (17, 128), (9, 129)):
         yield (
             f"ring, dense, {m} by {n}",

@@ -6,6 +6,7 @@ child tries several, one after the other. A mutant has as much time for each pro
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import math
 import os
 import select
 import signal
@@ -88,6 +89,7 @@ def run(
     seconds: Callable[[Probe], float],
     at_once: int = 1,
     on_gpu: bool = False,
+    end: float = math.inf,
 ) -> Iterator[Result]:
     """The results, as they come. No child outlives the call.
 
@@ -95,13 +97,14 @@ def run(
         seconds: of a probe; a mutant under which it takes longer has timed out.
         at_once: mutants that a child tries one after the other.
         on_gpu: the probes use a GPU.
+        end: of `time.monotonic`, from which on there is no result: mutants that are tried then are not.
 
     Raises:
         cuda_state.InitializedError: `on_gpu`, and CUDA is initialized in this process before a fork.
     """
     children: dict[int, _Child] = {}
     try:
-        yield from _run(mutants, children, jobs, seconds, at_once, on_gpu)
+        yield from _run(mutants, children, jobs, seconds, at_once, on_gpu, end)
     finally:
         for child in children.values():
             child.wait(kill=True)
@@ -114,6 +117,7 @@ def _run(
     seconds: Callable[[Probe], float],
     at_once: int,
     on_gpu: bool,
+    end: float,
 ) -> Iterator[Result]:
     """Do what `run` does; `children` has those that have not ended."""
     again: deque[Given] = deque()  # of children that ended before
@@ -123,7 +127,7 @@ def _run(
         while given := again.popleft() if again else next(more, None):
             yield given
 
-    while True:
+    while time.monotonic() < end:
         while len(children) < jobs and (some := deque(islice(waiting(), at_once))):
             child = _start(some, on_gpu)
             children[child.pipe] = child

@@ -1,0 +1,96 @@
+"""Mutants of the Gluon kernels that their compilation decides, and the forms that their probes have."""
+
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
+import pytest
+from mutants.__main__ import main
+from mutants.generated import command, compiled, kernel_probes, trial
+from mutants.generated.results import Results
+
+pytestmark = pytest.mark.compile
+FILE = "kernels/moe/hopper/dense_gemm.py"
+QUICK = "ring, dense, 3 cleared"
+"""A probe whose one kernel compiles in a tenth of a second."""
+
+
+@pytest.fixture
+def one_probe(monkeypatch):
+    monkeypatch.setattr(kernel_probes, "asked", lambda file, device: [QUICK] * (file == FILE))
+    command._named_probes.cache_clear()
+    yield
+    command._named_probes.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def of_clear_kernel():
+    made = [m for m in command.every("kernels") if m.file == FILE]
+    return {m.change: m for m in made if m.function == "clear_kernel"}
+
+
+def test_what_does_not_compile_is_killed_and_what_is_the_same_code_survives(
+    one_probe, of_clear_kernel
+):
+    changed = of_clear_kernel["i < programs -> i <= programs"]
+    source = changed.unchanged
+    same = replace(
+        changed, change="same", build=lambda: source.replace("ready_ptr + i", "i + ready_ptr")
+    )
+    fails = replace(changed, change="fails", build=lambda: source.replace("[32]", "[16]"))
+    assert same.source != source != fails.source
+    probes = compiled.probes(FILE)
+    assert trial.check(probes.items(), jobs=1, seconds=100.0)[1] == []
+    given = [(m, list(probes.values())) for m in (same, fails, changed)]
+    same_code, no_code, other_code = trial.run(given, jobs=1, seconds=lambda _: 100.0)
+    assert (same_code.status, no_code.status) == ("survived", "killed")
+    assert not no_code.by.startswith(compiled.WAITS)
+    assert (other_code.status, other_code.by) == ("killed", compiled.WAITS)
+
+
+def test_the_command_keeps_what_compilation_decides_alone(
+    one_probe, of_clear_kernel, tmp_path, capsys
+):
+    path = tmp_path / "results.txt"
+    asked = [
+        "--generated",
+        "kernels",
+        "--device",
+        "compile",
+        "--only",
+        "dense_gemm.py clear_kernel",
+    ]
+    main([*asked, "--results", str(path)])
+    said = capsys.readouterr().out
+    assert said.startswith(f"{len(of_clear_kernel)} tried") and "WRONG PROBE" not in said
+    found = Results(path, command.every("kernels"))
+    kept = {change: found.of(m) for change, m in of_clear_kernel.items()}
+    assert kept["i < programs -> i <= programs"] == {}
+    assert {"compile": "killed"} in kept.values()
+
+
+def test_a_fault_of_the_machine_decides_nothing(one_probe, of_clear_kernel, monkeypatch):
+    probes = compiled.probes(FILE)
+
+    def fails(*args, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(compiled, "_run", fails)
+    (mutant, *_) = of_clear_kernel.values()
+    (found,) = trial.run([(mutant, list(probes.values()))], jobs=1, seconds=lambda _: 100.0)
+    assert found.by.startswith(compiled.WAITS)
+
+
+def test_the_probes_launch_the_dense_gemm_in_every_form():
+    """With shared tiles and without: a scale for each row or for all, and a width of several parts."""
+    forms = set()
+    for name in kernel_probes.asked(FILE, "cuda"):
+        for launch in compiled.launches(name) if "far" not in name else []:
+            given = {p.name: a for p, a in zip(launch.kernel.params, launch.args, strict=False)}
+            given |= launch.options
+            if launch.kernel.__name__ == "dense_gemm_kernel":
+                parts = any(width & (width - 1) for width in given["WIDTHS"])
+                forms.add((given["sums_ptr"] is not None, given["BY_ROW"], parts))
+    assert forms >= {
+        (shared, by_row, False) for shared in (False, True) for by_row in (False, True)
+    }
+    assert {(False, True, True), (True, True, True)} <= forms

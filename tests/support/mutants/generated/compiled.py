@@ -1,0 +1,192 @@
+"""Mutants of the Gluon kernels that their compilation for sm_90 decides, without a GPU.
+
+A mutant that does not compile is caught. One with the machine code of the unchanged kernel in every call
+of its probes is one that no probe can see: on a GPU it survives. Any other waits for a GPU.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+import hashlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pretend_gpu
+import pytest
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+
+from nvfp4_moe.kernels import launcher
+
+from . import kernel_probes
+from .trial import Probe
+
+ARCH = 90
+WAITS = "a GPU decides"
+"""What a probe says of a mutant with other machine code."""
+_OF_GLUON = "ring"
+"""How the names of probes begin whose calls launch a Gluon kernel."""
+_TOO_LARGE = "far"
+"""Calls with this in their name take gigabytes; others compile the same kernels."""
+_run = triton.JITFunction.run
+_LOCATIONS = re.compile(r" ?loc\(.*?\)$|^#loc.*$", re.MULTILINE)
+
+
+class _Driver:
+    """As much of a driver as Triton needs to compile for a GPU that is not here."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCH, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _SameCode(Exception):
+    """The compiler has come to the same program, which it can but compile to the same code."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, with arguments that it is compiled for."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def form(self) -> str:
+        """All that compilation depends on, beside the source."""
+        params = zip(self.args, self.kernel.params, strict=False)
+        args = (_form(a, fixed=p.do_not_specialize) for a, p in params)
+        return f"{self.kernel.__name__} {', '.join(args)} {sorted(self.options.items())}"
+
+    def compile(self, known: Callable[[str], bool] = lambda program: False) -> tuple[str, str]:
+        """Compile without a launch.
+
+        Args:
+            known: asked of the digest of the program that the kernel's optimizer makes, before it
+                becomes machine code.
+
+        Returns:
+            Digests of that program and of the machine code.
+
+        Raises:
+            _SameCode: `known` is true.
+        """
+        programs = []
+        stages_of = CUDABackend.add_stages
+
+        def add_stages(backend: Any, stages: dict[str, Any], *args: Any) -> None:
+            stages_of(backend, stages, *args)
+            optimize = stages["ttgir"]
+
+            def optimized(src: Any, metadata: Any) -> Any:
+                module = optimize(src, metadata)
+                programs.append(_digest(_LOCATIONS.sub("", str(module)).encode()))
+                if known(programs[-1]):
+                    raise _SameCode
+                return module
+
+            stages["ttgir"] = optimized
+
+        with mock.patch.object(CUDABackend, "add_stages", add_stages):
+            self.kernel.device_caches.clear()
+            done = _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
+        return programs[0], _digest(done.asm["cubin"])
+
+
+def _form(value: Any, *, fixed: bool) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.data_ptr() % 16}"
+    if isinstance(value, int):
+        return "int" if fixed else "1" if value == 1 else f"int {value % 16 == 0}"
+    return str(getattr(value, "kind", value))
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def launches(name: str) -> list[Launch]:
+    """Return the launches of Gluon kernels in a probe's call, each form once."""
+    found: dict[str, Launch] = {}
+
+    def noted(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if kernel.is_gluon():
+            launch = Launch(kernel, args, options)
+            found.setdefault(launch.form, launch)
+        return pretend_gpu.Compiled([])
+
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_gpu.present(patch)
+        patch.setattr(triton.JITFunction, "run", noted)
+        patch.setattr(launcher, "_LAUNCHES", {})
+        kernel_probes.call(name).answer("cpu")
+    return list(found.values())
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within, Triton compiles for sm_90 without a GPU, and anew each time."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
+        stack.enter_context(knobs.compilation.scope())
+        knobs.compilation.always_compile = True
+        knobs.compilation.disable_line_info = True
+        yield
+
+
+@functools.cache
+def _digests() -> tempfile.TemporaryDirectory[str]:
+    """Return the folder in which processes find what the unchanged kernels are compiled to."""
+    return tempfile.TemporaryDirectory()
+
+
+def probes(file: str) -> dict[str, Probe]:
+    """Return a probe for each form of a kernel that the probes of a file launch on sm_90.
+
+    Its first run, of unchanged code, keeps the digests with which later ones compare.
+    """
+    found: dict[str, Probe] = {}
+    for name in kernel_probes.asked(file, "cuda"):
+        for launch in launches(name) if _is_of_gluon(name) else []:
+            path = Path(_digests().name, _digest(launch.form.encode()))
+            found.setdefault(launch.form, functools.partial(_compared, launch, path))
+    return found
+
+
+def _is_of_gluon(name: str) -> bool:
+    return name.startswith(_OF_GLUON) and _TOO_LARGE not in name
+
+
+def _compared(launch: Launch, path: Path) -> Iterator[str]:
+    """Yield what is wrong: it does not compile, or its code is not that of the unchanged kernel."""
+    right = path.read_text("utf-8").split() if path.exists() else None
+    try:
+        with offline():
+            program, code = launch.compile(lambda program: bool(right) and program == right[0])
+    except _SameCode:
+        return
+    except (OSError, MemoryError) as error:  # of this machine, not of the mutant
+        yield f"{WAITS}: {error}"
+        return
+    except Exception as error:
+        yield f"{type(error).__name__}: {error}"
+        return
+    if right is None:
+        path.write_text(f"{program} {code}", "utf-8")
+    elif code != right[1]:
+        yield WAITS
