@@ -15,6 +15,7 @@ from ...reference.moe.layer import OUTPUT_DTYPES
 from ...reference.moe.routing import (
     Routing,
     RoutingMethodType,
+    RoutingResult,
     append_shared_experts,
     route,
     unpack_topk,
@@ -167,14 +168,16 @@ class MoECall(KernelCall):
         if self.logits is None:
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
+        result = None
         if backend == "triton":
             from . import routing as ours
 
             routed = ours.try_route(self.logits, self.routing, self.routing_bias)
-            if routed is not None:
-                return routed
-        result = route(self.logits, self.routing, self.routing_bias)
-        result = append_shared_experts(result, self.shared_experts, self.num_experts)
+            result = None if routed is None else RoutingResult(*routed, self.logits)
+        if result is None:
+            result = route(self.logits, self.routing, self.routing_bias)
+        if self.shared_experts:
+            result = append_shared_experts(result, self.shared_experts, self.num_experts)
         return result.ids, result.weights_bf16
 
 

@@ -149,27 +149,37 @@ def test_output_and_replay_are_written():
     assert torch.equal(replay[:5].int(), ids) and (replay[5:] == -7).all()
 
 
+WITH_SHARED = {
+    "routing_method_type": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "num_fused_shared_experts": 2,
+    "local_num_experts": 8,
+}
+
+
 def test_shared_experts():
     """Every token also goes to the experts after the routed ones, with weight 1."""
     case = moe_cases.make(Shape(5, 128, 64, 10, 2))
     logits = logits_of()
-    (got,) = nvfp4_moe.trtllm_fp4_block_scale_moe(
-        **keywords(
-            case,
-            routing_logits=logits,
-            routing_method_type=2,
-            n_group=4,
-            topk_group=2,
-            routed_scaling_factor=2.5,
-            num_fused_shared_experts=2,
-            local_num_experts=8,
-        )
-    )
+    given = keywords(case, routing_logits=logits, **WITH_SHARED)
+    (got,) = nvfp4_moe.trtllm_fp4_block_scale_moe(**given)
     r = route(logits, DEEPSEEK)
     ids = torch.cat([r.ids, torch.tensor([[8, 9]] * 5, dtype=torch.int32)], 1)
     weights = torch.cat([r.weights_bf16, torch.ones(5, 2).bfloat16()], 1)
     want = reference.fused_moe(case.activations, case.experts, ids, weights)
     assert_bitwise(got, want.output, "shared experts")
+
+
+@pytest.mark.interpreter
+def test_shared_experts_where_triton_routes():
+    case = moe_cases.make(Shape(5, 128, 64, 10, 2))
+    given = keywords(case, routing_logits=logits_of(), do_finalize=False, **WITH_SHARED)
+    _, weights, permuted = nvfp4_moe.trtllm_fp4_block_scale_moe(**given, backend="triton")
+    want = torch.cat([route(logits_of(), DEEPSEEK).weights_bf16, torch.ones(5, 2).bfloat16()], 1)
+    assert_bitwise(weights, want, "weights")
+    assert permuted.shape == (5 * 4,) and (permuted >= 0).all()
 
 
 def test_recipe_of_the_intermediate(monkeypatch):
