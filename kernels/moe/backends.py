@@ -5,7 +5,7 @@ backend that can serve, before any work starts; a backend that was named never f
 """
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -89,7 +89,16 @@ _NO_LORA = "gemm1_lora_delta is FlashInfer's alone"
 def _in_triton(call: MoECall) -> Results:
     from . import launch as ours
 
-    return _run("triton", ours.OP, ours.fused_moe, call)
+    call = _with_static_codes(call)
+    router = None if call.shared_experts else call.router()
+    if router is None:
+        return _run("triton", call, ours.OP, ours.fused_moe)
+    given = ours.LogitsCall(call, router)
+    if call.observe is None:
+        *steps, weights = ours.OP_OF_LOGITS(given)
+    else:
+        *steps, weights = ours.fused_moe_of_logits(given, observe=call.observe)
+    return _results(call, steps, weights)
 
 
 def _in_reference(call: MoECall) -> Results:
@@ -97,18 +106,27 @@ def _in_reference(call: MoECall) -> Results:
         return _in_its_arithmetic(call)
     from . import ops as ours
 
-    return _run("reference", ours.REFERENCE, ours.reference, call)
+    return _run("reference", _with_static_codes(call), ours.REFERENCE, ours.reference)
 
 
-def _run(name: str, op: Any, function: Any, call: MoECall) -> Results:
+def _with_static_codes(call: MoECall) -> MoECall:
+    """Quantize by static scales; an implementation quantizes per token on its way."""
+    return with_codes(call) if call.quantize == "static" else call
+
+
+def _run(name: str, call: MoECall, op: Any, function: Any) -> Results:
     """Run a call by an implementation: its op, or the plain function, which takes an observer."""
-    if call.quantize == "static":  # an implementation quantizes per token on its way
-        call = with_codes(call)
     ids, weights = call.routed(name)
     if call.observe is None:
-        output, rows, permuted = op(call, ids, weights)
+        steps = op(call, ids, weights)
     else:
-        output, rows, permuted = function(call, ids, weights, observe=call.observe)
+        steps = function(call, ids, weights, observe=call.observe)
+    return _results(call, steps, weights)
+
+
+def _results(call: MoECall, steps: Sequence[torch.Tensor], weights: torch.Tensor) -> Results:
+    """Return the results of a call from those of an implementation."""
+    output, rows, permuted = steps
     if not call.do_finalize:
         return [rows, weights.bfloat16(), permuted]
     return call.placed(output)
@@ -165,21 +183,25 @@ def _notes(call: MoECall) -> list[str]:
         if reason := refusal(call.routing, call.device):
             notes.append(f"triton's layer routes by the reference, to the same bits: {reason}")
     gemm = gemm_notes(call.capability, call.experts)
-    if _in_fewer_launches(call):
-        gemm = [gemm[0] + "; it sorts the slots and writes the rows of so few tokens in one launch"]
+    if steps := _in_one_launch(call):
+        gemm = [f"{gemm[0]}; it {steps} of so few tokens in one launch"]
     return notes + gemm
 
 
-def _in_fewer_launches(call: MoECall) -> bool:
-    """Return True on an sm_90 where few tokens take the launch of `hopper/prologue.py`."""
+def _in_one_launch(call: MoECall) -> str | None:
+    """Say on an sm_90 what the launch of `hopper/prologue.py` does, where few tokens take it."""
     if call.capability != (9, 0) or not backends.HAS_TRITON:
-        return False
+        return None
     from .hopper import prologue
     from .hopper.config import refusal_of
 
     columns = call.experts.padded_hidden_size
     few = prologue.serves(call.tokens, call.routing.top_k, columns)
-    return few and refusal_of(90, call.experts) is None
+    if not few or refusal_of(90, call.experts) is not None:
+        return None
+    if call.logits is None or not prologue.routes(call.logits, call.routing):
+        return "sorts the slots and writes the rows"
+    return "routes, sorts the slots and writes the rows"
 
 
 def gemm_notes(capability: tuple[int, int] | None, experts: Experts) -> list[str]:

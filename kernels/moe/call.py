@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -27,6 +27,9 @@ from .. import environment
 from ..attributes import reader
 from ..device import capability_of
 from ..quantize.call import UNSET, check_optional_flags, four_over_six_of, is_unset, math_of
+
+if TYPE_CHECKING:
+    from . import routing as in_triton
 
 Quantize = Literal["per-token", "static"]
 """The quantization that bf16 hidden states still need; Triton does "per-token" within its kernels."""
@@ -163,18 +166,23 @@ class MoECall(KernelCall):
         """Return the results of a finalized call, in the caller's tensor if one is given."""
         return [output if self.output is None else self.output.copy_(output)]
 
+    def router(self) -> "in_triton.Router | None":
+        """Return the logits as Triton's kernels route them; None where they do not, or have none."""
+        if self.logits is None:
+            return None
+        from . import routing as ours
+
+        return ours.try_router(self.logits, self.routing, self.routing_bias)
+
     def routed(self, backend: str = "reference") -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids [T, K] int32 and weights [T, K], routed from logits if those are given."""
         if self.logits is None:
             assert self.ids is not None and self.weights is not None
             return self.ids, self.weights
-        result = None
-        if backend == "triton":
-            from . import routing as ours
-
-            routed = ours.try_route(self.logits, self.routing, self.routing_bias)
-            result = None if routed is None else RoutingResult(*routed, self.logits)
-        if result is None:
+        router = self.router() if backend == "triton" else None
+        if router is not None:
+            result = RoutingResult(*router.routed(), self.logits)
+        else:
             result = route(self.logits, self.routing, self.routing_bias)
         if self.shared_experts:
             result = append_shared_experts(result, self.shared_experts, self.num_experts)

@@ -15,9 +15,11 @@ from ...reference.activation import ActivationType
 from ...reference.moe.hidden_states import Activations
 from ...reference.recipe import Recipe, SfLayout
 from ...reference.weights.experts import Experts
+from .. import op_schema
 from ..decode import decode, decode_to_fragments
 from ..jit.fragments import padded_to_fragments
 from ..launcher import launch
+from ..op_schema import Flat
 from ..quantize.launch import (
     quantize_global_scale,
     quantize_per_token,
@@ -34,12 +36,17 @@ from .hopper import prologue
 from .hopper.config import RingConfig
 from .hopper.rows import in_fragments, is_padded_there
 from .masked.rows import copy_rows
-from .ops import Triple, empty_results, register
+from .ops import EXPERTS, Triple, empty_results, register
 from .permute import Permutation, permute
+from .routing import Router
 from .tile_table import Config, Configs, local_slots, table_configs
 
 _DECODED_BYTES = 256 << 20
 """The most bytes of decoded weights that exist at a time; one expert's weights may be more."""
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""The three results of an `Implementation`, and the weights [T, K]."""
+_Routing = Router | tuple[torch.Tensor, torch.Tensor]
+"""Logits and how they are routed, or ids and weights."""
 
 
 def _configs(
@@ -70,10 +77,41 @@ def fused_moe(
     Args:
         config: the tiles of both GEMMs; None: the tuned tiles, or the table's.
     """
-    results = empty_results(call, ids)
-    tokens, top_k = ids.shape
+    output, rows, permuted, _ = _layer(call, (ids, weights), config, observe)
+    return output, rows, permuted
+
+
+@dataclass(frozen=True)
+class LogitsCall:
+    """A call whose experts are chosen from logits on its way; it crosses `torch.library`."""
+
+    call: KernelCall
+    router: Router
+
+
+def fused_moe_of_logits(given: LogitsCall, *, observe: Observe | None = None) -> Routed:
+    """Do what `fused_moe` does; the fourth result is the weights [T, K] bf16."""
+    return _layer(given.call, given.router, None, observe)
+
+
+def _shape_of(routing: _Routing) -> tuple[int, int]:
+    """Return (T, K)."""
+    if isinstance(routing, Router):
+        return routing.shape
+    tokens, top_k = routing[0].shape
+    return tokens, top_k
+
+
+def _layer(
+    call: KernelCall,
+    routing: _Routing,
+    config: Config | None,
+    observe: Observe | None,
+) -> Routed:
+    tokens, top_k = _shape_of(routing)
+    results = empty_results(call, tokens, top_k)
     if tokens == 0:
-        return results
+        return *results, (routing.launched() if isinstance(routing, Router) else routing)[1]
     slots, experts, recipe = tokens * top_k, call.experts, call.recipe
     static, plain = call.is_static, call.is_w4a16
     local = local_slots(slots, experts, call.all_experts)
@@ -85,7 +123,7 @@ def fused_moe(
     ring = isinstance(configs[0], RingConfig)
     if not (ring and is_padded_there(call)):
         call = padded(call)
-    p, x1 = _sorted_rows(call, ids, configs[0].bn, ring=ring)
+    (ids, weights), p, x1 = _sorted_rows(call, routing, configs[0].bn, ring=ring)
     # The second GEMM's operand as the first writes it, where nobody else reads it.
     direct = ring and plain and observe is None
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
@@ -102,31 +140,59 @@ def fused_moe(
     rows = gemm2(x2, experts, p, slots, configs[1])
     output = results[0]
     if not call.do_finalize:
-        return output, rows, p.permuted
+        return output, rows, p.permuted, weights
 
     finalize(rows, p.permuted, weights, output, call.finalize_order)
-    return results
+    return *results, weights
 
 
 def _sorted_rows(
-    call: KernelCall, ids: torch.Tensor, tile: int, *, ring: bool
-) -> tuple[Permutation, "Operand"]:
-    """Sort the slots by expert, and return the first GEMM's operand: one launch for few tokens."""
+    call: KernelCall,
+    routing: _Routing,
+    tile: int,
+    *,
+    ring: bool,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], Permutation, "Operand"]:
+    """Sort the slots by expert; return ids and weights, too, and the first GEMM's operand.
+
+    Few tokens take one launch, which also routes if it can.
+    """
     a, local, offset = call.activations, call.experts.num_local, call.local_expert_offset
-    tokens, top_k = ids.shape
-    if ring and prologue.serves(tokens, top_k, call.experts.padded_hidden_size):
-        recipe = call.recipe if call.quantize else None
-        p, values, scale = prologue.sort_and_place(a, ids, local, offset, tile, recipe)
-        return p, Operand(values, None, scale)
-    p = permute(ids, local, offset, tile)
+    few = ring and prologue.serves(*_shape_of(routing), call.experts.padded_hidden_size)
+    recipe = call.recipe if call.quantize else None
+    if isinstance(routing, Router):
+        if few and prologue.routes(routing.logits, routing):
+            routed, placed = prologue.route_and_place(a, routing, local, offset, tile, recipe)
+            p, values, scale = placed
+            return routed, p, Operand(values, None, scale)
+        routing = routing.launched()
+    if few:
+        p, values, scale = prologue.sort_and_place(a, routing[0], local, offset, tile, recipe)
+        return routing, p, Operand(values, None, scale)
+    p = permute(routing[0], local, offset, tile)
     place = p.permuted if ring else None
     if call.quantize:
-        return p, quantized(a.hidden_states, call.recipe, ring=ring, place=place)
-    return p, operand(a, ring=ring, place=place)
+        return routing, p, quantized(a.hidden_states, call.recipe, ring=ring, place=place)
+    return routing, p, operand(a, ring=ring, place=place)
 
 
 OP = register("triton", fused_moe)
 """`fused_moe` as an op of `torch.library`, which a compiler can call."""
+
+
+def _empty_of_logits(given: LogitsCall) -> Routed:
+    weights = given.router.logits.new_empty(given.router.shape, dtype=torch.bfloat16)
+    return *empty_results(given.call, *given.router.shape), weights
+
+
+OP_OF_LOGITS = op_schema.register(
+    "triton_fused_moe_of_logits",
+    Flat(LogitsCall, EXPERTS),
+    fused_moe_of_logits,
+    _empty_of_logits,
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+"""`fused_moe_of_logits` as an op."""
 
 
 @dataclass(frozen=True)

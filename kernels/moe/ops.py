@@ -46,16 +46,16 @@ def register(name: str, implementation: Implementation) -> Implementation:
         f"{name}_fused_moe",
         FLAT,
         implementation,
-        lambda call, ids, weights: empty_results(call, ids),
+        lambda call, ids, weights: empty_results(call, *ids.shape),
         "(Tensor, Tensor, Tensor)",
         tensors="Tensor ids, Tensor weights",
     )
 
 
-def empty_results(call: KernelCall, ids: torch.Tensor) -> Triple:
+def empty_results(call: KernelCall, tokens: int, top_k: int) -> Triple:
     """Allocate the three results; those that `do_finalize` leaves out have no rows."""
     like, experts = call.activations.hidden_states, call.experts
-    tokens, kept = (ids.shape[0], 0) if call.do_finalize else (0, ids.numel())
+    tokens, kept = (tokens, 0) if call.do_finalize else (0, tokens * top_k)
     output = like.new_empty((tokens, experts.hidden_size), dtype=call.output_dtype)
     rows = like.new_empty((kept, experts.padded_hidden_size), dtype=torch.bfloat16)
     return output, rows, like.new_empty(kept, dtype=torch.int32)
@@ -81,7 +81,7 @@ def reference(
     )
     if observe is not None:
         observe(ids, result.steps["activated"].flatten(0, 1), None)
-    output, rows, permuted = empty_results(call, ids)
+    output, rows, permuted = empty_results(call, *ids.shape)
     if call.do_finalize:
         return result.output, rows, permuted
     permuted = permutation(ids, experts.num_local, offset)

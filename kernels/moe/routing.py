@@ -7,6 +7,7 @@ an fp32 rounding border may round to the other side. A GPU's functions are its i
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from ...reference.moe.routing import (
 )
 from ...reference.numerics import functions
 from ...reference.numerics.fp32 import rcp_delta
+from ..attributes import reader
 from ..backends import log_fallback
 from ..dispatch import Direct
 from ..instruction_probe import functions_that_differ
@@ -53,6 +55,12 @@ def is_raw(method):
 @triton.constexpr_function
 def is_biased(method):
     return method in BIASED_METHODS.value
+
+
+@triton.constexpr_function
+def slots_of(k):
+    """Return the least power of two >= k."""
+    return 1 << (k - 1).bit_length()
 
 
 @triton.jit
@@ -150,6 +158,91 @@ def _first_of_best(key, lane, LANES: tl.constexpr):
 
 
 @triton.jit
+def slot_weights(
+    chosen, scale, table_ptr, rcp_delta_ptr, K: tl.constexpr, METHOD: tl.constexpr,
+    NORM: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    """Return a token's weights, fp32 [SLOTS], from the values of its K experts."""
+    live = tl.arange(0, SLOTS) < K
+    if METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE:
+        top = tl.max(tl.where(live, chosen, float("-inf")), 0)
+        e = tl.where(live, _exp(chosen - top, table_ptr, APPROXIMATE, ARCH), 0.0)
+        weight = _share(e, _warp_sum(e), rcp_delta_ptr, APPROXIMATE, ARCH)
+    elif METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID:
+        weight = _sigmoid(chosen, table_ptr, APPROXIMATE, ARCH)
+    elif is_biased(METHOD):
+        total = _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20
+        scaled = mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)
+        weight = _share(scaled, total, rcp_delta_ptr, APPROXIMATE, ARCH)
+    elif METHOD == SIGMOID_RENORM and NORM:
+        total = larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH)
+        weight = _share(chosen, total, rcp_delta_ptr, APPROXIMATE, ARCH)
+    else:
+        weight = chosen
+    return weight
+
+
+@triton.jit
+def raw_scores(x, METHOD: tl.constexpr):
+    """Return the scores of a method that compares logits: for Llama4 NaN is the lowest."""
+    if METHOD == LLAMA4:
+        x = tl.where(x == x, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def store_experts(
+    logits_ptr, ids_ptr, T, E, K: tl.constexpr, METHOD: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Write the experts of all T tokens by a method that compares logits, int32 [T, K].
+
+    They are those of `route_kernel`. A row of [ROWS, WIDTH] is in one warp if each warp has a row, and
+    an expert's lane writes it, so that the warps do not wait for one another.
+
+    Args:
+        logits_ptr: [T, E] fp32 or bf16.
+        ROWS: a power of two >= T.
+        WIDTH: a power of two >= E.
+    """
+    token = tl.arange(0, ROWS)[:, None]
+    expert = tl.arange(0, WIDTH)[None, :]
+    left = (token < T) & (expert < E)
+    x = tl.load(logits_ptr + token * E + expert, left, other=float("-inf")).to(tl.float32)
+    key = tl.where(left, _key(raw_scores(x, METHOD), False, ARCH), NOTHING)
+    slot = tl.full((ROWS, WIDTH), K, tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(key, 1, keep_dims=True)
+        first = tl.min(tl.where(left & (key == best), expert, WIDTH), 1, keep_dims=True)
+        slot = tl.where(expert == first, i, slot)
+        left = left & (expert != first)
+        key = tl.where(expert == first, NOTHING, key)
+    tl.store(ids_ptr + token * K + slot, tl.broadcast_to(expert, (ROWS, WIDTH)), slot < K)
+
+
+@triton.jit
+def store_weights(
+    logits_ptr, ids_ptr, weights_ptr, token, E, table_ptr, rcp_delta_ptr, K: tl.constexpr,
+    METHOD: tl.constexpr, ARCH: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    """Write a token's weights, bf16 [K], by a method that compares logits: those of `route_kernel`.
+
+    Args:
+        ids_ptr: [T, K], by `store_experts`.
+    """
+    SLOTS: tl.constexpr = slots_of(K)
+    slot = tl.arange(0, SLOTS)
+    expert = tl.load(ids_ptr + token * K + slot, slot < K, other=0)
+    x = tl.load(logits_ptr + token * E + expert).to(tl.float32)
+    # No such method has a factor or a norm.
+    weight = slot_weights(
+        raw_scores(x, METHOD), None, table_ptr, rcp_delta_ptr, K, METHOD, False, SLOTS, ARCH,
+        APPROXIMATE,
+    )  # fmt: skip
+    tl.store(weights_ptr + token * K + slot, to_bf16(weight, ARCH), slot < K)
+
+
+@triton.jit
 def route_kernel(
     logits_ptr,  # [T, E] fp32 or bf16
     bias_ptr,  # [E] fp32 or bf16, or None
@@ -180,9 +273,7 @@ def route_kernel(
     BIASED: tl.constexpr = is_biased(METHOD)
     RAW: tl.constexpr = is_raw(METHOD)
     if RAW:
-        value = x
-        if METHOD == LLAMA4:
-            value = tl.where(x == x, x, float("-inf"))
+        value = raw_scores(x, METHOD)
         score = value
     elif METHOD == DEFAULT:
         e = _exp(x - tl.max(x, 0), table_ptr, APPROXIMATE, ARCH)
@@ -214,23 +305,11 @@ def route_kernel(
         inside = inside & (expert != first)
         key = tl.where(expert == first, NOTHING, key)
 
-    chosen = chosen.to(tl.float32, bitcast=True)
+    weight = slot_weights(
+        chosen.to(tl.float32, bitcast=True), scale, table_ptr, rcp_delta_ptr, K, METHOD, NORM, SLOTS,
+        ARCH, APPROXIMATE,
+    )  # fmt: skip
     live = slot < K
-    if METHOD == RENORMALIZE or METHOD == RENORMALIZE_NAIVE:
-        top = tl.max(tl.where(live, chosen, float("-inf")), 0)
-        e = tl.where(live, _exp(chosen - top, table_ptr, APPROXIMATE, ARCH), 0.0)
-        weight = _share(e, _warp_sum(e), rcp_delta_ptr, APPROXIMATE, ARCH)
-    elif METHOD == LLAMA4 or METHOD == TOP_K_SIGMOID:
-        weight = _sigmoid(chosen, table_ptr, APPROXIMATE, ARCH)
-    elif BIASED:
-        total = _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20
-        scaled = mul(chosen, tl.zeros_like(chosen) + scale, True, ARCH)
-        weight = _share(scaled, total, rcp_delta_ptr, APPROXIMATE, ARCH)
-    elif METHOD == SIGMOID_RENORM and NORM:
-        total = larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH)
-        weight = _share(chosen, total, rcp_delta_ptr, APPROXIMATE, ARCH)
-    else:
-        weight = chosen
     tl.store(ids_ptr + token * K + slot, ids, live)
     tl.store(weights_ptr + token * K + slot, to_bf16(weight, ARCH), live)
 
@@ -252,20 +331,60 @@ def refusal(routing: Routing, device: torch.device) -> str | None:
     return None
 
 
-def try_route(
-    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return what `route` does, or None where it is refused; the reason is logged, once."""
+@dataclass(frozen=True)
+class Router:
+    """Logits and how they are routed, in the form that kernels and ops take; `router_of` checks it."""
+
+    logits: torch.Tensor  # [T, E] fp32 or bf16
+    bias: torch.Tensor | None  # [E] fp32 or bf16
+    method: RoutingMethodType
+    top_k: int
+    scale: float  # routed_scaling_factor
+    norm: bool  # norm_topk_prob
+    groups: int  # 1: none
+    top_groups: int
+    approximate: bool  # by the instructions of the GPU
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of ids and weights, (T, K)."""
+        return self.logits.shape[0], self.top_k
+
+    def launched(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `routed` does, inside of an op, which needs no other one."""
+        return _launched(*_FIELDS(self))
+
+    def routed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids int32 [T, K] and weights bf16 [T, K]."""
+        given = _FIELDS(self)
+        routed: tuple[torch.Tensor, torch.Tensor]
+        routed = _launched(*given) if _DIRECT.serves(given) else _op(*given)
+        return routed
+
+
+_FIELDS = reader(*("method.value" if f.name == "method" else f.name for f in fields(Router)))
+
+
+def try_router(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -> Router | None:
+    """Return what the kernel takes, or None where it is refused; the reason is logged, once."""
     reason = refusal(routing, logits.device)
     if reason is None:
-        return route(logits, routing, bias)
+        return router_of(logits, routing, bias)
     if not torch.compiler.is_compiling():
         log_fallback("the routing", "triton", reason)
     return None
 
 
+def try_route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what `route` does, or None where it is refused; the reason is logged, once."""
+    router = try_router(logits, routing, bias)
+    return None if router is None else router.routed()
+
+
 @functools.cache
-def _table(device: torch.device) -> torch.Tensor:
+def instruction_table(device: torch.device) -> torch.Tensor:
     """Return what the interpreter reads in place of the instructions (`jit.instructions`)."""
     tanh = (functions.tanh_table(exponent, device) for exponent in functions.LEADING_BITS)
     return torch.cat([functions.ex2_table(device), *tanh])
@@ -292,7 +411,8 @@ def _launched(
         reads = approximate and INTERPRETING
         launch(route_kernel, (tokens,),
             logits.contiguous(), bias, ids, weights, scale, experts,
-            _table(logits.device) if reads else None, rcp_delta(logits.device) if reads else None,
+            instruction_table(logits.device) if reads else None,
+            rcp_delta(logits.device) if reads else None,
             K=top_k, METHOD=method, NORM=norm, WIDTH=width, SLOTS=next_power_of_2(top_k),
             ARCH=arch(logits.device), APPROXIMATE=approximate,
             BY_BLOCKS=approximate and one_block_a_token(logits, top_k),
@@ -313,10 +433,8 @@ def _(logits, bias, method, top_k, scale, norm, groups, top_groups, approximate)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.bfloat16)
 
 
-def route(
-    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids int32 [T, K] and weights bf16 [T, K]; `refusal` names what has no kernel.
+def router_of(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None) -> Router:
+    """Check a routing that `refusal` does not name.
 
     Raises:
         ValueError: K > E, a bias that the method does not read, or groups that do not divide E, are of
@@ -328,10 +446,10 @@ def route(
         raise ValueError(f"bias is given; {routing.method.name} has none, so it must be None")
     if routing.grouped and (reason := indivisible(routing, logits.shape[1])):
         raise ValueError(reason)
-    given = (
+    return Router(
         logits,
         bias,
-        int(routing.method),
+        routing.method,
         routing.top_k,
         routing.scale,
         routing.norm_topk_prob,
@@ -339,6 +457,14 @@ def route(
         (routing.topk_group or 1) if routing.grouped else 1,
         routing.functions != "exact",
     )
-    routed: tuple[torch.Tensor, torch.Tensor]
-    routed = _launched(*given) if _DIRECT.serves(given) else _op(*given)
-    return routed
+
+
+def route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids int32 [T, K] and weights bf16 [T, K]; `refusal` names what has no kernel.
+
+    Raises:
+        ValueError: as `router_of`.
+    """
+    return router_of(logits, routing, bias).routed()

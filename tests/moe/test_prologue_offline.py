@@ -11,29 +11,28 @@ from offline import compile_kernel, resources
 from nvfp4_moe.kernels.moe.hopper.prologue import CODES, PLAIN, QUANTIZED, prologue_kernel
 from nvfp4_moe.kernels.quantize.launch import launch_config
 from nvfp4_moe.kernels.triton_target import triton_version
+from nvfp4_moe.reference.moe.routing import RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize("columns", [2048, 2880, 7168])
-@pytest.mark.parametrize(
-    "form", [PLAIN, CODES, Recipe(), Recipe("exact", NVFP44Over6Config(448, "MAE"))], ids=str
-)
-def test_no_local_memory(form, columns, tmp_path):
+def _compiled(form, columns, tokens=8, experts=None, logits="*fp32"):
+    """Return the kernel, and how its rows are quantized; with `experts` it routes."""
     pointers = ("ids_ptr", "expanded_ptr", "permuted_ptr", "tile_ptr", "end_ptr", "x_ptr")
     types = dict.fromkeys(pointers, "*i32") | {
         "values_ptr": "*bf16", "token_ptr": "*fp32", "given_ptr": "*fp32", "sf_ptr": "*u8",
         "base_scale_inv": "fp32",
     }  # fmt: skip
-    types |= dict.fromkeys(("N", "tiles", "first_expert", "E", "NB"), "i32")
+    types |= {"logits_ptr": logits, "weights_ptr": "*bf16"}
+    types |= dict.fromkeys(("N", "tiles", "first_expert", "E", "NB", "ROUTED"), "i32")
     recipe = form if isinstance(form, Recipe) else None
     four_over_six = recipe is not None and recipe.four_over_six is not None
     if form is CODES:
         types["x_ptr"] = "*u16"
-    config = launch_config(8, columns // 16, four_over_six=four_over_six)
+    config = launch_config(tokens, columns // 16, four_over_six=four_over_six)
     constants = {
-        "rcp_delta_ptr": None, "BINS": 256, "CHUNK": 64, "TILE": 8,
+        "rcp_delta_ptr": None, "table_ptr": None, "BINS": 256, "CHUNK": 8 * tokens, "TILE": 8,
         "FORM": QUANTIZED.value if recipe else form.value,
         "RECIPE": recipe.code if recipe else 0, "BLOCKS": config.blocks,
         "READ": config.read, "SPLITS": config.splits, "SLOTS": 8, "ARCH": 90,
@@ -42,11 +41,43 @@ def test_no_local_memory(form, columns, tmp_path):
         constants["token_ptr"] = None
     if form is not CODES:
         constants |= {"sf_ptr": None, "given_ptr": None}
-    aligned = [n for n in (*pointers, "values_ptr", "token_ptr", "sf_ptr") if n not in constants]
-    kernel = compile_kernel(
+    if experts is None:
+        constants |= {
+            "logits_ptr": None, "weights_ptr": None, "METHOD": None, "APPROXIMATE": False,
+            "ROWS": 1, "WIDTH": 32,
+        }  # fmt: skip
+    else:
+        constants |= {
+            "METHOD": int(RoutingMethodType.Renormalize), "APPROXIMATE": False,
+            "ROWS": max(config.warps, tokens), "WIDTH": experts,
+        }  # fmt: skip
+    every = (*pointers, "values_ptr", "token_ptr", "sf_ptr", "logits_ptr", "NB", "ROUTED")
+    aligned = [n for n in every if n not in constants]
+    return config, compile_kernel(
         prologue_kernel, 90, types, constants, aligned, num_warps=config.warps, launch_pdl=True
     )
+
+
+@pytest.mark.parametrize("columns", [2048, 2880, 7168])
+@pytest.mark.parametrize(
+    "form", [PLAIN, CODES, Recipe(), Recipe("exact", NVFP44Over6Config(448, "MAE"))], ids=str
+)
+def test_no_local_memory(form, columns, tmp_path):
+    config, kernel = _compiled(form, columns)
     kept = resources(kernel, tmp_path)
-    read_twice = recipe == Recipe() and config.read > 0
+    read_twice = form == Recipe() and config.read > 0
     assert kept == (0, 0) or (kept == (8, 2) and read_twice and triton_version() == (3, 7))
     assert "griddepcontrol.wait" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "tokens,experts,logits",
+    [(1, 128, "*fp32"), (16, 128, "*fp32"), (1, 32, "*bf16"), (8, 256, "*bf16")],
+)
+@pytest.mark.parametrize("columns", [2048, 2880])
+def test_it_routes_without_local_memory(tokens, experts, logits, columns, tmp_path):
+    """No warp waits for another while it chooses: each does so for tokens of its own."""
+    _, kernel = _compiled(Recipe(), columns, tokens, experts, logits)
+    assert resources(kernel, tmp_path) == (0, 0)
+    choice = kernel.asm["ptx"].partition("griddepcontrol.wait")[2].partition("bar.sync")[0]
+    assert choice.count("redux.sync") + choice.count("shfl.sync") >= 2 * 8  # a step has two

@@ -1,4 +1,4 @@
-"""Cases of the launch that sorts few tokens and writes their rows."""
+"""Cases of the launch that sorts few tokens and writes their rows, and routes them."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields
@@ -7,11 +7,13 @@ import torch
 from assertions import assert_bitwise
 
 from nvfp4_moe.kernels.decode import decode_to_fragments
-from nvfp4_moe.kernels.moe.hopper.prologue import sort_and_place
+from nvfp4_moe.kernels.moe.hopper.prologue import route_and_place, routes, sort_and_place
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.permute import permute
+from nvfp4_moe.kernels.moe.routing import router_of
 from nvfp4_moe.kernels.quantize.launch import quantize_per_token, quantize_to_fragments
 from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.moe.routing import METHODS, Routing, RoutingMethodType
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
 RECIPES = (Recipe(), Recipe("exact"), Recipe("exact", NVFP44Over6Config(256, "MSE")))
@@ -51,7 +53,12 @@ def equal(device, form, columns, tokens=3, top_k=4, experts=5, offset=2, tile=8)
         token = token if form == "codes" else None
         activations = Activations(codes, scales, token)
         values, scale = decode_to_fragments(codes, scales, token, place=want.permuted)
-    p, got, got_scale = sort_and_place(activations, ids, experts, offset, tile, recipe)
+    got = sort_and_place(activations, ids, experts, offset, tile, recipe)
+    _assert_placed(ids, experts, offset, (want, values, scale), got)
+
+
+def _assert_placed(ids, experts, offset, wanted, got) -> None:
+    (want, values, scale), (p, got_values, got_scale) = wanted, got
     local = int(((ids >= offset) & (ids < offset + experts)).sum())
     used = int(want.tiles[2, 0])
     parts = {"expanded": local}
@@ -64,7 +71,50 @@ def equal(device, form, columns, tokens=3, top_k=4, experts=5, offset=2, tile=8)
         else:
             end = parts.get(field.name)
             assert_bitwise(ours[:end], theirs[:end], field.name)
-    assert_bitwise(got[:local], values[:local], "values")
+    assert_bitwise(got_values[:local], values[:local], "values")
     assert (got_scale is None) == (scale is None)
     if scale is not None:
         assert_bitwise(got_scale[:local], scale[:local], "scales")
+
+
+ROUTINGS = (
+    *(Routing(method, 8) for method in METHODS if method.raw and method.name != "Llama4"),
+    Routing(RoutingMethodType.Llama4, 1),
+    Routing(RoutingMethodType.Renormalize, 5),
+    Routing(RoutingMethodType.TopK, 1),
+    Routing(RoutingMethodType.Renormalize, 8, functions="hopper"),
+    Routing(RoutingMethodType.TopKSigmoid, 3, functions="hopper"),
+)
+"""Every method that compares logits."""
+
+
+def logits_of(tokens: int, experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return logits with ties, both zeros, infinities, and NaN of either sign."""
+    g = torch.Generator().manual_seed(tokens * experts)
+    logits = 3 * torch.randn(tokens, experts, generator=g)
+    logits[0] = logits[0].round()
+    logits[-1, 1], logits[-1, 4], logits[-1, 7] = torch.nan, torch.inf, -torch.inf
+    if tokens > 1:
+        logits[0, ::2], logits[0, 1::2] = 0.0, -0.0
+    if tokens > 3:
+        logits[1], logits[2, 3:] = torch.nan, -torch.inf
+        logits[3] = -logits[-1]
+    return logits.to(dtype)
+
+
+def routed_equal(
+    device, routing, tokens=3, experts=32, local=7, offset=3, dtype=torch.float32, form=RECIPES[0]
+) -> None:
+    """Every tensor, where it is written, is that of the launch that routes, then `sort_and_place`."""
+    logits = logits_of(tokens, experts, dtype).to(device)
+    assert routes(logits, routing)
+    router = router_of(logits, routing)
+    x = torch.randn(tokens, 320, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    rest = local, offset, 8, form if isinstance(form, Recipe) else None
+    activations = Activations(x.to(device))
+    ids, weights = router.routed()
+    wanted = sort_and_place(activations, ids, *rest)
+    (got_ids, got_weights), got = route_and_place(activations, router, *rest)
+    assert_bitwise(got_ids, ids, "ids")
+    assert_bitwise(got_weights, weights, "weights")
+    _assert_placed(ids, local, offset, wanted, got)

@@ -1,7 +1,9 @@
 """Few tokens: their slots are sorted, and their rows written for the grouped GEMM, in one launch.
 
-Some programs sort, one for each expert; the others write a part of a token's row each. Those know
-where rows go from the ids alone, so no program waits for another.
+Some programs sort, one for each expert; others write a part of a token's row each. Those know where
+rows go from the ids alone, so no program waits for another. Where it takes less time than a launch
+(`routes`), every program first chooses the experts of all tokens from the logits, and the last programs
+write the weights, one of a token each.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -10,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ....reference.moe.hidden_states import Activations
+from ....reference.moe.routing import Routing
 from ....reference.numerics.fp32 import rcp_delta
 from ....reference.recipe import BLOCK_SIZE, Recipe
 from ...allocate import aligned
@@ -23,6 +26,7 @@ from ...quantize.kernel import quantize_row_to_places
 from ...quantize.launch import BLOCKS_IN_REGISTERS, launch_config
 from ...triton_target import INTERPRETING, arch, launch_options
 from ..permute import Permutation, permute_kernel
+from ..routing import Router, instruction_table, store_experts, store_weights
 
 PLAIN = tl.constexpr(0)
 QUANTIZED = tl.constexpr(1)
@@ -31,6 +35,9 @@ CODES = tl.constexpr(2)
 _TOKENS = 16
 _SLOTS = 256
 """The most tokens and slots of one launch: each program reads every slot's id."""
+_STEPS = 8
+_LOGITS = 2048
+"""The most experts of a token, and the most logits, of a launch that routes: a program does it all."""
 
 
 def serves(tokens: int, top_k: int, columns: int) -> bool:
@@ -42,6 +49,22 @@ def serves(tokens: int, top_k: int, columns: int) -> bool:
     )
 
 
+def routes(logits: torch.Tensor, routing: Routing | Router) -> bool:
+    """Return True if the launch also routes, where `serves` lets it through.
+
+    It does where logits choose, in `top_k` steps that wait for one another. With a token's logits in
+    one warp a step takes about 90 cycles: a lane reads 16 bytes of a row that begins at a multiple of 16
+    elements. The instructions of a step grow with tokens x experts.
+    """
+    tokens, experts = logits.shape
+    in_one_warp = experts * logits.element_size() <= 512 and experts % 16 == 0
+    few = routing.top_k <= _STEPS and tokens * experts <= _LOGITS
+    return routing.method.raw and in_one_warp and few
+
+
+_Placed = tuple[Permutation, torch.Tensor, torch.Tensor | None]
+
+
 def sort_and_place(
     a: Activations,
     ids: torch.Tensor,
@@ -49,7 +72,7 @@ def sort_and_place(
     local_expert_offset: int,
     tile: int,
     recipe: Recipe | None,
-) -> tuple[Permutation, torch.Tensor, torch.Tensor | None]:
+) -> _Placed:
     """Do what `permute` does, and write the rows of `a` as the grouped GEMM reads them.
 
     The rows are those of `quantize_to_fragments`, `in_fragments` or `decode_to_fragments`.
@@ -62,35 +85,74 @@ def sort_and_place(
     Returns:
         (permutation, values [slots, K rounded up to 128] bf16, per-token scales [slots] fp32 or None).
     """
-    tokens, slots = len(ids), ids.numel()
+    return _launched(a, ids, num_local, local_expert_offset, tile, recipe)[1]
+
+
+def route_and_place(
+    a: Activations,
+    router: Router,
+    num_local: int,
+    local_expert_offset: int,
+    tile: int,
+    recipe: Recipe | None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], _Placed]:
+    """Do what `Router.route` and then `sort_and_place` do, of a router that `routes` lets through."""
+    (ids, weights), placed = _launched(a, router, num_local, local_expert_offset, tile, recipe)
+    assert weights is not None
+    return (ids, weights), placed
+
+
+def _launched(
+    a: Activations,
+    routing: torch.Tensor | Router,
+    num_local: int,
+    local_expert_offset: int,
+    tile: int,
+    recipe: Recipe | None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], _Placed]:
+    x = aligned(a.hidden_states)
+    tokens, top_k = routing.shape
+    slots = tokens * top_k
     tiles = min(slots, num_local) + slots // tile
-    x, ids = aligned(a.hidden_states), ids.contiguous()
     columns = x.shape[1] if a.is_bf16 else x.shape[1] * 2
     blocks = columns // BLOCK_SIZE
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=ids.device)
+        return torch.empty(shape, dtype=dtype, device=x.device)
 
+    four_over_six = recipe is not None and recipe.four_over_six is not None
+    config = launch_config(tokens, max(blocks, 8), four_over_six=four_over_six)
+    programs = num_local + tokens * config.splits
+    ids, weights, logits, experts, method, approximate = routing, None, None, 0, None, False
+    if isinstance(routing, Router):
+        programs += tokens
+        # A program reads the ids that it has written itself.
+        ids = empty(programs, tokens, top_k)[0]
+        weights = empty(tokens, top_k, dtype=torch.bfloat16)
+        logits, method, approximate = routing.logits, routing.method.value, routing.approximate
+        experts = logits.shape[1]
+    assert isinstance(ids, torch.Tensor)
     p = Permutation(empty(slots), empty(slots), empty(3, tiles), empty(num_local))
     values = empty(slots, padded_to_fragments(columns), dtype=torch.bfloat16)
     scaled = recipe is not None or a.per_token_scale is not None
     scale = empty(slots, dtype=torch.float32) if scaled else None
-    four_over_six = recipe is not None and recipe.four_over_six is not None
-    config = launch_config(tokens, max(blocks, 8), four_over_six=four_over_six)
     form = QUANTIZED if recipe is not None else PLAIN if a.is_bf16 else CODES
-    launch(prologue_kernel, (num_local + tokens * config.splits,),
-        ids, p.expanded, p.permuted, p.tiles, p.end,
+    launch(prologue_kernel, (programs,),
+        ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
         x.view(torch.uint16) if form is CODES else x.view(torch.int32),
         None if a.block_scales is None else a.block_scales.view(torch.uint8), a.per_token_scale,
         values, scale, rcp_delta(x.device) if INTERPRETING else None,
+        logits, weights, instruction_table(x.device) if approximate and INTERPRETING else None,
         recipe.base_scale_inv if recipe is not None else 0.0,
-        slots, tiles, local_expert_offset, num_local, blocks,
+        slots, tiles, local_expert_offset, num_local, blocks, experts,
         BINS=max(16, next_power_of_2(num_local + 1)), CHUNK=max(16, next_power_of_2(slots)),
         TILE=tile, FORM=form.value, RECIPE=0 if recipe is None else recipe.code,
-        BLOCKS=config.blocks, READ=config.read, SPLITS=config.splits, SLOTS=slots // tokens,
-        ARCH=arch(x.device), num_warps=config.warps, **launch_options(x.device),
+        BLOCKS=config.blocks, READ=config.read, SPLITS=config.splits, SLOTS=top_k,
+        ARCH=arch(x.device), METHOD=method, APPROXIMATE=approximate,
+        ROWS=max(config.warps, next_power_of_2(tokens)), WIDTH=max(32, next_power_of_2(experts)),
+        num_warps=config.warps, **launch_options(x.device),
     )  # fmt: skip
-    return p, values, scale
+    return (ids, weights), (p, values, scale)
 
 
 @triton.jit
@@ -114,7 +176,7 @@ def slot_places(ids_ptr, token, N, first_expert, E, CHUNK: tl.constexpr, SLOTS: 
 
 @triton.jit(do_not_specialize=["N", "tiles", "first_expert"])
 def prologue_kernel(
-    ids_ptr,  # [N] int32 global expert ids, by expanded index
+    ids_ptr,  # [N] int32 global expert ids, by expanded index; with METHOD, [programs, N] to be written
     expanded_ptr, permuted_ptr, tile_ptr, end_ptr,  # as `permute_kernel` writes them
     x_ptr,  # [N / SLOTS, 16 NB] bf16 as int32 words, or codes, four in an uint16
     sf_ptr,  # [N / SLOTS, NB] uint8, of codes
@@ -122,12 +184,16 @@ def prologue_kernel(
     values_ptr,  # [N, 16 NB rounded up to 128] bf16
     token_ptr,  # [N] fp32, or None
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
+    logits_ptr,  # [N / SLOTS, ROUTED] fp32 or bf16, with METHOD
+    weights_ptr,  # [N / SLOTS, SLOTS] bf16, with METHOD
+    table_ptr,  # with APPROXIMATE in the interpreter, of `jit.instructions`
     base_scale_inv,
     N,
     tiles,
     first_expert,
     E,
     NB,
+    ROUTED,  # experts of the logits
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,  # a power of two >= N
     TILE: tl.constexpr,
@@ -138,13 +204,28 @@ def prologue_kernel(
     SPLITS: tl.constexpr,  # programs that share a row
     SLOTS: tl.constexpr,
     ARCH: tl.constexpr,
+    METHOD: tl.constexpr,  # of a routing from logits; None: the ids are given
+    APPROXIMATE: tl.constexpr,  # as `route_kernel` takes it
+    ROWS: tl.constexpr,  # as `store_experts` takes both
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     await_previous(ARCH)
+    tokens = N // SLOTS
+    if METHOD is not None:
+        ids_ptr += tl.program_id(0) * N
+        store_experts(logits_ptr, ids_ptr, tokens, ROUTED, SLOTS, METHOD, ROWS, WIDTH, ARCH)
+        tl.debug_barrier()  # what a warp has written, others read
     if tl.program_id(0) < E:
         permute_kernel(
             ids_ptr, expanded_ptr, permuted_ptr, tile_ptr, end_ptr, N, tiles, first_expert, E, BINS,
             CHUNK, TILE, ARCH,
         )  # fmt: skip
+    elif tl.program_id(0) >= E + tokens * SPLITS:
+        if METHOD is not None:
+            store_weights(
+                logits_ptr, ids_ptr, weights_ptr, tl.program_id(0) - E - tokens * SPLITS, ROUTED,
+                table_ptr, rcp_delta_ptr, SLOTS, METHOD, ARCH, APPROXIMATE,
+            )  # fmt: skip
     else:
         part = tl.program_id(0) - E
         token = part // SPLITS

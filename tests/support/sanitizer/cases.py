@@ -38,7 +38,7 @@ from nvfp4_moe.kernels.moe import routing
 from nvfp4_moe.kernels.moe.call import KernelCall
 from nvfp4_moe.kernels.moe.finalize import finalize
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig, refusal
-from nvfp4_moe.kernels.moe.hopper.prologue import sort_and_place
+from nvfp4_moe.kernels.moe.hopper.prologue import route_and_place, sort_and_place
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked import launch as masked_launch
 from nvfp4_moe.kernels.moe.permute import permute
@@ -234,6 +234,14 @@ def prologues(device: str) -> dict[str, Run]:
         for name, activations in given.items():
             found[f"{name} {tokens} x {columns} {recipe}"] = functools.partial(
                 sort_and_place, to(device, activations), ids, 5, 2, 8, recipe
+            )
+    for how in prologue_cases.ROUTINGS:
+        for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (16, torch.float32)):
+            logits = prologue_cases.logits_of(tokens, 32, dtype).to(device)
+            states = to(device, Activations(normal(tokens, 2880).bfloat16()))
+            name = f"{routing_cases.name(how)} {tokens} {dtype} {how.functions}"
+            found[name] = functools.partial(
+                route_and_place, states, routing.router_of(logits, how), 7, 3, 8, Recipe()
             )
     return found
 

@@ -164,9 +164,9 @@ _OF_REFERENCE: dict[str, tuple[str, ...]] = {
     "A sum of scores is 0 or at least 2^-25, to which 1e-20 adds nothing; of 0 all scores are 0.": (
         "reference route: constant: _warp_sum(chosen) + 1e-20 -> _warp_sum(chosen) + "
         "1.0000000490448792e-20",
-        "kernels route_kernel: constant: _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20 -> "
+        "kernels slot_weights: constant: _warp_sum(tl.where(live, chosen, 0.0)) + 1e-20 -> "
         "_warp_sum(tl.where(live, chosen, 0.0)) + 1.0000000490448792e-20",
-        "kernels route_kernel: constant: larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH) "
+        "kernels slot_weights: constant: larger(_warp_sum(tl.where(live, chosen, 0.0)), 1e-20, ARCH) "
         "-> larger(_warp_sum(tl.where(live, chosen, 0.0)), 1.0000000490448792e-20, ARCH)",
     ),
     "Where both sides agree within the last bits, which are free (`bounds/activation.py`).": (

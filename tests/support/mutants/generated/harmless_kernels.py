@@ -153,6 +153,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "Slots behind K are not stored.": (
         "kernels route_kernel: index: tl.static_range(K) -> tl.static_range(K + 1)",
+        "kernels store_experts: index: tl.static_range(K) -> tl.static_range(K + 1)",
     ),
     "The next operation has an operand of the wider type, to which Triton promotes exactly.": (
         "kernels finalize_kernel: rounding: tl.load(weights_ptr + token * K + k).to(tl.float32) -> "

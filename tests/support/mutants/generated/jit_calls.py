@@ -41,7 +41,7 @@ from nvfp4_moe.kernels.jit.e2m1 import _e2m1_round, _pack, e2m1_encode, e2m1_enc
 from nvfp4_moe.kernels.jit.e4m3 import e4m3_decode, e4m3_encode
 from nvfp4_moe.kernels.jit.instructions import ex2_approx, tanh_approx
 from nvfp4_moe.kernels.jit.pdl import await_previous
-from nvfp4_moe.kernels.moe.routing import _sigmoid, _table
+from nvfp4_moe.kernels.moe.routing import _sigmoid, instruction_table
 from nvfp4_moe.reference import fused_quantize
 from nvfp4_moe.reference.numerics import accumulate, e2m1, e4m3, fp32, functions
 
@@ -254,7 +254,7 @@ class FunctionCall:
             if self.name == "rcp":
                 table = fp32.rcp_delta(a.device)
             elif self.name in ("ex2", "tanh", "sigmoid"):
-                table = _table(a.device)
+                table = instruction_table(a.device)
         of_two_kernel[(triton.cdiv(len(a), _BLOCK),)](
             a, b, c, table, y, len(a), NAME=self.name, FTZ=self.ftz, BLOCK=_BLOCK,
             ARCH=target.arch(a.device), enable_fp_fusion=False,

@@ -269,7 +269,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     ),
     "kernels/moe/routing.py": (
         "saturated routers", "undecided routers", "every routing method",
-        *_named("routers"), "function, sigmoid", "far, route",
+        *_named("routers"), "function, sigmoid", "far, route", *_named("prologue, routed"),
     ),
     "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized", "prologue")),
     "kernels/quantize/block.py": _BLOCKS,

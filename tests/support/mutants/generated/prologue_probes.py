@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from nvfp4_moe import host
-from nvfp4_moe.kernels.moe.hopper.prologue import sort_and_place
+from nvfp4_moe.kernels.moe.hopper.prologue import route_and_place, sort_and_place
+from nvfp4_moe.kernels.moe.routing import router_of
 from nvfp4_moe.reference.moe.hidden_states import Activations
+from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType, route
 from nvfp4_moe.reference.quantize import dequantize, quantize_per_token
 from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 
@@ -85,6 +87,43 @@ class PrologueCall:
         return exactly(permutation + rows)
 
 
+@dataclass(frozen=True)
+class RoutedCall:
+    """Logits of three tokens, with ties, both zeros and NaN, routed in the launch."""
+
+    routing: Routing
+    tokens: int = 3
+    dtype: torch.dtype = torch.float32
+    experts: int = 16
+    local: int = 9
+    offset: int = 4
+
+    def _logits(self) -> Tensor:
+        logits = host.normal(seeded(self.tokens), self.tokens, self.experts) * 3
+        logits[0] = logits[0].round()
+        if self.tokens > 1:
+            logits[1, ::2], logits[1, 1::2], logits[2, 3:5] = 0.0, -0.0, torch.nan
+            logits[2, 6], logits[2, 7:] = torch.inf, -torch.inf
+        return logits.to(self.dtype)
+
+    def _states(self) -> Tensor:
+        return host.normal(seeded(64), self.tokens, 64).bfloat16()
+
+    def answer(self, device: str = "cpu") -> Any:
+        router = router_of(self._logits().to(device), self.routing)
+        (ids, weights), (p, values, _) = route_and_place(
+            Activations(self._states().to(device)), router, self.local, self.offset, 2, None
+        )
+        return [ids.cpu(), weights.cpu(), *tensors_of(p), values[: int(p.end[-1])].cpu()]
+
+    def judge(self) -> Answered:
+        routed = route(self._logits(), self.routing)
+        permutation = permutation_of(routed.ids.flatten().tolist(), self.local, self.offset, 2)
+        token = permutation[0].long() // self.routing.top_k
+        rows = in_places(self._states())[token]
+        return exactly([routed.ids, routed.weights_bf16, *permutation, rows])
+
+
 def named() -> Iterator[tuple[str, Callable[[], Call]]]:
     four_over_six = Recipe("exact", NVFP44Over6Config(256, "MSE"))
     recipes = Recipe(), Recipe("exact"), Recipe(build="cute-dsl"), four_over_six
@@ -95,3 +134,9 @@ def named() -> Iterator[tuple[str, Callable[[], Call]]]:
     one = PrologueCall("plain", 64, top_k=3, experts=1, offset=0)
     yield "prologue, one expert", lambda: one
     yield "prologue, one token", lambda: replace(one, tokens=1, experts=9, form=Recipe())
+    for method, top_k in (("Renormalize", 5), ("TopK", 3), ("TopKSigmoid", 3), ("Llama4", 1)):
+        routing = Routing(RoutingMethodType[method], top_k)
+        yield f"prologue, routed by {method}", functools.partial(RoutedCall, routing)
+    routing = Routing(RoutingMethodType.Renormalize, 8)
+    few = RoutedCall(routing, 1, torch.bfloat16, 32, 32, 0)
+    yield "prologue, routed, one token", lambda: few
