@@ -81,16 +81,21 @@ def test_a_fault_of_the_machine_decides_nothing(one_probe, of_clear_kernel, monk
 
 
 def test_the_probes_launch_the_dense_gemm_in_every_form():
-    """With shared tiles and without: a scale for each row or for all, and a width of several parts."""
-    forms = set()
+    """With shared tiles and without: a scale for each row or for all, and a width of several parts.
+
+    Also without a scale.
+    """
+    forms, scaled = set(), set()
     for name in kernel_probes.asked(FILE, "cuda"):
         for launch in compiled.launches(name) if "far" not in name else []:
             given = {p.name: a for p, a in zip(launch.kernel.params, launch.args, strict=False)}
             given |= launch.options
             if launch.kernel.__name__ == "dense_gemm_kernel":
+                scaled.add(given["alpha_ptr"] is not None)
                 parts = any(width & (width - 1) for width in given["WIDTHS"])
                 forms.add((given["sums_ptr"] is not None, given["BY_ROW"], parts))
     assert forms >= {
         (shared, by_row, False) for shared in (False, True) for by_row in (False, True)
     }
     assert {(False, True, True), (True, True, True)} <= forms
+    assert scaled == {False, True}

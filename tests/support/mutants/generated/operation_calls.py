@@ -171,8 +171,9 @@ class ProductCall:
     m: int = 19
     k: int = 208
     n: int = 136
+    scaled: bool = True  # by alpha
 
-    def _given(self) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _given(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         g = torch.Generator().manual_seed(self.m)
         mask = 0xAA if self.exact else 0xFF
         a, b = (
@@ -188,13 +189,14 @@ class ProductCall:
         )
         if not self.exact:
             sa[1, 0] = sb[2, -1] = _NAN
-        alpha = 0.3 + host.arange(self.m if self.by_row else 1).float()
+        alpha = 0.3 + host.arange(self.m if self.by_row else 1).float() if self.scaled else None
         a_scales = _padded_with_nan(sa, dense.a_layout(self.use_8x4))
         return (a, b, a_scales, _padded_with_nan(sb, SfLayout.layout_128x4)), alpha
 
     def answer(self, device: str = "cpu") -> Tensor:
         (a, b, sa, sb), alpha = self._given()
-        a, b, sa, sb, alpha = (t.to(device) for t in (a, b, sa, sb, alpha))
+        a, b, sa, sb = (t.to(device) for t in (a, b, sa, sb))
+        alpha = None if alpha is None else alpha.to(device)
         out = torch.empty(self.m, b.shape[0], dtype=self.out_dtype, device=device)
         call = DenseKernelCall(a, b, sa, sb, alpha, self.use_8x4)
         dense_launch.mm_fp4(call, out, self.config)

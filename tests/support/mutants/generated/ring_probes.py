@@ -327,6 +327,7 @@ def named() -> Named:
     half = torch.float16
     yield "ring, dense", lambda: ProductCall(SMALL, by_row=True, k=192)
     yield "ring, dense, exact", lambda: ProductCall(SMALL, exact=True, k=448, out_dtype=half)
+    yield "ring, dense, no alpha", lambda: ProductCall(SMALL, exact=True, scaled=False, k=192)
     yield "ring, dense, 8x4", lambda: ProductCall(alone, use_8x4=True, by_row=True, m=41, k=320)
     yield (
         "ring, dense, shared",
