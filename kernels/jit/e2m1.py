@@ -8,7 +8,7 @@ The conversion instruction exists from sm_100 on. Elsewhere fp32 additions round
 import triton
 import triton.language as tl
 
-from .arithmetic import mul, mul_magnitude
+from .arithmetic import mul, mul_magnitude, smaller
 
 
 @triton.jit
@@ -46,44 +46,82 @@ def _native_e2m1_words(y):
 
 @triton.jit
 def _e2m1_round(a):
-    """Magnitudes to e2m1 magnitude codes, each plus 0x4b000000, uint32.
+    """Round fp32 magnitudes to e2m1's steps of 1/2, 1 and 2, ties to even. NaN stays NaN.
 
-    Each addition rounds to the step of one binade of e2m1 (1/2, 1, 2), ties to even, and leaves the
-    code in its low bits: the code is the smallest of the three, at most 7. Unsigned, so that NaN
-    stays above all.
+    2^22 times a number of [1, 2) has the step 1/2 in fp32, of [2, 4) 1, of [4, 8) 2. Subtracting it from
+    a rounds a to that step, and adding it again is exact. The number is a, or 1.5 for smaller ones.
+    Its significand is even wherever a is a tie. Where it is next to 2 or 4, the difference may have the
+    finer step of the lower binade; a rounds to 2 or 4 by both steps.
     """
-    halves = tl.fma(a, 2.0, 8388608.0).to(tl.uint32, bitcast=True)
-    ones = (a + 8388610.0).to(tl.uint32, bitcast=True)
-    twos = tl.fma(a, 0.5, 8388612.0).to(tl.uint32, bitcast=True)
-    return tl.minimum(tl.minimum(tl.minimum(halves, ones), twos), 0x4B000007)
+    near = tl.maximum(a, 1.5)
+    return tl.fma(near, 4194304.0, tl.fma(near, -4194304.0, a))
 
 
 @triton.jit
-def _pack(code):
-    """Codes of `_e2m1_round`, [R, NB, 16], to words [R, NB, 2], element 0 in the lowest nibble."""
-    groups = tl.reshape(code, (code.shape[0], code.shape[1], 2, 8))
-    shift = (tl.arange(0, 8) * 4)[None, None, None, :].to(tl.uint32)
-    # 0x4b000000, which every code still carries, sums to 0xfb000000 modulo 2^32.
-    return (tl.sum(groups << shift, 3) - 0xFB000000).to(tl.int32, bitcast=True)
+def _e4m3_bytes(x0, x1, x2, x3):
+    """Convert four fp32 to e4m3 with the sign, saturated at 448: one int32, x0 in the lowest byte."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high;"
+        " cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
+        " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;"
+        " mov.b32 $0, {low, high}; }",
+        "=r,f,f,f,f",
+        [x0, x1, x2, x3],
+        tl.int32,
+        True,
+        1,
+    )
+
+
+@triton.jit
+def _even_and_odd_bytes(x):
+    """Convert fp32 [R, NB, 16] to e4m3: (even elements, odd elements), int32 [R, NB, 2] each."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = columns(tl.reshape(x, (x.shape[0], x.shape[1], 2, 8)))
+    return _e4m3_bytes(x0, x2, x4, x6), _e4m3_bytes(x1, x3, x5, x7)
+
+
+@triton.jit
+def _select(a, b, MASK: tl.constexpr):
+    """Take the bits of a where MASK has ones, else those of b."""
+    return (a & MASK) | (b & ~MASK)
+
+
+@triton.jit
+def _pack(rounded, ARCH: tl.constexpr):
+    """Pack the results of `_e2m1_round`, [R, NB, 16], into magnitude codes of words [R, NB, 2].
+
+    Element 0 has the lowest nibble. From sm_89 on, results above 6 and NaN give the code of 6.
+    """
+    if ARCH >= 89:
+        # e4m3 of 64 (r + 2) ends in the three bits of the code and one more. What is above 6 saturates
+        # to 448, which ends as 6 does, and so does NaN.
+        even, odd = _even_and_odd_bytes(tl.fma(rounded, 64.0, 128.0))
+        word = _select(even >> 1, odd << 3, 0x0F0F0F0F) & 0x77777777
+    else:
+        # Exponent and significand of a code, shifted, stand where those of r * 2^-126 do.
+        code = (rounded * 2.0**-126).to(tl.int32, bitcast=True) >> 22
+        groups = tl.reshape(code, (code.shape[0], code.shape[1], 2, 8))
+        word = tl.sum(groups << (tl.arange(0, 8) * 4)[None, None, None, :], 3)
+    return word
 
 
 @triton.jit
 def e2m1_signs(y, ARCH: tl.constexpr):
-    """The sign bits of packed codes, int32 [R, NB, 2], of fp32 [R, NB, 16]; none for NaN."""
-    bits = y.to(tl.uint32, bitcast=True)
-    if ARCH == 0:  # a GPU's arithmetic makes positive NaN only; the host's does not
-        bits = tl.where(y == y, bits, 0)
-    groups = tl.reshape(bits, (y.shape[0], y.shape[1], 2, 8))
-    b0, b1, b2, b3, b4, b5, b6, b7 = columns(groups)
-    # Four bits enter for each element, by one funnel shift; the sign is the top one.
-    word = (b7 >> 28 << 4) | (b6 >> 28)
-    word = (word << 4) | (b5 >> 28)
-    word = (word << 4) | (b4 >> 28)
-    word = (word << 4) | (b3 >> 28)
-    word = (word << 4) | (b2 >> 28)
-    word = (word << 4) | (b1 >> 28)
-    word = (word << 4) | (b0 >> 28)
-    return (word & 0x88888888).to(tl.int32, bitcast=True)
+    """Return fp32 [R, NB, 16]'s signs as the top bits of packed codes, int32 [R, NB, 2]; none for NaN.
+
+    Other bits are zero.
+    """
+    if ARCH >= 89:  # a GPU's arithmetic makes positive NaN only
+        even, odd = _even_and_odd_bytes(y)
+        word = _select(even >> 4, odd, 0x0F0F0F0F)
+    else:
+        bits = y.to(tl.uint32, bitcast=True)
+        if ARCH == 0:  # the host's does not
+            bits = tl.where(y == y, bits, 0)
+        groups = tl.reshape(bits >> 31, (y.shape[0], y.shape[1], 2, 8))
+        shift = (tl.arange(0, 8) * 4 + 3)[None, None, None, :].to(tl.uint32)
+        word = tl.sum(groups << shift, 3).to(tl.int32, bitcast=True)
+    return word & ~0x77777777
 
 
 @triton.jit
@@ -97,22 +135,20 @@ def e2m1_encode(x, output_scale, FTZ: tl.constexpr, ARCH: tl.constexpr):
     if ARCH >= 100:
         return _native_e2m1_words(y)
     # |x| is free in a multiplication, |y| is an instruction of the busier pipe.
-    magnitudes = _pack(_e2m1_round(mul_magnitude(x, scale, FTZ, ARCH)))
-    return magnitudes | e2m1_signs(y, ARCH)
+    a = mul_magnitude(x, scale, FTZ, ARCH)
+    if ARCH < 89:
+        a = smaller(a, 6.0, ARCH)
+    return _pack(_e2m1_round(a), ARCH) | e2m1_signs(y, ARCH)
 
 
 @triton.jit
 def e2m1_encode_magnitudes(a, ARCH: tl.constexpr):
-    """Magnitudes [R, NB, 16] to (packed codes [R, NB, 2], the rounded magnitudes times 2^-126).
-
-    Exponent and significand of a code, shifted, stand where those of fp32 do. NaN rounds to 6.
-    """
+    """Magnitudes [R, NB, 16] to (packed codes [R, NB, 2], the rounded magnitudes). NaN rounds to 6."""
     if ARCH >= 100:
         word = _native_e2m1_words(a)
         shift = (tl.arange(0, 8) * 4)[None, None, None, :]
+        # Exponent and significand of a code, shifted, stand where those of 2^-126 times it do.
         bits = tl.reshape((word[:, :, :, None] >> shift) & 7, a.shape) << 22
-    else:
-        code = _e2m1_round(a)
-        word = _pack(code)
-        bits = (code << 22).to(tl.int32, bitcast=True)  # shifts 0x4b000000 out
-    return word, bits.to(tl.float32, bitcast=True)
+        return word, bits.to(tl.float32, bitcast=True) * 2.0**126
+    rounded = _e2m1_round(smaller(a, 6.0, ARCH))
+    return _pack(rounded, ARCH), rounded

@@ -7,7 +7,19 @@ Names are those of the reference. x is [R, NB, 16] fp32, amax [R, NB] the blocks
 import triton
 import triton.language as tl
 
-from ..jit.arithmetic import FLT_MAX, SIXTH, add, div, flush, mul, rcp, reciprocal, smaller, sub
+from ..jit.arithmetic import (
+    FLT_MAX,
+    SIXTH,
+    add,
+    div,
+    flush,
+    fma,
+    mul,
+    rcp,
+    reciprocal,
+    smaller,
+    sub,
+)
 from ..jit.e2m1 import columns, e2m1_encode, e2m1_encode_magnitudes, e2m1_signs
 from ..jit.e4m3 import e4m3_decode, e4m3_encode
 from ..jit.formats import E4M3, PER_TOKEN
@@ -73,16 +85,24 @@ def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
-def _divide_by_constant(p, D: tl.constexpr):
-    """Return p / D, correctly rounded if nothing in here is subnormal or overflows."""
+def _quotients(codes, p, D: tl.constexpr):
+    """Return codes [R, NB, 16] times p [R, NB] over D, each rounded once.
+
+    p / D is taken as the sum of two fp32 numbers, whose error is 2^-48 of it. Nothing in here may be
+    subnormal or overflow. codes * p has at most 17 significant bits, and D is 3 or 21 times a power of
+    two, so that a quotient is 2^-30 of itself or more away from where the rounding changes.
+    """
     INVERSE: tl.constexpr = 1.0 / D
     q = p * INVERSE
-    return tl.fma(tl.fma(q, -D, p), INVERSE, q)
+    high = tl.fma(tl.fma(q, -D, p), INVERSE, q)
+    low = tl.fma(high, -D, p) * INVERSE
+    return tl.fma(codes, high[:, :, None], codes * low[:, :, None])
 
 
 @triton.jit
 def _candidate(
     a,
+    encoded,
     unrounded,
     encode,
     decode,
@@ -95,7 +115,8 @@ def _candidate(
 ):
     """Return (scale byte, output scale, packed magnitudes, error) of one of 4over6's block scales.
 
-    Magnitudes a [R, NB, 16] have the differences of signed values, and round alike.
+    Magnitudes a [R, NB, 16] have the differences of signed values, and round alike. `encoded` is a times
+    the encode scale, with FAST_ERROR.
     """
     FTZ: tl.constexpr = flushes(RECIPE)
     byte = e4m3_encode(unrounded, ARCH)
@@ -103,16 +124,17 @@ def _candidate(
     output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
     words, rounded = e2m1_encode_magnitudes(mul(a, output_scale[:, :, None], FTZ, ARCH), ARCH)
     if NEAR_ONE:
-        # sf * row_amax, and its product with a code, are exact: at most 11 + 4 + 2 significant bits.
-        # All is 2^-26 of itself until the division.
+        # sf * row_amax, and its product with a code, have at most 11 + 4 + 2 significant bits. The row's
+        # maximum and D are 2^-26 of themselves, so that nothing overflows.
         SHIFT: tl.constexpr = 2.0**-26
         D: tl.constexpr = largest_value(RECIPE) * SHIFT
-        by_row = rounded * (sf * (row_amax * 2.0**100))[:, :, None]
-        difference = sub(_divide_by_constant(by_row, D), a, FTZ, ARCH)
+        quotients = _quotients(rounded, sf * (row_amax * SHIFT), D)
+        difference = sub(quotients, a, FTZ, ARCH)
     else:
-        scaled = rounded * 2.0**126 * sf[:, :, None]  # exact
+        scale = sf[:, :, None]
+        scaled = rounded * scale  # exact
         if has_fast_error(RECIPE):
-            difference = sub(scaled, mul(a, encode[:, :, None], FTZ, ARCH), FTZ, ARCH)
+            difference = fma(rounded, -scale, encoded, FTZ, ARCH)
         elif MODE == PER_TOKEN:
             # A row maximum of 0 leaves blocks of zeros and of NaN, and both candidates the same.
             by_row = mul(scaled, row_amax[:, :, None], FTZ, ARCH)
@@ -149,6 +171,7 @@ def _four_over_six(
         decode = rcp(encode, rcp_delta_ptr, ARCH)
     unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
     a = tl.abs(x)
+    encoded = mul(a, encode[:, :, None], FTZ, ARCH)
     byte = tl.zeros(amax.shape, tl.int32)
     words = tl.zeros((amax.shape[0], amax.shape[1], 2), tl.int32)
     output = tl.zeros(amax.shape, tl.float32)
@@ -157,7 +180,17 @@ def _four_over_six(
     # A loop, not two calls: a program of few rows waits for its instructions as much as for its data.
     for i in tl.range(0, 2):
         this_byte, this_output, this_words, this_error = _candidate(
-            a, unrounded, encode, decode, row_amax, rcp_delta_ptr, RECIPE, MODE, NEAR_ONE, ARCH
+            a,
+            encoded,
+            unrounded,
+            encode,
+            decode,
+            row_amax,
+            rcp_delta_ptr,
+            RECIPE,
+            MODE,
+            NEAR_ONE,
+            ARCH,
         )
         better = (this_error < error) | (i == 0)
         byte = tl.where(better, this_byte, byte)

@@ -5,19 +5,24 @@ import pytest
 import torch
 from assertions import assert_bitwise
 
-from nvfp4_moe.reference.numerics.accumulate import fma
+from nvfp4_moe.reference.numerics import e2m1
 
 
 @pytest.mark.parametrize("divisor", [1536.0, 2688.0])
-def test_a_constant_divides_by_either_reciprocal(divisor):
-    """Every significand, by `quantize.block._divide_by_constant`, and by the next larger reciprocal."""
-    p = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32, device="cpu").view(torch.float32)
-    inverse = torch.tensor(1 / divisor, dtype=torch.float32, device="cpu")
-    larger = torch.nextafter(inverse, torch.ones_like(inverse))
-    for factor in (inverse, larger):
-        q = p * factor
-        got = fma(fma(q, torch.full_like(p, -divisor), p), factor.expand_as(p), q)
-        assert_bitwise(got, p / divisor, f"by {factor.item()}")
+def test_a_code_times_a_row_is_divided_by_either_reciprocal(divisor):
+    """Every significand of `quantize.block._quotients`, and the next larger reciprocal in it."""
+    float32, double = torch.float32, torch.float64
+    rows = 1 + torch.arange(1024, dtype=double, device="cpu") / 1024  # of fp16, and so of bf16
+    scales = torch.arange(8, 16, dtype=double, device="cpu") / 8
+    codes = torch.tensor(e2m1.VALUES, dtype=double, device="cpu")
+    p = (rows[:, None] * scales).flatten()
+    inverse = torch.tensor(1 / divisor, dtype=float32, device="cpu")
+    for factor in (inverse, torch.nextafter(inverse, torch.ones_like(inverse))):
+        q = (p * factor).to(float32).double()
+        high = ((p - q * divisor).to(float32).double() * factor + q).to(float32).double()
+        low = ((p - high * divisor).to(float32) * factor)[:, None]
+        got = (codes * high[:, None] + (codes * low).to(float32).double()).to(float32)
+        assert_bitwise(got, (codes * p[:, None] / divisor).to(float32), f"by {factor.item()}")
 
 
 @pytest.mark.slow

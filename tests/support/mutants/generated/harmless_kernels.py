@@ -317,7 +317,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "FP16",
     ),
     "The quotient is right for every significand with either reciprocal (`test_harmless_mutants.py`).": (
-        "kernels _divide_by_constant: constant: 1.0 / D -> 1.0000001192092896 / D",
+        "kernels _quotients: constant: 1.0 / D -> 1.0000001192092896 / D",
     ),
     "The polynomial has the same value for every argument (`test_harmless_mutants.py`).": (
         "kernels _exp: constant: 1.0 / 5040 -> 1.0000001192092896 / 5040",
@@ -343,9 +343,9 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels scaled: rounding: scale.to(tl.float32) -> scale",
     ),
     "Rows that are not live go nowhere.": ("kernels decode_kernel: constant: 0.0 -> 1.0",),
-    "Shifts of 0 to 28 are the same numbers, which Triton promotes to uint32.": (
-        "kernels _pack: rounding: (tl.arange(0, 8) * 4)[None, None, None, :].to(tl.uint32) -> "
-        "(tl.arange(0, 8) * 4)[None, None, None, :]",
+    "Shifts of 3 to 31 are the same numbers, which Triton promotes to uint32.": (
+        "kernels e2m1_signs: rounding: (tl.arange(0, 8) * 4 + 3)[None, None, None, :].to(tl.uint32) -> "
+        "(tl.arange(0, 8) * 4 + 3)[None, None, None, :]",
     ),
     "Of a number that is none only the sign is read.": (
         "kernels e2m1_signs: constant: tl.where(y == y, bits, 0) -> tl.where(y == y, bits, 1)",

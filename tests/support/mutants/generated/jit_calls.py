@@ -296,7 +296,7 @@ class E2M1Call:
         x, scales = self._given()
         if self.magnitudes:
             codes = e2m1.encode(x)
-            return exactly([_words(codes), e2m1.decode(codes) * 2.0**-126])
+            return exactly([_words(codes), e2m1.decode(codes)])
         kept = fp32.flush if self.ftz else lambda t: t
         return exactly([_words(e2m1.encode(kept(kept(x) * kept(scales)[..., None])))])
 
@@ -315,7 +315,7 @@ class NativeMagnitudesCall:
 
 @triton.jit
 def _words_without_instruction(y):
-    return _pack(_e2m1_round(y))
+    return _pack(_e2m1_round(smaller(y, 6.0, 0)), 0)
 
 
 @triton.jit
