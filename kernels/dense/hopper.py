@@ -11,8 +11,17 @@ _BY_WIDTH = {c.bn: c for c in config.CONFIGS}
 """The configurations of the grouped GEMM, by the tokens of their widest tile."""
 _FEW = tuple((width, _BY_WIDTH[width]) for width in (8, 16, 32))
 """The tiles of so many rows at most, which are read at the speed of memory."""
-_MANY = ((1.0, _BY_WIDTH[256]), (0.65, _BY_WIDTH[128]), (0.45, _BY_WIDTH[64]))
-"""The tiles of more rows, and the time of a tile over that of the widest, as the grouped GEMM has it."""
+_MANY = (
+    (1.0, _BY_WIDTH[256]),
+    (0.65, RingConfig((128, 64, 32), 4, 1, 1)),
+    (0.45, _BY_WIDTH[64]),
+    (0.75, _BY_WIDTH[160]),
+    (0.55, _BY_WIDTH[96]),
+)
+"""The tiles of more rows, and the time of a tile over that of the widest, as the grouped GEMM has it.
+
+Those of 160 and 96 tokens are interpolated.
+"""
 CONFIGS = (*(c for _, c in _FEW), *(c for _, c in _MANY))
 """Every configuration that `ring_config` chooses."""
 _ROWS = 128  # rows of b in a tile

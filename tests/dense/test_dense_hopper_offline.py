@@ -4,7 +4,14 @@
 import re
 
 import pytest
-from offline import assembler_log, compile_kernel, resources, tensor_descriptor
+from offline import (
+    assembler_log,
+    compile_kernel,
+    resources,
+    tensor_descriptor,
+    wgmma_of,
+    wgmma_of_widths,
+)
 from sanitizer import dispatch
 
 from nvfp4_moe.kernels.dense.hopper import CONFIGS
@@ -65,8 +72,7 @@ def test_compiled(config, shared, tmp_path):
     assert int(used[1]) <= config.registers
     assert resources(kernel, tmp_path) == (0, 0)
     assert dispatch.of(kernel)  # the accesses that racecheck reports, each beside its barriers
-    for width in config.widths:
-        assert f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16" in kernel.asm["ptx"]
+    assert wgmma_of(kernel) == wgmma_of_widths(config.widths, config.groups)
     assert "st.global.v4.b32" in kernel.asm["ptx"]  # results leave by 16 bytes
     assert ("atom.global.gpu.release.exch" in kernel.asm["ptx"]) == shared
     # A program leaves the driver 1 KiB of a multiprocessor's 228.

@@ -57,6 +57,11 @@ def test_real_widths(shape, config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_edges_of_every_width(config):
+    moe_triton_cases.edges_of_widths(config, CONFIGS[0])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("offset,local", [(0, 8), (2, 3)], ids=["all local", "some local"])
 def test_no_result_is_of_unwritten_memory(config, offset, local, unwritten_memory_is_nan):
     """The sums are exact, so that the reference has the same bits.

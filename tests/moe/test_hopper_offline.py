@@ -4,7 +4,14 @@
 import re
 
 import pytest
-from offline import assembler_log, compile_kernel, resources, tensor_descriptor
+from offline import (
+    assembler_log,
+    compile_kernel,
+    resources,
+    tensor_descriptor,
+    wgmma_of,
+    wgmma_of_widths,
+)
 from sanitizer import dispatch
 
 from nvfp4_moe.kernels.moe.activation import NONE
@@ -88,8 +95,7 @@ def test_compiled(config, activation, odd, tmp_path):
     released = re.findall(r"memdesc_index %empty\[(%(?!c\d)[\w#]+)\]", kernel.asm["ttgir"])
     assert len(released) == 2 * len(config.widths)
     assert not any(name.startswith("%stage") for name in released), released
-    for width in config.widths:
-        assert f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16" in kernel.asm["ptx"]
+    assert wgmma_of(kernel) == wgmma_of_widths(config.widths, config.groups)
     # A program leaves the driver 1 KiB of a multiprocessor's 228.
     each = kernel.metadata.shared + 1024
     assert each * config.programs <= (shared_memory(ARCH) + 1) * 1024

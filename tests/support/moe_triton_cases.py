@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from collections.abc import Sequence
 from typing import get_args
 
 import moe_cases
@@ -157,6 +158,27 @@ def real_widths(shape: Shape, config) -> None:
         "w2_bias": torch.randn(shape.num_local, shape.hidden, generator=g),
     }
     close(moe_cases.make(shape, **biases), "cuda", config=config)
+
+
+def with_rows(case: Case, rows: Sequence[int]) -> Case:
+    """Give each expert so many of the tokens, which are as many in all: a token has one expert."""
+    ids = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(rows))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(case, ids=ids[order][:, None].contiguous())
+
+
+def edges_of_widths(config, other) -> None:
+    """Judge a ring by experts that have each width's tokens, one less and one more.
+
+    Sums that are exact have the reference's bits, and sums that round those of another ring.
+    """
+    rows = [width + more for width in config.widths for more in (-1, 0, 1)]
+    shape = Shape(sum(rows), 656, 144, len(rows), 1)
+    case = with_rows(coarse(shape, ActivationType.Relu2), rows)
+    assert_bitwise(*both(case, "cuda", config=config), "sums that are exact")
+    case = with_rows(moe_cases.make(shape), rows)
+    got, want = (output_of(case, "cuda", config=c) for c in (config, other))
+    assert_bitwise(got, want, "sums that round")
 
 
 def assert_second_sums_are_exact(case: Case, shape: Shape) -> None:

@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
 import subprocess
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
@@ -70,3 +72,15 @@ def resources(kernel, tmp_path: Path) -> tuple[int, int]:
     if stack == local == 0:
         return 0, 0
     return stack, len(re.findall(r"\b(?:LDL|STL)\b", disassemble(kernel, tmp_path)))
+
+
+def wgmma_of(kernel) -> Counter:
+    """Count the kernel's wgmma instructions by their tokens."""
+    form = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16"
+    return Counter(map(int, re.findall(form, kernel.asm["ptx"])))
+
+
+def wgmma_of_widths(widths: Sequence[int], groups: int) -> Counter:
+    """Count those of tiles of these widths: for each part eight, of 16 columns, in 128 columns."""
+    parts = Counter(1 << bit for width in widths for bit in range(9) if width >> bit & 1)
+    return Counter({part: 8 * groups * count for part, count in parts.items()})

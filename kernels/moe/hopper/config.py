@@ -13,7 +13,7 @@ _VERSIONS = ((3, 6), (3, 7))
 ran it on a GPU."""
 
 
-WIDEST_SHARED = 128
+WIDEST_SHARED = 160
 """Tokens of the widest tile that two programs share in the dense GEMM: ptxas spills wider ones' sums."""
 
 
@@ -21,7 +21,8 @@ WIDEST_SHARED = 128
 class RingConfig:
     """The tiles of `grouped_gemm.expert_gemm_kernel`, and how it is launched."""
 
-    widths: tuple[int, ...]  # tokens of a tile, from the widest: an expert's last tile is narrower
+    widths: tuple[int, ...]  # tokens of a tile, from the widest: an expert's last tile is narrower;
+    # each is a power of two or a sum of some. ptxas serializes the wgmma of too many wide ones.
     stages: int  # of the ring in shared memory
     groups: int  # of 128 columns, in a stage
     programs: int  # on a multiprocessor at a time
@@ -49,8 +50,10 @@ _BY_ROWS = (
     (2, RingConfig((8,), 5, 2, 2)),
     (12, RingConfig((16, 8), 4, 2, 2)),
     (24, RingConfig((32, 16), 3, 2, 2)),
-    (48, RingConfig((64, 32, 16), 4, 2, 1)),
-    (160, RingConfig((128, 64, 32), 4, 1, 1)),
+    (52, RingConfig((64, 48, 32, 16), 4, 2, 1)),
+    (72, RingConfig((96, 64, 32), 3, 2, 1)),
+    (152, RingConfig((160, 128, 96, 32), 4, 1, 1)),
+    (216, RingConfig((224, 192, 128, 32), 3, 1, 1)),
 )
 _WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1)
 CONFIGS = (*(config for _, config in _BY_ROWS), _WIDE)
