@@ -285,6 +285,10 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels to_bf16: constant: tl.where(x == x, rounded, 2143289344) -> tl.where(x == x, "
         "rounded, 2143289345)",
     ),
+    "Triton adds, subtracts and compares a truth value and an int32 as two int32.": (
+        "kernels _pieces: rounding: (end % steps > 0).to(gl.int32) -> end % steps > 0",
+        "kernels _piece: rounding: (end % steps > 0).to(gl.int32) -> end % steps > 0",
+    ),
     "Triton takes the maximum of truth values as int32.": (
         "kernels quantize_kernel: rounding: live.to(tl.int32) -> live",
         "kernels quantize_block: rounding: far.to(tl.int32) -> far",
@@ -385,6 +389,12 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
         "gl.SwizzledSharedLayout(1, 2, 1, [0])",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
+        "gl.SwizzledSharedLayout(1, 1, 2, [0])",
+        "kernels dense_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
+        "gl.SwizzledSharedLayout(2, 1, 1, [0])",
+        "kernels dense_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
+        "gl.SwizzledSharedLayout(1, 2, 1, [0])",
+        "kernels dense_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
         "gl.SwizzledSharedLayout(1, 1, 2, [0])",
     ),
     "Columns are 64 or 128: the quotient by 8 or 16 is the same.": (
