@@ -33,7 +33,7 @@ from .call import KernelCall, Mode, Observe, padded
 from .finalize import finalize
 from .grouped_gemm import expert_gemm_kernel
 from .hopper import prologue
-from .hopper.config import RingConfig
+from .hopper.config import RingConfig, gathers
 from .hopper.rows import in_fragments, is_padded_there
 from .masked.rows import copy_rows
 from .ops import EXPERTS, Triple, empty_results, register
@@ -123,7 +123,7 @@ def _layer(
     ring = isinstance(configs[0], RingConfig)
     if not (ring and is_padded_there(call)):
         call = padded(call)
-    (ids, weights), p, x1 = _sorted_rows(call, routing, configs[0].bn, ring=ring)
+    (ids, weights), p, x1 = _sorted_rows(call, routing, configs[0])
     # The second GEMM's operand as the first writes it, where nobody else reads it.
     direct = ring and plain and observe is None
     intermediate = gemm1(x1, experts, p, slots, top_k, configs[0], fp32=static, fragments=direct)
@@ -147,30 +147,32 @@ def _layer(
 
 
 def _sorted_rows(
-    call: KernelCall,
-    routing: _Routing,
-    tile: int,
-    *,
-    ring: bool,
+    call: KernelCall, routing: _Routing, config: Config
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], Permutation, "Operand"]:
     """Sort the slots by expert; return ids and weights, too, and the first GEMM's operand.
 
     Few tokens take one launch, which also routes if it can.
     """
     a, local, offset = call.activations, call.experts.num_local, call.local_expert_offset
-    few = ring and prologue.serves(*_shape_of(routing), call.experts.padded_hidden_size)
+    (tokens, top_k), columns = _shape_of(routing), call.experts.padded_hidden_size
+    ring, tile = isinstance(config, RingConfig), config.bn
+    placed = not (isinstance(config, RingConfig) and gathers(config, tokens, columns))
+    few = ring and prologue.serves(tokens, top_k, columns)
     recipe = call.recipe if call.quantize else None
     if isinstance(routing, Router):
         if few and prologue.routes(routing.logits, routing):
-            routed, placed = prologue.route_and_place(a, routing, local, offset, tile, recipe)
-            p, values, scale = placed
-            return routed, p, Operand(values, None, scale)
+            routed, (p, values, scale) = prologue.route_and_place(
+                a, routing, local, offset, tile, recipe, placed=placed
+            )
+            return routed, p, Operand(values, None, scale, placed)
         routing = routing.launched()
     if few:
-        p, values, scale = prologue.sort_and_place(a, routing[0], local, offset, tile, recipe)
-        return routing, p, Operand(values, None, scale)
+        p, values, scale = prologue.sort_and_place(
+            a, routing[0], local, offset, tile, recipe, placed=placed
+        )
+        return routing, p, Operand(values, None, scale, placed)
     p = permute(routing[0], local, offset, tile)
-    place = p.permuted if ring else None
+    place = places(p, config, tokens, columns)
     if call.quantize:
         return routing, p, quantized(a.hidden_states, call.recipe, ring=ring, place=place)
     return routing, p, operand(a, ring=ring, place=place)
@@ -201,9 +203,17 @@ class Operand:
 
     values: torch.Tensor
     """[N, 4, K/4] bf16, columns 0, 4, 8 ..., then 1, 5, 9 ...; native: codes; for a ring [rows, K] bf16,
-    in the order of `jit/fragments.py`, by permuted row."""
+    in the order of `jit/fragments.py`."""
     block_scales: torch.Tensor | None  # native: [N, K/16], linear
     token_scale: torch.Tensor | None  # [N] fp32
+    placed: bool = False  # rows are by permuted row: for a ring, which otherwise gathers tokens
+
+
+def places(p: Permutation, config: Config, rows: int, columns: int) -> torch.Tensor | None:
+    """Return where the first GEMM wants [rows, columns] of tokens: `place` of `operand`."""
+    if not isinstance(config, RingConfig) or gathers(config, rows, columns):
+        return None
+    return p.permuted
 
 
 def operand(
@@ -222,12 +232,13 @@ def operand(
     """
     if ring:
         if a.is_bf16:
-            return Operand(in_fragments(a.hidden_states, place, row_index), None, None)
+            values = in_fragments(a.hidden_states, place, row_index)
+            return Operand(values, None, None, place is not None)
         assert a.block_scales is not None
         values, token = decode_to_fragments(
             a.hidden_states, a.block_scales, a.per_token_scale, row_index=row_index, place=place
         )
-        return Operand(values, None, token)
+        return Operand(values, None, token, place is not None)
     if a.is_bf16:
         if row_index is not None:
             return Operand(copy_rows(a.hidden_states, row_index, fourths=True), None, None)
@@ -261,7 +272,7 @@ def quantized(
         values, token = quantize_to_fragments(
             x, recipe, per_token=per_token, row_index=row_index, place=place
         )
-        return Operand(values, None, token)
+        return Operand(values, None, token, place is not None)
     if not native_mma(arch(x.device)):
         values, token = quantize_to_values(x, recipe, per_token=per_token, row_index=row_index)
         return Operand(values, None, token)
@@ -362,7 +373,7 @@ def _launch_gemm(
 
         expert_gemm(
             x.values, x.token_scale, w, w_sf, bias, scale, out, p, config,
-            experts if first else None, fragments=fragments,
+            experts if first else None, top_k=0 if x.placed else x_divisor, fragments=fragments,
         )  # fmt: skip
         return
     local, rows, columns = w.shape[0], w.shape[1], w.shape[2] * 2

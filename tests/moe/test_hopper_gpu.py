@@ -1,6 +1,8 @@
 """The grouped GEMM for sm_90 on that GPU, against the reference."""
 
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import masked_cases
 import moe_triton_cases
 import pytest
@@ -12,6 +14,7 @@ from moe_triton_cases import coarse, to
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.call import KernelCall, padded
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, refusal, ring_config
+from nvfp4_moe.kernels.moe.permute import permute
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.hidden_states import Activations
@@ -26,22 +29,27 @@ def _refusal() -> str | None:
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_refusal() is not None, reason=str(_refusal()))]
 
 
+WAYS = [replace(c, gathers=gathers) for c in CONFIGS for gathers in (False, True)]
+"""Every configuration: with a row of tokens for each expert, and with one that the GEMM gathers."""
+
+
 def test_the_table_is_the_shipped_one():
     assert {ring_config(slots, 8) for slots in range(1, 4096)} == set(CONFIGS)
 
 
+@pytest.mark.parametrize("config", WAYS[2:4], ids=str)
 @pytest.mark.parametrize("case", moe_triton_cases.CASES, ids=lambda f: f.__name__)
-def test_case(case):
-    case("cuda", CONFIGS[1])
+def test_case(case, config):
+    case("cuda", config)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *WAYS[2:4]], ids=str)
 def test_masked_input(config):
     masked_cases.exact_sums("cuda", config)
     masked_cases.the_rows_of_the_layer("cuda", config)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", WAYS, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -56,12 +64,12 @@ def test_real_widths(shape, config):
     moe_triton_cases.real_widths(shape, config)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", WAYS, ids=str)
 def test_edges_of_every_width(config):
     moe_triton_cases.edges_of_widths(config, CONFIGS[0])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", WAYS, ids=str)
 @pytest.mark.parametrize("offset,local", [(0, 8), (2, 3)], ids=["all local", "some local"])
 def test_no_result_is_of_unwritten_memory(config, offset, local, unwritten_memory_is_nan):
     """The sums are exact, so that the reference has the same bits.
@@ -73,7 +81,38 @@ def test_no_result_is_of_unwritten_memory(config, offset, local, unwritten_memor
     assert_bitwise(*found, "among NaN")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", WAYS, ids=str)
+def test_no_slot_is_of_a_local_expert(config, unwritten_memory_is_nan):
+    """The permutation then names no row, and no tile."""
+    case = coarse(Shape(40, 512, 256, 8, 2, 2, 3), ActivationType.Relu2)
+    case = replace(case, ids=torch.full_like(case.ids, 7))
+    found = moe_triton_cases.both(case, "cuda", config=config, local_expert_offset=2)
+    assert_bitwise(*found, "no row")
+
+
+@pytest.mark.parametrize("config", [c for c in WAYS if c.gathers], ids=str)
+def test_gathered_rows_lie_far_behind(config):
+    """They begin 2^31 columns behind the first, and their scales behind as many rows less."""
+    width, slots = 2048, 2 * config.bn + 9
+    near = torch.randn(slots, width, dtype=torch.float32, device="cuda").bfloat16()
+    scale = torch.rand(slots, dtype=torch.float32, device="cuda")
+    experts = to("cuda", make(Shape(slots, width, 256, 1, 1)).experts)
+    ids = torch.zeros((slots, 1), dtype=torch.int32, device="cuda")
+    p = permute(ids, 1, 0, config.bn)
+    options = (experts, p, slots, 1, config)
+    want = launch.gemm1(launch.Operand(near, None, scale, placed=True), *options, fp32=False)
+
+    tokens = 2**31 // width + slots
+    x = torch.empty((tokens, width), dtype=torch.bfloat16, device="cuda")
+    scales = torch.empty(tokens, dtype=torch.float32, device="cuda")
+    x[-slots:], scales[-slots:] = near, scale
+    far = replace(p, expanded=p.expanded + (tokens - slots))
+    options = (experts, far, slots, 1, config)
+    got = launch.gemm1(launch.Operand(x, None, scales), *options, fp32=False)
+    assert_bitwise(got, want, "far rows")
+
+
+@pytest.mark.parametrize("config", WAYS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 17, 300])
 @pytest.mark.parametrize(
     "activation,intermediate", [(ActivationType.Swiglu, 192), (ActivationType.Relu2, 384)]
@@ -103,12 +142,12 @@ def test_kernels_pad_as_they_write(
 def test_every_tile_has_the_same_bits(hidden, intermediate, tokens):
     """Sums of random terms, rounded at every step: another order would show."""
     case = make(Shape(tokens, hidden, intermediate, 8, 4))
-    want, *others = (moe_triton_cases.output_of(case, "cuda", config=c) for c in CONFIGS)
-    for config, got in zip(CONFIGS[1:], others, strict=True):
+    want, *others = (moe_triton_cases.output_of(case, "cuda", config=c) for c in WAYS)
+    for config, got in zip(WAYS[1:], others, strict=True):
         assert_bitwise(got, want, str(config))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", WAYS, ids=str)
 def test_every_run_has_the_same_bits(config):
     case = to("cuda", make(Shape(600, 2048, 768, 16, 4)))
     call = KernelCall(case.activations, case.experts, case.experts.num_local)

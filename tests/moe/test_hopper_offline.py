@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import re
+from dataclasses import replace
 
 import pytest
 from offline import (
@@ -45,8 +46,8 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False, o
     if activation == NONE.value:
         none += ["gate_scale_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     constants = dict.fromkeys(none) | {
-        "ACT": activation, "FRAGMENTS": odd, "ODD": odd, "WIDTHS": config.widths,
-        "STAGES": config.stages, "GROUPS": config.groups, "ARCH": ARCH,
+        "GATHERED": config.gathers, "ACT": activation, "FRAGMENTS": odd, "ODD": odd,
+        "WIDTHS": config.widths, "STAGES": config.stages, "GROUPS": config.groups, "ARCH": ARCH,
     }  # fmt: skip
     floats = (
         "token_scale_ptr", "bias_ptr", "scale_ptr", "gate_scale_ptr", "alpha_ptr", "beta_ptr",
@@ -56,8 +57,9 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False, o
         "x_desc": tensor_descriptor("bf16", (config.box, 64), 128),
         "w_desc": tensor_descriptor("i32", (128, 16), 64),
         "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
-        "out_ptr": "*bf16", "tile_ptr": "*i32", "end_ptr": "*i32",
-        "tiles": "i32", "strips": "i32", "M": "i32", "K": "i32",
+        "x_ptr": "*bf16", "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32",
+        "end_ptr": "*i32", "slots": "i32", "top_k": "i32", "tiles": "i32",
+        "strips": "i32", "M": "i32", "K": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in constants and (n.endswith("_ptr") or n in "MK")]
     return compile_kernel(
@@ -72,17 +74,24 @@ QUICK = CONFIGS[1]
 
 @serves
 @pytest.mark.parametrize(
-    "activation,odd",
-    [(SWIGLU, False), (SWIGLU, True), (NONE.value, False)],
-    ids=["first", "first-in-fragments", "second"],
+    "activation,odd,gathers",
+    [
+        (SWIGLU, False, False),
+        (SWIGLU, True, False),
+        (NONE.value, False, False),
+        (SWIGLU, False, True),
+        (SWIGLU, True, True),
+    ],
+    ids=["first", "first-in-fragments", "second", "gathered", "gathered-in-fragments"],
 )
 @pytest.mark.parametrize(
     "config",
     [pytest.param(c, marks=() if c == QUICK else pytest.mark.slow) for c in CONFIGS],
     ids=str,
 )
-def test_compiled(config, activation, odd, tmp_path):
+def test_compiled(config, activation, odd, gathers, tmp_path):
     """No warning that wgmma are serialized, nothing in local memory, the multiprocessor shared."""
+    config = replace(config, gathers=gathers)
     kernel = compile_ring(config, activation, biased=True, odd=odd)
     log = assembler_log(kernel, tmp_path, "sm_90a")
     assert "C75" not in log, log
@@ -96,6 +105,14 @@ def test_compiled(config, activation, odd, tmp_path):
     assert len(released) == 2 * len(config.widths)
     assert not any(name.startswith("%stage") for name in released), released
     assert wgmma_of(kernel) == wgmma_of_widths(config.widths, config.groups)
+    # Rows that were copied, not brought by TMA, are behind a fence in each loop over K; the barriers'
+    # initialization is behind one, too.
+    fences = kernel.asm["ptx"].count("fence.proxy.async.shared::cta")
+    assert fences == 1 + gathers * len(config.widths)
+    # A lane copies 16 bytes of each of its rows: 32 lanes a fourth of eight rows of 128 columns.
+    copies = re.findall(r"cp\.async\.c[ag]\.\S+ .*?0x10,", kernel.asm["ptx"])
+    assert len(copies) == gathers * sum(config.widths) // 2 * config.groups
+    assert ("cp.async.mbarrier.arrive.noinc" in kernel.asm["ptx"]) == gathers
     # A program leaves the driver 1 KiB of a multiprocessor's 228.
     each = kernel.metadata.shared + 1024
     assert each * config.programs <= (shared_memory(ARCH) + 1) * 1024

@@ -18,6 +18,12 @@ def test_equal(form, columns):
     prologue_cases.equal("cpu", form, columns)
 
 
+@pytest.mark.parametrize("columns", [64, 2880, 4224])
+@pytest.mark.parametrize("form", prologue_cases.FORMS, ids=str)
+def test_a_row_for_each_token(form, columns):
+    prologue_cases.equal("cpu", form, columns, placed=False)
+
+
 @pytest.mark.parametrize(
     "tokens,top_k,experts,offset", [(1, 1, 1, 0), (1, 8, 33, 3), (16, 5, 7, 1)]
 )

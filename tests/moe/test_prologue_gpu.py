@@ -25,7 +25,8 @@ pytestmark = [
 @pytest.mark.parametrize("form", prologue_cases.FORMS, ids=str)
 def test_equal(form, columns):
     for tokens in (1, 2, 3, 8, 16):
-        prologue_cases.equal("cuda", form, columns, tokens)
+        for placed in (True, False):
+            prologue_cases.equal("cuda", form, columns, tokens, placed=placed)
 
 
 @pytest.mark.parametrize(

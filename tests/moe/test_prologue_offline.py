@@ -17,7 +17,7 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 pytestmark = pytest.mark.compile
 
 
-def _compiled(form, columns, tokens=8, experts=None, logits="*fp32"):
+def _compiled(form, columns, tokens=8, experts=None, logits="*fp32", *, placed=True):
     """Return the kernel, and how its rows are quantized; with `experts` it routes."""
     pointers = ("ids_ptr", "expanded_ptr", "permuted_ptr", "tile_ptr", "end_ptr", "x_ptr")
     types = dict.fromkeys(pointers, "*i32") | {
@@ -35,7 +35,7 @@ def _compiled(form, columns, tokens=8, experts=None, logits="*fp32"):
         "rcp_delta_ptr": None, "table_ptr": None, "BINS": 256, "CHUNK": 8 * tokens, "TILE": 8,
         "FORM": QUANTIZED.value if recipe else form.value,
         "RECIPE": recipe.code if recipe else 0, "BLOCKS": config.blocks,
-        "READ": config.read, "SPLITS": config.splits, "SLOTS": 8, "ARCH": 90,
+        "READ": config.read, "SPLITS": config.splits, "SLOTS": 8, "PLACED": placed, "ARCH": 90,
     }  # fmt: skip
     if form is PLAIN:
         constants["token_ptr"] = None
@@ -58,12 +58,14 @@ def _compiled(form, columns, tokens=8, experts=None, logits="*fp32"):
     )
 
 
-@pytest.mark.parametrize("columns", [2048, 2880, 7168])
+@pytest.mark.parametrize(
+    "columns,placed", [(2048, True), (2880, True), (7168, True), (7168, False)]
+)
 @pytest.mark.parametrize(
     "form", [PLAIN, CODES, Recipe(), Recipe("exact", NVFP44Over6Config(448, "MAE"))], ids=str
 )
-def test_no_local_memory(form, columns, tmp_path):
-    config, kernel = _compiled(form, columns)
+def test_no_local_memory(form, columns, placed, tmp_path):
+    config, kernel = _compiled(form, columns, placed=placed)
     kept = resources(kernel, tmp_path)
     read_twice = form == Recipe() and config.read > 0
     assert kept == (0, 0) or (kept == (8, 2) and read_twice and triton_version() == (3, 7))

@@ -88,7 +88,8 @@ class Trial:
 
     @functools.cached_property
     def _x1(self) -> launch.Operand:
-        place = self._permutation(self.table[0]).permuted if self._ring else None
+        config, columns = self.table[0], self.experts.padded_hidden_size
+        place = launch.places(self._permutation(config), config, self.tokens, columns)
         activations = self._call.activations
         if self._call.mode == "per-token":
             return launch.quantized(

@@ -26,6 +26,7 @@ class RingConfig:
     stages: int  # of the ring in shared memory
     groups: int  # of 128 columns, in a stage
     programs: int  # on a multiprocessor at a time
+    gathers: bool = False  # the rows of tokens; otherwise one is written for each expert of a token
 
     @property
     def bn(self) -> int:
@@ -64,6 +65,14 @@ def ring_config(slots: int, num_experts: int) -> RingConfig:
     """Return the tiles for as many slots of as many local experts, by the rows that an expert has."""
     each = -(-slots // num_experts)
     return next((config for most, config in _BY_ROWS if each <= most), _WIDE)
+
+
+def gathers(config: RingConfig, rows: int, columns: int) -> bool:
+    """Return True if the layer's first GEMM gathers the rows of [rows, columns] of tokens.
+
+    It counts eights of columns in 32 bits.
+    """
+    return config.gathers and rows * columns < 2**34
 
 
 def refusal(arch: int) -> str | None:

@@ -7,6 +7,7 @@ serve; the kernels of `tl.dot` take its place.
 # SPDX-License-Identifier: Apache-2.0
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -18,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "TensorDescriptor",
+    "async_copy",
     "block_barrier",
     "fence_async_shared",
     "gl",

@@ -1,11 +1,11 @@
 """The grouped GEMM for sm_90: weights decoded into the A operand of wgmma, tokens on its N side.
 
 Programs stay and take tile after tile: 128 rows of one expert's weights times up to WIDTHS[0] of its
-tokens. One warp brings codes, block scales and tokens into a ring of stages in shared memory (TMA).
-Eight warps decode the codes of 64 columns into one set of registers while the tensor cores multiply the
-other. A stage holds GROUPS times 128 columns. An expert's last tile is as narrow as its rows allow. A
-tile whose width is no power of two, such as 96, has the sums of several parts, 64 and 32 tokens, and
-multiplies each fragment by all of them.
+tokens. One warp brings codes, block scales and tokens into a ring of stages in shared memory (TMA);
+where tokens are gathered, three more copy their rows there. Eight warps decode the codes of 64 columns
+into one set of registers while the tensor cores multiply the other. A stage holds GROUPS times 128
+columns. An expert's last tile is as narrow as its rows allow. A tile whose width is no power of two,
+such as 96, has the sums of several parts, 64 and 32 tokens, and multiplies each fragment by all of them.
 
 The order of a sum depends on nothing but K: 16 columns a step, in the order of `fragments.py` within
 each 128. So the bits of a token's result are the same in every tile and every batch.
@@ -16,7 +16,9 @@ from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from ..activation import activated, is_gated, limit_of_expert, of_expert
 from .fragments import ROWS, WARPS, WORDS, fragment, load_codes
+from .gather import COPIERS, copy_eight, eights_of, load_slots, rows_of_copier
 from .gluon import (
+    async_copy,
     fence_async_shared,
     gl,
     gluon,
@@ -67,7 +69,7 @@ def _tile(t, total, tile_ptr, end_ptr, tiles, strips, WIDTHS: gl.constexpr):
     """Load (expert, first row, rows from there) of piece t of the work; of the last one beyond it."""
     tile = gl.maximum(gl.minimum(t, total - 1), 0) // strips
     expert = gl.maximum(gl.load(tile_ptr + tile), 0)
-    first = gl.load(tile_ptr + tiles + tile)
+    first = gl.load(tile_ptr + (tiles + tile))
     rows = gl.load(end_ptr + expert) - first
     return expert, first, gl.minimum(rows, width_of(WIDTHS, 0))
 
@@ -84,11 +86,14 @@ def _next(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def fill_ring(
     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, row, first, begin,
-    end, N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    end, N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATHERED: gl.constexpr = False,
 ):  # fmt: skip
-    """Bring one tile's columns of steps `begin` to `end` into the ring. TMA gives zeros beyond K."""
+    """Bring one tile's columns of steps `begin` to `end` into the ring. TMA gives zeros beyond K.
+
+    With GATHERED others bring the rows of tokens.
+    """
     BOX: gl.constexpr = x_desc.block_shape[0]
-    BYTES: gl.constexpr = GROUPS * (ROWS * WORDS * 4 + ROWS * 8 + N * 256)
+    BYTES: gl.constexpr = GROUPS * (ROWS * WORDS * 4 + ROWS * 8 + (0 if GATHERED else N * 256))
     BOXES: gl.constexpr = x_bufs.shape[0] // (STAGES * GROUPS * 2)
     for k in range(begin, end):
         mbarrier.wait(empty.index(stage), phase)
@@ -101,12 +106,13 @@ def fill_ring(
             tma.async_copy_global_to_shared(
                 sf_desc, [row // ROWS, at * 2, 0], bar, sf_bufs.index(buffer)
             )
-            for half in gl.static_range(2):
-                for i in gl.static_range(N // BOX):
-                    tma.async_copy_global_to_shared(
-                        x_desc, [first + i * BOX, at * 128 + half * 64], bar,
-                        x_bufs.index((buffer * 2 + half) * BOXES + i),
-                    )  # fmt: skip
+            if not GATHERED:
+                for half in gl.static_range(2):
+                    for i in gl.static_range(N // BOX):
+                        tma.async_copy_global_to_shared(
+                            x_desc, [first + i * BOX, at * 128 + half * 64], bar,
+                            x_bufs.index((buffer * 2 + half) * BOXES + i),
+                        )  # fmt: skip
         stage, phase = _next(stage, phase, STAGES)
     return stage, phase
 
@@ -114,7 +120,8 @@ def fill_ring(
 @gluon.jit
 def _produce(
     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, tile_ptr, end_ptr, tiles, strips,
-    M, steps, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    M, steps, GATHERED: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     await_previous(ARCH)
     total = gl.load(tile_ptr + 2 * tiles) * strips
@@ -130,11 +137,65 @@ def _produce(
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
                 stage, phase = fill_ring(
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
-                    row, first, 0, steps, width_of(WIDTHS, i), STAGES, GROUPS,
+                    row, first, 0, steps, width_of(WIDTHS, i), STAGES, GROUPS, GATHERED,
                 )  # fmt: skip
         expert = ahead
         first = ahead_first
         rows = ahead_rows
+
+
+@gluon.jit
+def _copy_rows(
+    x_ptr, x_bufs, place_buf, full, empty, stage, phase, K, steps,
+    PART: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """Bring a copier's rows of one tile, all steps of them, into the ring."""
+    for k in range(steps):
+        mbarrier.wait(empty.index(stage), phase)
+        for i in gl.static_range(eights_of(PART, N)):
+            copy_eight(
+                x_ptr, x_bufs, place_buf.slice(i * 8, 8), stage, k, K, (i * COPIERS + PART) * 8,
+                STAGES, GROUPS,
+            )  # fmt: skip
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _gather(
+    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots, top_k, tiles,
+    strips, K, steps, PART: gl.constexpr, GATHERED: gl.constexpr, WIDTHS: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+):  # fmt: skip
+    """Bring a copier's rows of every tile into the ring, each from where its token's row lies.
+
+    A place in x is counted in eights of columns, the 16 bytes that a lane copies.
+    """
+    if GATHERED:
+        await_previous(ARCH)
+        place_buf = place_bufs.index(PART)
+        total = gl.load(tile_ptr + 2 * tiles) * strips
+        eights = (K + 127) // 128 * 16  # of a row of x
+        stage = 0
+        phase = 1
+        _, first, rows = _tile(gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS)
+        n = gl.arange(0, place_buf.shape[0], layout=gl.BlockedLayout([1], [32], [1], [0]))
+        n = (n // 8 * COPIERS + PART) * 8 + n % 8
+        slot = load_slots(expanded_ptr, first + n, slots)
+        for t in range(gl.program_id(0), total, gl.num_programs(0)):
+            place_buf.store(gl.where(n < rows, slot // top_k * eights, -1))
+            _, first, ahead_rows = _tile(
+                t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
+            )
+            slot = load_slots(expanded_ptr, first + n, slots)
+            for i in gl.static_range(count_of(WIDTHS)):
+                if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
+                    stage, phase = _copy_rows(
+                        x_ptr, x_bufs, place_buf, full, empty, stage, phase, K, steps, PART,
+                        width_of(WIDTHS, i), STAGES, GROUPS,
+                    )  # fmt: skip
+            rows = ahead_rows
 
 
 @gluon.constexpr_function
@@ -197,7 +258,7 @@ def _wait(pending: gl.constexpr, sums, a):
 @gluon.jit
 def ring_sums(
     sums, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, GATHERED: gl.constexpr = False,
 ):  # fmt: skip
     """Add steps to each part's sums, times 2^-8; return them, and the ring's next stage and phase."""
     COUNT: gl.constexpr = count_of(PARTS)  # of parts, and of groups of wgmma that a fragment begins
@@ -209,6 +270,10 @@ def ring_sums(
     before = 0
     for k in range(steps):
         mbarrier.wait(full.index(stage), phase)
+        if GATHERED:
+            # Rows were copied by the generic proxy, and wgmma reads by the async one. A copy ends after
+            # its thread's last instruction for the stage, so that only who waits for it can fence.
+            fence_async_shared()
         for g in gl.static_range(GROUPS):
             buffer = stage * GROUPS + g
             w0, s0, w1, s1 = load_codes(w_bufs.index(buffer), sf_bufs.index(buffer))
@@ -329,10 +394,12 @@ def _zero_half(out_ptr, strip, first, rows, width):
 @gluon.jit
 def _consume(
     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
-    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr, end_ptr, tiles, strips, M,
-    steps, ACT: gl.constexpr, FRAGMENTS: gl.constexpr, ODD: gl.constexpr, WIDTHS: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr, end_ptr, slots,
+    top_k, tiles, strips, M, steps, GATHERED: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
+    ODD: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    ARCH: gl.constexpr,
 ):  # fmt: skip
+    INDEXED: gl.constexpr = GATHERED and token_scale_ptr is not None
     N: gl.constexpr = power_of_2(width_of(WIDTHS, 0))
     width = M // 2 if is_gated(ACT) else M
     if ODD:
@@ -341,6 +408,9 @@ def _consume(
     stage = 0
     phase = 0
     expert, first, rows = _tile(gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS)
+    n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
+    if INDEXED:
+        slot = load_slots(expanded_ptr, first + n, slots)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         ahead, ahead_first, ahead_rows = _tile(
             t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
@@ -363,14 +433,18 @@ def _consume(
         if token_scale_ptr is None:
             token_scale = None
         else:
-            n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
-            token_scale = gl.load(token_scale_ptr + first + n, n < rows, other=0.0)
+            if INDEXED:
+                source = slot // top_k
+                slot = load_slots(expanded_ptr, ahead_first + n, slots)
+            else:
+                source = first + n
+            token_scale = gl.load(token_scale_ptr + source, n < rows, other=0.0)
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
                 PARTS: gl.constexpr = parts_of(width_of(WIDTHS, i))
                 sums, stage, phase = ring_sums(
                     no_sums(PARTS), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS,
-                    STAGES, GROUPS,
+                    STAGES, GROUPS, GATHERED,
                 )  # fmt: skip
                 if token_scale_ptr is not None:
                     scales_buf.store(token_scale)
@@ -385,23 +459,28 @@ def _consume(
         rows = ahead_rows
 
 
-@gluon.jit(do_not_specialize=["tiles", "strips"])
+@gluon.jit(do_not_specialize=["slots", "top_k", "tiles", "strips"])
 def expert_gemm_kernel(
     x_desc,  # [rows, >= K] bf16 by permuted row, columns in the order of `fragments.py`; box [<= N, 64]
     w_desc,  # [E * M, K / 8] int32, words of 8 codes; box [ROWS, WORDS]
     sf_desc,  # [E * M / 128, K / 64, 128] int32, 128x4; box [1, 2, 128], which gives 0 beyond K
-    token_scale_ptr,  # [rows] fp32 by permuted row, or None
+    x_ptr,  # the memory of `x_desc`; with GATHERED [tokens, K rounded up to 128]
+    token_scale_ptr,  # fp32, one for each row of x, or None
     bias_ptr,  # [E, M] fp32, or None
     scale_ptr,  # [E] fp32: of up, or of the result
     gate_scale_ptr,  # [E] fp32, with an activation
     alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
     out_ptr,  # [rows, M / 2 or M, 64 more with ODD] bf16 or fp32, by permuted row
+    expanded_ptr,  # [slots] int32: the expanded index, token * top_k + slot, of a permuted row
     tile_ptr,  # [3, tiles] int32: a tile's expert, its first permuted row, tiles in use [0]
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
+    slots,
+    top_k,
     tiles,
     strips,  # M / ROWS
     M,
     K,
+    GATHERED: gl.constexpr,  # x has a row for each token, found by `expanded_ptr`
     ACT: gl.constexpr,
     FRAGMENTS: gl.constexpr,  # the result's columns in the order of `fragments.py`
     ODD: gl.constexpr,  # with FRAGMENTS, of an odd number of strips: zeros complete the last 128 columns
@@ -417,10 +496,14 @@ def expert_gemm_kernel(
     scales_buf = gl.allocate_shared_memory(
         gl.float32, [power_of_2(N)], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
+    place_bufs = gl.allocate_shared_memory(
+        gl.int32, [COPIERS, rows_of_copier(N)], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        # The thread that starts TMA, and each thread that copies rows.
+        mbarrier.init(full.index(i), count=1 + (COPIERS * 32 if GATHERED else 0))
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     await_previous(ARCH)
@@ -432,19 +515,40 @@ def expert_gemm_kernel(
                 _consume,
                 (
                     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr,
-                    scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, ACT, FRAGMENTS, ODD, WIDTHS, STAGES, GROUPS,
-                    ARCH,
+                    scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr,
+                    tile_ptr, end_ptr, slots, top_k, tiles, strips, M, steps, GATHERED, ACT,
+                    FRAGMENTS, ODD, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
                 _produce,
                 (
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, WIDTHS, STAGES, GROUPS, ARCH,
+                    end_ptr, tiles, strips, M, steps, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                ),
+            ),
+            (
+                _gather,
+                (
+                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots,
+                    top_k, tiles, strips, K, steps, 0, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                ),
+            ),
+            (
+                _gather,
+                (
+                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots,
+                    top_k, tiles, strips, K, steps, 1, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                ),
+            ),
+            (
+                _gather,
+                (
+                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots,
+                    top_k, tiles, strips, K, steps, 2, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
         ],
-        [1],
-        [24],
+        [1, 1, 1, 1],
+        [24, 24, 24, 24],
     )  # fmt: skip

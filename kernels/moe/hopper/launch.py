@@ -77,12 +77,14 @@ def expert_gemm(
     config: RingConfig,
     experts: Experts | None,
     *,
+    top_k: int = 0,
     fragments: bool = False,
 ) -> None:
-    """Multiply rows, already in their permuted order, by their experts' weights.
+    """Multiply rows by their experts' weights.
 
     Args:
         values: [rows, K rounded up to 128] bf16 in the order of `jit/fragments.py`, zeros beyond K.
+        top_k: `values` has a row for each token, which has as many slots; 0: one for each permuted row.
         token_scale: [rows] fp32, or None.
         experts: of the first GEMM, whose activation is applied; None: of the second.
         fragments: write the columns of `out` in that order too, with zeros up to a multiple of 128.
@@ -93,13 +95,13 @@ def expert_gemm(
     odd = fragments and experts is not None and experts.activation.gated and strips % 2 == 1
     programs = min(tiles * strips, config.programs * multiprocessors(w.device))
     launch(expert_gemm_kernel, (programs,),
-        *_operands(values, w, w_sf, local * m, k, config), token_scale, bias, scale,
+        *_operands(values, w, w_sf, local * m, k, config), values, token_scale, bias, scale,
         experts.output1_scale_gate_scalar if experts else None,
         experts.gemm1_alpha if experts else None,
         experts.gemm1_beta if experts else None,
         experts.gemm1_clamp_limit if experts else None,
-        out, p.tiles, p.end, tiles, strips, m, k,
-        ACT=int(experts.activation) if experts else NONE.value,
+        out, p.expanded, p.tiles, p.end, p.expanded.numel(), top_k, tiles, strips, m, k,
+        GATHERED=top_k > 0, ACT=int(experts.activation) if experts else NONE.value,
         FRAGMENTS=fragments, ODD=odd, WIDTHS=config.widths,
         STAGES=config.stages, GROUPS=config.groups,
         ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),

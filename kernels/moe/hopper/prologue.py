@@ -72,6 +72,8 @@ def sort_and_place(
     local_expert_offset: int,
     tile: int,
     recipe: Recipe | None,
+    *,
+    placed: bool = True,
 ) -> _Placed:
     """Do what `permute` does, and write the rows of `a` as the grouped GEMM reads them.
 
@@ -81,11 +83,13 @@ def sort_and_place(
         a: bf16, or codes and their scales.
         ids, num_local, local_expert_offset, tile: as for `permute`.
         recipe: of a quantization of bf16 per token; None: rows are written as they are.
+        placed: write a row once for each of its slots, at the slot's permuted row; False: once.
 
     Returns:
-        (permutation, values [slots, K rounded up to 128] bf16, per-token scales [slots] fp32 or None).
+        (permutation, values [slots, K rounded up to 128] bf16, per-token scales [slots] fp32 or None);
+        without `placed` of tokens in the place of slots.
     """
-    return _launched(a, ids, num_local, local_expert_offset, tile, recipe)[1]
+    return _launched(a, ids, num_local, local_expert_offset, tile, recipe, placed)[1]
 
 
 def route_and_place(
@@ -95,11 +99,15 @@ def route_and_place(
     local_expert_offset: int,
     tile: int,
     recipe: Recipe | None,
+    *,
+    placed: bool = True,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], _Placed]:
     """Do what `Router.route` and then `sort_and_place` do, of a router that `routes` lets through."""
-    (ids, weights), placed = _launched(a, router, num_local, local_expert_offset, tile, recipe)
+    (ids, weights), rows = _launched(
+        a, router, num_local, local_expert_offset, tile, recipe, placed
+    )
     assert weights is not None
-    return (ids, weights), placed
+    return (ids, weights), rows
 
 
 def _launched(
@@ -109,6 +117,7 @@ def _launched(
     local_expert_offset: int,
     tile: int,
     recipe: Recipe | None,
+    placed: bool,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], _Placed]:
     x = aligned(a.hidden_states)
     tokens, top_k = routing.shape
@@ -133,9 +142,10 @@ def _launched(
         experts = logits.shape[1]
     assert isinstance(ids, torch.Tensor)
     p = Permutation(empty(slots), empty(slots), empty(3, tiles), empty(num_local))
-    values = empty(slots, padded_to_fragments(columns), dtype=torch.bfloat16)
+    rows = slots if placed else tokens
+    values = empty(rows, padded_to_fragments(columns), dtype=torch.bfloat16)
     scaled = recipe is not None or a.per_token_scale is not None
-    scale = empty(slots, dtype=torch.float32) if scaled else None
+    scale = empty(rows, dtype=torch.float32) if scaled else None
     form = QUANTIZED if recipe is not None else PLAIN if a.is_bf16 else CODES
     launch(prologue_kernel, (programs,),
         ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
@@ -148,7 +158,7 @@ def _launched(
         BINS=max(16, next_power_of_2(num_local + 1)), CHUNK=max(16, next_power_of_2(slots)),
         TILE=tile, FORM=form.value, RECIPE=0 if recipe is None else recipe.code,
         BLOCKS=config.blocks, READ=config.read, SPLITS=config.splits, SLOTS=top_k,
-        ARCH=arch(x.device), METHOD=method, APPROXIMATE=approximate,
+        PLACED=placed, ARCH=arch(x.device), METHOD=method, APPROXIMATE=approximate,
         ROWS=max(config.warps, next_power_of_2(tokens)), WIDTH=max(32, next_power_of_2(experts)),
         num_warps=config.warps, **launch_options(x.device),
     )  # fmt: skip
@@ -174,6 +184,19 @@ def slot_places(ids_ptr, token, N, first_expert, E, CHUNK: tl.constexpr, SLOTS: 
     return places
 
 
+@triton.jit
+def row_places(
+    ids_ptr, token, row, N, first_expert, E, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    PLACED: tl.constexpr,
+):  # fmt: skip
+    """Return where a token's row goes: to the permuted rows of its slots, or without PLACED to `row`."""
+    if PLACED:
+        places = slot_places(ids_ptr, token, N, first_expert, E, CHUNK, SLOTS)
+    else:
+        places = (row,)
+    return places
+
+
 @triton.jit(do_not_specialize=["N", "tiles", "first_expert"])
 def prologue_kernel(
     ids_ptr,  # [N] int32 global expert ids, by expanded index; with METHOD, [programs, N] to be written
@@ -181,8 +204,8 @@ def prologue_kernel(
     x_ptr,  # [N / SLOTS, 16 NB] bf16 as int32 words, or codes, four in an uint16
     sf_ptr,  # [N / SLOTS, NB] uint8, of codes
     given_ptr,  # [N / SLOTS] fp32, of codes, or None
-    values_ptr,  # [N, 16 NB rounded up to 128] bf16
-    token_ptr,  # [N] fp32, or None
+    values_ptr,  # [N, or without PLACED N / SLOTS, 16 NB rounded up to 128] bf16
+    token_ptr,  # [N, or N / SLOTS] fp32, or None
     rcp_delta_ptr,  # [2^23] int8, in the interpreter
     logits_ptr,  # [N / SLOTS, ROUTED] fp32 or bf16, with METHOD
     weights_ptr,  # [N / SLOTS, SLOTS] bf16, with METHOD
@@ -203,6 +226,7 @@ def prologue_kernel(
     READ: tl.constexpr,  # as `quantize_row_to_places` takes it
     SPLITS: tl.constexpr,  # programs that share a row
     SLOTS: tl.constexpr,
+    PLACED: tl.constexpr,  # a row is written once for each slot; otherwise once
     ARCH: tl.constexpr,
     METHOD: tl.constexpr,  # of a routing from logits; None: the ids are given
     APPROXIMATE: tl.constexpr,  # as `route_kernel` takes it
@@ -231,24 +255,25 @@ def prologue_kernel(
         token = part // SPLITS
         first = part % SPLITS * BLOCKS
         row = token.to(tl.int64) + tl.zeros((1, 1), tl.int64)
+        COPIES: tl.constexpr = SLOTS if PLACED else 1
         # What is read of the row is on its way while its places are found.
         if FORM == QUANTIZED:
             block = first + tl.arange(0, BLOCKS)[None, :]
             words = load_blocks(x_ptr, row, block, block < NB, NB, BF16)
-            places = slot_places(ids_ptr, token, N, first_expert, E, CHUNK, SLOTS)
+            places = row_places(ids_ptr, token, row, N, first_expert, E, CHUNK, SLOTS, PLACED)
             quantize_row_to_places(
                 words, x_ptr, row, first, places, values_ptr, token_ptr, base_scale_inv,
-                rcp_delta_ptr, NB, RECIPE, BF16, BLOCKS, READ, SLOTS, ARCH,
+                rcp_delta_ptr, NB, RECIPE, BF16, BLOCKS, READ, COPIES, ARCH,
             )  # fmt: skip
         elif FORM == PLAIN:
             column = first * 16 + tl.arange(0, BLOCKS * 16)[None, :]
             bf16_ptr = x_ptr.to(tl.pointer_type(tl.bfloat16))
             x = tl.load(bf16_ptr + row * NB * 16 + column, column < NB * 16, other=0.0)
-            places = slot_places(ids_ptr, token, N, first_expert, E, CHUNK, SLOTS)
-            store_fragments(x, values_ptr, places, first * 16, NB * 16, SLOTS)
+            places = row_places(ids_ptr, token, row, N, first_expert, E, CHUNK, SLOTS, PLACED)
+            store_fragments(x, values_ptr, places, first * 16, NB * 16, COPIES)
         else:
-            places = slot_places(ids_ptr, token, N, first_expert, E, CHUNK, SLOTS)
+            places = row_places(ids_ptr, token, row, N, first_expert, E, CHUNK, SLOTS, PLACED)
             decode_row_to_places(
                 x_ptr, sf_ptr, given_ptr, row, first, places, values_ptr, token_ptr, NB, BLOCKS,
-                SLOTS, ARCH,
+                COPIES, ARCH,
             )  # fmt: skip

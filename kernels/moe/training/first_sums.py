@@ -33,9 +33,9 @@ def first_sums(
     # The bits are those of a server's tiles, which are others, where its sums are batch-invariant.
     slots = min(ids.numel(), _MOST_ROWS * experts.num_local)
     config = table_configs(experts, slots, batch_invariant=True)[0]
-    ring = isinstance(config, RingConfig)
     p = permute(ids, experts.num_local, 0, config.bn)
     a = padded_activations(codes, experts.padded_hidden_size)
-    x = launch.operand(a, ring=ring, place=p.permuted if ring else None)
+    place = launch.places(p, config, len(ids), experts.padded_hidden_size)
+    x = launch.operand(a, ring=isinstance(config, RingConfig), place=place)
     sums = launch.first_sums(x, experts, p, ids.numel(), ids.shape[1], config)
     return sums.index_select(1, row_order(sums.shape[1], False, ids.device)[rows])

@@ -287,6 +287,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/moe/hopper/grouped_gemm.py": _named("ring"),
     "kernels/moe/hopper/dense_gemm.py": _named("ring, dense"),
     "kernels/moe/hopper/fragments.py": _named("ring"),
+    "kernels/moe/hopper/gather.py": _named("ring, gathered"),
     "kernels/jit/e2m1.py": (
         *_named("function, e2m1", "compiled, e2m1", "interpreted, e2m1"), *_BLOCKS
     ),

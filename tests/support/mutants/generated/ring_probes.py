@@ -52,6 +52,8 @@ ROWS = (3, 1, 0, 17, 8, 33, 16, 9)
 """Rows of each expert: none, one, whole tiles, and few behind which a fuller tile begins."""
 SMALL = RingConfig((16, 8), 2, 1, 2)
 NARROW = RingConfig((8,), 2, 1, 2)
+GATHERED = RingConfig((64, 16, 8), 2, 2, 1, gathers=True)
+"""Each warp that copies has rows, and the last stage has columns beyond K."""
 _MULTIPROCESSORS = "hopper.launch.multiprocessors"
 _FEW_PROGRAMS: dict[str, Any] = {_MULTIPROCESSORS: lambda device: 1}
 
@@ -302,16 +304,26 @@ def named() -> Named:
         lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), SMALL, few),
     )
     yield "ring, bf16", lambda: _of(_A.Swiglu, 144, 384, bf16=True)
+    yield "ring, gathered", lambda: FusedCall(exact(_A.Relu2, 272, 128), GATHERED, few)
+    yield (
+        "ring, gathered, two slots",
+        lambda: FusedCall(_twice(case(_A.Swiglu, 384, 192, (3, 1, 0, 17, 8))), GATHERED, few),
+    )
+    yield (
+        "ring, gathered, bf16",
+        lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), GATHERED, few),
+    )
+    yield "ring, gathered, no token", lambda: FusedCall(_elsewhere(), GATHERED)
     yield "ring, biases", lambda: _of(_A.Swiglu, 176, 112, parameters=True)
     yield "ring, biases, bf16", lambda: _of(_A.Swiglu, 144, 128, bf16=True, parameters=True)
     yield "ring, one token", lambda: FusedCall(exact(_A.Relu2, 384, 128, (0, 1)), CONFIGS[0])
     yield "ring, exact, parts", lambda: FusedCall(exact(_A.Relu2, 384, 128), parts, few)
     yield "ring, parts", lambda: _of(_A.Swiglu, 384, 192, ROWS, parts)
     yield "ring, no token", lambda: FusedCall(_elsewhere(), SMALL)
-    for config in CONFIGS[1:]:
+    for config in (*CONFIGS[1:], replace(CONFIGS[-1], gathers=True)):
         rows = (3, config.bn + 1, 0, config.bn // 2 + 1, 2 * config.bn)
         yield (
-            f"ring, tiles of {config.bn}",
+            f"ring, tiles of {config.bn}{', gathered' * config.gathers}",
             functools.partial(_exact_of, config, rows),
         )
     yield "ring, 128 steps", lambda: FusedCall(exact(_A.Relu2, 16384, 128, (3,)), SMALL)
@@ -369,6 +381,14 @@ def _of(
     **options: bool,
 ) -> FusedCall:
     return FusedCall(case(kind, hidden, intermediate, rows, **options), config, _FEW_PROGRAMS)
+
+
+def _twice(one: MoECase) -> MoECase:
+    """Give each token of a case with one slot another one, of the next expert."""
+    assert one.ids is not None and one.weights is not None
+    ids = torch.cat([one.ids, (one.ids + 1) % one.num_experts], 1)
+    routing = Routing(RoutingMethodType.Renormalize, 2)
+    return replace(one, ids=ids, weights=one.weights.repeat(1, 2), routing=routing)
 
 
 def _elsewhere() -> MoECase:
