@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from mutants.__main__ import main
 from mutants.generated import (
     command,
@@ -169,6 +170,22 @@ def test_the_shards_of_a_run_on_a_gpu_fork_with_cuda_uninitialized(
     assert not initialized
     (line,) = (s for s in results.read_text("utf-8").splitlines() if " masked_rows_kernel " in s)
     assert open_ones == line.partition(" cuda=")[2].count("s") > 0
+
+
+def test_the_time_of_a_probe_is_that_of_a_run_that_compiles(
+    initialized, monkeypatch, tmp_path, capsys
+):
+    """Triton's cache of earlier runs is not read, though it may have all kernels of unchanged code."""
+    before = triton.knobs.cache.dir
+
+    @functools.cache
+    def probe(name: str, device: str) -> trial.Probe:
+        return lambda: iter([name] * (triton.knobs.cache.dir == before))
+
+    monkeypatch.setattr(kernel_probes, "probe", probe)
+    assert _try_masked_rows(tmp_path / "results.txt", "--merge", str(KEPT)) == 0
+    assert "WRONG PROBE" not in capsys.readouterr().out
+    assert triton.knobs.cache.dir == before
 
 
 def _waiting() -> Iterator[str]:

@@ -10,9 +10,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import quick_interpreter
+import triton
 
 from nvfp4_moe.console import progress
 from nvfp4_moe.kernels.triton_target import INTERPRETING
@@ -157,13 +159,24 @@ def _try(mutants: Sequence[Generated], results: Results, options: argparse.Names
     waiting.sort(key=functools.partial(_place, results=results, device=device))
     end = start + (options.seconds or float("inf"))
     trials = _Trials(results, options, on_gpu, end)
-    for expected in (False, True):
-        some = [m for m in waiting if _survives(m, results, device) is expected]
-        if time.monotonic() < end:
-            trials.run(some)
+    with _own_cache():
+        for expected in (False, True):
+            some = [m for m in waiting if _survives(m, results, device) is expected]
+            if time.monotonic() < end:
+                trials.run(some)
     left = sum(bool(probes_of(m, device)) for m in waiting) - trials.tried
     print(f"{trials.tried} tried in {time.monotonic() - start:.0f} s, {left} left")
     return trials.wrong
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Let Triton compile everything anew within: the time of a probe includes its compilation."""
+    # An assembler may write a moment longer than the process that started it and was ended.
+    made = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with made as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        yield
 
 
 class _Trials:
