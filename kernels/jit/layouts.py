@@ -13,11 +13,15 @@ def tiled_scale_offset(row, column, tiles, TILE: tl.constexpr = 128):
 
     `tiles` is the number of tiles along K: of 4 blocks each, K / 64 rounded up.
     """
-    tile = (row // TILE) * tiles + column // 4
+    # Shifts and masks: a quotient of signed numbers, and a remainder, take several instructions more.
     if TILE == 8:
-        offset = tile * 32 + row % 8 * 4 + column % 4
+        in_tile = (row & 7) << 2
+        tile = (row >> 3) * tiles + (column >> 2)
+        offset = (tile << 5) + in_tile + (column & 3)
     else:
-        offset = tile * 512 + (row % 32) * 16 + row % 128 // 32 * 4 + column % 4
+        in_tile = ((row & 31) << 4) + ((row >> 5 & 3) << 2)
+        tile = (row >> 7) * tiles + (column >> 2)
+        offset = (tile << 9) + in_tile + (column & 3)
     return offset
 
 
