@@ -132,15 +132,17 @@ def _launched(
     four_over_six = recipe is not None and recipe.four_over_six is not None
     config = launch_config(tokens, max(blocks, 8), four_over_six=four_over_six)
     programs = num_local + tokens * config.splits
-    ids, weights, logits, experts, method, approximate = routing, None, None, 0, None, False
+    weights, logits, experts, method, approximate = None, None, 0, None, False
     if isinstance(routing, Router):
         programs += tokens
-        # A program reads the ids that it has written itself.
-        ids = empty(programs, tokens, top_k)[0]
+        # A program reads the ids that it has written itself; those of the first are returned.
+        every = empty(programs, tokens, top_k)
+        ids = every[0]
         weights = empty(tokens, top_k, dtype=torch.bfloat16)
         logits, method, approximate = routing.logits, routing.method.value, routing.approximate
         experts = logits.shape[1]
-    assert isinstance(ids, torch.Tensor)
+    else:
+        ids = every = routing.contiguous()
     p = Permutation(empty(slots), empty(slots), empty(3, tiles), empty(num_local))
     rows = slots if placed else tokens
     values = empty(rows, padded_to_fragments(columns), dtype=torch.bfloat16)
@@ -148,7 +150,7 @@ def _launched(
     scale = empty(rows, dtype=torch.float32) if scaled else None
     form = QUANTIZED if recipe is not None else PLAIN if a.is_bf16 else CODES
     launch(prologue_kernel, (programs,),
-        ids.contiguous(), p.expanded, p.permuted, p.tiles, p.end,
+        every, p.expanded, p.permuted, p.tiles, p.end,
         x.view(torch.uint16) if form is CODES else x.view(torch.int32),
         None if a.block_scales is None else a.block_scales.view(torch.uint8), a.per_token_scale,
         values, scale, rcp_delta(x.device) if INTERPRETING else None,
