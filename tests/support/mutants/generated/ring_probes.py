@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -260,36 +260,41 @@ class ClearCall:
 
 
 @dataclass(frozen=True)
-class FarProductCall:
-    """A dense product whose last rows are 2^31 elements behind the first: rows of ones, scaled."""
+class OnesProductCall:
+    """A large dense product of rows of ones, scaled row by row, whose sums are those of the weights."""
 
-    config: RingConfig
-    width: int = 65536
-    k: int = 64
+    m: int
+    n: int
+    k: int
+    kept: int
+    """Rows that are compared, the last."""
+    multiprocessors: int | None = None
+    config: RingConfig = SMALL
 
     def _weights(self) -> Tensor:
-        """Return codes of 1 and -1, [width, k]."""
-        return (host.integers(seeded(6), 0, 2, (self.width, self.k)) * 8 + 2).to(torch.uint8)
+        """Return codes of 1 and -1, [n, k]."""
+        return (host.integers(seeded(6), 0, 2, (self.n, self.k)) * 8 + 2).to(torch.uint8)
 
     def _alpha(self) -> Tensor:
-        return host.powers(host.arange(2**31 // self.width + 24) % 9 - 4)
+        return host.powers(host.arange(self.m) % 9 - 4)
 
     def answer(self, device: str = "cpu") -> Tensor:
         alpha, b = self._alpha().to(device), e2m1.pack(self._weights()).to(device)
-        rows = len(alpha)
-        a = torch.full((rows, self.k // 2), 0x22, dtype=torch.uint8, device=device)
-        sizes = (cdiv(n, 128) * 128 * self.k // 16 for n in (rows, self.width))
-        sa, sb = (torch.full((n,), 0x38, dtype=torch.uint8, device=device) for n in sizes)
-        out = torch.empty(rows, self.width, dtype=torch.bfloat16, device=device)
-        dense_launch.mm_fp4(DenseKernelCall(a, b, sa, sb, alpha, False), out, self.config)
-        found = out[-32:].cpu()
+        a = torch.full((self.m, self.k // 2), 0x22, dtype=torch.uint8, device=device)
+        sizes = (cdiv(rows, 128) * 128 * self.k // 16 for rows in (self.m, self.n))
+        sa, sb = (torch.full((size,), 0x38, dtype=torch.uint8, device=device) for size in sizes)
+        out = torch.empty(self.m, self.n, dtype=torch.bfloat16, device=device)
+        few = few_programs(self.multiprocessors) if self.multiprocessors else nullcontext()
+        with few:
+            dense_launch.mm_fp4(DenseKernelCall(a, b, sa, sb, alpha, False), out, self.config)
+        found = out[-self.kept :].cpu()
         del out
         torch.cuda.empty_cache()
         return found
 
     def judge(self) -> Answered:
         sums = (1 - 2 * (self._weights() >> 3).float()).sum(1)
-        return exactly((self._alpha()[-32:, None] * sums).bfloat16())
+        return exactly((self._alpha()[-self.kept :, None] * sums).bfloat16())
 
 
 def named() -> Named:
@@ -359,7 +364,11 @@ def named() -> Named:
         yield f"ring, dense, {programs} cleared", functools.partial(ClearCall, programs)
     yield "ring, dense, parts", lambda: ProductCall(parts, by_row=True, m=41, k=192)
     yield "ring, dense, tiles of 64", lambda: ProductCall(CONFIGS[3], by_row=True, m=103, k=192)
-    yield "ring, dense, far rows", lambda: FarProductCall(SMALL)
+    # The last rows are 2^31 elements behind the first.
+    yield "ring, dense, far rows", lambda: OnesProductCall(2**15 + 24, 2**16, 64, kept=32)
+    # A number of tiles, of steps of a tile and of a program have a product over 2^31.
+    far = functools.partial(OnesProductCall, 91 * 16, 91 * 128, 4096, kept=91 * 16)
+    yield "ring, dense, far steps", lambda: far(multiprocessors=4096)
     for m, n in ((1, 1), (17, 128), (9, 129)):
         yield (
             f"ring, dense, {m} by {n}",
