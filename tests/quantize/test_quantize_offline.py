@@ -60,6 +60,7 @@ def compile_for(
         "PARTS": config.parts,
         "READ": config.read,
         "SPLITS": config.splits,
+        "APART": config.apart,
         "FRAGMENTS": False,
         "SLOTS": 0,
         "ARCH": arch,
