@@ -14,24 +14,32 @@ from .syntax import Edit
 # Name, old syntax, new syntax, call, then names of functions and tests of `if`s that the place is in.
 Entry = tuple[str, ...]
 
+_EXCHANGED = (
+    "in_tile = ((row & 31) << 4) + ((row >> 5 & 3) << 2)\n"
+    "tile = T_\n"
+    "offset = (tile << 9) + in_tile + (column & 3)",
+    "in_tile = ((row & 31) << 4) + (row >> 5 & 3)\n"
+    "tile = T_\n"
+    "offset = (tile << 9) + in_tile + ((column & 3) << 2)",
+)
+
 _SUMS: tuple[Entry, ...] = (
     (
         "128x4: row quarter and column exchanged",
-        "O_ + row % 128 // 32 * 4 + column % 4",
-        "O_ + row % 128 // 32 + column % 4 * 4",
+        *_EXCHANGED,
         "qwen",
     ),
     (
         "128x4: row within the tile not divided",
-        "row % 32 * 16",
-        "row % 128 // 4 * 16",
+        "(row & 31) << 4",
+        "(row & 127) >> 2 << 4",
         "qwen",
         "tiled_scale_offset",
     ),
     (
         "128x4: columns of the next tile forgotten",
-        "row // TILE * tiles + column // 4",
-        "row // TILE * tiles",
+        "(row >> 7) * tiles + (column >> 2)",
+        "(row >> 7) * tiles",
         "qwen",
     ),
     (
@@ -92,8 +100,8 @@ _GEMM: tuple[Entry, ...] = (
     ),
     (
         "per-token scale of the permuted row",
-        "token_scale_ptr + source",
-        "token_scale_ptr + n",
+        "tl.load(token_scale_ptr + source, live, other=0.0)",
+        "tl.load(token_scale_ptr + n, live, other=0.0)",
         "top 1",
     ),
     (
@@ -232,8 +240,7 @@ _SMALL: tuple[Entry, ...] = (
     ),
     (
         "decoded weights: 128x4's row quarter and column exchanged",
-        "O_ + row % 128 // 32 * 4 + column % 4",
-        "O_ + row % 128 // 32 + column % 4 * 4",
+        *_EXCHANGED,
         "decoded",
     ),
     (
@@ -307,7 +314,13 @@ _ROUTING: tuple[Entry, ...] = (
         "weight = e",
         "qwen",
     ),
-    ("weights truncated to bf16", "to_bf16(weight, ARCH)", "weight.to(tl.bfloat16)", "qwen"),
+    (
+        "weights truncated to bf16",
+        "to_bf16(weight, ARCH)",
+        "weight.to(tl.bfloat16)",
+        "qwen",
+        "route_kernel",
+    ),
     (
         "bits of negative scores compared unturned",
         "bits ^ ((bits >> 31) & 0x7FFFFFFF)",
@@ -331,14 +344,13 @@ _QUANTIZER: tuple[Entry, ...] = (
     ),
     (
         "128x4: row quarter and column exchanged",
-        "O_ + row % 128 // 32 * 4 + column % 4",
-        "O_ + row % 128 // 32 + column % 4 * 4",
+        *_EXCHANGED,
         "quantizer, fast, 128x4",
     ),
     (
         "8x4: row and column exchanged",
-        "O_ + row % 8 * 4 + column % 4",
-        "O_ + row % 8 + column % 4 * 8",
+        "in_tile = (row & 7) << 2\ntile = T_\noffset = (tile << 5) + in_tile + (column & 3)",
+        "in_tile = row & 7\ntile = T_\noffset = (tile << 5) + in_tile + ((column & 3) << 3)",
         "quantizer, exact, 8x4",
     ),
     (
@@ -417,20 +429,20 @@ _LEAVES: tuple[Entry, ...] = (
     ("sign of a code lost", "((w & 7) << 22) | ((w & 8) << 28)", "(w & 7) << 22", "qwen"),
     (
         "nibbles exchanged in the encoding",
-        "shift = (tl.arange(0, 8) * 4)[None, None, None, :].to(tl.uint32)",
-        "shift = ((tl.arange(0, 8) ^ 1) * 4)[None, None, None, :].to(tl.uint32)",
+        "groups << (tl.arange(0, 8) * 4)[None, None, None, :]",
+        "groups << ((tl.arange(0, 8) ^ 1) * 4)[None, None, None, :]",
         "quantizer, fast, 128x4",
     ),
     (
         "codes saturate at 4",
-        "tl.minimum(A_, 0x4B000007)",
-        "tl.minimum(A_, 0x4B000006)",
+        "a = smaller(a, 6.0, ARCH)",
+        "a = smaller(a, 4.0, ARCH)",
         "quantizer, fast, 128x4",
     ),
     (
         "ties of a code round up",
-        "tl.fma(a, 2.0, 8388608.0)",
-        "tl.fma(a, 2.0000002, 8388608.0)",
+        "tl.fma(near, -4194304.0, a)",
+        "tl.fma(near, -4194304.0, a * 1.0000001)",
         "quantizer, fast, 128x4",
     ),
     (
