@@ -403,8 +403,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels results_layout: constant: 32 // lanes -> 33 // lanes",
     ),
     "The producer's registers and warps change no result: a thread of it starts the copies.": (
-        "kernels expert_gemm_kernel: constant: [1] -> [2]",
-        "kernels expert_gemm_kernel: constant: [24] -> [25]",
+        "kernels expert_gemm_kernel: constant: [1, 1, 1, 1] -> [2, 1, 1, 1]",
+        "kernels expert_gemm_kernel: constant: [24, 24, 24, 24] -> [25, 24, 24, 24]",
     ),
     "Any number that is no other form's stands for this one, here and in the launch.": (
         "kernels CODES: constant: tl.constexpr(2) -> tl.constexpr(3)",
