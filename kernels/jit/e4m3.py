@@ -39,3 +39,24 @@ def e4m3_decode(byte):
     bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
     value = bits.to(tl.float32, bitcast=True) * 2.0**120
     return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def e4m3_round(x, ARCH: tl.constexpr):
+    """Round fp32 >= 0 to e4m3 by `e4m3_encode`: (the byte as int32, its value as fp32)."""
+    if ARCH >= 89:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 pair, low, high; .reg .b32 both;"
+            " cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $2;"
+            " cvt.u32.u16 $0, pair;"
+            " cvt.rn.f16x2.e4m3x2 both, pair;"
+            " mov.b32 {low, high}, both;"
+            " cvt.f32.f16 $1, low; }",
+            "=r,=f,f",
+            [x],
+            (tl.int32, tl.float32),
+            True,
+            1,
+        )
+    byte = e4m3_encode(x, ARCH)
+    return byte, e4m3_decode(byte)

@@ -21,7 +21,7 @@ from ..jit.arithmetic import (
     sub,
 )
 from ..jit.e2m1 import columns, e2m1_encode, e2m1_encode_magnitudes, e2m1_signs
-from ..jit.e4m3 import e4m3_decode, e4m3_encode
+from ..jit.e4m3 import e4m3_encode, e4m3_round
 from ..jit.formats import E4M3, PER_TOKEN
 from ..jit.recipe import (
     flushes,
@@ -119,8 +119,7 @@ def _candidate(
     the encode scale, with FAST_ERROR.
     """
     FTZ: tl.constexpr = flushes(RECIPE)
-    byte = e4m3_encode(unrounded, ARCH)
-    sf = e4m3_decode(byte)
+    byte, sf = e4m3_round(unrounded, ARCH)
     output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
     words, rounded = e2m1_encode_magnitudes(mul(a, output_scale[:, :, None], FTZ, ARCH), ARCH)
     if NEAR_ONE:
@@ -234,18 +233,18 @@ def quantize_block(
         return _four_over_six(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH)
     if DTYPE == E4M3 and FTZ:  # the CUDA build's kernel for e4m3 has a rule of its own
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
-        byte = e4m3_encode(unrounded, ARCH)
-        output_scale = mul(rcp(e4m3_decode(byte), rcp_delta_ptr, ARCH), encode, FTZ, ARCH)
+        byte, sf = e4m3_round(unrounded, ARCH)
+        output_scale = mul(rcp(sf, rcp_delta_ptr, ARCH), encode, FTZ, ARCH)
         output_scale = tl.where(unrounded == 0, 0.0, output_scale)
     elif is_exact(RECIPE):
         unrounded = mul(amax, mul(encode, SIXTH, FTZ, ARCH), FTZ, ARCH)
-        byte = e4m3_encode(tl.where(amax == 0, 0.0, unrounded), ARCH)
-        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
+        byte, sf = e4m3_round(tl.where(amax == 0, 0.0, unrounded), ARCH)
+        output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
         output_scale = tl.where(amax == 0, 0.0, output_scale)
     else:
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
-        byte = e4m3_encode(unrounded, ARCH)
-        output_scale = _output_scale(e4m3_decode(byte), encode, rcp_delta_ptr, RECIPE, ARCH)
+        byte, sf = e4m3_round(unrounded, ARCH)
+        output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
         zero = byte == 0 if tests_rounded_scale(RECIPE) else amax == 0
         output_scale = tl.where(zero, 0.0, output_scale)
     return byte, e2m1_encode(x, output_scale, FTZ, ARCH)
