@@ -187,6 +187,7 @@ def test_sources_are_those_of_the_packages(tmp_path, monkeypatch):
         "nvfp4_moe.kernels.moe.routing": (False, True),
         "nvfp4_moe.reference.moe.routing": (True, True),
         "mutants.stage_mutants": (True, True),
+        "mutants.kernel_mutants": (False, True),
         "mutants.generated.rules": (False, False),
     }.items():
         changed = tmp_path / "changed.py"
@@ -204,7 +205,7 @@ def test_runs_of_the_reference_execute_no_kernel():
 
     def profile(frame, event, _):
         if event == "call":
-            executed.add(Path(frame.f_code.co_filename).resolve().parent)
+            executed.add(Path(frame.f_code.co_filename).resolve())
 
     sys.setprofile(profile)
     try:
@@ -212,5 +213,11 @@ def test_runs_of_the_reference_execute_no_kernel():
         command.false_alarms(1, QWEN, _SMALL.conforming)
     finally:
         sys.setprofile(None)
-    assert REFERENCE / "moe" in executed
-    assert not [folder for folder in executed if KERNELS in (folder, *folder.parents)]
+    assert REFERENCE / "moe" / "layer.py" in executed
+    left_out = {
+        Path(module.__file__).resolve()
+        for name, module in sys.modules.items()
+        if f"{name}.".startswith(kept.OF_KERNELS) and getattr(module, "__file__", None)
+    }
+    assert KERNELS / "moe" / "launch.py" in left_out
+    assert executed & left_out == set()

@@ -10,22 +10,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_KERNELS = "nvfp4_moe.kernels"
 _PACKAGES = ("nvfp4_moe", "mutants")
-_WITHOUT = "mutants.generated"  # mutants made by rule have results of their own
+_WITHOUT = ("mutants.generated.",)  # mutants made by rule have results of their own
+OF_KERNELS = (
+    "nvfp4_moe.kernels.",
+    "mutants.edge_calls.",
+    "mutants.edited_copy.",
+    "mutants.kernel_calls.",
+    "mutants.kernel_mutants.",
+    "mutants.syntax.",
+)
+"""How the names of modules begin, each with a dot behind it, that no run of the reference executes."""
 
 
 def sources(*, kernels: bool) -> str:
     """Return a digest of what findings depend on: the source that is imported, torch and Triton.
 
     Args:
-        kernels: also of the kernels, which the reference's runs do not execute.
+        kernels: also of the kernels and their mutants.
     """
     state = hashlib.blake2b(digest_size=8)
     state.update(" ".join(version(name) for name in ("torch", "triton")).encode())
     for name, module in sorted(sys.modules.items()):
-        file, within = getattr(module, "__file__", None), f"{name}."
-        left_out = within.startswith((f"{_WITHOUT}.", *(() if kernels else (f"{_KERNELS}.",))))
+        file = getattr(module, "__file__", None)
+        left_out = f"{name}.".startswith(_WITHOUT if kernels else (*_WITHOUT, *OF_KERNELS))
         if file is not None and name.split(".")[0] in _PACKAGES and not left_out:
             state.update(f"\n{name}\n".encode() + Path(file).read_bytes())
     return state.hexdigest()
