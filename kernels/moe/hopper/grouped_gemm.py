@@ -65,11 +65,16 @@ def power_of_2(width):
 
 
 @gluon.jit
-def _tile(t, total, tile_ptr, end_ptr, tiles, strips, WIDTHS: gl.constexpr):
+def _tile(
+    t, total, tile_ptr, end_ptr, tiles, strips, WIDTHS: gl.constexpr, GATHERED: gl.constexpr
+):  # fmt: skip
     """Load (expert, first row, rows from there) of piece t of the work; of the last one beyond it."""
     tile = gl.maximum(gl.minimum(t, total - 1), 0) // strips
     expert = gl.maximum(gl.load(tile_ptr + tile), 0)
-    first = gl.load(tile_ptr + (tiles + tile))
+    if GATHERED:  # where the pointer below, in a register of every warp, would be one too many
+        first = gl.load(tile_ptr + (tiles + tile))
+    else:
+        first = gl.load(tile_ptr + tiles + tile)
     rows = gl.load(end_ptr + expert) - first
     return expert, first, gl.minimum(rows, width_of(WIDTHS, 0))
 
@@ -127,10 +132,12 @@ def _produce(
     total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
     phase = 1
-    expert, first, rows = _tile(gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS)
+    expert, first, rows = _tile(
+        gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
+    )
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         ahead, ahead_first, ahead_rows = _tile(
-            t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
+            t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
         )
         row = expert * M + t % strips * ROWS
         for i in gl.static_range(count_of(WIDTHS)):
@@ -179,14 +186,16 @@ def _gather(
         eights = (K + 127) // 128 * 16  # of a row of x
         stage = 0
         phase = 1
-        _, first, rows = _tile(gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS)
+        _, first, rows = _tile(
+            gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
+        )
         n = gl.arange(0, place_buf.shape[0], layout=gl.BlockedLayout([1], [32], [1], [0]))
         n = (n // 8 * COPIERS + PART) * 8 + n % 8
         slot = load_slots(expanded_ptr, first + n, slots)
         for t in range(gl.program_id(0), total, gl.num_programs(0)):
             place_buf.store(gl.where(n < rows, slot // top_k * eights, -1))
             _, first, ahead_rows = _tile(
-                t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
+                t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
             )
             slot = load_slots(expanded_ptr, first + n, slots)
             for i in gl.static_range(count_of(WIDTHS)):
@@ -407,13 +416,15 @@ def _consume(
     total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
     phase = 0
-    expert, first, rows = _tile(gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS)
+    expert, first, rows = _tile(
+        gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
+    )
     n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
     if INDEXED:
         slot = load_slots(expanded_ptr, first + n, slots)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         ahead, ahead_first, ahead_rows = _tile(
-            t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS
+            t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
         )
         strip = t % strips
         if ODD:
