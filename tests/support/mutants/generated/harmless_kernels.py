@@ -151,7 +151,10 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels _key: constant: tl.where(x == x, bits, 2143289344) -> tl.where(x == x, bits, "
         "2143289345)",
     ),
-    "Slots behind K are not stored.": (
+    "Slots behind K are not stored, and add zeros to a sum.": (
+        "kernels slots_of: constant: 1 << (k - 1).bit_length() -> 2 << (k - 1).bit_length()",
+        "kernels slots_of: operator: k - 1 -> k + 1",
+        "kernels store_weights: constant: 0 -> 1",
         "kernels route_kernel: index: tl.static_range(K) -> tl.static_range(K + 1)",
         "kernels store_experts: index: tl.static_range(K) -> tl.static_range(K + 1)",
     ),
@@ -405,6 +408,9 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The producer's registers and warps change no result: a thread of it starts the copies.": (
         "kernels expert_gemm_kernel: constant: [1, 1, 1, 1] -> [2, 1, 1, 1]",
         "kernels expert_gemm_kernel: constant: [24, 24, 24, 24] -> [25, 24, 24, 24]",
+    ),
+    "All programs then write the ids to one place, and they are the same.": (
+        "kernels prologue_kernel: constant: tl.program_id(0) -> tl.program_id(1)",
     ),
     "Any number that is no other form's stands for this one, here and in the launch.": (
         "kernels CODES: constant: tl.constexpr(2) -> tl.constexpr(3)",
