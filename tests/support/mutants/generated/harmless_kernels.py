@@ -15,6 +15,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The store has the same mask: what is loaded outside of it is not used.": (
         "kernels finalize_kernel: constant: 0.0 -> 1.0",
         "kernels _expert_tile: constant: 0.0 -> 1.0",
+        "kernels _consume_dense: constant: 0.0 -> 1.0",
         "kernels _raw: constant: 0.0 -> 1.0",
         "kernels _raw: constant: 0.0 -> 1.0 (2)",
         "kernels activation_gradient_kernel: constant: 0.0 -> 1.0",
@@ -116,6 +117,22 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels expert_gemm_kernel: operator: K + GROUPS * 128 - 1 -> K + GROUPS * 128 + 1",
         "kernels expert_gemm_kernel: constant: K + GROUPS * 128 - 1 -> K + GROUPS * 128 - 2",
         "kernels expert_gemm_kernel: constant: GROUPS * 128 -> GROUPS * 129",
+        "kernels dense_gemm_kernel: operator: K + GROUPS * 128 - 1 -> K + GROUPS * 128 + 1",
+        "kernels dense_gemm_kernel: constant: K + GROUPS * 128 - 1 -> K + GROUPS * 128 - 2",
+        "kernels dense_gemm_kernel: constant: GROUPS * 128 -> GROUPS * 129",
+    ),
+    "A tile behind the last has no tokens, and of a strip behind the last no column is stored. All programs "
+    "divide the work by one number.": (
+        "kernels _share: operator: total - gl.program_id(0) + programs - 1 -> total - gl.program_id(0) "
+        "+ programs + 1",
+        "kernels _share: operator: total - gl.program_id(0) -> total + gl.program_id(0)",
+        "kernels _share: constant: 0 -> 1 (2)",
+        "kernels dense_gemm_kernel: operator: N + ROWS - 1 -> N + ROWS + 1",
+        "kernels dense_gemm_kernel: operator: M + WIDEST - 1 -> M + WIDEST + 1",
+    ),
+    "Any number but 0 says that sums are handed over.": (
+        "kernels _hand_over: constant: gl.atomic_xchg(ready_ptr + gl.program_id(0), 1, sem='release', "
+        "scope='gpu') -> gl.atomic_xchg(ready_ptr + gl.program_id(0), 2, sem='release', scope='gpu')",
     ),
     "It is added to zeros of int64.": (
         "kernels rows_kernel: rounding: tl.program_id(0).to(tl.int64) -> tl.program_id(0)",
@@ -389,6 +406,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels results_layout: constant: [8, 1] -> [8, 2]",
         "kernels _consume: constant: [1] -> [2]",
         "kernels _consume_dense: constant: [1] -> [2]",
+        "kernels clear_kernel: constant: [1] -> [2]",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
         "gl.SwizzledSharedLayout(2, 1, 1, [0])",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
@@ -408,6 +426,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The producer's registers and warps change no result: a thread of it starts the copies.": (
         "kernels expert_gemm_kernel: constant: [1, 1, 1, 1] -> [2, 1, 1, 1]",
         "kernels expert_gemm_kernel: constant: [24, 24, 24, 24] -> [25, 24, 24, 24]",
+        "kernels dense_gemm_kernel: constant: [1] -> [2]",
+        "kernels dense_gemm_kernel: constant: [24] -> [25]",
     ),
     "All programs then write the ids to one place, and they are the same.": (
         "kernels prologue_kernel: constant: tl.program_id(0) -> tl.program_id(1)",

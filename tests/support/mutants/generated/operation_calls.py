@@ -160,7 +160,8 @@ def _padded_with_nan(scales: Tensor, layout: SfLayout) -> Tensor:
 class ProductCall:
     """[M, K] times [N, K] transposed, of ragged sizes, judged by intervals and where exact by bits.
 
-    What pads block scales is NaN. Not where exact, a block of `a` and one of `b` are NaN.
+    What pads block scales is NaN. Not where exact, a block of `a` and one of `b` are NaN. The row behind
+    the result is NaN, and has to stay so.
     """
 
     config: GemmConfig | RingConfig
@@ -197,10 +198,11 @@ class ProductCall:
         (a, b, sa, sb), alpha = self._given()
         a, b, sa, sb = (t.to(device) for t in (a, b, sa, sb))
         alpha = None if alpha is None else alpha.to(device)
-        out = torch.empty(self.m, b.shape[0], dtype=self.out_dtype, device=device)
+        size = (self.m + 1, b.shape[0])
+        whole = torch.full(size, torch.nan, dtype=self.out_dtype, device=device)
         call = DenseKernelCall(a, b, sa, sb, alpha, self.use_8x4)
-        dense_launch.mm_fp4(call, out, self.config)
-        return out.cpu()
+        dense_launch.mm_fp4(call, whole[: self.m], self.config)
+        return whole.cpu()
 
     def judge(self) -> Answered:
         (a, b, sa, sb), alpha = self._given()
@@ -209,11 +211,12 @@ class ProductCall:
             a, b.T, sa, sb.T, alpha, self.out_dtype, use_8x4_sf_layout=self.use_8x4
         )
 
-        def accepts(got: Tensor) -> bool:
+        def accepts(whole: Tensor) -> bool:
+            got, behind = whole[:-1], whole[-1]
             wrong = unequal(got, want) if self.exact else ~bounds.contains(got)
-            return not wrong.any()
+            return bool(behind.isnan().all()) and not wrong.any()
 
-        return Answered(accepts, torch.Tensor.double, want.double())
+        return Answered(accepts, lambda whole: whole[:-1].double(), want.double())
 
 
 @dataclass(frozen=True)

@@ -369,7 +369,9 @@ def named() -> Named:
     # A number of tiles, of steps of a tile and of a program have a product over 2^31.
     far = functools.partial(OnesProductCall, 91 * 16, 91 * 128, 4096, kept=91 * 16)
     yield "ring, dense, far steps", lambda: far(multiprocessors=4096)
-    for m, n in ((1, 1), (17, 128), (9, 129)):
+    yield "ring, dense, 128 steps", lambda: OnesProductCall(3, 136, 16384, kept=3)
+    # The last of 24 tokens fill the narrower tile.
+    for m, n in ((1, 1), (17, 128), (9, 129), (24, 129)):
         yield (
             f"ring, dense, {m} by {n}",
             functools.partial(ProductCall, SMALL, exact=True, m=m, n=n, k=64),
