@@ -121,8 +121,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels dense_gemm_kernel: constant: K + GROUPS * 128 - 1 -> K + GROUPS * 128 - 2",
         "kernels dense_gemm_kernel: constant: GROUPS * 128 -> GROUPS * 129",
     ),
-    "A tile behind the last has no tokens, and of a strip behind the last no column is stored. All programs "
-    "divide the work by one number.": (
+    "A tile behind the last has no tokens, and of a strip behind the last no column is stored. All "
+    "programs divide the work by one number.": (
         "kernels _share: operator: total - gl.program_id(0) + programs - 1 -> total - gl.program_id(0) "
         "+ programs + 1",
         "kernels _share: operator: total - gl.program_id(0) -> total + gl.program_id(0)",
