@@ -51,12 +51,11 @@ _BY_ROWS = (
     (2, RingConfig((8,), 5, 2, 2)),
     (12, RingConfig((16, 8), 4, 2, 2)),
     (24, RingConfig((32, 16), 3, 2, 2)),
-    (52, RingConfig((64, 48, 32, 16), 4, 2, 1)),
+    (48, RingConfig((64, 32, 16), 4, 2, 1)),
     (72, RingConfig((96, 64, 32), 3, 2, 1)),
     (152, RingConfig((160, 128, 96, 32), 4, 1, 1)),
-    (216, RingConfig((224, 192, 128, 32), 3, 1, 1)),
 )
-_WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1)
+_WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1, gathers=True)
 CONFIGS = (*(config for _, config in _BY_ROWS), _WIDE)
 """Every configuration that `ring_config` chooses."""
 
