@@ -234,6 +234,8 @@ def store_weights(
     slot = tl.arange(0, SLOTS)
     expert = tl.load(ids_ptr + token * K + slot, slot < K, other=0)
     x = tl.load(logits_ptr + token * E + expert).to(tl.float32)
+    # Else the compiler sees that bf16 becomes bf16 again, and keeps the bits of a NaN.
+    x = mul(x, tl.zeros_like(x) + 1.0, False, ARCH)
     # No such method has a factor or a norm.
     weight = slot_weights(
         raw_scores(x, METHOD), None, table_ptr, rcp_delta_ptr, K, METHOD, False, SLOTS, ARCH,

@@ -48,9 +48,9 @@ def test_it_routes(routing):
     [
         (1, 128, 128, 0, torch.float32, prologue_cases.RECIPES[0]),
         (1, 16, 4, 12, torch.bfloat16, "plain"),
-        (5, 112, 9, 30, torch.float32, "plain"),
-        (8, 256, 16, 240, torch.bfloat16, prologue_cases.RECIPES[0]),
-        (16, 128, 40, 0, torch.float32, "plain"),
+        (4, 112, 9, 30, torch.float32, "plain"),
+        (2, 256, 16, 240, torch.bfloat16, prologue_cases.RECIPES[0]),
+        (16, 32, 10, 0, torch.float32, "plain"),
     ],
 )
 def test_it_routes_other_calls(tokens, experts, local, offset, dtype, form):
@@ -72,9 +72,10 @@ def _routes(tokens, experts, routing, dtype=torch.float32):
 
 def test_it_routes_where_logits_choose_few_experts():
     renormalize = Routing(RoutingMethodType.Renormalize, 8)
-    assert _routes(1, 128, renormalize) and _routes(16, 128, renormalize)
-    assert _routes(8, 256, renormalize, torch.bfloat16)
-    assert not _routes(1, 256, renormalize) and not _routes(16, 256, renormalize, torch.bfloat16)
+    assert _routes(1, 128, renormalize) and _routes(4, 128, renormalize)
+    assert _routes(16, 32, renormalize) and _routes(2, 256, renormalize, torch.bfloat16)
+    assert not _routes(5, 128, renormalize) and not _routes(3, 256, renormalize, torch.bfloat16)
+    assert not _routes(1, 256, renormalize)
     assert not _routes(1, 72, renormalize)
     assert not _routes(1, 128, Routing(RoutingMethodType.Renormalize, 9))
     for method in METHODS:

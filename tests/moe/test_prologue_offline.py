@@ -17,7 +17,9 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe
 pytestmark = pytest.mark.compile
 
 
-def _compiled(form, columns, tokens=8, experts=None, logits="*fp32", *, placed=True):
+def _compiled(
+    form, columns, tokens=8, experts=None, logits="*fp32", *, placed=True, method="Renormalize"
+):
     """Return the kernel, and how its rows are quantized; with `experts` it routes."""
     pointers = ("ids_ptr", "expanded_ptr", "permuted_ptr", "tile_ptr", "end_ptr", "x_ptr")
     types = dict.fromkeys(pointers, "*i32") | {
@@ -48,7 +50,7 @@ def _compiled(form, columns, tokens=8, experts=None, logits="*fp32", *, placed=T
         }  # fmt: skip
     else:
         constants |= {
-            "METHOD": int(RoutingMethodType.Renormalize), "APPROXIMATE": False,
+            "METHOD": int(RoutingMethodType[method]), "APPROXIMATE": False,
             "ROWS": max(config.warps, tokens), "WIDTH": experts,
         }  # fmt: skip
     every = (*pointers, "values_ptr", "token_ptr", "sf_ptr", "logits_ptr", "NB", "ROUTED")
@@ -56,6 +58,11 @@ def _compiled(form, columns, tokens=8, experts=None, logits="*fp32", *, placed=T
     return config, compile_kernel(
         prologue_kernel, 90, types, constants, aligned, num_warps=config.warps, launch_pdl=True
     )
+
+
+def _assert_no_local_memory(kernel, read_twice, tmp_path):
+    kept = resources(kernel, tmp_path)
+    assert kept == (0, 0) or (kept == (8, 2) and read_twice and triton_version() == (3, 7))
 
 
 @pytest.mark.parametrize(
@@ -66,20 +73,24 @@ def _compiled(form, columns, tokens=8, experts=None, logits="*fp32", *, placed=T
 )
 def test_no_local_memory(form, columns, placed, tmp_path):
     config, kernel = _compiled(form, columns, placed=placed)
-    kept = resources(kernel, tmp_path)
-    read_twice = form == Recipe() and config.read > 0
-    assert kept == (0, 0) or (kept == (8, 2) and read_twice and triton_version() == (3, 7))
+    _assert_no_local_memory(kernel, form == Recipe() and config.read > 0, tmp_path)
     assert "griddepcontrol.wait" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize(
     "tokens,experts,logits",
-    [(1, 128, "*fp32"), (16, 128, "*fp32"), (1, 32, "*bf16"), (8, 256, "*bf16")],
+    [(1, 128, "*fp32"), (4, 128, "*fp32"), (16, 32, "*bf16"), (2, 256, "*bf16")],
 )
 @pytest.mark.parametrize("columns", [2048, 2880])
 def test_it_routes_without_local_memory(tokens, experts, logits, columns, tmp_path):
     """No warp waits for another while it chooses: each does so for tokens of its own."""
-    _, kernel = _compiled(Recipe(), columns, tokens, experts, logits)
-    assert resources(kernel, tmp_path) == (0, 0)
+    config, kernel = _compiled(Recipe(), columns, tokens, experts, logits)
+    _assert_no_local_memory(kernel, config.read > 0, tmp_path)
     choice = kernel.asm["ptx"].partition("griddepcontrol.wait")[2].partition("bar.sync")[0]
     assert choice.count("redux.sync") + choice.count("shfl.sync") >= 2 * 8  # a step has two
+
+
+def test_a_weight_that_is_a_logit_is_rounded_to_bf16():
+    """Rounding makes all NaN the same, of bf16 logits, too: the compiler must not leave it out."""
+    _, kernel = _compiled(PLAIN, 2048, 1, 128, "*bf16", method="TopK")
+    assert "cvt.rn.bf16" in kernel.asm["ptx"]
