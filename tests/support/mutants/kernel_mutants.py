@@ -373,11 +373,11 @@ _QUANTIZER: tuple[Entry, ...] = (
     ),
     (
         "output scale from the unrounded block scale",
-        "byte = e4m3_encode(unrounded, ARCH)\n"
-        "output_scale = _output_scale(e4m3_decode(byte), encode, A_, B_, C_)",
-        "byte = e4m3_encode(unrounded, ARCH)\n"
+        "byte, sf = e4m3_round(unrounded, ARCH)\noutput_scale = _output_scale(sf, encode, A_, B_, C_)",
+        "byte, sf = e4m3_round(unrounded, ARCH)\n"
         "output_scale = _output_scale(unrounded, encode, A_, B_, C_)",
         "quantizer, fast, 128x4",
+        "quantize_block",
     ),
     (
         "4over6: the candidate of the larger error",
