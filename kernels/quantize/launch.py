@@ -70,11 +70,11 @@ def launch_config(
         return LaunchConfig(256 // wide, wide, 0, 1, 4)
     if not one_read:
         return LaunchConfig(1, read, read, 1, 16)
-    if num_blocks in (128, 256):
-        return LaunchConfig(1, wide, 0, 1, wide // 64)
-    # Three or four parts follow the row's length more closely than a power of two does, and few
-    # threads with much each wait less at the row's maximum than many.
+    # Parts follow the row's length more closely than a power of two does. Few threads with much each
+    # wait less at the row's maximum than many, and share what is computed for the whole row.
     blocks = wide // 4
+    if num_blocks % blocks and num_blocks % (blocks // 2) == 0:
+        blocks //= 2  # seven parts or five, and no part half empty
     return LaunchConfig(1, blocks, 0, 1, blocks // 32, cdiv(num_blocks, blocks))
 
 
