@@ -429,6 +429,10 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels dense_gemm_kernel: constant: [1] -> [2]",
         "kernels dense_gemm_kernel: constant: [24] -> [25]",
     ),
+    "The factor is 1.": (
+        "kernels store_weights: operator: mul(x, tl.zeros_like(x) + 1.0, False, ARCH) -> div(x, "
+        "tl.zeros_like(x) + 1.0, False, ARCH)",
+    ),
     "All programs then write the ids to one place, and they are the same.": (
         "kernels prologue_kernel: constant: tl.program_id(0) -> tl.program_id(1)",
     ),
