@@ -553,12 +553,6 @@ GROUPS: dict[str, Group] = {
         f"ring {c.bn}": Group(_RING, grouped(c), sm_90=True, tools=tools_of(c, CONFIGS))
         for c in CONFIGS
     },
-    **{
-        f"ring {c.bn} gathered": Group(
-            _RING, grouped(replace(c, gathers=True)), sm_90=True, tools=tools_of(c, CONFIGS)
-        )
-        for c in CONFIGS
-    },
     "ring activations": Group(_RING, activations(CONFIGS[1]), sm_90=True, tools=_ADDRESSES),
     "ring masked": Group((*_RING[:1], *_MASKED), masked(CONFIGS[1]), sm_90=True),
     **{

@@ -325,7 +325,7 @@ def named() -> Named:
     yield "ring, exact, parts", lambda: FusedCall(exact(_A.Relu2, 384, 128), parts, few)
     yield "ring, parts", lambda: _of(_A.Swiglu, 384, 192, ROWS, parts)
     yield "ring, no token", lambda: FusedCall(_elsewhere(), SMALL)
-    for config in (*CONFIGS[1:], replace(CONFIGS[-1], gathers=True)):
+    for config in (*CONFIGS[1:], replace(CONFIGS[-1], gathers=not CONFIGS[-1].gathers)):
         rows = (3, config.bn + 1, 0, config.bn // 2 + 1, 2 * config.bn)
         yield (
             f"ring, tiles of {config.bn}{', gathered' * config.gathers}",
