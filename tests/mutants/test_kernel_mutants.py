@@ -101,6 +101,19 @@ def test_a_call_that_fails_is_no_mutant_that_was_seen():
         edited_copy.answer(broken, broken.call)
 
 
+def test_mutants_without_an_answer_are_named_and_the_others_are_kept(tmp_path, capsys):
+    right, file = SAMPLE[3], tmp_path / "kept.jsonl"
+    broken = replace(_edited(right, new="tl.store(P_, no_such_name)"), name="broken")
+    gone = replace(_edited(right, old="no_such(name)"), name="gone")
+    grid = {"grid": EVERY_SETTING["grid"]}
+    wrong = command.Catalogue([], grid, {}, kernel_mutants=[broken, gone, right], kernel_calls=[])
+    asked = ["--conforming", "0", "--kernels", "--resume", str(file)]
+    assert main(asked, wrong) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mutants: error: ") and "'broken'" in said and "'gone'" in said
+    assert right.name in file.read_text() and "no_such" not in file.read_text()
+
+
 def test_some_are_seen():
     assert all(o.seen["interval"] for o in command.try_kernels(SAMPLE))
 

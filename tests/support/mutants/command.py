@@ -151,7 +151,11 @@ T = TypeVar("T")
 def _of_kernels(
     runs: Sequence[edited_copy.Tried], find: Callable[[edited_copy.Tried], T], kept: Kept | None
 ) -> list[T]:
-    """Ask of each run what `find` returns, a process a processor at a time."""
+    """Ask of each run what `find` returns, a process a processor at a time.
+
+    Raises:
+        RuntimeError: some have no answer; the message names each. All others are kept.
+    """
     kept = kept or Kept()
 
     def asked(run: edited_copy.Tried) -> str:
@@ -163,7 +167,17 @@ def _of_kernels(
     missing = [run for run in runs if asked(run) not in kept]
     for call in sorted({call for _, call in missing}):
         prepared(call)
-    workers.side_by_side(ask, missing, workers.at_a_time(len(missing)))
+    failed: list[str] = []
+
+    def try_one(run: edited_copy.Tried) -> None:
+        try:
+            ask(run)
+        except (RuntimeError, ValueError) as error:
+            failed.append(str(error))
+
+    workers.side_by_side(try_one, missing, workers.at_a_time(len(missing)))
+    if failed:
+        raise RuntimeError("\n".join(failed))
     return [ask(run) for run in runs]
 
 
@@ -235,8 +249,12 @@ def run(options: argparse.Namespace, catalogue: Catalogue) -> int:
     show(_rows(outcomes), sys.stdout)
     wrong = any(o.first != o.mutant.stage for o in outcomes)
     if options.kernels:
-        in_kernels = try_kernels(catalogue.kernel_mutants, kept)
-        alarms += kernels_as_they_are(catalogue.kernel_calls, kept)
+        try:
+            in_kernels = try_kernels(catalogue.kernel_mutants, kept)
+            alarms += kernels_as_they_are(catalogue.kernel_calls, kept)
+        except RuntimeError as error:
+            print(f"mutants: error: {error}", file=sys.stderr)
+            return 1
         done += len(catalogue.kernel_calls)
         print(_KERNELS_HEAD if options.markdown else "\nIn the Triton kernels:")
         show(_kernel_rows(in_kernels), sys.stdout)

@@ -298,7 +298,7 @@ _ROUTING: tuple[Entry, ...] = (
     (
         "the bias in the weights",
         "tl.where(expert == first, value, 0)",
-        "tl.where(expert == first, bits, 0)",
+        "tl.where(expert == first, score.to(tl.int32, bitcast=True), 0)",
         "no groups",
     ),
     ("the bias not added", "score = add(score, bias, True, ARCH)", "score = score", "no groups"),
