@@ -45,7 +45,7 @@ def tool(kernel, tmp_path: Path, name: str, *options: str) -> str:
 
 
 def assembler_log(kernel, tmp_path: Path, arch: str) -> str:
-    """What Triton's ptxas says of the kernel: registers, spills and warnings."""
+    """Return what Triton's ptxas says of the kernel: registers, spills and warnings."""
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(kernel.asm["ptx"])
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
