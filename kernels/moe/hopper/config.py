@@ -52,8 +52,8 @@ _BY_ROWS = (
     (12, RingConfig((16, 8), 4, 2, 2)),
     (24, RingConfig((32, 16), 3, 2, 2)),
     (48, RingConfig((64, 32, 16), 4, 2, 1)),
-    (80, RingConfig((96, 64, 32), 3, 2, 1)),
-    (152, RingConfig((160, 128, 64, 32), 4, 1, 1)),
+    (72, RingConfig((96, 64, 32), 3, 2, 1)),
+    (152, RingConfig((160, 128, 96, 32), 4, 1, 1)),
 )
 _WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1, gathers=True)
 CONFIGS = (*(config for _, config in _BY_ROWS), _WIDE)
