@@ -127,8 +127,23 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "+ programs + 1",
         "kernels _share: operator: total - gl.program_id(0) -> total + gl.program_id(0)",
         "kernels _share: constant: 0 -> 1 (2)",
+        "kernels _share: constant: gl.program_id(0) -> gl.program_id(1) (3)",
+        "kernels _share: operator: total - turns * programs -> total + turns * programs",
+        "kernels _share: operator: turns * programs -> turns / programs",
         "kernels dense_gemm_kernel: operator: N + ROWS - 1 -> N + ROWS + 1",
         "kernels dense_gemm_kernel: operator: M + WIDEST - 1 -> M + WIDEST + 1",
+    ),
+    "Programs then take all tiles in turn and share none: the same sums.": (
+        "kernels _share: constant: gl.num_programs(0) -> gl.num_programs(1)",
+    ),
+    "A program then makes tiles from their first step that it ends, or that others make too: the same "
+    "sums.": (
+        "kernels _share: constant: gl.program_id(0) -> gl.program_id(1)",
+        "kernels _piece: comparison: behind >= 0 -> behind > 0",
+        "kernels _piece: constant: behind >= 0 -> behind >= 1",
+    ),
+    "A width has no bit above its highest.": (
+        "kernels parts_of: operator: width.bit_length() - 1 -> width.bit_length() + 1",
     ),
     "Any number but 0 says that sums are handed over.": (
         "kernels _hand_over: constant: gl.atomic_xchg(ready_ptr + gl.program_id(0), 1, sem='release', "
@@ -287,6 +302,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "tl.minimum(tl.maximum(given, 0), max_m)",
         "kernels dense_gemm_kernel: rounding: acc.to(out_ptr.dtype.element_ty) -> acc",
         "kernels _finish: rounding: to_bf16(y, ARCH) -> y",
+        "kernels _finish_dense: rounding: to_bf16(acc, ARCH) -> acc",
         "kernels store_codes: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> tl.where(mask, byte, "
         "0)",
         "kernels store_codes_of_four_rows: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> "

@@ -222,16 +222,21 @@ class FarRowsCall:
 
 
 @dataclass(frozen=True)
-class SharedProductCall:
-    """A dense product in few programs, which share tiles: one begins the sums, the next goes on."""
+class FewProgramsCall:
+    """A dense product in few programs, each of which has several tiles.
+
+    Programs may share tiles: one begins the sums, the next goes on.
+    """
 
     product: ProductCall
     multiprocessors: int = 1
+    shared: bool = True
 
     def answer(self, device: str = "cpu") -> Tensor:
         p = self.product
         tiles = cdiv(p.m, p.config.bn) * cdiv(p.n, ROWS_OF_TILE.value)
-        assert tiles % (p.config.programs * self.multiprocessors), "no tile is shared"
+        programs = p.config.programs * self.multiprocessors
+        assert tiles > programs and (tiles % programs > 0) == self.shared
         with few_programs(self.multiprocessors):
             return p.answer(device)
 
@@ -347,18 +352,20 @@ def named() -> Named:
     yield "ring, dense, no alpha", lambda: ProductCall(SMALL, exact=True, scaled=False, k=192)
     yield "ring, dense, 8x4", lambda: ProductCall(alone, use_8x4=True, by_row=True, m=41, k=320)
     yield (
+        "ring, dense, in turn",
+        lambda: FewProgramsCall(ProductCall(SMALL, exact=True, m=41, k=192), shared=False),
+    )
+    yield (
         "ring, dense, shared",
-        lambda: SharedProductCall(
-            ProductCall(SMALL, exact=True, m=41, n=300, k=448, out_dtype=half)
-        ),
+        lambda: FewProgramsCall(ProductCall(SMALL, exact=True, m=41, n=300, k=448, out_dtype=half)),
     )
     yield (
         "ring, dense, shared by three",
-        lambda: SharedProductCall(ProductCall(alone, by_row=True, m=60, n=200, k=320), 3),
+        lambda: FewProgramsCall(ProductCall(alone, by_row=True, m=60, n=200, k=320), 3),
     )
     yield (
         "ring, dense, shared, parts",
-        lambda: SharedProductCall(ProductCall(parts, exact=True, by_row=True, m=57, n=300, k=320)),
+        lambda: FewProgramsCall(ProductCall(parts, exact=True, by_row=True, m=57, n=300, k=320)),
     )
     for programs in (3, 264):
         yield f"ring, dense, {programs} cleared", functools.partial(ClearCall, programs)
