@@ -99,3 +99,14 @@ def test_the_probes_launch_the_dense_gemm_in_every_form():
     }
     assert {(False, True, True), (True, True, True)} <= forms
     assert scaled == {False, True}
+
+
+def test_the_probes_launch_the_grouped_gemm_in_every_form():
+    """Each constant that is a truth value is true in some launch and false in another."""
+    found = {}
+    for name in kernel_probes.asked("kernels/moe/hopper/grouped_gemm.py", "cuda"):
+        for launch in compiled.launches(name) if "far" not in name else []:
+            if launch.kernel.__name__ == "expert_gemm_kernel":
+                for option in ("GATHERED", "FRAGMENTS", "ODD"):
+                    found.setdefault(option, set()).add(bool(launch.options[option]))
+    assert found == dict.fromkeys(("GATHERED", "FRAGMENTS", "ODD"), {False, True})

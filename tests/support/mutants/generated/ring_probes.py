@@ -314,6 +314,12 @@ def named() -> Named:
         lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), SMALL, few),
     )
     yield "ring, bf16", lambda: _of(_A.Swiglu, 144, 384, bf16=True)
+    # Three strips of the first product leave half of 128 columns, in which there have to be zeros.
+    yield "ring, bf16, three strips", lambda: _of(_A.Swiglu, 144, 192, bf16=True)
+    yield (
+        "ring, bf16, three strips, tiles of 64",
+        lambda: _of(_A.Swiglu, 144, 192, (40, 9), CONFIGS[3], bf16=True),
+    )
     yield "ring, gathered", lambda: FusedCall(exact(_A.Relu2, 272, 128), GATHERED, few)
     yield (
         "ring, gathered, two slots",
