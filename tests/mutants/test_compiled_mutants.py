@@ -109,4 +109,4 @@ def test_the_probes_launch_the_grouped_gemm_in_every_form():
             if launch.kernel.__name__ == "expert_gemm_kernel":
                 for option in ("GATHERED", "FRAGMENTS", "ODD"):
                     found.setdefault(option, set()).add(bool(launch.options[option]))
-    assert found == dict.fromkeys(("GATHERED", "FRAGMENTS", "ODD"), {False, True})
+    assert found == {option: {False, True} for option in ("GATHERED", "FRAGMENTS", "ODD")}
