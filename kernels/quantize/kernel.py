@@ -18,12 +18,7 @@ from ..jit.fragments import join_fourths, load_places, store_at_places, store_fr
 from ..jit.load import block_maxima, block_values, load_blocks
 from ..jit.pdl import await_previous
 from ..jit.recipe import flushes, is_exact
-from ..jit.store import (
-    first_of_four_rows,
-    store_codes,
-    store_codes_of_four_rows,
-    zero_padding_rows,
-)
+from ..jit.store import store_codes, zero_padding_rows
 from .block import or_zero, prescale_e4m3, quantize_block, quantize_fp32_block, row_scales
 
 
@@ -60,10 +55,9 @@ def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.co
 @triton.jit
 def _quantize_and_store(
     words, amax, encode, token, row_amax, row, first, live, codes_ptr, sf_ptr, values_ptr,
-    places, rcp_delta_ptr, M, NB, padded_columns,
+    places, rcp_delta_ptr, NB, padded_columns,
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCKS: tl.constexpr, APART: tl.constexpr, FRAGMENTS: tl.constexpr, SLOTS: tl.constexpr,
-    ARCH: tl.constexpr,
+    BLOCKS: tl.constexpr, FRAGMENTS: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """Store codes and scales, or values, of BLOCKS blocks of rows from block `first`, where live."""
     column = first + tl.arange(0, BLOCKS)[None, :]
@@ -82,10 +76,6 @@ def _quantize_and_store(
         store_fragments(x, values_ptr, places, first * 16, NB * 16, SLOTS)
     elif values_ptr is not None:
         _store_values(values_ptr, codes, byte, row, column, live & (column < NB), NB, ARCH)
-    elif APART:
-        store_codes_of_four_rows(
-            codes, byte, row, column, live, first, codes_ptr, sf_ptr, M, NB, padded_columns
-        )
     else:
         store_codes(codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
 
@@ -148,7 +138,6 @@ def quantize_kernel(
     PARTS: tl.constexpr,  # times BLOCKS, kept from the one read
     READ: tl.constexpr,  # read at a time for the row's maximum (all, if SPLITS); 0: one read in all
     SPLITS: tl.constexpr,  # programs that share the columns of a row
-    APART: tl.constexpr,  # the four rows are 32 apart: neighbours in LAYOUT_128X4
     FRAGMENTS: tl.constexpr,  # values in the order of `jit/fragments.py`; 8 divides BLOCKS
     SLOTS: tl.constexpr,
     ARCH: tl.constexpr,
@@ -156,7 +145,7 @@ def quantize_kernel(
     await_previous(ARCH)
     FTZ: tl.constexpr = flushes(RECIPE)
     if LAYOUT != LAYOUT_LINEAR:
-        row_programs = (M + 127) // 128 * 32 if APART else (M + ROWS - 1) // ROWS
+        row_programs = (M + ROWS - 1) // ROWS
         if tl.program_id(0) >= row_programs:
             first = (tl.program_id(0) - row_programs) * SPLITS + tl.program_id(1)
             zero_padding_rows(
@@ -164,10 +153,7 @@ def quantize_kernel(
             )
             return
 
-    if APART:
-        row = first_of_four_rows() + tl.arange(0, 4) * 32
-    else:
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < M
     if HAS_ROW_INDEX:
         row = tl.load(row_index_ptr + row, live, other=-1).to(tl.int64)
@@ -228,15 +214,15 @@ def quantize_kernel(
             words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
             _quantize_and_store(
                 words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, start, live,
-                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, M, NB, padded_columns,
-                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, APART, FRAGMENTS, SLOTS, ARCH,
+                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
     else:
         for i in tl.static_range(PARTS):
             _quantize_and_store(
                 parts[i], maxima[i], encode, token, row_amax, row, first + i * BLOCKS, live,
-                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, M, NB, padded_columns,
-                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, APART, FRAGMENTS, SLOTS, ARCH,
+                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
 
 
@@ -268,6 +254,6 @@ def quantize_row_to_places(
         store_at_places(token, token_ptr, places, True, 1, SLOTS)
     _quantize_and_store(
         words, maxima, encode, token, row_amax, row, first, live, None, None, values_ptr,
-        places, rcp_delta_ptr, 0, NB, NB, RECIPE, PER_TOKEN, DTYPE, LAYOUT_LINEAR, BLOCKS, False, True,
-        SLOTS, ARCH,
+        places, rcp_delta_ptr, NB, NB, RECIPE, PER_TOKEN, DTYPE, LAYOUT_LINEAR, BLOCKS, True, SLOTS,
+        ARCH,
     )  # fmt: skip

@@ -43,7 +43,6 @@ class LaunchConfig:
     splits: int  # programs that share a row
     warps: int
     parts: int = 1  # times `blocks`, which a program keeps from its one read
-    apart: bool = False  # the four rows are 32 apart, for LAYOUT_128X4 without a row index
 
 
 def launch_config(
@@ -138,7 +137,7 @@ def _launch(
             )
         else:
             config = global_launch_config(m, cut, interpreted=INTERPRETING)
-    programs = cdiv(m, 128) * 32 if config.apart else cdiv(m, config.rows)
+    programs = cdiv(m, config.rows)
     if padded_rows != m and row_index is None:
         # Padding rows are in the last row tile only: programs of their own fill it, words of four.
         tile = padded_columns // 4 * (128 if layout == SfLayout.layout_128x4 else 8)
@@ -174,7 +173,6 @@ def _launch(
         PARTS=config.parts,
         READ=config.read,
         SPLITS=config.splits,
-        APART=config.apart,
         FRAGMENTS=outputs.fragments,
         SLOTS=0 if outputs.place is None else outputs.place.numel() // m,
         ARCH=arch(x.device),

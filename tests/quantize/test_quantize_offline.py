@@ -60,7 +60,6 @@ def compile_for(
         "PARTS": config.parts,
         "READ": config.read,
         "SPLITS": config.splits,
-        "APART": config.apart,
         "FRAGMENTS": False,
         "SLOTS": 0,
         "ARCH": arch,

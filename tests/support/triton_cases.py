@@ -129,18 +129,6 @@ def every_way_to_cut_a_row(device):
                 assert_quantized(got, expected, f"{recipe} {layout.name} {config}")
 
 
-def four_rows_apart(device):
-    """A program has rows of one tile of 128, some of them beyond the last."""
-    x = inputs.synthetic("heavy", 37, 5 * 16).to(device)
-    expected = reference.quantize_per_token(x, 1 / 2688, Recipe(), SfLayout.layout_128x4)
-    config = quantize_launch.LaunchConfig(4, 4, 0, 1, 1, 2, apart=True)
-    got = quantize_launch.Outputs(*quantize_launch.allocate(x, 0))
-    assert got.block_scales is not None
-    got.block_scales.fill_(0x7F)
-    quantize_launch._launch(x, got, 0, None, 1 / 2688, Recipe().code, 0, config=config)
-    assert_quantized(got, expected, "four rows apart")
-
-
 def strided_and_misaligned(device):
     base = inputs.synthetic("normal", 8, 160).to(device)
     per_token(base[:, 1:81], Recipe())  # rows apart, and not on 16 bytes
@@ -193,7 +181,6 @@ CASES = (
     long_rows,
     strange_values_and_scales,
     every_way_to_cut_a_row,
-    four_rows_apart,
     strided_and_misaligned,
 )
 """The cases that a GPU and the interpreter share."""

@@ -160,7 +160,7 @@ def _padding(rows: int) -> Tensor:
         nothing, None, None, None, nothing, nothing, sf, None, None, nothing.float(), 1.0, rows, 8,
         padded_rows, columns, RECIPE=Recipe().code, MODE=0, DTYPE=0, LAYOUT=int(layout),
         INVERSE=False, HAS_ROW_INDEX=False, HAS_SCALE_TENSOR=False, HAS_OUT_SCALE=False, ROWS=64,
-        BLOCKS=8, PARTS=1, READ=0, SPLITS=1, APART=False, FRAGMENTS=False, SLOTS=0, ARCH=0,
+        BLOCKS=8, PARTS=1, READ=0, SPLITS=1, FRAGMENTS=False, SLOTS=0, ARCH=0,
     )  # fmt: skip
     return sf[-128:]
 

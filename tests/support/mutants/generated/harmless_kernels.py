@@ -305,8 +305,6 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels _finish_dense: rounding: to_bf16(acc, ARCH) -> acc",
         "kernels store_codes: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> tl.where(mask, byte, "
         "0)",
-        "kernels store_codes_of_four_rows: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> "
-        "tl.where(mask, byte, 0)",
         "kernels take_kernel: rounding: tokens.to(tl.int64) -> tokens",
         "kernels zero_empty_groups_kernel: rounding: tl.zeros((BLOCK,), "
         "tl.float32).to(t_ptr.dtype.element_ty) -> tl.zeros((BLOCK,), tl.float32)",
