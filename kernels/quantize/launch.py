@@ -72,7 +72,7 @@ def launch_config(
     # Parts follow the row's length more closely than a power of two does. Few threads with much each
     # wait less at the row's maximum than many, and share what is computed for the whole row.
     blocks = wide // 4
-    if num_blocks % blocks and num_blocks % (blocks // 2) == 0:
+    if blocks > 64 and num_blocks % blocks and num_blocks % (blocks // 2) == 0:
         blocks //= 2  # seven parts or five, and no part half empty
     return LaunchConfig(1, blocks, 0, 1, blocks // 32, cdiv(num_blocks, blocks))
 

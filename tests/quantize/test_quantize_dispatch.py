@@ -21,6 +21,7 @@ from nvfp4_moe.kernels.device import check_capability
 from nvfp4_moe.kernels.flashinfer import quantize as fi
 from nvfp4_moe.kernels.quantize import api as quantize_api
 from nvfp4_moe.kernels.quantize.call import UNSET
+from nvfp4_moe.kernels.quantize.launch import launch_config
 from nvfp4_moe.reference import layouts
 from nvfp4_moe.reference import quantize as reference
 from nvfp4_moe.reference.layouts import shuffle_rows
@@ -514,3 +515,14 @@ def test_exports():
 def test_a_capability_is_two_numbers(capability):
     with pytest.raises((TypeError, ValueError), match=r"^capability is .*; it must be None, or a"):
         check_capability(capability)
+
+
+@pytest.mark.parametrize("four_over_six", [False, True])
+@pytest.mark.parametrize("m", [1, 32, 33, 128, 129, 4096])
+def test_every_length_of_rows_has_a_configuration(m, four_over_six):
+    """Programs have warps, and the one read, or all splits together, reach the end of a row."""
+    for num_blocks in range(1, 1300):
+        config = launch_config(m, num_blocks, four_over_six=four_over_six)
+        assert config.warps in (1, 2, 4, 8, 16), (num_blocks, config)
+        reached = config.blocks * (config.splits if config.read else config.parts)
+        assert reached >= num_blocks or config.read and config.splits == 1, (num_blocks, config)
