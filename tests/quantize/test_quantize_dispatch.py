@@ -525,4 +525,4 @@ def test_every_length_of_rows_has_a_configuration(m, four_over_six):
         config = launch_config(m, num_blocks, four_over_six=four_over_six)
         assert config.warps in (1, 2, 4, 8, 16), (num_blocks, config)
         reached = config.blocks * (config.splits if config.read else config.parts)
-        assert reached >= num_blocks or config.read and config.splits == 1, (num_blocks, config)
+        assert reached >= num_blocks or (config.read and config.splits == 1), (num_blocks, config)
