@@ -207,7 +207,12 @@ _SMALL: tuple[Entry, ...] = (
         "tl.store(end_ptr + expert, first_row + count - 1)",
         "tiles of 16",
     ),
-    ("tiles of 16 rows for any tile", "first_row + i * TILE", "first_row + i * 16", "tiles of 32"),
+    (
+        "tiles of 16 rows for any tile",
+        "first_row + own * TILE",
+        "first_row + own * 16",
+        "tiles of 32",
+    ),
     (
         "counts of one expert less before an expert",
         "tl.sum(tl.where(tl.arange(0, BINS) < expert, counts, 0))",
@@ -269,8 +274,8 @@ _SMALL: tuple[Entry, ...] = (
     ),
     (
         "finalize: partial sums in bf16",
-        "total = part if j == 0 else add(total, part, FTZ, ARCH)",
-        "total = part if j == 0 else to_bf16(total + part, ARCH).to(tl.float32)",
+        "added = fma(value, weight, onto, FTZ, ARCH)",
+        "added = to_bf16(fma(value, weight, onto, FTZ, ARCH), ARCH).to(tl.float32)",
         "deepseek",
     ),
     (
@@ -285,9 +290,10 @@ _ROUTING: tuple[Entry, ...] = (
     ("no epsilon in the sum", "A_ + 1e-20", "A_ + 0.0", "saturated routers"),
     (
         "keys of bf16",
-        "score.to(tl.int32, bitcast=True)",
-        "(score.to(tl.int32, bitcast=True) & -65536)",
+        "bits = x.to(tl.int32, bitcast=True)",
+        "bits = x.to(tl.int32, bitcast=True) & -65536",
         "undecided routers",
+        "_key",
     ),
     (
         "ties to the larger index",
