@@ -46,8 +46,9 @@ def dense_gemm_kernel(
     source = tl.where(live, n, 0)
     m = tl.where(column < N, column, 0).to(tl.int64)
     if NATIVE:
+        block = tl.arange(0, BK // 16)[None, :]
         x_sf = x_sf_ptr + tiled_scale_offset(
-            source[:, None], tl.arange(0, BK // 16)[None, :], sf_tiles, X_TILE
+            source[:, None], block // 4, block % 4, sf_tiles, X_TILE
         )
         acc = native_sums(
             x_ptr, x_sf, w_ptr, w_sf_ptr, source, 0, m, K4 * 4, sf_tiles, BK // 16 * X_TILE,

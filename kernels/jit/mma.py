@@ -32,7 +32,8 @@ def sums(
     w = w_ptr.to(tl.pointer_type(tl.uint16)) + expert_rows * K4
     w += m[:, None] * K4 + word[None, :]
     w_sf = w_sf_ptr + expert_rows * (K4 // 4)
-    w_sf += tiled_scale_offset(m[:, None], column[None, :], sf_tiles)
+    # Quotients: after shifts the compiler spills a tile's registers for sm_80 and sm_89.
+    w_sf += tiled_scale_offset(m[:, None], (column // 4)[None, :], (column % 4)[None, :], sf_tiles)
     x = x_ptr + source[None, :] * (4 * K4) + word[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)
@@ -110,7 +111,7 @@ def native_sums(
     column = tl.arange(0, BK // 16)
     w = w_ptr + expert_rows * (K // 2) + m[:, None] * (K // 2) + byte[None, :]
     w_sf = w_sf_ptr + expert_rows * (K // 16)
-    w_sf += tiled_scale_offset(m[:, None], column[None, :], sf_tiles)
+    w_sf += tiled_scale_offset(m[:, None], (column // 4)[None, :], (column % 4)[None, :], sf_tiles)
     x = x_ptr + source[None, :] * (K // 2) + byte[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)

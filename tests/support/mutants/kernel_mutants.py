@@ -17,10 +17,10 @@ Entry = tuple[str, ...]
 _EXCHANGED = (
     "in_tile = ((row & 31) << 4) + ((row >> 5 & 3) << 2)\n"
     "tile = T_\n"
-    "offset = (tile << 9) + in_tile + (column & 3)",
+    "offset = (tile << 9) + in_tile + in_four",
     "in_tile = ((row & 31) << 4) + (row >> 5 & 3)\n"
     "tile = T_\n"
-    "offset = (tile << 9) + in_tile + ((column & 3) << 2)",
+    "offset = (tile << 9) + in_tile + (in_four << 2)",
 )
 
 _SUMS: tuple[Entry, ...] = (
@@ -38,14 +38,14 @@ _SUMS: tuple[Entry, ...] = (
     ),
     (
         "128x4: columns of the next tile forgotten",
-        "(row >> 7) * tiles + (column >> 2)",
+        "(row >> 7) * tiles + four",
         "(row >> 7) * tiles",
         "qwen",
     ),
     (
         "block scale of the neighbouring block",
-        "tiled_scale_offset(R_, column[None, :], sf_tiles)",
-        "tiled_scale_offset(R_, column[None, :] ^ 1, sf_tiles)",
+        "tiled_scale_offset(R_, Q_, (column % 4)[None, :], sf_tiles)",
+        "tiled_scale_offset(R_, Q_, (column % 4 ^ 1)[None, :], sf_tiles)",
         "qwen",
         "sums",
     ),
@@ -355,8 +355,8 @@ _QUANTIZER: tuple[Entry, ...] = (
     ),
     (
         "8x4: row and column exchanged",
-        "in_tile = (row & 7) << 2\ntile = T_\noffset = (tile << 5) + in_tile + (column & 3)",
-        "in_tile = row & 7\ntile = T_\noffset = (tile << 5) + in_tile + ((column & 3) << 3)",
+        "in_tile = (row & 7) << 2\ntile = T_\noffset = (tile << 5) + in_tile + in_four",
+        "in_tile = row & 7\ntile = T_\noffset = (tile << 5) + in_tile + (in_four << 3)",
         "quantizer, exact, 8x4",
     ),
     (
