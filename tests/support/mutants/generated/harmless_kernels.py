@@ -76,6 +76,11 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels permute_kernel: comparison: local < E -> local <= E",
         "kernels count_kernel: comparison: local < E -> local <= E",
     ),
+    "A tile is asked only whether it has 8 rows; any other number stands for 128.": (
+        "kernels tiled_scale_offset: constant: 128 -> 129",
+        "kernels scale_offset: constant: 128 if LAYOUT == LAYOUT_128X4 else 8 -> 129 if LAYOUT == "
+        "LAYOUT_128X4 else 8",
+    ),
     "Any negative row is no row.": (
         "kernels finalize_kernel: constant: -1 -> -2",
         "kernels load_places: constant: -1 -> -2",
