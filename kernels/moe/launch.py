@@ -156,7 +156,7 @@ def _sorted_rows(
     a, local, offset = call.activations, call.experts.num_local, call.local_expert_offset
     (tokens, top_k), columns = _shape_of(routing), call.experts.padded_hidden_size
     ring, tile = isinstance(config, RingConfig), config.bn
-    placed = not (isinstance(config, RingConfig) and gathers(config, tokens, columns))
+    placed = _is_placed(config, tokens, columns)
     few = ring and prologue.serves(tokens, top_k, columns)
     recipe = call.recipe if call.quantize else None
     if isinstance(routing, Router):
@@ -172,7 +172,7 @@ def _sorted_rows(
         )
         return routing, p, Operand(values, None, scale, placed)
     p = permute(routing[0], local, offset, tile)
-    place = places(p, config, tokens, columns)
+    place = p.permuted if placed else None
     if call.quantize:
         return routing, p, quantized(a.hidden_states, call.recipe, ring=ring, place=place)
     return routing, p, operand(a, ring=ring, place=place)
@@ -211,9 +211,12 @@ class Operand:
 
 def places(p: Permutation, config: Config, rows: int, columns: int) -> torch.Tensor | None:
     """Return where the first GEMM wants [rows, columns] of tokens: `place` of `operand`."""
-    if not isinstance(config, RingConfig) or gathers(config, rows, columns):
-        return None
-    return p.permuted
+    return p.permuted if _is_placed(config, rows, columns) else None
+
+
+def _is_placed(config: Config, rows: int, columns: int) -> bool:
+    """Return True if a token's row is written once for each of its slots, at their permuted rows."""
+    return isinstance(config, RingConfig) and not gathers(config, rows, columns)
 
 
 def operand(

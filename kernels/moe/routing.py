@@ -377,14 +377,6 @@ def try_router(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
     return None
 
 
-def try_route(
-    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return what `route` does, or None where it is refused; the reason is logged, once."""
-    router = try_router(logits, routing, bias)
-    return None if router is None else router.routed()
-
-
 @functools.cache
 def instruction_table(device: torch.device) -> torch.Tensor:
     """Return what the interpreter reads in place of the instructions (`jit.instructions`)."""

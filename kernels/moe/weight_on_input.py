@@ -42,9 +42,9 @@ def _routed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, weights), by the kernel if there is a GPU."""
     if logits.is_cuda:
-        from .routing import try_route
+        from .routing import try_router
 
-        if (routed := try_route(logits, routing, bias)) is not None:
-            return routed
+        if (router := try_router(logits, routing, bias)) is not None:
+            return router.routed()
     result = route(logits, routing, bias)
     return result.ids, result.weights_bf16

@@ -128,7 +128,7 @@ _SMALL = command.Catalogue(_OF_QWEN, QWEN, dict([*CONFORMING.items()][:1]))
 
 
 class _Stopped(Exception):
-    """What ends a run in these tests, as an interrupt does."""
+    """End a run in these tests, as an interrupt does."""
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_sources_are_those_of_the_packages(tmp_path, monkeypatch):
 
 
 def test_runs_of_the_reference_execute_no_kernel():
-    """What is found of them is kept though a kernel changes."""
+    """A finding about one is kept though a kernel changes."""
     executed = set()
 
     def profile(frame, event, _):

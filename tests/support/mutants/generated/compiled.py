@@ -32,7 +32,7 @@ from .trial import Probe
 
 ARCH = 90
 WAITS = "a GPU decides"
-"""What a probe says of a mutant with other machine code."""
+"""A probe says so of a mutant with other machine code."""
 _OF_GLUON = "ring"
 """How the names of probes begin whose calls launch a Gluon kernel."""
 _TOO_LARGE = "far"
