@@ -38,6 +38,7 @@ class PrologueCall:
     offset: int = 2
     tile: int = 2
     tokens: int = 3
+    placed: bool = True
 
     def _ids(self) -> Tensor:
         first, behind = self.offset, self.offset + self.experts
@@ -65,16 +66,17 @@ class PrologueCall:
         given = (a.hidden_states, a.block_scales, a.per_token_scale)
         a = Activations(*(None if t is None else t.to(device) for t in given))
         p, values, scale = sort_and_place(
-            a, self._ids().to(device), self.experts, self.offset, self.tile, self._recipe()
-        )
-        local = int(p.end[-1])
-        rows = [values[:local].cpu()] + ([] if scale is None else [scale[:local].cpu()])
-        return tensors_of(p) + rows
+            a, self._ids().to(device), self.experts, self.offset, self.tile, self._recipe(),
+            placed=self.placed,
+        )  # fmt: skip
+        rows = int(p.end[-1]) if self.placed else self.tokens
+        written = [values[:rows].cpu()] + ([] if scale is None else [scale[:rows].cpu()])
+        return tensors_of(p) + written
 
     def judge(self) -> Answered:
         ids, recipe, a = self._ids(), self._recipe(), self._activations()
         permutation = permutation_of(ids.flatten().tolist(), self.experts, self.offset, self.tile)
-        token = permutation[0].long() // self.top_k
+        token = permutation[0].long() // self.top_k if self.placed else host.arange(self.tokens)
         if recipe is not None:
             q = quantize_per_token(self._states(), recipe.base_scale_inv, recipe)
             values, scale = dequantize(q.codes, q.block_scales, 1.0), q.per_token_scale
@@ -132,6 +134,8 @@ def named() -> Iterator[tuple[str, Callable[[], Call]]]:
         yield f"prologue, {form}", functools.partial(PrologueCall, form)
     for form in (Recipe(), four_over_six, "plain", "codes"):
         yield f"prologue, {form}, parts of rows", functools.partial(PrologueCall, form, 4224)
+        by_token = functools.partial(PrologueCall, form, placed=False)
+        yield f"prologue, {form}, rows of tokens", by_token
     one = PrologueCall("plain", 64, top_k=3, experts=1, offset=0)
     yield "prologue, one expert", lambda: one
     yield "prologue, one token", lambda: replace(one, tokens=1, experts=9, form=Recipe())

@@ -26,7 +26,7 @@ from nvfp4_moe.kernels.moe.hopper.fragments import ROWS as ROWS_OF_TILE
 from nvfp4_moe.kernels.moe.hopper.rows import in_fragments
 from nvfp4_moe.kernels.moe.masked import launch as masked_launch
 from nvfp4_moe.kernels.moe.masked.call import MaskedKernelCall
-from nvfp4_moe.kernels.moe.permute import permute
+from nvfp4_moe.kernels.moe.permute import Permutation, permute
 from nvfp4_moe.kernels.moe.tile_table import Config
 from nvfp4_moe.kernels.triton_target import arch, launch_options
 from nvfp4_moe.reference.activation import ActivationType
@@ -35,7 +35,7 @@ from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
 from nvfp4_moe.reference.numerics import e2m1
 from nvfp4_moe.reference.quantize import dequantize
 from nvfp4_moe.reference.recipe import Recipe
-from nvfp4_moe.reference.weights.layout import gemm2_values
+from nvfp4_moe.reference.weights.layout import gemm1_values, gemm2_values
 from nvfp4_moe.reference.weights.prepare import assemble_experts
 
 from ..calls import Answered, Call, FusedCall
@@ -222,6 +222,86 @@ class FarRowsCall:
 
 
 @dataclass(frozen=True)
+class FarGatheredCall:
+    """A product whose last tokens, the only ones with a slot, are 2^31 elements behind the first."""
+
+    config: RingConfig
+    width: int = 65536
+    slots: int = 8
+    far: int = 2**31
+
+    def _experts(self) -> Any:
+        codes = host.integers(seeded(7), 0, 2, (1, 128, self.width)) * 8 + 2  # of 1 and -1
+        ones = torch.full((1, 128, self.width // 16), 0x38, dtype=torch.uint8, device="cpu")
+        w13, w2 = e2m1.pack(codes.to(torch.uint8)), host.zeros(1, self.width, 64).to(torch.uint8)
+        s2, one = ones.view(1, self.width, 8), host.ones(1)
+        return assemble_experts(w13, ones, one, w2, s2, one, _A.Identity)
+
+    def _scales(self, tokens: int) -> Tensor:
+        return host.powers(host.arange(tokens) % 9 - 4)
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        tokens, experts = self.far // self.width + 24, to_device(self._experts(), device)
+        x = torch.ones(tokens, self.width, dtype=torch.bfloat16, device=device)
+        x[: -self.slots] = 0.0
+        slots = torch.arange(tokens - self.slots, tokens, dtype=torch.int32, device=device)
+        p = _one_tile(slots, 0, self.slots)
+        operand = launch.Operand(x, None, self._scales(tokens).to(device))
+        out = launch.gemm1(operand, experts, p, self.slots, 1, self.config, fp32=False).cpu()
+        del x, operand
+        torch.cuda.empty_cache()
+        return out
+
+    def judge(self) -> Answered:
+        scales = self._scales(self.far // self.width + 24)[-self.slots :]
+        sums = gemm1_values(self._experts(), 0).float().sum(1)
+        return exactly((scales[:, None] * sums).bfloat16())
+
+
+@dataclass(frozen=True)
+class FarZerosCall:
+    """Results of an odd number of strips whose last rows are 2^31 elements behind the first."""
+
+    config: RingConfig
+    width: int = 65536
+    rows: int = 8
+    far: int = 2**31
+
+    def _experts(self) -> Any:
+        half = self.width - 64
+        w13 = torch.full((1, 2 * half, 64), 0x22, dtype=torch.uint8, device="cpu")
+        s13 = torch.full((1, 2 * half, 8), 0x38, dtype=torch.uint8, device="cpu")
+        w2, s2 = w13.view(1, 128, half), s13.view(1, 128, half // 8)
+        one = host.ones(1)
+        return assemble_experts(
+            w13, s13, one, w2[..., : half // 2], s2[..., : half // 16], one, _A.Swiglu
+        )
+
+    def answer(self, device: str = "cpu") -> Tensor:
+        rows, experts = self.far // self.width + 24, to_device(self._experts(), device)
+        x = torch.ones(rows, 128, dtype=torch.bfloat16, device=device)
+        p = _one_tile(host.zeros(1).int().to(device), rows - self.rows, rows)
+        operand = launch.Operand(x, None, None, placed=True)
+        out = launch.gemm1(operand, experts, p, rows, 1, self.config, fp32=False, fragments=True)
+        written = out[-self.rows :].isnan().logical_not().cpu()
+        del out
+        torch.cuda.empty_cache()
+        return written
+
+    def judge(self) -> Answered:
+        return exactly(torch.ones(self.rows, self.width, dtype=torch.bool, device="cpu"))
+
+
+def _one_tile(expanded: Tensor, first: int, end: int) -> Permutation:
+    """Return the permutation of one expert whose rows, `first` up to `end`, are one tile."""
+
+    def numbers(*some: int) -> Tensor:
+        return torch.tensor(some, dtype=torch.int32, device=expanded.device)
+
+    return Permutation(expanded, expanded, numbers(0, first, 1)[:, None], numbers(end))
+
+
+@dataclass(frozen=True)
 class FewProgramsCall:
     """A dense product in few programs, each of which has several tiles.
 
@@ -305,6 +385,7 @@ class OnesProductCall:
 def named() -> Named:
     """The quickest to compile first; the programs of a call are fewer than its tiles, and more."""
     few, alone = _FEW_PROGRAMS, RingConfig((16, 8), 2, 2, 1)
+    three: dict[str, Any] = {_MULTIPROCESSORS: lambda device: 3}
     parts = RingConfig((24, 8), 2, 1, 2)  # the sums of 24 tokens are of two sizes
     yield "ring, exact", lambda: FusedCall(exact(_A.Relu2, 384, 128), SMALL, few)
     yield "ring, codes", lambda: _of(_A.Swiglu, 384, 192)
@@ -327,7 +408,19 @@ def named() -> Named:
     )
     yield (
         "ring, gathered, bf16",
-        lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), GATHERED, few),
+        lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), GATHERED, three),
+    )
+    yield "ring, gathered, NaN", lambda: FusedCall(_every_second_is_nan(), GATHERED, few)
+    yield "ring, gathered, few are local", lambda: FusedCall(_few_are_local(), GATHERED, few)
+    # The widest tile has one eight of rows more than a second warp that copies.
+    narrow = RingConfig((32, 16), 2, 2, 1, gathers=True)
+    yield (
+        "ring, gathered, tiles of 32",
+        lambda: FusedCall(exact(_A.Relu2, 272, 128), narrow, few),
+    )
+    yield (
+        "ring, gathered, 130 steps",
+        lambda: FusedCall(exact(_A.Relu2, 16640, 128, (3,)), GATHERED),
     )
     yield "ring, gathered, no token", lambda: FusedCall(_elsewhere(), GATHERED)
     yield "ring, biases", lambda: _of(_A.Swiglu, 176, 112, parameters=True)
@@ -352,6 +445,8 @@ def named() -> Named:
     for one in moe_edges.activations(Recipe()):
         yield f"ring, {one.name}", functools.partial(ActivationCall, one, NARROW)
     yield "ring, far rows", lambda: FarRowsCall(SMALL)
+    yield "ring, gathered, far rows", lambda: FarGatheredCall(GATHERED)
+    yield "ring, far rows, odd strips", lambda: FarZerosCall(SMALL)
     half = torch.float16
     yield "ring, dense", lambda: ProductCall(SMALL, by_row=True, k=192)
     yield "ring, dense, exact", lambda: ProductCall(SMALL, exact=True, k=448, out_dtype=half)
@@ -413,6 +508,23 @@ def _twice(one: MoECase) -> MoECase:
     ids = torch.cat([one.ids, (one.ids + 1) % one.num_experts], 1)
     routing = Routing(RoutingMethodType.Renormalize, 2)
     return replace(one, ids=ids, weights=one.weights.repeat(1, 2), routing=routing)
+
+
+def _every_second_is_nan() -> MoECase:
+    """Tokens in bf16 of which each second one is NaN, so that columns read behind a row are NaN."""
+    found = case(_A.Swiglu, 384, 192, (3, 1, 0, 17, 8), bf16=True)
+    x = found.activations.hidden_states.clone()
+    x[1::2] = torch.nan
+    return replace(found, activations=Activations(x))
+
+
+def _few_are_local() -> MoECase:
+    """Four of twelve experts are local, so that slots are undefined behind those of the last one.
+
+    The number that memory has there, 2^31 - 1, is of a row that is gigabytes behind the last.
+    """
+    five = Routing(RoutingMethodType.Renormalize, 5)
+    return case_of(Setting("few are local", 7, 256, 128, 12, five, offset=3, local=4))
 
 
 def _elsewhere() -> MoECase:
