@@ -318,6 +318,54 @@ def _words_without_instruction(y):
     return _pack(_e2m1_round(smaller(y, 6.0, 0)), 0)
 
 
+@dataclass(frozen=True)
+class PackedByE4M3Call:
+    """`E2M1Call` on the path of GPUs that convert to e4m3, interpreted without the instruction."""
+
+    call: E2M1Call
+
+    def answer(self, device: str = "cpu") -> list[Tensor]:
+        here = {
+            "mul": _mul_of_a_gpu,
+            "mul_magnitude": _mul_magnitude_of_a_gpu,
+            "smaller": _smaller_of_a_gpu,
+            "_e4m3_bytes": _e4m3_bytes_without_instruction,
+        }
+        with mock.patch.multiple(e2m1_kernels, **here):
+            return self.call.answer(device, arch=89)
+
+    def judge(self) -> Answered:
+        return self.call.judge()
+
+
+@triton.jit
+def _mul_of_a_gpu(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    y = mul(a, b, FTZ, 0)
+    return tl.where(y == y, y, float("nan"))  # which makes no negative NaN
+
+
+@triton.jit
+def _mul_magnitude_of_a_gpu(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    return mul_magnitude(a, b, FTZ, 0)
+
+
+@triton.jit
+def _smaller_of_a_gpu(a, b, ARCH: tl.constexpr):
+    return smaller(a, b, 0)
+
+
+@triton.jit
+def _e4m3_bytes_without_instruction(x0, x1, x2, x3):
+    low = _signed_e4m3(x0) | (_signed_e4m3(x1) << 8)
+    return low | (_signed_e4m3(x2) << 16) | (_signed_e4m3(x3) << 24)
+
+
+@triton.jit
+def _signed_e4m3(x):
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return e4m3_encode(tl.abs(x), 0) | tl.where(x == x, sign, 0)
+
+
 @triton.jit
 def wait_kernel(y_ptr, ARCH: tl.constexpr):
     await_previous(ARCH)
@@ -410,6 +458,12 @@ def named() -> Iterator[tuple[str, Callable[[], Call]]]:
         yield f"function, e2m1, {ftz}", functools.partial(E2M1Call, ftz)
     yield "function, e2m1, magnitudes", lambda: E2M1Call(False, True)
     yield "interpreted, e2m1, magnitudes", NativeMagnitudesCall
+    yield "interpreted, e2m1, False, by e4m3", lambda: PackedByE4M3Call(E2M1Call(False))
+    yield "interpreted, e2m1, True, by e4m3", lambda: PackedByE4M3Call(E2M1Call(True))
+    yield (
+        "interpreted, e2m1, magnitudes, by e4m3",
+        lambda: PackedByE4M3Call(E2M1Call(False, True)),
+    )
     for values in (False, True):
         yield f"function, decode, {values}", functools.partial(DecodeWordsCall, values)
     yield "compiled, wait", CompiledCall

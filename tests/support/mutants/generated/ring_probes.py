@@ -41,6 +41,7 @@ from nvfp4_moe.reference.weights.prepare import assemble_experts
 from ..calls import Answered, Call, FusedCall
 from ..edge_calls import ActivationCall
 from ..kernel_calls import case_of
+from . import guarded
 from .numbers import seeded
 from .operation_calls import ProductCall
 from .part_calls import exactly
@@ -325,6 +326,20 @@ class FewProgramsCall:
 
 
 @dataclass(frozen=True)
+class GuardedCall:
+    """A call whose GEMMs fail if they read or write behind one of their tensors (`guarded.py`)."""
+
+    call: Call
+
+    def answer(self, device: str = "cpu") -> Any:
+        with mock.patch(f"{launch.__package__}.hopper.launch.launch", guarded.launch):
+            return self.call.answer(device)
+
+    def judge(self) -> Answered:
+        return self.call.judge()
+
+
+@dataclass(frozen=True)
 class ClearCall:
     """The marks of handed-over sums, cleared for some programs, with other memory behind them."""
 
@@ -444,6 +459,17 @@ def named() -> Named:
         yield f"ring, masked, {mode}", functools.partial(_masked, mode, (3, 0, 17, 8))
     for one in moe_edges.activations(Recipe()):
         yield f"ring, {one.name}", functools.partial(ActivationCall, one, NARROW)
+    # Tiles of one strip; the second begins at a row that is no expert's number.
+    two = exact(_A.Relu2, 128, 128, (3, 1))
+    yield "ring, guarded", lambda: GuardedCall(FusedCall(two, SMALL, few))
+    yield (
+        "ring, guarded, gathered, one token",
+        lambda: GuardedCall(FusedCall(exact(_A.Relu2, 384, 128, (0, 1)), GATHERED, few)),
+    )
+    yield (
+        "ring, guarded, bf16, three strips",
+        lambda: GuardedCall(_of(_A.Swiglu, 144, 192, bf16=True)),
+    )
     yield "ring, far rows", lambda: FarRowsCall(SMALL)
     yield "ring, gathered, far rows", lambda: FarGatheredCall(GATHERED)
     yield "ring, far rows, odd strips", lambda: FarZerosCall(SMALL)
@@ -467,6 +493,10 @@ def named() -> Named:
     yield (
         "ring, dense, shared, parts",
         lambda: FewProgramsCall(ProductCall(parts, exact=True, by_row=True, m=57, n=300, k=320)),
+    )
+    yield (
+        "ring, dense, guarded",
+        lambda: GuardedCall(ProductCall(SMALL, by_row=True, m=41, k=192)),
     )
     for programs in (3, 264):
         yield f"ring, dense, {programs} cleared", functools.partial(ClearCall, programs)
