@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import fake_flashinfer
 import host_time
+import moe_profile
 import moe_speed
 import power
 import pretend_gpu
@@ -17,7 +18,7 @@ import training_speed
 from offline import compile_kernel, resources
 
 from nvfp4_moe import mm_fp4
-from nvfp4_moe.bench import baseline_layers, bf16_layer, bf16_weights, dense, moe
+from nvfp4_moe.bench import baseline_layers, bf16_layer, bf16_weights, clock, dense, moe
 from nvfp4_moe.bench.bf16_layer import Tiles, candidates
 from nvfp4_moe.bench.bf16_weights import Weights
 from nvfp4_moe.bench.case import NotHere, WrongResult
@@ -338,3 +339,36 @@ def test_host_time_measures_every_call(monkeypatch):
     for name, cell in cells.items():
         assert all(value > 0 for value in cell.values()), name
         assert host_time.line(name, cell)
+
+
+def test_kernels_of_equal_calls_in_their_order():
+    events = [
+        *(("second", at + 3.0, at + 3.0 + took) for at, took in ((0, 5.0), (10, 6.0), (20, 9.0))),
+        *(("first", at + 0.0, at + 2.0) for at in (20, 0, 10)),
+    ]
+    first, second = moe_profile.in_order(events, 3)
+    assert first == moe_profile.Kernel("first", 2.0, None)
+    assert second == moe_profile.Kernel("second", 6.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ([], "0 launches are not those of 2 equal calls"),
+        ([("a", 0.0, 1.0)] * 3, "3 launches are not those of 2 equal calls"),
+        ([("a", 0.0, 1.0), ("b", 2.0, 3.0)], "launch 0 has several names"),
+    ],
+)
+def test_launches_of_unequal_calls(events, message):
+    with pytest.raises(ValueError, match=message):
+        moe_profile.in_order(events, 2)
+
+
+def test_floors_of_both_gemms():
+    rates = clock.Rates(4000.0, 800.0, "bf16")
+    s = moe.Shape("a", 1024, 512, 4, 2)
+    few, many = torch.tensor([0, 3]), torch.arange(4).repeat(10_000)
+    bytes_of = 1024 * 1024 * 2 * 9 / 16  # two experts' first weights
+    assert moe_profile.gemm_floors(s, few, rates)[0] == pytest.approx(bytes_of / 4000e9 * 1e6)
+    flop = 2 * 512 * 1024 * 40_000
+    assert moe_profile.gemm_floors(s, many, rates)[1] == pytest.approx(flop / 800e12 * 1e6)
