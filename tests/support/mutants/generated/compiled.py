@@ -107,6 +107,14 @@ class Launch:
             done = _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
         return programs[0], _digest(done.asm["cubin"])
 
+    def barriers(self) -> int:
+        """Compile without a launch; return how many barriers the kernel initializes."""
+        with offline():
+            self.kernel.device_caches.clear()
+            done = _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
+        initialized: int = done.asm["ptx"].count("mbarrier.init")
+        return initialized
+
 
 def _form(value: Any, *, fixed: bool) -> str:
     if isinstance(value, torch.Tensor):

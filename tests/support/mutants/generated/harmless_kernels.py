@@ -118,12 +118,12 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The rows of all experts are fewer than 2^31, since TMA's coordinates have 32 bits.": (
         "kernels _consume: rounding: expert.to(gl.int64) -> expert",
     ),
-    "A step more multiplies zeros, which TMA gives beyond K; K is a multiple of 16.": (
-        "kernels expert_gemm_kernel: operator: K + GROUPS * 128 - 1 -> K + GROUPS * 128 + 1",
+    "K is a multiple of 16, so that there are as many steps.": (
         "kernels expert_gemm_kernel: constant: K + GROUPS * 128 - 1 -> K + GROUPS * 128 - 2",
-        "kernels expert_gemm_kernel: constant: GROUPS * 128 -> GROUPS * 129",
-        "kernels dense_gemm_kernel: operator: K + GROUPS * 128 - 1 -> K + GROUPS * 128 + 1",
         "kernels dense_gemm_kernel: constant: K + GROUPS * 128 - 1 -> K + GROUPS * 128 - 2",
+    ),
+    "A step more multiplies zeros: TMA gives them beyond K in weights, and in rows of tokens, too.": (
+        "kernels dense_gemm_kernel: operator: K + GROUPS * 128 - 1 -> K + GROUPS * 128 + 1",
         "kernels dense_gemm_kernel: constant: GROUPS * 128 -> GROUPS * 129",
     ),
     "A tile behind the last has no tokens, and of a strip behind the last no column is stored. All "
@@ -308,6 +308,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels dense_gemm_kernel: rounding: acc.to(out_ptr.dtype.element_ty) -> acc",
         "kernels _finish: rounding: to_bf16(y, ARCH) -> y",
         "kernels _finish_dense: rounding: to_bf16(acc, ARCH) -> acc",
+        "kernels _finish_dense: rounding: acc.to(out_ptr.dtype.element_ty) -> acc",
         "kernels store_codes: rounding: tl.where(mask, byte, 0).to(tl.uint8) -> tl.where(mask, byte, "
         "0)",
         "kernels take_kernel: rounding: tokens.to(tl.int64) -> tokens",
@@ -395,9 +396,41 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "Of a number that is none only the sign is read.": (
         "kernels e2m1_signs: constant: tl.where(y == y, bits, 0) -> tl.where(y == y, bits, 1)",
     ),
-    "The instruction and the integer arithmetic give the same byte.": (
+    "The instruction and the integer arithmetic give the same byte, and the same number for it.": (
+        "kernels e4m3_round: comparison: ARCH >= 89 -> ARCH > 89",
+        "kernels e4m3_round: constant: ARCH >= 89 -> ARCH >= 90",
         "kernels e4m3_encode: comparison: ARCH >= 89 -> ARCH > 89",
         "kernels e4m3_encode: constant: ARCH >= 89 -> ARCH >= 90",
+    ),
+    "64 (r + 2) is a number of e4m3 or over 448. Numbers of e4m3 lie 16 apart there, and it changes "
+    "by less than 2^-13.": (
+        "kernels _pack: constant: tl.fma(rounded, 64.0, 128.0) -> tl.fma(rounded, 64.00000762939453, "
+        "128.0)",
+        "kernels _pack: constant: tl.fma(rounded, 64.0, 128.0) -> tl.fma(rounded, 64.0, "
+        "128.00001525878906)",
+    ),
+    "A magnitude next to 6 rounds to 6.": (
+        "kernels e2m1_encode: constant: smaller(a, 6.0, ARCH) -> smaller(a, 6.000000476837158, ARCH)",
+        "kernels e2m1_encode_magnitudes: constant: smaller(a, 6.0, ARCH) -> smaller(a, "
+        "6.000000476837158, ARCH)",
+    ),
+    "By the conversion to e4m3, magnitudes above 6 and NaN have the code of 6 without a minimum.": (
+        "kernels e2m1_encode: comparison: ARCH < 89 -> ARCH <= 89",
+        "kernels e2m1_encode: constant: ARCH < 89 -> ARCH < 90",
+    ),
+    "Both ways give the signs: a GPU's arithmetic makes positive NaN only.": (
+        "kernels e2m1_signs: comparison: ARCH >= 89 -> ARCH > 89",
+        "kernels e2m1_signs: constant: ARCH >= 89 -> ARCH >= 90",
+    ),
+    "The assembly reads the low 16 bits of its register alone.": (
+        "kernels _scale_pairs: rounding: scales.to(gl.int32) -> scales",
+    ),
+    "The buffer and what is stored in it have that size, no smaller than the width. Of what is stored "
+    "only the tile's tokens are read, and only theirs are loaded.": (
+        "kernels power_of_2: constant: 1 << (width - 1).bit_length() -> 2 << (width - 1).bit_length()",
+    ),
+    "The fragment that is waited for is assigned anew before it is read.": (
+        "kernels _wait: constant: -1 -> -2 (2)",
     ),
     "Of 2^-6 both ways give the byte 8.": (
         "kernels e4m3_encode: comparison: x < 0.015625 -> x <= 0.015625",

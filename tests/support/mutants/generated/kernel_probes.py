@@ -284,8 +284,8 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/jit/fragments.py": _named("fragments", "far, fragments"),
     "kernels/moe/hopper/prologue.py": _named("prologue"),
     "kernels/moe/hopper/rows.py": _named("fragments, bf16", "far, fragments"),
-    "kernels/moe/hopper/grouped_gemm.py": _named("ring"),
-    "kernels/moe/hopper/dense_gemm.py": _named("ring, dense"),
+    "kernels/moe/hopper/grouped_gemm.py": _named("ring", "compiled, barriers"),
+    "kernels/moe/hopper/dense_gemm.py": _named("ring, dense", "compiled, barriers of ring, dense"),
     "kernels/moe/hopper/fragments.py": _named("ring"),
     "kernels/moe/hopper/gather.py": _named("ring, gathered"),
     "kernels/jit/e2m1.py": (

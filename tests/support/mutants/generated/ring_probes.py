@@ -340,6 +340,23 @@ class GuardedCall:
 
 
 @dataclass(frozen=True)
+class BarriersCall:
+    """How many barriers a GEMM initializes, which no result shows, in the forms that a call launches."""
+
+    name: str
+    config: RingConfig
+
+    def answer(self, device: str = "cpu") -> list[int]:
+        from . import compiled  # which knows the calls by name
+
+        return [one.barriers() for one in compiled.launches(self.name)]
+
+    def judge(self) -> Answered:
+        pairs = 2 * self.config.stages  # a full and an empty one of each stage
+        return exactly([pairs] * (1 if "dense" in self.name else 2))
+
+
+@dataclass(frozen=True)
 class ClearCall:
     """The marks of handed-over sums, cleared for some programs, with other memory behind them."""
 
@@ -425,7 +442,12 @@ def named() -> Named:
         "ring, gathered, bf16",
         lambda: FusedCall(exact(_A.Identity, 272, 384, bf16=True), GATHERED, three),
     )
-    yield "ring, gathered, NaN", lambda: FusedCall(_every_second_is_nan(), GATHERED, few)
+    for hidden in (256, 384):  # the last step is whole, or has 128 columns beyond K
+        nan = functools.partial(_every_second_is_nan, hidden)
+        yield (
+            f"ring, gathered, NaN, {hidden} columns",
+            lambda nan=nan: FusedCall(nan(), GATHERED, few),
+        )
     yield "ring, gathered, few are local", lambda: FusedCall(_few_are_local(), GATHERED, few)
     # The widest tile has one eight of rows more than a second warp that copies.
     narrow = RingConfig((32, 16), 2, 2, 1, gathers=True)
@@ -498,9 +520,13 @@ def named() -> Named:
         "ring, dense, guarded",
         lambda: GuardedCall(ProductCall(SMALL, by_row=True, m=41, k=192)),
     )
+    yield "compiled, barriers of ring, dense", lambda: BarriersCall("ring, dense", SMALL)
+    yield "compiled, barriers of ring, exact", lambda: BarriersCall("ring, exact", SMALL)
     for programs in (3, 264):
         yield f"ring, dense, {programs} cleared", functools.partial(ClearCall, programs)
     yield "ring, dense, parts", lambda: ProductCall(parts, by_row=True, m=41, k=192)
+    # A tile that leaves less than 3 KiB of shared memory.
+    yield "ring, dense, tiles of 256", lambda: ProductCall(CONFIGS[-1], by_row=True, m=259, k=192)
     yield "ring, dense, tiles of 64", lambda: ProductCall(CONFIGS[3], by_row=True, m=103, k=192)
     # The last rows are 2^31 elements behind the first.
     yield "ring, dense, far rows", lambda: OnesProductCall(2**15 + 24, 2**16, 64, kept=32)
@@ -540,9 +566,9 @@ def _twice(one: MoECase) -> MoECase:
     return replace(one, ids=ids, weights=one.weights.repeat(1, 2), routing=routing)
 
 
-def _every_second_is_nan() -> MoECase:
+def _every_second_is_nan(hidden: int) -> MoECase:
     """Tokens in bf16 of which each second one is NaN, so that columns read behind a row are NaN."""
-    found = case(_A.Swiglu, 384, 192, (3, 1, 0, 17, 8), bf16=True)
+    found = case(_A.Swiglu, hidden, 192, (3, 1, 0, 17, 8), bf16=True)
     x = found.activations.hidden_states.clone()
     x[1::2] = torch.nan
     return replace(found, activations=Activations(x))
