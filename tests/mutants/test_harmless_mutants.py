@@ -7,22 +7,47 @@ from assertions import assert_bitwise
 
 from nvfp4_moe.reference.numerics import e2m1
 
+SHIFT = 2.0**-26
+"""The factor of dividends and divisors in `quantize.block._candidate`."""
+
 
 @pytest.mark.parametrize("divisor", [1536.0, 2688.0])
-def test_a_code_times_a_row_is_divided_by_either_reciprocal(divisor):
+@pytest.mark.parametrize("shift", [SHIFT, 2.0**26, 2.0**-27, 2.0 * -26])
+def test_a_code_times_a_row_is_divided_by_either_reciprocal(divisor, shift):
     """Every significand of `quantize.block._quotients`, and the next larger reciprocal in it."""
-    float32, double = torch.float32, torch.float64
+    p, codes = _dividends()
+    inverse = torch.tensor(1 / (divisor * shift), dtype=torch.float32, device="cpu")
+    for factor in (inverse, torch.nextafter(inverse, 2 * inverse)):
+        q = (p * shift * factor).to(torch.float32).double()
+        got = _quotients(codes, p * shift, divisor * shift, factor, q)
+        want = (codes * p[:, None] / divisor).to(torch.float32)
+        assert_bitwise(got, want, f"by {factor.item()}")
+
+
+@pytest.mark.parametrize("divisor", [1536.0, 2688.0])
+def test_a_code_times_a_row_is_divided_from_a_first_quotient_near_0(divisor):
+    """The first quotient times the divisor, in place of the reciprocal, is 2^-29 of it and less."""
+    p, codes = _dividends()
+    factor = torch.tensor(1 / (divisor * SHIFT), dtype=torch.float32, device="cpu")
+    q = (p * SHIFT / factor).to(torch.float32).double()
+    got = _quotients(codes, p * SHIFT, divisor * SHIFT, factor, q)
+    assert_bitwise(got, (codes * p[:, None] / divisor).to(torch.float32), "quotients")
+
+
+def _dividends():
+    """Return every significand of a block scale times a row's maximum, and the values of codes."""
+    double = torch.float64
     rows = 1 + torch.arange(1024, dtype=double, device="cpu") / 1024  # of fp16, and so of bf16
     scales = torch.arange(8, 16, dtype=double, device="cpu") / 8
-    codes = torch.tensor(e2m1.VALUES, dtype=double, device="cpu")
-    p = (rows[:, None] * scales).flatten()
-    inverse = torch.tensor(1 / divisor, dtype=float32, device="cpu")
-    for factor in (inverse, torch.nextafter(inverse, torch.ones_like(inverse))):
-        q = (p * factor).to(float32).double()
-        high = ((p - q * divisor).to(float32).double() * factor + q).to(float32).double()
-        low = ((p - high * divisor).to(float32) * factor)[:, None]
-        got = (codes * high[:, None] + (codes * low).to(float32).double()).to(float32)
-        assert_bitwise(got, (codes * p[:, None] / divisor).to(float32), f"by {factor.item()}")
+    return (rows[:, None] * scales).flatten(), torch.tensor(e2m1.VALUES, dtype=double, device="cpu")
+
+
+def _quotients(codes, p, divisor, factor, q):
+    """Divide as the kernel does, each operation rounded to fp32, from a first quotient q."""
+    float32 = torch.float32
+    high = ((p - q * divisor).to(float32).double() * factor + q).to(float32).double()
+    low = ((p - high * divisor).to(float32) * factor)[:, None]
+    return (codes * high[:, None] + (codes * low).to(float32).double()).to(float32)
 
 
 @pytest.mark.slow

@@ -365,6 +365,16 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     "The quotient is right for every significand with either reciprocal (`test_harmless_mutants.py`).": (
         "kernels _quotients: constant: 1.0 / D -> 1.0000001192092896 / D",
     ),
+    "The quotient is right for every significand (`test_harmless_mutants.py`). In rows from 2^-60 to "
+    "2^16 nothing is subnormal or overflows with this factor, either.": (
+        "kernels _candidate: operator: 2.0 ** (-26) -> 2.0 * -26",
+        "kernels _candidate: operator: -26 -> 26",
+        "kernels _candidate: constant: -26 -> -27",
+    ),
+    "The first quotient is near 0, and the second is that of the whole dividend. The result is right "
+    "for every significand (`test_harmless_mutants.py`).": (
+        "kernels _quotients: operator: p * INVERSE -> p / INVERSE",
+    ),
     "The polynomial has the same value for every argument (`test_harmless_mutants.py`).": (
         "kernels _exp: constant: 1.0 / 5040 -> 1.0000001192092896 / 5040",
     ),

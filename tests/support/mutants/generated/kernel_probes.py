@@ -22,6 +22,7 @@ from ..edge_calls import ActivationCall
 from ..kernel_calls import CALLS, case_of
 from . import (
     far_calls,
+    gpu_paths,
     jit_calls,
     prologue_probes,
     quantizer_probes,
@@ -191,6 +192,7 @@ _MORE: dict[str, Callable[[], Call]] = {
     for some in (
         _parts(),
         quantizer_probes.named(),
+        gpu_paths.named(),
         routers.named(),
         _layers(),
         _products(),
@@ -272,7 +274,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         *_named("routers"), "function, sigmoid", "far, route", *_named("prologue, routed"),
     ),
     "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized", "prologue")),
-    "kernels/quantize/block.py": _BLOCKS,
+    "kernels/quantize/block.py": (*_BLOCKS, *_named("interpreted, quantizer")),
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,

@@ -60,6 +60,13 @@ def _every_recipe() -> Named:
                     functools.partial(QuantizerCall, x, case),
                 )
 
+    for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
+        case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+        yield (
+            f"quantizer, equal errors, {recipe}",
+            functools.partial(QuantizerCall, _equal_errors(), case),
+        )
+
     # Rows of blocks whose two errors are so near that the way in which they are computed decides.
     near = torch.cat([rows_at_edges()[52:55], inputs.synthetic("grid", 400, 80, seed=5)[100:250]])
     for build in ("cuda", "cute-dsl"):
@@ -85,6 +92,24 @@ def _every_recipe() -> Named:
             f"quantizer, subnormal errors, {recipe}",
             functools.partial(QuantizerCall, (below * 2.0**-112).bfloat16(), case),
         )
+
+
+def _equal_errors() -> torch.Tensor:
+    """[40, 80]: blocks whose errors with 4 and with 6 are equal but for the rounding of quotients.
+
+    In units of a scale with 6, 1.5 of which are one with 4, the first number is 6. The second is over 2
+    and 2.25, the third under 0.5 and 0.75: what the one errs less with 4, the other does with 6.
+    """
+    g, rows = seeded(14), 40
+    largest = 1 + host.integers(g, 0, 128, (rows, 1)).float() / 128
+    scales = host.fp32([8.0, 10.0, 12.0])[host.integers(g, 0, 3, (rows, 4)).long()]
+    unit = scales * host.powers(host.integers(g, -1, 5, (rows, 4))) * largest / 2688
+    x = host.zeros(rows, 5, 16)
+    x[:, 0, 0] = largest[:, 0]
+    x[:, 1:, 0] = unit * (5.88 + 0.24 * host.uniform(g, rows, 4))
+    x[:, 1:, 1] = unit * (2.25 + 0.25 * host.uniform(g, rows, 4))
+    x[:, 1:, 2] = unit * (0.375 + 0.125 * host.uniform(g, rows, 4))
+    return x.view(rows, 80).bfloat16()
 
 
 def _steps_of_fp32() -> torch.Tensor:
@@ -125,13 +150,20 @@ def _cuts() -> Named:
     split = LaunchConfig(4, 4, 0, 2, 1)
     yield "quantizer, programs a row, global scale", functools.partial(CutCall, x, case, split)
 
-    rows = rows_at_edges()[:8] * host.powers(host.fp32([0, -99, 60, 0, -99, 0, 0, 99]))[:, None]
+    rows = rows_at_edges()[:8] * host.powers(host.fp32([0, -120, 60, 0, -99, 0, 0, 118]))[:, None]
     for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
         case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
         yield (
             f"quantizer, rows of any size at a time, {recipe}",
             functools.partial(CutCall, rows.bfloat16(), case, LaunchConfig(4, 8, 0, 1, 1)),
         )
+
+    tiny = (rows_at_edges()[44:50] * 2.0**-118).bfloat16()
+    case = quantize_cases.Case(
+        "per-token", Recipe("fast", NVFP44Over6Config()), SfLayout.layout_linear
+    )
+    alone = LaunchConfig(1, 8, 0, 1, 1)
+    yield "quantizer, 4over6, tiny rows alone", functools.partial(CutCall, tiny, case, alone)
 
     for recipe in (Recipe(), Recipe("exact")):
         yield (
