@@ -196,8 +196,8 @@ mutants: $(SETUP)
 	-$(MUTANTS) --generated kernels --jobs 2
 	$(MUTANTS) --generated report
 
-# What compilation alone decides of the mutants of the Gluon kernels, for sm_90, without a GPU: half an hour
-# on two idle cores. Triton should be the version of the GPU's machine.
+# What compilation alone decides of the mutants of the Gluon kernels and of Triton's open ones, for sm_90,
+# without a GPU: half an hour on two idle cores. Triton should be the version of the GPU's machine.
 mutants-compiled: $(SETUP)
 	-$(MUTANTS) --generated kernels --device compile --jobs 2
 

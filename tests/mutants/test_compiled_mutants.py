@@ -1,4 +1,4 @@
-"""Mutants of the Gluon kernels that their compilation decides, and the forms that their probes have."""
+"""Mutants that the kernels' compilation decides, and the forms that the probes of Gluon's have."""
 
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
@@ -68,6 +68,31 @@ def test_the_command_keeps_what_compilation_decides_alone(
     assert {"compile": "killed"} in kept.values()
 
 
+def test_of_tritons_kernels_those_that_are_open_are_compiled(tmp_path, capsys, monkeypatch):
+    """Its kernel in assembly has no place for a packed pair; one that is harmless does not wait."""
+    tried = [m for m in command.every("kernels") if m.file == "kernels/jit/arithmetic.py"]
+    by_change = {m.change: m for m in tried if m.function == "fma"}
+    packed = next(m for change, m in by_change.items() if change.endswith("True, 2)"))
+    path = tmp_path / "results.txt"
+    results = Results(path, tried)
+    for mutant in tried:
+        results.add(mutant, "cpu", "survived" if mutant is packed else "killed")
+    results.write()
+    monkeypatch.setattr(kernel_probes, "asked", lambda file, device: ["function, fma, False"])
+    command._named_probes.cache_clear()
+    main(
+        ["--generated", "kernels", "--device", "compile", "--results", str(path), "--only", "fma:"]
+    )
+    command._named_probes.cache_clear()
+    assert capsys.readouterr().out.startswith("1 tried")
+    assert Results(path, tried).of(packed) == {"cpu": "survived", "compile": "killed"}
+
+
+def test_files_that_launch_one_form_have_one_probe_of_it(monkeypatch):
+    monkeypatch.setattr(kernel_probes, "asked", lambda file, device: [QUICK])
+    assert compiled.probes(FILE) == compiled.probes("kernels/moe/hopper/grouped_gemm.py") != {}
+
+
 def test_a_fault_of_the_machine_decides_nothing(one_probe, of_clear_kernel, monkeypatch):
     probes = compiled.probes(FILE)
 
@@ -80,6 +105,10 @@ def test_a_fault_of_the_machine_decides_nothing(one_probe, of_clear_kernel, monk
     assert found.by.startswith(compiled.WAITS)
 
 
+def of_ring(name):
+    return name.startswith("ring") and "far" not in name
+
+
 def test_the_probes_launch_the_dense_gemm_in_every_form():
     """With shared tiles and without: a scale for each row or for all, and a width of several parts.
 
@@ -87,7 +116,7 @@ def test_the_probes_launch_the_dense_gemm_in_every_form():
     """
     forms, scaled = set(), set()
     for name in kernel_probes.asked(FILE, "cuda"):
-        for launch in compiled.launches(name) if "far" not in name else []:
+        for launch in compiled.launches(name) if of_ring(name) else []:
             given = {p.name: a for p, a in zip(launch.kernel.params, launch.args, strict=False)}
             given |= launch.options
             if launch.kernel.__name__ == "dense_gemm_kernel":
@@ -105,7 +134,7 @@ def test_the_probes_launch_the_grouped_gemm_in_every_form():
     """Each constant that is a truth value is true in some launch and false in another."""
     found = {}
     for name in kernel_probes.asked("kernels/moe/hopper/grouped_gemm.py", "cuda"):
-        for launch in compiled.launches(name) if "far" not in name else []:
+        for launch in compiled.launches(name) if of_ring(name) else []:
             if launch.kernel.__name__ == "expert_gemm_kernel":
                 for option in ("GATHERED", "FRAGMENTS", "ODD"):
                     found.setdefault(option, set()).add(bool(launch.options[option]))

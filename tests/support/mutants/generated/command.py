@@ -291,9 +291,20 @@ def _place(mutant: Generated, results: Results, device: str) -> tuple[bool, bool
 
 
 def _waits(mutant: Generated, results: Results, device: str, again: bool) -> bool:
-    """Return True if it has neither been caught anywhere nor, unless `again`, survived here."""
+    """Return True if it has neither been caught anywhere nor, unless `again`, survived here.
+
+    Of Triton's kernels those that are open are compiled alone: the interpreter tries the others.
+    """
     found = results.of(mutant)
+    if device == "compile" and results.status(mutant) != "open" and not _is_of_gluon(mutant.file):
+        return False
     return set(found.values()) <= {"survived"} and (again or device not in found)
+
+
+def _is_of_gluon(file: str) -> bool:
+    from . import compiled
+
+    return compiled.is_of_gluon(file)
 
 
 COLUMNS = ("killed", "timed out", "harmless", "open", "not tried")

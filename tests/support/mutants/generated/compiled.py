@@ -1,4 +1,4 @@
-"""Mutants of the Gluon kernels that their compilation for sm_90 decides, without a GPU.
+"""Mutants that compilation for sm_90 decides, without a GPU: Gluon's, and what is open of Triton's.
 
 A mutant that does not compile is caught. One with the machine code of the unchanged kernel in every call
 of its probes is one that no probe can see: on a GPU it survives. Any other waits for a GPU.
@@ -10,7 +10,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from .trial import Probe
 ARCH = 90
 WAITS = "a GPU decides"
 """A probe says so of a mutant with other machine code."""
-_OF_GLUON = "ring"
-"""How the names of probes begin whose calls launch a Gluon kernel."""
+_OF_GLUON, _OF_COMPILATION = "ring", "compiled"
+"""How the names of probes begin whose calls launch a Gluon kernel, and of those that compile alone."""
 _TOO_LARGE = "far"
 """Calls with this in their name take gigabytes; others compile the same kernels."""
+_OF_FORM: dict[str, Probe] = {}
+"""The probe of a form, for all files: two of them may launch it."""
 _run = triton.JITFunction.run
 _LOCATIONS = re.compile(r" ?loc\(.*?\)$|^#loc.*$", re.MULTILINE)
 
@@ -129,11 +131,12 @@ def _digest(text: bytes) -> str:
 
 
 def launches(name: str) -> list[Launch]:
-    """Return the launches of Gluon kernels in a probe's call, each form once."""
+    """Return the launches in a probe's call, each form once; of a ring those of Gluon kernels alone."""
     found: dict[str, Launch] = {}
+    of_gluon = name.startswith(_OF_GLUON)
 
     def noted(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if kernel.is_gluon():
+        if kernel.is_gluon() or not of_gluon:
             launch = Launch(kernel, args, options)
             found.setdefault(launch.form, launch)
         return pretend_gpu.Compiled([])
@@ -142,8 +145,14 @@ def launches(name: str) -> list[Launch]:
         pretend_gpu.present(patch)
         patch.setattr(triton.JITFunction, "run", noted)
         patch.setattr(launcher, "_LAUNCHES", {})
-        kernel_probes.call(name).answer("cpu")
+        with suppress(IndexError, RuntimeError):  # of results that no kernel has written
+            kernel_probes.call(name).answer("cpu")
     return list(found.values())
+
+
+def is_of_gluon(file: str) -> bool:
+    """Return True for a module of Gluon's kernels, which only a GPU of sm_90 runs."""
+    return any(name.startswith(_OF_GLUON) for name in kernel_probes.OF_FILE.get(file, ()))
 
 
 @contextmanager
@@ -166,18 +175,19 @@ def _digests() -> tempfile.TemporaryDirectory[str]:
 def probes(file: str) -> dict[str, Probe]:
     """Return a probe for each form of a kernel that the probes of a file launch on sm_90.
 
-    Its first run, of unchanged code, keeps the digests with which later ones compare.
+    Its first run, of unchanged code, keeps the digests with which later ones compare. Probes that only
+    compile are asked as they are.
     """
     found: dict[str, Probe] = {}
     for name in kernel_probes.asked(file, "cuda"):
-        for launch in launches(name) if _is_of_gluon(name) else []:
-            path = Path(_digests().name, _digest(launch.form.encode()))
-            found.setdefault(launch.form, functools.partial(_compared, launch, path))
+        if name.startswith(_OF_COMPILATION):
+            found[name] = kernel_probes.probe(name, "cuda")
+        elif _TOO_LARGE not in name:
+            for launch in launches(name):
+                path = Path(_digests().name, _digest(launch.form.encode()))
+                probe = functools.partial(_compared, launch, path)
+                found[launch.form] = _OF_FORM.setdefault(launch.form, probe)
     return found
-
-
-def _is_of_gluon(name: str) -> bool:
-    return name.startswith(_OF_GLUON) and _TOO_LARGE not in name
 
 
 def _compared(launch: Launch, path: Path) -> Iterator[str]:
