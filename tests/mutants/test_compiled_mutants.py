@@ -88,6 +88,15 @@ def test_of_tritons_kernels_those_that_are_open_are_compiled(tmp_path, capsys, m
     assert Results(path, tried).of(packed) == {"cpu": "survived", "compile": "killed"}
 
 
+def test_what_does_not_fit_is_killed(one_probe, of_clear_kernel, monkeypatch):
+    probes = compiled.probes(FILE)
+    assert trial.check(probes.items(), jobs=1, seconds=100.0)[1] == []
+    changed = of_clear_kernel["i < programs -> i <= programs"]
+    monkeypatch.setattr(compiled, "_SHARED_BYTES", -1)
+    (found,) = trial.run([(changed, list(probes.values()))], jobs=1, seconds=lambda _: 100.0)
+    assert found.by.startswith("OutOfResources: out of resource: shared memory")
+
+
 def test_files_that_launch_one_form_have_one_probe_of_it(monkeypatch):
     monkeypatch.setattr(kernel_probes, "asked", lambda file, device: [QUICK])
     assert compiled.probes(FILE) == compiled.probes("kernels/moe/hopper/grouped_gemm.py") != {}

@@ -24,6 +24,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from nvfp4_moe.kernels import launcher
 
@@ -31,6 +32,8 @@ from . import kernel_probes
 from .trial import Probe
 
 ARCH = 90
+_SHARED_BYTES = 227 << 10
+"""Of a program on sm_90, at most."""
 WAITS = "a GPU decides"
 """A probe says so of a mutant with other machine code."""
 _OF_GLUON, _OF_COMPILATION = "ring", "compiled"
@@ -87,6 +90,7 @@ class Launch:
 
         Raises:
             _SameCode: `known` is true.
+            OutOfResources: no program would fit, as a launch says.
         """
         programs = []
         stages_of = CUDABackend.add_stages
@@ -107,6 +111,8 @@ class Launch:
         with mock.patch.object(CUDABackend, "add_stages", add_stages):
             self.kernel.device_caches.clear()
             done = _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
+        if done.metadata.shared > _SHARED_BYTES:
+            raise OutOfResources(done.metadata.shared, _SHARED_BYTES, "shared memory")
         return programs[0], _digest(done.asm["cubin"])
 
     def barriers(self) -> int:
