@@ -97,6 +97,17 @@ def test_what_does_not_fit_is_killed(one_probe, of_clear_kernel, monkeypatch):
     assert found.by.startswith("OutOfResources: out of resource: shared memory")
 
 
+def test_a_constant_exchanged_in_a_child_leaves_the_digests(one_probe, of_clear_kernel):
+    """The child empties all caches, and compares its kernels with the unchanged ones all the same."""
+    probes = compiled.probes(FILE)
+    assert trial.check(probes.items(), jobs=1, seconds=100.0)[1] == []
+    constant = next(m for m in command.every("kernels") if m.function == "COPIERS")
+    changed = of_clear_kernel["i < programs -> i <= programs"]
+    given = [(m, list(probes.values())) for m in (constant, changed)]
+    same_code, other_code = trial.run(given, jobs=1, seconds=lambda _: 100.0)
+    assert (same_code.status, other_code.by) == ("survived", compiled.WAITS)
+
+
 def test_files_that_launch_one_form_have_one_probe_of_it(monkeypatch):
     monkeypatch.setattr(kernel_probes, "asked", lambda file, device: [QUICK])
     assert compiled.probes(FILE) == compiled.probes("kernels/moe/hopper/grouped_gemm.py") != {}

@@ -172,10 +172,15 @@ def offline() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _digests() -> tempfile.TemporaryDirectory[str]:
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+"""The folder of `_digests`. It is in no cache: a child that empties one would remove the folder."""
+
+
+def _digests() -> str:
     """Return the folder in which processes find what the unchanged kernels are compiled to."""
-    return tempfile.TemporaryDirectory()
+    if not _FOLDERS:
+        _FOLDERS.append(tempfile.TemporaryDirectory())
+    return _FOLDERS[0].name
 
 
 def probes(file: str) -> dict[str, Probe]:
@@ -190,7 +195,7 @@ def probes(file: str) -> dict[str, Probe]:
             found[name] = kernel_probes.probe(name, "cuda")
         elif _TOO_LARGE not in name:
             for launch in launches(name):
-                path = Path(_digests().name, _digest(launch.form.encode()))
+                path = Path(_digests(), _digest(launch.form.encode()))
                 probe = functools.partial(_compared, launch, path)
                 found[launch.form] = _OF_FORM.setdefault(launch.form, probe)
     return found
