@@ -144,6 +144,10 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels _piece: comparison: behind >= 0 -> behind > 0",
         "kernels _piece: constant: behind >= 0 -> behind >= 1",
     ),
+    "A width is a multiple of 8: it has none of the bits 0 and 1, and 1 or 2 less have as many bits.": (
+        "kernels parts_of: operator: -1 -> 1",
+        "kernels power_of_2: constant: width - 1 -> width - 2",
+    ),
     "A width has no bit above its highest.": (
         "kernels parts_of: operator: width.bit_length() - 1 -> width.bit_length() + 1",
     ),
@@ -438,6 +442,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "The fragment that is waited for is assigned anew before it is read.": (
         "kernels _wait: constant: -1 -> -2 (2)",
+        "kernels _wait: operator: -1 -> 1 (2)",
     ),
     "Of 2^-6 both ways give the byte 8.": (
         "kernels e4m3_encode: comparison: x < 0.015625 -> x <= 0.015625",
@@ -472,6 +477,12 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "gl.SwizzledSharedLayout(1, 2, 1, [0])",
         "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
         "gl.SwizzledSharedLayout(1, 1, 2, [0])",
+        "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
+        "gl.SwizzledSharedLayout(2, 1, 1, [0]) (2)",
+        "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
+        "gl.SwizzledSharedLayout(1, 2, 1, [0]) (2)",
+        "kernels expert_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
+        "gl.SwizzledSharedLayout(1, 1, 2, [0]) (2)",
         "kernels dense_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
         "gl.SwizzledSharedLayout(2, 1, 1, [0])",
         "kernels dense_gemm_kernel: constant: gl.SwizzledSharedLayout(1, 1, 1, [0]) -> "
