@@ -89,6 +89,19 @@ def add(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def add_magnitudes(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """|a| + |b|; the assembly keeps the magnitudes modifiers of the addition, which are free."""
+    if ARCH == 0:
+        return add(tl.abs(a), tl.abs(b), FTZ, ARCH)
+    ASM: tl.constexpr = (
+        "{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; add.rn.ftz.f32 $0, a, b; }"
+        if FTZ
+        else "{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; add.rn.f32 $0, a, b; }"
+    )
+    return tl.inline_asm_elementwise(ASM, "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
 def div(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
     """a / b, correctly rounded."""
     if ARCH == 0:

@@ -11,6 +11,16 @@ import triton.language as tl
 from .arithmetic import mul, mul_magnitude, smaller
 
 
+@triton.constexpr_function
+def magnitude_unit(arch):
+    """The unit in which `e2m1_encode_magnitudes` takes magnitudes with the least work.
+
+    e4m3 of a code's magnitude times 2^-6 is the code times four: below 2^-6 e4m3's numbers are 2^-9
+    apart, as e2m1's are 1/2 apart below 1.
+    """
+    return 2.0**-6 if 89 <= arch < 100 else 1.0
+
+
 @triton.jit
 def columns(x):
     """Split [R, NB, N, 8] into its eight columns [R, NB, N], first to last."""
@@ -45,15 +55,16 @@ def _native_e2m1_words(y):
 
 
 @triton.jit
-def _e2m1_round(a):
-    """Round fp32 magnitudes to e2m1's steps of 1/2, 1 and 2, ties to even. NaN stays NaN.
+def _e2m1_round(a, UNIT: tl.constexpr = 1.0):
+    """Round fp32 magnitudes, in UNIT, to e2m1's steps of 1/2, 1 and 2, ties to even. NaN stays NaN.
 
     2^22 times a number of [1, 2) has the step 1/2 in fp32, of [2, 4) 1, of [4, 8) 2. Subtracting it from
     a rounds a to that step, and adding it again is exact. The number is a, or 1.5 for smaller ones.
     Its significand is even wherever a is a tie. Where it is next to 2 or 4, the difference may have the
-    finer step of the lower binade; a rounds to 2 or 4 by both steps.
+    finer step of the lower binade; a rounds to 2 or 4 by both steps. A power of two as UNIT moves every
+    exponent and changes no significand.
     """
-    near = tl.maximum(a, 1.5)
+    near = tl.maximum(a, 1.5 * UNIT)
     return tl.fma(near, 4194304.0, tl.fma(near, -4194304.0, a))
 
 
@@ -87,12 +98,16 @@ def _select(a, b, MASK: tl.constexpr):
 
 
 @triton.jit
-def _pack(rounded, ARCH: tl.constexpr):
+def _pack(rounded, ARCH: tl.constexpr, UNIT: tl.constexpr = 1.0):
     """Pack the results of `_e2m1_round`, [R, NB, 16], into magnitude codes of words [R, NB, 2].
 
-    Element 0 has the lowest nibble. From sm_89 on, results above 6 and NaN give the code of 6.
+    Element 0 has the lowest nibble. From sm_89 on, NaN gives the code of 6, and so do results above 6
+    with the UNIT 1.
     """
-    if ARCH >= 89:
+    if UNIT != 1.0:  # 2^-6: e4m3 is the code times four, and that of NaN ends in ones
+        even, odd = _even_and_odd_bytes(rounded)
+        word = _select(even >> 2, odd << 2, 0x0F0F0F0F) & 0x77777777
+    elif ARCH >= 89:
         # e4m3 of 64 (r + 2) ends in the three bits of the code and one more. What is above 6 saturates
         # to 448, which ends as 6 does, and so does NaN.
         even, odd = _even_and_odd_bytes(tl.fma(rounded, 64.0, 128.0))
@@ -142,13 +157,22 @@ def e2m1_encode(x, output_scale, FTZ: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
-def e2m1_encode_magnitudes(a, ARCH: tl.constexpr):
-    """Magnitudes [R, NB, 16] to (packed codes [R, NB, 2], the rounded magnitudes). NaN rounds to 6."""
+def e2m1_encode_magnitudes(a, ARCH: tl.constexpr, UNIT: tl.constexpr = 1.0, saturates=None):
+    """Magnitudes in UNIT, [R, NB, 16], to (packed codes [R, NB, 2], the rounded magnitudes in UNIT).
+
+    UNIT is 1 or `magnitude_unit(ARCH)`. Without `saturates`, results above 6 and NaN become 6. With it
+    a program in which it is false has no magnitude that rounds above 6, and NaN stays NaN with code 6.
+    """
     if ARCH >= 100:
         word = _native_e2m1_words(a)
         shift = (tl.arange(0, 8) * 4)[None, None, None, :]
         # Exponent and significand of a code, shifted, stand where those of 2^-126 times it do.
         bits = tl.reshape((word[:, :, :, None] >> shift) & 7, a.shape) << 22
         return word, bits.to(tl.float32, bitcast=True) * 2.0**126
-    rounded = _e2m1_round(smaller(a, 6.0, ARCH))
-    return _pack(rounded, ARCH), rounded
+    if saturates is None:
+        a = smaller(a, 6.0 * UNIT, ARCH)
+    else:
+        if saturates:
+            a = smaller(a, 6.0 * UNIT, ARCH)
+    rounded = _e2m1_round(a, UNIT)
+    return _pack(rounded, ARCH, UNIT), rounded

@@ -15,17 +15,21 @@ from .formats import BF16, E4M3, FP16, FP32
 @triton.jit
 def _load_words(x_ptr, row, block, mask, NB, FIRST: tl.constexpr, WORDS: tl.constexpr):
     """Four 32-bit words of each block, [ROWS, NBP, 4], from word FIRST of the block's WORDS."""
-    word = (row * NB + block)[:, :, None] * WORDS + FIRST + tl.arange(0, 4)[None, None, :]
-    return tl.load(x_ptr + word, mask[:, :, None], other=0)
+    word = (row * NB + block)[:, :, None] * WORDS + tl.arange(0, 4)[None, None, :]
+    return tl.load(x_ptr + word + FIRST, mask[:, :, None], other=0)
 
 
 @triton.jit
-def load_blocks(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr):
-    """Read blocks of x as they lie in memory: a tuple of words [ROWS, NBP, 4], zero outside the mask."""
+def load_blocks(x_ptr, row, block, mask, NB, DTYPE: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """Read blocks of x as they lie in memory: a tuple of words [ROWS, NBP, 4], zero outside the mask.
+
+    They are the blocks `block` + SHIFT. SHIFT becomes a part of the instruction, where the sum would
+    cost an address of its own.
+    """
     WORDS: tl.constexpr = 16 if DTYPE == FP32 else 4 if DTYPE == E4M3 else 8
     words = ()  # type: tuple
     for i in tl.static_range(WORDS // 4):
-        words = words + (_load_words(x_ptr, row, block, mask, NB, 4 * i, WORDS),)  # noqa: RUF005
+        words = words + (_load_words(x_ptr, row, block, mask, NB, 4 * i + SHIFT * WORDS, WORDS),)  # noqa: RUF005
     return words
 
 

@@ -43,6 +43,12 @@ def has_fast_error(code):
 
 
 @triton.constexpr_function
+def compares_inputs(code):
+    """True for 4over6 that takes its differences in the input's domain."""
+    return is_four_over_six(code) and not has_fast_error(code)
+
+
+@triton.constexpr_function
 def largest_value(code):
     """6 times the largest block scale of 4over6."""
     return 6.0 * (256 if code & recipe.E4M3_MAX_256 else 448)

@@ -4,21 +4,27 @@
 import triton
 import triton.language as tl
 
-from .formats import LAYOUT_128X4
+from .formats import LAYOUT_128X4, LAYOUT_LINEAR
 from .layouts import scale_offset
 
 
 @triton.jit
 def store_codes(
-    codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT: tl.constexpr
-):
-    """Write codes [R, NB, 2] and block scales of the blocks at (row, column) of live rows."""
-    mask = live & (column < NB)
+    codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT: tl.constexpr,
+    SHIFT: tl.constexpr = 0,
+):  # fmt: skip
+    """Write codes [R, NB, 2] and block scales of the blocks at (row, column + SHIFT) of live rows.
+
+    SHIFT is a multiple of 4, and becomes a part of the instructions, as in `load_blocks`.
+    """
+    tl.static_assert(SHIFT % 4 == 0)
+    mask = live & (column < NB - SHIFT)
     word = (row * NB + column)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    tl.store(codes_ptr + word, codes, mask[:, :, None])
+    tl.store(codes_ptr + word + 2 * SHIFT, codes, mask[:, :, None])
     offset = scale_offset(row, column, padded_columns, LAYOUT)
+    BYTES: tl.constexpr = 1 if LAYOUT == LAYOUT_LINEAR else 128 if LAYOUT == LAYOUT_128X4 else 8
     byte = tl.where(mask, byte, 0).to(tl.uint8)  # padded columns are zero
-    tl.store(sf_ptr + offset, byte, live & (column < padded_columns))
+    tl.store(sf_ptr + offset + BYTES * SHIFT, byte, live & (column < padded_columns - SHIFT))
 
 
 @triton.jit

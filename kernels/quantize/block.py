@@ -10,7 +10,7 @@ import triton.language as tl
 from ..jit.arithmetic import (
     FLT_MAX,
     SIXTH,
-    add,
+    add_magnitudes,
     div,
     flush,
     fma,
@@ -20,7 +20,13 @@ from ..jit.arithmetic import (
     smaller,
     sub,
 )
-from ..jit.e2m1 import columns, e2m1_encode, e2m1_encode_magnitudes, e2m1_signs
+from ..jit.e2m1 import (
+    columns,
+    e2m1_encode,
+    e2m1_encode_magnitudes,
+    e2m1_signs,
+    magnitude_unit,
+)
 from ..jit.e4m3 import e4m3_encode, e4m3_round
 from ..jit.formats import E4M3, PER_TOKEN
 from ..jit.recipe import (
@@ -68,19 +74,18 @@ def _output_scale(sf, encode, rcp_delta_ptr, RECIPE: tl.constexpr, ARCH: tl.cons
 
 
 @triton.jit
-def _ordered_sum(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    """Sum [R, NB, 16] from left to right; the order decides near ties of 4over6."""
+def _ordered_magnitudes(terms, FTZ: tl.constexpr, ARCH: tl.constexpr):
+    """Sum the magnitudes of [R, NB, 16] from left to right; the order decides near ties of 4over6."""
     R: tl.constexpr = terms.shape[0]
     NB: tl.constexpr = terms.shape[1]
     halves = tl.permute(tl.reshape(terms, (R, NB, 2, 8)), (0, 1, 3, 2))
     first, second = tl.split(halves)
     a0, a1, a2, a3, a4, a5, a6, a7 = columns(tl.reshape(first, (R, NB, 1, 8)))
     b0, b1, b2, b3, b4, b5, b6, b7 = columns(tl.reshape(second, (R, NB, 1, 8)))
-    total = add(add(add(a0, a1, FTZ, ARCH), a2, FTZ, ARCH), a3, FTZ, ARCH)
-    total = add(add(add(total, a4, FTZ, ARCH), a5, FTZ, ARCH), a6, FTZ, ARCH)
-    total = add(add(add(total, a7, FTZ, ARCH), b0, FTZ, ARCH), b1, FTZ, ARCH)
-    total = add(add(add(total, b2, FTZ, ARCH), b3, FTZ, ARCH), b4, FTZ, ARCH)
-    total = add(add(add(total, b5, FTZ, ARCH), b6, FTZ, ARCH), b7, FTZ, ARCH)
+    total = a0
+    after = (a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7)
+    for i in tl.static_range(15):
+        total = add_magnitudes(total, after[i], FTZ, ARCH)
     return tl.reshape(total, (R, NB))
 
 
@@ -107,6 +112,7 @@ def _candidate(
     encode,
     decode,
     row_amax,
+    saturates,
     rcp_delta_ptr,
     RECIPE: tl.constexpr,
     MODE: tl.constexpr,
@@ -121,13 +127,15 @@ def _candidate(
     FTZ: tl.constexpr = flushes(RECIPE)
     byte, sf = e4m3_round(unrounded, ARCH)
     output_scale = _output_scale(sf, encode, rcp_delta_ptr, RECIPE, ARCH)
-    words, rounded = e2m1_encode_magnitudes(mul(a, output_scale[:, :, None], FTZ, ARCH), ARCH)
+    UNIT: tl.constexpr = magnitude_unit(ARCH) if NEAR_ONE else 1.0
+    scaled = mul(a, (output_scale * UNIT)[:, :, None], FTZ, ARCH)
+    words, rounded = e2m1_encode_magnitudes(scaled, ARCH, UNIT, saturates)
     if NEAR_ONE:
         # sf * row_amax, and its product with a code, have at most 11 + 4 + 2 significant bits. The row's
         # maximum and D are 2^-26 of themselves, so that nothing overflows.
         SHIFT: tl.constexpr = 2.0**-26
         D: tl.constexpr = largest_value(RECIPE) * SHIFT
-        quotients = _quotients(rounded, sf * (row_amax * SHIFT), D)
+        quotients = _quotients(rounded, sf * (row_amax * (SHIFT / UNIT)), D)
         difference = sub(quotients, a, FTZ, ARCH)
     else:
         scale = sf[:, :, None]
@@ -142,10 +150,22 @@ def _candidate(
         else:
             difference = sub(mul(scaled, decode[:, :, None], FTZ, ARCH), a, FTZ, ARCH)
     if squares_error(RECIPE):
-        term = mul(difference, difference, FTZ, ARCH)
-    else:
-        term = tl.abs(difference)
-    return byte, output_scale, words, _ordered_sum(term, FTZ, ARCH)
+        difference = mul(difference, difference, FTZ, ARCH)
+    return byte, output_scale, words, _ordered_magnitudes(difference, FTZ, ARCH)
+
+
+@triton.jit
+def may_saturate(least, encode, row_amax):
+    """Return false only if no magnitude of the rows rounds above 6, under both of 4over6's block scales.
+
+    A block's largest magnitude is 6 / sf times the unrounded scale, or 4 / sf with the block's maximum
+    at 4. Rounding gives at most 17/16 of 6 where sf is normal, 9/8 where it is 4 steps of 2^-9 or more,
+    and saturation at 448 nearly 1. 7 is the first magnitude that rounds above 6.
+    """
+    sixth = encode * SIXTH
+    small = (least * sixth >= 2.0**-7) | (row_amax == 0)
+    inside = small & (row_amax * sixth <= 450.0)
+    return tl.min(tl.min(inside.to(tl.int32), 1), 0) == 0
 
 
 @triton.jit
@@ -154,13 +174,19 @@ def _four_over_six(
     amax,
     encode,
     row_amax,
+    saturates,
     rcp_delta_ptr,
     RECIPE: tl.constexpr,
     MODE: tl.constexpr,
     NEAR_ONE: tl.constexpr,
+    TWICE: tl.constexpr,
     ARCH: tl.constexpr,
 ):
-    """Return (scale bytes, packed codes), with the block's maximum at 4 if that error is smaller."""
+    """Return (scale bytes, packed codes), with the block's maximum at 4 if that error is smaller.
+
+    TWICE has the instructions of both candidates one after the other. They take less time than a loop,
+    but more to arrive, which a program of few rows waits for as much as for its data.
+    """
     FTZ: tl.constexpr = flushes(RECIPE)
     if is_exact(RECIPE):
         unrounded6 = mul(div(amax, 6.0, FTZ, ARCH), encode, FTZ, ARCH)
@@ -171,32 +197,36 @@ def _four_over_six(
     unrounded4 = mul(unrounded6, 1.5, FTZ, ARCH)
     a = tl.abs(x)
     encoded = mul(a, encode[:, :, None], FTZ, ARCH)
-    byte = tl.zeros(amax.shape, tl.int32)
-    words = tl.zeros((amax.shape[0], amax.shape[1], 2), tl.int32)
-    output = tl.zeros(amax.shape, tl.float32)
-    error = tl.zeros(amax.shape, tl.float32)
-    unrounded = unrounded6
-    # A loop, not two calls: a program of few rows waits for its instructions as much as for its data.
-    for i in tl.range(0, 2):
-        this_byte, this_output, this_words, this_error = _candidate(
-            a,
-            encoded,
-            unrounded,
-            encode,
-            decode,
-            row_amax,
-            rcp_delta_ptr,
-            RECIPE,
-            MODE,
-            NEAR_ONE,
-            ARCH,
-        )
-        better = (this_error < error) | (i == 0)
-        byte = tl.where(better, this_byte, byte)
-        words = tl.where(better[:, :, None], this_words, words)
-        output = tl.where(better, this_output, output)
-        error = this_error
-        unrounded = unrounded4
+    if TWICE:
+        byte, output, words, error = _candidate(
+            a, encoded, unrounded6, encode, decode, row_amax, saturates, rcp_delta_ptr,
+            RECIPE, MODE, NEAR_ONE, ARCH,
+        )  # fmt: skip
+        byte4, output4, words4, error4 = _candidate(
+            a, encoded, unrounded4, encode, decode, row_amax, saturates, rcp_delta_ptr,
+            RECIPE, MODE, NEAR_ONE, ARCH,
+        )  # fmt: skip
+        better = error4 < error
+        byte = tl.where(better, byte4, byte)
+        words = tl.where(better[:, :, None], words4, words)
+        output = tl.where(better, output4, output)
+    else:
+        byte = tl.zeros(amax.shape, tl.int32)
+        words = tl.zeros((amax.shape[0], amax.shape[1], 2), tl.int32)
+        output = tl.zeros(amax.shape, tl.float32)
+        error = tl.zeros(amax.shape, tl.float32)
+        unrounded = unrounded6
+        for i in tl.range(0, 2):
+            this_byte, this_output, this_words, this_error = _candidate(
+                a, encoded, unrounded, encode, decode, row_amax, saturates, rcp_delta_ptr,
+                RECIPE, MODE, NEAR_ONE, ARCH,
+            )  # fmt: skip
+            better = (this_error < error) | (i == 0)
+            byte = tl.where(better, this_byte, byte)
+            words = tl.where(better[:, :, None], this_words, words)
+            output = tl.where(better, this_output, output)
+            error = this_error
+            unrounded = unrounded4
     y = mul(x, output[:, :, None], FTZ, ARCH)
     words = words | e2m1_signs(y, ARCH)
     zero = amax == 0  # then even -0 gets the code 0
@@ -214,8 +244,15 @@ def quantize_block(
     MODE: tl.constexpr,
     DTYPE: tl.constexpr,
     ARCH: tl.constexpr,
+    saturates=None,
+    TWICE: tl.constexpr = False,
 ):
-    """Quantize x [R, NB, 16] with maxima amax: (scale bytes [R, NB], packed codes [R, NB, 2])."""
+    """Quantize x [R, NB, 16] with maxima amax: (scale bytes [R, NB], packed codes [R, NB, 2]).
+
+    Args:
+        saturates: by `may_saturate`, for 4over6 per token; None: not known.
+        TWICE: as `_four_over_six` has it, where a row's maximum is in its usual range.
+    """
     FTZ: tl.constexpr = flushes(RECIPE)
     amax = flush(amax, FTZ, ARCH)
     if is_four_over_six(RECIPE):
@@ -223,14 +260,18 @@ def quantize_block(
             far = (row_amax != 0) & ((row_amax < 2.0**-60) | (row_amax > 2.0**16))
             if tl.max(tl.max(far.to(tl.int32), 1), 0) == 0:
                 byte, words = _four_over_six(
-                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, True, ARCH
-                )
+                    x, amax, encode, row_amax, saturates, rcp_delta_ptr,
+                    RECIPE, MODE, True, TWICE, ARCH,
+                )  # fmt: skip
             else:
                 byte, words = _four_over_six(
-                    x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH
-                )
+                    x, amax, encode, row_amax, None, rcp_delta_ptr,
+                    RECIPE, MODE, False, False, ARCH,
+                )  # fmt: skip
             return byte, words
-        return _four_over_six(x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, False, ARCH)
+        return _four_over_six(
+            x, amax, encode, row_amax, None, rcp_delta_ptr, RECIPE, MODE, False, False, ARCH
+        )
     if DTYPE == E4M3 and FTZ:  # the CUDA build's kernel for e4m3 has a rule of its own
         unrounded = mul(encode, mul(amax, SIXTH, FTZ, ARCH), FTZ, ARCH)
         byte, sf = e4m3_round(unrounded, ARCH)

@@ -17,9 +17,16 @@ from ..jit.formats import E4M3, FP32, LAYOUT_LINEAR, PER_TOKEN, ROW_SCALES
 from ..jit.fragments import join_fourths, load_places, store_at_places, store_fragments
 from ..jit.load import block_maxima, block_values, load_blocks
 from ..jit.pdl import await_previous
-from ..jit.recipe import flushes, is_exact
+from ..jit.recipe import compares_inputs, flushes, is_exact
 from ..jit.store import store_codes, zero_padding_rows
-from .block import or_zero, prescale_e4m3, quantize_block, quantize_fp32_block, row_scales
+from .block import (
+    may_saturate,
+    or_zero,
+    prescale_e4m3,
+    quantize_block,
+    quantize_fp32_block,
+    row_scales,
+)
 
 
 @triton.jit
@@ -38,28 +45,55 @@ def _load_parts(
     parts = ()  # type: tuple
     maxima = ()  # type: tuple
     for i in tl.static_range(PARTS):
-        column = block + i * BLOCKS
-        words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
+        mask = live & (block + i * BLOCKS < NB)
+        words = load_blocks(x_ptr, row, block, mask, NB, DTYPE, i * BLOCKS)
         parts = parts + (words,)  # noqa: RUF005, Triton has no star
         maxima = maxima + (block_maxima(words, DTYPE, ARCH),)  # noqa: RUF005
     return parts, maxima
 
 
 @triton.jit
-def _read_maximum(x_ptr, row, column, live, NB, DTYPE: tl.constexpr, ARCH: tl.constexpr):
-    """Return the largest magnitudes [ROWS] of the blocks at (row, column)."""
+def _larger_and_smaller(a, b, c, d):
+    return tl.maximum(a, c), tl.minimum(b, d)
+
+
+@triton.jit
+def _extremes(maxima, LEAST: tl.constexpr, ARCH: tl.constexpr):
+    """Return (largest, least) [ROWS] of a tuple of blocks' maxima [ROWS, NB].
+
+    The largest takes NaN for 0. The least takes 0 and NaN for infinity; without LEAST it is the largest.
+    """
+    largest = maxima[0]
+    for i in tl.static_range(1, len(maxima)):
+        largest = larger(largest, maxima[i], ARCH)
+    if LEAST:
+        least = tl.where(maxima[0] > 0, maxima[0], float("inf"))
+        for i in tl.static_range(1, len(maxima)):
+            least = tl.minimum(least, tl.where(maxima[i] > 0, maxima[i], float("inf")))
+        row_amax, row_least = tl.reduce((largest, least), 1, _larger_and_smaller)
+        return or_zero(row_amax), row_least
+    row_amax = or_zero(tl.max(largest, 1))
+    return row_amax, row_amax
+
+
+@triton.jit
+def _read_extremes(
+    x_ptr, row, column, live, NB, DTYPE: tl.constexpr, LEAST: tl.constexpr, ARCH: tl.constexpr
+):
+    """Return `_extremes` of the blocks at (row, column)."""
     words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
-    return or_zero(tl.max(block_maxima(words, DTYPE, ARCH), 1))
+    return _extremes((block_maxima(words, DTYPE, ARCH),), LEAST, ARCH)
 
 
 @triton.jit
 def _quantize_and_store(
-    words, amax, encode, token, row_amax, row, first, live, codes_ptr, sf_ptr, values_ptr,
+    words, amax, encode, token, row_amax, saturates, row, first, live, codes_ptr, sf_ptr, values_ptr,
     places, rcp_delta_ptr, NB, padded_columns,
     RECIPE: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCKS: tl.constexpr, FRAGMENTS: tl.constexpr, SLOTS: tl.constexpr, ARCH: tl.constexpr,
+    BLOCKS: tl.constexpr, SHIFT: tl.constexpr, TWICE: tl.constexpr, FRAGMENTS: tl.constexpr,
+    SLOTS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Store codes and scales, or values, of BLOCKS blocks of rows from block `first`, where live."""
+    """Store codes and scales, or values, of BLOCKS blocks of live rows from block `first` + SHIFT."""
     column = first + tl.arange(0, BLOCKS)[None, :]
     x = block_values(words, DTYPE)
     if DTYPE == E4M3:
@@ -69,15 +103,18 @@ def _quantize_and_store(
         byte, codes = quantize_fp32_block(x, amax, token, rcp_delta_ptr, ARCH)
     else:
         byte, codes = quantize_block(
-            x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH
+            x, amax, encode, row_amax, rcp_delta_ptr, RECIPE, MODE, DTYPE, ARCH, saturates, TWICE
         )
     if FRAGMENTS:
         x = _values(codes, byte, ARCH)
-        store_fragments(x, values_ptr, places, first * 16, NB * 16, SLOTS)
+        store_fragments(x, values_ptr, places, (first + SHIFT) * 16, NB * 16, SLOTS)
     elif values_ptr is not None:
+        column += SHIFT
         _store_values(values_ptr, codes, byte, row, column, live & (column < NB), NB, ARCH)
     else:
-        store_codes(codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT)
+        store_codes(
+            codes, byte, row, column, live, codes_ptr, sf_ptr, NB, padded_columns, LAYOUT, SHIFT
+        )
 
 
 @triton.jit
@@ -177,20 +214,22 @@ def quantize_kernel(
         parts, maxima = _load_parts(x_ptr, row, block, live, NB, PARTS, BLOCKS, DTYPE, ARCH)
 
     if MODE == PER_TOKEN:
+        LEAST: tl.constexpr = compares_inputs(RECIPE) and DTYPE != E4M3 and ARCH != 0
         if READ == 0:
-            largest = maxima[0]
-            for i in tl.static_range(1, PARTS):
-                largest = larger(largest, maxima[i], ARCH)
-            row_amax = or_zero(tl.max(largest, 1))
+            row_amax, least = _extremes(maxima, LEAST, ARCH)
         else:
             ahead = tl.arange(0, READ)[None, :]
-            row_amax = _read_maximum(x_ptr, row, ahead, live, NB, DTYPE, ARCH)
+            row_amax, least = _read_extremes(x_ptr, row, ahead, live, NB, DTYPE, LEAST, ARCH)
             if SPLITS == 1:
                 for start in range(READ, NB, READ):
-                    more = _read_maximum(x_ptr, row, start + ahead, live, NB, DTYPE, ARCH)
+                    more, less = _read_extremes(
+                        x_ptr, row, start + ahead, live, NB, DTYPE, LEAST, ARCH
+                    )
                     row_amax = tl.maximum(row_amax, more)
-        row_amax = flush(row_amax, FTZ, ARCH)[:, None]
+                    least = tl.minimum(least, less)
+        row_amax, least = flush(row_amax, FTZ, ARCH)[:, None], least[:, None]
         encode, token = row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
+        saturates = may_saturate(least, encode, row_amax) if LEAST else None
         shown = token
         if HAS_OUT_SCALE:
             shown = mul(token, tl.load(out_scale_ptr), FTZ, ARCH)
@@ -199,6 +238,7 @@ def quantize_kernel(
     else:
         row_amax = given
         encode = given
+        saturates = None
         if INVERSE:
             if is_exact(RECIPE):
                 encode = reciprocal(given, FTZ, ARCH)
@@ -213,16 +253,17 @@ def quantize_kernel(
             column = start + block
             words = load_blocks(x_ptr, row, column, live & (column < NB), NB, DTYPE)
             _quantize_and_store(
-                words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, row, start, live,
-                codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
-                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
+                words, block_maxima(words, DTYPE, ARCH), encode, token, row_amax, saturates, row,
+                start, live, codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
+                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, 0, ARCH >= 89, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
     else:
+        TWICE: tl.constexpr = PARTS > 1 and ARCH >= 89  # both candidates would not fit before
         for i in tl.static_range(PARTS):
             _quantize_and_store(
-                parts[i], maxima[i], encode, token, row_amax, row, first + i * BLOCKS, live,
+                parts[i], maxima[i], encode, token, row_amax, saturates, row, first, live,
                 codes_ptr, sf_ptr, values_ptr, places, rcp_delta_ptr, NB, padded_columns,
-                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, FRAGMENTS, SLOTS, ARCH,
+                RECIPE, MODE, DTYPE, LAYOUT, BLOCKS, i * BLOCKS, TWICE, FRAGMENTS, SLOTS, ARCH,
             )  # fmt: skip
 
 
@@ -243,17 +284,20 @@ def quantize_row_to_places(
     FTZ: tl.constexpr = flushes(RECIPE)
     live = row >= 0
     maxima = block_maxima(words, DTYPE, ARCH)
+    LEAST: tl.constexpr = compares_inputs(RECIPE) and DTYPE != E4M3 and ARCH != 0
     if READ == 0:
-        row_amax = or_zero(tl.max(maxima, 1))
+        row_amax, least = _extremes((maxima,), LEAST, ARCH)
     else:
-        row_amax = _read_maximum(x_ptr, row, tl.arange(0, READ)[None, :], live, NB, DTYPE, ARCH)
-    row_amax = flush(row_amax, FTZ, ARCH)[:, None]
+        ahead = tl.arange(0, READ)[None, :]
+        row_amax, least = _read_extremes(x_ptr, row, ahead, live, NB, DTYPE, LEAST, ARCH)
+    row_amax, least = flush(row_amax, FTZ, ARCH)[:, None], least[:, None]
     given = tl.zeros((1, 1), tl.float32) + base_scale_inv
     encode, token = row_scales(row_amax, given, rcp_delta_ptr, RECIPE, ARCH)
+    saturates = may_saturate(least, encode, row_amax) if LEAST else None
     if first == 0:
         store_at_places(token, token_ptr, places, True, 1, SLOTS)
     _quantize_and_store(
-        words, maxima, encode, token, row_amax, row, first, live, None, None, values_ptr,
-        places, rcp_delta_ptr, NB, NB, RECIPE, PER_TOKEN, DTYPE, LAYOUT_LINEAR, BLOCKS, True, SLOTS,
-        ARCH,
+        words, maxima, encode, token, row_amax, saturates, row, first, live, None, None, values_ptr,
+        places, rcp_delta_ptr, NB, NB, RECIPE, PER_TOKEN, DTYPE, LAYOUT_LINEAR, BLOCKS, 0, False,
+        True, SLOTS, ARCH,
     )  # fmt: skip

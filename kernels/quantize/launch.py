@@ -46,9 +46,18 @@ class LaunchConfig:
 
 
 def launch_config(
-    m: int, num_blocks: int, *, four_over_six: bool = False, interpreted: bool = False
+    m: int,
+    num_blocks: int,
+    *,
+    four_over_six: bool = False,
+    tiled: bool = False,
+    interpreted: bool = False,
 ) -> LaunchConfig:
-    """Choose the shipped configuration of the per-token quantizer for [m, 16 * num_blocks]."""
+    """Choose the shipped configuration of the per-token quantizer for [m, 16 * num_blocks].
+
+    Args:
+        tiled: block scales are written in the layout 128x4, and the rows have no index.
+    """
     wide = max(4, next_power_of_2(num_blocks))
     read = min(wide, BLOCKS_IN_REGISTERS)
     if interpreted:  # a program costs milliseconds there, whatever its size
@@ -57,10 +66,19 @@ def launch_config(
     one_read = wide == read
     if one_read and wide >= 256 and (m <= 32 or (four_over_six and m <= 128)):
         # Few rows leave multiprocessors idle: several programs a row, each finding its maximum.
-        blocks = 128 if four_over_six else wide // 4
-        return LaunchConfig(1, blocks, wide, cdiv(num_blocks, blocks), blocks // 32)
-    if four_over_six and (not one_read or (m > 128 and wide >= 128)):
-        # Arithmetic limits: small programs, many at a time; the second read hits the cache.
+        # Two programs a row were faster than four in 128x4 on an H200, and four warps than eight for a
+        # program of a row of 512 blocks until 32 rows filled the GPU.
+        blocks = 128 if four_over_six else min(256, wide // (2 if tiled else 4))
+        most = 4 if m <= 16 and wide <= 512 else 8
+        return LaunchConfig(1, blocks, wide, cdiv(num_blocks, blocks), min(most, blocks // 32))
+    # Parts follow the row's length more closely than a power of two does. Few threads with much each
+    # wait less at the row's maximum than many, and share what is computed for the whole row.
+    part = wide // 4
+    if part > 64 and num_blocks % part and num_blocks % (part // 2) == 0:
+        part //= 2  # seven parts or five, and no part half empty
+    parts = cdiv(num_blocks, part)
+    if four_over_six and (not one_read or (m > 128 and wide >= 128 and parts > 4)):
+        # More than four parts do not fit in registers. The second read hits the cache.
         blocks = 128 if wide > 256 and num_blocks % 128 == 0 else 64
         return LaunchConfig(1, blocks, read, 1, blocks // 32)
     if m <= 128 and one_read:
@@ -69,12 +87,11 @@ def launch_config(
         return LaunchConfig(256 // wide, wide, 0, 1, 4)
     if not one_read:
         return LaunchConfig(1, read, read, 1, 16)
-    # Parts follow the row's length more closely than a power of two does. Few threads with much each
-    # wait less at the row's maximum than many, and share what is computed for the whole row.
-    blocks = wide // 4
-    if blocks > 64 and num_blocks % blocks and num_blocks % (blocks // 2) == 0:
-        blocks //= 2  # seven parts or five, and no part half empty
-    return LaunchConfig(1, blocks, 0, 1, blocks // 32, cdiv(num_blocks, blocks))
+    # Memory is written by 32 bytes at a time. In 128x4 they hold four block scales of an even row and
+    # four of the next one: a program of both rows writes 8 bytes of them, not 4. Two longer rows
+    # were not measured, and 4over6 takes longer for its arithmetic than for its writes.
+    rows = 2 if tiled and wide <= 512 and not four_over_six else 1
+    return LaunchConfig(rows, part, 0, 1, rows * part // 32, parts)
 
 
 def global_launch_config(m: int, num_blocks: int, *, interpreted: bool = False) -> LaunchConfig:
@@ -133,6 +150,7 @@ def _launch(
                 m,
                 cut,
                 four_over_six=bool(recipe_code & FOUR_OVER_SIX),
+                tiled=layout == SfLayout.layout_128x4 and row_index is None,
                 interpreted=INTERPRETING,
             )
         else:

@@ -517,12 +517,13 @@ def test_a_capability_is_two_numbers(capability):
         check_capability(capability)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("four_over_six", [False, True])
 @pytest.mark.parametrize("m", [1, 32, 33, 128, 129, 4096])
-def test_every_length_of_rows_has_a_configuration(m, four_over_six):
+def test_every_length_of_rows_has_a_configuration(m, four_over_six, tiled):
     """Programs have warps, and the one read, or all splits together, reach the end of a row."""
     for num_blocks in range(1, 1300):
-        config = launch_config(m, num_blocks, four_over_six=four_over_six)
+        config = launch_config(m, num_blocks, four_over_six=four_over_six, tiled=tiled)
         assert config.warps in (1, 2, 4, 8, 16), (num_blocks, config)
         reached = config.blocks * (config.splits if config.read else config.parts)
         assert reached >= num_blocks or (config.read and config.splits == 1), (num_blocks, config)

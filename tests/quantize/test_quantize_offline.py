@@ -24,8 +24,9 @@ def shipped() -> list[tuple[Recipe, int, LaunchConfig]]:
         for columns in COLUMNS:
             for m in ROWS:
                 four = recipe.four_over_six is not None
-                config = launch_config(m, columns // 16, four_over_six=four)
-                found[recipe, PER_TOKEN.value, config] = None
+                for tiled in (False, True):
+                    config = launch_config(m, columns // 16, four_over_six=four, tiled=tiled)
+                    found[recipe, PER_TOKEN.value, config] = None
                 found[recipe, GLOBAL_SCALE.value, global_launch_config(m, columns // 16)] = None
     return list(found)
 

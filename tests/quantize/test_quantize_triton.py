@@ -55,10 +55,12 @@ def test_golden_arrays(recipe, edge, device):
 
 
 COLUMNS = (
-    *(16, 64, 128, 256, 512, 1024, 2048, 2688, 3584, 4096),
-    *(5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384, 20480),
+    *(16, 64, 128, 256, 512, 1024, 1280, 2048, 2688, 3584, 4096),
+    *(5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384, 16640, 20480),
 )
 """One for each number of blocks that configurations tell apart, and some between."""
+ROWS = (1, 31, 100, 131)
+"""One for each number of rows that they tell apart. 131 is odd, and no multiple of 128."""
 STANDING_FOR_ALL = (
     *triton_cases.PLAIN,
     Recipe("fast", NVFP44Over6Config()),
@@ -67,11 +69,22 @@ STANDING_FOR_ALL = (
 )
 
 
+def test_columns_and_rows_reach_every_configuration():
+    kinds = [{"four_over_six": f, "tiled": t} for f in (False, True) for t in (False, True)]
+
+    def configurations(rows, blocks):
+        choose = quantize_launch.launch_config
+        return {choose(m, b, **kind) for m in rows for b in blocks for kind in kinds}
+
+    reached = configurations(ROWS, [columns // 16 for columns in COLUMNS])
+    assert configurations((1, 16, 17, 32, 33, 128, 129, 4096), range(1, 1300)) - reached == set()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_every_launch_configuration(columns):
     """A miscompiled configuration shows in ordinary numbers; special ones are in other tests."""
-    for m in (1, 100, 131):  # few rows, some, many: the choices of `launch_config`
+    for m in ROWS:
         x = inputs.synthetic("heavy", m, columns, seed=columns + m).cuda()
         for recipe in STANDING_FOR_ALL:
             triton_cases.per_token(x, recipe)
@@ -106,6 +119,22 @@ def test_rows_in_extreme_ranges_take_the_slow_division():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("columns", [2048, 7168])
+@pytest.mark.parametrize("recipe", STANDING_FOR_ALL, ids=str)
+def test_blocks_far_below_their_row(recipe, columns):
+    """4over6 limits magnitudes to 6 only in programs with a block scale of few steps of 2^-9."""
+    strange = triton_cases.strange_rows(columns).cuda()
+    steps = torch.exp2(-torch.arange(columns // 16, device="cuda") % 26.0)  # of each block
+    x = torch.randn(400, columns, device="cuda", generator=_generator(3))
+    x = (x.view(400, -1, 16) * steps[:, None]).view(400, columns)
+    near = x[200:]  # no block of these rows stays far below its row
+    near *= (near.abs().amax(1, keepdim=True) / near.abs()).clamp(max=2.0**13)
+    for layout in (SfLayout.layout_linear, SfLayout.layout_128x4):
+        triton_cases.per_token(strange, recipe, layout)
+        triton_cases.per_token(x.bfloat16(), recipe, layout)
+
+
+@pytest.mark.gpu
 def test_beyond_two_to_the_31_elements():
     m, k = 799_040, 2688  # the MoE intermediate that broke 32-bit offsets elsewhere
     if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
@@ -129,6 +158,9 @@ def test_all_of_the_outputs_is_written(unwritten_memory_is_nan):
         for recipe in (Recipe(), Recipe("fast", NVFP44Over6Config())):
             triton_cases.per_token(x, recipe, layout)
             triton_cases.global_scale(x, 9.0, recipe, layout)
+    many = inputs.synthetic("normal", 131, 2048).cuda()  # two rows a program, the last one without
+    for recipe in (Recipe(), Recipe("fast", NVFP44Over6Config())):
+        triton_cases.per_token(many, recipe, SfLayout.layout_128x4)
 
 
 @pytest.mark.gpu

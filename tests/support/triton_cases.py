@@ -123,6 +123,7 @@ def every_way_to_cut_a_row(device):
                 quantize_launch.LaunchConfig(1, 2, 8, 4, 1),
                 quantize_launch.LaunchConfig(4, 4, 4, 1, 1),
                 quantize_launch.LaunchConfig(1, 4, 0, 1, 1, 2),
+                quantize_launch.LaunchConfig(2, 4, 0, 1, 1, 2),
             ):
                 got = quantize_launch.Outputs(*quantize_launch.allocate(x, int(layout)))
                 quantize_launch._launch(x, got, 0, None, g, recipe.code, int(layout), config=config)

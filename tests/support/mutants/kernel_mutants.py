@@ -339,7 +339,7 @@ _QUANTIZER: tuple[Entry, ...] = (
     (
         "row maximum of half the row",
         "or_zero(tl.max(largest, 1))",
-        "or_zero(tl.max(tl.where(block < NB // 2, largest, 0.0), 1))",
+        "or_zero(tl.max(largest * (tl.arange(0, largest.shape[1]) < largest.shape[1] // 2), 1))",
         "quantizer, fast, 128x4",
     ),
     (
@@ -367,7 +367,7 @@ _QUANTIZER: tuple[Entry, ...] = (
     ),
     (
         "padded columns of block scales not written",
-        "tl.store(P_, byte, live & (column < padded_columns))",
+        "tl.store(P_, byte, live & (column < padded_columns - SHIFT))",
         "tl.store(P_, byte, mask)",
         "quantizer, fast, 128x4",
     ),
@@ -393,9 +393,9 @@ _QUANTIZER: tuple[Entry, ...] = (
     ),
     ("4over6: ties to 4", "this_error < error", "this_error <= error", "quantizer, 4over6"),
     (
-        "4over6: both halves' sums added",
-        "add(add(add(total, a7, FTZ, ARCH), b0, FTZ, ARCH), b1, FTZ, ARCH)",
-        "add(add(total, a7, FTZ, ARCH), add(b0, b1, FTZ, ARCH), FTZ, ARCH)",
+        "4over6: errors summed in another order",
+        "add_magnitudes(total, after[i], FTZ, ARCH)",
+        "add_magnitudes(total, after[14 - i], FTZ, ARCH)",
         "quantizer, 4over6",
     ),
     (

@@ -422,8 +422,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "A magnitude next to 6 rounds to 6.": (
         "kernels e2m1_encode: constant: smaller(a, 6.0, ARCH) -> smaller(a, 6.000000476837158, ARCH)",
-        "kernels e2m1_encode_magnitudes: constant: smaller(a, 6.0, ARCH) -> smaller(a, "
-        "6.000000476837158, ARCH)",
+        "kernels e2m1_encode_magnitudes: constant: 6.0 * UNIT -> 6.000000476837158 * UNIT",
+        "kernels e2m1_encode_magnitudes: constant: 6.0 * UNIT -> 6.000000476837158 * UNIT (2)",
     ),
     "By the conversion to e4m3, magnitudes above 6 and NaN have the code of 6 without a minimum.": (
         "kernels e2m1_encode: comparison: ARCH < 89 -> ARCH <= 89",
