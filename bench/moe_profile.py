@@ -4,15 +4,14 @@ Whole calls of the layers in W4A4 and W4A16, one in a CUDA graph, under torch's 
 kernel of the call, in the order of launches: its median time and its share of the call's. "Gap" is the
 time from the end of the kernel before, below 0 where a kernel starts while that one ends. The floor of a
 GEMM is the larger of the time of its weights at the copy's rate, and of its products at the rate of a
-cuBLAS bf16 product, both measured in the same run. The profiler slows short kernels a little: the call's
-own time, which stands above its kernels, is of the same graph without it. `--shape` and `--tokens`
-measure a part.
+cuBLAS bf16 product, both measured in the same run. The call's own time, which stands above its kernels,
+is of such a graph without the profiler. `--shape` and `--tokens` measure a part.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -115,8 +114,7 @@ def measure(s: Shape, tokens: int, experts: Experts, mode: Mode, at: Rates) -> d
     us = microseconds(call, 1)
     floors = iter(gemm_floors(s, experts_of_local_slots(s, logits), at))
     kernels = [
-        Kernel(k.name, k.us, k.gap, next(floors, None) if GEMM in k.name else None)
-        for k in profiled(call)
+        replace(k, floor=next(floors, None)) if GEMM in k.name else k for k in profiled(call)
     ]
     print(f"\n{s.name}, T = {tokens}, {mode}: {us:.1f} us")
     for k in kernels:

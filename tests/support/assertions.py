@@ -26,8 +26,10 @@ def _bytes(t: torch.Tensor) -> torch.Tensor:
 
 
 def _same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return True for the same bytes on one device: nothing has to be copied or named."""
-    return actual.device == expected.device and torch.equal(_bytes(actual), _bytes(expected))
+    """Return True for one shape and the same bytes on one device: nothing has to be copied or named."""
+    if actual.shape != expected.shape or actual.device != expected.device:
+        return False
+    return torch.equal(_bytes(actual), _bytes(expected))
 
 
 def assert_bitwise(
@@ -69,7 +71,7 @@ def assert_codes_bitwise(actual: torch.Tensor, expected: torch.Tensor, what: str
         row, column = index
         return f"row {row}, block {column // BLOCK_SIZE}, column {column}"
 
-    if actual.shape == expected.shape and _same(actual, expected):
+    if _same(actual, expected):
         return
     assert_bitwise(e2m1.unpack(actual), e2m1.unpack(expected), what, place)
 
@@ -83,7 +85,7 @@ def assert_block_scales_bitwise(
     """Block scales [padded M, padded K/16] in `layout`: the same, padding included."""
     assert_bitwise(actual[:0], expected[:0], what)
     rows, columns = expected.shape
-    if actual.shape == expected.shape and _same(actual, expected):
+    if _same(actual, expected):
         return
     if layout != _LINEAR and actual.shape == expected.shape:
         actual = to_linear(actual, rows, columns, layout)

@@ -33,7 +33,7 @@ from .trial import Probe
 
 ARCH = 90
 _SHARED_BYTES = 227 << 10
-"""Of a program on sm_90, at most."""
+"""A program on sm_90 has so much shared memory at most."""
 WAITS = "a GPU decides"
 """A probe says so of a mutant with other machine code."""
 _OF_GLUON, _OF_COMPILATION = "ring", "compiled"
@@ -109,8 +109,7 @@ class Launch:
             stages["ttgir"] = optimized
 
         with mock.patch.object(CUDABackend, "add_stages", add_stages):
-            self.kernel.device_caches.clear()
-            done = _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
+            done = self._compiled()
         if done.metadata.shared > _SHARED_BYTES:
             raise OutOfResources(done.metadata.shared, _SHARED_BYTES, "shared memory")
         return programs[0], _digest(done.asm["cubin"])
@@ -118,10 +117,13 @@ class Launch:
     def barriers(self) -> int:
         """Compile without a launch; return how many barriers the kernel initializes."""
         with offline():
-            self.kernel.device_caches.clear()
-            done = _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
-        initialized: int = done.asm["ptx"].count("mbarrier.init")
+            initialized: int = self._compiled().asm["ptx"].count("mbarrier.init")
         return initialized
+
+    def _compiled(self) -> Any:
+        """Compile anew, without a launch."""
+        self.kernel.device_caches.clear()
+        return _run(self.kernel, *self.args, **self.options, grid=None, warmup=True)
 
 
 def _form(value: Any, *, fixed: bool) -> str:

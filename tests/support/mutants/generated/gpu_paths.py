@@ -29,7 +29,7 @@ _OPERATIONS = (
     "add_magnitudes", "div", "flush", "fma", "mul", "rcp", "reciprocal", "smaller", "sub",
     "e2m1_encode", "e2m1_signs", "e4m3_encode", "e4m3_round", "magnitude_unit",
 )  # fmt: skip
-"""What `quantize/block.py` calls with ARCH as the last argument."""
+"""`quantize/block.py` calls these with ARCH as the last argument."""
 
 
 @dataclass(frozen=True)
