@@ -14,7 +14,7 @@ PYTEST := $(PYTHON) -m pytest
 MUTANTS := PYTHONPATH=.:tests/support $(PYTHON) -m mutants
 DATA := $(wildcard nvfp4_moe/data/*) nvfp4_moe/py.typed nvfp4_moe/reference/numerics/rcp_delta.xz nvfp4_moe/reference/numerics/hopper_functions.xz
 
-.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu blackwell hopper sanitizer frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-compiled mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 quick-start clean
+.PHONY: diff test test-flashinfer test-transformers server-test rl-loop sglang-test test-full golden gpu gpu-tests blackwell hopper sanitizer frost frost-kernels cutile-kernels rmsnorm rmsnorm-kernels mutants mutants-compiled mutants-gpu mutants-table transformers-table fuzz-bounds fuzz-bounds-gpu fuzz-checkpoints faulty-report upstream-replays checks lint types docs wheel empty check-wheel bench embeddings smollm2 quick-start clean
 
 diff: $(SETUP)
 	$(PYTHON) -m nvfp4_moe diff --report build/diff
@@ -126,6 +126,15 @@ gpu:
 	$(PYTHON) bench/reload_speed.py
 	$(PYTHON) bench/training_speed.py
 	$(PYTHON) bench/host_time.py
+
+# The tests of a GPU RUNS times with 16 processes, until one fails: `make gpu-tests RUNS=5 PYTHON=python3`.
+# build/gpu-N.xml has the outcome of run N.
+RUNS := 1
+gpu-tests: $(SETUP)
+	mkdir -p build
+	for run in $$(seq $(RUNS)); do \
+		$(PYTEST) -m gpu -n 16 --durations 20 --junitxml build/gpu-$$run.xml tests || exit; \
+	done
 
 # The whole matrix through every backend, tactic and math of this machine; docs/blackwell.md has what to install.
 blackwell:
