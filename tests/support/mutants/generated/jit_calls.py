@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -20,7 +19,6 @@ from triton.compiler import ASTSource
 from nvfp4_moe import host
 from nvfp4_moe.kernels import triton_target as target
 from nvfp4_moe.kernels.fused_quantize.kernel import _exp
-from nvfp4_moe.kernels.jit import e2m1 as e2m1_kernels
 from nvfp4_moe.kernels.jit.arithmetic import (
     add,
     div,
@@ -37,7 +35,7 @@ from nvfp4_moe.kernels.jit.arithmetic import (
     to_bf16,
 )
 from nvfp4_moe.kernels.jit.decode import decode_fourth, decode_values, operand_scale, scaled
-from nvfp4_moe.kernels.jit.e2m1 import _e2m1_round, _pack, e2m1_encode, e2m1_encode_magnitudes
+from nvfp4_moe.kernels.jit.e2m1 import e2m1_encode, e2m1_encode_magnitudes
 from nvfp4_moe.kernels.jit.e4m3 import e4m3_decode, e4m3_encode
 from nvfp4_moe.kernels.jit.instructions import ex2_approx, tanh_approx
 from nvfp4_moe.kernels.jit.pdl import await_previous
@@ -280,15 +278,14 @@ class E2M1Call:
         scales = host.fp32([1.0, 1 / 3, 2.0**-120, 2.0**100, 0.0, 2.5, 2.0**-130, 1.0])
         return (x.abs() if self.magnitudes else x), scales.repeat(x.shape[0], 2)
 
-    def answer(self, device: str = "cpu", arch: int | None = None) -> list[Tensor]:
+    def answer(self, device: str = "cpu") -> list[Tensor]:
         x, scales = (t.contiguous().to(device) for t in self._given())
         words = torch.empty((*scales.shape, 2), dtype=torch.int32, device=device)
         values = torch.empty_like(x) if self.magnitudes else None
         grid = x.shape[0] // 4, x.shape[1] // 8
         e2m1_kernel[grid](
             x, scales, words, values, x.shape[1], FTZ=self.ftz,
-            ARCH=target.arch(x.device) if arch is None else arch,
-            enable_fp_fusion=False,
+            ARCH=target.arch(x.device), enable_fp_fusion=False,
         )  # fmt: skip
         return [t.cpu() for t in (words, values) if t is not None]
 
@@ -299,71 +296,6 @@ class E2M1Call:
             return exactly([_words(codes), e2m1.decode(codes)])
         kept = fp32.flush if self.ftz else lambda t: t
         return exactly([_words(e2m1.encode(kept(kept(x) * kept(scales)[..., None])))])
-
-
-@dataclass(frozen=True)
-class NativeMagnitudesCall:
-    """`e2m1_encode_magnitudes` of GPUs with the instruction, in the interpreter without it."""
-
-    def answer(self, device: str = "cpu") -> list[Tensor]:
-        with mock.patch.object(e2m1_kernels, "_native_e2m1_words", _words_without_instruction):
-            return E2M1Call(False, True).answer(device, arch=100)
-
-    def judge(self) -> Answered:
-        return E2M1Call(False, True).judge()
-
-
-@triton.jit
-def _words_without_instruction(y):
-    return _pack(_e2m1_round(smaller(y, 6.0, 0)), 0)
-
-
-@dataclass(frozen=True)
-class PackedByE4M3Call:
-    """`E2M1Call` on the path of GPUs that convert to e4m3, interpreted without the instruction."""
-
-    call: E2M1Call
-
-    def answer(self, device: str = "cpu") -> list[Tensor]:
-        here = {
-            "mul": _mul_of_a_gpu,
-            "mul_magnitude": _mul_magnitude_of_a_gpu,
-            "smaller": _smaller_of_a_gpu,
-            "_e4m3_bytes": _e4m3_bytes_without_instruction,
-        }
-        with mock.patch.multiple(e2m1_kernels, **here):
-            return self.call.answer(device, arch=89)
-
-    def judge(self) -> Answered:
-        return self.call.judge()
-
-
-@triton.jit
-def _mul_of_a_gpu(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    y = mul(a, b, FTZ, 0)
-    return tl.where(y == y, y, float("nan"))  # which makes no negative NaN
-
-
-@triton.jit
-def _mul_magnitude_of_a_gpu(a, b, FTZ: tl.constexpr, ARCH: tl.constexpr):
-    return mul_magnitude(a, b, FTZ, 0)
-
-
-@triton.jit
-def _smaller_of_a_gpu(a, b, ARCH: tl.constexpr):
-    return smaller(a, b, 0)
-
-
-@triton.jit
-def _e4m3_bytes_without_instruction(x0, x1, x2, x3):
-    low = _signed_e4m3(x0) | (_signed_e4m3(x1) << 8)
-    return low | (_signed_e4m3(x2) << 16) | (_signed_e4m3(x3) << 24)
-
-
-@triton.jit
-def _signed_e4m3(x):
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return e4m3_encode(tl.abs(x), 0) | tl.where(x == x, sign, 0)
 
 
 @triton.jit
@@ -457,13 +389,6 @@ def named() -> Iterator[tuple[str, Callable[[], Call]]]:
     for ftz in (False, True):
         yield f"function, e2m1, {ftz}", functools.partial(E2M1Call, ftz)
     yield "function, e2m1, magnitudes", lambda: E2M1Call(False, True)
-    yield "interpreted, e2m1, magnitudes", NativeMagnitudesCall
-    yield "interpreted, e2m1, False, by e4m3", lambda: PackedByE4M3Call(E2M1Call(False))
-    yield "interpreted, e2m1, True, by e4m3", lambda: PackedByE4M3Call(E2M1Call(True))
-    yield (
-        "interpreted, e2m1, magnitudes, by e4m3",
-        lambda: PackedByE4M3Call(E2M1Call(False, True)),
-    )
     for values in (False, True):
         yield f"function, decode, {values}", functools.partial(DecodeWordsCall, values)
     yield "compiled, wait", CompiledCall

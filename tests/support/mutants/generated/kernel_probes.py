@@ -187,12 +187,22 @@ def _native() -> Named:
         yield f"native, {name}", lambda name=name: NativeCall(layers[name]())
 
 
+def _of_gpus() -> Named:
+    """Paths that only a GPU takes, in the interpreter; it multiplies no bf16, as codes are decoded."""
+    quantized = (named for named in _parts() if named[0].startswith("fragments, quantized"))
+    prologue = (named for named in prologue_probes.named() if "codes" not in named[0])
+    functions = [named for named in jit_calls.named() if named[0].startswith("function")]
+    yield from gpu_paths.of((*quantizer_probes.named(), *quantized, *prologue))
+    yield from gpu_paths.of(named for named in functions if "decode" not in named[0])
+    yield from gpu_paths.of((named for named in functions if "e2m1" in named[0]), 100)
+
+
 _MORE: dict[str, Callable[[], Call]] = {
     name: call
     for some in (
         _parts(),
         quantizer_probes.named(),
-        gpu_paths.named(),
+        _of_gpus(),
         routers.named(),
         _layers(),
         _products(),
@@ -233,7 +243,7 @@ _BLOCKS = (
     *_RELOAD,
     "qwen",
     "4over6",
-    *_named("far, quantize", "far, padding"),
+    *_named("far, quantize", "far, padding", "interpreted, quantizer"),
 )
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
@@ -273,12 +283,16 @@ OF_FILE: dict[str, tuple[str, ...]] = {
         "saturated routers", "undecided routers", "every routing method",
         *_named("routers"), "function, sigmoid", "far, route", *_named("prologue, routed"),
     ),
-    "kernels/quantize/kernel.py": (*_BLOCKS, *_named("fragments, quantized", "prologue")),
-    "kernels/quantize/block.py": (*_BLOCKS, *_named("interpreted, quantizer")),
+    "kernels/quantize/kernel.py": (
+        *_BLOCKS,
+        *_named("fragments, quantized", "prologue"),
+        *_named("interpreted, fragments", "interpreted, prologue"),
+    ),
+    "kernels/quantize/block.py": _BLOCKS,
     "kernels/jit/formats.py": _BLOCKS,
     "kernels/jit/load.py": _BLOCKS,
     "kernels/jit/store.py": _BLOCKS,
-    "kernels/jit/arithmetic.py": (*_FUNCTIONS, *_LIBRARY),
+    "kernels/jit/arithmetic.py": (*_FUNCTIONS, *_LIBRARY, *_named("interpreted, function")),
     "kernels/jit/decode.py": (
         *_named("function, decode", "decode", "far, decode", "fragments, codes", "prologue, codes"),
         "dense, 1 by 1", "dense", "qwen", "bf16", "grid",
@@ -291,9 +305,11 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/moe/hopper/fragments.py": _named("ring"),
     "kernels/moe/hopper/gather.py": _named("ring, gathered"),
     "kernels/jit/e2m1.py": (
-        *_named("function, e2m1", "compiled, e2m1", "interpreted, e2m1"), *_BLOCKS
+        *_named("function, e2m1", "compiled, e2m1", "interpreted, function, e2m1"), *_BLOCKS
     ),
-    "kernels/jit/e4m3.py": (*_named("function, e4m3", "function, decode"), *_LIBRARY),
+    "kernels/jit/e4m3.py": (
+        *_named("function, e4m3", "function, decode", "interpreted, function, e4m3"), *_LIBRARY
+    ),
     "kernels/jit/layouts.py": (*_QUANTIZERS, *_PRODUCTS),
     "kernels/jit/pdl.py": ("decode", "compiled, wait"),
     "kernels/jit/recipe.py": _BLOCKS,

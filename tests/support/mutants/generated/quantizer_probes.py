@@ -68,12 +68,21 @@ def _every_recipe() -> Named:
         )
 
     # Rows of blocks whose two errors are so near that the way in which they are computed decides.
-    near = torch.cat([rows_at_edges()[52:55], inputs.synthetic("grid", 400, 80, seed=5)[100:250]])
+    near = torch.cat([rows_at_edges(), inputs.synthetic("grid", 400, 80, seed=5)[100:250]])
     for build in ("cuda", "cute-dsl"):
         recipe = Recipe("fast", NVFP44Over6Config(448, "MAE", True), build)
         case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
         yield (
             f"quantizer, fast error, near ties, {build}",
+            functools.partial(QuantizerCall, near, case),
+        )
+    for recipe in (
+        Recipe("fast", NVFP44Over6Config()),
+        Recipe("exact", NVFP44Over6Config(256, "MSE")),
+    ):
+        case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+        yield (
+            f"quantizer, near ties, {recipe}",
             functools.partial(QuantizerCall, near, case),
         )
 
