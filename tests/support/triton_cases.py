@@ -172,6 +172,34 @@ def strange_values_and_scales(device):
             assert_quantized(told, wanted, f"{recipe} {scale}")
 
 
+def rows_of_few_steps(largest):
+    """[28, 80] bf16: blocks whose scales are few steps of 2^-9, if that of a row's maximum is `largest`.
+
+    Rounded down, they leave magnitudes that round above 6. In every second row they are many steps.
+    """
+    g = torch.Generator().manual_seed(15)
+    steps = torch.tensor([0.3, 0.45, 1.2, 1.45, 2.4, 2.45, 3.4], dtype=torch.float32)
+    rows = torch.tensor([1.0, 2048.0], dtype=torch.float32).repeat_interleave(2 * len(steps))
+    both = torch.stack([steps, torch.full_like(steps, 40.0)], 1).flatten()
+    size = rows * both.repeat(2) / (512 * largest)
+    x = (2 * torch.rand(len(rows), 5, 16, generator=g) - 1) * size[:, None, None]
+    x[:, :, 0], x[:, :, 9], x[:, 0, 0] = size[:, None], -size[:, None], rows
+    return x.view(-1, 80).bfloat16()
+
+
+def block_scales_of_few_steps(device):
+    """Under the recipe's base scale, under a larger one, and under one by which scales saturate."""
+    for recipe in (
+        Recipe("fast", NVFP44Over6Config()),
+        Recipe("exact", NVFP44Over6Config(256, "MSE")),
+    ):
+        for largest in (recipe.e4m3_max, 8.0, 600.0):
+            x, base = rows_of_few_steps(largest).to(device), 1 / (6 * largest)
+            expected = reference.quantize_per_token(x, base, recipe)
+            actual = quantize_launch.quantize_per_token(x, base, recipe)
+            assert_quantized(actual, expected, f"{recipe} {largest}")
+
+
 CASES = (
     row_index,
     out_scale,
@@ -181,6 +209,7 @@ CASES = (
     odd_shapes,
     long_rows,
     strange_values_and_scales,
+    block_scales_of_few_steps,
     every_way_to_cut_a_row,
     strided_and_misaligned,
 )

@@ -293,6 +293,29 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels quantize_block: constant: 2.0 ** 16 -> 2.000000238418579 ** 16",
         "kernels quantize_block: constant: 2.0 ** 16 -> 2.0 ** 17",
     ),
+    "A program may take the minimum with 6 without need: it changes no magnitude that rounds to 6 or "
+    "less, and of NaN neither the code nor the error.": (
+        "kernels may_saturate: operator: (least * sixth >= 2.0 ** (-7)) | (row_amax == 0) -> (least * "
+        "sixth >= 2.0 ** (-7)) & (row_amax == 0)",
+        "kernels may_saturate: comparison: least * sixth >= 2.0 ** (-7) -> least * sixth > 2.0 ** (-7)",
+        "kernels may_saturate: operator: -7 -> 7",
+        "kernels may_saturate: comparison: row_amax * sixth <= 450.0 -> row_amax * sixth < 450.0",
+    ),
+    "A block scale next to 4 steps of 2^-9 rounds to 4 steps, and 3/2 of it to 6: the largest magnitude "
+    "is next to 6, or to 4.": (
+        "kernels may_saturate: constant: 2.0 ** (-7) -> 2.000000238418579 ** (-7)",
+    ),
+    "Of a block scale next to 450, which saturates at 448, magnitudes are at most 6.03 under both.": (
+        "kernels may_saturate: constant: row_amax * sixth <= 450.0 -> row_amax * sixth <= "
+        "450.0000305175781",
+    ),
+    "A row has one truth value, over which the largest is the least.": (
+        "kernels may_saturate: operator: tl.min(inside.to(tl.int32), 1) -> tl.max(inside.to(tl.int32), "
+        "1)",
+    ),
+    "Triton takes the minimum of truth values as int32.": (
+        "kernels may_saturate: rounding: inside.to(tl.int32) -> inside",
+    ),
     "A row has one maximum, over which the least is the largest.": (
         "kernels quantize_block: operator: tl.max(far.to(tl.int32), 1) -> tl.min(far.to(tl.int32), 1)",
     ),

@@ -1,6 +1,8 @@
 """Calls of the quantizers with what layers and tables of cases never give them."""
 
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -31,14 +33,37 @@ class CutCall(QuantizerCall):
     config: quantize_launch.LaunchConfig = quantize_launch.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
 
     def answer(self, device: str = "cpu") -> Quantized:
-        def config(*_: Any, **__: Any) -> quantize_launch.LaunchConfig:
-            return self.config
-
-        with (
-            mock.patch.object(quantize_launch, "launch_config", config),
-            mock.patch.object(quantize_launch, "global_launch_config", config),
-        ):
+        with _launched_as(self.config):
             return super().answer(device)
+
+
+@contextmanager
+def _launched_as(config: quantize_launch.LaunchConfig) -> Iterator[None]:
+    with (
+        mock.patch.object(quantize_launch, "launch_config", lambda *_, **__: config),
+        mock.patch.object(quantize_launch, "global_launch_config", lambda *_, **__: config),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class BaseScaleCall:
+    """A base scale that is not the recipe's, one row of at most 8 blocks a program."""
+
+    x: Tensor
+    recipe: Recipe
+    base: float
+
+    def answer(self, device: str = "cpu") -> Any:
+        with _launched_as(quantize_launch.LaunchConfig(1, 8, 0, 1, 1)):
+            found = quantize_launch.quantize_per_token(
+                self.x.to(device), self.base, self.recipe, SfLayout.layout_linear
+            )
+        return [t.cpu() for t in found]
+
+    def judge(self) -> Answered:
+        q = quantize_per_token(self.x, self.base, self.recipe, SfLayout.layout_linear)
+        return exactly([q.codes, q.block_scales, q.per_token_scale])
 
 
 @dataclass(frozen=True)

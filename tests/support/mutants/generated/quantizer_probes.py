@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from triton_cases import rows_of_few_steps
 
 from nvfp4_moe import host
 from nvfp4_moe.cases import inputs, moe_edges
@@ -16,13 +17,14 @@ from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 from ..calls import Call, QuantizerCall
 from ..kernel_calls import rows_at_edges
 from .numbers import seeded
-from .quantizer_calls import ChosenCall, CutCall, GivenScaleCall, ValuesCall
+from .quantizer_calls import BaseScaleCall, ChosenCall, CutCall, GivenScaleCall, ValuesCall
 
 Named = Iterator[tuple[str, Callable[[], Call]]]
 
 
 def named() -> Named:
     yield from _every_recipe()
+    yield from _saturating()
     yield from _cuts()
     yield from _given_scales()
 
@@ -60,11 +62,18 @@ def _every_recipe() -> Named:
                     functools.partial(QuantizerCall, x, case),
                 )
 
+    both = LaunchConfig(16, 4, 0, 1, 1, 2)  # a GPU computes both candidates one after the other
     for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
         case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+        for size in (0, -110):
+            x = _equal_errors() * 2.0**size
+            yield (
+                f"quantizer, equal errors at 2^{size}, {recipe}",
+                functools.partial(QuantizerCall, x, case),
+            )
         yield (
-            f"quantizer, equal errors, {recipe}",
-            functools.partial(QuantizerCall, _equal_errors(), case),
+            f"quantizer, parts, rows at edges, {recipe}",
+            functools.partial(CutCall, rows_at_edges(), case, both),
         )
 
     # Rows of blocks whose two errors are so near that the way in which they are computed decides.
@@ -119,6 +128,30 @@ def _equal_errors() -> torch.Tensor:
     x[:, 1:, 1] = unit * (2.25 + 0.25 * host.uniform(g, rows, 4))
     x[:, 1:, 2] = unit * (0.375 + 0.125 * host.uniform(g, rows, 4))
     return x.view(rows, 80).bfloat16()
+
+
+def _saturating() -> Named:
+    """Block scales that round down so far that a magnitude rounds above 6, in some rows or in all."""
+    layout = SfLayout.layout_linear
+    for recipe in (
+        Recipe("fast", NVFP44Over6Config()),
+        Recipe("exact", NVFP44Over6Config()),
+        Recipe("fast", NVFP44Over6Config(256, "MSE")),
+    ):
+        case = quantize_cases.Case("per-token", recipe, layout)
+        x = rows_of_few_steps(recipe.e4m3_max)
+        for rows in (1, 2):
+            yield (
+                f"quantizer, block scales of few steps, {rows} a program, {recipe}",
+                functools.partial(CutCall, x, case, LaunchConfig(rows, 8, 0, 1, 1)),
+            )
+        for largest in (8.0, 600.0):
+            yield (
+                f"quantizer, block scales up to {largest}, {recipe}",
+                functools.partial(
+                    BaseScaleCall, rows_of_few_steps(largest), recipe, 1 / (6 * largest)
+                ),
+            )
 
 
 def _steps_of_fp32() -> torch.Tensor:
