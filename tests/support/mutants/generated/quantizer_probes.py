@@ -131,8 +131,18 @@ def _equal_errors() -> torch.Tensor:
 
 
 def _saturating() -> Named:
-    """Block scales that round down so far that a magnitude rounds above 6, in some rows or in all."""
+    """Block scales that round down so far that a magnitude rounds above 6, in some rows or in all.
+
+    And NaN in rows that have no such scale.
+    """
     layout = SfLayout.layout_linear
+    among_numbers = host.normal(seeded(16), 8, 80)
+    among_numbers[0, 3], among_numbers[1, 16:32], among_numbers[2, :7] = (
+        torch.nan,
+        torch.nan,
+        torch.nan,
+    )
+    among_numbers[3], among_numbers[4, 5] = torch.nan, -torch.nan
     for recipe in (
         Recipe("fast", NVFP44Over6Config()),
         Recipe("exact", NVFP44Over6Config()),
@@ -145,6 +155,11 @@ def _saturating() -> Named:
                 f"quantizer, block scales of few steps, {rows} a program, {recipe}",
                 functools.partial(CutCall, x, case, LaunchConfig(rows, 8, 0, 1, 1)),
             )
+        alone = LaunchConfig(1, 8, 0, 1, 1)
+        yield (
+            f"quantizer, NaN among numbers, {recipe}",
+            functools.partial(CutCall, among_numbers.bfloat16(), case, alone),
+        )
         for largest in (8.0, 600.0):
             yield (
                 f"quantizer, block scales up to {largest}, {recipe}",
