@@ -47,7 +47,7 @@ def of_a_gpu(arch: int) -> Iterator[None]:
 
     changes = {
         "cast_impl": cast_impl,
-        "create_inline_asm": lambda _, asm, __, values, types, *___: _run(asm, values, types),
+        "create_inline_asm": _inline_asm,
         "create_fma": _fused,
         # The interpreter's give NaN if either is.
         "create_maxnumf": lambda self, a, b: self.binary_op(a, b, np.fmax),
@@ -89,8 +89,16 @@ class _Results:
         return self.handles[i]
 
 
-def _run(asm: str, values: list[Any], types: list[Any]) -> _Results:
-    """Run assembly: the registers $0 and on are of the results, those behind them of the values."""
+def _inline_asm(
+    _: Any, asm: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int
+) -> _Results:
+    """Run assembly: the registers $0 and on are of the results, those behind them of the values.
+
+    A register of 32 bits has as many elements as fit in it, of `pack`; they do not mix.
+    """
+    sizes = [np.dtype(interpreter._get_np_dtype(t.scalar)).itemsize for t in types]
+    sizes += [v.data.dtype.itemsize for v in values]
+    assert len(constraints.split(",")) == sum(-(-pack * size // 4) for size in sizes)
     registers = {f"${len(types) + i}": _register(v.data) for i, v in enumerate(values)}
     for statement in re.sub(r"^\s*\{|\}\s*$", "", asm).split(";"):
         name, _, rest = statement.strip().partition(" ")

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from .harmless_kernels import OF_KERNELS
+from .harmless_quantizer import OF_QUANTIZER
 
 _OF_REFERENCE: dict[str, tuple[str, ...]] = {
     "The tensor is a matrix there: its last dimension is the dimension 1.": (
@@ -269,7 +270,7 @@ _OF_REFERENCE: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys of `rules.Generated`, by reason: of the reference, and of kernels with the same reason."""
-HARMLESS = _OF_REFERENCE | OF_KERNELS
+HARMLESS = _OF_REFERENCE | OF_KERNELS | OF_QUANTIZER
 
 
 def reason(key: str) -> str | None:

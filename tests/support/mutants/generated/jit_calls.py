@@ -21,6 +21,7 @@ from nvfp4_moe.kernels import triton_target as target
 from nvfp4_moe.kernels.fused_quantize.kernel import _exp
 from nvfp4_moe.kernels.jit.arithmetic import (
     add,
+    add_magnitudes,
     div,
     flush,
     fma,
@@ -68,6 +69,8 @@ def of_two_kernel(
         y = sub(a, b, FTZ, ARCH)
     elif NAME == "add":
         y = add(a, b, FTZ, ARCH)
+    elif NAME == "add_magnitudes":
+        y = add_magnitudes(a, b, FTZ, ARCH)
     elif NAME == "div":
         y = div(a, b, FTZ, ARCH)
     elif NAME == "smaller":
@@ -230,6 +233,7 @@ def _of_two(name: str, ftz: bool, least: bool = False) -> tuple[list[Tensor], Te
         "mul_magnitude": lambda: ar.mul(first.abs(), second),
         "sub": lambda: ar.sub(first, second),
         "add": lambda: ar.add(first, second),
+        "add_magnitudes": lambda: ar.add(first.abs(), second.abs()),
         "div": lambda: ar.div(first, second),
     }[name]()
     return [a, b], result
@@ -372,6 +376,7 @@ def named() -> Iterator[tuple[str, Callable[[], Call]]]:
         "mul_magnitude",
         "sub",
         "add",
+        "add_magnitudes",
         "div",
         "fma",
         "flush",

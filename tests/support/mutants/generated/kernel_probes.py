@@ -11,11 +11,12 @@ import torch
 from nvfp4_moe.cases import moe_edges
 from nvfp4_moe.cases.moe_case import MoECase
 from nvfp4_moe.differential.conforming import Setting
+from nvfp4_moe.kernels.quantize.launch import LaunchConfig
 from nvfp4_moe.kernels.tiles import GemmConfig
 from nvfp4_moe.reference.activation import ActivationType
 from nvfp4_moe.reference.moe.hidden_states import Activations
 from nvfp4_moe.reference.moe.routing import Routing, RoutingMethodType
-from nvfp4_moe.reference.recipe import Recipe, SfLayout
+from nvfp4_moe.reference.recipe import NVFP44Over6Config, Recipe, SfLayout
 
 from ..calls import Call, FusedCall
 from ..edge_calls import ActivationCall
@@ -42,6 +43,7 @@ from .part_calls import (
     PermuteCall,
     SumsNearTiesCall,
 )
+from .quantizer_calls import CutCall
 from .strict import strict
 from .trial import Probe
 
@@ -120,6 +122,10 @@ def _rest() -> Named:
         exact = Recipe("exact")
         yield f"{name}, fp16", functools.partial(ProducerCall, i, exact, tiles, torch.float16)
         yield (
+            f"{name}, 4over6",
+            functools.partial(ProducerCall, i, Recipe("fast", NVFP44Over6Config()), layout),
+        )
+        yield (
             f"{name}, in two launches",
             functools.partial(ProducerCall, i, exact, layout, fused=False),
         )
@@ -151,6 +157,8 @@ def _parts() -> Named:
         yield f"fragments, {kind}, indexed", functools.partial(FragmentsCall, kind, indexed=True)
         yield f"fragments, {kind}, whole", functools.partial(FragmentsCall, kind, 1280)
         yield f"fragments, {kind}, narrow", functools.partial(FragmentsCall, kind, 128)
+    parts = LaunchConfig(1, 16, 0, 1, 1, 5)
+    yield "fragments, quantized, parts", lambda: CutCall(FragmentsCall("quantized"), parts)
     tiny = functools.partial(FragmentsCall, recipe=Recipe(build="cute-dsl"), tiny=True)
     yield "fragments, quantized, tiny", lambda: tiny("quantized")
     yield "finalize", lambda: FinalizeCall(torch.bfloat16)
@@ -189,11 +197,17 @@ def _native() -> Named:
 
 def _of_gpus() -> Named:
     """Paths that only a GPU takes, in the interpreter; it multiplies no bf16, as codes are decoded."""
-    quantized = (named for named in _parts() if named[0].startswith("fragments, quantized"))
+    quantizers = dict(quantizer_probes.named())
+    parts = ("fragments, quantized", "silu, 4over6")
+    some = (named for named in (*_parts(), *_rest()) if named[0].startswith(parts))
     prologue = (named for named in prologue_probes.named() if "codes" not in named[0])
     functions = [named for named in jit_calls.named() if named[0].startswith("function")]
-    yield from gpu_paths.of((*quantizer_probes.named(), *quantized, *prologue))
+    biased = (named for named in routers.named() if named[0].endswith(("bias", "groups")))
+    yield from gpu_paths.of((*quantizers.items(), *some, *prologue, *biased))
     yield from gpu_paths.of(named for named in functions if "decode" not in named[0])
+    near = [named for named in quantizers.items() if "near ties" in named[0]]
+    for arch in (86, 89, 100):
+        yield from gpu_paths.of(near, arch)
     yield from gpu_paths.of((named for named in functions if "e2m1" in named[0]), 100)
 
 
@@ -243,7 +257,7 @@ _BLOCKS = (
     *_RELOAD,
     "qwen",
     "4over6",
-    *_named("far, quantize", "far, padding", "interpreted, quantizer"),
+    *_named("far, quantize", "far, padding", "interpreted, quantizer", "interpreted, silu"),
 )
 _LIBRARY = (
     *_QUANTIZERS, "decode", "decode weights", "dense", *_PRODUCERS, "far below", "qwen", "decoded",
@@ -282,6 +296,7 @@ OF_FILE: dict[str, tuple[str, ...]] = {
     "kernels/moe/routing.py": (
         "saturated routers", "undecided routers", "every routing method",
         *_named("routers"), "function, sigmoid", "far, route", *_named("prologue, routed"),
+        *_named("interpreted, routers", "interpreted, prologue, routed"),
     ),
     "kernels/quantize/kernel.py": (
         *_BLOCKS,

@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class PrologueCall:
-    """Rows of three tokens, among them NaN, a block of zeros, and a row with a small scale.
+    """Rows of three tokens, among them NaN, blocks of zeros and of NaN, and a row with a small scale.
 
     Slots of one token have the same expert as another's, one next to the local ones, or none.
     """
@@ -48,7 +48,8 @@ class PrologueCall:
 
     def _states(self) -> Tensor:
         x = host.normal(seeded(self.columns), self.tokens, self.columns)
-        x[0, 3], x[-1, 16:32], x[-1] = torch.nan, 0.0, x[-1] * 2.0**-118
+        x[0, 3], x[0, 48:64] = torch.nan, torch.nan
+        x[-1, 16:32], x[-1] = 0.0, x[-1] * 2.0**-118
         return x.bfloat16()
 
     def _recipe(self) -> Recipe | None:

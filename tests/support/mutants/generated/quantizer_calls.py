@@ -12,7 +12,6 @@ import torch
 from nvfp4_moe import host
 from nvfp4_moe.kernels.quantize import launch as quantize_launch
 from nvfp4_moe.reference.quantize import (
-    Quantized,
     dequantize,
     quantize_block_scales,
     quantize_global_scale,
@@ -20,21 +19,25 @@ from nvfp4_moe.reference.quantize import (
 )
 from nvfp4_moe.reference.recipe import Recipe, SfLayout
 
-from ..calls import Answered, QuantizerCall
+from ..calls import Answered, Call
 from .part_calls import exactly, fours
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class CutCall(QuantizerCall):
-    """A quantizer whose matrix is cut into programs as only a GPU's launches would."""
+class CutCall:
+    """A call of a quantizer whose matrix is cut into programs as only a GPU's launches would."""
 
-    config: quantize_launch.LaunchConfig = quantize_launch.LaunchConfig(1, 4, 0, 1, 1)  # noqa: RUF009 (frozen)
+    call: Call
+    config: quantize_launch.LaunchConfig
 
-    def answer(self, device: str = "cpu") -> Quantized:
+    def answer(self, device: str = "cpu") -> Any:
         with _launched_as(self.config):
-            return super().answer(device)
+            return self.call.answer(device)
+
+    def judge(self) -> Answered:
+        return self.call.judge()
 
 
 @contextmanager

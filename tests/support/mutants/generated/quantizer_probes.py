@@ -73,7 +73,7 @@ def _every_recipe() -> Named:
             )
         yield (
             f"quantizer, parts, rows at edges, {recipe}",
-            functools.partial(CutCall, rows_at_edges(), case, both),
+            functools.partial(CutCall, _per_token(rows_at_edges(), recipe), both),
         )
 
     # Rows of blocks whose two errors are so near that the way in which they are computed decides.
@@ -135,7 +135,6 @@ def _saturating() -> Named:
 
     And NaN in rows that have no such scale.
     """
-    layout = SfLayout.layout_linear
     among_numbers = host.normal(seeded(16), 8, 80)
     among_numbers[0, 3], among_numbers[1, 16:32], among_numbers[2, :7] = (
         torch.nan,
@@ -148,17 +147,16 @@ def _saturating() -> Named:
         Recipe("exact", NVFP44Over6Config()),
         Recipe("fast", NVFP44Over6Config(256, "MSE")),
     ):
-        case = quantize_cases.Case("per-token", recipe, layout)
         x = rows_of_few_steps(recipe.e4m3_max)
         for rows in (1, 2):
             yield (
                 f"quantizer, block scales of few steps, {rows} a program, {recipe}",
-                functools.partial(CutCall, x, case, LaunchConfig(rows, 8, 0, 1, 1)),
+                functools.partial(CutCall, _per_token(x, recipe), LaunchConfig(rows, 8, 0, 1, 1)),
             )
         alone = LaunchConfig(1, 8, 0, 1, 1)
         yield (
             f"quantizer, NaN among numbers, {recipe}",
-            functools.partial(CutCall, among_numbers.bfloat16(), case, alone),
+            functools.partial(CutCall, _per_token(among_numbers.bfloat16(), recipe), alone),
         )
         for largest in (8.0, 600.0):
             yield (
@@ -179,48 +177,68 @@ def _steps_of_fp32() -> torch.Tensor:
     return x
 
 
+def _blocks_far_below() -> torch.Tensor:
+    """[10, 80]: pairs of rows with a block whose scale, 1.4 steps of 2^-9, rounds to one step."""
+    x = inputs.synthetic("normal", 10, 80).float().view(5, 2, 5, 16)
+    for pair in range(5):
+        largest = x[pair].abs().amax((1, 2))
+        block = x[pair, :, pair]
+        block *= (largest * (1.4 / (448 * 512)) / block.abs().amax(1))[:, None]
+    return x.view(10, 80).bfloat16()
+
+
+def _per_token(
+    x: torch.Tensor, recipe: Recipe, layout: SfLayout = SfLayout.layout_linear
+) -> QuantizerCall:
+    return QuantizerCall(x, quantize_cases.Case("per-token", recipe, layout))
+
+
 def _cuts() -> Named:
     """Every way in which a launch cuts a matrix: rows of 5 blocks, of which a program has 4."""
     x = rows_at_edges()[::13]
     x[:4, -1] = 2 * x[:4].abs().amax(1)  # the maximum is in what is read last
     x[4, 0] = 2 * x[4].abs().max()
     x[3, :16], x[4, -16:] = torch.nan, torch.nan
+    fast, exact = (Recipe(math, NVFP44Over6Config()) for math in ("fast", "exact"))
     for name, config in {
         "parts": LaunchConfig(1, 4, 0, 1, 1, 2),
         "programs a row": LaunchConfig(1, 4, 8, 2, 1),
         "a second read": LaunchConfig(2, 4, 4, 1, 1),
     }.items():
-        for recipe in (Recipe(), Recipe("exact", NVFP44Over6Config())):
-            case = quantize_cases.Case("per-token", recipe, SfLayout.layout_8x4)
-            yield (
-                f"quantizer, {name}, {recipe}",
-                functools.partial(CutCall, x, case, config),
-            )
+        for recipe in (Recipe(), exact):
+            call = _per_token(x, recipe, SfLayout.layout_8x4)
+            yield f"quantizer, {name}, {recipe}", functools.partial(CutCall, call, config)
+        for recipe in (fast, exact):
+            call = _per_token(_blocks_far_below(), recipe)
+            named = f"quantizer, blocks far below, {name}, {recipe}"
+            yield named, functools.partial(CutCall, call, config)
+        values = ValuesCall(x, exact, True)
+        yield f"quantizer, {name}, values", functools.partial(CutCall, values, config)
+    tiles = CutCall(_per_token(x, Recipe(), SfLayout.layout_128x4), LaunchConfig(2, 4, 0, 1, 1, 2))
+    yield "quantizer, parts in tiles", lambda: tiles
     wide = inputs.synthetic("normal", 5, 176)  # 11 blocks; maxima in each that is read later
     for row, block in enumerate((5, 6, 7, 8, 10)):
         wide[row, 16 * block] = 9
-    case = quantize_cases.Case("per-token", Recipe(), SfLayout.layout_linear)
-    yield "quantizer, reads", lambda: CutCall(wide, case, LaunchConfig(2, 4, 4, 1, 1))
+    reads = CutCall(_per_token(wide, Recipe()), LaunchConfig(2, 4, 4, 1, 1))
+    yield "quantizer, reads", lambda: reads
     case = quantize_cases.Case(
         "global-scale", Recipe(), SfLayout.layout_128x4, quantize_cases.global_scale(x, Recipe())
     )
-    split = LaunchConfig(4, 4, 0, 2, 1)
-    yield "quantizer, programs a row, global scale", functools.partial(CutCall, x, case, split)
+    split = CutCall(QuantizerCall(x, case), LaunchConfig(4, 4, 0, 2, 1))
+    yield "quantizer, programs a row, global scale", lambda: split
 
     rows = rows_at_edges()[:8] * host.powers(host.fp32([0, -120, 60, 0, -99, 0, 0, 118]))[:, None]
-    for recipe in (Recipe("fast", NVFP44Over6Config()), Recipe("exact", NVFP44Over6Config())):
-        case = quantize_cases.Case("per-token", recipe, SfLayout.layout_linear)
+    for recipe in (fast, exact):
         yield (
             f"quantizer, rows of any size at a time, {recipe}",
-            functools.partial(CutCall, rows.bfloat16(), case, LaunchConfig(4, 8, 0, 1, 1)),
+            functools.partial(
+                CutCall, _per_token(rows.bfloat16(), recipe), LaunchConfig(4, 8, 0, 1, 1)
+            ),
         )
 
     tiny = (rows_at_edges()[44:50] * 2.0**-118).bfloat16()
-    case = quantize_cases.Case(
-        "per-token", Recipe("fast", NVFP44Over6Config()), SfLayout.layout_linear
-    )
-    alone = LaunchConfig(1, 8, 0, 1, 1)
-    yield "quantizer, 4over6, tiny rows alone", functools.partial(CutCall, tiny, case, alone)
+    alone = CutCall(_per_token(tiny, fast), LaunchConfig(1, 8, 0, 1, 1))
+    yield "quantizer, 4over6, tiny rows alone", lambda: alone
 
     for recipe in (Recipe(), Recipe("exact")):
         yield (
