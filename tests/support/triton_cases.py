@@ -116,18 +116,38 @@ def every_way_to_cut_a_row(device):
     x = inputs.synthetic("heavy", 5, 7 * 16).to(device)
     for recipe in (*PLAIN, Recipe("fast", NVFP44Over6Config())):
         for layout in SfLayout:
-            g = recipe.base_scale_inv
-            expected = reference.quantize_per_token(x, g, recipe, layout)
-            for config in (
-                quantize_launch.LaunchConfig(2, 8, 0, 1, 1),
-                quantize_launch.LaunchConfig(1, 2, 8, 4, 1),
-                quantize_launch.LaunchConfig(4, 4, 4, 1, 1),
-                quantize_launch.LaunchConfig(1, 4, 0, 1, 1, 2),
-                quantize_launch.LaunchConfig(2, 4, 0, 1, 1, 2),
-            ):
-                got = quantize_launch.Outputs(*quantize_launch.allocate(x, int(layout)))
-                quantize_launch._launch(x, got, 0, None, g, recipe.code, int(layout), config=config)
-                assert_quantized(got, expected, f"{recipe} {layout.name} {config}")
+            _cut(x, recipe, layout)
+    for math in ("fast", "exact"):
+        x = rows_with_a_block_far_below(7).to(device)
+        _cut(x, Recipe(math, NVFP44Over6Config()), SfLayout.layout_linear)
+
+
+def _cut(x, recipe, layout):
+    g = recipe.base_scale_inv
+    expected = reference.quantize_per_token(x, g, recipe, layout)
+    for config in (
+        quantize_launch.LaunchConfig(2, 8, 0, 1, 1),
+        quantize_launch.LaunchConfig(1, 2, 8, 4, 1),
+        quantize_launch.LaunchConfig(4, 4, 4, 1, 1),
+        quantize_launch.LaunchConfig(1, 4, 0, 1, 1, 2),
+        quantize_launch.LaunchConfig(2, 4, 0, 1, 1, 2),
+    ):
+        got = quantize_launch.Outputs(*quantize_launch.allocate(x, int(layout)))
+        quantize_launch._launch(x, got, 0, None, g, recipe.code, int(layout), config=config)
+        assert_quantized(got, expected, f"{recipe} {layout.name} {config}")
+
+
+def rows_with_a_block_far_below(blocks):
+    """[2 blocks, 16 blocks] bf16: pairs of rows, each with another block that is far below the others.
+
+    Its scale is 1.4 steps of 2^-9. Rounded to one step, it leaves magnitudes that round above 6.
+    """
+    x = inputs.synthetic("normal", 2 * blocks, 16 * blocks).float().view(blocks, 2, blocks, 16)
+    for pair in range(blocks):
+        largest = x[pair].abs().amax((1, 2))
+        block = x[pair, :, pair]
+        block *= (largest * (1.4 / (448 * 512)) / block.abs().amax(1))[:, None]
+    return x.view(2 * blocks, 16 * blocks).bfloat16()
 
 
 def strided_and_misaligned(device):

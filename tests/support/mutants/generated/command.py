@@ -332,11 +332,12 @@ _HEAD = """\
 a comparison made strict or not, an operator exchanged, an index moved by one. Each is *killed* by an
 answer that is not the unchanged reference's, to the bit where the contract determines it, else outside
 of its interval; or by an error; it *timed out*; it is *harmless*, for a reason that is written down
-(`harmless.py` and `harmless_kernels.py`); or it is *open*: nothing saw it, and nobody has shown that
-it keeps the contract. Kernels are tried in the interpreter, where paths of a GPU alone do nothing, and
-on a GPU. The Gluon kernels of `kernels/moe/hopper/` run on sm_90 alone: what neither such a GPU nor the
-compilation for it (`make mutants-compiled`) has decided is *not tried*. A mutant that does not compile
-is killed. A mutant that waits without end, as one of a barrier may, is killed and has timed out.
+(`harmless.py` and what it imports); or it is *open*: nothing saw it, and nobody has shown that it keeps
+the contract. Kernels are tried in the interpreter and on a GPU. Those of the quantizer and the functions
+of `kernels/jit/` also take a GPU's paths in the interpreter, which does what their instructions do
+(`assembly.py`). The Gluon kernels of `kernels/moe/hopper/` run on sm_90 alone: what neither such a GPU
+nor the compilation for it (`make mutants-compiled`) has decided is *not tried*. A mutant that does not
+compile is killed. A mutant that waits without end, as one of a barrier may, is killed and has timed out.
 What has been tried is in `results.txt` beside the rules, and is tried again once the function changes.
 """
 

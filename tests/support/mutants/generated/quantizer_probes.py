@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from triton_cases import rows_of_few_steps
+from triton_cases import rows_of_few_steps, rows_with_a_block_far_below
 
 from nvfp4_moe import host
 from nvfp4_moe.cases import inputs, moe_edges
@@ -177,16 +177,6 @@ def _steps_of_fp32() -> torch.Tensor:
     return x
 
 
-def _blocks_far_below() -> torch.Tensor:
-    """[10, 80]: pairs of rows with a block whose scale, 1.4 steps of 2^-9, rounds to one step."""
-    x = inputs.synthetic("normal", 10, 80).float().view(5, 2, 5, 16)
-    for pair in range(5):
-        largest = x[pair].abs().amax((1, 2))
-        block = x[pair, :, pair]
-        block *= (largest * (1.4 / (448 * 512)) / block.abs().amax(1))[:, None]
-    return x.view(10, 80).bfloat16()
-
-
 def _per_token(
     x: torch.Tensor, recipe: Recipe, layout: SfLayout = SfLayout.layout_linear
 ) -> QuantizerCall:
@@ -209,7 +199,7 @@ def _cuts() -> Named:
             call = _per_token(x, recipe, SfLayout.layout_8x4)
             yield f"quantizer, {name}, {recipe}", functools.partial(CutCall, call, config)
         for recipe in (fast, exact):
-            call = _per_token(_blocks_far_below(), recipe)
+            call = _per_token(rows_with_a_block_far_below(5), recipe)
             named = f"quantizer, blocks far below, {name}, {recipe}"
             yield named, functools.partial(CutCall, call, config)
         values = ValuesCall(x, exact, True)
