@@ -74,7 +74,7 @@ def _expert_tile(
     tl.store(out, y, live[None, :])
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_experts", "tiles"])
+@triton.jit(do_not_specialize=["first_expert", "num_experts"])
 def expert_gemm_kernel(
     x_ptr,  # [N, 4, K/4] bf16: columns 0, 4, 8 ..., columns 1, 5 ...; with NATIVE [N, K/2] uint8
     x_sf_ptr,  # with NATIVE [N, K/16] uint8, linear
@@ -89,11 +89,9 @@ def expert_gemm_kernel(
     limit_ptr,  # [E] fp32, or None
     out_ptr,  # [rows, M / 2 or M] bf16, or fp32 for static scales, by permuted row
     expanded_ptr,  # [rows] int32: the expanded index, token * top_k + slot, of a permuted row
-    tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
-    end_ptr,  # [E] int32: the expert's last permuted row, + 1
+    tile_ptr,  # [tiles, 4] int32: a tile's expert (-1: none), its first permuted row, its rows
     first_expert,  # of those whose tiles are worked on now
     num_experts,
-    tiles,
     M,
     K4,  # K / 4: a multiple of 16, as K is of 64
     X_DIVISOR: tl.constexpr,  # x's row is expanded index / X_DIVISOR; 0: the permuted row itself
@@ -107,15 +105,16 @@ def expert_gemm_kernel(
     ARCH: tl.constexpr,
 ):
     await_previous(ARCH)
-    tile = tl.program_id(1)
-    expert = tl.load(tile_ptr + tile)
+    tile_ptr += tl.program_id(1) * 4
+    expert = tl.load(tile_ptr)
     if (expert < first_expert) | (expert >= first_expert + num_experts):
         return
-    first = tl.load(tile_ptr + tiles + tile)
-    end = tl.load(end_ptr + expert)
+    first = tl.load(tile_ptr + 1)
+    rows = tl.load(tile_ptr + 2)
+    end = first + rows
     if BN >= 32 and not NATIVE and w_ptr.dtype.element_ty != tl.bfloat16:
         # Half as wide where that holds the rows: an expert's last tile is often nearly empty.
-        half = end - first <= BN // 2
+        half = rows <= BN // 2
         for i in tl.static_range(2):
             if half == (i == 1):
                 _expert_tile(

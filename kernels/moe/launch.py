@@ -381,7 +381,6 @@ def _launch_gemm(
         return
     local, rows, columns = w.shape[0], w.shape[1], w.shape[2] * 2
     bm = math.gcd(config.bm, rows)
-    tiles = p.tiles.shape[1]
     at_once, weights = local, w
     if config.decoded:
         at_once = max(1, min(local, _DECODED_BYTES // (rows * columns * 2)))
@@ -396,14 +395,14 @@ def _launch_gemm(
                 operand=True,
                 out=weights.flatten(0, 1),
             )
-        launch(expert_gemm_kernel, (rows // bm, tiles),
+        launch(expert_gemm_kernel, (rows // bm, p.tiles.shape[0]),
             x.values, x.block_scales, weights, w_sf.view(torch.uint8),
             x.token_scale, bias, scale,
             experts.output1_scale_gate_scalar if first else None,
             experts.gemm1_alpha if first else None,
             experts.gemm1_beta if first else None,
             experts.gemm1_clamp_limit if first else None,
-            out, p.expanded, p.tiles, p.end, expert, at_once, tiles, rows, columns // 4,
+            out, p.expanded, p.tiles, expert, at_once, rows, columns // 4,
             X_DIVISOR=x_divisor,
             ACT=int(activation) if activation is not None else NONE.value,
             BM=bm, BN=config.bn, BK=config.bk, STAGES=config.stages,

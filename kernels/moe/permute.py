@@ -23,8 +23,8 @@ class Permutation:
 
     expanded: torch.Tensor  # [T * K] int32: expanded index of a permuted row
     permuted: torch.Tensor  # [T * K] int32: permuted row of an expanded index, -1: not on this rank
-    tiles: torch.Tensor  # [3, tiles] int32: expert (-1: none), first permuted row, tiles in use [0]
-    end: torch.Tensor  # [E] int32
+    tiles: torch.Tensor  # [tiles, 4] int32, as `write_tiles` writes it
+    end: torch.Tensor  # [E] int32: the expert's last permuted row, + 1
 
 
 def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: int) -> Permutation:
@@ -40,7 +40,7 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    p = Permutation(empty(slots), empty(slots), empty(3, tiles), empty(num_local))
+    p = Permutation(empty(slots), empty(slots), empty(tiles, 4), empty(num_local))
     ids = ids.contiguous()
     bins = max(16, next_power_of_2(num_local + 1))
     options = {"ARCH": arch(ids.device), **launch_options(ids.device)}
@@ -68,11 +68,22 @@ def permute(ids: torch.Tensor, num_local: int, local_expert_offset: int, tile: i
 
 
 @triton.jit
+def _store_tiles(tile_ptr, tile, expert, first, rows, used, live):
+    """Store the records of tiles [N, 1], or of one tile."""
+    field = tl.arange(0, 4)[None, :]
+    of_tile = tl.where(field == 0, expert, tl.where(field == 1, first, rows))
+    tl.store(tile_ptr + tile * 4 + field, tl.where(field == 3, used, of_tile), live)
+
+
+@triton.jit
 def write_tiles(
     expert, counts, first_row, tile_ptr, end_ptr, tiles, E,
     BINS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write an expert's tiles and end, given its first row and the slots of every expert.
+
+    A tile's record is its expert (-1: none), its first row, its rows, and how many tiles are in use of
+    all: a program of the GEMM begins after one load of 16 bytes.
 
     Whole tiles come first, then each expert's last one, from the fullest to the emptiest: programs that
     take tile after tile then end together.
@@ -84,25 +95,22 @@ def write_tiles(
 
     whole = counts // TILE
     own = count // TILE
-    first_tile = tl.sum(tl.where(bins < expert, whole, 0))
-    for start in range(0, own, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        tl.store(tile_ptr + first_tile + i, expert, i < own)
-        tl.store(tile_ptr + tiles + first_tile + i, first_row + i * TILE, i < own)
     last = counts % TILE
     rest = count % TILE
+    used = tl.sum(whole) + tl.sum((last > 0).to(tl.int32))
+    first_tile = tl.sum(tl.where(bins < expert, whole, 0))
+    for start in range(0, own, CHUNK):
+        i = start + tl.arange(0, CHUNK)[:, None]
+        _store_tiles(tile_ptr, first_tile + i, expert, first_row + i * TILE, TILE, used, i < own)
     before = (last > rest) | ((last == rest) & (bins < expert))
     place = tl.sum(whole) + tl.sum(before.to(tl.int32))
-    tl.store(tile_ptr + place, expert, rest > 0)
-    tl.store(tile_ptr + tiles + place, first_row + own * TILE, rest > 0)
+    _store_tiles(tile_ptr, place, expert, first_row + own * TILE, rest, used, rest > 0)
 
-    # The last expert also marks the tiles that nobody uses, and counts those in use.
-    used = tl.sum(whole) + tl.sum((last > 0).to(tl.int32))
-    if expert == E - 1:
-        tl.store(tile_ptr + 2 * tiles, used)
-        for start in range(used, tiles, CHUNK):
-            i = start + tl.arange(0, CHUNK)
-            tl.store(tile_ptr + i, -1, i < tiles)
+    # The last expert also marks the tiles that nobody uses. With an `if`, ptxas keeps a register of
+    # `prologue_kernel` in local memory.
+    for start in range(tl.where(expert == E - 1, used, tiles), tiles, CHUNK):
+        i = start + tl.arange(0, CHUNK)[:, None]
+        _store_tiles(tile_ptr, i, -1, 0, 0, used, i < tiles)
 
 
 @triton.jit
@@ -121,7 +129,7 @@ def permute_kernel(
     ids_ptr,  # [N] int32 global expert ids, by expanded index
     expanded_ptr,  # [N] int32: the expanded index of a permuted row
     permuted_ptr,  # [N] int32: the permuted row of an expanded index, -1: not on this rank
-    tile_ptr,  # [3, tiles] int32: a tile's expert (-1: none), its first permuted row, tiles in use [0]
+    tile_ptr,  # [tiles, 4] int32, as `write_tiles` writes it
     end_ptr,  # [E] int32: the expert's last permuted row, + 1
     N,
     tiles,

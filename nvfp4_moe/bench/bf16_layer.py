@@ -77,8 +77,7 @@ def gemm_kernel(
     weight_ptr,  # [slots] bf16 routing weights by expanded index, or None
     out_ptr,  # [slots, N] bf16, by permuted row
     expanded_ptr,  # [slots] int32
-    tile_ptr,  # [2, tiles] int32: the tile's expert (-1: none), its first permuted row
-    end_ptr,  # [E] int32
+    tile_ptr,  # [tiles, 4] int32: a tile's expert (-1: none), its first permuted row, its rows
     divisor,  # with GATHER, x's row is expanded index / divisor
     tiles,
     N,
@@ -98,12 +97,13 @@ def gemm_kernel(
     height = tl.minimum(tiles - first_tile, GROUP)
     place = tl.program_id(0) % in_group
     tile = first_tile + place % height
-    expert = tl.load(tile_ptr + tile).to(tl.int64)
+    tile_ptr += tile * 4
+    expert = tl.load(tile_ptr).to(tl.int64)
     if expert < 0:
         return
-    row = tl.load(tile_ptr + tiles + tile) + tl.arange(0, BM)
-    live = row < tl.load(end_ptr + expert)
-    row = tl.where(live, row, 0)
+    i = tl.arange(0, BM)
+    live = i < tl.load(tile_ptr + 2)
+    row = tl.where(live, tl.load(tile_ptr + 1) + i, 0)
     source = tl.load(expanded_ptr + row, live, other=0) // divisor if GATHER else row
     column = place // height * BN + tl.arange(0, BN)
     inside = column < N
@@ -198,10 +198,10 @@ def gemm(
 ) -> torch.Tensor:
     """[slots, N] bf16 by permuted row; with `divisor` 0, x is by permuted row too."""
     _, n, k = w.shape
-    tiles = p.tiles.shape[1]
+    tiles = p.tiles.shape[0]
     out = x.new_empty((p.expanded.shape[0], n))
     gemm_kernel[(tiles * triton.cdiv(n, t.bn),)](
-        x, w, bias, routing_weights, out, p.expanded, p.tiles, p.end, divisor, tiles, n, k,
+        x, w, bias, routing_weights, out, p.expanded, p.tiles, divisor, tiles, n, k,
         GATHER=divisor > 0, BM=t.bm, BN=t.bn, BK=t.bk, GROUP=t.group, STAGES=t.stages,
         EVEN=k % t.bk == 0, ARCH=arch(x.device), num_warps=t.warps,
     )  # fmt: skip

@@ -58,8 +58,7 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False, o
         "w_desc": tensor_descriptor("i32", (128, 16), 64),
         "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
         "x_ptr": "*bf16", "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32",
-        "end_ptr": "*i32", "slots": "i32", "top_k": "i32", "tiles": "i32",
-        "strips": "i32", "M": "i32", "K": "i32",
+        "slots": "i32", "top_k": "i32", "strips": "i32", "M": "i32", "K": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in constants and (n.endswith("_ptr") or n in "MK")]
     return compile_kernel(
@@ -105,6 +104,8 @@ def test_compiled(config, activation, odd, gathers, tmp_path):
     assert len(released) == 2 * len(config.widths)
     assert not any(name.startswith("%stage") for name in released), released
     assert wgmma_of(kernel) == wgmma_of_widths(config.widths, config.groups)
+    # Each partition loads a tile's record at once: one before its loop over tiles, one in it.
+    assert kernel.asm["ptx"].count("ld.global.v4.b32") == 2 * (2 + 3 * gathers)
     # Rows that were copied, not brought by TMA, are behind a fence in each loop over K; the barriers'
     # initialization is behind one, too.
     fences = kernel.asm["ptx"].count("fence.proxy.async.shared::cta")

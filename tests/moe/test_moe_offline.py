@@ -56,10 +56,10 @@ def compile_gemm(arch: int, config: GemmConfig, activation: int):
         "x_ptr": "*u8" if native else "*bf16", "x_sf_ptr": "*u8",
         "w_ptr": "*bf16" if config.decoded else "*u8", "w_sf_ptr": "*u8",
         "token_scale_ptr": "*fp32", "scale_ptr": "*fp32", "gate_scale_ptr": "*fp32",
-        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
-        "first_expert": "i32", "num_experts": "i32", "tiles": "i32", "M": "i32", "K4": "i32",
+        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32",
+        "first_expert": "i32", "num_experts": "i32", "M": "i32", "K4": "i32",
     }  # fmt: skip
-    aligned = [n for n in types if n not in (*constants, "first_expert", "num_experts", "tiles")]
+    aligned = [n for n in types if n not in (*constants, "first_expert", "num_experts")]
     return compile_kernel(
         expert_gemm_kernel,
         arch,

@@ -252,7 +252,7 @@ def compiled(t: Tiles, arch: int, *, first: bool, even: bool = True):
     }
     types = {
         "x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "weight_ptr": "*bf16",
-        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32", "end_ptr": "*i32",
+        "out_ptr": "*bf16", "expanded_ptr": "*i32", "tile_ptr": "*i32",
         "divisor": "i32", "tiles": "i32", "N": "i32", "K": "i32",
     }  # fmt: skip
     aligned = [n for n in types if n not in (*constants, "divisor", "tiles")]

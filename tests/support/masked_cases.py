@@ -132,8 +132,8 @@ def counts_outside(device, config=SMALL):
     assert rows.permuted.cpu().tolist() == [*[-1] * 5, 5, 6, 7, 8, 9, 10, 11, -1, -1, -1]
     assert rows.end.cpu().tolist() == [0, 10, 12]
     # Whole tiles, then the last ones, the fullest first.
-    assert rows.tiles.cpu().tolist()[0] == [1, 2, 1, -1, -1, -1]
-    assert rows.tiles.cpu().tolist()[1][:3] == [5, 10, 9]
+    tiles = [[1, 5, 4], [2, 10, 2], [1, 9, 1], *[[-1, 0, 0]] * 3]
+    assert rows.tiles.cpu().tolist() == [[*tile, 3] for tile in tiles]
 
 
 CASES = [quantizer, exact_sums, the_rows_of_the_layer, counts_outside]

@@ -505,11 +505,8 @@ def permutation(device, tokens: int, experts: int, top_k: int, offset: int, num_
     whole, last = [], []
     for expert in range(num_local):
         first, rows = int(end[expert] - counts[expert]), int(counts[expert])
-        whole += [(expert, first + row) for row in range(0, rows // 16 * 16, 16)]
-        last += [(-(rows % 16), expert, first + rows // 16 * 16)] if rows % 16 else []
-    tiles = whole + [tile[1:] for tile in sorted(last)]
-    unused = p.tiles.shape[1] - len(tiles)
-    got = p.tiles[:2].T.tolist()
-    assert [tuple(t) for t in got[: len(tiles)]] == tiles
-    assert [t[0] for t in got[len(tiles) :]] == [-1] * unused
-    assert p.tiles[2, 0] == len(tiles)
+        whole += [(expert, first + row, 16) for row in range(0, rows // 16 * 16, 16)]
+        last += [(expert, first + rows // 16 * 16, rows % 16)] if rows % 16 else []
+    tiles = whole + sorted(last, key=lambda tile: -tile[2])
+    unused = [(-1, 0, 0)] * (p.tiles.shape[0] - len(tiles))
+    assert p.tiles.tolist() == [[*tile, len(tiles)] for tile in tiles + unused]

@@ -65,18 +65,32 @@ def power_of_2(width):
 
 
 @gluon.jit
-def _tile(
-    t, total, tile_ptr, end_ptr, tiles, strips, WIDTHS: gl.constexpr, GATHERED: gl.constexpr
-):  # fmt: skip
-    """Load (expert, first row, rows from there) of piece t of the work; of the last one beyond it."""
-    tile = gl.maximum(gl.minimum(t, total - 1), 0) // strips
-    expert = gl.maximum(gl.load(tile_ptr + tile), 0)
-    if GATHERED:  # where the pointer below, in a register of every warp, would be one too many
-        first = gl.load(tile_ptr + (tiles + tile))
-    else:
-        first = gl.load(tile_ptr + tiles + tile)
-    rows = gl.load(end_ptr + expert) - first
-    return expert, first, gl.minimum(rows, width_of(WIDTHS, 0))
+def _tile(tile_ptr, tile, live):
+    """Load a tile's record: (expert, first row, rows, tiles in use of all); zeros if it is not live."""
+    # One load of 16 bytes gives every thread the whole record, so that no field changes threads.
+    i = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    record = gl.load(tile_ptr + tile * 4 + i, live, other=0)
+    return (
+        gl.sum(gl.where(i == 0, record, 0), 0),
+        gl.sum(gl.where(i == 1, record, 0), 0),
+        gl.sum(gl.where(i == 2, record, 0), 0),
+        gl.sum(gl.where(i == 3, record, 0), 0),
+    )
+
+
+@gluon.jit
+def _first_tile(tile_ptr, strips):
+    """Load (expert, first row, rows) of a program's first piece, and the number of all pieces."""
+    expert, first, rows, used = _tile(tile_ptr, gl.program_id(0) // strips, True)
+    return expert, first, rows, used * strips
+
+
+@gluon.jit
+def _next_tile(tile_ptr, t, total, strips):
+    """Load (expert, first row, rows) of a program's piece after t; where it has none, load nothing."""
+    piece = t + gl.num_programs(0)
+    expert, first, rows, _ = _tile(tile_ptr, piece // strips, piece < total)
+    return expert, first, rows
 
 
 @gluon.jit
@@ -124,21 +138,16 @@ def fill_ring(
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, tile_ptr, end_ptr, tiles, strips,
-    M, steps, GATHERED: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, tile_ptr, strips, M, steps,
+    GATHERED: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    ARCH: gl.constexpr,
 ):  # fmt: skip
     await_previous(ARCH)
-    total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
     phase = 1
-    expert, first, rows = _tile(
-        gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
-    )
+    expert, first, rows, total = _first_tile(tile_ptr, strips)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        ahead, ahead_first, ahead_rows = _tile(
-            t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
-        )
+        ahead, ahead_first, ahead_rows = _next_tile(tile_ptr, t, total, strips)
         row = expert * M + t % strips * ROWS
         for i in gl.static_range(count_of(WIDTHS)):
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
@@ -171,9 +180,9 @@ def _copy_rows(
 
 @gluon.jit
 def _gather(
-    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots, top_k, tiles,
-    strips, K, steps, PART: gl.constexpr, GATHERED: gl.constexpr, WIDTHS: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, ARCH: gl.constexpr,
+    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, slots, top_k, strips, K, steps,
+    PART: gl.constexpr, GATHERED: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     """Bring a copier's rows of every tile into the ring, each from where its token's row lies.
 
@@ -182,21 +191,16 @@ def _gather(
     if GATHERED:
         await_previous(ARCH)
         place_buf = place_bufs.index(PART)
-        total = gl.load(tile_ptr + 2 * tiles) * strips
         eights = (K + 127) // 128 * 16  # of a row of x
         stage = 0
         phase = 1
-        _, first, rows = _tile(
-            gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
-        )
+        _, first, rows, total = _first_tile(tile_ptr, strips)
         n = gl.arange(0, place_buf.shape[0], layout=gl.BlockedLayout([1], [32], [1], [0]))
         n = (n // 8 * COPIERS + PART) * 8 + n % 8
         slot = load_slots(expanded_ptr, first + n, slots)
         for t in range(gl.program_id(0), total, gl.num_programs(0)):
             place_buf.store(gl.where(n < rows, slot // top_k * eights, -1))
-            _, first, ahead_rows = _tile(
-                t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
-            )
+            _, first, ahead_rows = _next_tile(tile_ptr, t, total, strips)
             slot = load_slots(expanded_ptr, first + n, slots)
             for i in gl.static_range(count_of(WIDTHS)):
                 if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
@@ -403,8 +407,8 @@ def _zero_half(out_ptr, strip, first, rows, width):
 @gluon.jit
 def _consume(
     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr, scale_ptr,
-    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr, end_ptr, slots,
-    top_k, tiles, strips, M, steps, GATHERED: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
+    gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr, slots, top_k,
+    strips, M, steps, GATHERED: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
     ODD: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     ARCH: gl.constexpr,
 ):  # fmt: skip
@@ -413,19 +417,14 @@ def _consume(
     width = M // 2 if is_gated(ACT) else M
     if ODD:
         width += ROWS // 2
-    total = gl.load(tile_ptr + 2 * tiles) * strips
     stage = 0
     phase = 0
-    expert, first, rows = _tile(
-        gl.program_id(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
-    )
+    expert, first, rows, total = _first_tile(tile_ptr, strips)
     n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [WARPS.value], [0]))
     if INDEXED:
         slot = load_slots(expanded_ptr, first + n, slots)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        ahead, ahead_first, ahead_rows = _tile(
-            t + gl.num_programs(0), total, tile_ptr, end_ptr, tiles, strips, WIDTHS, GATHERED
-        )
+        ahead, ahead_first, ahead_rows = _next_tile(tile_ptr, t, total, strips)
         strip = t % strips
         if ODD:
             if strip == strips - 1:
@@ -470,7 +469,7 @@ def _consume(
         rows = ahead_rows
 
 
-@gluon.jit(do_not_specialize=["slots", "top_k", "tiles", "strips"])
+@gluon.jit(do_not_specialize=["slots", "top_k", "strips"])
 def expert_gemm_kernel(
     x_desc,  # [rows, >= K] bf16 by permuted row, columns in the order of `fragments.py`; box [<= N, 64]
     w_desc,  # [E * M, K / 8] int32, words of 8 codes; box [ROWS, WORDS]
@@ -483,11 +482,9 @@ def expert_gemm_kernel(
     alpha_ptr, beta_ptr, limit_ptr,  # [E] fp32, or None
     out_ptr,  # [rows, M / 2 or M, 64 more with ODD] bf16 or fp32, by permuted row
     expanded_ptr,  # [slots] int32: the expanded index, token * top_k + slot, of a permuted row
-    tile_ptr,  # [3, tiles] int32: a tile's expert, its first permuted row, tiles in use [0]
-    end_ptr,  # [E] int32: the expert's last permuted row, + 1
+    tile_ptr,  # [tiles, 4] int32: a tile's expert, first permuted row, rows, and the tiles in use of all
     slots,
     top_k,
-    tiles,
     strips,  # M / ROWS
     M,
     K,
@@ -527,36 +524,36 @@ def expert_gemm_kernel(
                 (
                     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr,
                     scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr,
-                    tile_ptr, end_ptr, slots, top_k, tiles, strips, M, steps, GATHERED, ACT,
-                    FRAGMENTS, ODD, WIDTHS, STAGES, GROUPS, ARCH,
+                    tile_ptr, slots, top_k, strips, M, steps, GATHERED, ACT, FRAGMENTS, ODD, WIDTHS,
+                    STAGES, GROUPS, ARCH,
                 ),
             ),
             (
                 _produce,
                 (
-                    x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, tile_ptr,
-                    end_ptr, tiles, strips, M, steps, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                    x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, tile_ptr, strips,
+                    M, steps, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
                 _gather,
                 (
-                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots,
-                    top_k, tiles, strips, K, steps, 0, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, slots, top_k,
+                    strips, K, steps, 0, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
                 _gather,
                 (
-                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots,
-                    top_k, tiles, strips, K, steps, 1, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, slots, top_k,
+                    strips, K, steps, 1, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
             (
                 _gather,
                 (
-                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, end_ptr, slots,
-                    top_k, tiles, strips, K, steps, 2, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
+                    x_ptr, x_bufs, place_bufs, full, empty, expanded_ptr, tile_ptr, slots, top_k,
+                    strips, K, steps, 2, GATHERED, WIDTHS, STAGES, GROUPS, ARCH,
                 ),
             ),
         ],

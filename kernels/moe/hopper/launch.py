@@ -90,17 +90,17 @@ def expert_gemm(
         fragments: write the columns of `out` in that order too, with zeros up to a multiple of 128.
     """
     local, m, k = w.shape[0], w.shape[1], w.shape[2] * 2
-    tiles, strips = p.tiles.shape[1], m // _ROWS
+    strips = m // _ROWS
     # A gated strip has 64 results: an odd number of strips leaves half of 128 columns.
     odd = fragments and experts is not None and experts.activation.gated and strips % 2 == 1
-    programs = min(tiles * strips, config.programs * multiprocessors(w.device))
+    programs = min(p.tiles.shape[0] * strips, config.programs * multiprocessors(w.device))
     launch(expert_gemm_kernel, (programs,),
         *_operands(values, w, w_sf, local * m, k, config), values, token_scale, bias, scale,
         experts.output1_scale_gate_scalar if experts else None,
         experts.gemm1_alpha if experts else None,
         experts.gemm1_beta if experts else None,
         experts.gemm1_clamp_limit if experts else None,
-        out, p.expanded, p.tiles, p.end, p.expanded.numel(), top_k, tiles, strips, m, k,
+        out, p.expanded, p.tiles, p.expanded.numel(), top_k, strips, m, k,
         GATHERED=top_k > 0, ACT=int(experts.activation) if experts else NONE.value,
         FRAGMENTS=fragments, ODD=odd, WIDTHS=config.widths,
         STAGES=config.stages, GROUPS=config.groups,

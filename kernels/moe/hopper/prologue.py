@@ -145,7 +145,7 @@ def _launched(
         experts = logits.shape[1]
     else:
         ids = every = routing.contiguous()
-    p = Permutation(empty(slots), empty(slots), empty(3, tiles), empty(num_local))
+    p = Permutation(empty(slots), empty(slots), empty(tiles, 4), empty(num_local))
     rows = slots if placed else tokens
     values = empty(rows, padded_to_fragments(columns), dtype=torch.bfloat16)
     scaled = recipe is not None or a.per_token_scale is not None

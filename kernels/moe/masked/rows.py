@@ -25,7 +25,7 @@ def masked_rows(masked_m: torch.Tensor, max_m: int, tile: int) -> Permutation:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=masked_m.device)
 
-    rows, table, end = empty(experts * max_m), empty(3, tiles), empty(experts)
+    rows, table, end = empty(experts * max_m), empty(tiles, 4), empty(experts)
     launch(masked_rows_kernel, (experts,),
         masked_m.contiguous(), rows, table, end, max_m, tiles, experts,
         BINS=max(16, next_power_of_2(experts)), CHUNK=1024, TILE=tile,
@@ -58,7 +58,7 @@ def copy_rows(
 def masked_rows_kernel(
     masked_ptr,  # [E] int32 or int64
     row_ptr,  # [E * max_m] int32: the row itself, -1 beyond `masked_m`
-    tile_ptr,  # [3, tiles] int32: a tile's expert (-1: none), its first row, tiles in use [0]
+    tile_ptr,  # [tiles, 4] int32, as `write_tiles` writes it
     end_ptr,  # [E] int32: the expert's last row, + 1
     max_m,
     tiles,

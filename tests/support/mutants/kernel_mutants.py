@@ -181,8 +181,8 @@ _GEMM: tuple[Entry, ...] = (
     ("results truncated to bf16", "to_bf16(y, ARCH)", "y.to(tl.bfloat16)", "qwen", "_expert_tile"),
     (
         "half a tile for more rows than it holds",
-        "end - first <= BN // 2",
-        "end - first <= BN",
+        "rows <= BN // 2",
+        "rows <= BN",
         "tiles of 32",
     ),
 )  # fmt: skip
@@ -197,14 +197,14 @@ _SMALL: tuple[Entry, ...] = (
     ),
     (
         "an expert's last tile dropped",
-        "tl.store(tile_ptr + place, expert, rest > 0)",
-        "tl.store(tile_ptr + place, -1, rest > 0)",
+        "_store_tiles(tile_ptr, place, expert, F_, rest, used, L_)",
+        "_store_tiles(tile_ptr, place, -1, F_, rest, used, L_)",
         "tiles of 16",
     ),
     (
-        "an expert's end one row early",
-        "tl.store(end_ptr + expert, first_row + count)",
-        "tl.store(end_ptr + expert, first_row + count - 1)",
+        "an expert's last tile one row short",
+        "_store_tiles(tile_ptr, place, expert, F_, rest, used, L_)",
+        "_store_tiles(tile_ptr, place, expert, F_, rest - 1, used, L_)",
         "tiles of 16",
     ),
     (

@@ -208,13 +208,12 @@ def _experts_of(far: int) -> Any:
     x = behind(some_values(8, 4, 16), tokens)
     chosen = host.arange(tokens - 5, tokens).int()
     bias, scale = behind(host.ones(1, 128), experts), behind(host.ones(1) / 3, experts)
-    end = behind(torch.tensor([row + 5], dtype=torch.int32, device="cpu"), experts)
-    tile = torch.tensor([[experts - 1], [row]], dtype=torch.int32, device="cpu")
+    tile = torch.tensor([[experts - 1, row, 5, 1]], dtype=torch.int32, device="cpu")
     out = torch.empty(row + 5, 128, dtype=torch.bfloat16, device="cpu")
     expanded = behind(chosen, row + 5)
     launch._launch_gemm(
         launch.Operand(x, None, None), w, sf, bias, scale, out,
-        Permutation(expanded, expanded, tile, end), _TILE, 1, None, SimpleNamespace(),
+        Permutation(expanded, expanded, tile, expanded), _TILE, 1, None, SimpleNamespace(),
     )  # fmt: skip
     return out[-5:]
 

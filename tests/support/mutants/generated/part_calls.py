@@ -63,11 +63,7 @@ class PermuteCall:
 
 def tensors_of(p: permute.Permutation) -> list[Tensor]:
     """Return what of a permutation is read, on the CPU."""
-    used_rows, used = int(p.end[-1]), p.tiles[0] >= 0
-    found = (
-        p.expanded[:used_rows], p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1]
-    )  # fmt: skip
-    return [t.cpu() for t in found]
+    return [t.cpu() for t in (p.expanded[: int(p.end[-1])], p.permuted, p.tiles, p.end)]
 
 
 def permutation_of(ids: list[int], num_local: int, offset: int, tile: int) -> list[Tensor]:
@@ -79,22 +75,24 @@ def permutation_of(ids: list[int], num_local: int, offset: int, tile: int) -> li
     end = [0]
     for some in of:
         end.append(end[-1] + len(some))
-    used = tiles_in_order(end[:-1], [len(some) for some in of], tile)
     tiles = min(len(ids), num_local) + len(ids) // tile
-    experts = [expert for expert, _ in used] + [-1] * (tiles - len(used))
-    firsts = [first for _, first in used]
+    records = records_of(end[:-1], [len(some) for some in of], tile, tiles)
     permuted = [row.get(i, -1) for i in range(len(ids))]
-    want = expanded, permuted, experts, firsts, end[1:], [len(used)]
+    want = expanded, permuted, records, end[1:]
     return [torch.tensor(t, dtype=torch.int32, device="cpu") for t in want]
 
 
-def tiles_in_order(first: list[int], counts: list[int], tile: int) -> list[tuple[int, int]]:
-    """Return (expert, first row) of whole tiles, then of each expert's last one, the fullest first."""
+def records_of(first: list[int], counts: list[int], tile: int, tiles: int) -> list[list[int]]:
+    """Return every tile's (expert, first row, rows, tiles in use).
+
+    Whole tiles come first, then each expert's last one, the fullest first, then those that nobody uses.
+    """
     whole, last = [], []
     for expert, (row, count) in enumerate(zip(first, counts, strict=True)):
-        whole += [(expert, row + i * tile) for i in range(count // tile)]
-        last += [(-(count % tile), expert, row + count // tile * tile)] if count % tile else []
-    return whole + [found[1:] for found in sorted(last)]
+        whole += [(expert, row + i * tile, tile) for i in range(count // tile)]
+        last += [(expert, row + count // tile * tile, count % tile)] if count % tile else []
+    used = whole + sorted(last, key=lambda found: -found[2])
+    return [[*found, len(used)] for found in used + [(-1, 0, 0)] * (tiles - len(used))]
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,7 @@ class MaskedRowsCall:
     def answer(self, device: str = "cpu") -> Any:
         masked = torch.tensor(self.masked, dtype=self.dtype, device=device)
         p = masked_rows(masked, self.max_m, self.tile)
-        used = p.tiles[0] >= 0
-        return [t.cpu() for t in (p.permuted, p.tiles[0], p.tiles[1][used], p.end, p.tiles[2, :1])]
+        return [t.cpu() for t in (p.permuted, p.tiles, p.end)]
 
     def judge(self) -> Answered:
         counts = [min(max(m, 0), self.max_m) for m in self.masked]
@@ -120,11 +117,9 @@ class MaskedRowsCall:
             for f, c in zip(first, counts, strict=True)
             for i in range(self.max_m)
         ]
-        used = tiles_in_order(first, counts, self.tile)
         tiles = len(counts) * -(-self.max_m // self.tile)
-        experts = [tile[0] for tile in used] + [-1] * (tiles - len(used))
         end = [f + c for f, c in zip(first, counts, strict=True)]
-        want = rows, experts, [tile[1] for tile in used], end, [len(used)]
+        want = rows, records_of(first, counts, self.tile, tiles), end
         return exactly([torch.tensor(t, dtype=torch.int32, device="cpu") for t in want])
 
 

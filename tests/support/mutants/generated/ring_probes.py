@@ -281,7 +281,7 @@ class FarZerosCall:
     def answer(self, device: str = "cpu") -> Tensor:
         rows, experts = self.far // self.width + 24, to_device(self._experts(), device)
         x = torch.ones(rows, 128, dtype=torch.bfloat16, device=device)
-        p = _one_tile(host.zeros(1).int().to(device), rows - self.rows, rows)
+        p = _one_tile(host.zeros(1).int().to(device), rows - self.rows, self.rows)
         operand = launch.Operand(x, None, None, placed=True)
         out = launch.gemm1(operand, experts, p, rows, 1, self.config, fp32=False, fragments=True)
         written = out[-self.rows :].isnan().logical_not().cpu()
@@ -293,13 +293,10 @@ class FarZerosCall:
         return exactly(torch.ones(self.rows, self.width, dtype=torch.bool, device="cpu"))
 
 
-def _one_tile(expanded: Tensor, first: int, end: int) -> Permutation:
-    """Return the permutation of one expert whose rows, `first` up to `end`, are one tile."""
-
-    def numbers(*some: int) -> Tensor:
-        return torch.tensor(some, dtype=torch.int32, device=expanded.device)
-
-    return Permutation(expanded, expanded, numbers(0, first, 1)[:, None], numbers(end))
+def _one_tile(expanded: Tensor, first: int, rows: int) -> Permutation:
+    """Return the permutation of one expert whose rows from `first` are one tile."""
+    tile = torch.tensor([[0, first, rows, 1]], dtype=torch.int32, device=expanded.device)
+    return Permutation(expanded, expanded, tile, tile[:, 1] + rows)
 
 
 @dataclass(frozen=True)
