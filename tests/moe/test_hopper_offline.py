@@ -47,7 +47,8 @@ def compile_ring(config: RingConfig, activation: int, *, biased: bool = False, o
         none += ["gate_scale_ptr", "alpha_ptr", "beta_ptr", "limit_ptr"]
     constants = dict.fromkeys(none) | {
         "GATHERED": config.gathers, "ACT": activation, "FRAGMENTS": odd, "ODD": odd,
-        "WIDTHS": config.widths, "STAGES": config.stages, "GROUPS": config.groups, "ARCH": ARCH,
+        "WIDTHS": config.widths, "STAGES": config.stages, "GROUPS": config.groups, "AHEAD": config.ahead,
+        "ARCH": ARCH,
     }  # fmt: skip
     floats = (
         "token_scale_ptr", "bias_ptr", "scale_ptr", "gate_scale_ptr", "alpha_ptr", "beta_ptr",
@@ -106,6 +107,10 @@ def test_compiled(config, activation, odd, gathers, tmp_path):
     assert wgmma_of(kernel) == wgmma_of_widths(config.widths, config.groups)
     # Each partition loads a tile's record at once: one before its loop over tiles, one in it.
     assert kernel.asm["ptx"].count("ld.global.v4.b32") == 2 * (2 + 3 * gathers)
+    # Codes that are loaded before the first product.
+    before = kernel.asm["ttgir"].partition("warp_group_dot")[0]
+    loads = re.findall(r"local_load .*-> tensor<128x16xi32", before)
+    assert len(loads) == (config.groups if config.ahead else 1)
     # Rows that were copied, not brought by TMA, are behind a fence in each loop over K; the barriers'
     # initialization is behind one, too.
     fences = kernel.asm["ptx"].count("fence.proxy.async.shared::cta")

@@ -27,6 +27,8 @@ class RingConfig:
     groups: int  # of 128 columns, in a stage
     programs: int  # on a multiprocessor at a time
     gathers: bool = False  # the rows of tokens; otherwise one is written for each expert of a token
+    ahead: bool = False  # the grouped GEMM loads a stage's codes before it decodes the first. ptxas
+    # serializes the wgmma of some tiles that do so.
 
     @property
     def bn(self) -> int:
@@ -48,11 +50,11 @@ class RingConfig:
 
 
 _BY_ROWS = (
-    (2, RingConfig((8,), 5, 2, 2)),
+    (2, RingConfig((8,), 5, 2, 2, ahead=True)),
     (12, RingConfig((16, 8), 4, 2, 2)),
     (24, RingConfig((32, 16), 3, 2, 2)),
-    (48, RingConfig((64, 32, 16), 4, 2, 1)),
-    (72, RingConfig((96, 64, 32), 3, 2, 1)),
+    (48, RingConfig((64, 32, 16), 4, 2, 1, ahead=True)),
+    (72, RingConfig((96, 64, 32), 3, 2, 1, ahead=True)),
     (152, RingConfig((160, 128, 96, 32), 4, 1, 1)),
 )
 _WIDE = RingConfig((256, 128, 64, 32), 3, 1, 1, gathers=True)

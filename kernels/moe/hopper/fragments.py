@@ -97,14 +97,20 @@ def _products(words, scales):
 
 @gluon.jit
 def load_codes(words, scales):
-    """Load codes and scales of 128 columns: (words, scale) of j1 = 0, then of j1 = 1, for `fragment`.
+    """Load codes and scales of 128 columns, for `halves`.
 
     `words` is int32 [ROWS, WORDS] in shared memory, `scales` int32 [1, 2, 128] there.
     """
-    w = gl.reshape(words.load(word_layout()), (ROWS, 4, 2, 2))  # [R, c, j1, j0]
-    w0, w1 = gl.split(gl.permute(w, (0, 1, 3, 2)))
     view = reinterpreted(scales, gl.uint16, [ROWS, 4], scale_memory())
-    s0, s1 = _scale_pairs(view.load(scale_layout()))
+    return words.load(word_layout()), view.load(scale_layout())
+
+
+@gluon.jit
+def halves(words, scales):
+    """Return (words, scale) of j1 = 0, then of j1 = 1, of what `load_codes` loaded, for `fragment`."""
+    w = gl.reshape(words, (ROWS, 4, 2, 2))  # [R, c, j1, j0]
+    w0, w1 = gl.split(gl.permute(w, (0, 1, 3, 2)))
+    s0, s1 = _scale_pairs(scales)
     OF_PAIR: gl.constexpr = gl.SliceLayout(2, w0.type.layout)
     s0 = gl.expand_dims(gl.convert_layout(s0, OF_PAIR, assert_trivial=True), 2)
     s1 = gl.expand_dims(gl.convert_layout(s1, OF_PAIR, assert_trivial=True), 2)

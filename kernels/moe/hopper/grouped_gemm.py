@@ -15,7 +15,7 @@ each 128. So the bits of a token's result are the same in every tile and every b
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from ..activation import activated, is_gated, limit_of_expert, of_expert
-from .fragments import ROWS, WARPS, WORDS, fragment, load_codes
+from .fragments import ROWS, WARPS, WORDS, fragment, halves, load_codes
 from .gather import COPIERS, copy_eight, eights_of, load_slots, rows_of_copier
 from .gluon import (
     async_copy,
@@ -269,15 +269,30 @@ def _wait(pending: gl.constexpr, sums, a):
 
 
 @gluon.jit
+def _load_groups(w_bufs, sf_bufs, buffer, GROUPS: gl.constexpr):
+    """Load (codes, scales, codes, scales ...) of successive groups of 128 columns."""
+    loaded = ()  # type: tuple
+    for g in gl.static_range(GROUPS):
+        of_group = load_codes(w_bufs.index(buffer + g), sf_bufs.index(buffer + g))
+        loaded = loaded + of_group
+    return loaded
+
+
+@gluon.jit
 def ring_sums(
     sums, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, GATHERED: gl.constexpr = False,
+    AHEAD: gl.constexpr = False,
 ):  # fmt: skip
-    """Add steps to each part's sums, times 2^-8; return them, and the ring's next stage and phase."""
+    """Add steps to each part's sums, times 2^-8; return them, and the ring's next stage and phase.
+
+    With AHEAD all codes of a stage are loaded before the first of them is decoded.
+    """
     COUNT: gl.constexpr = count_of(PARTS)  # of parts, and of groups of wgmma that a fragment begins
     N: gl.constexpr = width_of(PARTS, 0)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(N), k_width=2)
     BOXES: gl.constexpr = x_bufs.shape[0] // (STAGES * GROUPS * 2)
+    AT_ONCE: gl.constexpr = GROUPS if AHEAD else 1
     odd = gl.zeros((ROWS, 64), gl.bfloat16, layout=A)
     # Not `stage`: Triton carries no name through a loop that begins as the value it is assigned there.
     before = 0
@@ -289,7 +304,9 @@ def ring_sums(
             fence_async_shared()
         for g in gl.static_range(GROUPS):
             buffer = stage * GROUPS + g
-            w0, s0, w1, s1 = load_codes(w_bufs.index(buffer), sf_bufs.index(buffer))
+            if g % AT_ONCE == 0:
+                loaded = _load_groups(w_bufs, sf_bufs, buffer, AT_ONCE)
+            w0, s0, w1, s1 = halves(loaded[g % AT_ONCE * 2], loaded[g % AT_ONCE * 2 + 1])
             even = fragment(w0, s0, A)
             sums = _multiply(even, sums, x_bufs, buffer * 2 * BOXES, PARTS)
             sums, odd = _wait(COUNT, sums, odd)
@@ -410,7 +427,7 @@ def _consume(
     gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr, tile_ptr, slots, top_k,
     strips, M, steps, GATHERED: gl.constexpr, ACT: gl.constexpr, FRAGMENTS: gl.constexpr,
     ODD: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    ARCH: gl.constexpr,
+    AHEAD: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
     INDEXED: gl.constexpr = GATHERED and token_scale_ptr is not None
     N: gl.constexpr = power_of_2(width_of(WIDTHS, 0))
@@ -454,7 +471,7 @@ def _consume(
                 PARTS: gl.constexpr = parts_of(width_of(WIDTHS, i))
                 sums, stage, phase = ring_sums(
                     no_sums(PARTS), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS,
-                    STAGES, GROUPS, GATHERED,
+                    STAGES, GROUPS, GATHERED, AHEAD,
                 )  # fmt: skip
                 if token_scale_ptr is not None:
                     scales_buf.store(token_scale)
@@ -495,6 +512,7 @@ def expert_gemm_kernel(
     WIDTHS: gl.constexpr,  # tokens of a tile, from the widest, for which `tile_ptr` was made
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,  # of 128 columns, in a stage
+    AHEAD: gl.constexpr,  # as `ring_sums` takes it
     ARCH: gl.constexpr,
 ):  # fmt: skip
     N: gl.constexpr = width_of(WIDTHS, 0)
@@ -525,7 +543,7 @@ def expert_gemm_kernel(
                     x_bufs, w_bufs, sf_bufs, scales_buf, full, empty, token_scale_ptr, bias_ptr,
                     scale_ptr, gate_scale_ptr, alpha_ptr, beta_ptr, limit_ptr, out_ptr, expanded_ptr,
                     tile_ptr, slots, top_k, strips, M, steps, GATHERED, ACT, FRAGMENTS, ODD, WIDTHS,
-                    STAGES, GROUPS, ARCH,
+                    STAGES, GROUPS, AHEAD, ARCH,
                 ),
             ),
             (

@@ -103,7 +103,7 @@ def expert_gemm(
         out, p.expanded, p.tiles, p.expanded.numel(), top_k, strips, m, k,
         GATHERED=top_k > 0, ACT=int(experts.activation) if experts else NONE.value,
         FRAGMENTS=fragments, ODD=odd, WIDTHS=config.widths,
-        STAGES=config.stages, GROUPS=config.groups,
+        STAGES=config.stages, GROUPS=config.groups, AHEAD=config.ahead,
         ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
     )  # fmt: skip
 
