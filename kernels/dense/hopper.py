@@ -23,6 +23,13 @@ _MANY = (
 Those of 160 and 96 tokens follow from the grouped GEMM's cost model, which a second part of the sums is
 in (docs/hopper_gluon.md).
 """
+HALVES = (
+    RingConfig((8,), 8, 2, 1, rows=64),
+    RingConfig((16,), 7, 2, 1, rows=64),
+    RingConfig((32,), 5, 2, 1, rows=64),
+    RingConfig((64,), 4, 2, 1, rows=64),
+)
+"""Half tiles: twice as many, of 64 rows of b, where whole ones leave multiprocessors idle."""
 CONFIGS = (*(c for _, c in _FEW), *(c for _, c in _MANY))
 """Every configuration that `ring_config` chooses."""
 _ROWS = 128  # rows of b in a tile

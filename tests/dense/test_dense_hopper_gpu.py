@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 
-from nvfp4_moe.kernels.dense.hopper import CONFIGS
+from nvfp4_moe.kernels.dense.hopper import CONFIGS, HALVES
 from nvfp4_moe.kernels.moe.hopper.config import refusal
 from nvfp4_moe.kernels.triton_target import arch
 from nvfp4_moe.reference.layouts import from_linear, to_linear
@@ -23,11 +23,12 @@ def _refusal() -> str | None:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_refusal() is not None, reason=str(_refusal()))]
 
+EVERY = (*CONFIGS, *HALVES)
 ROWS = (1, 7, 8, 16, 33, 64, 128, 255, 1000)
 """Counts of rows at the edges of tiles."""
 
 
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[4]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[4], HALVES[1]], ids=str)
 @pytest.mark.parametrize("alpha", dense_cases.ALPHAS)
 def test_every_alpha_and_layout(config, alpha):
     for use_8x4 in (False, True):
@@ -36,7 +37,7 @@ def test_every_alpha_and_layout(config, alpha):
             dense_cases.bitwise(case, "cuda", config, f"{alpha} {use_8x4} {dtype}")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY, ids=str)
 @pytest.mark.parametrize("n,k", [(1, 64), (129, 192), (1000, 2880), (4133, 1088), (36867, 320)])
 def test_edges_of_tiles(config, n, k, unwritten_memory_is_nan):
     """Odd N and odd multiples of a tile of block scales; what pads the scales is NaN.
@@ -78,7 +79,7 @@ def test_batch_invariant(n, k):
         assert_bitwise(got, alone, f"among {m}")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY, ids=str)
 def test_every_tile_has_the_same_bits(config):
     case = dense_cases.real(1000, 2056, 4096)
     want = dense_cases.output_of(case, "cuda", CONFIGS[-1])

@@ -14,7 +14,7 @@ from offline import (
 )
 from sanitizer import dispatch
 
-from nvfp4_moe.kernels.dense.hopper import CONFIGS
+from nvfp4_moe.kernels.dense.hopper import CONFIGS, HALVES
 from nvfp4_moe.kernels.moe.hopper.config import WIDEST_SHARED, RingConfig, refusal
 from nvfp4_moe.kernels.triton_target import shared_memory
 
@@ -42,7 +42,7 @@ def compile_dense(
     }  # fmt: skip
     types = {
         "x_desc": tensor_descriptor("bf16", (config.box, 64), 128),
-        "w_desc": tensor_descriptor("i32", (128, 16), 64),
+        "w_desc": tensor_descriptor("i32", (config.rows, 16), 64),
         "sf_desc": tensor_descriptor("i32", (1, 2, 128), 0),
         "alpha_ptr": "*fp32", "out_ptr": out, "sums_ptr": "*fp32", "ready_ptr": "*i32",
         "M": "i32", "N": "i32", "K": "i32",
@@ -50,17 +50,18 @@ def compile_dense(
     pointers = [name for name, kind in types.items() if kind[0] == "*" and name not in constants]
     aligned = [*pointers, "K", *(["N"] if even else [])]
     return compile_kernel(
-        dense_gemm_kernel, ARCH, types, constants, aligned, num_warps=8,
+        dense_gemm_kernel, ARCH, types, constants, aligned, num_warps=config.warps,
         maxnreg=config.registers, launch_pdl=True,
     )  # fmt: skip
 
 
-SHARED = [c for c in CONFIGS if c.bn <= WIDEST_SHARED]
+EVERY = (*CONFIGS, *HALVES)
+SHARED = [c for c in EVERY if c.bn <= WIDEST_SHARED]
 """Configurations whose programs may go on with a tile that another one began."""
 
 
 @pytest.mark.parametrize(
-    "config,shared", [(c, False) for c in CONFIGS] + [(c, True) for c in SHARED], ids=str
+    "config,shared", [(c, False) for c in EVERY] + [(c, True) for c in SHARED], ids=str
 )
 def test_compiled(config, shared, tmp_path):
     """No warning that wgmma are serialized, nothing in local memory, the multiprocessor shared."""
@@ -80,7 +81,7 @@ def test_compiled(config, shared, tmp_path):
     assert each * config.programs <= (shared_memory(ARCH) + 1) * 1024
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1], HALVES[0]], ids=str)
 def test_edges(config, tmp_path):
     """An N that 16 does not divide, one alpha, fp16."""
     kernel = compile_dense(config, shared=config in SHARED, by_row=False, out="*fp16", even=False)

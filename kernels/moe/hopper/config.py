@@ -29,6 +29,7 @@ class RingConfig:
     gathers: bool = False  # the rows of tokens; otherwise one is written for each expert of a token
     ahead: bool = False  # the grouped GEMM loads a stage's codes before it decodes the first. ptxas
     # serializes the wgmma of some tiles that do so.
+    rows: int = 128  # of weights in a tile, or 64, which the dense GEMM alone takes
 
     @property
     def bn(self) -> int:
@@ -42,11 +43,18 @@ class RingConfig:
 
     @property
     def registers(self) -> int:
-        """Return a thread's registers at launch: 12 warps share 65,536.
+        """Return a thread's registers at launch: 12 warps share 65,536, or the 8 of a half tile 32,768.
 
-        The producer gives most of its own away.
+        The producer has four warps' registers, and gives most of them away.
         """
+        if self.rows == 64:
+            return 128
         return 168 if self.programs == 1 else 80
+
+    @property
+    def warps(self) -> int:
+        """Return the warps that multiply, 16 rows of weights each."""
+        return self.rows // 16
 
 
 _BY_ROWS = (

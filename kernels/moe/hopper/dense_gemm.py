@@ -14,7 +14,7 @@ once, that needs them to begin in the order of their numbers, which CUDA does no
 # SPDX-License-Identifier: Apache-2.0
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
-from .fragments import ROWS, WARPS, WORDS
+from .fragments import WORDS, warps_of
 from .gluon import block_barrier, fence_async_shared, gl, gluon, mbarrier
 from .grouped_gemm import (
     allocate_tokens,
@@ -91,6 +91,7 @@ def _produce_dense(
     SHARED: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     ARCH: gl.constexpr,
 ):  # fmt: skip
+    R: gl.constexpr = w_desc.block_shape[0]
     await_previous(ARCH)
     stage = 0
     phase = 1
@@ -102,34 +103,39 @@ def _produce_dense(
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
                 stage, phase = fill_ring(
                     x_desc, w_desc, sf_desc, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase,
-                    tile % strips * ROWS, first, from_step, to_step, width_of(WIDTHS, i), STAGES,
+                    tile % strips * R, first, from_step, to_step, width_of(WIDTHS, i), STAGES,
                     GROUPS,
                 )  # fmt: skip
 
 
 @gluon.jit
-def _places(ptr, program, FROM: gl.constexpr, N: gl.constexpr, WIDEST: gl.constexpr):
-    """Return where sums [ROWS, N] of a program, of tokens from FROM of a tile, are handed over."""
-    m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout(N)))
-    n = gl.arange(0, N, layout=gl.SliceLayout(0, sums_layout(N)))
-    first = ptr + program * ROWS * WIDEST + ROWS * FROM
+def _places(
+    ptr, program, R: gl.constexpr, FROM: gl.constexpr, N: gl.constexpr, WIDEST: gl.constexpr
+):
+    """Return where sums [R, N] of a program, of tokens from FROM of a tile, are handed over."""
+    m = gl.arange(0, R, layout=gl.SliceLayout(1, sums_layout(R, N)))
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, sums_layout(R, N)))
+    first = ptr + program * R * WIDEST + R * FROM
     return first + gl.expand_dims(m * N, 1) + gl.expand_dims(n, 0)
 
 
 @gluon.jit
 def _begun_part(
-    sums_ptr, program, from_step, FROM: gl.constexpr, N: gl.constexpr, WIDEST: gl.constexpr
-):
-    """Load sums [ROWS, N] of a program, of tokens from FROM of a tile; zeros at a tile's first step."""
+    sums_ptr, program, from_step, R: gl.constexpr, FROM: gl.constexpr, N: gl.constexpr,
+    WIDEST: gl.constexpr,
+):  # fmt: skip
+    """Load sums [R, N] of a program, of tokens from FROM of a tile; zeros at a tile's first step."""
     # No branch: ptxas serializes the wgmma behind one. And not from a multiprocessor's own cache, where
     # the stores of no other are.
-    taken = gl.full((ROWS, N), from_step, gl.int32, layout=sums_layout(N)) > 0
-    places = _places(sums_ptr, program, FROM, N, WIDEST)
+    taken = gl.full((R, N), from_step, gl.int32, layout=sums_layout(R, N)) > 0
+    places = _places(sums_ptr, program, R, FROM, N, WIDEST)
     return gl.load(places, taken, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
-def _begun(sums_ptr, ready_ptr, from_step, PARTS: gl.constexpr, WIDEST: gl.constexpr):
+def _begun(
+    sums_ptr, ready_ptr, from_step, R: gl.constexpr, PARTS: gl.constexpr, WIDEST: gl.constexpr
+):
     """Return the sums of a tile before `from_step`, which the program before has made."""
     before = gl.program_id(0) - 1
     if from_step > 0:
@@ -138,7 +144,7 @@ def _begun(sums_ptr, ready_ptr, from_step, PARTS: gl.constexpr, WIDEST: gl.const
     sums = ()  # type: tuple
     for i in gl.static_range(count_of(PARTS)):
         of_part = _begun_part(
-            sums_ptr, before, from_step, tokens_before(PARTS, i), width_of(PARTS, i), WIDEST
+            sums_ptr, before, from_step, R, tokens_before(PARTS, i), width_of(PARTS, i), WIDEST
         )
         sums = sums + (of_part,)  # noqa: RUF005, Triton has no star
     return sums
@@ -147,10 +153,11 @@ def _begun(sums_ptr, ready_ptr, from_step, PARTS: gl.constexpr, WIDEST: gl.const
 @gluon.jit
 def _hand_over(sums, sums_ptr, ready_ptr, PARTS: gl.constexpr, WIDEST: gl.constexpr):
     """Give sums of the beginning of a tile to the next program."""
+    R: gl.constexpr = sums[0].shape[0]
     for i in gl.static_range(count_of(PARTS)):
         gl.store(
             _places(
-                sums_ptr, gl.program_id(0), tokens_before(PARTS, i), width_of(PARTS, i), WIDEST
+                sums_ptr, gl.program_id(0), R, tokens_before(PARTS, i), width_of(PARTS, i), WIDEST
             ),
             sums[i],
         )
@@ -171,16 +178,15 @@ def _finish_dense(
     acc, alpha_buf, alpha, out_ptr, strip, first, end, N,
     FROM: gl.constexpr, BY_ROW: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
-    """Multiply sums [ROWS, tokens], of tokens from FROM of the tile, by alpha; round and store them.
+    """Multiply sums [R, tokens], of tokens from FROM of the tile, by alpha; round and store them.
 
     Only tokens from `first` up to `end` and columns below N are stored.
     """
+    R: gl.constexpr = acc.shape[0]
     TOKENS: gl.constexpr = acc.shape[1]
-    AT_ONCE: gl.constexpr = tokens_at_once(
-        ROWS, out_ptr.dtype.element_ty.primitive_bitwidth, TOKENS
-    )
+    AT_ONCE: gl.constexpr = tokens_at_once(R, out_ptr.dtype.element_ty.primitive_bitwidth, TOKENS)
     if TOKENS > AT_ONCE:
-        halves = gl.permute(gl.reshape(acc, (ROWS, 2, TOKENS // 2)), (0, 2, 1))
+        halves = gl.permute(gl.reshape(acc, (R, 2, TOKENS // 2)), (0, 2, 1))
         low, high = gl.split(halves)
         _finish_dense(low, alpha_buf, alpha, out_ptr, strip, first, end, N, FROM, BY_ROW, ARCH)
         _finish_dense(
@@ -198,10 +204,10 @@ def _finish_dense(
             y = to_bf16(acc, ARCH)
         else:
             y = acc.to(out_ptr.dtype.element_ty)
-        OUT: gl.constexpr = results_layout(ROWS)
+        OUT: gl.constexpr = results_layout(R, R)
         y = gl.convert_layout(y, OUT)
         row = first + FROM + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
-        column = strip * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        column = strip * R + gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
         out = out_ptr + gl.expand_dims(row.to(gl.int64) * N, 0) + gl.expand_dims(column, 1)
         gl.store(out, y, gl.expand_dims(row < end, 0) & gl.expand_dims(column < N, 1))
 
@@ -224,6 +230,7 @@ def _consume_dense(
     total, strips, steps, BY_ROW: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
     GROUPS: gl.constexpr, ARCH: gl.constexpr,
 ):  # fmt: skip
+    R: gl.constexpr = w_bufs.shape[1]
     WIDEST: gl.constexpr = width_of(WIDTHS, 0)
     SHARED: gl.constexpr = sums_ptr is not None
     stage = 0
@@ -238,7 +245,7 @@ def _consume_dense(
         first, tokens = _tokens_of(tile, strips, M, WIDTHS)
         if BY_ROW:  # on its way while the sums are made
             n = gl.arange(
-                0, power_of_2(WIDEST), layout=gl.BlockedLayout([1], [32], [WARPS.value], [0])
+                0, power_of_2(WIDEST), layout=gl.BlockedLayout([1], [32], [warps_of(R)], [0])
             )
             of_token = gl.load(alpha_ptr + first + n, n < tokens, other=0.0)
         else:
@@ -247,12 +254,12 @@ def _consume_dense(
             if (tokens <= width_of(WIDTHS, i)) & (tokens > narrower(WIDTHS, i)):
                 PARTS: gl.constexpr = parts_of(width_of(WIDTHS, i))
                 if SHARED:
-                    sums = _begun(sums_ptr, ready_ptr, from_step, PARTS, WIDEST)
+                    sums = _begun(sums_ptr, ready_ptr, from_step, R, PARTS, WIDEST)
                 else:
-                    sums = no_sums(PARTS)
+                    sums = no_sums(R, PARTS)
                 sums, stage, phase = ring_sums(
                     sums, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, to_step - from_step,
-                    PARTS, STAGES, GROUPS,
+                    PARTS, STAGES, GROUPS, upper=tile % strips % 2 > 0,
                 )  # fmt: skip
                 if BY_ROW:
                     alpha_buf.store(of_token)
@@ -274,11 +281,11 @@ def _consume_dense(
 @gluon.jit(do_not_specialize=["M"])
 def dense_gemm_kernel(
     x_desc,  # [M, >= K] bf16, columns in the order of `fragments.py`; box [<= tokens, 64]
-    w_desc,  # [N, K / 8] int32, words of 8 codes; box [ROWS, WORDS], which gives 0 beyond both sizes
-    sf_desc,  # [N / ROWS, K / 64, 128] int32, 128x4, sizes rounded up; box [1, 2, 128]
+    w_desc,  # [N, K / 8] int32, words of 8 codes; box [R, WORDS], which gives 0 beyond both sizes
+    sf_desc,  # [N / 128, K / 64, 128] int32, 128x4, sizes rounded up; box [1, 2, 128]
     alpha_ptr,  # fp32 [1], with BY_ROW [M]; or None
     out_ptr,  # [M, N] bf16 or fp16
-    sums_ptr,  # [programs, ROWS * WIDTHS[0]] fp32: sums that are handed over; None: no tile is shared
+    sums_ptr,  # [programs, R * WIDTHS[0]] fp32: sums that are handed over; None: no tile is shared
     ready_ptr,  # [programs] int32 of `clear_kernel`: 1 once they are there; or None
     M,  # rows of a, the tokens
     N,  # rows of b
@@ -289,9 +296,10 @@ def dense_gemm_kernel(
     GROUPS: gl.constexpr,  # of 128 columns, in a stage
     ARCH: gl.constexpr,
 ):
+    R: gl.constexpr = w_desc.block_shape[0]  # rows of weights of a tile: 128, or 64
     WIDEST: gl.constexpr = width_of(WIDTHS, 0)
     x_bufs = allocate_tokens(x_desc, STAGES * GROUPS * 2, WIDEST)
-    w_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, ROWS, WORDS], w_desc.layout)
+    w_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, R, WORDS], w_desc.layout)
     sf_bufs = gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, 1, 2, 128], sf_desc.layout)
     alpha_buf = gl.allocate_shared_memory(
         gl.float32, [power_of_2(WIDEST)], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -303,7 +311,7 @@ def dense_gemm_kernel(
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     await_previous(ARCH)
-    strips = (N + ROWS - 1) // ROWS
+    strips = (N + R - 1) // R
     total = strips * ((M + WIDEST - 1) // WIDEST)
     steps = (K + GROUPS * 128 - 1) // (GROUPS * 128)
     SHARED: gl.constexpr = sums_ptr is not None

@@ -12,31 +12,44 @@ columns, no code moves to another thread, and the codes of a pair (b = 0, 1) lie
 from .gluon import gl, gluon, reinterpreted
 
 ROWS = gl.constexpr(128)
-"""Rows of weights of a tile, 16 for each of 8 warps."""
+"""Rows of weights of a whole tile, 16 for each of 8 warps, and of a tile of block scales in 128x4.
+
+A half tile has 64 rows and 4 warps.
+"""
 WARPS = gl.constexpr(8)
 WORDS = gl.constexpr(16)
 """Words of 8 codes in 128 columns."""
 
 
 @gluon.constexpr_function
-def word_layout():
-    """Lay out int32 [ROWS, WORDS]: a thread reads 4 successive words of rows r and r + 8."""
+def warps_of(rows):
+    """Return the warps that multiply a tile of so many rows of weights."""
+    return WARPS.value * rows // ROWS.value
+
+
+@gluon.constexpr_function
+def word_layout(rows):
+    """Lay out int32 [rows, WORDS]: a thread reads 4 successive words of rows r and r + 8."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0]],
         lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]][: 3 if rows == ROWS.value else 2],
         block_bases=[],
-        shape=[ROWS.value, WORDS.value],
+        shape=[rows, WORDS.value],
     )
 
 
 @gluon.constexpr_function
-def scale_layout():
-    """Lay out uint16 [ROWS, 4]: a thread reads the two scales of its 32 codes of rows r and r + 8."""
+def scale_layout(rows):
+    """Lay out uint16 [ROWS, 4]: a thread reads the two scales of its 32 codes of rows r and r + 8.
+
+    In a half tile it reads those of rows r + 64 and r + 72, too.
+    """
+    whole = rows == ROWS.value
     return gl.DistributedLinearLayout(
-        reg_bases=[[8, 0]],
+        reg_bases=[[8, 0]] if whole else [[8, 0], [64, 0]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]] if whole else [[16, 0], [32, 0]],
         block_bases=[],
         shape=[ROWS.value, 4],
     )
@@ -96,19 +109,26 @@ def _products(words, scales):
 
 
 @gluon.jit
-def load_codes(words, scales):
+def load_codes(words, scales, upper):
     """Load codes and scales of 128 columns, for `halves`.
 
-    `words` is int32 [ROWS, WORDS] in shared memory, `scales` int32 [1, 2, 128] there.
+
+    `words` is int32 [R, WORDS] in shared memory, `scales` int32 [1, 2, 128] there: the block scales of
+    ROWS rows. Where R is half of that, `upper` says that the words are of rows 64 to 127. TMA cannot
+    bring half of the scales: they begin 8 bytes into 16.
     """
-    view = reinterpreted(scales, gl.uint16, [ROWS, 4], scale_memory())
-    return words.load(word_layout()), view.load(scale_layout())
+    R: gl.constexpr = words.shape[0]
+    pairs = reinterpreted(scales, gl.uint16, [ROWS, 4], scale_memory()).load(scale_layout(R))
+    if R < ROWS:
+        low, high = gl.split(gl.permute(gl.reshape(pairs, (2, R, 4)), (1, 2, 0)))
+        pairs = gl.where(upper, high, low)
+    return words.load(word_layout(R)), pairs
 
 
 @gluon.jit
 def halves(words, scales):
     """Return (words, scale) of j1 = 0, then of j1 = 1, of what `load_codes` loaded, for `fragment`."""
-    w = gl.reshape(words, (ROWS, 4, 2, 2))  # [R, c, j1, j0]
+    w = gl.reshape(words, (words.shape[0], 4, 2, 2))  # [R, c, j1, j0]
     w0, w1 = gl.split(gl.permute(w, (0, 1, 3, 2)))
     s0, s1 = _scale_pairs(scales)
     OF_PAIR: gl.constexpr = gl.SliceLayout(2, w0.type.layout)

@@ -15,7 +15,7 @@ each 128. So the bits of a token's result are the same in every tile and every b
 from ...jit.arithmetic import to_bf16
 from ...jit.pdl import await_previous
 from ..activation import activated, is_gated, limit_of_expert, of_expert
-from .fragments import ROWS, WARPS, WORDS, fragment, halves, load_codes
+from .fragments import ROWS, WARPS, WORDS, fragment, halves, load_codes, warps_of
 from .gather import COPIERS, copy_eight, eights_of, load_slots, rows_of_copier
 from .gluon import (
     async_copy,
@@ -112,7 +112,8 @@ def fill_ring(
     With GATHERED others bring the rows of tokens.
     """
     BOX: gl.constexpr = x_desc.block_shape[0]
-    BYTES: gl.constexpr = GROUPS * (ROWS * WORDS * 4 + ROWS * 8 + (0 if GATHERED else N * 256))
+    R: gl.constexpr = w_desc.block_shape[0]
+    BYTES: gl.constexpr = GROUPS * (R * WORDS * 4 + ROWS * 8 + (0 if GATHERED else N * 256))
     BOXES: gl.constexpr = x_bufs.shape[0] // (STAGES * GROUPS * 2)
     for k in range(begin, end):
         mbarrier.wait(empty.index(stage), phase)
@@ -212,24 +213,24 @@ def _gather(
 
 
 @gluon.constexpr_function
-def sums_layout(tokens):
-    """Lay out sums [ROWS, tokens] as wgmma has them."""
+def sums_layout(rows, tokens):
+    """Lay out sums [rows, tokens] as wgmma has them."""
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS.value, 1], instr_shape=[16, tokens, 16]
+        version=[3, 0], warps_per_cta=[warps_of(rows), 1], instr_shape=[16, tokens, 16]
     )
 
 
 @gluon.jit
-def _zeros(N: gl.constexpr):
-    return gl.zeros((ROWS, N), gl.float32, layout=sums_layout(N))
+def _zeros(R: gl.constexpr, N: gl.constexpr):
+    return gl.zeros((R, N), gl.float32, layout=sums_layout(R, N))
 
 
 @gluon.jit
-def no_sums(PARTS: gl.constexpr):
-    """Return zeros as the sums of a tile: [ROWS, tokens] fp32 of each part."""
+def no_sums(R: gl.constexpr, PARTS: gl.constexpr):
+    """Return zeros as the sums of a tile: [R, tokens] fp32 of each part."""
     sums = ()  # type: tuple
     for i in gl.static_range(count_of(PARTS)):
-        sums = sums + (_zeros(width_of(PARTS, i)),)  # noqa: RUF005, Triton has no star
+        sums = sums + (_zeros(R, width_of(PARTS, i)),)  # noqa: RUF005, Triton has no star
     return sums
 
 
@@ -242,10 +243,11 @@ def allocate_tokens(x_desc, halves: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def _multiply_part(a, acc, x_bufs, first_box):
-    """Begin to add the products of a fragment and a part's tokens to sums [ROWS, N]; return them."""
+    """Begin to add the products of a fragment and a part's tokens to sums [R, N]; return them."""
+    R: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
     L: gl.constexpr = x_bufs.layout
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(N), k_width=2)
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(R, N), k_width=2)
     x = reinterpreted(x_bufs.index(first_box), gl.bfloat16, [N, 64], L)
     own = gl.convert_layout(a, A, assert_trivial=True)
     return warpgroup_mma(own, x.permute((1, 0)), acc, is_async=True)
@@ -269,11 +271,11 @@ def _wait(pending: gl.constexpr, sums, a):
 
 
 @gluon.jit
-def _load_groups(w_bufs, sf_bufs, buffer, GROUPS: gl.constexpr):
+def _load_groups(w_bufs, sf_bufs, buffer, GROUPS: gl.constexpr, upper):
     """Load (codes, scales, codes, scales ...) of successive groups of 128 columns."""
     loaded = ()  # type: tuple
     for g in gl.static_range(GROUPS):
-        of_group = load_codes(w_bufs.index(buffer + g), sf_bufs.index(buffer + g))
+        of_group = load_codes(w_bufs.index(buffer + g), sf_bufs.index(buffer + g), upper)
         loaded = loaded + of_group
     return loaded
 
@@ -282,18 +284,20 @@ def _load_groups(w_bufs, sf_bufs, buffer, GROUPS: gl.constexpr):
 def ring_sums(
     sums, x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, GATHERED: gl.constexpr = False,
-    AHEAD: gl.constexpr = False,
+    AHEAD: gl.constexpr = False, upper=False,
 ):  # fmt: skip
     """Add steps to each part's sums, times 2^-8; return them, and the ring's next stage and phase.
 
-    With AHEAD all codes of a stage are loaded before the first of them is decoded.
+    With AHEAD all codes of a stage are loaded before the first of them is decoded. `upper` is of half
+    tiles (`load_codes`).
     """
+    R: gl.constexpr = w_bufs.shape[1]
     COUNT: gl.constexpr = count_of(PARTS)  # of parts, and of groups of wgmma that a fragment begins
     N: gl.constexpr = width_of(PARTS, 0)
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(N), k_width=2)
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_layout(R, N), k_width=2)
     BOXES: gl.constexpr = x_bufs.shape[0] // (STAGES * GROUPS * 2)
     AT_ONCE: gl.constexpr = GROUPS if AHEAD else 1
-    odd = gl.zeros((ROWS, 64), gl.bfloat16, layout=A)
+    odd = gl.zeros((R, 64), gl.bfloat16, layout=A)
     # Not `stage`: Triton carries no name through a loop that begins as the value it is assigned there.
     before = 0
     for k in range(steps):
@@ -305,7 +309,7 @@ def ring_sums(
         for g in gl.static_range(GROUPS):
             buffer = stage * GROUPS + g
             if g % AT_ONCE == 0:
-                loaded = _load_groups(w_bufs, sf_bufs, buffer, AT_ONCE)
+                loaded = _load_groups(w_bufs, sf_bufs, buffer, AT_ONCE, upper)
             w0, s0, w1, s1 = halves(loaded[g % AT_ONCE * 2], loaded[g % AT_ONCE * 2 + 1])
             even = fragment(w0, s0, A)
             sums = _multiply(even, sums, x_bufs, buffer * 2 * BOXES, PARTS)
@@ -329,10 +333,10 @@ def tokens_at_once(columns, bits, tokens):
 
 
 @gluon.constexpr_function
-def results_layout(columns):
-    """Lay out results [columns, tokens]: a thread has eight successive columns of a token."""
+def results_layout(columns, rows):
+    """Lay out results [columns, tokens] of `rows` of weights: a thread has eight columns of a token."""
     lanes = columns // 8
-    return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, WARPS.value], [0, 1])
+    return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, warps_of(rows)], [0, 1])
 
 
 @gluon.jit
@@ -393,7 +397,7 @@ def _finish(
             y = to_bf16(y, ARCH)
         if FRAGMENTS:
             y = _in_fragments(y)
-        OUT: gl.constexpr = results_layout(R)
+        OUT: gl.constexpr = results_layout(R, ROWS)
         y = gl.convert_layout(y, OUT)
         row = first + FROM + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
         column = gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
@@ -410,7 +414,7 @@ def _finish(
 def _zero_half(out_ptr, strip, first, rows, width):
     """Store zeros beside an even strip, in the other half of its 128 columns of `rows` rows."""
     R: gl.constexpr = ROWS // 2
-    OUT: gl.constexpr = results_layout(R)
+    OUT: gl.constexpr = results_layout(R, ROWS)
     column = gl.arange(0, R, layout=gl.SliceLayout(1, OUT))
     column = column // 4 * 8 + column % 4 + strip * R + 4
     zeros = gl.zeros((R, 32), out_ptr.dtype.element_ty, layout=OUT)
@@ -455,7 +459,7 @@ def _consume(
         if bias_ptr is None:
             bias = None
         else:
-            m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout(16)))
+            m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout(ROWS, 16)))
             bias = gl.load(bias_ptr + expert.to(gl.int64) * M + strip * ROWS + m)
         if token_scale_ptr is None:
             token_scale = None
@@ -470,8 +474,8 @@ def _consume(
             if (rows <= width_of(WIDTHS, i)) & (rows > narrower(WIDTHS, i)):
                 PARTS: gl.constexpr = parts_of(width_of(WIDTHS, i))
                 sums, stage, phase = ring_sums(
-                    no_sums(PARTS), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps, PARTS,
-                    STAGES, GROUPS, GATHERED, AHEAD,
+                    no_sums(ROWS, PARTS), x_bufs, w_bufs, sf_bufs, full, empty, stage, phase, steps,
+                    PARTS, STAGES, GROUPS, GATHERED, AHEAD,
                 )  # fmt: skip
                 if token_scale_ptr is not None:
                     scales_buf.store(token_scale)

@@ -60,7 +60,7 @@ def _operands(
     tiled = (cdiv(rows, _ROWS), k // 64, 128)
     return (
         _descriptor(values.data_ptr(), values.dtype, tuple(values.shape), box, 128),
-        _descriptor(w.data_ptr(), torch.int32, words, (_ROWS, _WORDS), 64),
+        _descriptor(w.data_ptr(), torch.int32, words, (config.rows, _WORDS), 64),
         _descriptor(w_sf.data_ptr(), torch.int32, tiled, (1, 2, 128), 0),
     )
 
@@ -104,7 +104,8 @@ def expert_gemm(
         GATHERED=top_k > 0, ACT=int(experts.activation) if experts else NONE.value,
         FRAGMENTS=fragments, ODD=odd, WIDTHS=config.widths,
         STAGES=config.stages, GROUPS=config.groups, AHEAD=config.ahead,
-        ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
+        ARCH=arch(w.device), num_warps=config.warps, maxnreg=config.registers,
+        **launch_options(w.device),
     )  # fmt: skip
 
 
@@ -127,11 +128,11 @@ def dense_gemm(
         alpha: fp32 [1], with `by_row` [M]; or None.
     """
     (m, n), k = out.shape, w.shape[1] * 2
-    tiles = cdiv(n, _ROWS) * cdiv(m, config.bn)
+    tiles = cdiv(n, config.rows) * cdiv(m, config.bn)
     programs = min(tiles, config.programs * multiprocessors(w.device))
     sums = ready = None
     if tiles % programs and config.bn <= WIDEST_SHARED:
-        sums = values.new_empty((programs, _ROWS * config.bn), dtype=torch.float32)
+        sums = values.new_empty((programs, config.rows * config.bn), dtype=torch.float32)
         ready = values.new_empty(programs, dtype=torch.int32)
         launch(clear_kernel, (1,), ready, programs,
             SIZE=next_power_of_2(programs), ARCH=arch(w.device), **launch_options(w.device),
@@ -139,5 +140,6 @@ def dense_gemm(
     launch(dense_gemm_kernel, (programs,),
         *_operands(values, w, w_sf, n, k, config), alpha, out, sums, ready, m, n, k,
         BY_ROW=by_row, WIDTHS=config.widths, STAGES=config.stages, GROUPS=config.groups,
-        ARCH=arch(w.device), num_warps=8, maxnreg=config.registers, **launch_options(w.device),
+        ARCH=arch(w.device), num_warps=config.warps, maxnreg=config.registers,
+        **launch_options(w.device),
     )  # fmt: skip

@@ -31,6 +31,7 @@ from nvfp4_moe.kernels.decode import decode, decode_to_fragments
 from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall as DenseCall
 from nvfp4_moe.kernels.dense.hopper import CONFIGS as DENSE_CONFIGS
+from nvfp4_moe.kernels.dense.hopper import HALVES
 from nvfp4_moe.kernels.fused_quantize import launch as fused_launch
 from nvfp4_moe.kernels.fused_quantize.call import KernelCall as ProducerCall
 from nvfp4_moe.kernels.moe import launch as moe_launch
@@ -586,6 +587,7 @@ GROUPS: dict[str, Group] = {
     "dense ring few rows": Group(
         (*_DENSE_RING, _CLEAR), dense(DENSE_CONFIGS[:3], 64, (3, 36867, 64)), sm_90=True
     ),
+    "dense ring half tiles": Group(_DENSE_RING, dense(HALVES, 64), sm_90=True),
     "dense ring many rows": Group(_DENSE_RING, dense(DENSE_CONFIGS[3:], 64), sm_90=True),
 }  # fmt: skip
 """Every group by its name, in the order of the table and of the run."""

@@ -132,7 +132,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels _share: constant: gl.program_id(0) -> gl.program_id(1) (3)",
         "kernels _share: operator: total - turns * programs -> total + turns * programs",
         "kernels _share: operator: turns * programs -> turns / programs",
-        "kernels dense_gemm_kernel: operator: N + ROWS - 1 -> N + ROWS + 1",
+        "kernels dense_gemm_kernel: operator: N + R - 1 -> N + R + 1",
         "kernels dense_gemm_kernel: operator: M + WIDEST - 1 -> M + WIDEST + 1",
     ),
     "Programs then take all tiles in turn and share none: the same sums.": (
