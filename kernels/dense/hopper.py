@@ -28,10 +28,11 @@ HALVES = (
     RingConfig((16,), 7, 2, 1, rows=64),
     RingConfig((32,), 5, 2, 1, rows=64),
     RingConfig((64,), 4, 2, 1, rows=64),
+    RingConfig((128,), 5, 1, 1, rows=64),
 )
-"""Half tiles: twice as many, of 64 rows of b, where whole ones leave multiprocessors idle."""
+"""Half tiles, of 64 rows of b, which are chosen where each has a multiprocessor of its own."""
 CONFIGS = (*(c for _, c in _FEW), *(c for _, c in _MANY))
-"""Every configuration that `ring_config` chooses."""
+"""Every other configuration that `ring_config` chooses."""
 _ROWS = 128  # rows of b in a tile
 _SCALES = 64  # columns of a tile of block scales in 128x4
 
@@ -47,6 +48,9 @@ def refusal(arch: int, k: int) -> str | None:
 
 def ring_config(m: int, n: int, multiprocessors: int) -> RingConfig:
     """Return the tiles of [m, K] times [K, n]: a sum's order is the same with all of them."""
+    for half in HALVES:
+        if half.bn >= min(m, 32) and cdiv(n, half.rows) * cdiv(m, half.bn) <= multiprocessors:
+            return half
     for most, few in _FEW:
         if m <= most:
             return few

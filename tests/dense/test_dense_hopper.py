@@ -10,7 +10,7 @@ import nvfp4_moe
 from nvfp4_moe import explain_mm_fp4
 from nvfp4_moe.kernels import decode
 from nvfp4_moe.kernels.dense import hopper, launch
-from nvfp4_moe.kernels.dense.hopper import CONFIGS, refusal, ring_config
+from nvfp4_moe.kernels.dense.hopper import CONFIGS, HALVES, refusal, ring_config
 from nvfp4_moe.kernels.moe.hopper import config
 from nvfp4_moe.kernels.moe.hopper import launch as hopper_launch
 from nvfp4_moe.kernels.moe.hopper.config import WIDEST_SHARED
@@ -25,7 +25,7 @@ serves = pytest.mark.skipif(config.refusal(90) is not None, reason=str(config.re
 def test_the_table_has_every_configuration():
     """Each is chosen for some size, and one for few rows holds them in one tile."""
     sizes = [(m, n) for m in (*range(1, 300), 1000, 8192) for n in (64, 4096, 7168, 36864)]
-    assert {ring_config(m, n, H200) for m, n in sizes} == set(CONFIGS)
+    assert {ring_config(m, n, H200) for m, n in sizes} == {*CONFIGS, *HALVES}
     for m in range(1, 33):
         assert ring_config(m, 4096, H200).bn == next(w for w in (8, 16, 32) if w >= m)
 
@@ -33,9 +33,12 @@ def test_the_table_has_every_configuration():
 @pytest.mark.parametrize(
     "m,n,tokens",
     [
-        (33, 4096, 64),
+        (64, 4096, 32),
+        (65, 4096, 64),
+        (128, 4096, 64),
+        (64, 7168, 64),
         (64, 36864, 64),
-        (256, 4096, 64),
+        (256, 4096, 128),
         (128, 36864, 128),
         (1024, 4096, 256),
         (8192, 4096, 256),
@@ -44,6 +47,23 @@ def test_the_table_has_every_configuration():
 def test_the_tiles_fill_the_gpu(m, n, tokens):
     """The widest tile is the most efficient, and narrower ones keep more multiprocessors at work."""
     assert ring_config(m, n, H200).bn == tokens
+
+
+@pytest.mark.parametrize(
+    "m,n,rows",
+    [
+        (1, 64, 64),
+        (32, 8448, 64),
+        (32, 8449, 128),
+        (64, 7168, 64),
+        (128, 4096, 64),
+        (256, 4096, 64),
+        (257, 4096, 128),
+    ],
+)
+def test_half_tiles_have_a_multiprocessor_each(m, n, rows):
+    """One tile more than multiprocessors, and tiles are whole."""
+    assert ring_config(m, n, H200).rows == rows
 
 
 @serves
@@ -94,7 +114,7 @@ def test_the_launches_of_a_call(monkeypatch, m, n, k):
         assert options["STAGES"] and "WIDTHS" not in options
         return
     chosen = ring_config(m, n, H200)
-    tiles = -(-n // 128) * -(-m // chosen.bn)
+    tiles = -(-n // chosen.rows) * -(-m // chosen.bn)
     assert options["WIDTHS"] == chosen.widths and options["BY_ROW"] == (m > 1)
     assert grid == (min(tiles, H200 * chosen.programs),)
     shared = tiles % grid[0] != 0 and chosen.bn <= WIDEST_SHARED
