@@ -160,8 +160,9 @@ def e2m1_encode(x, output_scale, FTZ: tl.constexpr, ARCH: tl.constexpr):
 def e2m1_encode_magnitudes(a, ARCH: tl.constexpr, UNIT: tl.constexpr = 1.0, saturates=None):
     """Magnitudes in UNIT, [R, NB, 16], to (packed codes [R, NB, 2], the rounded magnitudes in UNIT).
 
-    UNIT is 1 or `magnitude_unit(ARCH)`. Without `saturates`, results above 6 and NaN become 6. With it
-    a program in which it is false has no magnitude that rounds above 6, and NaN stays NaN with code 6.
+    UNIT is 1 or `magnitude_unit(ARCH)`. Without `saturates`, results above 6 and NaN become 6. With it,
+    from sm_89 on, a program in which it is false has no magnitude that rounds above 6, and NaN stays NaN
+    with code 6.
     """
     if ARCH >= 100:
         word = _native_e2m1_words(a)
@@ -169,7 +170,7 @@ def e2m1_encode_magnitudes(a, ARCH: tl.constexpr, UNIT: tl.constexpr = 1.0, satu
         # Exponent and significand of a code, shifted, stand where those of 2^-126 times it do.
         bits = tl.reshape((word[:, :, :, None] >> shift) & 7, a.shape) << 22
         return word, bits.to(tl.float32, bitcast=True) * 2.0**126
-    if saturates is None:
+    if saturates is None or ARCH < 89:  # below sm_89 the bits of NaN would go into other codes
         a = smaller(a, 6.0 * UNIT, ARCH)
     else:
         if saturates:

@@ -209,6 +209,7 @@ def _of_gpus() -> Named:
     for arch in (86, 89, 100):
         yield from gpu_paths.of(near, arch)
     yield from gpu_paths.of((named for named in functions if "e2m1" in named[0]), 100)
+    yield from gpu_paths.of((named for named in quantizer_probes.named() if "NaN" in named[0]), 80)
 
 
 _MORE: dict[str, Callable[[], Call]] = {
