@@ -300,6 +300,8 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels may_saturate: comparison: least * sixth >= 2.0 ** (-7) -> least * sixth > 2.0 ** (-7)",
         "kernels may_saturate: operator: -7 -> 7",
         "kernels may_saturate: comparison: row_amax * sixth <= 450.0 -> row_amax * sixth < 450.0",
+        "kernels e2m1_encode_magnitudes: comparison: ARCH < 89 -> ARCH <= 89",
+        "kernels e2m1_encode_magnitudes: constant: ARCH < 89 -> ARCH < 90",
     ),
     "A block scale next to 4 steps of 2^-9 rounds to 4 steps, and 3/2 of it to 6: the largest magnitude "
     "is next to 6, or to 4.": (
