@@ -133,7 +133,7 @@ RUNS := 1
 gpu-tests: $(SETUP)
 	mkdir -p build
 	for run in $$(seq $(RUNS)); do \
-		$(PYTEST) -m gpu -n 16 --durations 20 --junitxml build/gpu-$$run.xml tests || exit; \
+		$(PYTEST) -m gpu -n 16 --dist worksteal --durations 20 --junitxml build/gpu-$$run.xml tests || exit; \
 	done
 
 # The whole matrix through every backend, tactic and math of this machine; docs/blackwell.md has what to install.
