@@ -1,6 +1,6 @@
 """Compare the library's time in two source trees on this GPU: `python bench/by_turns.py --before TREE`.
 
-Two GPUs of one kind differ by 3 to 10 %, so that only times of the same GPU can be compared. Each tree
+Two GPUs of one kind differ by up to 14 %, so that only times of the same GPU can be compared. Each tree
 has a process of its own (`turns_worker.py`), which imports the package from there. Both hold a CUDA
 graph of the same calls, and replay it by turns: one waits while the other runs, and every other round
 begins with the other one. A line has the median microseconds of a call in both trees, the median of the

@@ -62,7 +62,7 @@ def test_the_tiles_fill_the_gpu(m, n, tokens):
     ],
 )
 def test_half_tiles_have_a_multiprocessor_each(m, n, rows):
-    """One tile more than multiprocessors, and tiles are whole."""
+    """Tiles are whole where half tiles would be more than the multiprocessors."""
     assert ring_config(m, n, H200).rows == rows
 
 
