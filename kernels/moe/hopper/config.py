@@ -19,7 +19,7 @@ WIDEST_SHARED = 160
 
 @dataclass(frozen=True)
 class RingConfig:
-    """The tiles of `grouped_gemm.expert_gemm_kernel`, and how it is launched."""
+    """The tiles of the grouped GEMM or the dense one for sm_90, and how it is launched."""
 
     widths: tuple[int, ...]  # tokens of a tile, from the widest: an expert's last tile is narrower;
     # each is a power of two or a sum of some. ptxas serializes the wgmma of too many wide ones.
