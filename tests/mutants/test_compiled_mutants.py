@@ -132,15 +132,16 @@ def of_ring(name):
 def test_the_probes_launch_the_dense_gemm_in_every_form():
     """With shared tiles and without: a scale for each row or for all, and a width of several parts.
 
-    Also without a scale.
+    Also without a scale, and with half tiles, which have half of the warps.
     """
-    forms, scaled = set(), set()
+    forms, scaled, warps = set(), set(), set()
     for name in kernel_probes.asked(FILE, "cuda"):
         for launch in compiled.launches(name) if of_ring(name) else []:
             given = {p.name: a for p, a in zip(launch.kernel.params, launch.args, strict=False)}
             given |= launch.options
             if launch.kernel.__name__ == "dense_gemm_kernel":
                 scaled.add(given["alpha_ptr"] is not None)
+                warps.add(given["num_warps"])
                 parts = any(width & (width - 1) for width in given["WIDTHS"])
                 forms.add((given["sums_ptr"] is not None, given["BY_ROW"], parts))
     assert forms >= {
@@ -148,14 +149,16 @@ def test_the_probes_launch_the_dense_gemm_in_every_form():
     }
     assert {(False, True, True), (True, True, True)} <= forms
     assert scaled == {False, True}
+    assert warps == {4, 8}
 
 
 def test_the_probes_launch_the_grouped_gemm_in_every_form():
     """Each constant that is a truth value is true in some launch and false in another."""
+    options = ("GATHERED", "FRAGMENTS", "ODD", "AHEAD")
     found = {}
     for name in kernel_probes.asked("kernels/moe/hopper/grouped_gemm.py", "cuda"):
         for launch in compiled.launches(name) if of_ring(name) else []:
             if launch.kernel.__name__ == "expert_gemm_kernel":
-                for option in ("GATHERED", "FRAGMENTS", "ODD"):
+                for option in options:
                     found.setdefault(option, set()).add(bool(launch.options[option]))
-    assert found == {option: {False, True} for option in ("GATHERED", "FRAGMENTS", "ODD")}
+    assert found == {option: {False, True} for option in options}

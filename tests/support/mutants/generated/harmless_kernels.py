@@ -43,8 +43,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels expert_gemm_kernel: comparison: BN >= 32 -> BN > 32",
         "kernels expert_gemm_kernel: constant: BN >= 32 -> BN >= 33",
         "kernels expert_gemm_kernel: operator: not NATIVE -> NATIVE",
-        "kernels expert_gemm_kernel: comparison: end - first <= BN // 2 -> end - first < BN // 2",
-        "kernels expert_gemm_kernel: operator: end - first -> end + first",
+        "kernels expert_gemm_kernel: comparison: rows <= BN // 2 -> rows < BN // 2",
         "kernels expert_gemm_kernel: operator: BN // 2 -> BN % 2",
         "kernels expert_gemm_kernel: constant: BN // 2 -> BN // 3",
         "kernels expert_gemm_kernel: comparison: w_ptr.dtype.element_ty != tl.bfloat16 -> "
@@ -106,8 +105,19 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
         "kernels tokens_at_once: constant: 4096 * 8 -> 4097 * 8",
         "kernels tokens_at_once: constant: 4096 * 8 -> 4096 * 9",
     ),
+    "There are three bases, which the slice gives with either end.": (
+        "kernels word_layout: constant: 3 if rows == ROWS.value else 2 -> 4 if rows == ROWS.value else "
+        "2",
+    ),
     "The second number of the version is not read: Triton gives the same code.": (
         "kernels sums_layout: constant: [3, 0] -> [3, 1]",
+    ),
+    "Nothing uses what is loaded for one group more: Triton leaves it out and gives the same code.": (
+        "kernels _load_groups: index: gl.static_range(GROUPS) -> gl.static_range(GROUPS + 1)",
+    ),
+    "Codes are loaded earlier, as with AHEAD, but behind the wait for their stage, which is released "
+    "after its step: the same operands in the same order.": (
+        "kernels ring_sums: constant: GROUPS if AHEAD else 1 -> GROUPS if AHEAD else 2",
     ),
     "No stage is released in the first step, and each step sets the next one.": (
         "kernels ring_sums: constant: 0 -> 1 (2)",
@@ -217,6 +227,7 @@ OF_KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "Triton adds up truth values as int32.": (
         "kernels permute_kernel: rounding: (local == expert).to(tl.int32) -> local == expert",
+        "kernels write_tiles: rounding: (last > 0).to(tl.int32) -> last > 0",
         "kernels write_tiles: rounding: before.to(tl.int32) -> before",
         "kernels place_kernel: rounding: same.to(tl.int32) -> same",
     ),

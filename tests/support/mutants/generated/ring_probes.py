@@ -18,6 +18,7 @@ from nvfp4_moe.differential.verdict import Allowed
 from nvfp4_moe.kernels import launcher
 from nvfp4_moe.kernels.dense import launch as dense_launch
 from nvfp4_moe.kernels.dense.call import KernelCall as DenseKernelCall
+from nvfp4_moe.kernels.dense.hopper import HALVES
 from nvfp4_moe.kernels.launcher import cdiv, next_power_of_2
 from nvfp4_moe.kernels.moe import launch
 from nvfp4_moe.kernels.moe.hopper.config import CONFIGS, RingConfig
@@ -525,6 +526,11 @@ def named() -> Named:
     # A tile that leaves less than 3 KiB of shared memory.
     yield "ring, dense, tiles of 256", lambda: ProductCall(CONFIGS[-1], by_row=True, m=259, k=192)
     yield "ring, dense, tiles of 64", lambda: ProductCall(CONFIGS[3], by_row=True, m=103, k=192)
+    # Two tiles of four strips of 64 rows of weights; every second strip is the upper half of 128.
+    yield (
+        "ring, dense, half tiles",
+        lambda: ProductCall(HALVES[1], exact=True, by_row=True, n=200, k=320),
+    )
     # The last rows are 2^31 elements behind the first.
     yield "ring, dense, far rows", lambda: OnesProductCall(2**15 + 24, 2**16, 64, kept=32)
     # A number of tiles, of steps of a tile and of a program have a product over 2^31.
