@@ -79,6 +79,8 @@ def test_of_tritons_kernels_those_that_are_open_are_compiled(tmp_path, capsys, m
         results.add(mutant, "cpu", "survived" if mutant is packed else "killed")
     results.write()
     monkeypatch.setattr(kernel_probes, "asked", lambda file, device: ["function, fma, False"])
+    # The compiler aborts, which may take long to report.
+    monkeypatch.setattr(command, "LEAST_SECONDS", 100.0)
     command._named_probes.cache_clear()
     main(
         ["--generated", "kernels", "--device", "compile", "--results", str(path), "--only", "fma:"]

@@ -1,6 +1,7 @@
 """Generated mutants that nothing can catch, since what they change stays inside the contract: why."""
 
 # SPDX-License-Identifier: Apache-2.0
+from .harmless_hopper import OF_HOPPER
 from .harmless_kernels import OF_KERNELS
 from .harmless_quantizer import OF_QUANTIZER
 
@@ -270,7 +271,7 @@ _OF_REFERENCE: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys of `rules.Generated`, by reason: of the reference, and of kernels with the same reason."""
-HARMLESS = _OF_REFERENCE | OF_KERNELS | OF_QUANTIZER
+HARMLESS = _OF_REFERENCE | OF_KERNELS | OF_HOPPER | OF_QUANTIZER
 
 
 def reason(key: str) -> str | None:
