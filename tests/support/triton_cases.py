@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from assertions import assert_quantized
 
+from nvfp4_moe import host
 from nvfp4_moe.cases import inputs
 from nvfp4_moe.cases.quantize import Case
 from nvfp4_moe.kernels.quantize import launch as quantize_launch
@@ -198,11 +199,11 @@ def rows_of_few_steps(largest):
     Rounded down, they leave magnitudes that round above 6. In every second row they are many steps.
     """
     g = torch.Generator().manual_seed(15)
-    steps = torch.tensor([0.3, 0.45, 1.2, 1.45, 2.4, 2.45, 3.4], dtype=torch.float32)
-    rows = torch.tensor([1.0, 2048.0], dtype=torch.float32).repeat_interleave(2 * len(steps))
+    steps = host.fp32([0.3, 0.45, 1.2, 1.45, 2.4, 2.45, 3.4])
+    rows = host.fp32([1.0, 2048.0]).repeat_interleave(2 * len(steps))
     both = torch.stack([steps, torch.full_like(steps, 40.0)], 1).flatten()
     size = rows * both.repeat(2) / (512 * largest)
-    x = (2 * torch.rand(len(rows), 5, 16, generator=g) - 1) * size[:, None, None]
+    x = (2 * host.uniform(g, len(rows), 5, 16) - 1) * size[:, None, None]
     x[:, :, 0], x[:, :, 9], x[:, 0, 0] = size[:, None], -size[:, None], rows
     return x.view(-1, 80).bfloat16()
 

@@ -1,8 +1,6 @@
 """Calls of the quantizers with what layers and tables of cases never give them."""
 
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -33,35 +31,31 @@ class CutCall:
     config: quantize_launch.LaunchConfig
 
     def answer(self, device: str = "cpu") -> Any:
-        with _launched_as(self.config):
+        def chosen(*_: object, **__: object) -> quantize_launch.LaunchConfig:
+            return self.config
+
+        with (
+            mock.patch.object(quantize_launch, "launch_config", chosen),
+            mock.patch.object(quantize_launch, "global_launch_config", chosen),
+        ):
             return self.call.answer(device)
 
     def judge(self) -> Answered:
         return self.call.judge()
 
 
-@contextmanager
-def _launched_as(config: quantize_launch.LaunchConfig) -> Iterator[None]:
-    with (
-        mock.patch.object(quantize_launch, "launch_config", lambda *_, **__: config),
-        mock.patch.object(quantize_launch, "global_launch_config", lambda *_, **__: config),
-    ):
-        yield
-
-
 @dataclass(frozen=True)
 class BaseScaleCall:
-    """A base scale that is not the recipe's, one row of at most 8 blocks a program."""
+    """A base scale that is not the recipe's."""
 
     x: Tensor
     recipe: Recipe
     base: float
 
     def answer(self, device: str = "cpu") -> Any:
-        with _launched_as(quantize_launch.LaunchConfig(1, 8, 0, 1, 1)):
-            found = quantize_launch.quantize_per_token(
-                self.x.to(device), self.base, self.recipe, SfLayout.layout_linear
-            )
+        found = quantize_launch.quantize_per_token(
+            self.x.to(device), self.base, self.recipe, SfLayout.layout_linear
+        )
         return [t.cpu() for t in found]
 
     def judge(self) -> Answered:

@@ -159,11 +159,10 @@ def _saturating() -> Named:
             functools.partial(CutCall, _per_token(among_numbers.bfloat16(), recipe), alone),
         )
         for largest in (8.0, 600.0):
+            call = BaseScaleCall(rows_of_few_steps(largest), recipe, 1 / (6 * largest))
             yield (
                 f"quantizer, block scales up to {largest}, {recipe}",
-                functools.partial(
-                    BaseScaleCall, rows_of_few_steps(largest), recipe, 1 / (6 * largest)
-                ),
+                functools.partial(CutCall, call, alone),
             )
 
 
